@@ -1,0 +1,76 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; each does all its own set-up. `make help` lists the rest.
+#
+# PYTHON=/path/to/python3   the Python that .venv is made with
+# WORKERS=4                 test processes
+# On Linux, PyPI's torch (for the tests) brings CUDA libraries of several GB. Without a GPU, spare them with
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+CHECKED := mlx_sft tests scripts examples benchmarks
+
+# The first of these that is new enough; macOS's own python3 often is not.
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c "$(RECENT)" 2>/dev/null && echo $$p && break; done)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fix bench docs wheel clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.ready  ## a minute of fine-tuning: train, before and after, export, reload
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.ready-dev  ## run the tests (offline)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.ready-dev  ## style, types, the one-way flow of imports, docs/reference up to date
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/make_reference.py --check
+
+fix: $(VENV)/.ready-dev  ## put right what can be put right by itself
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+bench: $(VENV)/.ready  ## our trainer beside mlx-lm's, on the same rows
+	@$(BIN)/python benchmarks/against_mlx_lm.py $(ARGS)
+
+docs: $(VENV)/.ready-dev  ## write docs/reference from the code
+	$(BIN)/python scripts/make_reference.py
+
+wheel: $(VENV)/.ready-dev  ## build dist/*.whl
+	$(BIN)/python -m hatchling build -t wheel
+
+clean:  ## remove .venv, caches and build outputs (runs/ stays)
+	rm -rf $(VENV) build dist benchmarks/work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: touched when an installation is whole, so that one cut short is taken up again.
+$(VENV)/.made:
+	@test -n "$(PYTHON)" && $(PYTHON) -c "$(RECENT)" || { \
+		echo "error: this needs Python 3.11 or newer, and found none"; \
+		echo "hint: install one (https://www.python.org/downloads, or brew install python), or name it:" \
+			"make PYTHON=/path/to/python3"; \
+		exit 2; } >&2
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "error: $(PYTHON) cannot make a virtual environment" >&2; \
+		echo "hint: on Debian and Ubuntu, apt install python3-venv" >&2; exit 2; }
+	@touch $@
+
+$(VENV)/.ready: pyproject.toml $(VENV)/.made
+	@echo "setting up $(VENV)"
+	@$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml $(VENV)/.made
+	@echo "setting up $(VENV) for development"
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(VENV)/.ready $@

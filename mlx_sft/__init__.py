@@ -1,0 +1,51 @@
+"""Exact, frugal fine-tuning of language models on Apple silicon with MLX.
+
+from mlx_sft import TrainConfig, train, export, load_run
+
+result = train(TrainConfig(data="chats.jsonl"))
+export(result.run_dir, "merged")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_sft.convert.adapted import load_run
+    from mlx_sft.convert.export import export
+    from mlx_sft.evaluate import evaluate
+    from mlx_sft.generate import generate_text, stream_text
+    from mlx_sft.training.loop import TrainResult, train
+
+__all__ = [
+    "TrainConfig",
+    "TrainResult",
+    "UserError",
+    "evaluate",
+    "export",
+    "generate_text",
+    "load_run",
+    "stream_text",
+    "train",
+]
+
+_HOMES = {
+    "TrainResult": "mlx_sft.training.loop",
+    "evaluate": "mlx_sft.evaluate",
+    "export": "mlx_sft.convert.export",
+    "generate_text": "mlx_sft.generate",
+    "load_run": "mlx_sft.convert.adapted",
+    "stream_text": "mlx_sft.generate",
+    "train": "mlx_sft.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import MLX and transformers, which take seconds, only when something that needs them is asked for."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

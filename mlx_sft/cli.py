@@ -1,0 +1,205 @@
+"""The command line: parse, call one library function, print. No logic, and the only module that knows click.
+
+The options of `train` are generated from the fields of `TrainConfig`, so that none can fail to reach it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+
+from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.console import print_error, write_text
+from mlx_sft.errors import USAGE, UserError
+
+Command = Callable[..., None]
+
+
+class _Commands(click.Group):
+    """Commands whose `UserError` becomes a message and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except UserError as error:
+            print_error(error)
+            context.exit(error.exit_code)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mlx-sft")
+def main() -> None:
+    """Fine-tune language models natively on Apple silicon, exactly.
+
+    \b
+    mlx-sft train --data chats.jsonl
+    mlx-sft export --run runs/... --to merged
+    """
+
+
+def _train_options(command: Command) -> Command:
+    for field in reversed(TrainConfig.model_fields):
+        command = _option(field)(command)
+    return command
+
+
+def _option(field: str) -> Callable[[Command], Command]:
+    info = TrainConfig.model_fields[field]
+    kind = info.annotation
+    options: dict[str, Any] = {"default": None, "help": _help(field)}
+    names = [option_name(field), field]
+    if kind is bool:
+        if info.default or field == "verify":
+            names[0] = f"{option_name(field)}/--no-{public_name(field).replace('_', '-')}"
+        else:
+            options["is_flag"] = True
+            options["flag_value"] = True
+    elif get_origin(kind) is Literal:
+        options["type"] = click.Choice([str(value) for value in get_args(kind)])
+    elif get_origin(kind) is tuple:
+        options |= {"type": float, "nargs": len(get_args(kind))}
+    else:
+        options["type"] = _click_type(kind)
+    return click.option(*names, **options)
+
+
+def _click_type(kind: Any) -> type:
+    """`int` for `int | None`; text for a union that only the configuration can tell apart."""
+    if get_origin(kind) in (Union, UnionType):
+        kinds = [k for k in get_args(kind) if k is not NoneType]
+        return _click_type(kinds[0]) if len(kinds) == 1 else str
+    return kind if kind in (int, float) else str
+
+
+def _help(field: str) -> str:
+    info = TrainConfig.model_fields[field]
+    text = (info.description or "").strip()
+    default = info.default
+    if default is None or default is False:
+        return text
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return f"{text}  [default: {str(default).lower() if default is True else default}]"
+
+
+@main.command(context_settings={"max_content_width": 100})
+@click.option("--config", "config_file", metavar="FILE", help="YAML file with any of these settings.")
+@_train_options
+def train(config_file: str | None, **options: Any) -> None:
+    """Fine-tune a model on chats.
+
+    Options override the settings of --config. The last line on stdout is the run folder.
+    """
+    given = {public_name(field): value for field, value in options.items() if value is not None}
+    config = TrainConfig.resolve(config_file, **given)
+    from mlx_sft.console import Console
+    from mlx_sft.training.loop import train
+
+    result = train(config)
+    Console(quiet=config.quiet, json_lines=config.json_lines).done(str(result.run_dir))
+
+
+@main.command()
+@click.option("--run", required=True, metavar="RUN", help="The run folder.")
+@click.option("--to", required=True, metavar="DIR", help="The folder to write.")
+@click.option(
+    "--format",
+    type=click.Choice(["merged", "peft"]),
+    default="merged",
+    show_default=True,
+    help="A whole checkpoint with the adapter merged in, or the adapter alone.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a folder that already holds something.")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Reload what was written and compare its logits with the trained model's.",
+)
+def export(run: str, to: str, format: Literal["merged", "peft"], overwrite: bool, verify: bool) -> None:
+    """Write a run as a Hugging Face folder that PyTorch opens.
+
+    The last line on stdout is the folder.
+    """
+    from mlx_sft.console import Console
+    from mlx_sft.convert.export import export
+
+    result = export(run, to, format=format, overwrite=overwrite, verify=verify)
+    console = Console()
+    if result.verification is not None:
+        console.note(str(result.verification))
+    console.done(str(result.path))
+
+
+def _model_options(command: Command) -> Command:
+    for option in (
+        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
+                     help="0 takes the likeliest token each time."),
+        click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True,
+                     help="Longest answer."),
+        click.option("--base", is_flag=True, help="The model as it was before training."),
+        click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
+        click.option("--run", metavar="RUN", help="The run folder."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _load(run: str | None, model: str | None, base: bool) -> Any:
+    from mlx_sft.convert.adapted import load_run
+    from mlx_sft.model.load import load_model
+
+    if (run is None) == (model is None):
+        hint = "mlx-sft generate --run runs/... --prompt ..."
+        raise UserError("give either --run or --model", hint=hint, exit_code=USAGE)
+    return load_run(run, base=base) if run is not None else load_model(str(model))
+
+
+@main.command()
+@_model_options
+@click.option("--prompt", metavar="TEXT", help="What to ask; read from standard input where not given.")
+def generate(
+    run: str | None, model: str | None, base: bool, max_tokens: int, temperature: float, prompt: str | None
+) -> None:
+    """Answer one prompt."""
+    loaded = _load(run, model, base)
+    from mlx_sft.generate import stream_text
+
+    prompt = prompt if prompt is not None else sys.stdin.read()
+    for text in stream_text(loaded, prompt, max_tokens=max_tokens, temperature=temperature):
+        write_text(text)
+    write_text("\n")
+
+
+@main.command()
+@_model_options
+def chat(run: str | None, model: str | None, base: bool, max_tokens: int, temperature: float) -> None:
+    """Talk with a model; an empty line or Ctrl-D ends the conversation."""
+    loaded = _load(run, model, base)
+    from mlx_sft.generate import stream_text
+
+    messages: list[dict[str, Any]] = []
+    while text := sys.stdin.readline().strip():
+        messages.append({"role": "user", "content": text})
+        answer = ""
+        for piece in stream_text(loaded, messages, max_tokens=max_tokens, temperature=temperature):
+            answer += piece
+            write_text(piece)
+        write_text("\n")
+        messages.append({"role": "assistant", "content": answer})
+
+
+@main.command(name="eval")
+@click.option("--run", required=True, metavar="RUN", help="The run folder.")
+@click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
+@click.option("--base", is_flag=True, help="The model as it was before training.")
+@click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
+def evaluate(run: str, data: str, base: bool, json_lines: bool) -> None:
+    """Loss, perplexity and token accuracy of a run on a file."""
+    from mlx_sft.evaluate import evaluate
+
+    write_text(evaluate(run, data, base=base).describe(as_json=json_lines) + "\n")

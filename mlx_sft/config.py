@@ -1,0 +1,207 @@
+"""Configuration: the only home of a default. YAML in, resolved YAML out; every option of `train` is a field here.
+
+Knows nothing of models or data; it checks what can be checked without them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mlx_sft.errors import USAGE, UserError, did_you_mean
+
+DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
+
+Every = Annotated[int, Field(ge=1)] | Literal["epoch"]
+"""A number of optimizer steps, or the end of every epoch."""
+
+
+class TrainConfig(BaseModel):
+    """Everything that `mlx-sft train` can be told. Raises `pydantic.ValidationError` with every problem at once."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        protected_namespaces=(),
+    )
+
+    # data
+    data: str | None = None
+    """Training rows: a .jsonl, .json, .csv or .parquet file, a folder with train/valid/test files, or hf:owner/name[:split]."""
+    valid: str | None = None
+    """Validation rows, in any form that --data takes."""
+    valid_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the conversations held out for validation (seeded; duplicates stay together); 0 holds out none."""
+    max_length: int = Field(default=2048, ge=2)
+    """Longest conversation, in tokens."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What becomes of a longer one."""
+    train_on: Literal["all", "last"] = "all"
+    """Learn every assistant turn, or only the last."""
+    skip_bad_rows: bool = False
+    """Go on past rows that cannot be used, and report them."""
+
+    # model
+    model: str = DEFAULT_MODEL
+    """A Hugging Face checkpoint folder, a Hub id, or `tiny` for the embedded model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base model; auto is bfloat16 on Metal and CUDA, float32 on the CPU."""
+    init_adapter: str | None = None
+    """Start from this PEFT adapter folder."""
+
+    # method
+    method: Literal["lora", "full"] = "lora"
+    """What is trained: low-rank adapters, or every weight."""
+    target: str | list[str] = "all-linear"
+    """Modules that get an adapter: all-linear, attention, qv, or module names separated by commas."""
+    rank: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapters' update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapters' input."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts: Kaiming-uniform, as PEFT does by default, or gaussian with deviation 1 / rank. B starts at zero."""
+
+    # optimization
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the data."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, instead of --epochs."""
+    batch_size: int = Field(default=8, ge=1)
+    """Conversations an optimizer step."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Padded tokens computed at once; chosen from the memory where not given. It does not change the result."""
+    lr: float = Field(default=2e-4, ge=0)
+    """Peak learning rate."""
+    scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup: float = Field(default=0.03, ge=0, le=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW; norms and biases are left out."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """AdamW's decay rates of the two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Clip gradients to this global norm; 0 does not clip."""
+    grad_checkpoint: Literal["auto", "on", "off"] = "auto"
+    """Recompute each layer in the backward pass: less memory, a third more arithmetic."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the adapters' start, the order of the data, the split and dropout."""
+    shuffle: bool = True
+    """Draw the rows in a seeded random order each epoch, or take them as they come."""
+
+    # evaluation and saving
+    eval_every: Every = "epoch"
+    """Evaluate every so many steps, or `epoch`."""
+    early_stop: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a better validation loss."""
+    save_every: Every = 50
+    """Write a checkpoint every so many steps, or `epoch`; one is always written at the end."""
+    keep: int = Field(default=3, ge=1)
+    """How many checkpoints to keep."""
+    out: str | None = None
+    """The run folder; runs/<model>-<time> where not given."""
+    resume: str | None = None
+    """Continue this run exactly where its newest checkpoint left it."""
+
+    # what is shown
+    quiet: bool = False
+    """Show errors only."""
+    json_lines: bool = Field(default=False, alias="json")
+    """Write every event to stdout as a line of JSON."""
+
+    @field_validator("target")
+    @classmethod
+    def _split_target(cls, target: str | list[str]) -> str | list[str]:
+        names = target.split(",") if isinstance(target, str) else target
+        names = [name.strip() for name in names]
+        if not names or not all(names):
+            raise ValueError("names no module")
+        return names[0] if len(names) == 1 and isinstance(target, str) else names
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainConfig:
+        if self.data is None and self.resume is None:
+            raise ValueError("data: nothing to train on; give --data FILE (or --resume RUN)")
+        if self.valid is not None and self.valid_fraction > 0:
+            raise ValueError("valid and valid_fraction exclude each other; give one")
+        if self.method == "full" and self.init_adapter is not None:
+            raise ValueError("init_adapter: --method full trains no adapter")
+        return self
+
+    @classmethod
+    def resolve(cls, file: str | Path | None = None, **options: Any) -> TrainConfig:
+        """The configuration from a YAML file, overlaid with options; raises `UserError` for what cannot be."""
+        settings = (read_yaml(Path(file)) if file else {}) | options
+        where = str(file) if file else ""
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            raise _as_user_error(error, where, settings) from error
+
+    def to_yaml(self, header: str = "") -> str:
+        """The resolved configuration, in the order of the fields."""
+        settings = self.model_dump(mode="json", by_alias=True, exclude={"resume"})
+        return header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file; raises `UserError` for anything else."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such configuration file", where=str(path), exit_code=USAGE) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read: {error}", where=str(path), exit_code=USAGE) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(f"not YAML: {problem}", where=where, exit_code=USAGE) from error
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        hint = "write one `name: value` a line, as in configs/qwen3-0.6b-lora.yaml"
+        raise UserError("not a mapping of names to values", where=str(path), hint=hint, exit_code=USAGE)
+    return settings
+
+
+def option_name(field: str) -> str:
+    """`max_length` → `--max-length`; a field's alias, where it has one, is its public name."""
+    return "--" + public_name(field).replace("_", "-")
+
+
+def public_name(field: str) -> str:
+    return TrainConfig.model_fields[field].alias or field
+
+
+def _as_user_error(error: ValidationError, where: str, settings: dict[str, Any]) -> UserError:
+    known = [public_name(field) for field in TrainConfig.model_fields]
+    lines, hints = [], []
+    for problem in error.errors():
+        key = str(problem["loc"][0]) if problem["loc"] else ""
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{key}: no such setting")
+            hints.append(did_you_mean(key, known))
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
+            value = f", not {settings[key]!r}" if key in settings else ""
+            line = f"{key}: {message}{value}" if key else message
+            if line not in lines:
+                lines.append(line)
+    hint = next((h for h in hints if h), "`mlx-sft train --help` names every setting and its values")
+    return UserError("; ".join(lines), where=where, hint=hint, exit_code=USAGE)

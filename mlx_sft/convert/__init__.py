@@ -1,0 +1,20 @@
+"""Hugging Face ⇄ MLX: adapters as PEFT's files, merged checkpoints, and the proof that they are what was trained.
+
+Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+from mlx_sft.convert.adapted import AdaptedModel, check_fit, load_run
+from mlx_sft.convert.export import ExportResult, export
+from mlx_sft.convert.peft import read_adapter, write_adapter
+
+__all__ = [
+    "AdaptedModel",
+    "ExportResult",
+    "check_fit",
+    "export",
+    "load_run",
+    "read_adapter",
+    "write_adapter",
+]

@@ -1,0 +1,248 @@
+"""LoRA adapters ⇄ PEFT's own files, so that PyTorch opens them as they are.
+
+```
+adapter_config.json         settings, complete enough for `PeftModel.from_pretrained`
+adapter_model.safetensors   base_model.model.<module>.lora_A.weight [r, in] and .lora_B.weight [out, r], float32
+```
+Equal adapters give byte-identical files. Knows nothing of models: whether an adapter fits one is for others to say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sft.convert.safetensors_file import open_safetensors, read_float32, write_safetensors
+from mlx_sft.errors import UserError
+from mlx_sft.methods.lora import LoraSettings
+from mlx_sft.runs import to_json, write_file, write_file_with
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX, _SUFFIX = "base_model.model.", ".weight"
+_HALVES = ("lora_A", "lora_B")
+
+_GROUPS = ("all-linear", "attention", "qv")
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+    "target_parameters": ([], None),
+    "trainable_token_indices": ([], {}, None),
+    "layer_replication": ([], None),
+    "alora_invocation_tokens": ([], None),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "megatron_config": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+}
+"""PEFT's settings that change what an adapter computes, with the values that mean plain LoRA."""
+
+
+def peft_name(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj.lora_A` → PEFT's name of the same tensor."""
+    return f"{_PREFIX}{name}{_SUFFIX}"
+
+
+def our_name(name: str) -> str:
+    """The inverse of `peft_name`; raises `ValueError` for a name that is not a LoRA matrix of a linear module."""
+    ours = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    if peft_name(ours) != name or ours.rpartition(".")[2] not in _HALVES or "." not in ours:
+        raise ValueError(name)
+    return ours
+
+
+def write_adapter(folder: Path, settings: LoraSettings, parameters: dict[str, mx.array], base_model: str) -> None:
+    """Write an adapter.
+
+    Args:
+        folder: Made where it does not exist.
+        settings: Its shape and scale.
+        parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
+        base_model: Name or path of the base model, for PEFT to find it.
+    """
+    arrays = {peft_name(name): value for name, value in sorted(parameters.items())}
+    contents = (np.ascontiguousarray(np.array(value, np.float32), "<f4").data.cast("B") for value in arrays.values())
+    tensors = [(name, "F32", tuple(value.shape)) for name, value in arrays.items()]
+    write_file_with(
+        folder / WEIGHTS,
+        lambda path: write_safetensors(path, tensors, ([piece] for piece in contents), {"format": "pt"}),
+    )
+    modules = sorted({name.rpartition(".")[0] for name in parameters})
+    config = _to_config(settings, modules, base_model)
+    write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
+
+
+def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]:
+    """Read an adapter that this package or PEFT wrote; the parameters become float32.
+
+    Raises `UserError` where files are missing or damaged, or where the adapter is not plain LoRA of linear modules.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    _check_plain(config, folder / CONFIG)
+    file = open_safetensors(_weights_file(folder))
+    parameters: dict[str, mx.array] = {}
+    for tensor in file.tensors:
+        try:
+            name = our_name(tensor.name)
+        except ValueError:
+            hint = "only lora_A and lora_B of linear modules are read"
+            raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
+        parameters[name] = mx.array(read_float32(tensor))
+    settings = _to_settings(config, parameters, folder / CONFIG)
+    _check_shapes(settings.rank, parameters, file.path)
+    return settings, parameters
+
+
+def _to_config(settings: LoraSettings, modules: list[str], base_model: str) -> dict[str, Any]:
+    alpha = settings.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": None,
+        "inference_mode": True,
+        "r": settings.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "use_dora": False,
+        "init_lora_weights": True if settings.init == "kaiming" else settings.init,
+        "target_modules": _target_modules(settings, modules),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "lora_bias": False,
+        "fan_in_fan_out": False,
+        "auto_mapping": None,
+    }
+
+
+def _target_modules(settings: LoraSettings, modules: list[str]) -> list[str]:
+    """Names as PEFT matches them, by the end of a module's path; a group becomes the names of its modules."""
+    names = {target for target in settings.targets if target not in _GROUPS}
+    if len(names) < len(settings.targets):
+        names |= {module.rpartition(".")[2] for module in modules if not _ends(module, names)}
+    return sorted(names)
+
+
+def _to_settings(config: dict[str, Any], parameters: dict[str, mx.array], where: Path) -> LoraSettings:
+    rank, rslora = config.get("r"), config.get("use_rslora", False)
+    alpha, dropout = _number(config.get("lora_alpha")), _number(config.get("lora_dropout", 0.0))
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"r is {rank!r}, and must be 1 or more", where=str(where))
+    if alpha is None:
+        what = f"lora_alpha is {config.get('lora_alpha')!r}, and must be a number"
+        raise UserError(what, where=str(where))
+    if dropout is None or not 0 <= dropout < 1:
+        what = f"lora_dropout is {config['lora_dropout']!r}, and must be from 0 to below 1"
+        raise UserError(what, where=str(where))
+    if type(rslora) is not bool:
+        raise UserError(f"use_rslora is {rslora!r}, and must be true or false", where=str(where))
+    modules = sorted({name.rpartition(".")[0] for name in parameters})
+    init = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
+    targets = _targets(config, modules)
+    return LoraSettings(rank, alpha, dropout, rslora, targets, init)
+
+
+def _number(value: Any) -> float | None:
+    """A finite JSON number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _targets(config: dict[str, Any], modules: list[str]) -> tuple[str, ...]:
+    """The config's list of names where it says all, else the paths of the modules that the file has."""
+    names = config.get("target_modules")
+    partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    if partial or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return tuple(modules)
+    exact = all(_ends(module, set(names)) for module in modules) and all(
+        any(_ends(module, {name}) for module in modules) for name in names
+    )
+    return tuple(sorted(names)) if exact else tuple(modules)
+
+
+def _ends(module: str, names: set[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}"
+        raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint) from None
+    except OSError as error:
+        raise UserError(f"cannot read: {error.strerror or error}", where=str(path)) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {error}", where=str(path)) from error
+    if not isinstance(config, dict):
+        raise UserError("not a mapping of names to values", where=str(path))
+    return config
+
+
+def _check_plain(config: dict[str, Any], where: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"its peft_type is {kind!r}; only LORA adapters are read", where=str(where))
+    for name, neutral in _NEUTRAL.items():
+        value = config.get(name)
+        if not any(value is other or (value == other and type(value) is type(other)) for other in neutral):
+            raise UserError(
+                f"{name} is {json.dumps(value)}, which is not supported",
+                where=str(where),
+                hint="only plain LoRA is read; merge this adapter with PEFT and start from the merged model",
+            )
+
+
+def _weights_file(folder: Path) -> Path:
+    path = folder / WEIGHTS
+    if path.is_file():
+        return path
+    if (folder / "adapter_model.bin").is_file():
+        raise UserError(
+            "its weights are a pickled adapter_model.bin, which is not read because it can run code",
+            where=str(folder),
+            hint="open it with PEFT and save it again with `save_pretrained`, which writes safetensors",
+        )
+    raise UserError(f"not an adapter folder: no {WEIGHTS}", where=str(folder))
+
+
+def _check_shapes(rank: int, parameters: dict[str, mx.array], where: Path) -> None:
+    """Every module has both matrices, and they agree with the rank."""
+    if not parameters:
+        raise UserError("this adapter has no tensors", where=str(where))
+    for name, value in parameters.items():
+        module, _, half = name.rpartition(".")
+        other = _HALVES[1 - _HALVES.index(half)]
+        if f"{module}.{other}" not in parameters:
+            raise UserError(f"{peft_name(f'{module}.{other}')} is missing", where=str(where))
+        if value.ndim != 2 or value.shape[_HALVES.index(half)] != rank:
+            form = f"[{rank}, in]" if half == "lora_A" else f"[out, {rank}]"
+            what = f"{peft_name(name)} is {list(value.shape)}, and rank {rank} asks for {form}"
+            raise UserError(what, where=str(where))

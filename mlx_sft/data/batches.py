@@ -1,0 +1,178 @@
+"""Examples → a deterministic plan: optimizer steps, and the micro-batches that each is computed in.
+
+    lengths 12 96 100 14 ─► sorted 12 14 | 96 100 ─► [2, 16] and [2, 112]: padded tokens stay near real ones
+
+A step is a random set of examples; how it is cut changes its cost, never its result. The plan is a pure function of its
+arguments, so that a resumed run goes on with the very step that the killed one would have taken. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_sft.data.encode import IGNORED, Example
+
+CALL_COST = 32
+"""What one more call costs, in tokens: reading the weights again and launching the kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows that are computed at once: indices of examples, right-padded to `width` tokens."""
+
+    rows: tuple[int, ...]
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        number: From 1.
+        epoch: How many passes over the data are done when the step is.
+        ends_epoch: Whether it is the last of its pass.
+        rows: Indices of the examples in it.
+    """
+
+    number: int
+    epoch: float
+    ends_epoch: bool
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro-batch as arrays. Labels are already shifted: the hidden state at a position predicts its target.
+
+    Attributes:
+        token_ids: [rows, width] int32, right-padded with 0 (a causal model never looks right).
+        positions: [supervised] int32, indices into rows × width.
+        targets: [supervised] int32.
+        tokens: Real tokens in it.
+    """
+
+    token_ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    tokens: int
+
+
+class Plan:
+    """The steps of a run.
+
+    Args:
+        rows: Number of examples.
+        batch_size: Examples a step; the last step of an epoch takes what is left, so that none is dropped.
+        epochs: Passes over the data.
+        max_steps: Number of steps instead, over as many passes as they need.
+        seed: Of the order, which is another one each epoch.
+        shuffle: Whether there is a random order at all.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        batch_size: int,
+        epochs: int = 1,
+        max_steps: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.steps_per_epoch = -(-rows // batch_size)
+        self.total_steps = max_steps or epochs * self.steps_per_epoch
+        self._seed = seed
+        self._shuffle = shuffle
+
+    def steps(self, after: int = 0) -> Iterator[Step]:
+        """The steps that follow step number `after`."""
+        order, order_epoch = np.arange(self.rows), -1
+        for number in range(after + 1, self.total_steps + 1):
+            epoch, within = divmod(number - 1, self.steps_per_epoch)
+            if self._shuffle and epoch != order_epoch:
+                order = np.random.default_rng([self._seed, epoch]).permutation(self.rows)
+                order_epoch = epoch
+            rows = order[within * self.batch_size : (within + 1) * self.batch_size]
+            done = min((within + 1) * self.batch_size, self.rows)
+            yield Step(
+                number=number,
+                epoch=epoch + done / self.rows,
+                ends_epoch=within + 1 == self.steps_per_epoch,
+                rows=tuple(int(row) for row in rows),
+            )
+
+
+def needed_length(example: Example) -> int:
+    """Tokens that must be computed: those before the last supervised one, which needs no prediction of its own."""
+    return int(np.flatnonzero(example.labels != IGNORED)[-1])
+
+
+def round_up(length: int) -> int:
+    """The next width of a small fixed grid, at most an eighth (or 7 tokens) above; `mx.compile` keeps a trace a shape."""
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // step) * step
+
+
+def cut(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[MicroBatch]:
+    """Cut a step's rows, sorted by length, where padded tokens plus `CALL_COST` a call are fewest.
+
+    Args:
+        rows: Indices of examples.
+        lengths: Needed length of every example.
+        token_budget: Padded tokens that fit at once; a single longer row goes alone.
+    """
+    ordered = sorted(rows, key=lambda row: (lengths[row], row))
+    widths = [round_up(lengths[row]) for row in ordered]
+    best: list[tuple[int, int]] = [(0, 0)]  # cost of the first `end` rows, and where their last cut is
+    for end in range(1, len(ordered) + 1):
+        width = widths[end - 1]
+        starts = (s for s in range(end) if s == end - 1 or (end - s) * width <= token_budget)
+        best.append(min((best[s][0] + (end - s) * width + CALL_COST, s) for s in starts))
+    micro_batches = []
+    end = len(ordered)
+    while end > 0:
+        start = best[end][1]
+        micro_batches.append(MicroBatch(tuple(ordered[start:end]), widths[end - 1]))
+        end = start
+    return micro_batches[::-1]
+
+
+def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
+    """A micro-batch's arrays.
+
+    ```
+    token_ids  a b C D e F .     capitals are supervised
+    position     ^ ^   ^         the hidden states at b, C (learning C, D) and e (learning F) count
+    targets      C D   F
+    ```
+    """
+    token_ids = np.zeros((len(micro_batch.rows), micro_batch.width), np.int32)
+    positions, targets, tokens = [], [], 0
+    for row, index in enumerate(micro_batch.rows):
+        example = examples[index]
+        length = needed_length(example)
+        token_ids[row, :length] = example.token_ids[:length]
+        learnt = np.flatnonzero(example.labels[1:] != IGNORED)
+        positions.append(row * micro_batch.width + learnt)
+        targets.append(example.labels[1:][learnt])
+        tokens += len(example.token_ids)
+    return Batch(
+        token_ids,
+        np.concatenate(positions).astype(np.int32),
+        np.concatenate(targets).astype(np.int32),
+        tokens,
+    )
+
+
+def cut_all(lengths: Sequence[int], token_budget: int, rows_at_once: int) -> list[MicroBatch]:
+    """All rows cut for evaluation, where there are no steps: similar lengths together, whatever their order."""
+    ordered = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    groups = (ordered[i : i + rows_at_once] for i in range(0, len(ordered), rows_at_once))
+    return [micro for group in groups for micro in cut(group, lengths, token_budget)]

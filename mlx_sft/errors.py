@@ -1,0 +1,41 @@
+"""The one exception that a person sees without a traceback.
+
+Knows nothing of terminals: the library raises, the command line prints.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+FAILURE = 1
+USAGE = 2
+
+
+class UserError(Exception):
+    """Something the user can put right.
+
+    Args:
+        what: What is wrong, in one plain sentence.
+        where: The place: `chats.jsonl:17`, `config.yaml: rank`, a folder; empty where there is none.
+        hint: A way out; empty where there is none.
+        exit_code: `FAILURE` (1), or `USAGE` (2) for an option or a setting that cannot be.
+    """
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "", exit_code: int = FAILURE) -> None:
+        self.what = what
+        self.where = where
+        self.hint = hint
+        self.exit_code = exit_code
+        super().__init__(self.__str__())
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        way_out = f"\nhint: {self.hint}" if self.hint else ""
+        return f"{place}{self.what}{way_out}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean "epochs"?` for the nearest of the known names, else an empty string."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f'did you mean "{nearest[0]}"?' if nearest else ""

@@ -1,0 +1,68 @@
+"""The verb `eval`: a run's loss on a file. Knows nothing of the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.convert.adapted import load_run
+from mlx_sft.data.batches import cut_all
+from mlx_sft.data.prepare import prepare_file
+from mlx_sft.data.report import SourceReport
+from mlx_sft.methods import Parameters
+from mlx_sft.model.head import SplitModel
+from mlx_sft.training.step import Evaluation, Learner, lengths_of
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """An evaluation, and what became of the rows it was asked for."""
+
+    evaluation: Evaluation
+    report: SourceReport
+
+    def describe(self, *, as_json: bool = False) -> str:
+        """A line for a person, or of JSON."""
+        result = self.evaluation
+        perplexity = math.exp(min(result.loss, 700.0))
+        if as_json:
+            return json.dumps(asdict(result) | {"perplexity": perplexity, "rows": self.report.kept})
+        return (
+            f"loss {result.loss:.4f}  perplexity {perplexity:.2f}  "
+            f"token accuracy {result.token_accuracy:.1%}  "
+            f"({self.report.kept} rows, {result.supervised_tokens} supervised tokens)"
+        )
+
+
+class _Untouched:
+    """No method: the model is evaluated as it stands."""
+
+    def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
+        pass
+
+
+def evaluate(run: str | Path, data: str, *, base: bool = False) -> EvaluationResult:
+    """Token-mean loss and accuracy of a run's model on a data source.
+
+    Args:
+        run: The folder that `train` made.
+        data: In any form that `train` takes.
+        base: Evaluate the model as it was before training.
+
+    Raises:
+        UserError: If the run or the data cannot be used.
+    """
+    loaded = load_run(run, base=base)
+    config: TrainConfig = loaded.train_config
+    examples, report = prepare_file(data, config, loaded.tokenizer)
+    vocabulary = int(loaded.config.get("vocab_size") or len(loaded.tokenizer))
+    learner = Learner(SplitModel(loaded.model), _Untouched(), vocabulary)
+    lengths = lengths_of(examples)
+    micro_batches = cut_all(lengths, config.micro_batch_tokens or max(lengths), config.batch_size)
+    return EvaluationResult(learner.evaluate({}, examples, micro_batches), report)

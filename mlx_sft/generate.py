@@ -1,0 +1,69 @@
+"""Text from a model, through mlx-lm. Knows prompts and tokens; knows nothing of runs or of the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_lm import stream_generate
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_sft.errors import UserError
+from mlx_sft.model.load import LoadedModel
+
+Prompt = str | list[dict[str, Any]]
+"""What a user says, or a conversation so far."""
+
+
+def stream_text(
+    loaded: LoadedModel, prompt: Prompt, *, max_tokens: int = 256, temperature: float = 0.0
+) -> Iterator[str]:
+    """The model's answer, piece by piece, up to its end of turn.
+
+    Args:
+        prompt: Rendered with the tokenizer's chat template; as plain text where it has none.
+        max_tokens: The longest answer.
+        temperature: 0 takes the likeliest token each time.
+
+    Raises:
+        UserError: If the chat template rejects the conversation.
+    """
+    tokenizer = TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded))
+    for response in stream_generate(
+        loaded.model,
+        tokenizer,
+        prompt_tokens(loaded, prompt),
+        max_tokens=max_tokens,
+        sampler=make_sampler(temp=temperature),
+    ):
+        yield response.text
+
+
+def generate_text(loaded: LoadedModel, prompt: Prompt, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
+    """The model's whole answer; see `stream_text`."""
+    return "".join(stream_text(loaded, prompt, max_tokens=max_tokens, temperature=temperature))
+
+
+def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, with the header of the turn that the model is to write."""
+    tokenizer: Any = loaded.tokenizer
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the chat template rejects this conversation: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def end_tokens(loaded: LoadedModel) -> list[int]:
+    """Every token that ends a turn: the tokenizer's, the config's and the generation config's."""
+    found: list[Any] = [loaded.tokenizer.eos_token_id, loaded.config.get("eos_token_id")]
+    generation_config = loaded.path / "generation_config.json"
+    if generation_config.is_file():
+        found.append(json.loads(generation_config.read_text()).get("eos_token_id"))
+    flat = [i for ids in found for i in (ids if isinstance(ids, list) else [ids])]
+    return sorted({i for i in flat if i is not None})

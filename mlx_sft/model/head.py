@@ -1,0 +1,111 @@
+"""A causal language model split into body and head, and proved equal to the whole before it is trusted.
+
+    token_ids ─► body ─► hidden_states ─► head ─► logits
+
+The split needs no knowledge of the family: the head is the model's own code, run with a stand-in where its body was that
+answers with given hidden states. So soft-capping, scaled logits and tied embeddings are whatever the model makes of them.
+Knows nothing of losses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+_BODY_NAMES = ("model", "transformer", "backbone")
+
+
+class _StandIn:
+    """Stands where the body stood: answers any call with the given hidden states, anything else as the body does."""
+
+    def __init__(self, body: nn.Module, hidden_states: mx.array) -> None:
+        self._body = body
+        self._hidden_states = hidden_states
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        return self._hidden_states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
+
+
+class SplitModel:
+    """A causal model as `logits(hidden_states(token_ids))`.
+
+    Attributes:
+        model: The whole model.
+        body_name: The attribute that holds the body; None where the split does not hold. Then `hidden_states` is the whole
+            model and `logits` the identity, which is as exact and keeps the logits of every position.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.body_name = next((name for name in _BODY_NAMES if self._is_body(name)), None)
+        if self.body_name is not None and not self._holds_on_probe():
+            self.body_name = None
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The repeated layers, as the list that the model itself goes through."""
+        owner = self.model if self.body_name is None else getattr(self.model, self.body_name)
+        layers: list[nn.Module] = owner.layers
+        return layers
+
+    @property
+    def layers_prefix(self) -> str:
+        """What the names of the layers' parameters begin with, such as `model.layers.`."""
+        return f"{self.body_name}.layers." if self.body_name else ""
+
+    def hidden_states(self, token_ids: mx.array) -> mx.array:
+        """[rows, width] → [rows, width, hidden]."""
+        body = self.model if self.body_name is None else getattr(self.model, self.body_name)
+        states: mx.array = body(token_ids)
+        return states
+
+    def logits(self, hidden_states: mx.array) -> mx.array:
+        """[positions, hidden] → [positions, vocabulary]."""
+        if self.body_name is None:
+            return hidden_states
+        states = hidden_states[None]
+        stand_in = _StandIn(getattr(self.model, self.body_name), states)
+        # An instance attribute comes before a Module's children, which live in its dictionary.
+        object.__setattr__(self.model, self.body_name, stand_in)
+        try:
+            logits: mx.array = self.model(mx.zeros(states.shape[:2], mx.int32))
+        finally:
+            object.__delattr__(self.model, self.body_name)
+        return logits[0]
+
+    def _is_body(self, name: str) -> bool:
+        body = getattr(self.model, name, None)
+        return isinstance(body, nn.Module) and isinstance(getattr(body, "layers", None), list)
+
+    def _holds_on_probe(self) -> bool:
+        """Compare with the unsplit model on a few tokens, with right padding."""
+        token_ids = mx.array([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 0, 0]])
+        whole = self.model(token_ids)
+        try:
+            hidden_states: Any = self.hidden_states(token_ids)
+            if not isinstance(hidden_states, mx.array) or hidden_states.ndim != 3:
+                return False
+            parts = self.logits(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        except (TypeError, ValueError, AttributeError):
+            return False
+        if parts.size != whole.size:
+            return False
+        whole, parts = whole.astype(mx.float32), parts.reshape(whole.shape).astype(mx.float32)
+        tolerance = 1e-4 if self.model_dtype() == mx.float32 else 2e-2
+        return bool((mx.abs(whole - parts).max() <= tolerance * mx.abs(whole).max()).item())
+
+    def model_dtype(self) -> mx.Dtype:
+        """Precision of the hidden states' arithmetic: that of the layers' first floating weight."""
+        return next(iter(floating_weights(self.model).values())).dtype
+
+
+def floating_weights(model: nn.Module) -> dict[str, mx.array]:
+    """Every floating weight of a model by its MLX name."""
+    weights: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    return {n: w for n, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)}

@@ -1,0 +1,188 @@
+"""The run folder: the one place that knows its file names, and how a file is written so that it is whole or absent.
+
+Knows nothing of what the files mean.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlx_sft.errors import UserError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write into a `UserError` that names the place and a way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space; what was written before is intact, and a run goes on with --resume"
+            raise UserError("the disk is full", where=str(path), hint=hint) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            hint = "choose a folder that you may write to"
+            raise UserError("no permission to write here", where=str(path), hint=hint) from error
+        raise UserError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is the old one or the new one at every instant, never a part."""
+    write_file_with(path, lambda temporary: _write(temporary, content))
+
+
+def write_file_with(path: Path, write: Callable[[Path], None]) -> None:
+    """As `write_file`, where `write(temporary_path)` does the writing.
+
+    The temporary name keeps the suffix, because some writers choose their format by it.
+    """
+    temporary = path.with_name(f".writing-{path.name}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            sync_file(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; rename it to `path` when the block ends well, remove it when not.
+
+    A folder already at `path` is replaced.
+    """
+    temporary = path.with_name(f".writing-{path.name}")
+    with disk_errors(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
+                sync_folder(folder)
+            _replace_folder(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_folder(path.parent)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".replaced-{path.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old)
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+class RunFolder:
+    """A run on disk.
+
+    ```
+    runs/x/
+      config.yaml         the resolved configuration; `mlx-sft train --config` on it repeats the run
+      environment.json    versions and machine
+      data_report.json    every input row: kept, truncated or dropped, and why
+      metrics.jsonl       a line an optimizer step and an evaluation
+      adapter/            PEFT's files: the best by validation loss, else the last (weights/ for --method full)
+      last/               the last, where adapter/ holds an earlier, better one
+      checkpoints/        step-00000050/, ...: what --resume continues from
+      README.md           a model card
+    ```
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.data_report = self.path / "data_report.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.adapter = self.path / "adapter"
+        self.weights = self.path / "weights"
+        self.last = self.path / "last"
+        self.checkpoints = self.path / "checkpoints"
+        self.card = self.path / "README.md"
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """Make a new, empty run folder; refuse one that holds anything."""
+        run = cls(path)
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            resume = f"continue it with --resume {run.path}, or " if run.config.exists() else ""
+            raise UserError(
+                "this folder already holds something",
+                where=str(run.path),
+                hint=f"{resume}give another --out",
+            )
+        with disk_errors(run.path):
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Open a run that `train` made."""
+        run = cls(path)
+        if not run.config.is_file():
+            raise UserError(
+                "not a run folder: it has no config.yaml",
+                where=str(run.path),
+                hint="give the folder that `mlx-sft train` printed last, such as runs/...",
+            )
+        return run
+
+    @staticmethod
+    def default_path(model: str) -> Path:
+        """`runs/qwen3-0.6b-20260131-154500`, numbered further where that is taken."""
+        base = f"{Path(model).name.lower()}-{datetime.now():%Y%m%d-%H%M%S}"
+        path = Path("runs") / base
+        number = 2
+        while path.exists():
+            path = Path("runs") / f"{base}-{number}"
+            number += 1
+        return path
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a whole checkpoint, ascending."""
+        names = (p.name for p in self.checkpoints.glob("step-*") if p.is_dir())
+        return sorted(int(name.removeprefix("step-")) for name in names)

@@ -1,0 +1,129 @@
+"""Checkpoints: everything that an exact resume needs, written whole or not at all.
+
+    checkpoints/step-00000050/
+      parameters.safetensors   the trained arrays, float32
+      optimizer.safetensors    AdamW's moments, step and rate
+      state.json               position in the data, random state, best evaluation, hashes of config, data and model
+
+Knows nothing of how a step is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_sft.errors import UserError
+from mlx_sft.methods import Parameters
+from mlx_sft.runs import RunFolder, to_json, write_folder
+from mlx_sft.training.optim import AdamW
+
+_PARAMETERS = "parameters.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after a step.
+
+    Attributes:
+        step: Optimizer steps taken; the plan is a pure function of it, so that it is also the position in the data.
+        metrics_bytes: Length of `metrics.jsonl`; what was written after it will be written again.
+        best_loss: Lowest validation loss, at `best_step`; None before the first evaluation.
+        evaluations_without_better: In a row, up to now.
+        skipped: Steps left out because loss or gradient was not finite; `skipped_in_a_row` of them just now.
+        stopped: Whether the run ended before its last step because validation got no better.
+    """
+
+    step: int = 0
+    metrics_bytes: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_better: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    stopped: bool = False
+
+    def after(self, **changes: Any) -> Progress:
+        return replace(self, **changes)
+
+
+def dropout_key(seed: int, step: int) -> mx.array:
+    """The random state of a step: a function of the seed and its number, so that no step depends on the one before."""
+    return mx.random.split(mx.random.key(seed), 2)[1] + mx.array([0, step], mx.uint32)
+
+
+def save(
+    run: RunFolder,
+    progress: Progress,
+    parameters: Parameters,
+    optimizer: AdamW,
+    identity: dict[str, str],
+    *,
+    seed: int,
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`.
+
+    Args:
+        identity: Hashes of config, data and model; `load` refuses others.
+    """
+    folder = run.checkpoint(progress.step)
+    state = {
+        "progress": asdict(progress),
+        "random_state": dropout_key(seed, progress.step + 1).tolist(),
+        "identity": identity,
+    }
+    with write_folder(folder) as temporary:
+        mx.save_safetensors(str(temporary / _PARAMETERS), parameters)
+        mx.save_safetensors(str(temporary / _OPTIMIZER), optimizer.flat_state())
+        (temporary / _STATE).write_text(to_json(state))
+    for step in run.checkpoint_steps()[:-keep]:
+        shutil.rmtree(run.checkpoint(step))
+    return folder
+
+
+def load(
+    run: RunFolder, parameters: Parameters, optimizer: AdamW, identity: dict[str, str]
+) -> tuple[Progress, Parameters]:
+    """The state of the newest checkpoint; the optimizer takes up its own. A run without one is at its beginning.
+
+    Raises:
+        UserError: If it belongs to other data, settings or another model, or cannot be read.
+    """
+    steps = run.checkpoint_steps()
+    if not steps:
+        return Progress(), parameters
+    folder = run.checkpoint(steps[-1])
+    hint = "remove this folder; the run then goes on from the checkpoint before it"
+    try:
+        state = json.loads((folder / _STATE).read_text())
+        saved = _load_arrays(folder / _PARAMETERS)
+        moments = _load_arrays(folder / _OPTIMIZER)
+        progress = Progress(**state["progress"])
+        changed = [name for name, value in identity.items() if state["identity"][name] != value]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"damaged checkpoint: {error}", where=str(folder), hint=hint) from error
+    if changed:
+        raise UserError(f"{' and '.join(changed)} changed since this checkpoint was written", where=str(folder))
+    if {n: v.shape for n, v in saved.items()} != {n: v.shape for n, v in parameters.items()}:
+        raise UserError("damaged checkpoint: other parameters", where=str(folder), hint=hint)
+    try:
+        optimizer.load_flat_state(moments)
+    except KeyError as error:
+        raise UserError(f"damaged checkpoint: no {error}", where=str(folder), hint=hint) from error
+    return progress, {name: saved[name] for name in parameters}
+
+
+def _load_arrays(path: Path) -> Parameters:
+    arrays = mx.load(str(path))
+    if not isinstance(arrays, dict):
+        raise ValueError(f"{path.name} holds no named arrays")
+    mx.eval(arrays)
+    return arrays

@@ -1,0 +1,238 @@
+"""The training loop. Every decision was made before it; here steps are taken, measured, evaluated and saved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import mlx.core as mx
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.console import Console
+from mlx_sft.convert.trained import save_trained, trained_folder
+from mlx_sft.data.batches import Step, cut, cut_all
+from mlx_sft.errors import UserError
+from mlx_sft.runs import disk_errors, write_file
+from mlx_sft.training import checkpoint
+from mlx_sft.training.card import model_card
+from mlx_sft.training.optim import clip, global_norm, learning_rate
+from mlx_sft.training.setup import Job, prepare_job
+from mlx_sft.training.step import lengths_of, to_float
+
+_INTERRUPTED = 130
+
+_MOST_SKIPPED = 5
+"""Steps in a row without a finite gradient after which a run stops."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        run_dir: Its folder.
+        steps: Optimizer steps taken in all.
+        loss: Training loss of the last step; None where it was skipped, or nothing was left to do.
+        best_loss: Lowest validation loss; None without validation rows.
+        skipped: Steps left out because loss or gradient was not finite.
+    """
+
+    run_dir: Path
+    steps: int
+    loss: float | None
+    best_loss: float | None
+    skipped: int
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Fine-tune a model as configured, or continue a run (`config.resume`) exactly where it stopped.
+
+    Raises:
+        UserError: For anything in data, model or configuration that cannot be; earlier results stay as they are.
+    """
+    console = Console(quiet=config.quiet, json_lines=config.json_lines)
+    job = prepare_job(config, console)
+    loss = None
+    with _interruptible(job), _metrics(job) as metrics:
+        started, first = time.perf_counter(), job.progress.step
+        remaining = () if job.progress.stopped else job.plan.steps(after=first)
+        for step in remaining:
+            record = _take(job, step)
+            loss = record["loss"]
+            _write(metrics, record)
+            per_step = (time.perf_counter() - started) / (step.number - first)
+            console.step(record, job.plan.total_steps, per_step * (job.plan.total_steps - step.number))
+            if job.data.valid and _due(job.config.eval_every, step, job):
+                _evaluate(job, step, metrics)
+            if job.progress.stopped or _due(job.config.save_every, step, job):
+                _save(job, metrics)
+            _stop_if_lost(job, step, metrics)
+            if job.progress.stopped:
+                console.note(f"stopped after step {step.number}: validation got no better")
+                break
+    _finish(job)
+    progress = job.progress
+    return TrainResult(job.run.path, progress.step, loss, progress.best_loss, progress.skipped)
+
+
+def _take(job: Job, step: Step) -> dict[str, Any]:
+    """One optimizer step: the job's parameters and progress move on; the record of it is returned."""
+    config, started = job.config, time.perf_counter()
+    micro_batches = cut(step.rows, job.lengths, config.micro_batch_tokens or 1)
+    key = checkpoint.dropout_key(config.seed, step.number) if config.dropout else None
+    loss, gradients = job.learner.gradient(job.parameters, job.data.train, micro_batches, key)
+    norm = global_norm(gradients)
+    mx.eval(norm)
+    finite = math.isfinite(to_float(loss)) and math.isfinite(to_float(norm))
+    rate = learning_rate(config, step.number, job.plan.total_steps)
+    if finite:
+        clipped = clip(gradients, norm, config.max_grad_norm)
+        job.parameters = job.optimizer.update(job.parameters, clipped, rate)
+        mx.eval(job.parameters, job.optimizer.state)
+    del gradients
+    seconds = time.perf_counter() - started
+    examples = [job.data.train[row] for row in step.rows]
+    tokens = sum(len(example) for example in examples)
+    record: dict[str, Any] = {
+        "kind": "train",
+        "step": step.number,
+        "epoch": round(step.epoch, 6),
+        "loss": to_float(loss) if finite else None,
+        "learning_rate": rate,
+        "grad_norm": to_float(norm) if finite else None,
+        "tokens": tokens,
+        "supervised_tokens": sum(example.supervised_tokens for example in examples),
+        "tokens_per_second": round(tokens / seconds, 2),
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "seconds": round(seconds, 4),
+    }
+    skipped = 0 if finite else 1
+    if skipped:
+        record["skipped_rows"] = [example.origin for example in examples]
+        rows = ", ".join(record["skipped_rows"])
+        job.console.warn(f"step {step.number} skipped, its gradient is not finite; rows {rows}")
+    job.progress = job.progress.after(
+        step=step.number,
+        skipped=job.progress.skipped + skipped,
+        skipped_in_a_row=job.progress.skipped_in_a_row + 1 if skipped else 0,
+    )
+    return record
+
+
+def _evaluate(job: Job, step: Step, metrics: TextIO) -> None:
+    """Loss over the whole validation set; the best parameters so far become the run's result."""
+    started = time.perf_counter()
+    lengths = lengths_of(job.data.valid)
+    budget = job.config.micro_batch_tokens or 1
+    result = job.learner.evaluate(job.parameters, job.data.valid, cut_all(lengths, budget, job.config.batch_size))
+    best_loss = job.progress.best_loss
+    better = math.isfinite(result.loss) and (best_loss is None or result.loss < best_loss)
+    record = {
+        "kind": "evaluation",
+        "step": step.number,
+        "epoch": round(step.epoch, 6),
+        "loss": result.loss if math.isfinite(result.loss) else None,
+        "perplexity": math.exp(min(result.loss, 700)) if math.isfinite(result.loss) else None,
+        "token_accuracy": result.token_accuracy,
+        "tokens": result.tokens,
+        "supervised_tokens": result.supervised_tokens,
+        "best": better,
+        "seconds": round(time.perf_counter() - started, 4),
+    }
+    _write(metrics, record)
+    job.console.evaluation(record)
+    if better:
+        job.progress = job.progress.after(best_loss=result.loss, best_step=step.number, evaluations_without_better=0)
+        _save_result(job, trained_folder(job.run, job.method))
+    else:
+        without = job.progress.evaluations_without_better + 1
+        stopped = job.config.early_stop is not None and without >= job.config.early_stop
+        job.progress = job.progress.after(evaluations_without_better=without, stopped=stopped)
+
+
+def _due(every: int | str, step: Step, job: Job) -> bool:
+    """Whether something that happens every so often, and always after the last step, happens after this one."""
+    last = step.number == job.plan.total_steps
+    return last or (step.ends_epoch if every == "epoch" else step.number % int(every) == 0)
+
+
+def _save(job: Job, metrics: TextIO) -> None:
+    with disk_errors(job.run.metrics):
+        metrics.flush()
+        os.fsync(metrics.fileno())
+        job.progress = job.progress.after(metrics_bytes=metrics.tell())
+    checkpoint.save(
+        job.run,
+        job.progress,
+        job.parameters,
+        job.optimizer,
+        job.identity,
+        seed=job.config.seed,
+        keep=job.config.keep,
+    )
+    if job.progress.best_step is None:
+        _save_result(job, trained_folder(job.run, job.method))
+
+
+def _stop_if_lost(job: Job, step: Step, metrics: TextIO) -> None:
+    if job.progress.skipped_in_a_row < _MOST_SKIPPED:
+        return
+    _save(job, metrics)
+    raise UserError(
+        f"{_MOST_SKIPPED} steps in a row had no finite gradient, the last of them step {step.number}; "
+        "the last good state is saved",
+        where=str(job.run.path),
+        hint="lower --lr, look at the rows named above, or train with --dtype float32",
+    )
+
+
+def _finish(job: Job) -> None:
+    """The run's result in its place: the best by validation loss, else the last; and the last beside it."""
+    best = job.progress.best_step
+    if best is not None and best != job.progress.step:
+        _save_result(job, job.run.last)
+    write_file(job.run.card, model_card(job.config, job.base.config, job.data.report, job.progress))
+    job.console.stop()
+
+
+def _save_result(job: Job, folder: Path) -> None:
+    save_trained(folder, job.method, job.parameters, job.config.model)
+
+
+@contextmanager
+def _metrics(job: Job) -> Iterator[TextIO]:
+    """`metrics.jsonl`, cut back to what the checkpoint knows of."""
+    with disk_errors(job.run.metrics):
+        job.run.metrics.touch()
+        os.truncate(job.run.metrics, job.progress.metrics_bytes)
+    with job.run.metrics.open("a", encoding="utf-8") as file:
+        try:
+            yield file
+        finally:
+            job.console.stop()
+
+
+@contextmanager
+def _interruptible(job: Job) -> Iterator[None]:
+    """Ctrl-C ends a run with the command that continues it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise UserError(
+            f"interrupted after step {job.progress.step}",
+            hint=f"continue with: mlx-sft train --resume {job.run.path}",
+            exit_code=_INTERRUPTED,
+        ) from None
+
+
+def _write(metrics: TextIO, record: dict[str, Any]) -> None:
+    with disk_errors(Path(metrics.name)):
+        metrics.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        metrics.flush()

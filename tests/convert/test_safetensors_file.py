@@ -1,0 +1,162 @@
+"""A file's header is checked, and bfloat16 is rounded as PyTorch rounds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from mlx_sft.convert.safetensors_file import (
+    from_float32,
+    open_safetensors,
+    read_bytes,
+    read_float32,
+    read_rows,
+    to_float32,
+    write_safetensors,
+)
+from mlx_sft.errors import UserError
+
+
+def _file(path: Path, header: object, body: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    return path
+
+
+def _entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def test_every_float_dtype_is_read_exactly(tmp_path: Path) -> None:
+    values = torch.tensor([[1.5, -2.0, 3e-5], [0.1, 65504.0, -0.0]])
+    tensors = {str(dtype): values.to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+
+    file = open_safetensors(tmp_path / "x.safetensors")
+
+    assert file.metadata == {"format": "pt"}
+    assert {tensor.name for tensor in file.tensors} == set(tensors)
+    for tensor in file.tensors:
+        expected = tensors[tensor.name].float().numpy()
+        np.testing.assert_array_equal(read_float32(tensor), expected)
+        np.testing.assert_array_equal(read_rows(tensor, 1, 2), expected[1:2])
+
+
+def test_scalars_and_empty_tensors_are_read(tmp_path: Path) -> None:
+    save_file({"one": torch.tensor(7.0), "none": torch.zeros(0, 3)}, tmp_path / "x.safetensors")
+
+    tensors = {t.name: t for t in open_safetensors(tmp_path / "x.safetensors").tensors}
+
+    assert read_float32(tensors["one"]) == 7.0
+    assert read_float32(tensors["none"]).shape == (0, 3)
+    assert list(read_bytes(tensors["none"])) == []
+
+
+def test_rounding_to_bfloat16_is_pytorchs() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
+    ties = (np.arange(2**12, dtype=np.uint32) << 20) | 0x8000
+    odd_ties = ties | 0x10000
+    nan_below = np.array([0x7F800001, 0xFF80FFFF, 0x7FFFFFFF], np.uint32)
+    edges = np.array([0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x80000000, 0], np.uint32)
+    values = np.concatenate([bits, ties, odd_ties, nan_below, edges]).view(np.float32)
+
+    ours = to_float32(from_float32(values, "BF16"), "BF16")
+
+    np.testing.assert_array_equal(ours, torch.tensor(values).bfloat16().float().numpy())
+    assert np.isnan(ours[-8:-5]).all()
+
+
+def test_float16_rounds_as_pytorch_and_overflows_to_infinity() -> None:
+    values = np.array([1 / 3, -7e4, 65519.0, 1e-8], np.float32)
+    rounded = from_float32(values, "F16")
+    np.testing.assert_array_equal(rounded, torch.tensor(values).half().numpy())
+    assert np.isinf(rounded[1])
+
+
+def test_what_is_written_opens_with_the_formats_own_reader(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    b, a = np.arange(6, dtype=np.float32).reshape(2, 3), np.float16([1.0, 2.0])
+
+    write_safetensors(
+        path,
+        [("b", "F32", (2, 3)), ("ä", "F16", (2,))],
+        [[b[:1].tobytes(), b[1:].tobytes()], [a.tobytes()]],
+        {"format": "pt"},
+    )
+
+    loaded = load_file(path)
+    np.testing.assert_array_equal(loaded["b"], b)
+    np.testing.assert_array_equal(loaded["ä"], a)
+    assert [tensor.name for tensor in open_safetensors(path).tensors] == ["b", "ä"]
+
+
+def test_too_few_bytes_for_a_tensor_are_never_written_silently(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="4 bytes written, 8 announced"):
+        write_safetensors(tmp_path / "x", [("a", "F32", (2,))], [[b"1234"]], {})
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "problem"),
+    [
+        (b"not json", b"", "not JSON"),
+        (b"\xff\xfe", b"", "not JSON"),
+        (b"[" * 100_000, b"", "not JSON"),
+        (b'{"a": 1, "a": 2}', b"", "given twice"),
+        ([], b"", "not a mapping"),
+        ({"__metadata__": {"format": 1}}, b"", "metadata"),
+        ({"a": 3}, b"", "not described"),
+        ({"a": {"dtype": "F32"}}, b"", "not described"),
+        ({"a": _entry(dtype="F33")}, bytes(8), "unknown dtype"),
+        ({"a": _entry(dtype=["F32"])}, bytes(8), "unknown dtype"),
+        ({"a": _entry(shape=[-2])}, bytes(8), "shape and offsets"),
+        ({"a": _entry(shape=[True, 2])}, bytes(8), "shape and offsets"),
+        ({"a": _entry(shape=[2.0])}, bytes(8), "shape and offsets"),
+        ({"a": _entry(offsets=[0])}, bytes(8), "shape and offsets"),
+        ({"a": _entry(shape=[3])}, bytes(8), "8 bytes, which is not F32"),
+        ({"a": _entry(offsets=[8, 0])}, bytes(8), "which is not F32"),
+        ({"a": _entry()}, bytes(7), "header describes"),
+        ({"a": _entry()}, bytes(9), "header describes"),
+        ({"a": _entry(), "b": _entry(offsets=[4, 12])}, bytes(12), "overlaps"),
+        ({"a": _entry(), "b": _entry()}, bytes(16), "overlaps"),
+        ({"a": _entry(), "b": _entry(offsets=[12, 20])}, bytes(20), "gap"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, header: object, body: bytes, problem: str) -> None:
+    path = _file(tmp_path / "model.safetensors", header, body)
+    with pytest.raises(UserError, match=problem) as error:
+        open_safetensors(path)
+    assert error.value.where == str(path)
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 8, b"\xff\xff\0\0\0\0\0\0{}"])
+def test_a_header_that_is_cut_short_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="no complete header"):
+        open_safetensors(path)
+
+
+def test_a_git_lfs_pointer_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        open_safetensors(path)
+
+
+def test_a_file_that_is_not_there_is_an_error_of_the_user(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        open_safetensors(tmp_path / "model.safetensors")
+
+
+def test_a_quantized_tensor_is_not_read_as_weights(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2, 2, dtype=torch.uint8)}, tmp_path / "x.safetensors")
+    [tensor] = open_safetensors(tmp_path / "x.safetensors").tensors
+    with pytest.raises(UserError, match="stored as U8"):
+        read_float32(tensor)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mlx_sft.data.encode import IGNORED, Encoder, Example, decoded_segments, encode_conversation, supervised_tokens
+from mlx_sft.data.formats import Conversation, Document
+from mlx_sft.errors import UserError
+
+MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
+MESSAGES = [{"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Hé 👩‍👩‍👧‍👦"}]
+QWEN3 = Path(__file__).parents[2] / ".." / "shared" / "tokenizers" / "qwen3"
+
+
+def learnt(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[int]) -> str:
+    text = tokenizer.decode([token_id for token_id, bit in zip(token_ids, mask, strict=True) if bit])
+    assert isinstance(text, str)
+    return text
+
+
+def test_tokens_are_the_plain_tokenization_and_the_mask_is_on_the_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    token_ids, mask = encode_conversation(tokenizer, MESSAGES)
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert token_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert set(mask) == {0, 1}
+    assert learnt(tokenizer, token_ids, mask) == "Hé 👩‍👩‍👧‍👦<|im_end|>"
+
+
+def test_all_tokens_of_a_character_of_several_bytes_are_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+    _, mask = encode_conversation(tokenizer, MESSAGES)
+    assert sum(mask) == len("Hé 👩‍👩‍👧‍👦".encode()) + 1
+
+
+def test_a_wrapper_of_the_tokenizer_gives_the_same(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Wrapper:
+        """As mlx-lm's: forwards attributes, is not callable, and gives templates arguments of its own."""
+
+        def __init__(self) -> None:
+            self._tokenizer = tokenizer
+            self.eos_token_ids = {tokenizer.eos_token_id}
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._tokenizer, name)
+
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            raise AssertionError("adds arguments of its own")
+
+    assert encode_conversation(Wrapper(), MESSAGES) == encode_conversation(tokenizer, MESSAGES)
+
+
+@pytest.mark.parametrize("messages", [[], ["Hi"]])
+def test_messages_of_another_form_are_refused(tokenizer: PreTrainedTokenizerFast, messages: Any) -> None:
+    with pytest.raises(UserError, match="messages must be a list of objects"):
+        encode_conversation(tokenizer, messages)
+
+
+def test_an_example_has_its_labels_unshifted_and_none_at_its_first_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = Encoder(tokenizer).encode(Conversation("a.jsonl:1", MESSAGES))
+    token_ids, mask = encode_conversation(tokenizer, MESSAGES)
+    assert example.origin == "a.jsonl:1"
+    assert example.token_ids.dtype == example.labels.dtype == np.int32
+    assert example.token_ids.tolist() == token_ids
+    assert example.labels.tolist() == [t if bit else IGNORED for t, bit in zip(token_ids, mask, strict=True)]
+    assert example.supervised_tokens == sum(mask)
+
+
+def test_a_document_is_learnt_whole_with_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = Encoder(tokenizer).encode(Document("a.jsonl:1", "abc"))
+    assert tokenizer.decode(example.token_ids) == "abc<|im_end|>"
+    assert example.labels.tolist() == [IGNORED, *example.token_ids[1:].tolist()]
+    written = Encoder(tokenizer).encode(Document("a.jsonl:1", "abc<|im_end|>"))
+    assert written.token_ids.tolist() == example.token_ids.tolist()
+
+
+def test_a_document_begins_as_the_tokenizer_begins_a_text(make_tokenizer: MakeTokenizer) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(bos="<|begin_of_text|>")
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", begin)]
+    )
+    example = Encoder(tokenizer).encode(Document("a.jsonl:1", "abc"))
+    assert tokenizer.decode(example.token_ids) == "<|begin_of_text|>abc<|im_end|>"
+    assert encode_conversation(tokenizer, MESSAGES)[0][0] != begin
+
+
+def test_a_tokenizer_without_an_end_token_adds_none(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(eos=None)
+    assert tokenizer.decode(Encoder(tokenizer).encode(Document("a:1", "abc")).token_ids) == "abc"
+    token_ids, mask = encode_conversation(tokenizer, MESSAGES)
+    assert learnt(tokenizer, token_ids, mask) == "Hé 👩‍👩‍👧‍👦<|im_end|>"
+
+
+def test_half_a_surrogate_pair_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [{"role": "user", "content": "a\ud83d"}, {"role": "assistant", "content": "b"}]
+    for item in (Conversation("a.jsonl:1", messages), Document("a.jsonl:1", "a\ud83d")):
+        with pytest.raises(UserError, match=r"a\.jsonl:1: holds half of a surrogate pair \(\\ud83d\)"):
+            Encoder(tokenizer).encode(item)
+
+
+def test_only_the_last_turn_is_learnt_where_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+    conversation = Conversation(
+        "a:1", [*MESSAGES, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    )
+    example = Encoder(tokenizer, "last").encode(conversation)
+    assert tokenizer.decode(example.labels[example.labels != IGNORED]) == "y<|im_end|>"
+
+
+def tokens_over(
+    text: str, spans: list[tuple[int, int]], *offsets: tuple[int, int], added: tuple[int, ...] = ()
+) -> list[int]:
+    is_added = np.isin(np.arange(len(offsets)), added)
+    return np.flatnonzero(supervised_tokens(text, spans, np.array(offsets).reshape(-1, 2), is_added)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("offsets", "added", "expected"),
+    [
+        # text:  h:\nab .\nu      span: "ab ." = 3..7
+        ([(0, 3), (3, 5), (5, 7), (7, 8)], (), [1, 2]),
+        ([(0, 2), (2, 5), (5, 9)], (), [1, 2]),  # across either end, sharing letters
+        ([(0, 5), (5, 7)], (0,), [1]),  # an added token that began before
+        ([(0, 3), (3, 3), (3, 5), (5, 7)], (), [2, 3]),  # without width at the border: of what stood before
+        ([(0, 3), (3, 5), (6, 7), (7, 8)], (), [1, 2]),  # the space is left out of its token's place
+        ([(0, 3), (3, 4), (3, 4), (4, 7)], (), [1, 2, 3]),  # two tokens of one character
+        ([(0, 3), (3, 4), (4, 4), (4, 7)], (), [1, 2, 3]),  # the second without width
+        ([], (), []),
+    ],
+)
+def test_tokens_that_overlap_a_span_are_learnt(
+    offsets: list[tuple[int, int]], added: tuple[int, ...], expected: list[int]
+) -> None:
+    assert tokens_over("h:\nab .\nu", [(3, 7)], *offsets, added=added) == expected
+
+
+def test_a_token_past_the_end_that_shares_only_white_space_is_not_learnt() -> None:
+    assert tokens_over("ab \ncd", [(0, 3)], (0, 2), (2, 4), (4, 6)) == [0]
+    assert tokens_over("ab.\ncd", [(0, 3)], (0, 2), (2, 4), (4, 6)) == [0, 1]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=20),
+    st.text(st.characters(exclude_categories=("Cs",)), min_size=1),
+)
+def test_the_learnt_bytes_are_the_answers(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> None:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    token_ids, mask = encode_conversation(tokenizer, messages)
+    assert learnt(tokenizer, token_ids, mask) == f"{answer}<|im_end|>"
+
+
+def test_segments_show_what_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+    example = Encoder(tokenizer).encode(Conversation("a:1", MESSAGES))
+    assert decoded_segments(tokenizer, example) == [
+        ("<|im_start|>user\nHi 😀<|im_end|>\n<|im_start|>assistant\n", False),
+        ("Hé 👩‍👩‍👧‍👦<|im_end|>", True),
+        ("\n", False),
+    ]
+    assert decoded_segments(tokenizer, example.truncated(3)) == [("<|im_start|>us", False)]
+
+
+def test_examples_are_equal_in_content_only_with_equal_tokens_and_labels() -> None:
+    ids, other = np.array([1, 2, 3], np.int32), np.array([-100, 2, 3], np.int32)
+    assert Example("a", ids, other).digest() == Example("b", ids, other).digest()
+    assert (
+        len({Example("a", ids, other).digest(), Example("a", other, ids).digest(), Example("a", ids, ids).digest()})
+        == 3
+    )
+
+
+@pytest.mark.skipif(not QWEN3.is_dir(), reason="the real Qwen 3 tokenizer is not here")
+def test_the_real_qwen3_tokenizer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(QWEN3)
+    token_ids, mask = encode_conversation(tokenizer, MESSAGES)
+    assert token_ids == tokenizer.apply_chat_template(MESSAGES, return_dict=False)
+    assert learnt(tokenizer, token_ids, mask) == "<think>\n\n</think>\n\nHé 👩‍👩‍👧‍👦<|im_end|>"
+    assert mask[-1] == 0

@@ -1,0 +1,435 @@
+"""What is learnt, shown as the text between ⟦ and ⟧."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mlx_sft.data.formats import Conversation
+from mlx_sft.data.template import render
+from mlx_sft.errors import UserError
+
+MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
+Template = Callable[[str], str]
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": 'Köln "Süd"', "days": 3}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "The weather", "parameters": {}}}]
+
+
+def system(content: str) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def tool(content: str) -> dict[str, Any]:
+    return {"role": "tool", "content": content}
+
+
+def shown(
+    tokenizer: PreTrainedTokenizerFast,
+    *messages: dict[str, Any],
+    tools: Any = None,
+    train_on: Any = "all",
+    first_learnt: int = 0,
+    **template_kwargs: Any,
+) -> str:
+    conversation = Conversation("chats.jsonl:17", list(messages), tools, template_kwargs, first_learnt)
+    ends = frozenset({tokenizer.eos_token} if tokenizer.eos_token else ())
+    rendering = render(tokenizer, conversation, train_on=train_on, end_tokens=ends)
+    reference = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **template_kwargs)
+    assert rendering.text == reference
+    text = rendering.text
+    for start, end in sorted(rendering.spans, reverse=True):
+        text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
+    return text
+
+
+def refusal(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], **template_kwargs: Any) -> UserError:
+    with pytest.raises(UserError) as caught:
+        render(tokenizer, Conversation("chats.jsonl:17", list(messages), None, template_kwargs))
+    assert caught.value.where == "chats.jsonl:17"
+    assert caught.value.hint
+    return caught.value
+
+
+# ChatML in its several spellings
+
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+LOOP = "{% for message in messages %}"
+END = "{% endfor %}"
+CHATML_VARIANTS = {
+    "one expression": LOOP + TURN + END + PROMPT,
+    "set in the loop": LOOP
+    + "{% set text = '<|im_start|>' ~ message.role ~ '\n' ~ message.content %}{{ text }}{{ '<|im_end|>\n' }}"
+    + END
+    + PROMPT,
+    "by index": "{% for i in range(messages | length) %}{% set message = messages[i] %}" + TURN + END + PROMPT,
+    "plain text": LOOP
+    + "\n<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    + END
+    + "\n{% if add_generation_prompt %}\n<|im_start|>assistant\n{% endif %}",
+    "prompt inside the loop": LOOP
+    + TURN
+    + "{% if loop.last and add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    + END,
+    "system taken out": "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}"
+    "{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% else %}{% set rest = messages %}{% endif %}"
+    "{% for message in rest %}" + TURN + END + PROMPT,
+    "macro": "{% macro turn(message) %}" + TURN + "{% endmacro %}" + LOOP + "{{ turn(message) }}" + END + PROMPT,
+    "filtered loop": "{% for message in messages if message.role != 'tool' %}" + TURN + END + PROMPT,
+}
+
+
+@pytest.mark.parametrize("template", CHATML_VARIANTS.values(), ids=CHATML_VARIANTS.keys())
+def test_chatml_in_every_spelling(make_tokenizer: MakeTokenizer, template: str) -> None:
+    assert shown(
+        make_tokenizer(template),
+        system("Be brief"),
+        user("Hi"),
+        assistant("Hello 😀 \n"),
+        user("And?"),
+        assistant("42."),
+    ) == (
+        "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello 😀 \n<|im_end|>⟧\n<|im_start|>user\nAnd?<|im_end|>\n"
+        "<|im_start|>assistant\n⟦42.<|im_end|>⟧\n"
+    )
+
+
+def test_a_default_system_prompt_is_not_learnt_even_before_an_opening_assistant(make_tokenizer: MakeTokenizer) -> None:
+    template = (
+        "{% for message in messages %}{% if loop.first and messages[0].role != 'system' %}"
+        "{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    default = "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    assert shown(make_tokenizer(template), user("Hi"), assistant("Yo")) == (
+        f"{default}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yo<|im_end|>⟧\n"
+    )
+    assert shown(make_tokenizer(template), assistant("Yo"), user("Hi")) == (
+        f"{default}<|im_start|>assistant\n⟦Yo<|im_end|>⟧\n<|im_start|>user\nHi<|im_end|>\n"
+    )
+
+
+def test_only_the_last_turn_or_only_the_completion_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = (user("a"), assistant("b"), user("c"), assistant("d"))
+    last_only = (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n⟦d<|im_end|>⟧\n"
+    )
+    assert shown(tokenizer, *turns, train_on="last") == last_only
+    assert shown(tokenizer, *turns, first_learnt=3) == last_only
+    assert shown(tokenizer, *turns, first_learnt=2) == last_only
+
+
+def test_equal_messages_are_told_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+    same = user("echo")
+    assert shown(tokenizer, same, assistant("echo"), same, assistant("echo")).count("⟦echo<|im_end|>⟧") == 2
+
+
+def test_an_end_token_in_the_content_does_not_end_the_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert shown(tokenizer, user("a"), assistant("x<|im_end|>\ny")).endswith("⟦x<|im_end|>\ny<|im_end|>⟧\n")
+
+
+def test_private_use_characters_in_the_content_do_no_harm(tokenizer: PreTrainedTokenizerFast) -> None:
+    icons = "\U000f0000 \U000f0001 \U000f0009 \U00100000 \U0010fffd"
+    assert shown(tokenizer, user(icons), assistant(f"{icons}b")).endswith(f"⟦{icons}b<|im_end|>⟧\n")
+
+
+# Qwen 3
+
+
+@pytest.fixture(scope="module")
+def qwen3(make_tokenizer: MakeTokenizer, public_template: Template) -> PreTrainedTokenizerFast:
+    return make_tokenizer(public_template("qwen3"))
+
+
+def test_qwen3_learns_the_empty_think_block_that_it_adds(qwen3: PreTrainedTokenizerFast) -> None:
+    expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nHello<|im_end|>⟧\n"
+    assert shown(qwen3, user("Hi"), assistant("Hello")) == expected
+    assert shown(qwen3, user("Hi"), assistant("Hello"), enable_thinking=False) == expected
+
+
+@pytest.mark.parametrize(
+    "thoughtful",
+    [
+        assistant("<think>\nhmm\n</think>\n\nHello"),
+        assistant("Hello", reasoning_content="hmm"),
+        assistant("Hello", thinking="hmm"),
+    ],
+    ids=["in the content", "reasoning_content", "thinking"],
+)
+def test_qwen3_learns_reasoning_where_its_template_keeps_it(
+    qwen3: PreTrainedTokenizerFast, thoughtful: dict[str, Any]
+) -> None:
+    assert shown(qwen3, user("Hi"), thoughtful, user("And?"), thoughtful) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhmm\n</think>\n\nHello<|im_end|>⟧\n"
+    )
+
+
+def test_qwen3_learns_tool_calls_and_not_their_responses(qwen3: PreTrainedTokenizerFast) -> None:
+    text = shown(
+        qwen3,
+        system("Help"),
+        user("Weather?"),
+        assistant(None, tool_calls=[CALL, CALL]),
+        tool('{"t": 3}'),
+        tool("rain"),
+        assistant("3, rain"),
+        user("Thanks"),
+        assistant("Sure", tool_calls=[{**CALL, "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}]),
+        tools=TOOLS,
+    )
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln \\"Süd\\"", "days": 3}}\n</tool_call>'
+    head, conversation = text.split("<|im_start|>user\n", 1)
+    assert "⟦" not in head
+    assert "<tools>" in head
+    assert conversation == (
+        f"Weather?<|im_end|>\n<|im_start|>assistant\n⟦{call}\n{call}<|im_end|>⟧\n"
+        '<|im_start|>user\n<tool_response>\n{"t": 3}\n</tool_response>\n<tool_response>\nrain\n</tool_response><|im_end|>\n'
+        "<|im_start|>assistant\n⟦3, rain<|im_end|>⟧\n<|im_start|>user\nThanks<|im_end|>\n"
+        '<|im_start|>assistant\n⟦<think>\n\n</think>\n\nSure\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n'
+        "</tool_call><|im_end|>⟧\n"
+    )
+
+
+def test_an_empty_turn_still_ends(qwen3: PreTrainedTokenizerFast) -> None:
+    assert shown(qwen3, user("Hi"), assistant(""), user("?"), assistant("Yes")).startswith(
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>⟧\n"
+    )
+
+
+# Llama 3
+
+
+@pytest.mark.parametrize("opening", [(), (system(" Be brief "),)], ids=["no system", "system"])
+def test_llama3(make_tokenizer: MakeTokenizer, public_template: Template, opening: tuple[dict[str, Any], ...]) -> None:
+    llama = make_tokenizer(public_template("llama3"), eos="<|eot_id|>", bos="<|begin_of_text|>")
+    text = shown(llama, *opening, user("Hi"), assistant(" Hello \n"), user("And?"), assistant("Fine"))
+    system_turn = "<|start_header_id|>system<|end_header_id|>\n\nBe brief<|eot_id|>" if opening else ""
+    assert text == (
+        f"<|begin_of_text|>{system_turn}<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hello<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Fine<|eot_id|>⟧"
+    )
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "llama3_2"])
+@pytest.mark.parametrize("in_user_message", [True, False])
+def test_llama3_with_tools(
+    make_tokenizer: MakeTokenizer, public_template: Template, name: str, in_user_message: bool
+) -> None:
+    llama = make_tokenizer(public_template(name), eos="<|eot_id|>", bos="<|begin_of_text|>")
+    messages = [
+        system("Help"),
+        user("Weather?"),
+        assistant(None, tool_calls=[CALL]),
+        tool('{"t": "3"}'),
+        assistant("3"),
+    ]
+    for message in messages:  # this template asks only whether the key is there
+        if message["content"] is None:
+            del message["content"]
+    text = shown(llama, *messages, tools=TOOLS, date_string="26 Jul 2024", tools_in_user_message=in_user_message)
+    arguments = json.dumps(CALL["function"]["arguments"], ensure_ascii=False)  # type: ignore[index]
+    assert text.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n")
+    assert text.endswith(
+        "Weather?<|eot_id|>"
+        f'<|start_header_id|>assistant<|end_header_id|>\n\n⟦{{"name": "weather", "parameters": {arguments}}}<|eot_id|>⟧'
+        '<|start_header_id|>ipython<|end_header_id|>\n\n"{\\"t\\": \\"3\\"}"<|eot_id|>'
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦3<|eot_id|>⟧"
+    )
+    assert text.count("⟦") == 2
+
+
+def test_llama3_1_with_built_in_tools(make_tokenizer: MakeTokenizer, public_template: Template) -> None:
+    llama = make_tokenizer(public_template("llama3_1"), eos="<|eot_id|>", bos="<|begin_of_text|>")
+    call = {"type": "function", "function": {"name": "brave_search", "arguments": {"query": "weather"}}}
+    searching = {"role": "assistant", "tool_calls": [call]}
+    text = shown(llama, user("Weather?"), searching, builtin_tools=["brave_search"])
+    assert text.endswith('\n\n⟦<|python_tag|>brave_search.call(query="weather")<|eom_id|>⟧')
+
+
+def test_the_end_token_directly_after_the_loop_is_learnt(
+    make_tokenizer: MakeTokenizer, public_template: Template
+) -> None:
+    phi = make_tokenizer(public_template("phi3"), eos="<|endoftext|>")
+    assert shown(phi, user("Hi"), assistant("Hello")) == (
+        "<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello<|end|>⟧\n⟦<|endoftext|>⟧"
+    )
+    assert shown(phi, user("Hi"), assistant("Hello"), user("?")) == (
+        "<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello<|end|>⟧\n<|user|>\n?<|end|>\n<|endoftext|>"
+    )
+
+
+# Against templates whose authors tagged what is generated
+
+ORACLES = ("llama3", "qwen2_5", "qwen3", "qwen3_instruct_2507", "phi3", "gemma", "cohere", "lfm2", "qwen3_5_think")
+CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], Any]] = {
+    "one turn": ([user("Hi there"), assistant("Hello 😀")], None),
+    "two turns": ([user("Hi"), assistant("Hello"), user("And?"), assistant(" Fine. ")], None),
+    "system": ([system("Be brief"), user("Hi"), assistant("Hello")], None),
+    "reasoning": ([user("Hi"), assistant("Hello", reasoning_content="hmm")], None),
+    "empty": ([user("Hi"), assistant("")], None),
+    "ends with the user": ([user("Hi"), assistant("Hello"), user("And?")], None),
+    "tools": ([user("?"), assistant("", tool_calls=[CALL]), tool("3"), assistant("It is 3")], TOOLS),
+}
+
+
+@pytest.mark.parametrize("family", ORACLES)
+def test_the_spans_are_those_that_a_tagged_template_marks(
+    make_tokenizer: MakeTokenizer, public_template: Template, family: str
+) -> None:
+    ends = {"phi3": "<|endoftext|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>"}
+    tokenizer = make_tokenizer(public_template(family), eos=ends.get(family, "<|im_end|>"), bos="<|begin_of_text|>")
+    compared = 0
+    for messages, tools in CONVERSATIONS.values():
+        try:
+            plain = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+            (tagged,), (generated,) = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=public_template(f"{family}_training"),
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )
+        except Exception:  # noqa: BLE001 (a family that does not take this conversation raises what it likes)
+            continue
+        if tagged != plain:
+            continue  # the tagged template writes earlier turns' reasoning, which the original leaves out
+        conversation = Conversation("", messages, tools)
+        spans = render(tokenizer, conversation, end_tokens=frozenset({str(tokenizer.eos_token)})).spans
+        assert _ink(plain, spans) == _ink(plain, generated)
+        compared += 1
+    assert compared >= 4
+
+
+def _ink(text: str, spans: list[tuple[int, int]]) -> list[int]:
+    """Positions in the spans that are not white space: the tags hold what follows the end of the turn."""
+    return sorted({i for start, end in spans for i in range(start, end) if not text[i].isspace()})
+
+
+# What is refused
+
+
+def test_a_tokenizer_without_a_template_is_an_error(make_tokenizer: MakeTokenizer) -> None:
+    error = refusal(make_tokenizer(None, name="base-model"), user("Hi"), assistant("Hello"))
+    assert error.what == "base-model has no chat template"
+    assert "instruct model" in error.hint
+
+
+def test_what_the_template_rejects_is_an_error_with_its_words(
+    make_tokenizer: MakeTokenizer, public_template: Template
+) -> None:
+    error = refusal(make_tokenizer(public_template("gemma")), system("Be brief"), user("Hi"), assistant("Hello"))
+    assert error.what == "the chat template rejects this conversation: System role not supported"
+
+
+def test_a_template_that_fails_on_a_message_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert refusal(tokenizer, user("Hi"), {"role": "assistant"}).what.startswith(
+        "the chat template rejects this conversation"
+    )
+
+
+def test_a_malformed_template_is_an_error(make_tokenizer: MakeTokenizer) -> None:
+    error = refusal(make_tokenizer("{% for m in messages %}"), user("Hi"), assistant("Hello"))
+    assert error.what.startswith("the chat template rejects this conversation: Unexpected end of template")
+
+
+def test_too_deep_nesting_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    deep: list[Any] = []
+    for _ in range(20_000):
+        deep = [deep]
+    error = refusal(tokenizer, user("Hi"), assistant("Hello", more=deep))
+    assert error.what == "the chat template rejects this conversation: it is nested too deeply"
+
+
+NOT_UNDERSTOOD = {
+    "without a loop over messages": (
+        "{{ messages | map(attribute='content') | join('<|im_end|>') }}" + PROMPT,
+        "words of message 2 stand where another message is written",
+    ),
+    "an assistant's words repeated by the next message": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.previtem is defined %}"
+        "{{ loop.previtem.content }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}" + PROMPT,
+        "words of message 1 stand where another message is written",
+    ),
+    "text that depends on the letters": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content | urlencode) + '<|im_end|>' }}"
+        "{% endfor %}" + PROMPT,
+        "its writing depends on the letters of the messages, or on being watched",
+    ),
+    "another header than the prompt's": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}" + PROMPT,
+        "message 2 does not begin with the generation prompt '<|im_start|>assistant\\n'",
+    ),
+    "a turn in two places": (
+        "{% for m in messages %}{{ m.content }}{% endfor %}|{% for m in messages %}{{ m.content }}{% endfor %}",
+        "it writes message 2 in several places",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "reason"), NOT_UNDERSTOOD.values(), ids=NOT_UNDERSTOOD.keys())
+def test_a_template_that_is_not_understood_is_refused(
+    make_tokenizer: MakeTokenizer, template: str, reason: str
+) -> None:
+    error = refusal(make_tokenizer(template, name="odd-model"), user("é? yes"), assistant("Hello é"), user("Bye"))
+    assert error.what.startswith("the chat template of odd-model is not understood")
+    assert error.what.endswith(reason)
+
+
+def test_a_developer_message_that_the_template_leaves_out_is_refused(qwen3: PreTrainedTokenizerFast) -> None:
+    developer = {"role": "developer", "content": "Be brief"}
+    assert "leaves out message 1" in refusal(qwen3, developer, user("Hi"), assistant("Hello")).what
+
+
+def test_a_developer_message_that_the_template_writes_is_context(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = shown(tokenizer, {"role": "developer", "content": "Be brief"}, user("Hi"), assistant("Hello"))
+    assert text.startswith("<|im_start|>developer\nBe brief<|im_end|>\n<|im_start|>user")
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize", "messages", "continue_final_message"])
+def test_arguments_that_are_not_the_templates_are_refused(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    error = refusal(tokenizer, user("Hi"), assistant("Hello"), **{name: True})
+    assert error.what == f"{name} is not a variable of a chat template"
+
+
+def test_the_tool_use_template_of_several_is_taken_where_there_are_tools(
+    make_tokenizer: MakeTokenizer, public_template: Template
+) -> None:
+    tokenizer = make_tokenizer({"default": CHATML_VARIANTS["plain text"], "tool_use": public_template("qwen3")})
+    assert "<tools>" in shown(tokenizer, user("Hi"), assistant("Hello"), tools=TOOLS)
+    assert "<think>" not in shown(tokenizer, user("Hi"), assistant("Hello"))
+
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+def test_any_words_are_learnt_where_the_template_puts_them(
+    tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]]
+) -> None:
+    messages = [message for said, answered in turns for message in (user(said), assistant(answered))]
+    conversation = Conversation("", messages)
+    rendering = render(tokenizer, conversation, end_tokens=frozenset({"<|im_end|>"}))
+    assert [rendering.text[start:end] for start, end in rendering.spans] == [f"{a}<|im_end|>" for _, a in turns]

@@ -1,0 +1,225 @@
+"""Design rules as tests: what linters do not see, and what would otherwise have to be remembered."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import stat
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import mlx_sft
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mlx_sft"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MARKDOWN = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(module, bound name) of every import, wherever in the file it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, alias.asname or alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the whole path"
+            assert node.module is not None
+            for alias in node.names:
+                yield node.module, alias.asname or alias.name
+
+
+# --- how a module is written -------------------------------------------------------------------------------------------------
+
+
+def test_there_are_modules_to_look_at() -> None:
+    assert len(MODULES) > 10
+
+
+@each_module
+def test_a_module_says_first_what_it_does(path: Path) -> None:
+    assert ast.get_docstring(parse(path))
+
+
+@each_module
+def test_no_blanket_except(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            # BaseException may be caught only to clean up and raise again.
+            raises = any(isinstance(part, ast.Raise) and part.exc is None for part in ast.walk(node))
+            blanket = caught in ("everything", "Exception") or "BaseException" in caught
+            assert not blanket or (caught == "BaseException" and raises), f"line {node.lineno}"
+
+
+@each_module
+def test_no_patching_of_what_is_imported(path: Path) -> None:
+    tree = parse(path)
+    imported = {name for _, name in imports(tree)}
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            targets = [ast.Attribute(node.args[0])]
+        for target in targets:
+            if isinstance(target, ast.Attribute):
+                assert root_name(target) not in imported, f"line {node.lineno}"
+
+
+def root_name(node: ast.expr) -> str | None:
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+@each_module
+def test_only_the_public_module_and_the_command_line_import_the_package_itself(path: Path) -> None:
+    """A module names the module that it needs; going through the front door would hide which way the import goes."""
+    if path.parent == PACKAGE and path.stem in ("__init__", "cli", "__main__"):
+        return
+    assert "mlx_sft" not in {module for module, _ in imports(parse(path))}
+
+
+# --- the package -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = {canonicalize_name(r.name) for r in requirements("dependencies")}
+    optional = {canonicalize_name(r.name) for r in requirements("data")}
+    distributions = packages_distributions()
+    for path in MODULES:
+        for module, _ in imports(parse(path)):
+            top = module.split(".")[0]
+            if top in sys.stdlib_module_names or top == "mlx_sft":
+                continue
+            owners = {canonicalize_name(name) for name in distributions[top]}
+            assert owners & (declared | optional), f"{path.name} imports {top}"
+
+
+def test_public_names_are_classes_and_functions_however_often_they_are_asked_for() -> None:
+    """A lazily imported function must not be hidden by the module of the same name."""
+    assert mlx_sft.__all__
+    for name in mlx_sft.__all__:
+        first, second = getattr(mlx_sft, name), getattr(mlx_sft, name)
+        assert first is second
+        assert inspect.isclass(first) or inspect.isfunction(first), name
+
+
+def requirements(group: str) -> list[Requirement]:
+    project = PROJECT["project"]
+    lines = project[group] if group in project else project["optional-dependencies"][group]
+    return [Requirement(line) for line in lines]
+
+
+def test_mlx_comes_with_a_backend_everywhere() -> None:
+    mlx = [r for r in requirements("dependencies") if r.name == "mlx"]
+    by_platform = {}
+    for platform in ("darwin", "linux"):
+        (match,) = [r for r in mlx if r.marker and r.marker.evaluate({"sys_platform": platform})]
+        by_platform[platform] = match.extras
+    assert by_platform == {"darwin": set(), "linux": {"cpu"}}
+
+
+def test_torch_is_pinned_for_development_and_absent_otherwise() -> None:
+    assert "torch==2.13.0" in {str(r) for r in requirements("dev")}
+    others = [*requirements("dependencies"), *requirements("data"), *requirements("cuda")]
+    assert not {r.name for r in others} & {"torch", "peft", "trl"}
+
+
+def test_the_wheel_holds_the_package_with_the_tiny_model_and_nothing_else(tmp_path: Path) -> None:
+    (built,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(built) as wheel:
+        names = set(wheel.namelist())
+        entry_points = next(n for n in names if n.endswith(".dist-info/entry_points.txt"))
+        assert "mlx-sft = mlx_sft.cli:main" in wheel.read(entry_points).decode()
+    outside = {n for n in names if not n.startswith("mlx_sft/") and ".dist-info/" not in n}
+    assert not outside
+    files = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert {n for n in names if n.startswith("mlx_sft/")} == files
+    tiny = {Path(n).name for n in names if n.startswith("mlx_sft/model/tiny/")}
+    assert tiny >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    assert any(n.endswith("/licenses/LICENSE") for n in names)
+    assert built_size(tmp_path) < 10_000_000
+
+
+def built_size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.glob("*.whl"))
+
+
+# --- the repository ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_changelog_knows_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(PROJECT['project']['version'])}\b", text, re.MULTILINE)
+
+
+def test_the_readme_begins_with_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```\w*\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    commands = [line.split("#")[0].strip() for line in block[1].splitlines()]
+    assert commands[-2:] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "fix", "bench", "docs", "clean"])
+def test_make_has_the_target_and_says_what_it_does(target: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{target}:[^\n]*## \w", makefile, re.MULTILINE)
+
+
+def test_continuous_integration_runs_the_linters_then_the_readmes_test_command() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & stat.S_IXUSR
+    assert script.read_text(encoding="utf-8").splitlines()[-2:] == ["make lint", "make test"]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["check"]
+    assert {"run": ".ci/run"} in job["steps"]
+    systems = job["strategy"]["matrix"]["os"]
+    assert {name.split("-")[0] for name in systems} == {"macos", "ubuntu"}
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:|mailto:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file) if file else path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
