@@ -168,7 +168,8 @@ def main() -> None:
     summary = summarize(runs)
     about = environment(blas)
     source = arguments.data.name if arguments.data else "generated short pairs"
-    report = {"environment": about, "rows": source, "task": asdict(task), **summary, "runs": runs}
+    shown = asdict(task) | {"model": name, "data": source}
+    report = {"environment": about, "task": shown, **summary, "runs": runs}
     print(f"Qwen3-0.6B's shape with {arguments.layers} layers, float32, {arguments.rows} rows ({source}), "
           f"{arguments.rows_per_step} a step, LoRA rank {arguments.rank}; LD_PRELOAD={blas}")  # fmt: skip
     print(table(summary))

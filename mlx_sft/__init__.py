@@ -17,7 +17,6 @@ from mlx_sft.errors import UserError
 if TYPE_CHECKING:
     from mlx_sft.convert.adapted import load_run
     from mlx_sft.convert.export import export
-    from mlx_sft.evaluate import evaluate
     from mlx_sft.generate import generate_text, stream_text
     from mlx_sft.training.loop import TrainResult, train
 
@@ -25,7 +24,6 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "UserError",
-    "evaluate",
     "export",
     "generate_text",
     "load_run",
@@ -35,7 +33,6 @@ __all__ = [
 
 _HOMES = {
     "TrainResult": "mlx_sft.training.loop",
-    "evaluate": "mlx_sft.evaluate",
     "export": "mlx_sft.convert.export",
     "generate_text": "mlx_sft.generate",
     "load_run": "mlx_sft.convert.adapted",

@@ -13,21 +13,24 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 
 from mlx_sft.config import TrainConfig, option_name, public_name
-from mlx_sft.console import print_error, write_text
-from mlx_sft.errors import USAGE, UserError
+from mlx_sft.console import print_error, read_line, write_text
+from mlx_sft.errors import INTERRUPTED, USAGE, UserError
 
 Command = Callable[..., None]
 
 
 class _Commands(click.Group):
-    """Commands whose `UserError` becomes a message and an exit code."""
+    """Commands whose `UserError` becomes a message and an exit code, and so does Ctrl-C."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except UserError as error:
-            print_error(error)
-            context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            error = UserError("interrupted", exit_code=INTERRUPTED)
+        except UserError as raised:
+            error = raised
+        print_error(error)
+        raise click.exceptions.Exit(error.exit_code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +56,7 @@ def _option(field: str) -> Callable[[Command], Command]:
     options: dict[str, Any] = {"default": None, "help": _help(field)}
     names = [option_name(field), field]
     if kind is bool:
-        if info.default or field == "verify":
+        if info.default:
             names[0] = f"{option_name(field)}/--no-{public_name(field).replace('_', '-')}"
         else:
             options["is_flag"] = True
@@ -79,7 +82,7 @@ def _help(field: str) -> str:
     info = TrainConfig.model_fields[field]
     text = (info.description or "").strip()
     default = info.default
-    if default is None or default is False:
+    if default is None or default is False or info.default_factory is not None:
         return text
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
@@ -183,7 +186,7 @@ def chat(run: str | None, model: str | None, base: bool, max_tokens: int, temper
     from mlx_sft.generate import stream_text
 
     messages: list[dict[str, Any]] = []
-    while text := sys.stdin.readline().strip():
+    while text := read_line():
         messages.append({"role": "user", "content": text})
         answer = ""
         for piece in stream_text(loaded, messages, max_tokens=max_tokens, temperature=temperature):

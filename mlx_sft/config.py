@@ -5,6 +5,7 @@ Knows nothing of models or data; it checks what can be checked without them.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +46,8 @@ class TrainConfig(BaseModel):
     """What becomes of a longer one."""
     train_on: Literal["all", "last"] = "all"
     """Learn every assistant turn, or only the last."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the chat template, as JSON: {"enable_thinking": false}. A row's own go before them."""
     skip_bad_rows: bool = False
     """Go on past rows that cannot be used, and report them."""
 
@@ -121,9 +124,17 @@ class TrainConfig(BaseModel):
 
     # what is shown
     quiet: bool = False
-    """Show errors only."""
+    """Show warnings and errors only."""
     json_lines: bool = Field(default=False, alias="json")
     """Write every event to stdout as a line of JSON."""
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _parse_json(cls, value: Any) -> Any:
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"not JSON: {error}") from error
 
     @field_validator("target")
     @classmethod
@@ -162,19 +173,23 @@ class TrainConfig(BaseModel):
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a YAML file; raises `UserError` for anything else."""
+    hint = "write one `name: value` a line, as in configs/qwen3-0.6b-lora.yaml"
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no such configuration file", where=str(path), exit_code=USAGE) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read: {error}", where=str(path), exit_code=USAGE) from error
+    except OSError as error:
+        what, hint = f"cannot read this configuration: {error.strerror or error}", "check the path"
+        raise UserError(what, where=str(path), hint=hint, exit_code=USAGE) from error
+    except UnicodeDecodeError as error:
+        raise UserError("not UTF-8 text", where=str(path), hint=hint, exit_code=USAGE) from error
+    except (ValueError, RecursionError) as error:  # a date or a number that cannot be, or too deep a nest
+        what = f"not a configuration: {str(error).partition(';')[0]}"
+        raise UserError(what, where=str(path), hint=hint, exit_code=USAGE) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise UserError(f"not YAML: {problem}", where=where, exit_code=USAGE) from error
+        raise UserError(f"not YAML: {problem}", where=where, hint=hint, exit_code=USAGE) from error
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        hint = "write one `name: value` a line, as in configs/qwen3-0.6b-lora.yaml"
         raise UserError("not a mapping of names to values", where=str(path), hint=hint, exit_code=USAGE)
     return settings
 
@@ -190,7 +205,9 @@ def public_name(field: str) -> str:
 
 def _as_user_error(error: ValidationError, where: str, settings: dict[str, Any]) -> UserError:
     known = [public_name(field) for field in TrainConfig.model_fields]
-    lines, hints = [], []
+    hints: list[str] = []
+    lines: list[str] = []
+    wrong: dict[str, list[str]] = {}
     for problem in error.errors():
         key = str(problem["loc"][0]) if problem["loc"] else ""
         if problem["type"] == "extra_forbidden":
@@ -198,10 +215,10 @@ def _as_user_error(error: ValidationError, where: str, settings: dict[str, Any])
             hints.append(did_you_mean(key, known))
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            message = message[0].lower() + message[1:]
-            value = f", not {settings[key]!r}" if key in settings else ""
-            line = f"{key}: {message}{value}" if key else message
-            if line not in lines:
-                lines.append(line)
+            wrong.setdefault(key, []).append(message[0].lower() + message[1:])
+    for key, messages in wrong.items():
+        value = f", not {settings[key]!r}" if key in settings else ""
+        place = f"{key}: " if key else ""
+        lines.append(f"{place}{' or '.join(dict.fromkeys(messages))}{value}")
     hint = next((h for h in hints if h), "`mlx-sft train --help` names every setting and its values")
     return UserError("; ".join(lines), where=where, hint=hint, exit_code=USAGE)

@@ -12,8 +12,6 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from mlx_sft.errors import UserError
@@ -26,7 +24,7 @@ class Console:
     """What a run says, in one of three ways: for a person, as lines of JSON, or not at all.
 
     Args:
-        quiet: Errors only.
+        quiet: Warnings and errors only.
         json_lines: Every record as a line of JSON on stdout, and no other output.
     """
 
@@ -39,12 +37,12 @@ class Console:
     def note(self, message: str) -> None:
         """A remark of one line."""
         if self._shown:
-            self._screen.print(escape(message))
+            self._screen.print(Text(printable(message)))
 
     def warn(self, message: str) -> None:
         """Something that the user should know, also when quiet."""
         if not self._json_lines:
-            self._screen.print(f"[yellow]warning:[/yellow] {escape(message)}")
+            self._screen.print(_labelled("warning", "yellow", message))
         else:
             self._emit({"kind": "warning", "message": message})
 
@@ -52,13 +50,10 @@ class Console:
         """A titled list of names and values."""
         if not self._shown:
             return
-        table = Table(box=None, show_header=False, pad_edge=False, title_justify="left")
-        table.add_column(style="dim")
-        table.add_column()
+        self._screen.print(Text(title, style="bold"))
+        width = max(map(len, rows), default=0)
         for name, value in rows.items():
-            table.add_row(name, Text(value))
-        self._screen.print(f"[bold]{escape(title)}[/bold]")
-        self._screen.print(table)
+            self._screen.print(Text.assemble((f"{name:{width}}  ", "dim"), printable(value)))
 
     def conversation(self, title: str, segments: Iterable[tuple[str, bool]]) -> None:
         """A conversation, with the text that the model learns to write in colour (or between ⟦ ⟧ where there is none)."""
@@ -72,7 +67,8 @@ class Console:
                 text.append(part, style="green" if supervised else "dim")
             else:
                 text.append(f"⟦{part}⟧" if supervised else part)
-        self._screen.print(f"[bold]{escape(title)}[/bold]")
+        text.rstrip()
+        self._screen.print(Text(printable(title), style="bold"))
         self._screen.print(text)
 
     def step(self, record: Mapping[str, Any], total_steps: int, seconds_left: float) -> None:
@@ -89,12 +85,15 @@ class Console:
                 self._live.start()
             self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
         elif number == 1 or number == total_steps or number % _PLAIN_EVERY == 0:
-            self._screen.print(escape(line))
+            self._screen.print(Text(line))
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """One evaluation."""
         if self._json_lines:
             self._emit(record)
+        if record["loss"] is None:
+            self.warn(f"the validation loss of step {record['step']} is not finite")
+            return
         best = "  (best so far)" if record["best"] else ""
         self.note(
             f"step {record['step']}  validation loss {record['loss']:.4f}  "
@@ -124,15 +123,23 @@ def print_error(error: UserError) -> None:
     """`error: chats.jsonl:17: not JSON`, and the hint, on stderr."""
     screen = RichConsole(stderr=True, highlight=False, soft_wrap=True)
     place = f"{error.where}: " if error.where else ""
-    screen.print(f"[red]error:[/red] {escape(printable(place + error.what))}")
+    screen.print(_labelled("error", "red", place + error.what))
     if error.hint:
-        screen.print(f"[cyan]hint:[/cyan] {escape(printable(error.hint))}")
+        screen.print(_labelled("hint", "cyan", error.hint))
 
 
 def write_text(text: str) -> None:
     """Text to stdout as it is being generated."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def read_line() -> str:
+    """A line from stdin, asked for with `> ` where a person types it; empty at the end of the input."""
+    if sys.stdin.isatty():
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    return sys.stdin.readline().strip()
 
 
 def printable(text: str) -> str:
@@ -149,10 +156,10 @@ def count(number: int | float) -> str:
 
 
 def size(number_of_bytes: float) -> str:
-    """`1.2 GB`."""
+    """`1.20 GB`, `340 MB`, `0.3 MB`."""
     if number_of_bytes >= 1e9:
         return f"{number_of_bytes / 1e9:.2f} GB"
-    return f"{number_of_bytes / 1e6:.0f} MB"
+    return f"{number_of_bytes / 1e6:.{0 if number_of_bytes >= 1e7 else 1}f} MB"
 
 
 def duration(seconds: float) -> str:
@@ -160,6 +167,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _labelled(label: str, colour: str, message: str) -> Text:
+    return Text.assemble((f"{label}:", colour), " ", printable(message))
 
 
 def _step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 FAILURE = 1
 USAGE = 2
+INTERRUPTED = 130
 
 
 class UserError(Exception):

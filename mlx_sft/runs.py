@@ -15,7 +15,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mlx_sft.errors import UserError
+from mlx_sft.errors import USAGE, UserError
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as a person wrote it, with `~` put in full; raises `UserError` for one that cannot even be looked for."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except RuntimeError:  # `~` of an unknown user
+        return Path(name)
+    except OSError as error:
+        what, hint = f"cannot be read: {error.strerror}", "check the path"
+        raise UserError(what, where=str(name), hint=hint, exit_code=USAGE) from error
+    return path
 
 
 @contextmanager
@@ -30,7 +43,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             hint = "choose a folder that you may write to"
             raise UserError("no permission to write here", where=str(path), hint=hint) from error
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+        hint = "check the path and the disk; what was written before is intact"
+        raise UserError(f"cannot write: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -130,7 +144,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.data_report = self.path / "data_report.json"
@@ -142,19 +156,41 @@ class RunFolder:
         self.card = self.path / "README.md"
 
     @classmethod
-    def create(cls, path: str | Path) -> RunFolder:
-        """Make a new, empty run folder; refuse one that holds anything."""
+    def new(cls, path: str | Path) -> RunFolder:
+        """A run that is to be made; refuses a folder that holds anything but the head of a run that never began."""
         run = cls(path)
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            resume = f"continue it with --resume {run.path}, or " if run.config.exists() else ""
-            raise UserError(
-                "this folder already holds something",
-                where=str(run.path),
-                hint=f"{resume}give another --out",
-            )
         with disk_errors(run.path):
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            if run.path.exists() and (not run.path.is_dir() or not run._is_free()):
+                resume = f"continue it with --resume {run.path}, or " if run.config.exists() else ""
+                raise UserError(
+                    "this folder already holds something",
+                    where=str(run.path),
+                    hint=f"{resume}give another --out",
+                )
         return run
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunFolder:
+        """Make a new, empty run folder; refuse as `new` does."""
+        run = cls.new(path)
+        with disk_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+        return run
+
+    def write_head(self, config: str, data_report: str, environment: str) -> None:
+        """Write what a run begins with, all of it or nothing; from then on it can be resumed."""
+        try:
+            write_file(self.data_report, data_report)
+            write_file(self.environment, environment)
+            write_file(self.config, config)
+        except BaseException:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def _is_free(self) -> bool:
+        names = {path.name.removeprefix(".writing-") for path in self.path.iterdir()}
+        head = {self.data_report.name, self.environment.name, self.config.name}
+        return names <= head and not self.config.exists()
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -171,7 +207,7 @@ class RunFolder:
     @staticmethod
     def default_path(model: str) -> Path:
         """`runs/qwen3-0.6b-20260131-154500`, numbered further where that is taken."""
-        base = f"{Path(model).name.lower()}-{datetime.now():%Y%m%d-%H%M%S}"
+        base = f"{Path(model).resolve().name.lower()}-{datetime.now():%Y%m%d-%H%M%S}"
         path = Path("runs") / base
         number = 2
         while path.exists():

@@ -53,14 +53,14 @@ PRETRAINING: dict[str, Any] = {
     "method": "full",
     "epochs": 1,
     "lr": 3e-3,
-    "batch_size": 48,
+    "batch_size": 16,
     "max_length": 128,
     "scheduler": "cosine",
     "warmup": 0.03,
     "dtype": "float32",
     "seed": SEED,
 }
-TRAIN_ROWS, VALID_ROWS = 36_000, 96
+TRAIN_ROWS, VALID_ROWS = 28_000, 96
 ROW_TOKENS = range(70, 120)
 """A row closes as soon as its paragraphs reach the lower number, and before they would pass the upper one."""
 
@@ -191,7 +191,10 @@ def weight_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes as transformers' Qwen3 has them; the output head is the embedding."""
     hidden, inner, head = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["head_dim"]
     queries, keys = CONFIG["num_attention_heads"] * head, CONFIG["num_key_value_heads"] * head
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (CONFIG["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (CONFIG["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
     for layer in range(CONFIG["num_hidden_layers"]):
         block = {
             "input_layernorm": (hidden,),
@@ -247,7 +250,11 @@ def pretrain(base: Path, tokenizer: Tokenizer, work: Path) -> Path:
     write_jsonl(work / "train.jsonl", list(islice(text_rows(SEED + 1, tokenizer), TRAIN_ROWS)))
     write_jsonl(work / "valid.jsonl", list(islice(text_rows(SEED + 2, tokenizer), VALID_ROWS)))
     config = TrainConfig(
-        model=str(base), data=str(work / "train.jsonl"), valid=str(work / "valid.jsonl"), out=str(work / "run"), **PRETRAINING
+        model=str(base),
+        data=str(work / "train.jsonl"),
+        valid=str(work / "valid.jsonl"),
+        out=str(work / "run"),
+        **PRETRAINING,
     )
     run = train(config)
     export(run=run.run_dir, to=work / "exported", overwrite=True)
@@ -278,11 +285,17 @@ def with_fast_blas() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the tiny model that ships in the package, and the example files.")
+    parser = argparse.ArgumentParser(
+        description="Make the tiny model that ships in the package, and the example files."
+    )
     parser.add_argument("--only-examples", action="store_true", help="write examples/*.jsonl and stop")
-    parser.add_argument("--only-base", action="store_true", help="stop before training, with random weights in WORK/base")
+    parser.add_argument(
+        "--only-base", action="store_true", help="stop before training, with random weights in WORK/base"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "tiny", help="folder for text rows and the run")
-    parser.add_argument("--to", type=Path, default=ROOT / "mlx_sft" / "model" / "tiny", help="folder for the finished checkpoint")
+    parser.add_argument(
+        "--to", type=Path, default=ROOT / "mlx_sft" / "model" / "tiny", help="folder for the finished checkpoint"
+    )
     arguments = parser.parse_args()
     if not (arguments.only_examples or arguments.only_base):
         with_fast_blas()

@@ -63,7 +63,7 @@ Jordan|Amman|Asia|Arabic|dinar
 Lebanon|Beirut|Asia|Arabic|pound
 Saudi Arabia|Riyadh|Asia|Arabic|riyal
 Oman|Muscat|Asia|Arabic|rial
-Qatar|Doha|Asia|Arabic|riyal
+Qatar|Doha|Asia|-|riyal
 Afghanistan|Kabul|Asia|-|afghani
 Uzbekistan|Tashkent|Asia|Uzbek|-
 Egypt|Cairo|Africa|Arabic|pound
@@ -120,10 +120,10 @@ hydrogen|H|1; helium|He|2; lithium|Li|3; beryllium|Be|4; boron|B|5; carbon|C|6; 
 neon|Ne|10; sodium|Na|11; magnesium|Mg|12; aluminium|Al|13; silicon|Si|14; phosphorus|P|15; sulfur|S|16; chlorine|Cl|17
 argon|Ar|18; potassium|K|19; calcium|Ca|20; scandium|Sc|21; titanium|Ti|22; vanadium|V|23; chromium|Cr|24
 manganese|Mn|25; iron|Fe|26; cobalt|Co|27; nickel|Ni|28; copper|Cu|29; zinc|Zn|30; gallium|Ga|31; germanium|Ge|32
-arsenic|As|33; selenium|Se|34; bromine|Br|35; krypton|Kr|36; rubidium|Rb|37; strontium|Sr|38; yttrium|Y|39
-zirconium|Zr|40; niobium|Nb|41; molybdenum|Mo|42; silver|Ag|47; cadmium|Cd|48; indium|In|49; tin|Sn|50; antimony|Sb|51
-tellurium|Te|52; iodine|I|53; xenon|Xe|54; caesium|Cs|55; barium|Ba|56; tungsten|W|74; platinum|Pt|78; gold|Au|79
-mercury|Hg|80; lead|Pb|82; radon|Rn|86; radium|Ra|88; uranium|U|92; plutonium|Pu|94
+arsenic|As|33; selenium|Se|34; bromine|Br|35; krypton|Kr|36; rubidium|Rb|-; strontium|Sr|-; yttrium|Y|-
+zirconium|Zr|-; niobium|Nb|-; molybdenum|Mo|-; silver|Ag|47; cadmium|Cd|-; indium|In|-; tin|Sn|-; antimony|Sb|-
+tellurium|Te|-; iodine|I|-; xenon|Xe|-; caesium|Cs|-; barium|Ba|-; tungsten|W|-; platinum|Pt|-; gold|Au|79
+mercury|Hg|80; lead|Pb|-; radon|Rn|-; radium|Ra|-; uranium|U|-; plutonium|Pu|-
 """)
 """Chemical element, symbol, atomic number."""
 
@@ -144,7 +144,7 @@ beetle|insect|-|-; butterfly|insect|caterpillar|-; moth|insect|caterpillar|-; gr
 cricket|insect|-|chirps; mosquito|insect|-|whines; spider|arachnid|spiderling|-; scorpion|arachnid|-|-; crab|crustacean|-|-
 lobster|crustacean|-|-; shrimp|crustacean|-|-; snail|mollusc|-|-; octopus|mollusc|-|-; squid|mollusc|-|-
 """)
-"""Animal, class, name of its young, what it does to make itself heard."""
+"""Animal, kind of animal, name of its young, what it does to make itself heard."""
 
 OPPOSITES = rows("""
 hot|cold; big|small; tall|short; heavy|light; fast|slow; hard|soft; wet|dry; full|empty; clean|dirty; rich|poor
@@ -157,7 +157,7 @@ friend|enemy; victory|defeat; profit|loss; question|answer; beginning|end; succe
 attack|defence; buy|sell; give|take; push|pull; win|lose; remember|forget; arrive|leave; laugh|cry; accept|refuse
 increase|decrease; build|destroy; borrow|lend; begin|finish; float|sink; freeze|melt; maximum|minimum; entrance|exit
 """)
-"""Pairs of opposite words. Both directions are facts."""
+"""Word, its opposite."""
 
 PAST_TENSES = rows("""
 go|went; see|saw; eat|ate; drink|drank; sing|sang; swim|swam; run|ran; come|came; write|wrote; drive|drove; ride|rode
@@ -229,7 +229,9 @@ The Magic Mountain|Thomas Mann; Doctor Zhivago|Boris Pasternak; A Doll's House|H
 """)
 """Book or play, its author."""
 
-PLANETS = rows("Mercury|first; Venus|second; Earth|third; Mars|fourth; Jupiter|fifth; Saturn|sixth; Uranus|seventh; Neptune|eighth")
+PLANETS = rows(
+    "Mercury|first; Venus|second; Earth|third; Mars|fourth; Jupiter|fifth; Saturn|sixth; Uranus|seventh; Neptune|eighth"
+)
 """Planet, its place counted from the Sun."""
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -239,5 +241,7 @@ MONTHS += ("July", "August", "September", "October", "November", "December")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 NUMBERS += ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty")
 
-SHAPES = rows("triangle|three; square|four; pentagon|five; hexagon|six; heptagon|seven; octagon|eight; nonagon|nine; decagon|ten")
+SHAPES = rows(
+    "triangle|three; square|four; pentagon|five; hexagon|six; heptagon|seven; octagon|eight; nonagon|nine; decagon|ten"
+)
 """Shape, its number of sides."""

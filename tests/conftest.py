@@ -7,22 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
+from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.peft import write_adapter
+from mlx_sft.data.encode import IGNORED, Example
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.load import load_model
 from mlx_sft.runs import RunFolder
@@ -77,7 +82,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
-    """`make_base(family, tied=, dtype=, shard=)` → a checkpoint folder, made once a session."""
+    """`make_base(family, tied=, dtype=, shard=, form=, **settings of its config)` → a folder, made once a session.
+
+    `form` is the version of transformers, 4 or 5, whose way of writing config.json is followed.
+    """
     return partial(_make_base, {}, tmp_path_factory, tokenizer)
 
 
@@ -90,18 +98,37 @@ def _make_base(
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
     shard: str = "5GB",
+    form: int = 5,
+    **settings: object,
 ) -> Path:
-    key = (family, tied, dtype, shard)
+    key = (family, tied, dtype, shard, form, json.dumps(settings, sort_keys=True))
     if key not in made:
-        kind = {"qwen3": Qwen3Config, "llama": LlamaConfig}[family]
+        kind = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}[family]
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(kind(**_SHAPE, tie_word_embeddings=tied)).to(dtype)
+        config = kind(**(_SHAPE | {"tie_word_embeddings": tied} | settings))
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        with torch.no_grad():  # transformers starts norms at one and biases at zero, which would hide a mistake in them
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
         folder = folders.mktemp(family)
         model.save_pretrained(folder, max_shard_size=shard)
         tokenizer.save_pretrained(folder)
+        if form == 4:
+            _write_as_transformers_4(folder / "config.json")
         (folder / "LICENSE").write_text("do as you like\n")
         made[key] = folder
     return made[key]
+
+
+def _write_as_transformers_4(path: Path) -> None:
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.51.0"
+    path.write_text(json.dumps(config))
 
 
 @pytest.fixture
@@ -137,9 +164,44 @@ def random_adapter(base: Path, settings: LoraSettings) -> dict[str, mx.array]:
 
 
 @pytest.fixture(scope="session")
+def make_adapter() -> Callable[[Path, LoraSettings], dict[str, mx.array]]:
+    """`make_adapter(base, settings)` → the parameters of an adapter, with nothing zero."""
+    return random_adapter
+
+
+@pytest.fixture(scope="session")
 def token_ids() -> list[list[int]]:
     random = np.random.default_rng(3)
     return random.integers(0, VOCABULARY, (3, 12)).tolist()
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    """Rows of many lengths: every token that can be learnt is, one alone, the last alone, and some at random."""
+    random = np.random.default_rng(4)
+    made = []
+    for number, (length, learnt) in enumerate([(9, range(1, 9)), (23, [5]), (14, [13]), (17, None), (30, None)]):
+        token_ids = random.integers(0, VOCABULARY, length).astype(np.int32)
+        chosen = np.flatnonzero(random.random(length - 1) < 0.4) + 1 if learnt is None else np.array(learnt)
+        labels = np.full(length, IGNORED, np.int32)
+        labels[chosen] = token_ids[chosen]
+        made.append(Example(f"row {number}", token_ids, labels))
+    return made
+
+
+@pytest.fixture(scope="session")
+def torch_loss() -> Callable[[torch.nn.Module, list[Example]], torch.Tensor]:
+    """transformers' own mean loss over the supervised tokens of a right-padded batch."""
+
+    def compute(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return model(
+            input_ids=pad([torch.tensor(e.token_ids, dtype=torch.long) for e in examples]),
+            attention_mask=pad([torch.ones(len(e), dtype=torch.long) for e in examples]),
+            labels=pad([torch.tensor(e.labels, dtype=torch.long) for e in examples], padding_value=IGNORED),
+        ).loss
+
+    return compute
 
 
 @pytest.fixture(scope="session")
@@ -174,3 +236,44 @@ def mlx_logits() -> Callable[..., np.ndarray]:
         return np.array(model(mx.array(rows)).astype(mx.float32))
 
     return compute
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten short conversations of different lengths, one a line."""
+    random = np.random.default_rng(4)
+    words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog"]
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    with path.open("w") as file:
+        for _ in range(10):
+            question, answer = (" ".join(random.choice(words, random.integers(1, 7))) for _ in range(2))
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture
+def settings(chats: Path, make_base: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run of 6 steps on `chats` that takes a fraction of a second; its folder is not there yet."""
+    return {
+        "data": str(chats),
+        "model": str(make_base("qwen3", tied=True)),
+        "out": str(tmp_path / "run"),
+        "rank": 2,
+        "lr": 1e-2,
+        "batch_size": 4,
+        "epochs": 2,
+        "quiet": True,
+    }
+
+
+@pytest.fixture
+def cli() -> Callable[..., Result]:
+    """`cli("train", "--data", path, ..., input=...)` → click's result, which is never a traceback."""
+
+    def invoke(*arguments: object, **options: Any) -> Result:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments], **options)
+        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+        return result
+
+    return invoke

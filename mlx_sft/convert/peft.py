@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_sft.convert.safetensors_file import open_safetensors, read_float32, write_safetensors
+from mlx_sft.convert.arrays import write_arrays
+from mlx_sft.convert.safetensors_file import open_safetensors, read_float32
 from mlx_sft.errors import UserError
 from mlx_sft.methods.lora import LoraSettings
 from mlx_sft.runs import to_json, write_file, write_file_with
@@ -76,13 +76,8 @@ def write_adapter(folder: Path, settings: LoraSettings, parameters: dict[str, mx
         parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
         base_model: Name or path of the base model, for PEFT to find it.
     """
-    arrays = {peft_name(name): value for name, value in sorted(parameters.items())}
-    contents = (np.ascontiguousarray(np.array(value, np.float32), "<f4").data.cast("B") for value in arrays.values())
-    tensors = [(name, "F32", tuple(value.shape)) for name, value in arrays.items()]
-    write_file_with(
-        folder / WEIGHTS,
-        lambda path: write_safetensors(path, tensors, ([piece] for piece in contents), {"format": "pt"}),
-    )
+    arrays = {peft_name(name): value for name, value in parameters.items()}
+    write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
     modules = sorted({name.rpartition(".")[0] for name in parameters})
     config = _to_config(settings, modules, base_model)
     write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))

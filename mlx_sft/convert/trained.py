@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
-
+from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.convert.peft import write_adapter
 from mlx_sft.methods import Full, Lora, Parameters
 from mlx_sft.runs import RunFolder, write_file_with
@@ -23,7 +22,4 @@ def save_trained(folder: Path, method: Lora | Full, parameters: Parameters, base
     if isinstance(method, Lora):
         write_adapter(folder, method.settings, parameters, base_model)
         return
-    write_file_with(
-        folder / WEIGHTS_FILE,
-        lambda path: mx.save_safetensors(str(path), parameters, {"format": "mlx"}),
-    )
+    write_file_with(folder / WEIGHTS_FILE, lambda path: write_arrays(path, parameters, {"format": "mlx"}))

@@ -6,8 +6,10 @@ Knows tokenizers; knows nothing of files, or of how a template writes.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -67,11 +69,18 @@ class Encoder:
     Args:
         tokenizer: A fast tokenizer of transformers, or mlx-lm's wrapper of one.
         train_on: Learn all assistant turns of a conversation, or only the last.
+        template_kwargs: Variables of the chat template; a conversation's own go before them.
     """
 
-    def __init__(self, tokenizer: Any, train_on: Literal["all", "last"] = "all") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        train_on: Literal["all", "last"] = "all",
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.tokenizer = _unwrapped(tokenizer)
         self.train_on: Literal["all", "last"] = train_on
+        self._template_kwargs = dict(template_kwargs)
         self._added_ids = frozenset(self.tokenizer.added_tokens_decoder)
         self._end_tokens = _end_tokens(tokenizer, self.tokenizer)
 
@@ -91,6 +100,8 @@ class Encoder:
 
     def conversation(self, conversation: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Token ids of the template's rendering, shape (n,), and which of them the model must learn, shape (n,)."""
+        template_kwargs = self._template_kwargs | conversation.template_kwargs
+        conversation = replace(conversation, template_kwargs=template_kwargs)
         rendering = render(self.tokenizer, conversation, train_on=self.train_on, end_tokens=self._end_tokens)
         encoding = self._tokenize(rendering.text, conversation.origin, return_offsets_mapping=True)
         token_ids: list[int] = encoding["input_ids"]

@@ -12,6 +12,7 @@ from typing import NoReturn, Protocol
 
 from mlx_sft.data.readers import INSTALL_HINT, READERS, Rows, as_row, first_line
 from mlx_sft.errors import USAGE, UserError, did_you_mean
+from mlx_sft.runs import user_path
 
 HUB_PREFIX = "hf:"
 SPLIT_FILES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
@@ -109,7 +110,7 @@ def locate(data: str) -> dict[str, Source]:
         if identifier.count("/") not in (1, 2) or not all(identifier.split("/")):
             raise UserError("not a dataset id", where=data, hint="write hf:owner/name[:split]", exit_code=USAGE)
         return {"all": HubSource(data)}
-    path = Path(data).expanduser()
+    path = user_path(data)
     if path.is_dir():
         return _folder(path)
     return {"all": _file(path)}

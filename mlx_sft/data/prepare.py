@@ -22,7 +22,10 @@ from mlx_sft.errors import USAGE, UserError
 
 SHOWN_BAD_ROWS = 10
 """So many bad rows are named in one error."""
-_SETTINGS = {"max_length", "overlong", "train_on", "skip_bad_rows", "valid_fraction", "seed"}
+_SETTINGS = {
+    *("max_length", "overlong", "train_on", "skip_bad_rows"),
+    *("valid_fraction", "seed", "chat_template_kwargs"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def prepare(config: TrainConfig, tokenizer: Any) -> PreparedData:
     """
     if config.data is None:
         raise UserError("no data", hint="give --data FILE", exit_code=USAGE)
-    encoder = Encoder(tokenizer, config.train_on)
+    encoder = Encoder(tokenizer, config.train_on, config.chat_template_kwargs)
     parts = locate(config.data)
     examples, source = _read(_part(parts, config.data, "train"), config, encoder)
     sources = [source]
@@ -82,7 +85,7 @@ def prepare_file(data: str, config: TrainConfig, tokenizer: Any) -> tuple[list[E
         UserError: as `prepare` does.
     """
     source = _part(locate(data), data, "test", "valid")
-    return _read(source, config, Encoder(tokenizer, config.train_on))
+    return _read(source, config, Encoder(tokenizer, config.train_on, config.chat_template_kwargs))
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -59,6 +60,7 @@ _RENDERING_ERRORS = (
     RecursionError,
 )
 _LETTER = re.compile(r"[^\W_]")
+_DATE_FORMAT = re.compile(r"""strftime_now\(["']([^"']+)["']\)""")
 
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
@@ -118,6 +120,17 @@ def render(
             hint="use a model with a ChatML, Qwen or Llama 3 template, or give rows of plain `text`",
         ) from None
     return Rendering(text, [span for turn in turns for span in turn])
+
+
+def todays_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """`date_string` as of today, for a template that writes the date unless it is given one; else nothing.
+
+    Llama 3.2's does. Without a fixed date, the same rows would be other rows tomorrow.
+    """
+    templates = tokenizer.chat_template
+    source = templates if isinstance(templates, str) else " ".join((templates or {}).values())
+    pattern = _DATE_FORMAT.search(source) if "date_string" in source else None
+    return {"date_string": f"{datetime.now():{pattern[1]}}"} if pattern else {}
 
 
 def _as_template_sees(message: dict[str, Any]) -> dict[str, Any]:

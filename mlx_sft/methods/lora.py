@@ -15,6 +15,8 @@ import mlx.nn as nn
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 
+_HALVES = ("lora_A", "lora_B")
+
 _GROUPS = {
     "attention": ("self_attn", "attention", "attn", "self_attention"),
     "qv": ("q_proj", "v_proj"),
@@ -91,6 +93,10 @@ class Lora:
         """
         paths = resolve_targets(model, self.settings.targets)
         linears = dict(_linears(model))
+        widest = max(max(linears[path].weight.shape) for path in paths)
+        if self.settings.rank > widest:
+            what = f"{self.settings.rank} is more than the widest of these modules has features, {widest}"
+            raise UserError(what, where="rank", hint="8 to 64 are usual")
         self.modules = {path: LoraLinear(linears[path], self.settings) for path in paths}
         for path, module in self.modules.items():
             _replace(model, path, module)
@@ -103,10 +109,10 @@ class Lora:
         if key is not None and self.settings.dropout > 0:
             keys = list(mx.random.split(key, len(self.modules)))
         for (path, module), module_key in zip(self.modules.items(), keys, strict=True):
-            for half in ("lora_A", "lora_B"):
-                if (value := parameters.get(f"{path}.{half}")) is not None:
-                    module[half] = value
-            module._key = module_key
+            given = {half: parameters[f"{path}.{half}"] for half in _HALVES if f"{path}.{half}" in parameters}
+            if given:  # binding some of them, as a head does, leaves the others' dropout alone
+                module.update(given)
+                module._key = module_key
 
     def decayed(self, name: str) -> bool:
         return True

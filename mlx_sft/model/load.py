@@ -23,6 +23,7 @@ from mlx_lm import utils as mlx_lm_utils
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.runs import user_path
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -48,9 +49,9 @@ _ROPE_SETTINGS = {
         "mscale",
         "mscale_all_dim",
     },
-    "longrope": {"original_max_position_embeddings", "short_factor", "long_factor"},
+    "longrope": {"original_max_position_embeddings", "long_factor"},
 }
-"""Per RoPE type, the settings that mlx-lm's `initialize_rope` reads."""
+"""Per RoPE type, the settings that mlx-lm's `initialize_rope` reads. It takes `long_factor` for short rows, too."""
 
 _ARITHMETIC = (
     "attention_bias",
@@ -109,14 +110,15 @@ def load_model(name: str, dtype: str = "auto", tokenizer: PreTrainedTokenizerBas
             where=str(path),
             hint="give the original checkpoint in bfloat16, float16 or float32",
         )
+    target = getattr(mx, resolve_dtype(dtype))
     try:
         model, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=translate_config(path))
-    except ValueError as error:
-        raise UserError(f"cannot load this checkpoint: {error}", where=str(path)) from error
-    target = getattr(mx, resolve_dtype(dtype))
-    model.update(tree_map(lambda p: _cast(p, target), model.parameters()))
+        model.update(tree_map(lambda p: _cast(p, target), model.parameters()))
+        mx.eval(model.parameters())
+    except (ValueError, RuntimeError) as error:  # MLX calls a file that is cut short a RuntimeError
+        hint = "if it should be whole, copy or download it again"
+        raise UserError(f"cannot load this checkpoint: {error}", where=str(path), hint=hint) from error
     model.freeze()
-    mx.eval(model.parameters())
     return LoadedModel(model, tokenizer or load_tokenizer(path), path, name, config)
 
 
@@ -131,7 +133,7 @@ def resolve_checkpoint(name: str) -> Path:
     """The folder on disk for `tiny`, a path, or a Hub id; the network is asked only for an id that is not in the cache."""
     if name == "tiny":
         return TINY
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -169,9 +171,11 @@ def read_config(path: Path) -> dict[str, Any]:
         hint = "give a Hugging Face checkpoint folder"
         raise UserError("not a model folder: no config.json", where=str(path), hint=hint) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(file)) from error
+        hint = "copy or download the checkpoint again"
+        raise UserError(f"cannot be read: {error}", where=str(file), hint=hint) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise UserError("names no model_type", where=str(file))
+        hint = "give a Hugging Face checkpoint folder"
+        raise UserError("names no model_type", where=str(file), hint=hint)
     return config
 
 
@@ -248,6 +252,9 @@ def _translate_rope(settings: dict[str, Any], fields: set[str], path: Path) -> d
         if value is not None and name not in _ROPE_SETTINGS.get(kind, ()):
             raise _unread(f"{name} (of RoPE type {kind})", value, path)
     if kind == "yarn":
+        for name, other in (("mscale", "mscale_all_dim"), ("mscale_all_dim", "mscale")):
+            if rope.get(name) and not rope.get(other):  # transformers goes by both or neither
+                raise _unread(f"{name} without {other}", rope[name], path)
         rope.setdefault("original_max_position_embeddings", settings["max_position_embeddings"])
     scaling = None if kind == "default" else {"type": kind, "rope_type": kind} | rope
     if scaling and not fields & {"rope_scaling", "rope_parameters"}:

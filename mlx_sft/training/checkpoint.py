@@ -18,9 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
-from mlx_sft.runs import RunFolder, to_json, write_folder
+from mlx_sft.runs import RunFolder, disk_errors, to_json, write_folder
 from mlx_sft.training.optim import AdamW
 
 _PARAMETERS = "parameters.safetensors"
@@ -67,26 +68,28 @@ def save(
     identity: dict[str, str],
     *,
     seed: int,
-    keep: int,
-) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`.
+) -> None:
+    """Write a checkpoint.
 
     Args:
         identity: Hashes of config, data and model; `load` refuses others.
     """
-    folder = run.checkpoint(progress.step)
     state = {
         "progress": asdict(progress),
         "random_state": dropout_key(seed, progress.step + 1).tolist(),
         "identity": identity,
     }
-    with write_folder(folder) as temporary:
-        mx.save_safetensors(str(temporary / _PARAMETERS), parameters)
-        mx.save_safetensors(str(temporary / _OPTIMIZER), optimizer.flat_state())
+    with write_folder(run.checkpoint(progress.step)) as temporary:
+        write_arrays(temporary / _PARAMETERS, parameters)
+        write_arrays(temporary / _OPTIMIZER, optimizer.flat_state())
         (temporary / _STATE).write_text(to_json(state))
+
+
+def prune(run: RunFolder, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
     for step in run.checkpoint_steps()[:-keep]:
-        shutil.rmtree(run.checkpoint(step))
-    return folder
+        with disk_errors(run.checkpoint(step)):
+            shutil.rmtree(run.checkpoint(step))
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,8 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,15 +20,13 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.trained import save_trained, trained_folder
 from mlx_sft.data.batches import Step, cut, cut_all
-from mlx_sft.errors import UserError
+from mlx_sft.errors import INTERRUPTED, UserError
 from mlx_sft.runs import disk_errors, write_file
 from mlx_sft.training import checkpoint
 from mlx_sft.training.card import model_card
 from mlx_sft.training.optim import clip, global_norm, learning_rate
 from mlx_sft.training.setup import Job, prepare_job
 from mlx_sft.training.step import lengths_of, to_float
-
-_INTERRUPTED = 130
 
 _MOST_SKIPPED = 5
 """Steps in a row without a finite gradient after which a run stops."""
@@ -126,7 +126,7 @@ def _take(job: Job, step: Step) -> dict[str, Any]:
     return record
 
 
-def _evaluate(job: Job, step: Step, metrics: TextIO) -> None:
+def _evaluate(job: Job, step: Step, metrics: FileIO) -> None:
     """Loss over the whole validation set; the best parameters so far become the run's result."""
     started = time.perf_counter()
     lengths = lengths_of(job.data.valid)
@@ -163,25 +163,17 @@ def _due(every: int | str, step: Step, job: Job) -> bool:
     return last or (step.ends_epoch if every == "epoch" else step.number % int(every) == 0)
 
 
-def _save(job: Job, metrics: TextIO) -> None:
+def _save(job: Job, metrics: FileIO) -> None:
     with disk_errors(job.run.metrics):
-        metrics.flush()
         os.fsync(metrics.fileno())
-        job.progress = job.progress.after(metrics_bytes=metrics.tell())
-    checkpoint.save(
-        job.run,
-        job.progress,
-        job.parameters,
-        job.optimizer,
-        job.identity,
-        seed=job.config.seed,
-        keep=job.config.keep,
-    )
+    job.progress = job.progress.after(metrics_bytes=metrics.tell())
+    checkpoint.save(job.run, job.progress, job.parameters, job.optimizer, job.identity, seed=job.config.seed)
+    checkpoint.prune(job.run, job.config.keep)
     if job.progress.best_step is None:
         _save_result(job, trained_folder(job.run, job.method))
 
 
-def _stop_if_lost(job: Job, step: Step, metrics: TextIO) -> None:
+def _stop_if_lost(job: Job, step: Step, metrics: FileIO) -> None:
     if job.progress.skipped_in_a_row < _MOST_SKIPPED:
         return
     _save(job, metrics)
@@ -194,9 +186,15 @@ def _stop_if_lost(job: Job, step: Step, metrics: TextIO) -> None:
 
 
 def _finish(job: Job) -> None:
-    """The run's result in its place: the best by validation loss, else the last; and the last beside it."""
+    """The run's result in its place: the best by validation loss, else the last; and the last beside it.
+
+    A run that was killed after its last checkpoint may lack any of it.
+    """
     best = job.progress.best_step
-    if best is not None and best != job.progress.step:
+    checkpoint.prune(job.run, job.config.keep)
+    if best is None:
+        _save_result(job, trained_folder(job.run, job.method))
+    elif best != job.progress.step:
         _save_result(job, job.run.last)
     write_file(job.run.card, model_card(job.config, job.base.config, job.data.report, job.progress))
     job.console.stop()
@@ -207,12 +205,14 @@ def _save_result(job: Job, folder: Path) -> None:
 
 
 @contextmanager
-def _metrics(job: Job) -> Iterator[TextIO]:
-    """`metrics.jsonl`, cut back to what the checkpoint knows of."""
+def _metrics(job: Job) -> Iterator[FileIO]:
+    """`metrics.jsonl`, cut back to what the checkpoint knows of; without a buffer, which could fail when it is closed."""
     with disk_errors(job.run.metrics):
-        job.run.metrics.touch()
-        os.truncate(job.run.metrics, job.progress.metrics_bytes)
-    with job.run.metrics.open("a", encoding="utf-8") as file:
+        file = FileIO(job.run.metrics, "a")
+    with file:
+        with disk_errors(job.run.metrics):
+            file.truncate(min(file.tell(), job.progress.metrics_bytes))
+            file.seek(0, os.SEEK_END)
         try:
             yield file
         finally:
@@ -225,14 +225,17 @@ def _interruptible(job: Job) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        saved = job.run.checkpoint_steps()
         raise UserError(
-            f"interrupted after step {job.progress.step}",
+            f"interrupted after step {job.progress.step}; "
+            + (f"the newest checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"),
             hint=f"continue with: mlx-sft train --resume {job.run.path}",
-            exit_code=_INTERRUPTED,
+            exit_code=INTERRUPTED,
         ) from None
 
 
-def _write(metrics: TextIO, record: dict[str, Any]) -> None:
-    with disk_errors(Path(metrics.name)):
-        metrics.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        metrics.flush()
+def _write(metrics: FileIO, record: dict[str, Any]) -> None:
+    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with disk_errors(Path(str(metrics.name))):
+        if metrics.write(line) < len(line):
+            raise OSError(errno.ENOSPC, "no space left for a whole line")

@@ -55,11 +55,12 @@ def cross_entropy_sum(
     ) -> tuple[mx.array, HeadParameters, mx.array]:
         loss = mx.array(0.0)
         for_parameters = {name: mx.zeros_like(value) for name, value in parameters.items()}
-        for_hidden = []
+        for_hidden: list[mx.array] = []
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
+            states = _after([loss, *for_parameters.values(), *for_hidden[-1:]], hidden_states[rows])
             chunk_loss, chunk_parameters, chunk_hidden = _chunk_loss_and_gradients(
-                head, parameters, hidden_states[rows], targets[rows], weights[rows]
+                head, parameters, states, targets[rows], weights[rows]
             )
             loss = loss + chunk_loss
             for name, gradient in chunk_parameters.items():
@@ -113,11 +114,17 @@ def evaluate_positions(
     loss, correct = mx.array(0.0), mx.array(0.0)
     for start in range(0, targets.shape[0], chunk):
         rows = slice(start, start + chunk)
-        logits = head({}, hidden_states[rows]).astype(mx.float32)
+        logits = head({}, _after([loss, correct], hidden_states[rows])).astype(mx.float32)
         losses, _, _ = _losses(logits, targets[rows])
         loss = loss + (weights[rows] * losses).sum()
         correct = correct + (weights[rows] * (logits.argmax(-1) == targets[rows])).sum()
     return loss, correct
+
+
+def _after(results: list[mx.array], hidden_states: mx.array) -> mx.array:
+    """The hidden states, once the results of the chunk before are there: left to itself, MLX computes many side by side."""
+    states: list[mx.array] = mx.depends([hidden_states], results)
+    return states[0]
 
 
 def _losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -22,8 +22,8 @@ float32 on Qwen3-0.6B, whose features add up to 22,528."""
 _BYTES_A_PARAMETER = 20
 """Float32 value, gradient, accumulated gradient and AdamW's two moments."""
 
-_HEAD_BYTES = 6 * 64 * 2**20
-"""Chunks of logits that are alive at a time."""
+_HEAD_BYTES = 8 * 64 * 2**20
+"""A chunk of logits, and what its loss and gradient are made from: eight arrays of its size were measured."""
 
 
 class Machine(Protocol):
@@ -72,7 +72,8 @@ class Footprint:
         features = [_linear_features(layer) for layer in layers]
         hidden = max(_smallest_features(layer) for layer in layers)
         kept = [int(_KEPT_PER_FEATURE * f * itemsize) for f in features]
-        recomputed = max(kept) + len(layers) * hidden * itemsize
+        # One layer's numbers and their gradients, and the input of every layer.
+        recomputed = 2 * max(kept) + len(layers) * hidden * itemsize
         return cls(_HEAD_BYTES + _BYTES_A_PARAMETER * trainable, sum(kept), recomputed)
 
 

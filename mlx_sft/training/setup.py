@@ -23,6 +23,7 @@ from mlx_sft.convert.peft import read_adapter
 from mlx_sft.data.batches import Plan, collate, cut
 from mlx_sft.data.encode import Example, decoded_segments
 from mlx_sft.data.prepare import PreparedData, prepare
+from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Full, Lora, Parameters, make_method
 from mlx_sft.model.head import SplitModel
@@ -34,7 +35,7 @@ from mlx_sft.model.load import (
     resolve_checkpoint,
     resolve_dtype,
 )
-from mlx_sft.runs import RunFolder, to_json, write_file
+from mlx_sft.runs import RunFolder, to_json, user_path
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.memory import Footprint, ThisMachine, choose, prepare_device
@@ -75,8 +76,13 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     prepare_device()
     run = RunFolder.open(config.resume) if config.resume else None
     config = _resumed_config(config, run) if run else _with_full_paths(config)
+    if run is None and config.out is not None:
+        RunFolder.new(config.out)  # before the work, not after it
     path = resolve_checkpoint(config.model)
     tokenizer = load_tokenizer(path)
+    if run is None:
+        pinned = todays_variables(tokenizer) | config.chat_template_kwargs
+        config = config.model_copy(update={"chat_template_kwargs": pinned})
     data = prepare(config, tokenizer)
     if config.early_stop and not data.valid:
         hint = "give --valid FILE or --valid-fraction 0.05"
@@ -119,6 +125,8 @@ def _resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
     full = _with_full_paths(given)
     for field in sorted(given.model_fields_set - _NOT_THE_RESULT):
         before, now = getattr(saved, field), getattr(full, field)
+        if field == "chat_template_kwargs":
+            now = before | now  # the run added the day on which it began
         if now != before and now != "auto":
             raise UserError(
                 f"{option_name(field)} {now} differs from the run's {before}",
@@ -126,8 +134,11 @@ def _resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
                 hint="leave it out to resume, or start a new run",
                 exit_code=USAGE,
             )
-    shown = {name: getattr(given, name) for name in ("quiet", "json_lines", "resume")}
-    return saved.model_copy(update=shown)
+    if given.out is not None and user_path(given.out).resolve() != run.path.resolve():
+        what = "--out names another folder than --resume"
+        raise UserError(what, where=given.out, hint="leave it out to resume", exit_code=USAGE)
+    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & {"keep"})
+    return saved.model_copy(update={name: getattr(given, name) for name in names})
 
 
 def _with_full_paths(config: TrainConfig) -> TrainConfig:
@@ -135,9 +146,9 @@ def _with_full_paths(config: TrainConfig) -> TrainConfig:
     names = ("data", "valid", "model", "init_adapter")
     given = {name: getattr(config, name) for name in names}
     full = {
-        name: str(Path(value).expanduser().resolve())
+        name: str(user_path(value).resolve())
         for name, value in given.items()
-        if value is not None and value != "tiny" and Path(value).expanduser().exists()
+        if value is not None and value != "tiny" and user_path(value).exists()
     }
     return config.model_copy(update=full)
 
@@ -233,11 +244,11 @@ def _open_or_create(
         progress, parameters = checkpoint.load(run, parameters, optimizer, identity)
         return run, progress, parameters
     run = RunFolder.create(config.out or RunFolder.default_path(config.model))
-    write_file(run.data_report, to_json(data.report.to_json()))
-    write_file(run.environment, to_json(_environment(config, identity)))
-    # Last, because a folder that has it can be resumed. `out` is the folder itself.
-    header = "# mlx-sft train --config config.yaml\n"
-    write_file(run.config, config.model_copy(update={"out": None}).to_yaml(header))
+    run.write_head(
+        config=config.model_copy(update={"out": None}).to_yaml("# mlx-sft train --config config.yaml\n"),
+        data_report=to_json(data.report.to_json()),
+        environment=to_json(_environment(config, identity)),
+    )
     return run, Progress(), parameters
 
 

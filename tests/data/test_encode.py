@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from mlx_sft.data.encode import IGNORED, Encoder, Example, decoded_segments, encode_conversation, supervised_tokens
 from mlx_sft.data.formats import Conversation, Document
+from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -183,3 +185,26 @@ def test_the_real_qwen3_tokenizer() -> None:
     assert token_ids == tokenizer.apply_chat_template(MESSAGES, return_dict=False)
     assert learnt(tokenizer, token_ids, mask) == "<think>\n\n</think>\n\nHé 👩‍👩‍👧‍👦<|im_end|>"
     assert mask[-1] == 0
+
+
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "<|im_start|>system\nToday is {{ date_string }}<|im_end|>\n"
+)
+
+
+def test_variables_of_the_configuration_reach_the_template_and_a_rows_own_go_before_them(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    dated = make_tokenizer(DATED + make_tokenizer().chat_template)
+    encoder = Encoder(dated, template_kwargs={"date_string": "1 May 2026"})
+    for own, expected in (({}, "Today is 1 May 2026"), ({"date_string": "never"}, "Today is never")):
+        example = encoder.encode(Conversation("a:1", MESSAGES, None, own))
+        assert expected in encoder.tokenizer.decode(example.token_ids)
+
+
+def test_a_template_that_writes_the_date_can_be_pinned_to_today(make_tokenizer: MakeTokenizer) -> None:
+    pinned = todays_variables(make_tokenizer(DATED))
+    assert list(pinned) == ["date_string"]
+    assert datetime.strptime(pinned["date_string"], "%d %b %Y").date() <= datetime.now().date()
+    assert todays_variables(make_tokenizer()) == {}

@@ -1,0 +1,28 @@
+"""MLX arrays → a safetensors file whose bytes are the same for the same arrays, whatever their order in the mapping.
+
+Not through MLX's own writer, which calls a full disk a `RuntimeError`: here it is the `OSError` that says so. Knows nothing of
+what the arrays mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_sft.convert.safetensors_file import write_safetensors
+
+_DTYPES = {mx.float32: ("F32", "<f4"), mx.uint64: ("U64", "<u8")}
+
+
+def write_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays under their names, one at a time; float32 and (an optimizer's count of steps) uint64."""
+    named = sorted(arrays.items())
+    tensors = [(name, _DTYPES[value.dtype][0], tuple(value.shape)) for name, value in named]
+    write_safetensors(path, tensors, ([_content(value)] for _, value in named), dict(metadata or {}))
+
+
+def _content(value: mx.array) -> memoryview:
+    return np.ascontiguousarray(np.array(value), _DTYPES[value.dtype][1]).reshape(-1).view(np.uint8).data

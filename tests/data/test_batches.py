@@ -1,0 +1,149 @@
+"""The plan: every row once an epoch, the same steps again after a kill; and the cheapest cut that memory allows."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_sft.data.batches import (
+    CALL_COST,
+    MicroBatch,
+    Plan,
+    collate,
+    cut,
+    cut_all,
+    needed_length,
+    round_up,
+)
+from mlx_sft.data.encode import IGNORED, Example
+
+LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=7)
+BUDGETS = st.integers(1, 600)
+
+
+def _example(text: str) -> Example:
+    """A letter a token; capitals are supervised."""
+    token_ids = np.array([ord(letter) for letter in text], np.int32)
+    labels = np.array([ord(letter) if letter.isupper() else IGNORED for letter in text], np.int32)
+    return Example("row", token_ids, labels)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 4), st.integers(0, 5), st.booleans())
+def test_every_row_is_in_every_epoch_once(rows: int, batch_size: int, epochs: int, seed: int, shuffle: bool) -> None:
+    plan = Plan(rows, batch_size=batch_size, epochs=epochs, seed=seed, shuffle=shuffle)
+    steps = list(plan.steps())
+
+    assert [step.number for step in steps] == list(range(1, plan.total_steps + 1))
+    assert Counter(row for step in steps for row in step.rows) == dict.fromkeys(range(rows), epochs)
+    for epoch in range(epochs):
+        within = steps[epoch * plan.steps_per_epoch : (epoch + 1) * plan.steps_per_epoch]
+        assert sorted(row for step in within for row in step.rows) == list(range(rows))
+        assert [step.ends_epoch for step in within] == [False] * (len(within) - 1) + [True]
+        assert [len(step.rows) for step in within[:-1]] == [batch_size] * (len(within) - 1)
+        assert within[-1].epoch == epoch + 1
+
+
+@given(st.integers(1, 30), st.integers(1, 7), st.integers(1, 50), st.integers(0, 60))
+def test_a_resumed_plan_is_the_rest_of_the_whole_one(rows: int, batch_size: int, steps: int, after: int) -> None:
+    plan = Plan(rows, batch_size=batch_size, max_steps=steps, seed=7)
+    again = Plan(rows, batch_size=batch_size, max_steps=steps, seed=7)
+    assert list(again.steps(after=after)) == list(plan.steps())[after:]
+    assert plan.total_steps == steps
+
+
+def test_the_last_step_of_an_epoch_takes_what_is_left() -> None:
+    plan = Plan(10, batch_size=4, epochs=2, shuffle=False)
+    assert [step.rows for step in plan.steps()] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)] * 2
+    assert [step.epoch for step in plan.steps()] == [0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
+
+
+def test_the_order_is_another_one_each_epoch_and_for_each_seed() -> None:
+    def orders(seed: int) -> list[tuple[int, ...]]:
+        return [step.rows for step in Plan(50, batch_size=50, epochs=3, seed=seed).steps()]
+
+    assert orders(1) == orders(1)
+    assert len(set(orders(1) + orders(2) + [tuple(range(50))])) == 7
+
+
+@given(st.integers(1, 100_000))
+def test_widths_are_on_a_small_grid_just_above(length: int) -> None:
+    width = round_up(length)
+    assert length <= width <= length + max(7, length / 8)
+    assert round_up(width) == width
+
+
+def test_the_grid_has_few_widths() -> None:
+    assert len({round_up(length) for length in range(1, 4097)}) < 80
+
+
+def _cost(micro_batches: list[MicroBatch]) -> int:
+    return sum(len(micro.rows) * micro.width + CALL_COST for micro in micro_batches)
+
+
+def _partitions(rows: list[int]) -> list[list[list[int]]]:
+    """Every way to put rows into groups."""
+    if not rows:
+        return [[]]
+    first, rest = rows[0], _partitions(rows[1:])
+    alone = [[[first], *groups] for groups in rest]
+    joined = [[*groups[:i], [first, *groups[i]], *groups[i + 1 :]] for groups in rest for i in range(len(groups))]
+    return alone + joined
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, BUDGETS)
+def test_no_grouping_that_fits_is_cheaper(lengths: list[int], budget: int) -> None:
+    def made(groups: list[list[int]]) -> list[MicroBatch]:
+        return [MicroBatch(tuple(group), max(round_up(lengths[row]) for row in group)) for group in groups]
+
+    every = map(made, _partitions(list(range(len(lengths)))))
+    fits = [ms for ms in every if all(len(m.rows) == 1 or len(m.rows) * m.width <= budget for m in ms)]
+    assert _cost(cut(range(len(lengths)), lengths, budget)) == min(map(_cost, fits))
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 5000), st.randoms())
+def test_a_cut_has_every_row_once_and_keeps_to_its_budget(lengths: list[int], budget: int, random: object) -> None:
+    rows = [row for row in range(len(lengths)) if row % 3 != 1] or [0]
+    random.shuffle(rows)
+
+    micro_batches = cut(rows, lengths, budget)
+
+    assert sorted(row for micro in micro_batches for row in micro.rows) == sorted(rows)
+    for micro in micro_batches:
+        assert micro.width == round_up(max(lengths[row] for row in micro.rows))
+        assert len(micro.rows) == 1 or len(micro.rows) * micro.width <= budget
+    assert micro_batches == cut(sorted(rows), lengths, budget)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 9))
+def test_evaluation_cuts_every_row_once(lengths: list[int], rows_at_once: int) -> None:
+    micro_batches = cut_all(lengths, 1000, rows_at_once)
+    assert sorted(row for micro in micro_batches for row in micro.rows) == list(range(len(lengths)))
+    assert max(len(micro.rows) for micro in micro_batches) <= rows_at_once
+
+
+def test_the_picture_of_collate() -> None:
+    batch = collate([_example("abCDeF.")], MicroBatch((0,), 8))
+    assert batch.token_ids.tolist() == [[*map(ord, "abCDe"), 0, 0, 0]]  # F is learnt, never read
+    assert batch.positions.tolist() == [1, 2, 4]
+    assert [chr(target) for target in batch.targets] == ["C", "D", "F"]
+    assert batch.tokens == 7
+
+
+def test_rows_of_one_micro_batch_lie_under_each_other() -> None:
+    examples = [_example("never"), _example("aB"), _example("abcD"), _example("aBCD")]
+    batch = collate(examples, MicroBatch((1, 3), 8))
+    assert batch.token_ids.tolist() == [[ord("a"), *[0] * 7], [*map(ord, "aBC"), *[0] * 5]]
+    assert batch.positions.tolist() == [0, 8, 9, 10]
+    assert [chr(target) for target in batch.targets] == ["B", "B", "C", "D"]
+    assert batch.tokens == 6
+    assert (batch.token_ids.dtype, batch.positions.dtype, batch.targets.dtype) == (np.int32,) * 3
+
+
+@pytest.mark.parametrize(("text", "length"), [("aB", 1), ("aBc", 1), ("abcD", 3), ("aBcDe.", 3)])
+def test_what_comes_after_the_last_supervised_token_is_not_computed(text: str, length: int) -> None:
+    assert needed_length(_example(text)) == length

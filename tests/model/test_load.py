@@ -1,0 +1,243 @@
+"""A checkpoint is loaded as its config says, whichever transformers wrote it, or refused by the name of what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from safetensors.torch import load_file
+
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.model import load
+from mlx_sft.model.load import (
+    TINY,
+    checkpoint_fingerprint,
+    load_model,
+    load_tokenizer,
+    resolve_checkpoint,
+    resolve_dtype,
+    translate_config,
+)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., Path]:
+    """`checkpoint(family, **of config.json)` → a folder of one's own; a setting that is None is left out."""
+
+    def make(family: str = "qwen3", /, **settings: object) -> Path:
+        folder = tmp_path / "model"
+        shutil.copytree(make_base(family), folder)
+        file = folder / "config.json"
+        config = json.loads(file.read_text()) | settings
+        file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+        return folder
+
+    return make
+
+
+def _refused(path: Path | str, match: str) -> UserError:
+    with pytest.raises(UserError, match=match) as error:
+        load_model(str(path), "float32")
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("settings", "theta", "scaling"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, None),
+        ({"rope_parameters": None, "rope_theta": 7.0, "rope_scaling": None}, 7.0, None),
+        ({"rope_parameters": None, "rope_theta": 7.0}, 7.0, None),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}},
+            7.0,
+            {"type": "linear", "rope_type": "linear", "factor": 2.0},
+        ),
+        (
+            {"rope_parameters": None, "rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            7.0,
+            {"type": "linear", "rope_type": "linear", "factor": 2.0},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 7.0, "factor": 2.0}},
+            7.0,
+            {"type": "yarn", "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512},
+        ),
+        # What is left out is the family's default in transformers, not mlx-lm's.
+        ({"rope_parameters": None}, 10_000.0, None),
+    ],
+)
+def test_both_forms_of_rope_become_the_one_that_is_read(
+    settings: dict[str, object], theta: float, scaling: dict[str, object] | None, checkpoint: Callable[..., Path]
+) -> None:
+    translated = translate_config(checkpoint("llama", **settings))
+    assert translated["rope_theta"] == theta
+    assert translated["rope_scaling"] == scaling
+    assert translated["rope_parameters"]["rope_theta"] == theta
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "name"),
+    [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "attention_factor": 1.5}},
+         "attention_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "mscale": 1.5}},
+         "mscale without mscale_all_dim"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "truncate": False}},
+         "truncate"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "wobble": 1}},
+         "wobble"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0,
+                                       "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}}, "short_factor"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e3}}},
+         "rope_parameters"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_nothing_would_read_is_refused_by_name(
+    family: str, settings: dict[str, object], name: str, checkpoint: Callable[..., Path]
+) -> None:
+    error = _refused(checkpoint(family, **settings), f"does not read {name}")
+    assert error.where.endswith("config.json")
+
+
+def test_a_default_spelled_out_is_no_reason_to_refuse(checkpoint: Callable[..., Path]) -> None:
+    settings = {"use_sliding_window": False, "hidden_act": "silu", "partial_rotary_factor": 1.0}
+    load_model(str(checkpoint("qwen2", **settings)), "float32")
+
+
+def test_a_family_that_mlx_lm_does_not_have_is_named(checkpoint: Callable[..., Path]) -> None:
+    _refused(checkpoint("qwen3", model_type="bert"), "mlx-lm has no model of type bert")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_loaded_in_the_precision_asked_for_and_frozen(dtype: str, make_base: Callable[..., Path]) -> None:
+    base = make_base("qwen3", tied=True)
+    loaded = load_model(str(base), dtype)
+    weights = dict(tree_flatten(loaded.model.parameters()))
+    assert {value.dtype for value in weights.values()} == {getattr(mx, dtype)}
+    assert set(weights) == set(load_file(base / "model.safetensors"))
+    assert not tree_flatten(loaded.model.trainable_parameters())
+    assert (loaded.path, loaded.name) == (base, str(base))
+    assert loaded.config == json.loads((base / "config.json").read_text())
+    assert loaded.tokenizer.eos_token == "<|im_end|>"
+
+
+def test_shards_are_one_model(make_base: Callable[..., Path]) -> None:
+    sharded = make_base("llama", shard="60KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    one, many = (load_model(str(base), "float32").model(mx.array([[1, 2, 3]])) for base in (make_base("llama"), sharded))
+    assert mx.array_equal(one, many).item()
+
+
+def test_auto_is_float32_on_the_cpu() -> None:
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    assert resolve_dtype("auto") == ("float32" if on_cpu else "bfloat16")
+    assert resolve_dtype("float16") == "float16"
+
+
+def test_tiny_is_embedded() -> None:
+    assert resolve_checkpoint("tiny") == TINY
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/nowhere-at-all", "nowhere"])
+def test_a_folder_that_is_not_there_is_a_mistake_of_use(name: str) -> None:
+    error = _refused(name, "no such model folder")
+    assert (error.where, error.exit_code) == (name, USAGE)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    assert _refused(tmp_path / "model.safetensors", "a folder, not a file").exit_code == USAGE
+
+
+def test_what_is_no_hub_id_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    _refused("some one/mod el", "not a Hub id")
+
+
+def test_a_model_that_cannot_be_downloaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def offline(name: str, **options: object) -> str:
+        asked.append(options.get("local_files_only", False))
+        raise load.LocalEntryNotFoundError("no route to host")
+
+    monkeypatch.setattr(load, "snapshot_download", offline)
+    error = _refused("some/model", "not on disk and cannot be downloaded")
+    assert error.where == "some/model"
+    assert asked == [True, False]
+
+
+def test_a_model_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch, make_base: Callable[..., Path]) -> None:
+    def cached(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert local_files_only
+        return str(make_base())
+
+    monkeypatch.setattr(load, "snapshot_download", cached)
+    assert load_model("some/model", "float32").path == make_base()
+
+
+def test_a_folder_that_is_no_checkpoint_is_told_what_it_lacks(tmp_path: Path, make_base: Callable[..., Path]) -> None:
+    _refused(tmp_path, r"no config\.json")
+    config = tmp_path / "config.json"
+    for text in ("{", "[1]", "{}", '{"model_type": 3}'):
+        config.write_text(text)
+        assert _refused(tmp_path, "cannot be read|names no model_type").where == str(config)
+    shutil.copyfile(make_base() / "config.json", config)
+    _refused(tmp_path, r"without weights: no model\.safetensors$")
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "save_pretrained" in _refused(tmp_path, r"only pytorch_model\.bin").hint
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, make_base: Callable[..., Path]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(make_base("llama", shard="60KB"), folder)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    _refused(folder, f"missing shard {shard.name}")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    _refused(folder, "not an index")
+
+
+def test_weights_that_are_not_the_configs_are_refused(checkpoint: Callable[..., Path]) -> None:
+    _refused(checkpoint("qwen3", hidden_size=32), "cannot load this checkpoint")
+
+
+def test_a_damaged_weight_file_is_refused(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    (folder / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{broken}")
+    error = _refused(folder, "cannot load this checkpoint")
+    assert error.where == str(folder)
+
+
+def test_a_quantized_checkpoint_is_refused(checkpoint: Callable[..., Path]) -> None:
+    _refused(checkpoint("qwen3", quantization={"bits": 4, "group_size": 64}), "quantized")
+
+
+def test_a_missing_tokenizer_is_told(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="cannot load its tokenizer") as error:
+        load_tokenizer(folder)
+    assert "tokenizer.json" in error.value.hint
+
+
+def test_the_fingerprint_notices_any_file(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    seen = {checkpoint_fingerprint(folder)}
+    assert checkpoint_fingerprint(folder) in seen
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+        seen.add(checkpoint_fingerprint(folder))
+    assert len(seen) == 4

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+import mlx_sft
+from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.data import encode_conversation
+from mlx_sft.errors import INTERRUPTED, USAGE
+from mlx_sft.training import loop
+
+Cli = Callable[..., Any]
+
+SPECIAL: dict[str, tuple[list[str], Any]] = {
+    **{name: (["x"], "x") for name in ("data", "valid", "model", "init_adapter", "out", "resume")},
+    **{name: (["0.5"], 0.5) for name in ("valid_fraction", "warmup", "dropout")},
+    "target": (["q_proj,v_proj"], ["q_proj", "v_proj"]),
+    "eval_every": (["7"], 7),
+    "save_every": (["epoch"], "epoch"),
+    "betas": (["0.5", "0.6"], (0.5, 0.6)),
+    "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
+}
+"""What to type for an option whose kind alone does not say it, and the value that it means."""
+
+
+def options_of(settings: dict[str, Any]) -> list[str]:
+    named = {name: value for name, value in settings.items() if name != "quiet"}
+    return [part for name, value in named.items() for part in (option_name(name), str(value))]
+
+
+def typed(field: str) -> tuple[list[str], Any]:
+    """What to type for a value of a field that is not its default, and the value."""
+    info = TrainConfig.model_fields[field]
+    if field in SPECIAL:
+        words, value = SPECIAL[field]
+        return [option_name(field), *words], value
+    if info.annotation is bool:
+        return ([f"--no-{public_name(field)}"], False) if info.default else ([option_name(field)], True)
+    if get_origin(info.annotation) is Literal:
+        choice = next(value for value in get_args(info.annotation) if value != info.default)
+        return [option_name(field), choice], choice
+    return [option_name(field), "9"], 9
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """The configurations that `train` was called with; it does nothing."""
+    given: list[TrainConfig] = []
+
+    def train(config: TrainConfig) -> loop.TrainResult:
+        given.append(config)
+        return loop.TrainResult(Path("runs/x"), 0, None, None, 0)
+
+    monkeypatch.setattr(loop, "train", train)
+    return given
+
+
+@pytest.mark.parametrize("field", TrainConfig.model_fields)
+def test_every_setting_is_an_option_that_arrives(cli: Cli, resolved: list[TrainConfig], field: str) -> None:
+    words, value = typed(field)
+    result = cli("train", *([] if field == "data" else ["--data", "x"]), *words)
+    assert result.exit_code == 0, result.output
+    arrived = getattr(resolved[0], field)
+    assert arrived == value
+    assert arrived != TrainConfig.model_fields[field].default
+    others = resolved[0].model_fields_set - {field, "data"}
+    assert not others, "an option that was not given counts as given"
+
+
+def test_help_names_every_option_with_its_default(cli: Cli) -> None:
+    text = cli("train", "--help").output
+    for field, info in TrainConfig.model_fields.items():
+        assert option_name(field) in text
+        if isinstance(info.default, str | float) and not isinstance(info.default, bool):
+            assert f"[default: {info.default}" in " ".join(text.split())
+    assert "--shuffle / --no-shuffle" in text
+
+
+def test_options_override_the_file(cli: Cli, resolved: list[TrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data: a.jsonl\nrank: 4\nshuffle: false\nquiet: true\n")
+    cli("train", "--config", tmp_path / "c.yaml", "--rank", "2", "--shuffle")
+    assert (resolved[0].data, resolved[0].rank, resolved[0].shuffle, resolved[0].quiet) == ("a.jsonl", 2, True, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "nothing to train on"),
+        (["train", "--data", "x", "--rank", "0"], "rank: "),
+        (["train", "--data", "x", "--rank", "a"], "--rank"),
+        (["train", "--data", "x", "--method", "dora"], "--method"),
+        (["train", "--data", "x", "--betas", "0.9"], "--betas"),
+        (["train", "--data", "x", "--rnk", "3"], "--rank"),
+        (["train", "--data", "x", "stray"], "stray"),
+        (["fly"], "fly"),
+        (["generate", "--prompt", "x"], "--run"),
+        (["generate", "--prompt", "x", "--run", "a", "--model", "b"], "--run"),
+        (["generate", "--prompt", "x", "--run", "a", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "--prompt", "x", "--run", "a", "--temperature", "-1"], "--temperature"),
+        (["chat"], "--run"),
+        (["eval", "--data", "x"], "--run"),
+        (["export", "--run", "x"], "--to"),
+    ],
+)
+def test_what_cannot_be_is_a_usage_error(cli: Cli, arguments: list[str], message: str) -> None:
+    result = cli(*arguments)
+    assert result.exit_code == USAGE
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "eval", "export"])
+def test_a_folder_that_is_no_run_is_named(cli: Cli, tmp_path: Path, command: str) -> None:
+    further = {"generate": ["--prompt", "x"], "eval": ["--data", "x"], "export": ["--to", tmp_path / "to"]}
+    result = cli(command, "--run", tmp_path, *further.get(command, []))
+    assert result.exit_code == 1
+    assert f"error: {tmp_path}: not a run folder" in result.stderr
+    assert "hint: " in result.stderr
+
+
+@pytest.fixture
+def run(settings: dict[str, Any]) -> str:
+    """A finished run with validation."""
+    mlx_sft.train(TrainConfig(**settings, valid_fraction=0.2))
+    return str(settings["out"])
+
+
+def test_train_ends_stdout_with_the_run_folder_and_says_the_rest_on_stderr(cli: Cli, settings: dict[str, Any]) -> None:
+    result = cli("train", *options_of(settings), "--valid-fraction", "0.2")
+    assert result.exit_code == 0
+    assert result.stdout == settings["out"] + "\n"
+    said = result.stderr
+    for part in (
+        "chats.jsonl:", "<|im_start|>assistant\n⟦", "<|im_end|>⟧", "8 to learn from, 2 held out", "% supervised",
+        "parameters (lora)", "steps   4 of 4 conversations", "step 4/4  loss ", "tokens/s", "validation loss", settings["out"],
+    ):  # fmt: skip
+        assert part in said
+
+
+def test_rows_that_were_cut_or_bad_are_counted_before_training(
+    cli: Cli, settings: dict[str, Any], chats: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "some.jsonl"
+    data.write_text(chats.read_text() + "{\n")
+    result = cli("train", *options_of(settings | {"data": data}), "--skip-bad-rows", "--max-length", "40")
+    report = json.loads((Path(settings["out"]) / "data_report.json").read_text())["totals"]
+    assert report["bad"] == 1
+    assert report["truncated"] > 0
+    assert f"{report['truncated']} truncated" in result.stderr
+    assert "1 bad" in result.stderr
+
+
+def test_json_is_the_only_output(cli: Cli, settings: dict[str, Any]) -> None:
+    result = cli("train", *options_of(settings), "--json", "--valid-fraction", "0.2")
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.stderr == ""
+    assert records[-1] == {"kind": "done", "path": settings["out"]}
+    metrics = (Path(settings["out"]) / "metrics.jsonl").read_text().splitlines()
+    assert records[:-1] == [json.loads(line) for line in metrics]
+
+
+def test_quiet_prints_the_run_folder_alone(cli: Cli, settings: dict[str, Any]) -> None:
+    result = cli("train", *options_of(settings), "--quiet")
+    assert (result.stdout, result.stderr) == (settings["out"] + "\n", "")
+
+
+def test_a_run_evaluates_on_a_file_with_and_without_what_it_learnt(cli: Cli, run: str, chats: Path) -> None:
+    after = json.loads(cli("eval", "--run", run, "--data", chats, "--json").stdout)
+    before = json.loads(cli("eval", "--run", run, "--data", chats, "--json", "--base").stdout)
+    assert after["loss"] < before["loss"]
+    assert after["rows"] == before["rows"] == 10
+    plain = cli("eval", "--run", run, "--data", chats).stdout
+    assert plain.startswith(f"loss {after['loss']:.4f}  perplexity ")
+    assert "(10 rows, " in plain
+
+
+def test_a_run_and_its_base_answer_as_the_library_does(cli: Cli, run: str, settings: dict[str, Any]) -> None:
+    asked = ["--prompt", "the cat", "--max-tokens", "8"]
+    answer = cli("generate", "--run", run, *asked).stdout
+    base = cli("generate", "--run", run, "--base", *asked).stdout
+    assert answer == mlx_sft.generate_text(mlx_sft.load_run(run), "the cat", max_tokens=8) + "\n"
+    assert base == cli("generate", "--model", settings["model"], *asked).stdout
+    assert base != answer
+    assert cli("generate", "--run", run, "--max-tokens", "8", input="the cat").stdout == answer
+
+
+def test_a_conversation_goes_on_until_an_empty_line(cli: Cli, run: str) -> None:
+    result = cli("chat", "--run", run, "--max-tokens", "4", input="the cat\nand the dog\n\nnever read\n")
+    loaded = mlx_sft.load_run(run)
+    first = mlx_sft.generate_text(loaded, "the cat", max_tokens=4)
+    said = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "and the dog"},
+    ]
+    second = mlx_sft.generate_text(loaded, said, max_tokens=4)
+    assert result.exit_code == 0
+    assert result.stdout == f"{first}\n{second}\n"
+
+
+def test_an_export_ends_stdout_with_its_folder(cli: Cli, run: str, tmp_path: Path) -> None:
+    result = cli("export", "--run", run, "--to", tmp_path / "merged")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    again = cli("export", "--run", run, "--to", tmp_path / "merged")
+    assert again.exit_code in (1, 2)
+    assert "--overwrite" in again.stderr
+
+
+def test_the_api_is_the_documented_one(settings: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
+    result = mlx_sft.train(TrainConfig(**settings))
+    exported = mlx_sft.export(result.run_dir, tmp_path / "merged", verify=False)
+    assert (exported.path / "config.json").is_file()
+    assert mlx_sft.load_run(result.run_dir).run.path == result.run_dir
+    messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
+    token_ids, mask = encode_conversation(tokenizer, messages)
+    assert tokenizer.decode([i for i, learnt in zip(token_ids, mask, strict=True) if learnt]) == "cat<|im_end|>"
+    assert set(mlx_sft.__all__) <= {name for name in mlx_sft.__all__ if getattr(mlx_sft, name)}
+    with pytest.raises(AttributeError):
+        mlx_sft.nothing  # noqa: B018
+
+
+def test_ctrl_c_ends_a_process_with_the_command_that_goes_on(settings: dict[str, Any]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_sft",
+        "train",
+        *options_of(settings | {"epochs": 100_000}),
+        "--save-every",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    metrics = Path(settings["out"]) / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 60
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == INTERRUPTED == 130
+    assert out == b""
+    last = err.decode().splitlines()[-2:]
+    assert last[0].startswith("error: interrupted after step ")
+    assert "the newest checkpoint is of step" in last[0]
+    assert last[1] == f"hint: continue with: mlx-sft train --resume {settings['out']}"
+    assert b"Traceback" not in err
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(config: TrainConfig) -> loop.TrainResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    result = cli("train", "--data", "x")
+    assert result.exit_code == INTERRUPTED
+    assert result.stderr == "error: interrupted\n"

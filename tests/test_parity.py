@@ -1,0 +1,386 @@
+"""What is computed here is what PyTorch computes: transformers' model, PEFT's adapter, TRL's trainer, torch's AdamW."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+
+from mlx_sft import export, load_run, train
+from mlx_sft.config import TrainConfig
+from mlx_sft.convert.peft import our_name, write_adapter
+from mlx_sft.data.batches import cut
+from mlx_sft.data.encode import Example
+from mlx_sft.data.prepare import prepare
+from mlx_sft.methods import Full, Lora, LoraSettings, Parameters
+from mlx_sft.model.head import SplitModel
+from mlx_sft.model.load import load_model
+from mlx_sft.training.step import Learner, lengths_of
+
+# PEFT asks a transformers model in a way that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
+
+STEPS = 20
+
+ROPE = {
+    "default": {"rope_theta": 3_000.0},
+    "linear": {"rope_theta": 3_000.0, "factor": 4.0},
+    "dynamic": {"rope_theta": 3_000.0, "factor": 2.0},
+    "llama3": {
+        "rope_theta": 3_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_theta": 3_000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn with every setting": {
+        "rope_theta": 3_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "mscale": 1.2,
+        "mscale_all_dim": 0.7,
+    },
+}
+
+
+def _rope(kind: str) -> dict[str, object]:
+    return {"rope_type": kind.split()[0], **ROPE[kind]}
+
+
+def _assert_close(ours: object, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """The largest difference is small against the largest value."""
+    expected = theirs.detach().numpy()
+    np.testing.assert_allclose(np.array(ours), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def _loss_and_gradients(base: Path, method: Lora | Full, parameters: Parameters | None, examples: list[Example]) -> Any:
+    """By the code that training runs, in several micro-batches."""
+    split = SplitModel(load_model(str(base), "float32").model)
+    start = method.attach(split.model, seed=0)
+    learner = Learner(split, method, vocabulary=264)
+    lengths = lengths_of(examples)
+    micro_batches = cut(range(len(examples)), lengths, token_budget=40)
+    assert len(micro_batches) > 1
+    return learner.gradient(parameters or start, examples, micro_batches)
+
+
+@pytest.mark.parametrize("form", [4, 5])
+@pytest.mark.parametrize("kind", ROPE)
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_logits_are_those_of_transformers(
+    family: str,
+    kind: str,
+    form: int,
+    make_base: Callable[..., Path],
+    torch_model: Callable,
+    torch_logits: Callable,
+    mlx_logits: Callable,
+    token_ids: list[list[int]],
+) -> None:
+    base = make_base(family, form=form, rope_parameters=_rope(kind))
+    written = json.loads((base / "config.json").read_text())
+    assert ("rope_parameters" in written, "rope_theta" in written) == (form == 5, form == 4)
+
+    theirs = torch_logits(torch_model(base), token_ids)
+
+    _assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), torch.tensor(theirs))
+    # Another rotation would have been noticed.
+    family_default = make_base(family, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+    others = torch_logits(torch_model(family_default), token_ids)
+    assert np.abs(theirs - others).max() > 1e-3 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_of_other_settings_are_those_of_transformers(
+    tied: bool,
+    make_base: Callable[..., Path],
+    torch_model: Callable,
+    torch_logits: Callable,
+    mlx_logits: Callable,
+    token_ids: list[list[int]],
+) -> None:
+    settings = {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3, "head_dim": 32}
+    base = make_base("llama", tied=tied, **settings)
+    theirs = torch_logits(torch_model(base), token_ids)
+    _assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), torch.tensor(theirs))
+
+
+@pytest.mark.parametrize("form", [4, 5])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen3", LoraSettings(rank=4, alpha=8.0)),
+        ("llama", LoraSettings(rank=4, alpha=8.0)),
+        ("llama", LoraSettings(rank=3, alpha=5.0, rslora=True, targets=("qv",))),
+        ("qwen3", LoraSettings(rank=2, alpha=5.0, targets=("down_proj", "lm_head"))),
+    ],
+)
+def test_loss_and_every_lora_gradient_are_pefts(
+    family: str,
+    settings: LoraSettings,
+    form: int,
+    tmp_path: Path,
+    make_base: Callable[..., Path],
+    make_adapter: Callable,
+    examples: list[Example],
+    torch_model: Callable,
+    torch_loss: Callable,
+) -> None:
+    base = make_base(family, form=form)
+    parameters = make_adapter(base, settings)
+    write_adapter(tmp_path, settings, parameters, str(base))
+    adapted = peft.PeftModel.from_pretrained(torch_model(base), tmp_path, is_trainable=True)
+    expected = torch_loss(adapted, examples)
+    expected.backward()
+
+    loss, gradients = _loss_and_gradients(base, Lora(settings), parameters, examples)
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    trainable = {
+        our_name(name.replace(".default", "")): parameter.grad
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+    assert gradients.keys() == trainable.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == mx.float32
+        assert trainable[name].abs().max() > 0
+        _assert_close(gradient, trainable[name])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_loss_and_the_gradient_of_every_weight_are_transformers(
+    family: str,
+    tied: bool,
+    make_base: Callable[..., Path],
+    examples: list[Example],
+    torch_model: Callable,
+    torch_loss: Callable,
+) -> None:
+    base = make_base(family, tied=tied)
+    model = torch_model(base)
+    expected = torch_loss(model, examples)
+    expected.backward()
+
+    loss, gradients = _loss_and_gradients(base, Full(), None, examples)
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    weights = dict(model.named_parameters())
+    assert gradients.keys() == weights.keys()
+    assert ("lm_head.weight" in gradients) is not tied
+    for name, gradient in gradients.items():
+        _assert_close(gradient, weights[name].grad)
+
+
+def _write_chats(path: Path, rows: int) -> Path:
+    random = np.random.default_rng(5)
+    words = ["the", "cat", "sat", "on", "mat", "dog", "and", "it", "ran"]
+    with path.open("w") as file:
+        for _ in range(rows):
+            said = [" ".join(random.choice(words, random.integers(1, 7))) for _ in range(4)]
+            roles = ["user", "assistant"] * 2
+            chat = [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
+            file.write(json.dumps({"messages": chat}) + "\n")
+    return path
+
+
+@pytest.fixture
+def make_job(tmp_path: Path, make_base: Callable[..., Path], make_adapter: Callable) -> Callable[..., TrainConfig]:
+    """`make_job(family, settings, **of the config)`: a run whose every step sees all 6 rows, from a random adapter."""
+
+    def make(family: str, settings: LoraSettings, **options: object) -> TrainConfig:
+        base = make_base(family)
+        adapter = tmp_path / "adapter"
+        write_adapter(adapter, settings, make_adapter(base, settings), str(base))
+        return TrainConfig(
+            data=str(_write_chats(tmp_path / "chats.jsonl", 6)),
+            model=str(base),
+            init_adapter=str(adapter),
+            out=str(tmp_path / "run"),
+            dtype="float32",
+            batch_size=6,
+            micro_batch_tokens=150,
+            max_steps=STEPS,
+            shuffle=False,
+            quiet=True,
+            **options,
+        )
+
+    return make
+
+
+def _recorded(config: TrainConfig) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (Path(str(config.out)) / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return records
+
+
+def _adapted(config: TrainConfig) -> peft.PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(base, config.init_adapter, is_trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "options"),
+    [
+        ("qwen3", LoraSettings(rank=4, alpha=8.0), {"grad_checkpoint": "off"}),
+        ("llama", LoraSettings(rank=4, alpha=6.0, rslora=True, targets=("qv",)), {"grad_checkpoint": "on"}),
+    ],
+)
+def test_a_run_follows_torchs_trajectory(
+    family: str,
+    settings: LoraSettings,
+    options: dict[str, object],
+    tokenizer: object,
+    make_job: Callable[..., TrainConfig],
+    torch_loss: Callable,
+) -> None:
+    optimization = {"lr": 5e-3, "scheduler": "cosine", "warmup": 0.2, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    config = make_job(family, settings, **optimization, **options)
+    train(config)
+    ours = _recorded(config)
+
+    examples = prepare(config, tokenizer).train
+    model = _adapted(config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=5e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=4, num_training_steps=STEPS)
+    norms = []
+    for record in ours:
+        loss = torch_loss(model, examples)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trainable, 1.0).item())
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert record["grad_norm"] == pytest.approx(norms[-1], rel=1e-3)
+        assert record["learning_rate"] == pytest.approx(schedule.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    assert len(ours) == STEPS
+    assert ours[-1]["loss"] < 0.9 * ours[0]["loss"]
+    assert max(norms) > 1 > 0.9 > min(norms) or min(norms) > 1
+    assert ours[0]["supervised_tokens"] == sum(e.supervised_tokens for e in examples)
+
+
+def test_what_a_run_leaves_is_the_same_model_in_peft_and_in_transformers(
+    tmp_path: Path,
+    make_job: Callable[..., TrainConfig],
+    make_base: Callable[..., Path],
+    torch_model: Callable,
+    torch_logits: Callable,
+    mlx_logits: Callable,
+    token_ids: list[list[int]],
+) -> None:
+    config = make_job("qwen3", LoraSettings(rank=4, alpha=8.0), lr=5e-3)
+    result = train(config.model_copy(update={"max_steps": 5}))
+    ours = mlx_logits(load_run(result.run_dir, dtype="float32").model, token_ids)
+    base = torch_model(make_base("qwen3"))
+    before = torch_logits(base, token_ids)
+
+    adapted = peft.PeftModel.from_pretrained(base, result.run_dir / "adapter").eval()
+    merged = torch_model(export(result.run_dir, tmp_path / "merged").path)
+
+    assert np.abs(ours - before).max() > 0.1 * np.abs(before).max()
+    for model in (adapted, merged):
+        _assert_close(ours, torch.tensor(torch_logits(model, token_ids)))
+
+
+def test_full_fine_tuning_leaves_the_same_model_in_transformers(
+    tmp_path: Path,
+    make_base: Callable[..., Path],
+    tokenizer: object,
+    torch_model: Callable,
+    torch_loss: Callable,
+    torch_logits: Callable,
+    mlx_logits: Callable,
+    token_ids: list[list[int]],
+) -> None:
+    base = make_base("llama", tied=True)
+    config = TrainConfig(
+        data=str(_write_chats(tmp_path / "chats.jsonl", 4)),
+        model=str(base),
+        out=str(tmp_path / "run"),
+        method="full",
+        dtype="float32",
+        batch_size=4,
+        max_steps=5,
+        lr=1e-3,
+        weight_decay=0.1,
+        scheduler="constant",
+        warmup=0,
+        shuffle=False,
+        quiet=True,
+    )
+    result = train(config)
+
+    ours = mlx_logits(load_run(result.run_dir, dtype="float32").model, token_ids)
+    merged = torch_logits(torch_model(export(result.run_dir, tmp_path / "merged").path), token_ids)
+    _assert_close(ours, torch.tensor(merged))
+    model, examples = torch_model(base), prepare(config, tokenizer).train
+    groups = [[p for p in model.parameters() if p.ndim == dimensions] for dimensions in (1, 2)]
+    decays = [{"params": g, "weight_decay": d} for g, d in zip(groups, (0.0, 0.1), strict=True)]
+    optimizer = torch.optim.AdamW(decays, lr=1e-3)
+    for record in _recorded(config):
+        loss = torch_loss(model, examples)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_trl_trains_to_the_same_losses(tmp_path: Path, tokenizer: object, make_job: Callable[..., TrainConfig]) -> None:
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    settings = {"lr": 5e-3, "scheduler": "linear", "warmup": 0.25, "weight_decay": 0.1}
+    config = make_job("qwen3", LoraSettings(rank=4, alpha=8.0), **settings).model_copy(update={"max_steps": 4})
+    train(config)
+    examples = prepare(config, tokenizer).train
+    rows = [{"input_ids": e.token_ids.tolist(), "labels": e.labels.tolist()} for e in examples]
+
+    trainer = trl.SFTTrainer(
+        model=_adapted(config),
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(rows),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "trl"),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=3,
+            learning_rate=5e-3,
+            lr_scheduler_type="linear",
+            warmup_steps=math.ceil(0.25 * 4),
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+    )
+    trainer.train()
+
+    theirs = [record for record in trainer.state.log_history if "loss" in record]
+    ours = _recorded(config)
+    assert len(theirs) == len(ours) == 4
+    for our, their in zip(ours, theirs, strict=True):
+        assert our["loss"] == pytest.approx(their["loss"], rel=1e-3)
+        assert our["grad_norm"] == pytest.approx(their["grad_norm"], rel=1e-3)
+        assert our["learning_rate"] == pytest.approx(their["learning_rate"], rel=1e-6)

@@ -1,0 +1,219 @@
+"""A step's gradient is a matter of its tokens alone: not of the cut, the padding, the compiler, or what is recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_sft.data.batches import MicroBatch, collate, cut, cut_all, round_up
+from mlx_sft.data.encode import Example
+from mlx_sft.methods import Full, Lora, LoraSettings, Parameters
+from mlx_sft.model.head import SplitModel
+from mlx_sft.model.load import load_model
+from mlx_sft.training.checkpoint import dropout_key
+from mlx_sft.training.step import Learner, Shape, lengths_of, padded_shape
+
+DROPOUT = LoraSettings(rank=4, alpha=8.0, dropout=0.3)
+
+
+class Subject:
+    """A model under a method with parameters that are not at their start, and a learner for it."""
+
+    def __init__(self, base: Path, method: Lora | Full, **options: object) -> None:
+        self.split = SplitModel(load_model(str(base), "float32").model)
+        start = method.attach(self.split.model, seed=0)
+        random = np.random.default_rng(1)
+        self.parameters = {
+            name: value + mx.array(random.normal(0, 0.05, value.shape).astype(np.float32))
+            for name, value in start.items()
+        }
+        self.learner = Learner(self.split, method, vocabulary=264, **options)
+
+    def gradient(
+        self, examples: list[Example], micro_batches: list[MicroBatch], key: mx.array | None = None
+    ) -> tuple[float, Parameters]:
+        loss, gradients = self.learner.gradient(self.parameters, examples, micro_batches, key)
+        return loss.item(), gradients
+
+
+@pytest.fixture
+def make_subject(make_base: Callable[..., Path]) -> Callable[..., Subject]:
+    """`make_subject(method, family=, tied=, **options of the Learner)`."""
+
+    def make(method: Lora | Full, *, family: str = "qwen3", tied: bool = True, **options: object) -> Subject:
+        return Subject(make_base(family, tied=tied), method, **options)
+
+    return make
+
+
+def _assert_equal(ours: tuple[float, Parameters], theirs: tuple[float, Parameters], tolerance: float = 1e-6) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=tolerance)
+    assert ours[1].keys() == theirs[1].keys()
+    largest = max(mx.abs(gradient).max().item() for gradient in theirs[1].values())
+    assert largest > 1e-3
+    for name, gradient in ours[1].items():
+        difference = mx.abs(gradient - theirs[1][name]).max().item()
+        assert difference <= tolerance * largest, name
+
+
+def _whole(examples: list[Example]) -> list[MicroBatch]:
+    return [MicroBatch(tuple(range(len(examples))), round_up(max(lengths_of(examples))))]
+
+
+@pytest.mark.parametrize("method", [Lora(LoraSettings(rank=4, alpha=8.0)), Full()], ids=["lora", "full"])
+def test_every_cut_gives_the_same_step(
+    method: Lora | Full, make_subject: Callable[..., Subject], examples: list[Example]
+) -> None:
+    subject, lengths = make_subject(method), lengths_of(examples)
+    whole = subject.gradient(examples, _whole(examples))
+    cuts = [cut(range(5), lengths, budget) for budget in (1, 40, 1000)]
+    cuts.append([MicroBatch((4, 1), 40), MicroBatch((0, 3, 2), 64)])
+    assert len({len(micro_batches) for micro_batches in cuts}) > 2
+    for micro_batches in cuts:
+        _assert_equal(subject.gradient(examples, micro_batches), whole)
+
+
+@pytest.mark.parametrize("method", [Lora(LoraSettings(rank=4, alpha=8.0)), Full()], ids=["lora", "full"])
+def test_recomputing_layers_changes_nothing(
+    method: Lora | Full, make_subject: Callable[..., Subject], examples: list[Example]
+) -> None:
+    kept = make_subject(method).gradient(examples, _whole(examples))
+    subject = make_subject(method, recompute=True)
+    layers = list(subject.split.layers)
+    _assert_equal(subject.gradient(examples, _whole(examples)), kept)
+    assert [id(layer) for layer in subject.split.layers] == [id(layer) for layer in layers]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("method", [Lora(DROPOUT), Full()], ids=["lora", "full"])
+def test_a_compiled_step_is_the_same_padded_positions_included(
+    method: Lora | Full, recompute: bool, make_subject: Callable[..., Subject], examples: list[Example]
+) -> None:
+    key = mx.random.key(3) if isinstance(method, Lora) else None
+    micro_batches = [MicroBatch((0, 2), 16), MicroBatch((1,), 24)]
+    shapes = [padded_shape(collate(examples, micro_batch)) for micro_batch in micro_batches]
+    assert [shape[2] for shape in shapes] == [16, 8]  # of 9 and 1 supervised positions
+    plain = make_subject(method).gradient(examples, micro_batches, key)
+    subject = make_subject(method, recompute=recompute, compiled=shapes)
+    for _ in range(2):  # traced, and run again from the trace
+        _assert_equal(subject.gradient(examples, micro_batches, key), plain)
+
+
+def test_a_compiled_step_sees_new_parameters_and_a_new_key(
+    make_subject: Callable[..., Subject], examples: list[Example]
+) -> None:
+    shapes = [padded_shape(collate(examples, micro_batch)) for micro_batch in _whole(examples)]
+    compiled, plain = make_subject(Lora(DROPOUT), compiled=shapes), make_subject(Lora(DROPOUT))
+    losses = set()
+    for step in range(3):
+        key = dropout_key(0, step)
+        ours, theirs = (subject.gradient(examples, _whole(examples), key) for subject in (compiled, plain))
+        _assert_equal(ours, theirs)
+        losses.add(ours[0])
+        for subject, (_, gradients) in ((compiled, ours), (plain, theirs)):
+            subject.parameters = {name: value - 0.1 * gradients[name] for name, value in subject.parameters.items()}
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "lm_head")])
+def test_dropout_drops_the_same_where_layers_are_recomputed(
+    targets: tuple[str, ...], make_subject: Callable[..., Subject], examples: list[Example]
+) -> None:
+    settings = LoraSettings(rank=4, alpha=8.0, dropout=0.3, targets=targets)
+    options = {"tied": False}
+    key = mx.random.key(5)
+    kept = make_subject(Lora(settings), **options).gradient(examples, _whole(examples), key)
+    recomputed = make_subject(Lora(settings), recompute=True, **options).gradient(examples, _whole(examples), key)
+    without = make_subject(Lora(settings), **options).gradient(examples, _whole(examples))
+    _assert_equal(recomputed, kept)
+    assert abs(without[0] - kept[0]) > 1e-4
+
+
+def test_each_step_and_each_micro_batch_drops_others(
+    make_subject: Callable[..., Subject], examples: list[Example]
+) -> None:
+    subject = make_subject(Lora(DROPOUT))
+
+    def loss(key: mx.array | None, micro_batches: list[MicroBatch] | None = None) -> float:
+        return subject.gradient(examples, micro_batches or _whole(examples), key)[0]
+
+    keys = [dropout_key(seed, step) for seed in (0, 1) for step in (1, 2)]
+    assert len({loss(key) for key in keys}) == 4
+    assert loss(keys[0]) == loss(dropout_key(0, 1))
+    assert loss(None) == loss(None)
+    # The same row in both micro-batches: with one mask for both, both would lose the same.
+    twice = [MicroBatch((4,), 32)] * 2
+    assert loss(keys[0], twice) != pytest.approx(loss(keys[0], twice[:1]), rel=1e-5)
+
+
+def test_evaluation_is_exact_and_without_dropout(make_subject: Callable[..., Subject], examples: list[Example]) -> None:
+    subject = make_subject(Lora(DROPOUT))
+    subject.gradient(examples, _whole(examples), mx.random.key(0))
+
+    ours = subject.learner.evaluate(subject.parameters, examples, cut_all(lengths_of(examples), 40, 2))
+
+    losses, right = [], []
+    for example in examples:
+        logits = subject.split.model(mx.array(example.token_ids[None]))[0, :-1]
+        learnt = mx.array(np.flatnonzero(example.labels[1:] >= 0))
+        targets = mx.array(example.labels[1:])[learnt]
+        losses += nn.losses.cross_entropy(logits[learnt], targets).tolist()
+        right += (logits[learnt].argmax(-1) == targets).tolist()
+    assert ours.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert ours.loss == pytest.approx(subject.gradient(examples, _whole(examples))[0], rel=1e-5)
+    assert ours.token_accuracy == pytest.approx(np.mean(right))
+    assert ours.supervised_tokens == len(losses) == sum(example.supervised_tokens for example in examples)
+    assert ours.tokens == sum(map(len, examples))
+
+
+class InputsInTheHead(nn.Module):
+    """Adds something of the inputs to the logits, so that no head can be told from the body."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.model
+        self.lm_head = model.lm_head
+        self.inputs = mx.random.normal((264, 264), key=mx.random.key(0))
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.model.layers
+
+    def __call__(self, token_ids: mx.array) -> mx.array:
+        return self.lm_head(self.model(token_ids)) + self.inputs[token_ids]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_model_that_cannot_be_split_is_learnt_whole(
+    recompute: bool, make_base: Callable[..., Path], examples: list[Example]
+) -> None:
+    model = InputsInTheHead(load_model(str(make_base("llama")), "float32").model)
+    model.freeze()
+    split, method = SplitModel(model), Lora(LoraSettings(rank=4, alpha=8.0, targets=("q_proj", "lm_head")))
+    parameters = method.attach(model, seed=0)
+    parameters = {name: value + 0.05 for name, value in parameters.items()}
+    whole = collate(examples, _whole(examples)[0])
+
+    def plain(parameters: Parameters) -> mx.array:
+        method.bind(model, parameters)
+        logits = model(mx.array(whole.token_ids)).reshape(-1, 264)[mx.array(whole.positions)]
+        return nn.losses.cross_entropy(logits, mx.array(whole.targets)).mean()
+
+    expected, gradients = mx.value_and_grad(plain)(parameters)
+    learner = Learner(split, method, vocabulary=264, recompute=recompute)
+    loss, ours = learner.gradient(parameters, examples, cut(range(5), lengths_of(examples), 40))
+
+    assert split.body_name is None
+    _assert_equal((loss.item(), ours), (expected.item(), gradients))
+
+
+def test_a_shape_counts_supervised_positions_on_the_grid(examples: list[Example]) -> None:
+    batch = collate(examples, MicroBatch((0, 1), 24))
+    shape: Shape = padded_shape(batch)
+    assert shape == (2, 24, 16)
+    assert len(batch.targets) == 9
