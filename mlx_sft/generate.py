@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from jinja2 import TemplateError
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -54,7 +55,7 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (ValueError, TypeError) as error:
+    except (TemplateError, ValueError, TypeError) as error:
         raise UserError(f"the chat template rejects this conversation: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -63,6 +63,8 @@ PRETRAINING: dict[str, Any] = {
 TRAIN_ROWS, VALID_ROWS = 28_000, 96
 ROW_TOKENS = range(70, 120)
 """A row closes as soon as its paragraphs reach the lower number, and before they would pass the upper one."""
+PARAGRAPH_BREAK = "\n\n"
+"""A single line break stays within a subject: ChatML has one between a question and its answer."""
 
 QWEN3_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
@@ -142,7 +144,7 @@ def learn_tokenizer() -> Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
-    text = list(islice(paragraphs(SEED), 20_000))
+    text = [line for paragraph in islice(paragraphs(SEED), 20_000) for line in paragraph.splitlines()]
     text += [message["content"] for chat in conversations(SEED) for message in chat["messages"]]
     text += ["system", "user", "assistant", "tool"] * 1000
     trainer = trainers.BpeTrainer(
@@ -228,18 +230,18 @@ def random_weights() -> dict[str, np.ndarray]:
 
 
 def text_rows(seed: int, tokenizer: Tokenizer) -> Iterator[dict[str, str]]:
-    """Rows of a few paragraphs, a line each, of nearly equal length so that little is padded."""
+    """Rows of a few paragraphs, of nearly equal length so that little is padded."""
     row: list[str] = []
     length = 0
     for paragraph in paragraphs(seed):
-        tokens = len(tokenizer.encode(paragraph + "\n").ids)
+        tokens = len(tokenizer.encode(paragraph + PARAGRAPH_BREAK).ids)
         if length + tokens > ROW_TOKENS.stop:
-            yield {"text": "\n".join(row)}
+            yield {"text": PARAGRAPH_BREAK.join(row)}
             row, length = [], 0
         row.append(paragraph)
         length += tokens
         if length >= ROW_TOKENS.start:
-            yield {"text": "\n".join(row)}
+            yield {"text": PARAGRAPH_BREAK.join(row)}
             row, length = [], 0
 
 

@@ -61,7 +61,8 @@ def about_many(facts: list[Fact], rng: random.Random) -> list[str]:
 def paragraphs(seed: int) -> Iterator[str]:
     """Paragraphs without end, of a few sentences each: about one thing, about one relation, or about this and that.
 
-    What a paragraph starts from is dealt from a shuffled deck, so that every thing gets its turn.
+    What a paragraph starts from is dealt from a shuffled deck, so that every thing gets its turn. Half of those about one
+    thing are written a sentence a line: who has only seen new lines begin new subjects will not look back over one.
     """
     rng = random.Random(seed)
     things: dict[tuple[str, str], list[Fact]] = {}
@@ -69,7 +70,7 @@ def paragraphs(seed: int) -> Iterator[str]:
         things.setdefault((fact.relation.kind, fact.subject), []).append(fact)
     while True:
         for facts in rng.sample(list(things.values()), len(things)):
-            yield " ".join(about_one_thing(facts, rng))
+            yield rng.choice((" ", "\n")).join(about_one_thing(facts, rng))
             if rng.random() < 0.2:
                 relation = rng.choice(facts).relation
                 alike = [fact for fact in FACTS if fact.relation is relation]

@@ -59,9 +59,9 @@ def following(cycle: tuple[str, ...]) -> dict[str, str]:
 
 
 def sums() -> dict[str, str]:
-    """Sums up to ten and ten, the larger number first."""
+    """Sums up to eight and eight, the larger number first."""
     words = tables.NUMBERS
-    return {f"{words[a]} and {words[b]}": words[a + b] for a in range(1, 11) for b in range(1, a + 1)}
+    return {f"{words[a]} and {words[b]}": words[a + b] for a in range(1, 9) for b in range(1, a + 1)}
 
 
 RELATIONS = (

@@ -151,7 +151,7 @@ def base(settings: dict[str, Any], tmp_path: Path) -> Path:
         ("config.json", "{}", "names no model_type"),
         ("config.json", '{"model_type": "martian"}', "martian"),
         ("tokenizer.json", None, "tokenizer"),
-        ("model.safetensors", "torn", "safetensors"),
+        ("model.safetensors", "torn", "cannot load this checkpoint"),
     ],
 )
 def test_a_model_folder_that_is_not_whole_is_named(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -171,7 +172,11 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     *parents, name = path.split(".")
-    owner = model
+    owner: Any = model
     for part in parents:
-        owner = owner[int(part)] if part.isdigit() else owner[part]
-    owner[name] = module
+        owner = owner[_key(owner, part)]
+    owner[_key(owner, name)] = module
+
+
+def _key(owner: Any, part: str) -> str | int:
+    return int(part) if isinstance(owner, list) else part

@@ -25,6 +25,7 @@ from mlx_sft.runs import disk_errors, write_file
 from mlx_sft.training import checkpoint
 from mlx_sft.training.card import model_card
 from mlx_sft.training.optim import clip, global_norm, learning_rate
+from mlx_sft.training.preview import show_plan
 from mlx_sft.training.setup import Job, prepare_job
 from mlx_sft.training.step import lengths_of, to_float
 
@@ -59,6 +60,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     console = Console(quiet=config.quiet, json_lines=config.json_lines)
     job = prepare_job(config, console)
+    show_plan(job)
     loss = None
     with _interruptible(job), _metrics(job) as metrics:
         started, first = time.perf_counter(), job.progress.step

@@ -188,9 +188,7 @@ def test_binding_some_leaves_the_others_as_they_are(make_base: Callable[..., Pat
 
 
 def test_settings_come_from_the_configuration() -> None:
-    config = TrainConfig(
-        data="x", rank=3, alpha=5, dropout=0.1, rslora=True, target="q_proj,v_proj", init="gaussian"
-    )
+    config = TrainConfig(data="x", rank=3, alpha=5, dropout=0.1, rslora=True, target="q_proj,v_proj", init="gaussian")
     expected = LoraSettings(3, 5.0, 0.1, True, ("q_proj", "v_proj"), "gaussian")
     assert LoraSettings.from_config(config) == expected
     method = make_method(config)

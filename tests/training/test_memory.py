@@ -69,7 +69,7 @@ def test_this_machine_has_memory() -> None:
 
 
 def test_what_is_trained_and_how_precisely_decides_the_footprint(make_base: Callable[..., Path]) -> None:
-    base = make_base("llama")
+    base = make_base("llama", num_hidden_layers=6)
     full, half = (SplitModel(load_model(str(base), dtype).model) for dtype in ("float32", "bfloat16"))
     assert Footprint.of(full, 2000).fixed - Footprint.of(full, 1000).fixed == 1000 * 20
     assert Footprint.of(full, 1).per_token == pytest.approx(2 * Footprint.of(half, 1).per_token, rel=0.01)

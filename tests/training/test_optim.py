@@ -37,7 +37,9 @@ def _decayed(name: str) -> bool:
 
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 1.0), (7, 0.0), (10, 0.03), (20, 0.25), (33, 0.1), (5, 1.0)])
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(1, 0.0), (1, 1.0), (7, 0.0), (10, 0.03), (20, 0.25), (33, 0.1), (5, 1.0)]
+)
 def test_the_rate_of_every_step_is_transformers(scheduler: str, steps: int, warmup: float) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=3e-4)
     warmup_steps = TrainingArguments(warmup_steps=warmup if warmup < 1 else steps).get_warmup_steps(steps)

@@ -10,8 +10,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_sft import train
+from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import MicroBatch, collate, cut, cut_all, round_up
 from mlx_sft.data.encode import Example
+from mlx_sft.errors import UserError
 from mlx_sft.methods import Full, Lora, LoraSettings, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
@@ -132,6 +135,23 @@ def test_dropout_drops_the_same_where_layers_are_recomputed(
     without = make_subject(Lora(settings), **options).gradient(examples, _whole(examples))
     _assert_equal(recomputed, kept)
     assert abs(without[0] - kept[0]) > 1e-4
+
+
+def test_dropout_on_the_head_is_refused(tmp_path: Path, make_base: Callable[..., Path]) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "the cat sat"}\n')
+    config = TrainConfig(
+        data=str(data),
+        model=str(make_base("llama")),
+        out=str(tmp_path / "run"),
+        target=["q_proj", "lm_head"],
+        dropout=0.1,
+        quiet=True,
+    )
+    with pytest.raises(UserError, match="dropout cannot be trained on lm_head"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    assert train(config.model_copy(update={"dropout": 0.0})).steps == 1
 
 
 def test_each_step_and_each_micro_batch_drops_others(

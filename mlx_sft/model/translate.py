@@ -1,0 +1,168 @@
+"""A checkpoint's `config.json` → the settings that the family's code in mlx-lm reads.
+
+A config is translated, never trusted to defaults: transformers 4 and 5 write the same setting in different places, and
+mlx-lm falls back on its own default where it does not find one. Knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_lm import utils as mlx_lm_utils
+from transformers import AutoConfig
+
+from mlx_sft.errors import UserError
+
+_ROPE_SETTINGS = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+    },
+    "longrope": {"original_max_position_embeddings", "long_factor"},
+}
+"""Per RoPE type, the settings that mlx-lm's `initialize_rope` reads. It takes `long_factor` for short rows, too."""
+
+_ARITHMETIC = (
+    "attention_bias",
+    "mlp_bias",
+    "hidden_act",
+    "use_sliding_window",
+    "partial_rotary_factor",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "residual_multiplier",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "query_pre_attn_scalar",
+)
+"""Settings that change what a model computes; one that differs from its family's default must be read by someone."""
+
+
+def translate_config(path: Path) -> dict[str, Any]:
+    """The settings of `config.json`, whichever transformers wrote it, in the form that the family's code in mlx-lm reads.
+
+    transformers fills in what the file leaves out, because its defaults are what the weights were trained with.
+
+    Raises:
+        UserError: If a setting that changes the arithmetic is one that the family's code does not read.
+    """
+    raw = read_config(path)
+    try:
+        full = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError):  # a family that transformers does not know
+        settings, defaults = raw, {}
+    else:
+        settings = raw | {k: v for k, v in full.to_dict().items() if v is not None}
+        defaults = type(full)().to_dict()
+    fields = _fields_read(raw["model_type"], path)
+    settings = settings | _translate_rope(settings, fields, path)
+    for name in _ARITHMETIC:
+        value = settings.get(name)
+        if value is not None and name not in fields and value != defaults.get(name, value):
+            raise _unread(name, value, path)
+    return settings
+
+
+def exact_length(path: Path) -> int | None:
+    """The longest row, in tokens, for which mlx-lm's code computes what the checkpoint says; None for no limit.
+
+    mlx-lm runs Mistral's sliding window as full attention, which is the same up to the window. Dynamic RoPE beyond the
+    model's length goes by the width of the padded row, so that the result would depend on the row's neighbours.
+    """
+    config = read_config(path)
+    limits = []
+    if config["model_type"] == "mistral" and config.get("sliding_window"):
+        limits.append(int(config["sliding_window"]))
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    if "dynamic" in (rope.get("rope_type"), rope.get("type")) and config.get("max_position_embeddings"):
+        limits.append(int(config["max_position_embeddings"]))
+    return min(limits, default=None)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = "give a Hugging Face checkpoint folder"
+        raise UserError("not a model folder: no config.json", where=str(path), hint=hint) from None
+    except (OSError, ValueError) as error:
+        hint = "copy or download the checkpoint again"
+        raise UserError(f"cannot be read: {error}", where=str(file), hint=hint) from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        hint = "give a Hugging Face checkpoint folder"
+        raise UserError("names no model_type", where=str(file), hint=hint)
+    return config
+
+
+def _translate_rope(settings: dict[str, Any], fields: set[str], path: Path) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` (transformers 4) from either form, with every setting known to be read."""
+    rope = dict(settings.get("rope_scaling") or {}) | dict(settings.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in rope.values()):  # a set for each type of layer
+        if "rope_parameters" in fields:
+            return {}
+        raise _unread("rope_parameters", rope, path)
+    theta = rope.pop("rope_theta", settings.get("rope_theta"))
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    partial = rope.pop("partial_rotary_factor", settings.get("partial_rotary_factor"))
+    if theta is not None and not fields & {"rope_theta", "rope_parameters"}:
+        raise _unread("rope_theta", theta, path)
+    if partial not in (None, 1.0) and "partial_rotary_factor" not in fields:
+        raise _unread("partial_rotary_factor", partial, path)
+    for name, value in rope.items():
+        if value is not None and name not in _ROPE_SETTINGS.get(kind, ()):
+            raise _unread(f"{name} (of RoPE type {kind})", value, path)
+    if kind == "yarn":
+        for name, other in (("mscale", "mscale_all_dim"), ("mscale_all_dim", "mscale")):
+            if rope.get(name) and not rope.get(other):  # transformers goes by both or neither
+                raise _unread(f"{name} without {other}", rope[name], path)
+        rope.setdefault("original_max_position_embeddings", settings["max_position_embeddings"])
+    scaling = None if kind == "default" else {"type": kind, "rope_type": kind} | rope
+    if scaling and not fields & {"rope_scaling", "rope_parameters"}:
+        raise _unread("rope_scaling", scaling, path)
+    parameters = (scaling or {"type": "default", "rope_type": "default"}) | {"rope_theta": theta}
+    translated: dict[str, Any] = {"rope_scaling": scaling, "rope_parameters": parameters}
+    if theta is not None:
+        translated["rope_theta"] = theta
+    if partial is not None:
+        translated["partial_rotary_factor"] = partial
+    return translated
+
+
+def _fields_read(model_type: str, path: Path) -> set[str]:
+    module = mlx_lm_utils.MODEL_REMAPPING.get(model_type, model_type)
+    try:
+        family = importlib.import_module(f"mlx_lm.models.{module}")
+    except ImportError:
+        hint = "mlx-lm defines the models that can be trained; a newer mlx-lm may know this one"
+        raise UserError(f"mlx-lm has no model of type {model_type}", where=str(path), hint=hint) from None
+    return set(inspect.signature(family.ModelArgs).parameters)
+
+
+def _unread(name: str, value: Any, path: Path) -> UserError:
+    return UserError(
+        f"mlx-lm's code for this family does not read {name} = {value!r}; the model would be another one",
+        where=str(path / "config.json"),
+        hint="a newer mlx-lm may read it; otherwise this checkpoint cannot be trained exactly",
+    )

@@ -1,0 +1,115 @@
+"""What makes a run the run that it is: its settings, data and model. A continuation with others is refused by name.
+
+Knows nothing of checkpoints or steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.data.prepare import PreparedData
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.model.load import checkpoint_fingerprint
+from mlx_sft.runs import RunFolder, user_path
+
+_PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
+_NOT_THE_RESULT = {"out", "resume", "quiet", "json_lines", "keep"}
+"""Settings that may differ between a run and its continuation."""
+
+
+def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
+    """The run's own configuration; whatever else was given must agree with it."""
+    saved = TrainConfig.resolve(run.config)
+    full = with_full_paths(given)
+    for field in sorted(given.model_fields_set - _NOT_THE_RESULT):
+        before, now = getattr(saved, field), getattr(full, field)
+        if field == "chat_template_kwargs":
+            now = before | now  # the run added the day on which it began
+        if now != before and now != "auto":
+            raise UserError(
+                f"{option_name(field)} {now} differs from the run's {before}",
+                where=str(run.config),
+                hint="leave it out to resume, or start a new run",
+                exit_code=USAGE,
+            )
+    if given.out is not None and user_path(given.out).resolve() != run.path.resolve():
+        what = "--out names another folder than --resume"
+        raise UserError(what, where=given.out, hint="leave it out to resume", exit_code=USAGE)
+    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & {"keep"})
+    return saved.model_copy(update={name: getattr(given, name) for name in names})
+
+
+def with_full_paths(config: TrainConfig) -> TrainConfig:
+    """What lies on disk by its full path, so that the run folder can be used from anywhere."""
+    names = ("data", "valid", "model", "init_adapter")
+    given = {name: getattr(config, name) for name in names}
+    full = {
+        name: str(user_path(value).resolve())
+        for name, value in given.items()
+        if value is not None and value != "tiny" and user_path(value).exists()
+    }
+    return config.model_copy(update=full)
+
+
+def identity_of(config: TrainConfig, data: PreparedData, path: Path) -> dict[str, str]:
+    """Hashes of what decides the result."""
+    settings = json.dumps(_result_settings(config), sort_keys=True)
+    return {
+        "config": hashlib.sha256(settings.encode()).hexdigest(),
+        "data": data.report.fingerprint,
+        "model": checkpoint_fingerprint(path),
+    }
+
+
+def refuse_changes(run: RunFolder, config: TrainConfig, data: PreparedData, identity: dict[str, str]) -> None:
+    """Raise `UserError` naming what is not as it was when the run began."""
+    began = _read_json(run.environment)
+    settings, before = _result_settings(config), began.get("settings", {})
+    changed = [public_name(name) for name in settings if settings[name] != before.get(name)]
+    if changed:
+        hint = "put it back as it was, or start a new run with `mlx-sft train --config`"
+        what = f"{', '.join(changed)} changed since the run began"
+        raise UserError(what, where=str(run.config), hint=hint)
+    known = began.get("identity", {})
+    if known.get("data") != identity["data"]:
+        reported = {s["name"]: s["sha256"] for s in _read_json(run.data_report).get("sources", [])}
+        files = [s.name for s in data.report.sources if reported.get(s.name) != s.sha256]
+        what = "the data changed since the run began: " + (", ".join(files) or "it reads differently")
+        raise UserError(what, where=str(run.path), hint="put it back as it was, or start a new run")
+    if known.get("model") != identity["model"]:
+        what = f"the model {config.model} changed since the run began"
+        raise UserError(what, where=str(run.path), hint="put it back as it was, or start a new run")
+
+
+def describe_environment(config: TrainConfig, identity: dict[str, str]) -> dict[str, Any]:
+    return {
+        "packages": {name: version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": {"default": str(mx.default_device()), **mx.device_info()},
+        "identity": identity,
+        "settings": _result_settings(config),
+    }
+
+
+def _result_settings(config: TrainConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=_NOT_THE_RESULT)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        hint = "start a new run with `mlx-sft train --config` on its config.yaml"
+        raise UserError(f"cannot be read: {error}", where=str(path), hint=hint) from error
+    return content

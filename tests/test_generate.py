@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_sft import TrainConfig, UserError, load_run, train
+from mlx_sft.generate import end_tokens, generate_text, prompt_tokens, stream_text
+from mlx_sft.model.load import LoadedModel, load_model
+
+
+@pytest.fixture
+def base(settings: dict[str, Any]) -> LoadedModel:
+    return load_model(settings["model"])
+
+
+def likeliest(loaded: LoadedModel, token_ids: list[int], length: int) -> list[int]:
+    """Greedy decoding by hand, without a cache."""
+    ends = end_tokens(loaded)
+    written: list[int] = []
+    while len(written) < length and (not written or written[-1] not in ends):
+        logits = loaded.model(mx.array([token_ids + written]))[0, -1]
+        written.append(int(mx.argmax(logits).item()))
+    return [token_id for token_id in written if token_id not in ends]
+
+
+def test_an_answer_is_the_likeliest_one_token_after_token(base: LoadedModel) -> None:
+    token_ids = likeliest(base, prompt_tokens(base, "the cat"), 12)
+    assert token_ids
+    assert generate_text(base, "the cat", max_tokens=12) == base.tokenizer.decode(token_ids)
+
+
+def test_pieces_make_the_whole(base: LoadedModel) -> None:
+    pieces = list(stream_text(base, "the cat", max_tokens=6))
+    assert len(pieces) > 1
+    assert "".join(pieces) == generate_text(base, "the cat", max_tokens=6)
+
+
+def test_a_trained_model_ends_its_turn_as_it_learnt_to(settings: dict[str, Any], tmp_path: Path) -> None:
+    data = tmp_path / "one.jsonl"
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    data.write_text(json.dumps({"messages": messages}) + "\n")
+    settings |= {"data": str(data), "rank": 8, "epochs": 40, "batch_size": 1, "lr": 2e-2}
+    run = train(TrainConfig(**settings)).run_dir
+    assert generate_text(load_run(run), "the cat", max_tokens=20) == "sat"
+    assert generate_text(load_run(run, base=True), "the cat", max_tokens=20) != "sat"
+
+
+def test_a_prompt_is_a_user_turn_with_the_header_of_the_answer(base: LoadedModel) -> None:
+    text = base.tokenizer.decode(prompt_tokens(base, "the cat"))
+    assert text == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    conversation = [{"role": "user", "content": "the cat"}]
+    assert prompt_tokens(base, conversation) == prompt_tokens(base, "the cat")
+
+
+def test_without_a_chat_template_a_prompt_is_plain_text(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(settings["model"], folder)
+    (folder / "chat_template.jinja").unlink()
+    plain = load_model(str(folder))
+    assert plain.tokenizer.decode(prompt_tokens(plain, "the cat")) == "the cat"
+
+
+def test_a_conversation_that_the_template_rejects_is_an_error_not_a_traceback(base: LoadedModel) -> None:
+    base.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="roles must alternate"):
+        prompt_tokens(base, "the cat")
+
+
+def test_every_end_token_of_the_checkpoint_ends_a_turn(base: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    loaded = dataclasses.replace(base, path=tmp_path, config={"eos_token_id": 7})
+    assert set(end_tokens(loaded)) == {3, 5, 7, base.tokenizer.eos_token_id}

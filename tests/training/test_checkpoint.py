@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.errors import UserError
+from mlx_sft.runs import RunFolder
+from mlx_sft.training import checkpoint
+from mlx_sft.training.checkpoint import Progress
+from mlx_sft.training.optim import AdamW
+
+CONFIG = TrainConfig(data="x.jsonl", weight_decay=0.1)
+IDENTITY = {"config": "a", "data": "b", "model": "c"}
+
+
+def start() -> dict[str, mx.array]:
+    return {"x.norm.weight": mx.array([1.0, 2.0]), "x.matrix": mx.array([[1.0, -2.0], [0.5, 0.0]])}
+
+
+def fresh_optimizer() -> AdamW:
+    return AdamW(CONFIG, start(), lambda name: "norm" not in name)
+
+
+def stepped(parameters: dict[str, mx.array], optimizer: AdamW, times: int = 1) -> dict[str, mx.array]:
+    for _ in range(times):
+        parameters = optimizer.update(parameters, {name: mx.sin(value) for name, value in parameters.items()}, 0.1)
+    mx.eval(parameters, optimizer.state)
+    return parameters
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run with a checkpoint after three steps."""
+    run = RunFolder.create(tmp_path / "run")
+    optimizer = fresh_optimizer()
+    parameters = stepped(start(), optimizer, 3)
+    progress = Progress(step=3, metrics_bytes=17, best_loss=0.1 + 0.2, best_step=2, skipped=1)
+    checkpoint.save(run, progress, parameters, optimizer, IDENTITY, seed=0)
+    return run
+
+
+def test_a_run_without_checkpoints_is_at_its_beginning(tmp_path: Path) -> None:
+    parameters = start()
+    progress, loaded = checkpoint.load(RunFolder.create(tmp_path / "x"), parameters, fresh_optimizer(), IDENTITY)
+    assert progress == Progress()
+    assert loaded is parameters
+
+
+def test_training_goes_on_from_a_checkpoint_to_the_bit(run: RunFolder) -> None:
+    optimizer = fresh_optimizer()
+    progress, parameters = checkpoint.load(run, start(), optimizer, IDENTITY)
+    assert progress == Progress(step=3, metrics_bytes=17, best_loss=0.1 + 0.2, best_step=2, skipped=1)
+    resumed = stepped(parameters, optimizer, 2)
+    uninterrupted = stepped(start(), fresh_optimizer(), 5)
+    assert list(resumed) == list(uninterrupted)
+    assert all(np.array_equal(resumed[name], uninterrupted[name]) for name in resumed)
+
+
+def test_a_checkpoint_holds_the_promised(run: RunFolder) -> None:
+    folder = run.checkpoint(3)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "optimizer.safetensors",
+        "parameters.safetensors",
+        "state.json",
+    ]
+    state = json.loads((folder / "state.json").read_text())
+    assert state["identity"] == IDENTITY
+    assert state["random_state"] == checkpoint.dropout_key(0, 4).tolist()
+    saved = mx.load(str(folder / "parameters.safetensors"))
+    assert isinstance(saved, dict)
+    assert {str(value.dtype) for value in saved.values()} == {"mlx.core.float32"}
+
+
+def test_the_newest_checkpoint_counts(run: RunFolder) -> None:
+    optimizer = fresh_optimizer()
+    checkpoint.save(run, Progress(step=12), stepped(start(), optimizer), optimizer, IDENTITY, seed=0)
+    assert checkpoint.load(run, start(), fresh_optimizer(), IDENTITY)[0].step == 12
+    shutil.rmtree(run.checkpoint(12))
+    assert checkpoint.load(run, start(), fresh_optimizer(), IDENTITY)[0].step == 3
+
+
+def test_only_the_newest_are_kept(run: RunFolder) -> None:
+    for step in (4, 5, 6):
+        shutil.copytree(run.checkpoint(3), run.checkpoint(step))
+    checkpoint.prune(run, 2)
+    assert run.checkpoint_steps() == [5, 6]
+    checkpoint.prune(run, 9)
+    assert run.checkpoint_steps() == [5, 6]
+
+
+@pytest.mark.parametrize("changed", IDENTITY)
+def test_a_checkpoint_of_something_else_is_refused_by_name(run: RunFolder, changed: str) -> None:
+    with pytest.raises(UserError, match=f"{changed} changed"):
+        checkpoint.load(run, start(), fresh_optimizer(), IDENTITY | {changed: "other"})
+
+
+@pytest.mark.parametrize("name", ["state.json", "parameters.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\x00" * 100, "half"])
+def test_a_damaged_checkpoint_is_named_with_a_way_out(run: RunFolder, name: str, content: bytes | str | None) -> None:
+    path = run.checkpoint(3) / name
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
+    with pytest.raises(UserError, match="damaged checkpoint") as caught:
+        checkpoint.load(run, start(), fresh_optimizer(), IDENTITY)
+    assert caught.value.where == str(run.checkpoint(3))
+    assert "remove this folder" in caught.value.hint
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(run: RunFolder) -> None:
+    other = start() | {"x.matrix": mx.zeros((3, 2))}
+    with pytest.raises(UserError, match="other parameters"):
+        checkpoint.load(run, other, fresh_optimizer(), IDENTITY)
+
+
+def test_every_step_has_a_random_state_of_its_own() -> None:
+    keys = [tuple(checkpoint.dropout_key(seed, step).tolist()) for seed in (0, 1) for step in range(1, 50)]
+    assert len(set(keys)) == len(keys)
+    assert keys[6] == tuple(checkpoint.dropout_key(0, 7).tolist())

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.errors import USAGE
+from mlx_sft.runs import RunFolder
+
+
+def resume(settings: dict[str, Any], **further: Any) -> int:
+    return train(TrainConfig(resume=settings["out"], quiet=True, **further)).steps
+
+
+def refusal(settings: dict[str, Any], **further: Any) -> UserError:
+    """Why the run cannot be resumed; nothing of it may change."""
+    run = Path(settings["out"])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        resume(settings, **further)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert caught.value.hint
+    return caught.value
+
+
+@pytest.fixture
+def cut_short(settings: dict[str, Any], chats: Path, tmp_path: Path) -> dict[str, Any]:
+    """The settings of a run on data and a model of its own, as it was left after step 4 of 6."""
+    data, model = tmp_path / "chats.jsonl", tmp_path / "base"
+    shutil.copy(chats, data)
+    shutil.copytree(settings["model"], model)
+    settings |= {"data": str(data), "model": str(model), "save_every": 2}
+    train(TrainConfig(**settings))
+    shutil.rmtree(RunFolder(settings["out"]).checkpoint(6))
+    return settings
+
+
+def test_a_run_goes_on_where_it_was(cut_short: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    train(TrainConfig(resume=cut_short["out"]))
+    assert "resuming after step 4" in capsys.readouterr().err
+
+
+def test_an_edited_row_is_refused_by_its_file(cut_short: dict[str, Any]) -> None:
+    data = Path(cut_short["data"])
+    data.write_text(data.read_text().replace("cat", "dog", 1))
+    error = refusal(cut_short)
+    assert "the data changed since the run began" in error.what
+    assert str(data) in error.what
+
+
+@pytest.mark.parametrize("edit", [lambda rows: rows[1:], lambda rows: rows[::-1], lambda rows: [*rows, rows[0]]])
+def test_other_rows_are_refused(cut_short: dict[str, Any], edit: Callable[[list[str]], list[str]]) -> None:
+    data = Path(cut_short["data"])
+    data.write_text("".join(edit(data.read_text().splitlines(keepends=True))))
+    assert "the data changed" in refusal(cut_short).what
+
+
+def test_rows_written_otherwise_are_the_same_data(cut_short: dict[str, Any]) -> None:
+    data = Path(cut_short["data"])
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("\n\n".join(json.dumps(row, separators=(",", ":")) for row in rows))
+    assert resume(cut_short) == 6
+
+
+def test_data_that_is_gone_is_named(cut_short: dict[str, Any]) -> None:
+    Path(cut_short["data"]).unlink()
+    assert refusal(cut_short).where == cut_short["data"]
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("lr", "0.01", "0.02"), ("rank", "2", "4"), ("seed", "0", "1"), ("epochs", "2", "3"), ("save_every", "2", "3")],
+)
+def test_an_edited_setting_is_refused_by_name(cut_short: dict[str, Any], name: str, before: str, after: str) -> None:
+    config = RunFolder(cut_short["out"]).config
+    text, found = re.subn(rf"^{name}: {before}$", f"{name}: {after}", config.read_text(), flags=re.MULTILINE)
+    assert found == 1
+    config.write_text(text)
+    error = refusal(cut_short)
+    assert error.what == f"{name} changed since the run began"
+    assert error.where == str(config)
+
+
+def test_another_model_in_the_same_place_is_refused(cut_short: dict[str, Any]) -> None:
+    weights = Path(cut_short["model"]) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    error = refusal(cut_short)
+    assert error.what == f"the model {cut_short['model']} changed since the run began"
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"lr": 1.0}, "--lr"), ({"rank": 16}, "--rank"), ({"method": "full"}, "--method"), ({"data": "other"}, "--data")],
+)
+def test_another_setting_given_with_resume_is_refused(
+    cut_short: dict[str, Any], changes: dict[str, Any], option: str
+) -> None:
+    error = refusal(cut_short, **changes)
+    assert error.what.startswith(f"{option} ")
+    assert "differs from the run's" in error.what
+    assert error.exit_code == USAGE
+
+
+def test_another_folder_given_with_resume_is_refused(cut_short: dict[str, Any], tmp_path: Path) -> None:
+    assert "--out" in refusal(cut_short, out=str(tmp_path / "elsewhere")).what
+    assert resume(cut_short, out=cut_short["out"]) == 6
+
+
+def test_settings_given_again_are_accepted(cut_short: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(cut_short["data"]).parent)
+    again = {name: cut_short[name] for name in ("lr", "rank", "model")} | {"data": "chats.jsonl", "dtype": "auto"}
+    assert resume(cut_short, **again) == 6
+
+
+def test_how_many_checkpoints_are_kept_may_change(cut_short: dict[str, Any]) -> None:
+    assert RunFolder(cut_short["out"]).checkpoint_steps() == [2, 4]
+    assert resume(cut_short, keep=1) == 6
+    assert RunFolder(cut_short["out"]).checkpoint_steps() == [6]
+
+
+def test_a_run_that_was_moved_goes_on(
+    cut_short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.move(cut_short["out"], tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert resume({"out": "moved"}) == 6
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_run_without_its_record_is_refused(cut_short: dict[str, Any], content: str | None) -> None:
+    record = RunFolder(cut_short["out"]).environment
+    record.unlink() if content is None else record.write_text(content)
+    error = refusal(cut_short)
+    assert "environment.json" in error.where
+
+
+def test_what_lies_on_disk_is_recorded_by_its_full_path_and_what_was_auto_as_it_was(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(settings["data"])
+    monkeypatch.chdir(data.parent)
+    train(TrainConfig(**settings | {"data": data.name, "max_steps": 1}))
+    config = TrainConfig.resolve(RunFolder(settings["out"]).config)
+    assert config.data == str(data)
+    assert config.out is None
+    assert config.dtype in ("float32", "bfloat16")
+    assert config.grad_checkpoint in ("on", "off")
+    assert config.micro_batch_tokens is not None
+
+
+def test_the_environment_says_what_the_result_depends_on(settings: dict[str, Any]) -> None:
+    train(TrainConfig(**settings | {"max_steps": 1}))
+    environment = json.loads(RunFolder(settings["out"]).environment.read_text())
+    assert set(environment) == {"packages", "python", "platform", "device", "identity", "settings"}
+    assert {"mlx", "mlx-lm", "mlx-sft", "transformers"} <= set(environment["packages"])
+    assert set(environment["identity"]) == {"config", "data", "model"}
+
+
+def test_validation_rows_that_are_learnt_too_are_warned_of(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(TrainConfig(**settings | {"max_steps": 1, "valid": settings["data"]}))
+    assert capsys.readouterr().err == "warning: 10 validation rows are also training rows\n"
+
+
+def test_two_runs_without_a_name_get_folders_of_their_own(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings |= {"out": None, "max_steps": 1}
+    folders = {train(TrainConfig(**settings)).run_dir for _ in range(2)}
+    assert len(folders) == 2
+    assert all(folder.parent == Path("runs") and (folder / "adapter").is_dir() for folder in folders)
