@@ -83,7 +83,7 @@ class Console:
             if self._live is None:
                 self._live = Live(console=self._screen, refresh_per_second=4)
                 self._live.start()
-            self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
+            self._live.update(Text(line, no_wrap=False, overflow="fold"))  # over two rows where one is too narrow
         elif number == 1 or number == total_steps or number % _PLAIN_EVERY == 0:
             self._screen.print(Text(line))
 

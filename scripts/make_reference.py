@@ -120,6 +120,8 @@ def describe(kind: Any) -> str:
         return " or ".join(describe(part) for part in arguments if part is not type(None))
     if origin is list:
         return f"list of {describe(arguments[0])}"
+    if origin is dict:
+        return "names and values"
     if origin is tuple:
         return " and ".join(describe(part) for part in arguments)
     raise TypeError(f"no words for {kind!r}: add them to scripts/make_reference.py")

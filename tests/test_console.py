@@ -92,6 +92,17 @@ def test_a_terminal_gets_colours_and_one_live_line(monkeypatch: pytest.MonkeyPat
     assert shown.rstrip().endswith("\x1b[?25h"), "the cursor is hidden"
 
 
+def test_the_live_line_is_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal = a_terminal(monkeypatch)
+    console = Console()
+    console.step(STEP, total_steps=12, seconds_left=65.0)
+    console.stop()
+    words = terminal.getvalue().split()
+    assert "1:05" in words
+    assert "peak" in words
+
+
 def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = a_terminal(monkeypatch)
     monkeypatch.setenv("NO_COLOR", "1")

@@ -18,8 +18,14 @@ _DTYPES = {mx.float32: ("F32", "<f4"), mx.uint64: ("U64", "<u8")}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays under their names, one at a time; float32 and (an optimizer's count of steps) uint64."""
+    """Write arrays under their names, one at a time; float32 and (an optimizer's count of steps) uint64.
+
+    Raises `ValueError` for an array of another dtype, and `OSError` where the disk does not take it.
+    """
     named = sorted(arrays.items())
+    for name, value in named:
+        if value.dtype not in _DTYPES:
+            raise ValueError(f"{name} cannot be written as {value.dtype}")
     tensors = [(name, _DTYPES[value.dtype][0], tuple(value.shape)) for name, value in named]
     write_safetensors(path, tensors, ([_content(value)] for _, value in named), dict(metadata or {}))
 

@@ -25,7 +25,8 @@ from mlx_sft.runs import user_path
 
 TINY = Path(__file__).parent / "tiny"
 
-_SAMPLE_BYTES = 2**22
+_HEAD_BYTES, _SAMPLE_BYTES, _SAMPLES = 2**22, 2**14, 256
+"""What a fingerprint reads of each file: training moves every weight, so that samples of a large file show another one."""
 
 _NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 
@@ -124,15 +125,16 @@ def _download(name: str) -> Path:
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """SHA-256 over a checkpoint's small files, and the size, head and tail of its large ones."""
+    """SHA-256 over a checkpoint's small files, and over the size, the head and even samples of its large ones."""
     digest = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}:".encode())
         with file.open("rb") as content:
-            digest.update(content.read(_SAMPLE_BYTES))
-            content.seek(max(0, size - _SAMPLE_BYTES))
-            digest.update(content.read())
+            digest.update(content.read(_HEAD_BYTES))
+            for sample in range(_SAMPLES):  # evenly over the rest, its end included
+                content.seek(max(0, size - _SAMPLE_BYTES) * (sample + 1) // _SAMPLES)
+                digest.update(content.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 

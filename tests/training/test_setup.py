@@ -179,3 +179,15 @@ def test_two_runs_without_a_name_get_folders_of_their_own(
     folders = {train(TrainConfig(**settings)).run_dir for _ in range(2)}
     assert len(folders) == 2
     assert all(folder.parent == Path("runs") and (folder / "adapter").is_dir() for folder in folders)
+
+
+def test_rows_beyond_the_length_that_is_exact_are_refused(
+    settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    short = make_base("llama", rope_parameters=rope, max_position_embeddings=4)
+    settings |= {"model": str(short)}
+    with pytest.raises(UserError, match="exactly for no more than 4") as caught:
+        train(TrainConfig(**settings))
+    assert caught.value.hint == "give --max-length 4"
+    assert not Path(settings["out"]).exists()
