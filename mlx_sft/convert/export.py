@@ -22,7 +22,7 @@ from mlx_sft.convert.verify import MOST_ROWS, MOST_TOKENS, Verification, verify_
 from mlx_sft.data.encode import Example
 from mlx_sft.data.prepare import prepare
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.model.load import load_tokenizer, resolve_checkpoint
+from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
 from mlx_sft.runs import RunFolder, write_folder
 
 Format = Literal["merged", "peft"]
@@ -98,7 +98,7 @@ def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, verify: b
         raise UserError("a run of --method full has no adapter", where=str(run.path), hint=hint, exit_code=USAGE)
     settings, parameters = read_adapter(trained_adapter(run))
     with write_folder(target) as temporary:
-        write_adapter(temporary, settings, parameters, config.model)
+        write_adapter(temporary, settings, parameters, name_elsewhere(config.model))
         if verify:
             settings_again, again = read_adapter(temporary)
             equal = again.keys() == parameters.keys() and all(

@@ -112,6 +112,11 @@ def resolve_checkpoint(name: str) -> Path:
         raise UserError(f"not a Hub id: {error}", where=name, exit_code=USAGE) from error
 
 
+def name_elsewhere(name: str) -> str:
+    """The name by which PEFT and others find a model: `tiny` is known by its folder outside this package."""
+    return str(TINY) if name == "tiny" else name
+
+
 def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_NEEDED_FILES))

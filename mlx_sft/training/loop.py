@@ -21,6 +21,7 @@ from mlx_sft.console import Console
 from mlx_sft.convert.trained import save_trained, trained_folder
 from mlx_sft.data.batches import Step, cut, cut_all
 from mlx_sft.errors import INTERRUPTED, UserError
+from mlx_sft.model.load import name_elsewhere
 from mlx_sft.runs import disk_errors, write_file
 from mlx_sft.training import checkpoint
 from mlx_sft.training.card import model_card
@@ -203,7 +204,7 @@ def _finish(job: Job) -> None:
 
 
 def _save_result(job: Job, folder: Path) -> None:
-    save_trained(folder, job.method, job.parameters, job.config.model)
+    save_trained(folder, job.method, job.parameters, name_elsewhere(job.config.model))
 
 
 @contextmanager
