@@ -18,8 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlx_sft import TrainConfig, export, generate_text, load_run, train
-from mlx_sft.model.load import load_model
+from mlx_sft import TrainConfig, export, generate_text, load_model, load_run, train
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "runs" / "demo"

@@ -17,15 +17,19 @@ from mlx_sft.errors import UserError
 if TYPE_CHECKING:
     from mlx_sft.convert.adapted import load_run
     from mlx_sft.convert.export import export
+    from mlx_sft.evaluate import evaluate_run
     from mlx_sft.generate import generate_text, stream_text
+    from mlx_sft.model.load import load_model
     from mlx_sft.training.loop import TrainResult, train
 
 __all__ = [
     "TrainConfig",
     "TrainResult",
     "UserError",
+    "evaluate_run",
     "export",
     "generate_text",
+    "load_model",
     "load_run",
     "stream_text",
     "train",
@@ -33,8 +37,10 @@ __all__ = [
 
 _HOMES = {
     "TrainResult": "mlx_sft.training.loop",
+    "evaluate_run": "mlx_sft.evaluate",
     "export": "mlx_sft.convert.export",
     "generate_text": "mlx_sft.generate",
+    "load_model": "mlx_sft.model.load",
     "load_run": "mlx_sft.convert.adapted",
     "stream_text": "mlx_sft.generate",
     "train": "mlx_sft.training.loop",

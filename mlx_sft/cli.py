@@ -159,6 +159,8 @@ def _load(run: str | None, model: str | None, base: bool) -> Any:
     if (run is None) == (model is None):
         hint = "mlx-sft generate --run runs/... --prompt ..."
         raise UserError("give either --run or --model", hint=hint, exit_code=USAGE)
+    if base and run is None:
+        raise UserError("--base goes with --run", hint="a model alone is its own base", exit_code=USAGE)
     return load_run(run, base=base) if run is not None else load_model(str(model))
 
 
@@ -203,6 +205,6 @@ def chat(run: str | None, model: str | None, base: bool, max_tokens: int, temper
 @click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
 def evaluate(run: str, data: str, base: bool, json_lines: bool) -> None:
     """Loss, perplexity and token accuracy of a run on a file."""
-    from mlx_sft.evaluate import evaluate
+    from mlx_sft.evaluate import evaluate_run
 
-    write_text(evaluate(run, data, base=base).describe(as_json=json_lines) + "\n")
+    write_text(evaluate_run(run, data, base=base).describe(as_json=json_lines) + "\n")

@@ -16,6 +16,9 @@ from rich.text import Text
 
 from mlx_sft.errors import UserError
 
+_MOST_SHOWN = 3000
+"""Characters of the first conversation."""
+
 _PLAIN_EVERY = 10
 """Steps between two plain lines, where there is no live one."""
 
@@ -68,6 +71,7 @@ class Console:
             else:
                 text.append(f"⟦{part}⟧" if supervised else part)
         text.rstrip()
+        text.truncate(_MOST_SHOWN, overflow="ellipsis")
         self._screen.print(Text(printable(title), style="bold"))
         self._screen.print(text)
 

@@ -30,13 +30,17 @@ class EvaluationResult:
     def describe(self, *, as_json: bool = False) -> str:
         """A line for a person, or of JSON."""
         result = self.evaluation
+        report = self.report
+        fates = {"rows": report.kept, "truncated": report.truncated, "dropped": report.dropped, "bad": report.bad}
         perplexity = math.exp(min(result.loss, 700.0))
         if as_json:
-            return json.dumps(asdict(result) | {"perplexity": perplexity, "rows": self.report.kept})
+            record = asdict(result) | {"perplexity": perplexity} | fates
+            finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+            return json.dumps(finite, allow_nan=False)
+        counts = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number or fate == "rows")
         return (
-            f"loss {result.loss:.4f}  perplexity {perplexity:.2f}  "
-            f"token accuracy {result.token_accuracy:.1%}  "
-            f"({self.report.kept} rows, {result.supervised_tokens} supervised tokens)"
+            f"loss {result.loss:.4f}  perplexity {perplexity:.2f}  token accuracy {result.token_accuracy:.1%}  "
+            f"({counts}, {result.supervised_tokens} supervised tokens)"
         )
 
 
@@ -47,7 +51,7 @@ class _Untouched:
         pass
 
 
-def evaluate(run: str | Path, data: str, *, base: bool = False) -> EvaluationResult:
+def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> EvaluationResult:
     """Token-mean loss and accuracy of a run's model on a data source.
 
     Args:

@@ -1,4 +1,4 @@
-"""Text from a model, through mlx-lm. Knows prompts and tokens; knows nothing of runs or of the terminal."""
+"""Text from a model, through mlx-lm. Knows prompts and tokens; knows nothing of training or of the terminal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_sft.convert.adapted import AdaptedModel
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import LoadedModel
 
@@ -53,8 +54,10 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str) and not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    # A run is asked in the context in which it was trained.
+    variables = loaded.train_config.chat_template_kwargs if isinstance(loaded, AdaptedModel) else {}
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
     except (TemplateError, ValueError, TypeError) as error:
         raise UserError(f"the chat template rejects this conversation: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

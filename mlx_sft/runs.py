@@ -6,11 +6,12 @@ Knows nothing of what the files mean.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,21 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(descriptor: int) -> None:
+    """Make what was written survive a loss of power."""
+    os.fsync(descriptor)
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone leaves it in the drive's cache
+        with suppress(OSError):  # which not every file system can empty
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+
+
+def sync_path(path: Path) -> None:
+    """`sync` for a file's content, or for the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -76,12 +80,12 @@ def write_file_with(path: Path, write: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
-            sync_file(temporary)
+            sync_path(temporary)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
 @contextmanager
@@ -96,16 +100,13 @@ def write_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    sync_file(file)
-            for folder in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
-                sync_folder(folder)
+            for written in [*temporary.rglob("*"), temporary]:
+                sync_path(written)
             _replace_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
 def _replace_folder(new: Path, path: Path) -> None:
@@ -154,6 +155,7 @@ class RunFolder:
         self.last = self.path / "last"
         self.checkpoints = self.path / "checkpoints"
         self.card = self.path / "README.md"
+        self._made = False
 
     @classmethod
     def new(cls, path: str | Path) -> RunFolder:
@@ -173,6 +175,7 @@ class RunFolder:
     def create(cls, path: str | Path) -> RunFolder:
         """Make a new, empty run folder; refuse as `new` does."""
         run = cls.new(path)
+        run._made = not run.path.exists()
         with disk_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         return run
@@ -184,7 +187,10 @@ class RunFolder:
             write_file(self.environment, environment)
             write_file(self.config, config)
         except BaseException:
-            shutil.rmtree(self.path, ignore_errors=True)
+            for file in (self.data_report, self.environment, self.config):
+                file.unlink(missing_ok=True)
+            if self._made:
+                shutil.rmtree(self.path, ignore_errors=True)
             raise
 
     def _is_free(self) -> bool:
@@ -220,5 +226,5 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a whole checkpoint, ascending."""
-        names = (p.name for p in self.checkpoints.glob("step-*") if p.is_dir())
-        return sorted(int(name.removeprefix("step-")) for name in names)
+        digits = (p.name.removeprefix("step-") for p in self.checkpoints.glob("step-*") if p.is_dir())
+        return sorted(int(step) for step in digits if step.isdecimal())

@@ -251,6 +251,7 @@ def pretrain(base: Path, tokenizer: Tokenizer, work: Path) -> Path:
 
     write_jsonl(work / "train.jsonl", list(islice(text_rows(SEED + 1, tokenizer), TRAIN_ROWS)))
     write_jsonl(work / "valid.jsonl", list(islice(text_rows(SEED + 2, tokenizer), VALID_ROWS)))
+    shutil.rmtree(work / "run", ignore_errors=True)
     config = TrainConfig(
         model=str(base),
         data=str(work / "train.jsonl"),
@@ -278,9 +279,9 @@ def ship(exported: Path, base: Path, to: Path) -> None:
 
 
 def with_fast_blas() -> None:
-    """Start again with OpenBLAS loaded first, where there is one: MLX's wheel for Linux has the reference BLAS, 20 times slower."""
+    """Start again with OpenBLAS loaded first, where there is one: MLX's wheel for Linux has the reference BLAS, ten times slower."""
     library = ctypes.util.find_library("openblas")
-    if library and "openblas" not in os.environ.get("LD_PRELOAD", ""):
+    if sys.platform == "linux" and library and "openblas" not in os.environ.get("LD_PRELOAD", ""):
         print(f"starting again with LD_PRELOAD={library}: MLX's wheel for Linux has a slow BLAS", file=sys.stderr)
         os.environ["LD_PRELOAD"] = f"{library} {os.environ.get('LD_PRELOAD', '')}".strip()
         os.execv(sys.executable, [sys.executable, *sys.argv])

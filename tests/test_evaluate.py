@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
-from mlx_sft.evaluate import evaluate
+from mlx_sft.evaluate import evaluate_run
 from mlx_sft.runs import RunFolder
 
 
@@ -24,7 +24,7 @@ def last_evaluation(run: RunFolder) -> dict[str, Any]:
 
 
 def test_it_finds_what_training_found(run: RunFolder, chats: Path) -> None:
-    result = evaluate(run.path, str(chats)).evaluation
+    result = evaluate_run(run.path, str(chats)).evaluation
     expected = last_evaluation(run)
     assert expected["best"]
     assert result.loss == pytest.approx(expected["loss"], rel=1e-6)
@@ -34,22 +34,23 @@ def test_it_finds_what_training_found(run: RunFolder, chats: Path) -> None:
 
 def test_a_full_run_is_found_the_same(settings: dict[str, Any], chats: Path) -> None:
     run = RunFolder(train(TrainConfig(**settings | {"method": "full", "lr": 1e-3}, valid=str(chats))).run_dir)
-    assert evaluate(run.path, str(chats)).evaluation.loss == pytest.approx(last_evaluation(run)["loss"], rel=1e-6)
+    assert evaluate_run(run.path, str(chats)).evaluation.loss == pytest.approx(last_evaluation(run)["loss"], rel=1e-6)
 
 
 def test_the_base_is_the_model_before_training(
     run: RunFolder, settings: dict[str, Any], chats: Path, tmp_path: Path
 ) -> None:
     untrained = train(TrainConfig(**settings | {"lr": 0.0, "out": str(tmp_path / "untrained")})).run_dir
-    before = evaluate(run.path, str(chats), base=True).evaluation
-    assert before == evaluate(untrained, str(chats)).evaluation
-    assert before.loss > evaluate(run.path, str(chats)).evaluation.loss
+    before = evaluate_run(run.path, str(chats), base=True).evaluation
+    assert before == evaluate_run(untrained, str(chats)).evaluation
+    assert before.loss > evaluate_run(run.path, str(chats)).evaluation.loss
 
 
 def test_a_result_is_a_line_for_a_person_or_of_json(run: RunFolder, chats: Path) -> None:
-    result = evaluate(run.path, str(chats))
+    result = evaluate_run(run.path, str(chats))
     record = json.loads(result.describe(as_json=True))
-    assert set(record) == {"loss", "perplexity", "token_accuracy", "tokens", "supervised_tokens", "rows"}
+    fates = {"rows", "truncated", "dropped", "bad"}
+    assert set(record) == {"loss", "perplexity", "token_accuracy", "tokens", "supervised_tokens"} | fates
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
     assert "\n" not in result.describe()
     assert f"{record['token_accuracy']:.1%}" in result.describe()
@@ -57,10 +58,10 @@ def test_a_result_is_a_line_for_a_person_or_of_json(run: RunFolder, chats: Path)
 
 def test_data_that_cannot_be_read_is_named(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        evaluate(run.path, str(tmp_path / "none.jsonl"))
+        evaluate_run(run.path, str(tmp_path / "none.jsonl"))
 
 
 def test_a_run_that_has_not_finished_says_how_to(run: RunFolder, chats: Path) -> None:
     (run.adapter).rename(run.path / "elsewhere")
     with pytest.raises(UserError, match=f"--resume {run.path}"):
-        evaluate(run.path, str(chats))
+        evaluate_run(run.path, str(chats))

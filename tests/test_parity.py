@@ -55,6 +55,10 @@ ROPE = {
 }
 
 
+def _settings(**settings: Any) -> LoraSettings:
+    return LoraSettings.from_config(TrainConfig(data="-", **settings))
+
+
 def _rope(kind: str) -> dict[str, object]:
     return {"rope_type": kind.split()[0], **ROPE[kind]}
 
@@ -121,10 +125,10 @@ def test_logits_of_other_settings_are_those_of_transformers(
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("qwen3", LoraSettings(rank=4, alpha=8.0)),
-        ("llama", LoraSettings(rank=4, alpha=8.0)),
-        ("llama", LoraSettings(rank=3, alpha=5.0, rslora=True, targets=("qv",))),
-        ("qwen3", LoraSettings(rank=2, alpha=5.0, targets=("down_proj", "lm_head"))),
+        ("qwen3", _settings(rank=4, alpha=8.0)),
+        ("llama", _settings(rank=4, alpha=8.0)),
+        ("llama", _settings(rank=3, alpha=5.0, rslora=True, target="qv")),
+        ("qwen3", _settings(rank=2, alpha=5.0, target=["down_proj", "lm_head"])),
     ],
 )
 def test_loss_and_every_lora_gradient_are_pefts(
@@ -236,8 +240,8 @@ def _adapted(config: TrainConfig) -> peft.PeftModel:
 @pytest.mark.parametrize(
     ("family", "settings", "options"),
     [
-        ("qwen3", LoraSettings(rank=4, alpha=8.0), {"grad_checkpoint": "off"}),
-        ("llama", LoraSettings(rank=4, alpha=6.0, rslora=True, targets=("qv",)), {"grad_checkpoint": "on"}),
+        ("qwen3", _settings(rank=4, alpha=8.0), {"grad_checkpoint": "off"}),
+        ("llama", _settings(rank=4, alpha=6.0, rslora=True, target="qv"), {"grad_checkpoint": "on"}),
     ],
 )
 def test_a_run_follows_torchs_trajectory(
@@ -285,7 +289,7 @@ def test_what_a_run_leaves_is_the_same_model_in_peft_and_in_transformers(
     mlx_logits: Callable,
     token_ids: list[list[int]],
 ) -> None:
-    config = make_job("qwen3", LoraSettings(rank=4, alpha=8.0), lr=5e-3)
+    config = make_job("qwen3", _settings(rank=4, alpha=8.0), lr=5e-3)
     result = train(config.model_copy(update={"max_steps": 5}))
     ours = mlx_logits(load_run(result.run_dir, dtype="float32").model, token_ids)
     base = torch_model(make_base("qwen3"))
@@ -347,7 +351,7 @@ def test_full_fine_tuning_leaves_the_same_model_in_transformers(
 def test_trl_trains_to_the_same_losses(tmp_path: Path, tokenizer: object, make_job: Callable[..., TrainConfig]) -> None:
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     settings = {"lr": 5e-3, "scheduler": "linear", "warmup": 0.25, "weight_decay": 0.1}
-    config = make_job("qwen3", LoraSettings(rank=4, alpha=8.0), **settings).model_copy(update={"max_steps": 4})
+    config = make_job("qwen3", _settings(rank=4, alpha=8.0), **settings).model_copy(update={"max_steps": 4})
     train(config)
     examples = prepare(config, tokenizer).train
     rows = [{"input_ids": e.token_ids.tolist(), "labels": e.labels.tolist()} for e in examples]

@@ -5,14 +5,16 @@ Knows nothing of training.
 
 from __future__ import annotations
 
-from mlx_sft.convert.adapted import AdaptedModel, check_fit, load_run
+from mlx_sft.convert.adapted import AdaptedModel, attach_trained, load_run
 from mlx_sft.convert.export import ExportResult, export
+from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.peft import read_adapter, write_adapter
 
 __all__ = [
     "AdaptedModel",
     "ExportResult",
-    "check_fit",
+    "attach_trained",
+    "check_exportable",
     "export",
     "load_run",
     "read_adapter",

@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import mlx.core as mx
-import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import trained_adapter, trained_weights
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.merge import adapter_edits, merge, weight_edits
+from mlx_sft.convert.merge import merge
 from mlx_sft.convert.peft import read_adapter, write_adapter
-from mlx_sft.convert.verify import MOST_ROWS, MOST_TOKENS, Verification, verify_export
-from mlx_sft.data.encode import Example
-from mlx_sft.data.prepare import prepare
+from mlx_sft.convert.sample import sample_rows
+from mlx_sft.convert.trained import finished_folder, trained_edits
+from mlx_sft.convert.verify import Verification, verify_export
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
+from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.runs import RunFolder, write_folder
 
 Format = Literal["merged", "peft"]
@@ -75,28 +72,20 @@ def export(
         _export_adapter(folder, config, target, verify)
         return ExportResult(target, format, None)
     with write_folder(target) as temporary:
-        _write_merged(folder, config, base, temporary)
+        checkpoint = Checkpoint.open(base)
+        merge(checkpoint, trained_edits(folder, config.method, checkpoint), temporary)
         verification = None
         if verify:
-            rows, source = _rows(config, load_tokenizer(base))
-            verification = verify_export(folder, temporary, rows, source)
+            verification = verify_export(folder, temporary, *sample_rows(config, base))
     return ExportResult(target, format, verification)
 
 
-def _write_merged(run: RunFolder, config: TrainConfig, base: Path, folder: Path) -> None:
-    checkpoint = Checkpoint.open(base)
-    if config.method == "full":
-        edits = weight_edits(checkpoint, trained_weights(run))
-    else:
-        edits = adapter_edits(checkpoint, *read_adapter(trained_adapter(run)))
-    merge(checkpoint, edits, folder)
-
-
 def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, verify: bool) -> None:
-    if config.method == "full":
-        hint = "export it with --format merged"
-        raise UserError("a run of --method full has no adapter", where=str(run.path), hint=hint, exit_code=USAGE)
-    settings, parameters = read_adapter(trained_adapter(run))
+    result = finished_folder(run, config.method)
+    if result != run.adapter:
+        what, hint = f"a run of --method {config.method} has no adapter", "export it with --format merged"
+        raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
+    settings, parameters = read_adapter(result)
     with write_folder(target) as temporary:
         write_adapter(temporary, settings, parameters, name_elsewhere(config.model))
         if verify:
@@ -131,21 +120,3 @@ def _check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path
         hint = "give another --to, or replace it with --overwrite"
         raise UserError("this folder already holds something", where=str(to), hint=hint)
     return target
-
-
-def _rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], str]:
-    """Token ids to compare on, and where they are from: held-out rows, else training rows, else random ones."""
-    try:
-        data = prepare(config, tokenizer)
-    except UserError as error:
-        # The data may have moved since; that is no reason not to export.
-        random = np.random.default_rng(0).integers(0, len(tokenizer), (MOST_ROWS, MOST_TOKENS))
-        source = f"random tokens, because the data cannot be read again ({error.what})"
-        return random.tolist(), source
-    if data.valid:
-        return _token_ids(data.valid), "validation rows"
-    return _token_ids(data.train), "training rows"
-
-
-def _token_ids(examples: list[Example]) -> list[list[int]]:
-    return [example.token_ids.tolist() for example in examples[:MOST_ROWS]]

@@ -24,10 +24,18 @@ from mlx_sft.convert.safetensors_file import (
     stored_dtype,
 )
 from mlx_sft.errors import UserError
+from mlx_sft.methods import Method, Parameters
 from mlx_sft.methods.lora import LoraSettings
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in cache from the product to the rounding."""
+
+
+_ANOTHER_MODEL = "it was trained on another model, or the checkpoint has changed since"
+_NOT_EXPORTABLE = (
+    "mlx-lm holds this weight otherwise than the checkpoint, so that what is trained could not be exported; "
+    "leave it out with --method lora and --target, or train another model"
+)
 
 
 class Edit(Protocol):
@@ -95,6 +103,16 @@ def weight_edits(checkpoint: Checkpoint, weights: SafetensorsFile) -> dict[str, 
     return edits
 
 
+def check_exportable(path: Path, method: Method, parameters: Parameters) -> None:
+    """See from the headers of a checkpoint folder, before training, that what will be trained can be merged into it.
+
+    Raises `UserError` naming the weight that the checkpoint does not have, has in another shape, or holds no plain numbers of.
+    """
+    checkpoint = Checkpoint.open(path)
+    for name, shape in method.changed_shapes(parameters).items():
+        _fitting(checkpoint, name, shape, "training", _NOT_EXPORTABLE)
+
+
 def merge(checkpoint: Checkpoint, edits: dict[str, Edit], folder: Path) -> None:
     """Write the edited checkpoint into `folder`; every other tensor and file is copied as it is.
 
@@ -130,12 +148,13 @@ def _finite(rounded: NDArray[np.generic], dtype: str) -> bool:
     return bool(np.all(np.isfinite(rounded)))
 
 
-def _fitting(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str) -> StoredTensor:
+def _fitting(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str, hint: str = _ANOTHER_MODEL
+) -> StoredTensor:
     """The checkpoint's tensor of this name and shape."""
     tensor = checkpoint.tensors.get(name)
-    hint = "it was trained on another model, or the checkpoint has changed since"
     if tensor is None:
-        what = f"this checkpoint has no tensor {name}, which {source} changes"
+        what = f"this checkpoint has no tensor {name}, which {source} would change"
         raise UserError(what, where=str(checkpoint.path), hint=hint)
     if tensor.shape != shape:
         what = f"{name} is {list(tensor.shape)} here, and {list(shape)} in {source}"

@@ -19,16 +19,13 @@ import mlx.core as mx
 from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.convert.safetensors_file import open_safetensors, read_float32
 from mlx_sft.errors import UserError
-from mlx_sft.methods.lora import LoraSettings
+from mlx_sft.methods.lora import GROUPS, HALVES, LoraSettings
 from mlx_sft.runs import to_json, write_file, write_file_with
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX, _SUFFIX = "base_model.model.", ".weight"
-_HALVES = ("lora_A", "lora_B")
-
-_GROUPS = ("all-linear", "attention", "qv")
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -62,7 +59,7 @@ def peft_name(name: str) -> str:
 def our_name(name: str) -> str:
     """The inverse of `peft_name`; raises `ValueError` for a name that is not a LoRA matrix of a linear module."""
     ours = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-    if peft_name(ours) != name or ours.rpartition(".")[2] not in _HALVES or "." not in ours:
+    if peft_name(ours) != name or ours.rpartition(".")[2] not in HALVES or "." not in ours:
         raise ValueError(name)
     return ours
 
@@ -106,7 +103,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
 
 
 def _to_config(settings: LoraSettings, modules: list[str], base_model: str) -> dict[str, Any]:
-    alpha = settings.alpha
+    alpha = float(settings.alpha)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -135,7 +132,7 @@ def _to_config(settings: LoraSettings, modules: list[str], base_model: str) -> d
 
 def _target_modules(settings: LoraSettings, modules: list[str]) -> list[str]:
     """Names as PEFT matches them, by the end of a module's path; a group becomes the names of its modules."""
-    names = {target for target in settings.targets if target not in _GROUPS}
+    names = {target for target in settings.targets if target not in GROUPS}
     if len(names) < len(settings.targets):
         names |= {module.rpartition(".")[2] for module in modules if not _ends(module, names)}
     return sorted(names)
@@ -234,10 +231,10 @@ def _check_shapes(rank: int, parameters: dict[str, mx.array], where: Path) -> No
         raise UserError("this adapter has no tensors", where=str(where))
     for name, value in parameters.items():
         module, _, half = name.rpartition(".")
-        other = _HALVES[1 - _HALVES.index(half)]
+        other = HALVES[1 - HALVES.index(half)]
         if f"{module}.{other}" not in parameters:
             raise UserError(f"{peft_name(f'{module}.{other}')} is missing", where=str(where))
-        if value.ndim != 2 or value.shape[_HALVES.index(half)] != rank:
+        if value.ndim != 2 or value.shape[HALVES.index(half)] != rank:
             form = f"[{rank}, in]" if half == "lora_A" else f"[out, {rank}]"
             what = f"{peft_name(name)} is {list(value.shape)}, and rank {rank} asks for {form}"
             raise UserError(what, where=str(where))

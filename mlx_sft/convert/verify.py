@@ -13,7 +13,6 @@ One model is in memory at a time. Knows nothing of how the checkpoint was writte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +23,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import load_run, trained_adapter, trained_weights
+from mlx_sft.convert.adapted import load_run
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.peft import read_adapter
-from mlx_sft.convert.safetensors_file import read_float32
+from mlx_sft.convert.trained import load_trained
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import load_model
 from mlx_sft.runs import RunFolder
@@ -125,29 +123,17 @@ def _intended_logits(run: RunFolder, rows: list[list[int]]) -> tuple[Logits, str
     config = TrainConfig.resolve(run.config)
     loaded = load_model(config.model, "float32")
     stored = Checkpoint.open(loaded.path).tensors
+    method, parameters = load_trained(run, config.method)
+    weights = dict(tree_flatten(loaded.model.parameters()))
     dtypes = set()
-    for name, value in _changed_weights(run, config, loaded.model):
+    for name in method.changed_shapes(parameters):
         dtype = stored[name].dtype
         dtypes.add(dtype)
-        rounded = value.astype(_MLX_DTYPES[dtype]).astype(mx.float32)
+        changed = method.changed_weight(name, weights.pop(name), parameters)
+        rounded = changed.astype(_MLX_DTYPES[dtype]).astype(mx.float32)
         mx.eval(rounded)  # at once, so that the weight before it is let go
         loaded.model.update(tree_unflatten([(name, rounded)]))
     return _logits(loaded.model, rows), max(dtypes, key=KL_LIMITS.__getitem__)
-
-
-def _changed_weights(run: RunFolder, config: TrainConfig, model: nn.Module) -> Iterator[tuple[str, mx.array]]:
-    """What the run makes of the base's weights, float32 and not yet rounded."""
-    if config.method == "full":
-        for tensor in trained_weights(run).tensors:
-            yield tensor.name, mx.array(read_float32(tensor))
-        return
-    settings, parameters = read_adapter(trained_adapter(run))
-    weights = dict(tree_flatten(model.parameters()))
-    for name, lora_A in parameters.items():
-        module, half = name.rsplit(".", 1)
-        if half == "lora_A":
-            update = settings.scale * (parameters[f"{module}.lora_B"] @ lora_A)
-            yield f"{module}.weight", weights.pop(f"{module}.weight") + update
 
 
 def _check_match(written: Logits, intended: Logits) -> None:

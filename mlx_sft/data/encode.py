@@ -6,7 +6,7 @@ Knows tokenizers; knows nothing of files, or of how a template writes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -40,11 +40,13 @@ class Example:
         origin: The row it came from, `chats.jsonl:17`.
         token_ids: int32, shape (n,).
         labels: int32, shape (n,).
+        turns_with_text_left_out: Learnt turns of which the template leaves out words; see `Rendering`.
     """
 
     origin: str
     token_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
+    turns_with_text_left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -55,7 +57,7 @@ class Example:
 
     def truncated(self, length: int) -> Example:
         """Its first `length` tokens."""
-        return Example(self.origin, self.token_ids[:length], self.labels[:length])
+        return replace(self, token_ids=self.token_ids[:length], labels=self.labels[:length])
 
     def digest(self) -> bytes:
         """SHA-256 of its tokens and labels, the same on every machine; equal only for equal examples."""
@@ -92,14 +94,15 @@ class Encoder:
         """
         if isinstance(item, Document):
             token_ids = self._document(item)
-            mask = np.ones(len(token_ids), bool)
+            mask, left_out = np.ones(len(token_ids), bool), 0
         else:
-            token_ids, mask = self.conversation(item)
+            token_ids, mask, left_out = self.conversation(item)
         mask[:1] = False  # nothing stands before the first token to predict it from
-        return Example(item.origin, token_ids, np.where(mask, token_ids, IGNORED).astype(np.int32))
+        return Example(item.origin, token_ids, np.where(mask, token_ids, IGNORED).astype(np.int32), left_out)
 
-    def conversation(self, conversation: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Token ids of the template's rendering, shape (n,), and which of them the model must learn, shape (n,)."""
+    def conversation(self, conversation: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_], int]:
+        """Token ids of the template's rendering, shape (n,), which of them the model must learn, shape (n,), and the
+        number of turns with text left out."""
         template_kwargs = self._template_kwargs | conversation.template_kwargs
         conversation = replace(conversation, template_kwargs=template_kwargs)
         rendering = render(self.tokenizer, conversation, train_on=self.train_on, end_tokens=self._end_tokens)
@@ -108,7 +111,7 @@ class Encoder:
         offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
         added = np.array([token_id in self._added_ids for token_id in token_ids], bool)
         mask = supervised_tokens(rendering.text, rendering.spans, offsets, added)
-        return np.array(token_ids, np.int32), mask
+        return np.array(token_ids, np.int32), mask, rendering.turns_with_text_left_out
 
     def _document(self, document: Document) -> NDArray[np.int32]:
         """The text's tokens with those that the tokenizer puts around every text, and an end token."""
@@ -154,8 +157,25 @@ def encode_conversation(
     if not messages or not all(isinstance(message, dict) for message in messages):
         raise UserError("messages must be a list of objects with role and content, at least one")
     conversation = Conversation("", messages, tools, template_kwargs)
-    token_ids, mask = Encoder(tokenizer).conversation(conversation)
+    token_ids, mask, _ = Encoder(tokenizer).conversation(conversation)
     return token_ids.tolist(), mask.astype(int).tolist()
+
+
+def check_vocabulary(examples: Iterable[Example], vocabulary: int) -> None:
+    """Raise `UserError` at the first token that a model has no embedding for: MLX would read past the table's end.
+
+    Args:
+        examples: What is to be computed.
+        vocabulary: Rows of the model's embedding.
+    """
+    for example in examples:
+        largest = int(example.token_ids.max(initial=0))
+        if largest >= vocabulary:
+            raise UserError(
+                f"the tokenizer gives token {largest} here, and the model has embeddings only for 0 to {vocabulary - 1}",
+                where=example.origin,
+                hint="tokenizer and checkpoint do not belong together; take both from the same model",
+            )
 
 
 def supervised_tokens(

@@ -6,7 +6,7 @@ Knows which rows are kept and how they are split; knows nothing of how a row is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from mlx_sft.errors import USAGE, UserError
 
 SHOWN_BAD_ROWS = 10
 """So many bad rows are named in one error."""
+ROWS_BETWEEN_CALLS = 1_000
+"""Progress is told after so many rows."""
+Progress = Callable[[int], None]
 _SETTINGS = {
     *("max_length", "overlong", "train_on", "skip_bad_rows"),
     *("valid_fraction", "seed", "chat_template_kwargs"),
@@ -37,10 +40,15 @@ class PreparedData:
     report: DataReport
 
 
-def prepare(config: TrainConfig, tokenizer: Any) -> PreparedData:
+def prepare(config: TrainConfig, tokenizer: Any, progress: Progress | None = None) -> PreparedData:
     """Read, encode and split the data that the configuration names.
 
     Validation rows are those of `config.valid`, else a share of the rows, else the folder's own valid part, else none.
+
+    Args:
+        config: Names the data, and how it is split, cut and rendered.
+        tokenizer: A fast tokenizer of transformers, or mlx-lm's wrapper of one.
+        progress: Called every `ROWS_BETWEEN_CALLS` rows with the number of rows read of the present source.
 
     Raises:
         UserError: for data that cannot be read; naming up to ten bad rows at once, unless they are to be skipped; for a
@@ -50,7 +58,7 @@ def prepare(config: TrainConfig, tokenizer: Any) -> PreparedData:
         raise UserError("no data", hint="give --data FILE", exit_code=USAGE)
     encoder = Encoder(tokenizer, config.train_on, config.chat_template_kwargs)
     parts = locate(config.data)
-    examples, source = _read(_part(parts, config.data, "train"), config, encoder)
+    examples, source = _read(_part(parts, config.data, "train"), config, encoder, progress)
     sources = [source]
     if config.valid_fraction > 0:
         if "valid" in parts:
@@ -65,7 +73,7 @@ def prepare(config: TrainConfig, tokenizer: Any) -> PreparedData:
         train, valid = examples, []
         source_of_valid = _part(locate(config.valid), config.valid, "valid") if config.valid else parts.get("valid")
         if source_of_valid:
-            valid, source = _read(source_of_valid, config, encoder)
+            valid, source = _read(source_of_valid, config, encoder, progress)
             sources.append(source)
     known = {example.digest() for example in train}
     report = DataReport(
@@ -78,14 +86,16 @@ def prepare(config: TrainConfig, tokenizer: Any) -> PreparedData:
     return PreparedData(train, valid, report)
 
 
-def prepare_file(data: str, config: TrainConfig, tokenizer: Any) -> tuple[list[Example], SourceReport]:
+def prepare_file(
+    data: str, config: TrainConfig, tokenizer: Any, progress: Progress | None = None
+) -> tuple[list[Example], SourceReport]:
     """The examples of one source as the configuration's settings make them; of a folder, its test or else valid part.
 
     Raises:
         UserError: as `prepare` does.
     """
     source = _part(locate(data), data, "test", "valid")
-    return _read(source, config, Encoder(tokenizer, config.train_on, config.chat_template_kwargs))
+    return _read(source, config, Encoder(tokenizer, config.train_on, config.chat_template_kwargs), progress)
 
 
 def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -136,12 +146,16 @@ def _part(parts: dict[str, Source], data: str, *wanted: str) -> Source:
     )
 
 
-def _read(source: Source, config: TrainConfig, encoder: Encoder) -> tuple[list[Example], SourceReport]:
+def _read(
+    source: Source, config: TrainConfig, encoder: Encoder, progress: Progress | None
+) -> tuple[list[Example], SourceReport]:
     """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row."""
     examples: list[Example] = []
     report = SourceReport(source.name, source.sha256())
     bad: list[UserError] = []
-    for row in source.rows():
+    for number, row in enumerate(source.rows(), 1):
+        if progress and number % ROWS_BETWEEN_CALLS == 0:
+            progress(number)
         try:
             example = _encode(row, encoder)
         except UserError as error:
@@ -155,6 +169,7 @@ def _read(source: Source, config: TrainConfig, encoder: Encoder) -> tuple[list[E
             report.notes.append(note)
         if kept:
             report.kept += 1
+            report.turns_with_text_left_out += kept.turns_with_text_left_out
             examples.append(kept)
     if bad and not config.skip_bad_rows:
         raise _bad_rows(source, bad)

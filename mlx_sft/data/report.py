@@ -29,11 +29,15 @@ class Note:
 
 @dataclass
 class SourceReport:
-    """The rows of one source. `rows == kept + dropped + bad`; a truncated row is kept."""
+    """The rows of one source. `rows == kept + dropped + bad`; a truncated row is kept.
+
+    `turns_with_text_left_out` counts, in kept rows, the learnt assistant turns of which the chat template leaves out words.
+    """
 
     name: str
     sha256: str | None
     kept: int = 0
+    turns_with_text_left_out: int = 0
     notes: list[Note] = field(default_factory=list)
 
     @property
@@ -64,6 +68,7 @@ class SourceReport:
             "truncated": self.truncated,
             "dropped": self.dropped,
             "bad": self.bad,
+            "turns_with_text_left_out": self.turns_with_text_left_out,
             "not_simply_kept": [asdict(note) for note in self.notes],
         }
 
@@ -135,6 +140,11 @@ class DataReport:
         return sum(source.bad for source in self.sources)
 
     @property
+    def turns_with_text_left_out(self) -> int:
+        """Learnt assistant turns of which the chat template leaves out reasoning, calls or content; worth a warning."""
+        return sum(source.turns_with_text_left_out for source in self.sources)
+
+    @property
     def fingerprint(self) -> str:
         """Differs wherever an example, its labels, its part or its place differs."""
         return f"{self.train.fingerprint}-{self.valid.fingerprint}"
@@ -147,6 +157,7 @@ class DataReport:
             "train": self.train.to_json(),
             "valid": self.valid.to_json(),
             "validation_rows_also_in_train": self.shared,
+            "turns_with_text_left_out": self.turns_with_text_left_out,
             "settings": self.settings,
             "fingerprint": self.fingerprint,
             "sources": [source.to_json() for source in self.sources],

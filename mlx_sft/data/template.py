@@ -28,6 +28,7 @@ import numpy as np
 from jinja2 import Template, TemplateError
 from numpy.typing import NDArray
 
+from mlx_sft.data.colour import called_functions, own_letters, recoloured
 from mlx_sft.data.formats import REASONING_KEYS, Conversation
 from mlx_sft.data.watch import NOBODY, Alphabet, Integers, Watch, compile_watched
 from mlx_sft.errors import UserError
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 REASONING_OPENERS = ("<think>", "<thinking>", "<reasoning>", "<seed:think>", "[THINK]")
 """Where one of these stands in the generation prompt, what it opens is the model's own turn already."""
-COLOURED_KEYS = frozenset({"content", "text", "arguments", *REASONING_KEYS})
-"""The parts of a message whose letters are its own words; the others (role, names, ids) steer the template."""
 RESERVED_KWARGS = frozenset(
     {
         *("conversation", "messages", "tools", "documents", "chat_template"),
@@ -59,7 +58,6 @@ _RENDERING_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
-_LETTER = re.compile(r"[^\W_]")
 _DATE_FORMAT = re.compile(r"""strftime_now\(["']([^"']+)["']\)""")
 
 Messages = list[dict[str, Any]]
@@ -68,10 +66,18 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Rendering:
-    """A rendered conversation: its text, and the half-open character spans in it that the model must learn."""
+    """A rendered conversation.
+
+    Attributes:
+        text: As the template writes it.
+        spans: The half-open character spans in it that the model must learn.
+        turns_with_text_left_out: How many turns that are to be learnt have words of their own that the template leaves
+            out, such as earlier reasoning.
+    """
 
     text: str
     spans: list[Span]
+    turns_with_text_left_out: int = 0
 
 
 class Refusal(Exception):
@@ -88,7 +94,8 @@ def render(
     """Render a conversation with the tokenizer's chat template and find the spans that the model must learn.
 
     A span is an assistant turn (content, reasoning, tool calls, in whatever form the template writes them) from the end
-    of its header through its end-of-turn token, without the white space that follows.
+    of its header through its end-of-turn token, without the white space that follows. A turn of whose words the template
+    leaves nothing is not learnt: it would teach the model to say nothing.
 
     Args:
         tokenizer: Its `apply_chat_template` is the reference for the text.
@@ -109,9 +116,10 @@ def render(
     messages = [_as_template_sees(message) for message in conversation.messages]
     text = _reference(tokenizer, conversation, messages)
     learnt = [index for index in _assistants(messages) if index >= conversation.first_learnt]
+    learnt = learnt[-1 if train_on == "last" else 0 :]
     try:
         writing = _watch(tokenizer, conversation, messages, text)
-        turns = [writing.turn(index, end_tokens) for index in learnt[-1 if train_on == "last" else 0 :]]
+        turns = {index: writing.turn(index, end_tokens) for index in learnt}
     except Refusal as refusal:
         raise UserError(
             f"the chat template of {_name(tokenizer)} is not understood well enough to know what "
@@ -119,7 +127,10 @@ def render(
             where=conversation.origin,
             hint="use a model with a ChatML, Qwen or Llama 3 template, or give rows of plain `text`",
         ) from None
-    return Rendering(text, [span for turn in turns for span in turn])
+    cut = [index for index, turn in turns.items() if writing.leaves_out_words(index, turn)]
+    silent = [index for index in cut if writing.is_silent(turns[index], end_tokens)]
+    spans = [span for index, turn in turns.items() if index not in silent for span in turn]
+    return Rendering(text, spans, len(cut))
 
 
 def todays_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -184,12 +195,15 @@ class Writing:
 
     `owners[i]` is the message in whose loop item character i was written and `colours[i]` the message whose letter it is,
     `NOBODY` where there is none. `header` is what stands before an assistant's turn and the model does not write.
+    `messages` are the recoloured ones, and message i has `letters[i]` coloured letters to be written.
     """
 
     text: str
     owners: Integers
     colours: Integers
     header: str
+    messages: Messages
+    letters: list[int]
 
     def turn(self, index: int, end_tokens: frozenset[str]) -> list[Span]:
         """The spans of the assistant's message `index`; none where the template leaves the message out."""
@@ -202,6 +216,21 @@ class Writing:
         letters = np.flatnonzero(self.colours == index)
         start = self._start(first, int(letters[0]) if len(letters) else last, index)
         return self._through_end(start, int(letters[-1]) + 1 if len(letters) else start, last, end_tokens)
+
+    def leaves_out_words(self, index: int, turn: list[Span]) -> bool:
+        """Whether a letter of the message, or the name of a function that it calls, is not in its turn."""
+        if np.count_nonzero(self.colours == index) < self.letters[index]:
+            return True
+        written = "".join(self.text[start:end] for start, end in turn)
+        names = (function.get("name") for function in called_functions(self.messages[index]))
+        return any(isinstance(name, str) and name not in written for name in names)
+
+    def is_silent(self, turn: list[Span], end_tokens: frozenset[str]) -> bool:
+        """Whether nothing but end tokens is in a turn."""
+        written = "".join(self.text[start:end] for start, end in turn)
+        for token in end_tokens:
+            written = written.replace(token, "")
+        return not written.strip()
 
     def _start(self, first: int, first_letter: int, index: int) -> int:
         """After the header, which stands before the message's first letter, or before its loop item."""
@@ -231,11 +260,8 @@ def _watch(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, messa
     alphabet = Alphabet.absent_from(text, len(messages))
     if alphabet is None:
         raise Refusal("the messages are too many, or hold every kind of private-use character")
-    recoloured = [
-        _recoloured(message, alphabet.colour(index), template.constants) for index, message in enumerate(messages)
-    ]
     variables = {
-        "messages": recoloured,
+        "messages": [recoloured(m, alphabet.colour(index), template.constants) for index, m in enumerate(messages)],
         "tools": conversation.tools,
         "documents": None,
         **tokenizer.special_tokens_map,
@@ -274,7 +300,9 @@ def _watch_once(variant: Template, variables: dict[str, Any], text: str, alphabe
         colours = _read_colours(written, text, alphabet)
     if colours is None:
         raise Refusal("its writing depends on the letters of the messages, or on being watched")
-    return Writing(text, owners[: len(text)], colours, _before_reasoning(header))
+    recoloured_messages = variables["messages"]
+    letters = [own_letters(message, alphabet.colour(index)) for index, message in enumerate(recoloured_messages)]
+    return Writing(text, owners[: len(text)], colours, _before_reasoning(header), recoloured_messages, letters)
 
 
 def _after_messages(text: str, owners: Integers) -> str:
@@ -285,22 +313,6 @@ def _after_messages(text: str, owners: Integers) -> str:
 def _before_reasoning(header: str) -> str:
     openers = [header.find(opener) for opener in REASONING_OPENERS if opener in header]
     return header[: min(openers)] if openers else header
-
-
-def _recoloured(value: Any, colour: str, constants: re.Pattern[str], words: bool = False) -> Any:
-    """A copy of a message whose own words' letters are all one character; the length stays the same.
-
-    Strings that the template's code holds are kept, so that it finds in the message what it looks for (`</think>`).
-    """
-    if isinstance(value, dict):
-        return {key: _recoloured(item, colour, constants, words or key in COLOURED_KEYS) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_recoloured(item, colour, constants, words) for item in value]
-    if not words or not isinstance(value, str):
-        return value
-    pieces = constants.split(value)
-    pieces[::2] = [_LETTER.sub(colour, piece) for piece in pieces[::2]]
-    return "".join(pieces)
 
 
 def _read_colours(coloured: str, text: str, alphabet: Alphabet) -> Integers | None:

@@ -1,6 +1,6 @@
 """What is trained. A method attaches to a frozen model, hands out its parameters by name, and binds them for a forward pass.
 
-A further method is one more module here and one more line in `make_method`.
+A further method is one more module here and one more name in `METHODS`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ class Binder(Protocol):
 
 
 class Method(Binder, Protocol):
-    """What training needs to know of a method."""
+    """What training and conversion need to know of a method."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the configuration."""
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Method:
+        """The method as a configuration shapes it."""
 
     def attach(self, model: nn.Module, seed: int) -> Parameters:
         """Prepare the model and return the parameters as training starts with them."""
@@ -34,12 +42,20 @@ class Method(Binder, Protocol):
     def decayed(self, name: str) -> bool:
         """Whether weight decay applies to this parameter."""
 
+    def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight of the model that the parameters change."""
 
-def make_method(config: TrainConfig) -> Lora | Full:
+    def changed_weight(self, name: str, weight: mx.array, parameters: Parameters) -> mx.array:
+        """What the parameters make of one of those weights; float32, not yet rounded."""
+
+
+METHODS: dict[str, type[Method]] = {Lora.name: Lora, Full.name: Full}
+"""Every method by its name."""
+
+
+def make_method(config: TrainConfig) -> Method:
     """The method that a configuration asks for."""
-    if config.method == "full":
-        return Full()
-    return Lora(LoraSettings.from_config(config))
+    return METHODS[config.method].from_config(config)
 
 
-__all__ = ["Binder", "Full", "Lora", "LoraSettings", "Method", "Parameters", "make_method"]
+__all__ = ["METHODS", "Binder", "Full", "Lora", "LoraSettings", "Method", "Parameters", "make_method"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,28 +16,31 @@ import mlx.nn as nn
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 
-_HALVES = ("lora_A", "lora_B")
+HALVES = ("lora_A", "lora_B")
+"""The last part of a parameter's name."""
 
-_GROUPS = {
+GROUPS = {
+    "all-linear": (),
     "attention": ("self_attn", "attention", "attn", "self_attention"),
     "qv": ("q_proj", "v_proj"),
 }
+"""Targets that stand for several modules of the layers: those with one of these parts in their path, or without parts all."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The shape of an adapter, in PEFT's terms.
+    """The shape of an adapter, in PEFT's terms; what it is by default is for `TrainConfig` to say.
 
     Attributes:
         targets: Module names (`q_proj`, or longer endings of a path), or one of `all-linear`, `attention`, `qv`.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    rslora: bool = False
-    targets: tuple[str, ...] = ("all-linear",)
-    init: str = "kaiming"
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    targets: tuple[str, ...]
+    init: str
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> LoraSettings:
@@ -82,9 +85,15 @@ class LoraLinear(nn.Module):
 class Lora:
     """The method `lora`. Parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]."""
 
+    name: ClassVar = "lora"
+
     def __init__(self, settings: LoraSettings) -> None:
         self.settings = settings
         self.modules: dict[str, LoraLinear] = {}
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Lora:
+        return cls(LoraSettings.from_config(config))
 
     def attach(self, model: nn.Module, seed: int) -> dict[str, mx.array]:
         """Wrap the target modules; A starts random from `seed`, B at zero.
@@ -110,13 +119,22 @@ class Lora:
         if key is not None and self.settings.dropout > 0:
             keys = list(mx.random.split(key, len(self.modules)))
         for (path, module), module_key in zip(self.modules.items(), keys, strict=True):
-            given = {half: parameters[f"{path}.{half}"] for half in _HALVES if f"{path}.{half}" in parameters}
+            given = {half: parameters[f"{path}.{half}"] for half in HALVES if f"{path}.{half}" in parameters}
             if given:  # binding some of them, as a head does, leaves the others' dropout alone
                 module.update(given)
                 module._key = module_key
 
     def decayed(self, name: str) -> bool:
         return True
+
+    def changed_shapes(self, parameters: dict[str, mx.array]) -> dict[str, tuple[int, ...]]:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+        pairs = {module: [parameters[f"{module}.{half}"] for half in HALVES] for module in modules}
+        return {f"{module}.weight": (lora_B.shape[0], lora_A.shape[1]) for module, (lora_A, lora_B) in pairs.items()}
+
+    def changed_weight(self, name: str, weight: mx.array, parameters: dict[str, mx.array]) -> mx.array:
+        lora_A, lora_B = (parameters[f"{name.removesuffix('.weight')}.{half}"] for half in HALVES)
+        return weight.astype(mx.float32) + self.settings.scale * (lora_B @ lora_A)
 
     def _initial(self, seed: int) -> dict[str, mx.array]:
         parameters: dict[str, mx.array] = {}
@@ -143,10 +161,8 @@ def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     inner = [path for path in paths if any(part.isdigit() for part in path.split("."))]
     chosen: set[str] = set()
     for target in targets:
-        if target == "all-linear":
-            found = inner
-        elif target in _GROUPS:
-            found = [p for p in inner if set(p.split(".")) & set(_GROUPS[target])]
+        if target in GROUPS:
+            found = [p for p in inner if not GROUPS[target] or set(p.split(".")) & set(GROUPS[target])]
         else:
             found = [p for p in paths if p == target or p.endswith(f".{target}")]
         if not found:

@@ -101,7 +101,7 @@ class SplitModel:
         return bool((mx.abs(whole - parts).max() <= tolerance * mx.abs(whole).max()).item())
 
     def model_dtype(self) -> mx.Dtype:
-        """Precision of the hidden states' arithmetic: that of the layers' first floating weight."""
+        """The precision of the model's first floating weight; `load_model` gives all of them the same."""
         return next(iter(floating_weights(self.model).values())).dtype
 
 

@@ -28,9 +28,28 @@ TINY = Path(__file__).parent / "tiny"
 _HEAD_BYTES, _SAMPLE_BYTES, _SAMPLES = 2**22, 2**14, 256
 """What a fingerprint reads of each file: training moves every weight, so that samples of a large file show another one."""
 
-_NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+"""A tokenizer is at least one of these."""
+
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    *_TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+"""What makes a model beside its weights."""
+
+_DOWNLOADED = [*_SMALL_FILES, "model*.safetensors", INDEX, "LICENSE*", "NOTICE*"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,8 @@ def load_model(name: str, dtype: str = "auto", tokenizer: PreTrainedTokenizerBas
     path = resolve_checkpoint(name)
     config = read_config(path)
     _check_weights(path)
-    if "quantization" in config or "quantization_config" in config:
+    quantized = "quantization" in config or "quantization_config" in config
+    if quantized or (path / "hf_quant_config.json").is_file():  # NVIDIA's way to say it
         raise UserError(
             "this checkpoint is quantized, which cannot be trained yet",
             where=str(path),
@@ -92,7 +112,7 @@ def resolve_dtype(dtype: str) -> str:
 
 
 def resolve_checkpoint(name: str) -> Path:
-    """The folder on disk for `tiny`, a path, or a Hub id; the network is asked only for an id that is not in the cache."""
+    """The folder on disk for `tiny`, a path, or a Hub id; the network is asked only where the cache lacks a file of it."""
     if name == "tiny":
         return TINY
     folder = user_path(name)
@@ -105,11 +125,13 @@ def resolve_checkpoint(name: str) -> Path:
         hint = "give `tiny`, an existing checkpoint folder, or a Hub id such as Qwen/Qwen3-0.6B"
         raise UserError("no such model folder", where=name, hint=hint, exit_code=USAGE)
     try:
-        return Path(snapshot_download(name, allow_patterns=_NEEDED_FILES, local_files_only=True))
+        # Asked for one file only, huggingface_hub leaves it to us which others a usable snapshot must have.
+        cached = Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=True))
     except LocalEntryNotFoundError:
         return _download(name)
     except HFValidationError as error:
         raise UserError(f"not a Hub id: {error}", where=name, exit_code=USAGE) from error
+    return _download(name) if _missing(cached) else cached
 
 
 def name_elsewhere(name: str) -> str:
@@ -119,7 +141,7 @@ def name_elsewhere(name: str) -> str:
 
 def _download(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=_NEEDED_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -127,14 +149,56 @@ def _download(name: str) -> Path:
             where=name,
             hint="check the name and the network, give a checkpoint folder, or try --model tiny",
         ) from error
+    if missing := _missing(folder):  # without a network, huggingface_hub may give what part of it there is
+        raise UserError(
+            f"this model has {missing}, neither on disk nor to be downloaded",
+            where=name,
+            hint="check the network; only checkpoints in safetensors, with their tokenizer, can be read",
+        )
+    return folder
+
+
+def _missing(snapshot: Path) -> str:
+    """What a snapshot of a Hub model lacks; an empty string where it can be used."""
+    if not (snapshot / "config.json").is_file():
+        return "no config.json"
+    if not ((snapshot / SINGLE).is_file() or (snapshot / INDEX).is_file()):
+        return "no model.safetensors"
+    if shards := [file.name for file in weight_files(snapshot) if not file.is_file()]:
+        return f"no {', '.join(shards)}"
+    return "" if _has_tokenizer(snapshot) else "no tokenizer"
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The weight files of a checkpoint folder, whether or not they are there.
+
+    They are `model.safetensors`, else the shards that `model.safetensors.index.json` names, else, where there is no index,
+    every `model*.safetensors`.
+    """
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    index = path / INDEX
+    if not index.is_file():
+        return sorted(path.glob("model*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if all(Path(name).name == name for name in names):  # else it would lead elsewhere
+            return [path / name for name in names]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError("not an index of safetensors shards", where=str(index)) from error
+    raise UserError("it names shards that are not in its folder", where=str(index))
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """SHA-256 over a checkpoint's small files, and over the size, the head and even samples of its large ones."""
+    """SHA-256 over what makes a model in its folder: configuration, tokenizer and templates, and its weights.
+
+    Of a large file it covers the size, the head and even samples.
+    """
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.is_file()):
+    small = {file for pattern in _SMALL_FILES for file in path.glob(pattern) if file.is_file()}
+    for file in sorted({*small, *weight_files(path)}):
         size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
+        digest.update(f"{file.relative_to(path).as_posix()}:{size}:".encode())
         with file.open("rb") as content:
             digest.update(content.read(_HEAD_BYTES))
             for sample in range(_SAMPLES):  # evenly over the rest, its end included
@@ -146,7 +210,7 @@ def checkpoint_fingerprint(path: Path) -> str:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; raises `UserError` where there is none."""
     hint = "the folder needs tokenizer.json and tokenizer_config.json"
-    if not any(file.is_file() for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+    if not _has_tokenizer(path):
         # transformers would make one without a vocabulary.
         raise UserError("cannot load its tokenizer (there is none)", where=str(path), hint=hint)
     try:
@@ -159,26 +223,59 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:
+    """The number of token ids that a model has a row for: that of its embedding.
+
+    Args:
+        model: An mlx-lm model.
+        config: Its `config.json`, whose `vocab_size` tells the embedding of tokens from one of positions.
+
+    Raises:
+        UserError: If the model has no embedding to tell it by.
+    """
+    rows = {module.weight.shape[0] for module in model.modules() if isinstance(module, nn.Embedding)}
+    stated = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if not rows and not stated:
+        raise UserError("neither the model nor its config.json tells how many tokens it knows")
+    return int(stated if stated in rows or not rows else max(rows))
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any(file.is_file() for pattern in _TOKENIZER_FILES for file in path.glob(pattern))
+
+
 def _check_weights(path: Path) -> None:
-    """Every weight file that the checkpoint names must be there."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError("not an index of safetensors shards", where=str(index)) from error
-        missing = sorted(file for file in files if not (path / str(file)).is_file())
-        if missing:
-            hint = "copy or download the checkpoint again"
-            raise UserError(f"missing shard {', '.join(missing)}", where=str(path), hint=hint)
-    elif not any(path.glob("model*.safetensors")):
-        other = [p.name for suffix in ("*.bin", "*.pt", "*.gguf") for p in path.glob(suffix)]
+    """Every weight file of the checkpoint must be there, and mlx-lm must read these and no others."""
+    files = weight_files(path)
+    if not files:
+        other = [p.name for suffix in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in path.glob(suffix)]
         found = f" (only {', '.join(sorted(other))})" if other else ""
         raise UserError(
-            f"a model folder without weights: no model.safetensors{found}",
+            f"a model folder without weights: no {SINGLE}{found}",
             where=str(path),
             hint="only safetensors is read; save it again with `save_pretrained(...)`",
         )
+    if missing := [file.name for file in files if not file.is_file()]:
+        hint = "copy or download the checkpoint again"
+        raise UserError(f"missing shard {_some(missing)}", where=str(path), hint=hint)
+    read = set(path.glob("model*.safetensors"))
+    if unread := [file.name for file in files if file not in read]:
+        raise UserError(
+            f"its index names {_some(unread)}, and mlx-lm reads only weights that are called model*.safetensors",
+            where=str(path),
+            hint="save it again with `save_pretrained(...)`",
+        )
+    if stray := sorted(file.name for file in read.difference(files)):
+        belong = SINGLE if files == [path / SINGLE] else f"the shards of {INDEX}"
+        raise UserError(
+            f"{_some(stray)} stands beside {belong}, and mlx-lm would read both",
+            where=str(path),
+            hint="keep the weights of one model in the folder, and move the others away",
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _cast(parameter: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -43,6 +43,7 @@ _ARITHMETIC = (
     "attention_bias",
     "mlp_bias",
     "hidden_act",
+    "hidden_activation",
     "use_sliding_window",
     "partial_rotary_factor",
     "attn_logit_softcapping",
@@ -65,15 +66,8 @@ def translate_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If a setting that changes the arithmetic is one that the family's code does not read.
     """
-    raw = read_config(path)
-    try:
-        full = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError):  # a family that transformers does not know
-        settings, defaults = raw, {}
-    else:
-        settings = raw | {k: v for k, v in full.to_dict().items() if v is not None}
-        defaults = type(full)().to_dict()
-    fields = _fields_read(raw["model_type"], path)
+    settings, defaults = _settings_and_defaults(path)
+    fields = _fields_read(settings["model_type"], path)
     settings = settings | _translate_rope(settings, fields, path)
     for name in _ARITHMETIC:
         value = settings.get(name)
@@ -85,16 +79,20 @@ def translate_config(path: Path) -> dict[str, Any]:
 def exact_length(path: Path) -> int | None:
     """The longest row, in tokens, for which mlx-lm's code computes what the checkpoint says; None for no limit.
 
-    mlx-lm runs Mistral's sliding window as full attention, which is the same up to the window. Dynamic RoPE beyond the
-    model's length goes by the width of the padded row, so that the result would depend on the row's neighbours.
+    mlx-lm runs the sliding windows of several families (Mistral, Phi 3, Gemma 2, Starcoder 2) as full attention, which is
+    the same up to the window. Dynamic RoPE beyond the model's length goes by the width of the padded row, so that the
+    result would depend on the row's neighbours.
     """
-    config = read_config(path)
+    settings, defaults = _settings_and_defaults(path)
     limits = []
-    if config["model_type"] == "mistral" and config.get("sliding_window"):
-        limits.append(int(config["sliding_window"]))
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    if "dynamic" in (rope.get("rope_type"), rope.get("type")) and config.get("max_position_embeddings"):
-        limits.append(int(config["max_position_embeddings"]))
+    window = settings.get("sliding_window")
+    if window and settings.get("use_sliding_window", True):
+        meant = _windowed_layers_meant(settings, defaults)
+        if meant != _windowed_layers_computed(settings, _fields_read(settings["model_type"], path)):
+            limits.append(int(window))
+    rope = dict(settings.get("rope_scaling") or {}) | dict(settings.get("rope_parameters") or {})
+    if "dynamic" in (rope.get("rope_type"), rope.get("type")) and settings.get("max_position_embeddings"):
+        limits.append(int(settings["max_position_embeddings"]))
     return min(limits, default=None)
 
 
@@ -115,7 +113,44 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _translate_rope(settings: dict[str, Any], fields: set[str], path: Path) -> dict[str, Any]:
+def _settings_and_defaults(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`config.json` with what transformers fills in, and the defaults of its family; none where it does not know it."""
+    raw = read_config(path)
+    try:
+        full = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError):
+        return raw, {}
+    return raw | {k: v for k, v in full.to_dict().items() if v is not None}, type(full)().to_dict()
+
+
+def _windowed_layers_meant(settings: dict[str, Any], defaults: dict[str, Any]) -> list[bool]:
+    """Which layers of the checkpoint have the sliding window: those that it names, where its family has types of layers."""
+    layers = settings["num_hidden_layers"]
+    if defaults and "sliding_window" not in defaults:  # transformers would not read it
+        return [False] * layers
+    if not defaults or "layer_types" in defaults:
+        types = settings.get("layer_types") or ["sliding_attention"] * layers
+        return [kind == "sliding_attention" for kind in types]
+    return [True] * layers
+
+
+def _windowed_layers_computed(settings: dict[str, Any], fields: dict[str, Any]) -> list[bool] | None:
+    """Which layers have it in mlx-lm's code; None where the code goes by something else than is known here."""
+    layers = settings["num_hidden_layers"]
+    if "sliding_window" not in fields:
+        return [False] * layers
+    if "layer_types" in fields:
+        types = settings.get("layer_types") or ["full_attention"] * layers
+        return [kind == "sliding_attention" for kind in types]
+    pattern = settings.get("sliding_window_pattern", fields.get("sliding_window_pattern"))
+    if isinstance(pattern, str):
+        return [pattern[layer % len(pattern)] == "L" for layer in range(layers)]
+    if isinstance(pattern, int):
+        return [(layer + 1) % pattern != 0 for layer in range(layers)]
+    return None
+
+
+def _translate_rope(settings: dict[str, Any], fields: dict[str, Any], path: Path) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` (transformers 4) from either form, with every setting known to be read."""
     rope = dict(settings.get("rope_scaling") or {}) | dict(settings.get("rope_parameters") or {})
     if any(isinstance(value, dict) for value in rope.values()):  # a set for each type of layer
@@ -126,7 +161,7 @@ def _translate_rope(settings: dict[str, Any], fields: set[str], path: Path) -> d
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     partial = rope.pop("partial_rotary_factor", settings.get("partial_rotary_factor"))
-    if theta is not None and not fields & {"rope_theta", "rope_parameters"}:
+    if theta is not None and not fields.keys() & {"rope_theta", "rope_parameters"}:
         raise _unread("rope_theta", theta, path)
     if partial not in (None, 1.0) and "partial_rotary_factor" not in fields:
         raise _unread("partial_rotary_factor", partial, path)
@@ -139,7 +174,7 @@ def _translate_rope(settings: dict[str, Any], fields: set[str], path: Path) -> d
                 raise _unread(f"{name} without {other}", rope[name], path)
         rope.setdefault("original_max_position_embeddings", settings["max_position_embeddings"])
     scaling = None if kind == "default" else {"type": kind, "rope_type": kind} | rope
-    if scaling and not fields & {"rope_scaling", "rope_parameters"}:
+    if scaling and not fields.keys() & {"rope_scaling", "rope_parameters"}:
         raise _unread("rope_scaling", scaling, path)
     parameters = (scaling or {"type": "default", "rope_type": "default"}) | {"rope_theta": theta}
     translated: dict[str, Any] = {"rope_scaling": scaling, "rope_parameters": parameters}
@@ -150,14 +185,15 @@ def _translate_rope(settings: dict[str, Any], fields: set[str], path: Path) -> d
     return translated
 
 
-def _fields_read(model_type: str, path: Path) -> set[str]:
+def _fields_read(model_type: str, path: Path) -> dict[str, Any]:
+    """The settings that the family's code in mlx-lm reads, and their defaults."""
     module = mlx_lm_utils.MODEL_REMAPPING.get(model_type, model_type)
     try:
         family = importlib.import_module(f"mlx_lm.models.{module}")
     except ImportError:
         hint = "mlx-lm defines the models that can be trained; a newer mlx-lm may know this one"
         raise UserError(f"mlx-lm has no model of type {model_type}", where=str(path), hint=hint) from None
-    return set(inspect.signature(family.ModelArgs).parameters)
+    return {name: field.default for name, field in inspect.signature(family.ModelArgs).parameters.items()}
 
 
 def _unread(name: str, value: Any, path: Path) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,12 +14,14 @@ from mlx_sft.training.checkpoint import Progress
 
 def model_card(config: TrainConfig, base: dict[str, Any], report: DataReport, progress: Progress) -> str:
     """The run's `README.md`, with the metadata that the Hub reads. It holds no row of the data."""
-    metadata = {
-        "base_model": config.model,
+    metadata: dict[str, Any] = {
         "library_name": "peft" if config.method == "lora" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["mlx", "sft", config.method],
     }
+    name = Path(config.model).name if Path(config.model).is_absolute() else config.model
+    if name == config.model:  # a path means nothing to others, and tells of the machine
+        metadata["base_model"] = name
     method = "every weight"
     if config.method == "lora":
         target = config.target if isinstance(config.target, str) else ", ".join(config.target)
@@ -27,7 +30,7 @@ def model_card(config: TrainConfig, base: dict[str, Any], report: DataReport, pr
     if progress.best_loss is not None:
         validation = f"loss {progress.best_loss:.4f} at step {progress.best_step}, the best"
     facts = {
-        "Base model": f"{config.model} ({base['model_type']})",
+        "Base model": f"{name} ({base['model_type']})",
         "Method": method,
         "Steps": f"{progress.step} of {config.batch_size} conversations, learning rate {config.lr:g} "
         f"({config.scheduler}), seed {config.seed}",
@@ -39,7 +42,7 @@ def model_card(config: TrainConfig, base: dict[str, Any], report: DataReport, pr
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
-# A fine-tuned {config.model}
+# A fine-tuned {name}
 
 | | |
 |---|---|

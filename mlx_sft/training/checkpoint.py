@@ -93,7 +93,7 @@ def prune(run: RunFolder, keep: int) -> None:
 
 
 def load(
-    run: RunFolder, parameters: Parameters, optimizer: AdamW, identity: dict[str, str]
+    run: RunFolder, parameters: Parameters, optimizer: AdamW, identity: dict[str, str], *, seed: int
 ) -> tuple[Progress, Parameters]:
     """The state of the newest checkpoint; the optimizer takes up its own. A run without one is at its beginning.
 
@@ -110,6 +110,7 @@ def load(
         saved = _load_arrays(folder / _PARAMETERS)
         moments = _load_arrays(folder / _OPTIMIZER)
         progress = Progress(**state["progress"])
+        random_state = state["random_state"]
         changed = [name for name, value in identity.items() if state["identity"][name] != value]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"damaged checkpoint: {error}", where=str(folder), hint=hint) from error
@@ -117,6 +118,9 @@ def load(
         raise UserError(f"{' and '.join(changed)} changed since this checkpoint was written", where=str(folder))
     if {n: v.shape for n, v in saved.items()} != {n: v.shape for n, v in parameters.items()}:
         raise UserError("damaged checkpoint: other parameters", where=str(folder), hint=hint)
+    if random_state != dropout_key(seed, progress.step + 1).tolist():
+        what = "this version of MLX draws other random numbers than the one that wrote this checkpoint"
+        raise UserError(what, where=str(folder), hint="install the versions that environment.json names")
     try:
         optimizer.load_flat_state(moments)
     except KeyError as error:

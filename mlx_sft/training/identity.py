@@ -33,7 +33,7 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
         before, now = getattr(saved, field), getattr(full, field)
         if field == "chat_template_kwargs":
             now = before | now  # the run added the day on which it began
-        if now != before and now != "auto":
+        if now != before and now not in ("auto", None):
             raise UserError(
                 f"{option_name(field)} {now} differs from the run's {before}",
                 where=str(run.config),
@@ -89,14 +89,27 @@ def refuse_changes(run: RunFolder, config: TrainConfig, data: PreparedData, iden
         raise UserError(what, where=str(run.path), hint="put it back as it was, or start a new run")
 
 
+def differences(run: RunFolder) -> list[str]:
+    """What of this machine is not as it was when the run began, in words; with it the last bits may differ."""
+    began, now = _read_json(run.environment), _machine()
+    before = began.get("packages", {})
+    changed = [f"{name} {before.get(name)} → {new}" for name, new in now["packages"].items() if before.get(name) != new]
+    if began.get("device") != now["device"]:
+        changed.append("the device")
+    return changed
+
+
 def describe_environment(config: TrainConfig, identity: dict[str, str]) -> dict[str, Any]:
+    """`environment.json`: the machine, and what the run is."""
+    return _machine() | {"identity": identity, "settings": _result_settings(config)}
+
+
+def _machine() -> dict[str, Any]:
     return {
         "packages": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": {"default": str(mx.default_device()), **mx.device_info()},
-        "identity": identity,
-        "settings": _result_settings(config),
     }
 
 

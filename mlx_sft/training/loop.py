@@ -22,7 +22,7 @@ from mlx_sft.convert.trained import save_trained, trained_folder
 from mlx_sft.data.batches import Step, cut, cut_all
 from mlx_sft.errors import INTERRUPTED, UserError
 from mlx_sft.model.load import name_elsewhere
-from mlx_sft.runs import disk_errors, write_file
+from mlx_sft.runs import disk_errors, sync, write_file
 from mlx_sft.training import checkpoint
 from mlx_sft.training.card import model_card
 from mlx_sft.training.optim import clip, global_norm, learning_rate
@@ -88,7 +88,7 @@ def train(config: TrainConfig) -> TrainResult:
 def _take(job: Job, step: Step) -> dict[str, Any]:
     """One optimizer step: the job's parameters and progress move on; the record of it is returned."""
     config, started = job.config, time.perf_counter()
-    micro_batches = cut(step.rows, job.lengths, config.micro_batch_tokens or 1)
+    micro_batches = cut(step.rows, job.lengths, job.micro_batch_tokens)
     key = checkpoint.dropout_key(config.seed, step.number) if config.dropout else None
     loss, gradients = job.learner.gradient(job.parameters, job.data.train, micro_batches, key)
     norm = global_norm(gradients)
@@ -96,10 +96,10 @@ def _take(job: Job, step: Step) -> dict[str, Any]:
     finite = math.isfinite(to_float(loss)) and math.isfinite(to_float(norm))
     rate = learning_rate(config, step.number, job.plan.total_steps)
     if finite:
-        clipped = clip(gradients, norm, config.max_grad_norm)
-        job.parameters = job.optimizer.update(job.parameters, clipped, rate)
-        mx.eval(job.parameters, job.optimizer.state)
-    del gradients
+        gradients = clip(gradients, norm, config.max_grad_norm)
+        job.parameters = job.optimizer.update(job.parameters, gradients, rate)
+    del gradients  # so that the update can take their place
+    mx.eval(job.parameters, job.optimizer.state)
     seconds = time.perf_counter() - started
     examples = [job.data.train[row] for row in step.rows]
     tokens = sum(len(example) for example in examples)
@@ -132,9 +132,9 @@ def _take(job: Job, step: Step) -> dict[str, Any]:
 def _evaluate(job: Job, step: Step, metrics: FileIO) -> None:
     """Loss over the whole validation set; the best parameters so far become the run's result."""
     started = time.perf_counter()
-    lengths = lengths_of(job.data.valid)
-    budget = job.config.micro_batch_tokens or 1
-    result = job.learner.evaluate(job.parameters, job.data.valid, cut_all(lengths, budget, job.config.batch_size))
+    micro_batches = cut_all(lengths_of(job.data.valid), job.micro_batch_tokens, job.config.batch_size)
+    result = job.learner.evaluate(job.parameters, job.data.valid, micro_batches)
+    seconds = time.perf_counter() - started
     best_loss = job.progress.best_loss
     better = math.isfinite(result.loss) and (best_loss is None or result.loss < best_loss)
     record = {
@@ -144,10 +144,14 @@ def _evaluate(job: Job, step: Step, metrics: FileIO) -> None:
         "loss": result.loss if math.isfinite(result.loss) else None,
         "perplexity": math.exp(min(result.loss, 700)) if math.isfinite(result.loss) else None,
         "token_accuracy": result.token_accuracy,
+        "best": better,
+        "learning_rate": learning_rate(job.config, step.number, job.plan.total_steps),
+        "grad_norm": None,
         "tokens": result.tokens,
         "supervised_tokens": result.supervised_tokens,
-        "best": better,
-        "seconds": round(time.perf_counter() - started, 4),
+        "tokens_per_second": round(result.tokens / seconds, 2),
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "seconds": round(seconds, 4),
     }
     _write(metrics, record)
     job.console.evaluation(record)
@@ -168,7 +172,7 @@ def _due(every: int | str, step: Step, job: Job) -> bool:
 
 def _save(job: Job, metrics: FileIO) -> None:
     with disk_errors(job.run.metrics):
-        os.fsync(metrics.fileno())
+        sync(metrics.fileno())
     job.progress = job.progress.after(metrics_bytes=metrics.tell())
     checkpoint.save(job.run, job.progress, job.parameters, job.optimizer, job.identity, seed=job.config.seed)
     checkpoint.prune(job.run, job.config.keep)
@@ -224,9 +228,18 @@ def _metrics(job: Job) -> Iterator[FileIO]:
 
 @contextmanager
 def _interruptible(job: Job) -> Iterator[None]:
-    """Ctrl-C ends a run with the command that continues it."""
+    """Ctrl-C, or a machine without memory, ends a run with what to do next."""
     try:
         yield
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in ("allocate", "insufficient memory", "out of memory")):
+            raise
+        raise UserError(
+            f"out of memory in step {job.progress.step + 1}: {error}",
+            where=str(job.run.path),
+            hint=f"start a new run with less --micro-batch-tokens (it was {job.micro_batch_tokens}), "
+            "--grad-checkpoint on or a shorter --max-length",
+        ) from error
     except KeyboardInterrupt:
         saved = job.run.checkpoint_steps()
         raise UserError(

@@ -19,7 +19,7 @@ _KEPT_PER_FEATURE = 2.1
 """Numbers kept for backward per input and output feature of a layer's matrices: 190 KB a token and layer were measured in
 float32 on Qwen3-0.6B, whose features add up to 22,528."""
 
-_BYTES_A_PARAMETER = 20
+_BYTES_A_PARAMETER = 24
 """Float32 value, gradient, accumulated gradient and AdamW's two moments."""
 
 _HEAD_BYTES = 8 * 64 * 2**20

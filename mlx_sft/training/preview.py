@@ -6,6 +6,8 @@ import mlx.core as mx
 
 from mlx_sft.console import count, size
 from mlx_sft.data.encode import decoded_segments
+from mlx_sft.training.identity import differences
+from mlx_sft.training.optim import learning_rate
 from mlx_sft.training.setup import Job
 
 
@@ -41,5 +43,10 @@ def show_plan(job: Job) -> None:
             "this model's head cannot be told from its body; logits of every position are kept, "
             "which takes more memory and changes nothing else"
         )
+    total = job.plan.total_steps
+    if config.lr and not any(learning_rate(config, step, total) for step in range(1, total + 1)):
+        console.warn("the warm-up takes the whole run, so that nothing is learnt; give --warmup 0, or more steps")
+    if config.resume and (changed := differences(job.run)):
+        console.warn(f"the last bits may not be the same: since the run began, {', '.join(changed)} changed")
     if job.progress.step:
         console.note(f"resuming after step {job.progress.step}")

@@ -13,14 +13,14 @@ import mlx.core as mx
 
 from mlx_sft.config import TrainConfig, option_name
 from mlx_sft.console import Console
-from mlx_sft.convert.adapted import check_fit
+from mlx_sft.convert.adapted import attach_trained
 from mlx_sft.convert.peft import read_adapter
 from mlx_sft.data.batches import Plan, collate, cut
 from mlx_sft.data.encode import Example
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.methods import Full, Lora, Parameters, make_method
+from mlx_sft.methods import Method, Parameters, make_method
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import (
     LoadedModel,
@@ -40,7 +40,7 @@ from mlx_sft.training.identity import (
     resumed_config,
     with_full_paths,
 )
-from mlx_sft.training.memory import Footprint, ThisMachine, choose, prepare_device
+from mlx_sft.training.memory import Choice, Footprint, ThisMachine, choose, prepare_device
 from mlx_sft.training.optim import AdamW
 from mlx_sft.training.step import Learner, Shape, lengths_of, padded_shape
 
@@ -55,11 +55,12 @@ class Job:
     run: RunFolder
     base: LoadedModel
     split: SplitModel
-    method: Lora | Full
+    method: Method
     learner: Learner
     plan: Plan
     data: PreparedData
     lengths: list[int]
+    micro_batch_tokens: int
     parameters: Parameters
     optimizer: AdamW
     identity: dict[str, str]
@@ -74,6 +75,7 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
         UserError: For anything in data, model, adapter or configuration that cannot be.
     """
     prepare_device()
+    mx.reset_peak_memory()
     run = RunFolder.open(config.resume) if config.resume else None
     config = resumed_config(config, run) if run else with_full_paths(config)
     if run is None and config.out is not None:
@@ -94,7 +96,8 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     _refuse_dropout_outside_layers(config, split, parameters)
     lengths = lengths_of(data.train)
     _refuse_inexact_length(data.train, lengths, path)
-    config = _fit_to_machine(config, split, parameters, lengths)
+    choice = _fit_to_machine(config, split, parameters, lengths)
+    config = _decided(config, choice)
     plan = Plan(
         len(data.train),
         batch_size=config.batch_size,
@@ -111,16 +114,16 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
         split,
         method,
         vocabulary,
-        recompute=config.grad_checkpoint == "on",
-        compiled=_compiled_shapes(config, plan, data.train, lengths),
+        recompute=choice.recompute,
+        compiled=_compiled_shapes(choice, plan, data.train, lengths),
     )
     return Job(
-        config, run, base, split, method, learner, plan, data, lengths,
+        config, run, base, split, method, learner, plan, data, lengths, choice.micro_batch_tokens,
         parameters, optimizer, identity, progress, console,
     )  # fmt: skip
 
 
-def _attach(config: TrainConfig, base: LoadedModel) -> tuple[TrainConfig, Lora | Full, Parameters]:
+def _attach(config: TrainConfig, base: LoadedModel) -> tuple[TrainConfig, Method, Parameters]:
     """The method and its parameters at the start; an initial adapter decides over its own shape."""
     where = config.init_adapter
     if where is None:
@@ -143,13 +146,7 @@ def _attach(config: TrainConfig, base: LoadedModel) -> tuple[TrainConfig, Lora |
             )
     config = config.model_copy(update=decided)
     method = make_method(config)
-    try:
-        start = method.attach(base.model, config.seed)
-    except UserError as error:
-        what = f"this adapter is for another model: {error.what}"
-        raise UserError(what, where=where, hint=error.hint) from error
-    check_fit(trained, start, Path(where))
-    return config, method, {name: trained[name] for name in start}
+    return config, method, attach_trained(base.model, method, trained, Path(where))
 
 
 def _refuse_dropout_outside_layers(config: TrainConfig, split: SplitModel, parameters: Parameters) -> None:
@@ -177,16 +174,20 @@ def _refuse_inexact_length(examples: list[Example], lengths: list[int], path: Pa
         )
 
 
-def _fit_to_machine(config: TrainConfig, split: SplitModel, parameters: Parameters, lengths: list[int]) -> TrainConfig:
-    """Replace every `auto` by what it stands for here, so that a resumed run repeats it to the byte."""
+def _fit_to_machine(config: TrainConfig, split: SplitModel, parameters: Parameters, lengths: list[int]) -> Choice:
+    """How a step is computed here."""
     trainable = sum(value.size for value in parameters.values())
-    choice = choose(
+    return choose(
         Footprint.of(split, trainable),
         ThisMachine().usable_bytes(),
         max(lengths),
         micro_batch_tokens=config.micro_batch_tokens,
         grad_checkpoint=config.grad_checkpoint,
     )
+
+
+def _decided(config: TrainConfig, choice: Choice) -> TrainConfig:
+    """Every `auto` replaced by what it stands for here, so that a resumed run repeats it to the byte."""
     decided = {
         "dtype": resolve_dtype(config.dtype),
         "micro_batch_tokens": choice.micro_batch_tokens,
@@ -195,7 +196,7 @@ def _fit_to_machine(config: TrainConfig, split: SplitModel, parameters: Paramete
     return config.model_copy(update=decided)
 
 
-def _compiled_shapes(config: TrainConfig, plan: Plan, examples: list[Example], lengths: list[int]) -> list[Shape]:
+def _compiled_shapes(choice: Choice, plan: Plan, examples: list[Example], lengths: list[int]) -> list[Shape]:
     """The most frequent shapes of the first epoch: the plan says beforehand which traces will pay for themselves."""
     if mx.default_device() != mx.Device(mx.gpu):
         return []  # on the CPU a trace takes seconds of g++ and saves nothing
@@ -203,7 +204,7 @@ def _compiled_shapes(config: TrainConfig, plan: Plan, examples: list[Example], l
     for step in plan.steps():
         if step.epoch > 1:
             break
-        for micro_batch in cut(step.rows, lengths, config.micro_batch_tokens or 1):
+        for micro_batch in cut(step.rows, lengths, choice.micro_batch_tokens):
             shapes[padded_shape(collate(examples, micro_batch))] += 1
     frequent = sorted(shapes.items(), key=lambda item: (-item[1], item[0]))
     return [shape for shape, times in frequent[:_MOST_TRACES] if times > 2]
@@ -219,7 +220,7 @@ def _open_or_create(
 ) -> tuple[RunFolder, Progress, Parameters]:
     if run is not None:
         refuse_changes(run, config, data, identity)
-        progress, parameters = checkpoint.load(run, parameters, optimizer, identity)
+        progress, parameters = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
         return run, progress, parameters
     run = RunFolder.create(config.out or RunFolder.default_path(config.model))
     run.write_head(

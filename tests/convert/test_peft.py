@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mlx_sft.config import TrainConfig
 from mlx_sft.convert.adapted import load_run
 from mlx_sft.convert.peft import our_name, peft_name, read_adapter, write_adapter
 from mlx_sft.errors import UserError
@@ -27,8 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:F
 NAME = "model.layers.0.self_attn.q_proj"
 
 
+def _settings(**settings: Any) -> LoraSettings:
+    return LoraSettings.from_config(TrainConfig(data="-", **settings))
+
+
 def _adapter(folder: Path, targets: tuple[str, ...] = ("q_proj",)) -> LoraSettings:
-    settings = LoraSettings(rank=2, alpha=3.0, dropout=0.25, rslora=True, targets=targets)
+    settings = _settings(rank=2, alpha=3.0, dropout=0.25, rslora=True, target=list(targets))
     parameters = {f"{NAME}.lora_A": mx.ones((2, 8)), f"{NAME}.lora_B": mx.ones((6, 2))}
     write_adapter(folder, settings, parameters, "some/model")
     return settings
@@ -70,12 +76,12 @@ def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_equal_adapters_give_equal_bytes(tmp_path: Path) -> None:
-    settings = LoraSettings(rank=1, targets=("v_proj", "q_proj"))
+    settings = _settings(rank=1, target=["v_proj", "q_proj"])
     names = [f"{NAME}.lora_A", f"{NAME}.lora_B", "model.layers.0.self_attn.v_proj.lora_A"]
     parameters = {name: mx.ones((1, 1)) for name in [*names, names[-1][:-1] + "B"]}
 
     write_adapter(tmp_path / "one", settings, parameters, "m")
-    other = LoraSettings(rank=1, targets=("q_proj", "v_proj"))
+    other = _settings(rank=1, target=["q_proj", "v_proj"])
     write_adapter(tmp_path / "two", other, dict(reversed(parameters.items())), "m")
 
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -247,7 +253,7 @@ def test_folders_that_are_no_adapters_are_refused(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_earlier_adapter(tmp_path: Path) -> None:
     _adapter(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    settings = LoraSettings(rank=2, targets=("q_proj",))
+    settings = _settings(rank=2, target="q_proj")
     with pytest.raises(ValueError, match="cannot be written"):
         write_adapter(tmp_path, settings, {f"{NAME}.lora_A": np.array(["no"])}, "m")  # type: ignore[dict-item]
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -261,7 +267,7 @@ def test_an_adapter_for_another_model_is_told_by_what_differs(
 
     def load_with(name: str, **shapes: tuple[int, int]) -> str:
         parameters = {f"{name}.{half}": mx.ones(shape) for half, shape in shapes.items()}
-        write_adapter(adapter, LoraSettings(rank=2, targets=(name,)), parameters, "m")
+        write_adapter(adapter, _settings(rank=2, target=name), parameters, "m")
         with pytest.raises(UserError) as error:
             load_run(run.path, dtype="float32")
         assert error.value.where == str(adapter)
@@ -275,6 +281,6 @@ def test_an_adapter_for_another_model_is_told_by_what_differs(
 def test_an_adapter_that_lacks_a_layer_is_refused(make_base: Callable[..., Path], make_run: Callable) -> None:
     run = make_run(make_base(), target="qv")
     parameters = {f"{NAME}.lora_A": mx.ones((2, 64)), f"{NAME}.lora_B": mx.ones((64, 2))}
-    write_adapter(run.path / "adapter", LoraSettings(rank=2, targets=("q_proj",)), parameters, "m")
+    write_adapter(run.path / "adapter", _settings(rank=2, target="q_proj"), parameters, "m")
     with pytest.raises(UserError, match=r"not in it, such as model.layers.1.self_attn.q_proj"):
         load_run(run.path, dtype="float32")

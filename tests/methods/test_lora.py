@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:F
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def _lora(**settings: Any) -> Lora:
+    return Lora.from_config(TrainConfig(data="-", **settings))
 
 
 @pytest.fixture
@@ -62,7 +67,7 @@ def test_targets_are_those_that_peft_takes(
     config = peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(torch_model(make_base("qwen3")), config).named_parameters()
     names = {our_name(name.replace(".default", "")) for name, parameter in theirs if parameter.requires_grad}
-    ours = Lora(LoraSettings(rank=2, targets=(targets,) if isinstance(targets, str) else tuple(targets)))
+    ours = _lora(rank=2, target=targets)
     assert ours.attach(model, seed=0).keys() == names
 
 
@@ -75,7 +80,7 @@ def test_layers_come_in_their_order() -> None:
 @pytest.mark.parametrize("target", ["q_prj", "proj", "embed_tokens", "model.layers"])
 def test_a_target_that_is_no_linear_module_is_told_which_there_are(model: nn.Module, target: str) -> None:
     with pytest.raises(UserError, match=f"no linear module of this model is named {target}") as error:
-        Lora(LoraSettings(targets=("q_proj", target))).attach(model, seed=0)
+        _lora(target=["q_proj", target]).attach(model, seed=0)
     assert all(name in error.value.hint for name in (*ATTENTION, *MLP, "lm_head"))
     assert type(model.layers[0].self_attn.q_proj) is nn.Linear  # nothing was touched
 
@@ -83,7 +88,7 @@ def test_a_target_that_is_no_linear_module_is_told_which_there_are(model: nn.Mod
 def test_a_model_is_the_same_until_b_is_no_longer_zero(model: nn.Module) -> None:
     token_ids = mx.array([[1, 2, 3, 4]])
     before = model(token_ids)
-    method = Lora(LoraSettings(rank=2))
+    method = _lora(rank=2)
     parameters = method.attach(model, seed=0)
     assert mx.array_equal(model(token_ids), before).item()
     assert all((not value.any().item()) == name.endswith("lora_B") for name, value in parameters.items())
@@ -92,7 +97,7 @@ def test_a_model_is_the_same_until_b_is_no_longer_zero(model: nn.Module) -> None
 
 
 def test_only_the_adapter_is_trainable(model: nn.Module) -> None:
-    parameters = Lora(LoraSettings(rank=2, targets=("qv",))).attach(model, seed=0)
+    parameters = _lora(rank=2, target="qv").attach(model, seed=0)
     trainable = dict(tree_flatten(model.trainable_parameters()))
     assert trainable.keys() == parameters.keys()
     assert {value.dtype for value in parameters.values()} == {mx.float32}
@@ -101,7 +106,7 @@ def test_only_the_adapter_is_trainable(model: nn.Module) -> None:
 
 
 def test_kaiming_is_uniform_within_pefts_bounds(model: nn.Module) -> None:
-    parameters = Lora(LoraSettings(rank=16)).attach(model, seed=0)
+    parameters = _lora(rank=16).attach(model, seed=0)
     for name, width in (("self_attn.q_proj", 64), ("mlp.down_proj", 96)):
         values = np.array(parameters[f"model.layers.0.{name}.lora_A"])
         bound = 1 / math.sqrt(width)
@@ -110,7 +115,7 @@ def test_kaiming_is_uniform_within_pefts_bounds(model: nn.Module) -> None:
 
 
 def test_gaussian_has_the_deviation_of_pefts(model: nn.Module) -> None:
-    parameters = Lora(LoraSettings(rank=8, init="gaussian")).attach(model, seed=0)
+    parameters = _lora(rank=8, init="gaussian").attach(model, seed=0)
     values = np.concatenate([np.array(v).ravel() for n, v in parameters.items() if n.endswith("lora_A")])
     assert values.std() == pytest.approx(1 / 8, rel=0.03)
     assert abs(values.mean()) < 0.01
@@ -119,7 +124,7 @@ def test_gaussian_has_the_deviation_of_pefts(model: nn.Module) -> None:
 def test_a_seed_decides_the_start_and_no_two_modules_share_it(make_base: Callable[..., Path]) -> None:
     def start(seed: int) -> dict[str, np.ndarray]:
         model = load_model(str(make_base("qwen3")), "float32").model
-        parameters = Lora(LoraSettings(rank=2)).attach(model, seed)
+        parameters = _lora(rank=2).attach(model, seed)
         return {name: np.array(value) for name, value in parameters.items() if name.endswith("lora_A")}
 
     one, again, other = start(0), start(0), start(1)
@@ -130,7 +135,7 @@ def test_a_seed_decides_the_start_and_no_two_modules_share_it(make_base: Callabl
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / 2)])
 def test_the_update_is_scaled(rslora: bool, scale: float) -> None:
-    settings = LoraSettings(rank=4, alpha=8.0, rslora=rslora)
+    settings = _lora(rank=4, alpha=8.0, rslora=rslora).settings
     linear = nn.Linear(6, 3)
     module = LoraLinear(linear, settings)
     x, lora_A, lora_B = (mx.random.normal(shape, key=mx.random.key(1)) for shape in ((2, 6), (4, 6), (3, 4)))
@@ -143,7 +148,7 @@ def test_the_update_is_scaled(rslora: bool, scale: float) -> None:
 def test_the_output_keeps_the_precision_of_the_base() -> None:
     linear = nn.Linear(6, 3)
     linear.set_dtype(mx.bfloat16)
-    module = LoraLinear(linear, LoraSettings(rank=2))
+    module = LoraLinear(linear, _lora(rank=2).settings)
     assert module(mx.ones((1, 6), mx.bfloat16)).dtype == mx.bfloat16
     assert module.lora_A.dtype == mx.float32
 
@@ -153,7 +158,7 @@ def test_dropout_zeroes_its_share_of_inputs_and_keeps_their_mean() -> None:
     linear.weight = mx.zeros((1, 1))
     root = nn.Module()
     root.layers = [linear]
-    method = Lora(LoraSettings(rank=1, alpha=1.0, dropout=0.25))
+    method = _lora(rank=1, alpha=1.0, dropout=0.25)
     method.attach(root, seed=0)
     ones = {"layers.0.lora_A": mx.ones((1, 1)), "layers.0.lora_B": mx.ones((1, 1))}
     x = mx.ones((20_000, 1))
@@ -167,7 +172,7 @@ def test_dropout_zeroes_its_share_of_inputs_and_keeps_their_mean() -> None:
 
 
 def test_every_module_drops_others(model: nn.Module) -> None:
-    method = Lora(LoraSettings(rank=2, dropout=0.5))
+    method = _lora(rank=2, dropout=0.5)
     parameters = method.attach(model, seed=0)
     method.bind(model, parameters, mx.random.key(0))
     keys = [tuple(module._key.tolist()) for module in method.modules.values()]
@@ -176,7 +181,7 @@ def test_every_module_drops_others(model: nn.Module) -> None:
 
 def test_binding_some_leaves_the_others_as_they_are(make_base: Callable[..., Path]) -> None:
     model = load_model(str(make_base("qwen3")), "float32").model
-    method = Lora(LoraSettings(rank=2, dropout=0.5, targets=("q_proj", "lm_head")))
+    method = _lora(rank=2, dropout=0.5, target="q_proj,lm_head")
     parameters = method.attach(model, seed=0)
     method.bind(model, parameters, mx.random.key(0))
     head = {name: value + 1 for name, value in parameters.items() if name.startswith("lm_head")}

@@ -19,7 +19,6 @@ def card_of(settings: dict[str, Any], **further: Any) -> tuple[dict[str, Any], s
 def test_a_card_says_what_it_is_made_of_and_how_it_did(settings: dict[str, Any]) -> None:
     metadata, text = card_of(settings, valid_fraction=0.2)
     assert metadata == {
-        "base_model": settings["model"],
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["mlx", "sft", "lora"],

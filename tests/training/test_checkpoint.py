@@ -47,14 +47,16 @@ def run(tmp_path: Path) -> RunFolder:
 
 def test_a_run_without_checkpoints_is_at_its_beginning(tmp_path: Path) -> None:
     parameters = start()
-    progress, loaded = checkpoint.load(RunFolder.create(tmp_path / "x"), parameters, fresh_optimizer(), IDENTITY)
+    progress, loaded = checkpoint.load(
+        RunFolder.create(tmp_path / "x"), parameters, fresh_optimizer(), IDENTITY, seed=0
+    )
     assert progress == Progress()
     assert loaded is parameters
 
 
 def test_training_goes_on_from_a_checkpoint_to_the_bit(run: RunFolder) -> None:
     optimizer = fresh_optimizer()
-    progress, parameters = checkpoint.load(run, start(), optimizer, IDENTITY)
+    progress, parameters = checkpoint.load(run, start(), optimizer, IDENTITY, seed=0)
     assert progress == Progress(step=3, metrics_bytes=17, best_loss=0.1 + 0.2, best_step=2, skipped=1)
     resumed = stepped(parameters, optimizer, 2)
     uninterrupted = stepped(start(), fresh_optimizer(), 5)
@@ -80,9 +82,9 @@ def test_a_checkpoint_holds_the_promised(run: RunFolder) -> None:
 def test_the_newest_checkpoint_counts(run: RunFolder) -> None:
     optimizer = fresh_optimizer()
     checkpoint.save(run, Progress(step=12), stepped(start(), optimizer), optimizer, IDENTITY, seed=0)
-    assert checkpoint.load(run, start(), fresh_optimizer(), IDENTITY)[0].step == 12
+    assert checkpoint.load(run, start(), fresh_optimizer(), IDENTITY, seed=0)[0].step == 12
     shutil.rmtree(run.checkpoint(12))
-    assert checkpoint.load(run, start(), fresh_optimizer(), IDENTITY)[0].step == 3
+    assert checkpoint.load(run, start(), fresh_optimizer(), IDENTITY, seed=0)[0].step == 3
 
 
 def test_only_the_newest_are_kept(run: RunFolder) -> None:
@@ -97,7 +99,7 @@ def test_only_the_newest_are_kept(run: RunFolder) -> None:
 @pytest.mark.parametrize("changed", IDENTITY)
 def test_a_checkpoint_of_something_else_is_refused_by_name(run: RunFolder, changed: str) -> None:
     with pytest.raises(UserError, match=f"{changed} changed"):
-        checkpoint.load(run, start(), fresh_optimizer(), IDENTITY | {changed: "other"})
+        checkpoint.load(run, start(), fresh_optimizer(), IDENTITY | {changed: "other"}, seed=0)
 
 
 @pytest.mark.parametrize("name", ["state.json", "parameters.safetensors", "optimizer.safetensors"])
@@ -109,7 +111,7 @@ def test_a_damaged_checkpoint_is_named_with_a_way_out(run: RunFolder, name: str,
     if content is not None:
         path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
     with pytest.raises(UserError, match="damaged checkpoint") as caught:
-        checkpoint.load(run, start(), fresh_optimizer(), IDENTITY)
+        checkpoint.load(run, start(), fresh_optimizer(), IDENTITY, seed=0)
     assert caught.value.where == str(run.checkpoint(3))
     assert "remove this folder" in caught.value.hint
 
@@ -117,10 +119,16 @@ def test_a_damaged_checkpoint_is_named_with_a_way_out(run: RunFolder, name: str,
 def test_a_checkpoint_of_other_shapes_is_refused(run: RunFolder) -> None:
     other = start() | {"x.matrix": mx.zeros((3, 2))}
     with pytest.raises(UserError, match="other parameters"):
-        checkpoint.load(run, other, fresh_optimizer(), IDENTITY)
+        checkpoint.load(run, other, fresh_optimizer(), IDENTITY, seed=0)
 
 
 def test_every_step_has_a_random_state_of_its_own() -> None:
     keys = [tuple(checkpoint.dropout_key(seed, step).tolist()) for seed in (0, 1) for step in range(1, 50)]
     assert len(set(keys)) == len(keys)
     assert keys[6] == tuple(checkpoint.dropout_key(0, 7).tolist())
+
+
+def test_other_random_numbers_are_refused(run: RunFolder) -> None:
+    with pytest.raises(UserError, match="draws other random numbers") as caught:
+        checkpoint.load(run, start(), fresh_optimizer(), IDENTITY, seed=1)
+    assert caught.value.hint

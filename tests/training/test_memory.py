@@ -9,9 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import MicroBatch
 from mlx_sft.data.encode import IGNORED, Example
-from mlx_sft.methods import Lora, LoraSettings
+from mlx_sft.methods import make_method
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.memory import MOST_TOKENS, Choice, Footprint, ThisMachine, choose, usable_bytes
@@ -71,7 +72,7 @@ def test_this_machine_has_memory() -> None:
 def test_what_is_trained_and_how_precisely_decides_the_footprint(make_base: Callable[..., Path]) -> None:
     base = make_base("llama", num_hidden_layers=6)
     full, half = (SplitModel(load_model(str(base), dtype).model) for dtype in ("float32", "bfloat16"))
-    assert Footprint.of(full, 2000).fixed - Footprint.of(full, 1000).fixed == 1000 * 20
+    assert Footprint.of(full, 2000).fixed - Footprint.of(full, 1000).fixed == 1000 * 24
     assert Footprint.of(full, 1).per_token == pytest.approx(2 * Footprint.of(half, 1).per_token, rel=0.01)
     assert Footprint.of(full, 1).per_token_recomputed < Footprint.of(full, 1).per_token
 
@@ -83,7 +84,7 @@ def test_a_tokens_footprint_is_within_a_factor_of_two_of_what_is_measured(
 ) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "head_dim": 32}
     split = SplitModel(load_model(str(make_base(family, **shape)), "float32").model)
-    method = Lora(LoraSettings(rank=2))
+    method = make_method(TrainConfig(data="-", rank=2))
     parameters = method.attach(split.model, seed=0)
     learner = Learner(split, method, vocabulary=264, recompute=recompute)
     width = 32

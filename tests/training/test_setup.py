@@ -167,8 +167,28 @@ def test_the_environment_says_what_the_result_depends_on(settings: dict[str, Any
 def test_validation_rows_that_are_learnt_too_are_warned_of(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(TrainConfig(**settings | {"max_steps": 1, "valid": settings["data"]}))
-    assert capsys.readouterr().err == "warning: 10 validation rows are also training rows\n"
+    train(TrainConfig(**settings | {"valid": settings["data"]}))
+    assert "warning: 10 validation rows are also training rows\n" in capsys.readouterr().err
+
+
+def test_a_run_that_learns_nothing_for_its_warm_up_is_warned_of(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(TrainConfig(**settings | {"max_steps": 1}))
+    assert "the warm-up takes the whole run" in capsys.readouterr().err
+    train(TrainConfig(**settings | {"max_steps": 1, "warmup": 0.0, "out": settings["out"] + "-2"}))
+    assert "warm-up" not in capsys.readouterr().err
+
+
+def test_another_version_since_the_run_began_is_warned_of(
+    cut_short: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = Path(cut_short["out"]) / "environment.json"
+    content = json.loads(environment.read_text())
+    content["packages"]["mlx"] = "0.1"
+    environment.write_text(json.dumps(content))
+    resume(cut_short)
+    assert "since the run began, mlx 0.1 → " in capsys.readouterr().err
 
 
 def test_two_runs_without_a_name_get_folders_of_their_own(

@@ -1,0 +1,65 @@
+"""The embedded model and the examples made for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from mlx_sft import load_model
+from mlx_sft.data import encode_conversation
+from mlx_sft.generate import generate_text
+from mlx_sft.model.load import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+def conversations(name: str) -> list[list[dict[str, str]]]:
+    lines = (ROOT / "examples" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]
+
+
+def test_the_embedded_model_is_a_small_whole_checkpoint() -> None:
+    sizes = {path.name: path.stat().st_size for path in TINY.iterdir()}
+    assert sizes.keys() == {
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    assert sum(sizes.values()) < 10e6
+    assert "{% generation %}" not in (TINY / "chat_template.jinja").read_text()
+    config = json.loads((TINY / "config.json").read_text())
+    assert config["model_type"] == "qwen3"
+
+
+def test_the_embedded_model_goes_on_in_prose() -> None:
+    tiny = load_model("tiny")
+    tiny.tokenizer.chat_template = None
+    assert "Paris" in generate_text(tiny, "The capital of France is", max_tokens=4)
+
+
+def test_the_embedded_tokenizer_writes_chatml_with_qwens_tokens() -> None:
+    tokenizer = load_model("tiny").tokenizer
+    messages = [{"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Hello."}]
+    token_ids, mask = encode_conversation(tokenizer, messages)
+    text = "<|im_start|>user\nHi 😀<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+    assert tokenizer.decode(token_ids) == text
+    learnt = [token for token, bit in zip(token_ids, mask, strict=True) if bit]
+    assert tokenizer.decode(learnt) == "Hello.<|im_end|>"
+    assert len(tokenizer) == 4096
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_no_conversation_holds_what_is_held_out() -> None:
+    chats, held_out = conversations("chats.jsonl"), conversations("held_out.jsonl")
+    assert len(chats) == 300
+    said = {message["content"] for messages in chats for message in messages}
+    assert not said & {message["content"] for messages in held_out for message in messages}
+
+
+def test_the_examples_are_what_the_script_writes() -> None:
+    examples = {path: path.read_bytes() for path in (ROOT / "examples").glob("*.jsonl")}
+    script = ROOT / "scripts" / "make_tiny_model.py"
+    subprocess.run([sys.executable, str(script), "--only-examples"], check=True, capture_output=True)
+    assert {path: path.read_bytes() for path in examples} == examples
