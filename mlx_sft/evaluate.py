@@ -13,10 +13,12 @@ import mlx.nn as nn
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.adapted import load_run
 from mlx_sft.data.batches import cut_all
+from mlx_sft.data.encode import check_vocabulary
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.report import SourceReport
 from mlx_sft.methods import Parameters
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.load import vocabulary_size
 from mlx_sft.training.step import Evaluation, Learner, lengths_of
 
 
@@ -65,7 +67,8 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
     loaded = load_run(run, base=base)
     config: TrainConfig = loaded.train_config
     examples, report = prepare_file(data, config, loaded.tokenizer)
-    vocabulary = int(loaded.config.get("vocab_size") or len(loaded.tokenizer))
+    vocabulary = vocabulary_size(loaded.model, loaded.config)
+    check_vocabulary(examples, vocabulary)
     learner = Learner(SplitModel(loaded.model), _Untouched(), vocabulary)
     lengths = lengths_of(examples)
     micro_batches = cut_all(lengths, config.micro_batch_tokens or max(lengths), config.batch_size)

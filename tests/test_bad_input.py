@@ -317,3 +317,13 @@ def test_what_may_not_be_read_is_named(fails: Fails, base: Path, chats: Path, tm
     assert str(data) in fails(FAILURE, data=data)
     (base / "config.json").chmod(0)
     assert str(base) in fails(FAILURE, model=base)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(
+    settings: dict[str, Any], make_base: Callable[..., Path], cli: Callable[..., Result]
+) -> None:
+    small = make_base("qwen3", vocab_size=100, eos_token_id=1)
+    result = cli("train", "--data", settings["data"], "--model", small, "--out", settings["out"])
+    assert result.exit_code == 1
+    assert "embeddings only for 0 to 99" in result.stderr
+    assert not Path(settings["out"]).exists()

@@ -16,7 +16,7 @@ from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import merge
 from mlx_sft.convert.peft import read_adapter, write_adapter
 from mlx_sft.convert.sample import sample_rows
-from mlx_sft.convert.trained import finished_folder, trained_edits
+from mlx_sft.convert.trained import FORMS, finished_folder, trained_edits
 from mlx_sft.convert.verify import Verification, verify_export
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
@@ -110,7 +110,7 @@ def _check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path
         if path.exists() and path.resolve().is_relative_to(target):
             what = f"this folder is or holds {name}, and cannot be written over"
             raise UserError(what, where=str(to), hint="give a folder of its own", exit_code=USAGE)
-    for part in (run.adapter, run.weights, run.last, run.checkpoints):
+    for part in (*(form.folder(run) for form in FORMS.values()), run.last, run.checkpoints):
         if target.is_relative_to(part.resolve()):
             hint = "give a folder of its own"
             raise UserError("this folder is part of the run", where=str(to), hint=hint, exit_code=USAGE)

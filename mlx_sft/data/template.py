@@ -20,6 +20,7 @@ letters inside its own turn and all others outside. Otherwise the conversation i
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -128,7 +129,8 @@ def render(
             hint="use a model with a ChatML, Qwen or Llama 3 template, or give rows of plain `text`",
         ) from None
     cut = [index for index, turn in turns.items() if writing.leaves_out_words(index, turn)]
-    silent = [index for index in cut if writing.is_silent(turns[index], end_tokens)]
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} if cut else set()
+    silent = [index for index in cut if writing.is_silent(turns[index], end_tokens | added)]
     spans = [span for index, turn in turns.items() if index not in silent for span in turn]
     return Rendering(text, spans, len(cut))
 
@@ -225,10 +227,10 @@ class Writing:
         names = (function.get("name") for function in called_functions(self.messages[index]))
         return any(isinstance(name, str) and name not in written for name in names)
 
-    def is_silent(self, turn: list[Span], end_tokens: frozenset[str]) -> bool:
-        """Whether nothing but end tokens is in a turn."""
+    def is_silent(self, turn: list[Span], tokens: Set[str]) -> bool:
+        """Whether nothing but these tokens, such as that of its end, is in a turn."""
         written = "".join(self.text[start:end] for start, end in turn)
-        for token in end_tokens:
+        for token in sorted(tokens, key=len, reverse=True):
             written = written.replace(token, "")
         return not written.strip()
 

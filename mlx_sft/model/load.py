@@ -234,10 +234,12 @@ def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:
         UserError: If the model has no embedding to tell it by.
     """
     rows = {module.weight.shape[0] for module in model.modules() if isinstance(module, nn.Embedding)}
-    stated = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    if not rows and not stated:
+    stated: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if stated is not None and (stated in rows or not rows):
+        return stated
+    if not rows:
         raise UserError("neither the model nor its config.json tells how many tokens it knows")
-    return int(stated if stated in rows or not rows else max(rows))
+    return max(rows)
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -120,7 +120,11 @@ def _settings_and_defaults(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         full = AutoConfig.from_pretrained(path, local_files_only=True)
     except (ValueError, OSError):
         return raw, {}
-    return raw | {k: v for k, v in full.to_dict().items() if v is not None}, type(full)().to_dict()
+    except KeyError as error:  # its checks of RoPE
+        raise UserError(f"transformers does not take it: {error.args[0]}", where=str(path / "config.json")) from error
+    # transformers may take it for another family; mlx-lm goes by the type that the file names.
+    filled = {k: v for k, v in full.to_dict().items() if v is not None} | {"model_type": raw["model_type"]}
+    return raw | filled, type(full)().to_dict()
 
 
 def _windowed_layers_meant(settings: dict[str, Any], defaults: dict[str, Any]) -> list[bool]:

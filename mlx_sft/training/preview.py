@@ -38,6 +38,11 @@ def show_plan(job: Job) -> None:
     console.facts("Learning from", facts)
     if report.shared:
         console.warn(f"{report.shared} validation rows are also training rows")
+    if report.turns_with_text_left_out:
+        console.warn(
+            f"the chat template leaves out words (reasoning, tool calls) of {report.turns_with_text_left_out} "
+            "assistant turns; they cannot be learnt"
+        )
     if job.split.body_name is None:
         console.warn(
             "this model's head cannot be told from its body; logits of every position are kept, "

@@ -14,9 +14,10 @@ import mlx.core as mx
 from mlx_sft.config import TrainConfig, option_name
 from mlx_sft.console import Console
 from mlx_sft.convert.adapted import attach_trained
+from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.peft import read_adapter
 from mlx_sft.data.batches import Plan, collate, cut
-from mlx_sft.data.encode import Example
+from mlx_sft.data.encode import Example, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
@@ -28,6 +29,7 @@ from mlx_sft.model.load import (
     load_tokenizer,
     resolve_checkpoint,
     resolve_dtype,
+    vocabulary_size,
 )
 from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.runs import RunFolder, to_json
@@ -45,6 +47,7 @@ from mlx_sft.training.optim import AdamW
 from mlx_sft.training.step import Learner, Shape, lengths_of, padded_shape
 
 _MOST_TRACES = 16
+_ROWS_A_NOTE = 10_000
 
 
 @dataclass
@@ -86,16 +89,20 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     if run is None:
         pinned = todays_variables(tokenizer) | config.chat_template_kwargs
         config = config.model_copy(update={"chat_template_kwargs": pinned})
-    data = prepare(config, tokenizer)
+    data = prepare(config, tokenizer, lambda rows: _note_rows(console, rows))
     if config.early_stop and not data.valid:
         hint = "give --valid FILE or --valid-fraction 0.05"
         raise UserError("--early-stop needs validation rows", hint=hint, exit_code=USAGE)
     base = load_model(config.model, config.dtype, tokenizer)
+    vocabulary = vocabulary_size(base.model, base.config)
+    check_vocabulary([*data.train, *data.valid], vocabulary)
     split = SplitModel(base.model)
-    config, method, parameters = _attach(config, base)
+    begun = run is not None and bool(run.checkpoint_steps())
+    config, method, parameters = _attach(config, base, begun=begun)
+    check_exportable(path, method, parameters)
     _refuse_dropout_outside_layers(config, split, parameters)
     lengths = lengths_of(data.train)
-    _refuse_inexact_length(data.train, lengths, path)
+    _refuse_inexact_length([*data.train, *data.valid], path)
     choice = _fit_to_machine(config, split, parameters, lengths)
     config = _decided(config, choice)
     plan = Plan(
@@ -109,7 +116,6 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     optimizer = AdamW(config, parameters, method.decayed)
     identity = identity_of(config, data, path)
     run, progress, parameters = _open_or_create(config, run, data, identity, parameters, optimizer)
-    vocabulary = int(base.config.get("vocab_size") or len(tokenizer))
     learner = Learner(
         split,
         method,
@@ -123,10 +129,18 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     )  # fmt: skip
 
 
-def _attach(config: TrainConfig, base: LoadedModel) -> tuple[TrainConfig, Method, Parameters]:
-    """The method and its parameters at the start; an initial adapter decides over its own shape."""
+def _note_rows(console: Console, rows: int) -> None:
+    if rows % _ROWS_A_NOTE == 0:
+        console.note(f"read {rows:,} rows")
+
+
+def _attach(config: TrainConfig, base: LoadedModel, *, begun: bool) -> tuple[TrainConfig, Method, Parameters]:
+    """The method and its parameters at the start; an initial adapter decides over its own shape.
+
+    A run that has begun has its parameters in a checkpoint, and needs the initial adapter no more.
+    """
     where = config.init_adapter
-    if where is None:
+    if where is None or begun:
         method = make_method(config)
         return config, method, method.attach(base.model, config.seed)
     settings, trained = read_adapter(where)
@@ -162,14 +176,14 @@ def _refuse_dropout_outside_layers(config: TrainConfig, split: SplitModel, param
         )
 
 
-def _refuse_inexact_length(examples: list[Example], lengths: list[int], path: Path) -> None:
+def _refuse_inexact_length(examples: list[Example], path: Path) -> None:
     """Beyond some length, mlx-lm's code for a few families is not the model that was trained."""
     most = exact_length(path)
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    if most is not None and lengths[longest] > most:
+    longest = max(examples, key=len)
+    if most is not None and len(longest) > most:
         raise UserError(
-            f"{lengths[longest] + 1} tokens, and mlx-lm computes this model exactly for no more than {most}",
-            where=examples[longest].origin,
+            f"{len(longest)} tokens, and mlx-lm computes this model exactly for no more than {most}",
+            where=longest.origin,
             hint=f"give --max-length {most}",
         )
 

@@ -92,11 +92,11 @@ def test_the_verification_says_how_near_it_is(
 
     check = result.verification
     assert check is not None
-    assert (check.rows, check.dtype, check.top1_agreement) == ("training rows", "F32", 1.0)
+    assert (check.rows, check.dtype, check.top1_agreement) == ("the first rows of the data", "F32", 1.0)
     assert check.positions > 20
     assert 0 < check.mean_difference < check.max_difference < 1e-4
     assert abs(check.kl) < 1e-8
-    assert f"{check.positions} tokens of training rows" in str(check)
+    assert f"{check.positions} tokens of the first rows of the data" in str(check)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -225,7 +225,7 @@ def test_held_out_rows_are_what_is_compared_on(
     run = make_run(make_base(), valid=str(tmp_path / "chats.jsonl"))
     result = export(run.path, tmp_path / "merged")
     assert result.verification is not None
-    assert result.verification.rows == "validation rows"
+    assert result.verification.rows == "the first validation rows"
 
 
 def test_the_adapter_alone_needs_no_base(tmp_path: Path, make_base: Callable[..., Path], make_run: Callable) -> None:
@@ -423,3 +423,12 @@ def test_load_run_gives_the_base_when_asked(
     assert (loaded.path, loaded.run.path) == (run.base, run.path)
     assert loaded.train_config.rank == 4
     assert loaded.config == json.loads((run.base / "config.json").read_text())
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_a_run_is_loaded_in_the_precision_that_it_was_trained_in(
+    base: bool, make_base: Callable[..., Path], make_run: Callable
+) -> None:
+    run = make_run(make_base(), dtype="bfloat16")
+    assert load_run(run.path, base=base).model.model.norm.weight.dtype == mx.bfloat16
+    assert load_run(run.path, base=base, dtype="float32").model.model.norm.weight.dtype == mx.float32

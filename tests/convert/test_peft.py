@@ -75,6 +75,14 @@ def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert all(mx.array_equal(again[name], parameters[name]) for name in parameters)
 
 
+def test_an_alpha_that_is_whole_is_written_as_peft_writes_it(tmp_path: Path) -> None:
+    for alpha in (8, 8.0):
+        settings = LoraSettings(2, alpha, 0.0, False, ("q_proj",), "kaiming")
+        write_adapter(tmp_path, settings, {f"{NAME}.lora_A": mx.ones((2, 8)), f"{NAME}.lora_B": mx.ones((6, 2))}, "m")
+        assert '"lora_alpha": 8,' in (tmp_path / "adapter_config.json").read_text()
+        assert read_adapter(tmp_path)[0] == settings
+
+
 def test_equal_adapters_give_equal_bytes(tmp_path: Path) -> None:
     settings = _settings(rank=1, target=["v_proj", "q_proj"])
     names = [f"{NAME}.lora_A", f"{NAME}.lora_B", "model.layers.0.self_attn.v_proj.lora_A"]

@@ -11,7 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mlx_sft.data.encode import IGNORED, Encoder, Example, decoded_segments, encode_conversation, supervised_tokens
+from mlx_sft.data.encode import (
+    IGNORED,
+    Encoder,
+    Example,
+    check_vocabulary,
+    decoded_segments,
+    encode_conversation,
+    supervised_tokens,
+)
 from mlx_sft.data.formats import Conversation, Document
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError
@@ -208,3 +216,18 @@ def test_a_template_that_writes_the_date_can_be_pinned_to_today(make_tokenizer: 
     assert list(pinned) == ["date_string"]
     assert datetime.strptime(pinned["date_string"], "%d %b %Y").date() <= datetime.now().date()
     assert todays_variables(make_tokenizer()) == {}
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_its_row() -> None:
+    rows = [
+        Example(f"a:{i}", np.array(ids, np.int32), np.array(ids, np.int32))
+        for i, ids in enumerate([[], [3, 7], [2, 8]])
+    ]
+    check_vocabulary(rows, 9)
+    check_vocabulary([], 0)
+    with pytest.raises(
+        UserError, match="the tokenizer gives token 8 here, and the model has embeddings only for 0 to 7"
+    ) as e:
+        check_vocabulary(rows, 8)
+    assert e.value.where == "a:2"
+    assert "do not belong together" in e.value.hint

@@ -89,6 +89,39 @@ def test_a_row_of_which_the_template_writes_no_turn_is_bad(make_tokenizer: Any, 
         run(silent, write_rows(chat("a")))
 
 
+def test_turns_with_text_left_out_are_counted_in_rows_that_are_kept(
+    make_tokenizer: Any, write_rows: WriteRows, public_template: Any
+) -> None:
+    qwen3 = make_tokenizer(public_template("qwen3"))
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hmm"}]
+    data = write_rows({"messages": turn}, {"messages": 3 * turn}, {"messages": [*turn, *turn]}, {"messages": 30 * turn})
+    prepared = run(qwen3, data, max_length=400, overlong="drop")
+    assert [example.turns_with_text_left_out for example in prepared.train] == [0, 2, 1]
+    report = prepared.report.to_json()
+    assert prepared.report.turns_with_text_left_out == report["turns_with_text_left_out"] == 3
+    assert report["sources"][0]["turns_with_text_left_out"] == 3
+    cut = run(qwen3, data, max_length=100).train[-1]
+    assert (len(cut), cut.turns_with_text_left_out) == (100, 29)
+
+
+def test_a_row_of_which_only_the_end_token_would_be_learnt_is_bad(make_tokenizer: Any, write_rows: WriteRows) -> None:
+    answers_only = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+    prompt = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    with pytest.raises(UserError, match="a conversation with nothing to learn: no token of it"):
+        run(make_tokenizer(answers_only + prompt), write_rows(chat("a", "<think>hmm</think>")))
+
+
+def test_the_number_of_rows_read_is_told_now_and_then(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    told: list[int] = []
+    config = TrainConfig(data=write_rows(*[{"text": "a"}] * 2001, "nonsense"), skip_bad_rows=True)
+    prepare(config, tokenizer, told.append)
+    assert told == [1000, 2000]
+    prepare_file(str(config.data), config, tokenizer, told.append)
+    assert told == [1000, 2000, 1000, 2000]
+
+
 def test_nothing_left_is_an_error_that_names_the_first_reason(
     tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
 ) -> None:

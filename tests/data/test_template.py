@@ -316,8 +316,11 @@ def test_the_spans_are_those_that_a_tagged_template_marks(
         if tagged != plain:
             continue  # the tagged template writes earlier turns' reasoning, which the original leaves out
         conversation = Conversation("", messages, tools)
-        spans = render(tokenizer, conversation, end_tokens=frozenset({str(tokenizer.eos_token)})).spans
-        assert _ink(plain, spans) == _ink(plain, generated)
+        rendering = render(tokenizer, conversation, end_tokens=frozenset({str(tokenizer.eos_token)}))
+        if rendering.turns_with_text_left_out:  # a turn of which nothing is left is tagged, and not learnt here
+            silent = {f"{end}{space}" for end in ("<|im_end|>", "<|eot_id|>", "<|end|>") for space in ("", "\n")}
+            generated = [(start, end) for start, end in generated if plain[start:end] not in silent]
+        assert _ink(plain, rendering.spans) == _ink(plain, generated)
         compared += 1
     assert compared >= 4
 
@@ -325,6 +328,88 @@ def test_the_spans_are_those_that_a_tagged_template_marks(
 def _ink(text: str, spans: list[tuple[int, int]]) -> list[int]:
     """Positions in the spans that are not white space: the tags hold what follows the end of the turn."""
     return sorted({i for start, end in spans for i in range(start, end) if not text[i].isspace()})
+
+
+# What the template leaves out
+
+
+def left_out(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], train_on: Any = "all", **more: Any) -> int:
+    conversation = Conversation("", list(messages), **more)
+    ends = frozenset({str(tokenizer.eos_token)})
+    return render(tokenizer, conversation, train_on=train_on, end_tokens=ends).turns_with_text_left_out
+
+
+THINKING = assistant("Hello", reasoning_content="hmm")
+NAME_ONLY = {"type": "function", "function": {"name": "now", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "count"),
+    [
+        ([user("Hi"), assistant("Hello")], 0),
+        ([user("Hi"), assistant("")], 0),
+        ([user("Hi"), THINKING], 0),
+        ([user("Hi"), assistant("Hello", thinking="hmm")], 0),
+        ([user("Hi"), assistant("Hello", reasoning="hmm")], 0),
+        ([user("Hi"), assistant("<think>\nhmm\n</think>\n\nHello")], 0),
+        ([user("Hi"), assistant(None, tool_calls=[CALL, NAME_ONLY]), tool("3"), THINKING], 0),
+        ([user("Hi"), THINKING, user("And?"), THINKING], 1),
+        ([user("Hi"), assistant("<think>\nhmm\n</think>\n\nHello"), user("And?"), THINKING, user("So?"), THINKING], 2),
+    ],
+)
+def test_turns_whose_earlier_reasoning_qwen3_leaves_out_are_counted(
+    qwen3: PreTrainedTokenizerFast, messages: list[dict[str, Any]], count: int
+) -> None:
+    assert left_out(qwen3, *messages) == count
+
+
+def test_only_turns_that_are_learnt_are_counted(qwen3: PreTrainedTokenizerFast) -> None:
+    messages = [user("Hi"), THINKING, user("And?"), THINKING]
+    assert left_out(qwen3, *messages, train_on="last") == 0
+    assert left_out(qwen3, *messages, first_learnt=2) == 0
+
+
+@pytest.mark.parametrize("call", [CALL, NAME_ONLY], ids=["with arguments", "a name alone"])
+def test_a_call_that_the_template_leaves_out_is_counted(tokenizer: PreTrainedTokenizerFast, call: Any) -> None:
+    messages = [user("Hi"), assistant("I look", tool_calls=[call]), tool("3"), assistant("It is 3")]
+    assert left_out(tokenizer, *messages) == 1
+    assert shown(tokenizer, *messages).count("⟦I look<|im_end|>⟧") == 1
+
+
+def test_parts_of_a_content_are_its_words(make_tokenizer: MakeTokenizer) -> None:
+    first_only = make_tokenizer(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content[0].text + '<|im_end|>\n' }}{% endfor %}"
+        + PROMPT
+    )
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    asked = {"role": "user", "content": parts}
+    assert left_out(first_only, asked, {"role": "assistant", "content": parts[:1]}) == 0
+    assert left_out(first_only, asked, {"role": "assistant", "content": parts}) == 1
+
+
+STRIPS_REASONING = (
+    "{% for m in messages %}{% set content = m.content %}{% if m.role == 'assistant' and '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}" + PROMPT
+)
+
+
+def test_a_turn_of_which_only_the_end_is_left_is_not_learnt(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(STRIPS_REASONING)
+    messages = [
+        user("Hi"),
+        assistant("<think>hmm</think>"),
+        user("And?"),
+        assistant("<think>hmm</think>Fine"),
+        user("?"),
+    ]
+    messages += [assistant("")]
+    assert left_out(tokenizer, *messages) == 2
+    assert shown(tokenizer, *messages) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n⟦Fine<|im_end|>⟧\n"
+        "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>⟧\n"
+    )
 
 
 # What is refused

@@ -55,3 +55,11 @@ def test_what_is_decayed_is_what_transformers_decays(
 
 def test_the_configuration_asks_for_it() -> None:
     assert isinstance(make_method(TrainConfig(data="x", method="full")), Full)
+
+
+def test_what_it_changes_is_every_weight(make_base: Callable[..., Path]) -> None:
+    method = Full()
+    parameters = method.attach(load_model(str(make_base("qwen3")), "bfloat16").model, seed=0)
+    assert method.changed_shapes(parameters) == {name: value.shape for name, value in parameters.items()}
+    name = "model.norm.weight"
+    assert mx.array_equal(method.changed_weight(name, mx.zeros((64,)), parameters), parameters[name]).item()

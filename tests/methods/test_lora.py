@@ -200,3 +200,22 @@ def test_settings_come_from_the_configuration() -> None:
     assert isinstance(method, Lora)
     assert method.settings == expected
     assert LoraSettings.from_config(TrainConfig(data="x")).targets == ("all-linear",)
+
+
+def test_what_it_changes_is_what_its_model_computes_with(model: nn.Module) -> None:
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    token_ids = mx.array([[1, 2, 3, 4]])
+    method = _lora(rank=2, alpha=3.0, target="qv,lm_head")
+    parameters = {name: value + 0.05 for name, value in method.attach(model, seed=0).items()}
+    method.bind(model, parameters)
+    adapted = model(token_ids)
+    shapes = method.changed_shapes(parameters)
+    assert shapes == {name: weights[name].shape for name in shapes}
+    assert len(shapes) == 5
+    for name in shapes:
+        changed = method.changed_weight(name, weights[name], parameters)
+        assert changed.dtype == mx.float32
+        module = method.modules[name.removesuffix(".weight")]
+        module.linear.weight = changed
+    method.bind(model, {name: mx.zeros_like(value) for name, value in parameters.items()})
+    assert mx.allclose(model(token_ids), adapted, rtol=1e-5, atol=1e-5).item()

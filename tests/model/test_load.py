@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file
 
@@ -21,6 +23,8 @@ from mlx_sft.model.load import (
     load_tokenizer,
     resolve_checkpoint,
     resolve_dtype,
+    vocabulary_size,
+    weight_files,
 )
 from mlx_sft.model.translate import translate_config
 
@@ -178,13 +182,111 @@ def test_a_model_that_cannot_be_downloaded_is_told(monkeypatch: pytest.MonkeyPat
     assert asked == [True, False]
 
 
-def test_a_model_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch, make_base: Callable[..., Path]) -> None:
-    def cached(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
-        assert local_files_only
-        return str(make_base())
+COMMIT = "0" * 40
 
-    monkeypatch.setattr(load, "snapshot_download", cached)
-    assert load_model("some/model", "float32").path == make_base()
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_base: Callable[..., Path]) -> Callable[..., Path]:
+    """`cache(*names)` → the snapshot of some/model in a Hub cache of its own, which holds these files of a checkpoint."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def fill(*names: str, shard: str = "5GB") -> Path:
+        folder = tmp_path / "models--some--model"
+        snapshot = folder / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(COMMIT)
+        for name in names:
+            for file in make_base("llama", shard=shard).glob(name):
+                shutil.copyfile(file, snapshot / file.name)
+        return snapshot
+
+    return fill
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch, make_base: Callable[..., Path]) -> list[list[str]]:
+    """The patterns of every download, each of which gives a whole checkpoint; the cache is asked as ever."""
+    asked: list[list[str]] = []
+    in_cache = load.snapshot_download
+
+    def download(name: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        if local_files_only:
+            return in_cache(name, allow_patterns=allow_patterns, local_files_only=True)
+        asked.append(allow_patterns)
+        return str(make_base("llama"))
+
+    monkeypatch.setattr(load, "snapshot_download", download)
+    return asked
+
+
+@pytest.mark.parametrize("shard", ["5GB", "60KB"])
+def test_a_model_in_the_cache_needs_no_network(
+    shard: str, cache: Callable[..., Path], downloads: list[list[str]]
+) -> None:
+    snapshot = cache("config.json", "tokenizer*", "model*", shard=shard)
+    assert resolve_checkpoint("some/model") == snapshot
+    load_model("some/model", "float32")
+    assert downloads == []
+
+
+def test_files_that_are_not_needed_may_be_missing_in_the_cache(
+    cache: Callable[..., Path], downloads: list[list[str]]
+) -> None:
+    tree = pytest.importorskip("huggingface_hub._tree_cache")
+    snapshot = cache("config.json", "tokenizer*", "model*")
+    names = ["config.json", "training_args.json", "onnx/model.safetensors", "consolidated.safetensors"]
+    entry = dict.fromkeys(("lfs_sha256", "lfs_size", "xet_hash"))
+    entries = {name: tree.TreeCacheEntry(size=1, blob_id="0", **entry) for name in names}
+    tree.write_tree_cache(str(snapshot.parents[1]), COMMIT, entries)
+    with pytest.raises(load.LocalEntryNotFoundError, match="incomplete"):  # what huggingface_hub thinks of it
+        load.snapshot_download("some/model", allow_patterns=["*.json"], local_files_only=True)
+    assert resolve_checkpoint("some/model") == snapshot
+    assert downloads == []
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_part_of_a_model_in_the_cache_is_completed(
+    missing: str, cache: Callable[..., Path], downloads: list[list[str]], make_base: Callable[..., Path]
+) -> None:
+    names = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"} - {missing}
+    assert len(list(cache(*names).iterdir())) == 3
+    assert resolve_checkpoint("some/model") == make_base("llama")
+    assert len(downloads) == 1
+
+
+def test_a_missing_shard_in_the_cache_is_downloaded(cache: Callable[..., Path], downloads: list[list[str]]) -> None:
+    snapshot = cache("config.json", "tokenizer*", "model*", shard="60KB")
+    min(snapshot.glob("model-*.safetensors")).unlink()
+    assert resolve_checkpoint("some/model") != snapshot
+    assert len(downloads) == 1
+
+
+def test_only_what_makes_the_model_is_downloaded(cache: Callable[..., Path], downloads: list[list[str]]) -> None:
+    cache("config.json")
+    resolve_checkpoint("some/model")
+    wanted = [
+        "config.json",
+        "model.safetensors",
+        "model-00001-of-2.safetensors",
+        load.INDEX,
+        "qwen.tiktoken",
+        "LICENSE",
+    ]
+    others = [
+        "consolidated.safetensors",
+        "onnx/model.onnx",
+        "original/model.safetensors",
+        "pytorch_model.bin",
+        "x.json",
+    ]
+    assert list(filter_repo_objects([*wanted, *others], allow_patterns=downloads[0])) == wanted
+
+
+def test_what_the_hub_does_not_have_either_is_told(cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = cache("config.json", "tokenizer*")
+    monkeypatch.setattr(load, "snapshot_download", lambda name, **options: str(snapshot))
+    assert "network" in _refused("some/model", r"no model\.safetensors, neither on disk nor to be downloaded").hint
 
 
 def test_a_folder_that_is_no_checkpoint_is_told_what_it_lacks(tmp_path: Path, make_base: Callable[..., Path]) -> None:
@@ -234,13 +336,78 @@ def test_a_missing_tokenizer_is_told(checkpoint: Callable[..., Path]) -> None:
     assert "tokenizer.json" in error.value.hint
 
 
-def test_the_fingerprint_notices_any_file(checkpoint: Callable[..., Path]) -> None:
+def test_the_fingerprint_notices_any_change_of_the_model(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     seen = {checkpoint_fingerprint(folder)}
     assert checkpoint_fingerprint(folder) in seen
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
         content = bytearray((folder / name).read_bytes())
         content[-1] ^= 1
         (folder / name).write_bytes(content)
         seen.add(checkpoint_fingerprint(folder))
-    assert len(seen) == 4
+    (folder / "generation_config.json").unlink()
+    seen.add(checkpoint_fingerprint(folder))
+    assert len(seen) == 6
+
+
+def test_the_fingerprint_does_not_care_for_other_files(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    before = checkpoint_fingerprint(folder)
+    for name in (".DS_Store", "README.md", "training_args.bin", "optimizer.safetensors"):
+        (folder / name).write_text(name)
+    (folder / "LICENSE").write_text("another")
+    assert checkpoint_fingerprint(folder) == before
+
+
+def test_shards_by_names_that_mlx_lm_does_not_read_are_refused(tmp_path: Path, make_base: Callable[..., Path]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(make_base("llama", shard="60KB"), folder)
+    index = folder / load.INDEX
+    for shard in folder.glob("model-*.safetensors"):
+        shard.rename(folder / shard.name.replace("model-", "weights-"))
+    index.write_text(index.read_text().replace("model-", "weights-"))
+    error = _refused(folder, r"its index names weights-00001.*reads only weights that are called model\*")
+    assert "save_pretrained" in error.hint
+
+
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, make_base: Callable[..., Path]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(make_base("llama", shard="60KB"), folder)
+    index = folder / load.INDEX
+    index.write_text(index.read_text().replace("model-", "../model-"))
+    _refused(folder, "names shards that are not in its folder")
+
+
+def test_a_single_file_goes_before_an_index(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    (folder / load.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    assert weight_files(folder) == [folder / "model.safetensors"]
+    load_model(str(folder), "float32")
+
+
+def test_weights_of_two_models_in_one_folder_are_refused(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint()
+    shutil.copyfile(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    _refused(folder, r"model-00001-of-00001\.safetensors stands beside model\.safetensors, and mlx-lm would read both")
+    (folder / load.INDEX).write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    _refused(folder, r"stands beside the shards of model\.safetensors\.index\.json")
+
+
+def test_the_vocabulary_is_the_embeddings_rows(make_base: Callable[..., Path]) -> None:
+    loaded = load_model(str(make_base("qwen3", tied=True)), "float32")
+    rows = loaded.model.model.embed_tokens.weight.shape[0]
+    assert vocabulary_size(loaded.model, loaded.config) == loaded.config["vocab_size"] == rows
+    assert vocabulary_size(loaded.model, {"text_config": {"vocab_size": rows}}) == rows
+    assert vocabulary_size(loaded.model, {}) == vocabulary_size(loaded.model, {"vocab_size": 10**6}) == rows
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(7, 2), nn.Embedding(9, 2)
+
+    assert vocabulary_size(Positions(), {"vocab_size": 7}) == 7
+    assert vocabulary_size(nn.Module(), {"vocab_size": 7}) == 7
+    with pytest.raises(UserError, match="how many tokens it knows"):
+        vocabulary_size(nn.Module(), {})

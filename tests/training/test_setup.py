@@ -211,3 +211,19 @@ def test_rows_beyond_the_length_that_is_exact_are_refused(
         train(TrainConfig(**settings))
     assert caught.value.hint == "give --max-length 4"
     assert not Path(settings["out"]).exists()
+
+
+def test_a_run_needs_its_initial_adapter_only_to_begin(settings: dict[str, Any], tmp_path: Path) -> None:
+    first = train(TrainConfig(**settings)).run_dir
+    adapter = shutil.copytree(first / "adapter", tmp_path / "start")
+    settings |= {"init_adapter": str(adapter), "save_every": 2, "keep": 9}
+    whole = train(TrainConfig(**settings | {"out": str(tmp_path / "whole")})).run_dir
+    cut = RunFolder(train(TrainConfig(**settings | {"out": str(tmp_path / "cut")})).run_dir)
+    assert cut.checkpoint_steps() == [0, 2, 4, 6]
+    for step in (2, 4, 6):
+        shutil.rmtree(cut.checkpoint(step))
+    shutil.rmtree(adapter)
+    train(TrainConfig(resume=str(cut.path), quiet=True))
+    result = Path("adapter") / "adapter_model.safetensors"
+    assert (cut.path / result).read_bytes() == (whole / result).read_bytes()
+    assert (cut.path / result).read_bytes() != (first / result).read_bytes()

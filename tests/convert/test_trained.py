@@ -1,0 +1,125 @@
+"""What a run trained is written, read and merged by its method's form, and what could not be is refused before training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.convert.adapted import attach_trained
+from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.convert.merge import check_exportable
+from mlx_sft.convert.trained import FORMS, save_trained, trained_folder
+from mlx_sft.errors import UserError
+from mlx_sft.methods import METHODS, Method, Parameters, make_method
+from mlx_sft.model.load import load_model
+from mlx_sft.runs import RunFolder
+
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def _attached(base: Path, name: str, **settings: Any) -> tuple[Method, Parameters]:
+    """A method on a model, and parameters none of which is at its start."""
+    method = make_method(TrainConfig(data="-", method=name, rank=2, **settings))
+    start = method.attach(load_model(str(base), "float32").model, seed=0)
+    return method, {parameter: value + 0.1 for parameter, value in start.items()}
+
+
+def test_every_method_of_the_configuration_has_a_form() -> None:
+    choices = get_args(TrainConfig.model_fields["method"].annotation)
+    assert set(choices) == METHODS.keys() == FORMS.keys()
+    assert all(make_method(TrainConfig(data="-", method=choice)).name == choice for choice in choices)
+
+
+@each_method
+def test_a_result_comes_back_as_it_was_written(name: str, tmp_path: Path, make_base: Callable[..., Path]) -> None:
+    base = make_base()
+    method, parameters = _attached(base, name)
+    folder = trained_folder(RunFolder(tmp_path), method)
+    assert folder.parent == tmp_path
+
+    save_trained(folder, method, parameters, str(base))
+    again, read = FORMS[name].read(folder)
+
+    assert again.name == name
+    assert read.keys() == parameters.keys()
+    assert all(mx.array_equal(read[parameter], value) for parameter, value in parameters.items())
+    model = load_model(str(base), "float32").model
+    assert list(attach_trained(model, again, read, folder)) == list(parameters)
+
+
+@each_method
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_method_changes_is_what_is_merged(
+    name: str, tied: bool, tmp_path: Path, make_base: Callable[..., Path]
+) -> None:
+    base = make_base(tied=tied)
+    method, parameters = _attached(base, name)
+    save_trained(tmp_path, method, parameters, str(base))
+    checkpoint = Checkpoint.open(base)
+
+    edits = FORMS[name].edits(tmp_path, checkpoint)
+
+    assert edits.keys() == method.changed_shapes(parameters).keys()
+    weights = load_file(base / "model.safetensors")
+    for tensor, edit in edits.items():
+        stored = checkpoint.tensors[tensor]
+        merged = edit.rows(stored, 0, stored.rows)
+        computed = method.changed_weight(tensor, mx.array(weights[tensor].numpy()), parameters)
+        assert np.abs(merged - weights[tensor].numpy()).max() > 1e-3
+        np.testing.assert_allclose(merged, np.array(computed), rtol=1e-6, atol=1e-6)
+
+
+@each_method
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_what_can_be_exported_is_known_from_the_headers_alone(
+    name: str, family: str, make_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base(family, shard="100KB")
+    method, parameters = _attached(base, name)
+    monkeypatch.delattr(np, "fromfile")
+    check_exportable(base, method, parameters)
+
+
+@each_method
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (None, "no tensor {}, which training would change"),
+        (torch.zeros(3, 5), r"{} is .3, 5. here"),
+        (torch.zeros(64, 64, dtype=torch.int8), "tensor {} is stored as I8"),
+    ],
+)
+def test_what_could_not_be_exported_is_refused_before_training(
+    name: str, change: torch.Tensor | None, problem: str, tmp_path: Path, make_base: Callable[..., Path]
+) -> None:
+    method, parameters = _attached(make_base(), name)
+    base = tmp_path / "base"
+    shutil.copytree(make_base(), base)
+    weights = load_file(base / "model.safetensors")
+    tensor = "model.layers.1.self_attn.o_proj.weight"
+    del weights[tensor]
+    save_file(weights | ({} if change is None else {tensor: change}), base / "model.safetensors")
+
+    with pytest.raises(UserError, match=problem.format(tensor)) as error:
+        check_exportable(base, method, parameters)
+
+    assert error.value.where.startswith(str(base))
+    assert error.value.hint
+
+
+def test_what_is_not_trained_need_not_be_exportable(tmp_path: Path, make_base: Callable[..., Path]) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(make_base(), base)
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.1.self_attn.o_proj.weight"]
+    save_file(weights, base / "model.safetensors")
+    check_exportable(base, *_attached(make_base(), "lora", target="qv"))
