@@ -68,6 +68,12 @@ def translate_config(path: Path) -> dict[str, Any]:
     """
     settings, defaults = _settings_and_defaults(path)
     fields = _fields_read(settings["model_type"], path)
+    if isinstance(settings.get("text_config"), dict):
+        raise UserError(
+            f"the settings of {settings['model_type']}'s language model are nested in text_config, which is not read yet",
+            where=str(path / "config.json"),
+            hint="give the text-only checkpoint of this family",
+        )
     settings = settings | _translate_rope(settings, fields, path)
     for name in _ARITHMETIC:
         value = settings.get(name)

@@ -122,6 +122,11 @@ def test_a_family_that_mlx_lm_does_not_have_is_named(checkpoint: Callable[..., P
     _refused(checkpoint("qwen3", model_type="bert"), "mlx-lm has no model of type bert")
 
 
+def test_nested_settings_are_refused_rather_than_passed_over(checkpoint: Callable[..., Path]) -> None:
+    nested = checkpoint("qwen3", model_type="gemma3", text_config={"hidden_size": 64})
+    assert "text-only" in _refused(nested, "nested in text_config").hint
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_weights_are_loaded_in_the_precision_asked_for_and_frozen(dtype: str, make_base: Callable[..., Path]) -> None:
     base = make_base("qwen3", tied=True)
