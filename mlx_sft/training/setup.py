@@ -21,7 +21,8 @@ from mlx_sft.data.encode import Example, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.methods import Method, Parameters, make_method
+from mlx_sft.methods import LoraSettings, Method, Parameters, make_method
+from mlx_sft.methods.lora import resolve_targets
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import (
     LoadedModel,
@@ -150,10 +151,14 @@ def _attach(config: TrainConfig, base: LoadedModel, *, begun: bool) -> tuple[Tra
         "rslora": settings.rslora,
         "target": list(settings.targets),
     }
+    wanted = LoraSettings.from_config(config).targets
     for name, value in decided.items():
-        if name in config.model_fields_set and getattr(config, name) != value:
+        given = getattr(config, name)
+        if name == "target" and given != value and _same_modules(base, wanted, settings.targets):
+            given = value  # `all-linear` is these names
+        if name in config.model_fields_set and given != value:
             raise UserError(
-                f"{option_name(name)} {getattr(config, name)} differs from the adapter's {value}",
+                f"{option_name(name)} {given} differs from the adapter's {value}",
                 where=where,
                 hint="leave it out; the adapter decides over its own shape",
                 exit_code=USAGE,
@@ -161,6 +166,11 @@ def _attach(config: TrainConfig, base: LoadedModel, *, begun: bool) -> tuple[Tra
     config = config.model_copy(update=decided)
     method = make_method(config)
     return config, method, attach_trained(base.model, method, trained, Path(where))
+
+
+def _same_modules(base: LoadedModel, *targets: tuple[str, ...]) -> bool:
+    one, other = (resolve_targets(base.model, names) for names in targets)
+    return one == other
 
 
 def _refuse_dropout_outside_layers(config: TrainConfig, split: SplitModel, parameters: Parameters) -> None:

@@ -213,6 +213,17 @@ def test_rows_beyond_the_length_that_is_exact_are_refused(
     assert not Path(settings["out"]).exists()
 
 
+@pytest.mark.parametrize("target", ["all-linear", "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"])
+def test_the_modules_of_an_initial_adapter_may_be_named_in_any_way(
+    settings: dict[str, Any], tmp_path: Path, target: str
+) -> None:
+    first = train(TrainConfig(**settings)).run_dir
+    again = settings | {"init_adapter": str(first / "adapter"), "out": str(tmp_path / "again")}
+    assert train(TrainConfig(**again | {"target": target})).steps == 6
+    with pytest.raises(UserError, match="--target attention differs from the adapter's"):
+        train(TrainConfig(**again | {"target": "attention", "out": str(tmp_path / "other")}))
+
+
 def test_a_run_needs_its_initial_adapter_only_to_begin(settings: dict[str, Any], tmp_path: Path) -> None:
     first = train(TrainConfig(**settings)).run_dir
     adapter = shutil.copytree(first / "adapter", tmp_path / "start")
