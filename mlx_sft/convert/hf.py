@@ -18,27 +18,9 @@ from mlx_sft.convert.safetensors_file import (
     write_safetensors,
 )
 from mlx_sft.errors import UserError
+from mlx_sft.model.load import INDEX, LICENCE_FILES, MODEL_FILES, SINGLE
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
+SIDE_FILES = (*MODEL_FILES, *LICENCE_FILES)
 """What belongs to a model beside its weights; nothing else of a folder is copied."""
 
 

@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """A tokenizer is at least one of these."""
 
-_SMALL_FILES = (
+MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "hf_quant_config.json",
@@ -49,7 +49,9 @@ _SMALL_FILES = (
 )
 """What makes a model beside its weights."""
 
-_DOWNLOADED = [*_SMALL_FILES, "model*.safetensors", INDEX, "LICENSE*", "NOTICE*"]
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
+
+_DOWNLOADED = [*MODEL_FILES, "model*.safetensors", INDEX, *LICENCE_FILES]
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def checkpoint_fingerprint(path: Path) -> str:
     Of a large file it covers the size, the head and even samples.
     """
     digest = hashlib.sha256()
-    small = {file for pattern in _SMALL_FILES for file in path.glob(pattern) if file.is_file()}
+    small = {file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()}
     for file in sorted({*small, *weight_files(path)}):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path).as_posix()}:{size}:".encode())

@@ -12,6 +12,7 @@ import pytest
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert import sample
 from mlx_sft.convert.sample import sample_rows
+from mlx_sft.convert.verify import MOST_ROWS
 from mlx_sft.data.formats import Item, read_item
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.readers import Row
@@ -43,7 +44,7 @@ def test_no_more_rows_are_read_than_are_compared(
     write: Callable[..., str], make_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write("x.jsonl", *(f"the cat sat on {number}" for number in range(30)))
-    expected = _rows(data, make_base())[:8]
+    expected = _rows(data, make_base())[:MOST_ROWS]
     read: list[str] = []
 
     def recorded(row: Row) -> Item:
@@ -52,7 +53,7 @@ def test_no_more_rows_are_read_than_are_compared(
 
     monkeypatch.setattr(sample, "read_item", recorded)
     assert sample_rows(TrainConfig(data=data), make_base()) == (expected, FIRST)
-    assert len(read) == len(expected) == 8
+    assert len(read) == len(expected) == MOST_ROWS
 
 
 def test_rows_that_cannot_be_used_are_passed_over(write: Callable[..., str], make_base: Callable[..., Path]) -> None:
