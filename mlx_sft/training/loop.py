@@ -64,7 +64,7 @@ def train(config: TrainConfig) -> TrainResult:
     show_plan(job)
     loss = None
     with _interruptible(job), _metrics(job) as metrics:
-        if config.init_adapter and not job.run.checkpoint_steps():
+        if job.config.init_adapter and not job.run.checkpoint_steps():
             _save(job, metrics)  # so that a resumed run does not depend on a folder that others may change
         started, first = time.perf_counter(), job.progress.step
         remaining = () if job.progress.stopped else job.plan.steps(after=first)

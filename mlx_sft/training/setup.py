@@ -16,7 +16,7 @@ from mlx_sft.console import Console
 from mlx_sft.convert.adapted import attach_trained
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.peft import read_adapter
-from mlx_sft.data.batches import Plan, collate, cut
+from mlx_sft.data.batches import Plan, cut
 from mlx_sft.data.encode import Example, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
@@ -45,7 +45,7 @@ from mlx_sft.training.identity import (
 )
 from mlx_sft.training.memory import Choice, Footprint, ThisMachine, choose, prepare_device
 from mlx_sft.training.optim import AdamW
-from mlx_sft.training.step import Learner, Shape, lengths_of, padded_shape
+from mlx_sft.training.step import Learner, Shape, lengths_of, planned_shape
 
 _MOST_TRACES = 16
 _ROWS_A_NOTE = 10_000
@@ -229,7 +229,7 @@ def _compiled_shapes(choice: Choice, plan: Plan, examples: list[Example], length
         if step.epoch > 1:
             break
         for micro_batch in cut(step.rows, lengths, choice.micro_batch_tokens):
-            shapes[padded_shape(collate(examples, micro_batch))] += 1
+            shapes[planned_shape(examples, micro_batch)] += 1
     frequent = sorted(shapes.items(), key=lambda item: (-item[1], item[0]))
     return [shape for shape, times in frequent[:_MOST_TRACES] if times > 2]
 

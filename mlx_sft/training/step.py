@@ -189,6 +189,12 @@ def padded_shape(batch: Batch) -> Shape:
     return rows, width, round_up(len(batch.targets))
 
 
+def planned_shape(examples: Sequence[Example], micro_batch: MicroBatch) -> Shape:
+    """`padded_shape` of the batch that `collate` would make, without making it."""
+    supervised = sum(examples[row].supervised_tokens for row in micro_batch.rows)
+    return len(micro_batch.rows), micro_batch.width, round_up(supervised)
+
+
 def lengths_of(examples: Sequence[Example]) -> list[int]:
     """What the cut of a step goes by: the tokens of each example that must be computed."""
     return [needed_length(example) for example in examples]

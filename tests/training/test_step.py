@@ -20,7 +20,7 @@ from mlx_sft.methods import Full, Lora, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.checkpoint import dropout_key
-from mlx_sft.training.step import Learner, Shape, lengths_of, padded_shape
+from mlx_sft.training.step import Learner, Shape, lengths_of, padded_shape, planned_shape
 
 DROPOUT = {"rank": 4, "alpha": 8.0, "dropout": 0.3}
 
@@ -242,3 +242,8 @@ def test_a_shape_counts_supervised_positions_on_the_grid(examples: list[Example]
     shape: Shape = padded_shape(batch)
     assert shape == (2, 24, 16)
     assert len(batch.targets) == 9
+
+
+def test_a_planned_shape_is_that_of_the_batch(examples: list[Example]) -> None:
+    for micro_batch in cut(range(len(examples)), lengths_of(examples), token_budget=40):
+        assert planned_shape(examples, micro_batch) == padded_shape(collate(examples, micro_batch))
