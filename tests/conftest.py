@@ -183,9 +183,9 @@ def examples() -> list[Example]:
     for number, (length, learnt) in enumerate([(9, range(1, 9)), (23, [5]), (14, [13]), (17, None), (30, None)]):
         token_ids = random.integers(0, VOCABULARY, length).astype(np.int32)
         chosen = np.flatnonzero(random.random(length - 1) < 0.4) + 1 if learnt is None else np.array(learnt)
-        labels = np.full(length, IGNORED, np.int32)
-        labels[chosen] = token_ids[chosen]
-        made.append(Example(f"row {number}", token_ids, labels))
+        weights = np.zeros(length, np.float32)
+        weights[chosen] = 1
+        made.append(Example(f"row {number}", token_ids, weights))
     return made
 
 

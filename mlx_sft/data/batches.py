@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.encode import IGNORED, Example
+from mlx_sft.data.encode import Example
 
 CALL_COST = 32
 """What one more call costs, in tokens: reading the weights again and launching the kernels."""
@@ -53,12 +53,14 @@ class Batch:
         token_ids: [rows, width] int32, right-padded with 0 (a causal model never looks right).
         positions: [supervised] int32, indices into rows × width.
         targets: [supervised] int32.
+        weights: [supervised] float32, of each target in the mean loss.
         tokens: Real tokens in it.
     """
 
     token_ids: NDArray[np.int32]
     positions: NDArray[np.int32]
     targets: NDArray[np.int32]
+    weights: NDArray[np.float32]
     tokens: int
 
 
@@ -111,7 +113,7 @@ class Plan:
 
 def needed_length(example: Example) -> int:
     """Tokens that must be computed: those before the last supervised one, which needs no prediction of its own."""
-    return int(np.flatnonzero(example.labels != IGNORED)[-1])
+    return int(np.flatnonzero(example.loss_weights)[-1])
 
 
 def round_up(length: int) -> int:
@@ -154,19 +156,21 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
     ```
     """
     token_ids = np.zeros((len(micro_batch.rows), micro_batch.width), np.int32)
-    positions, targets, tokens = [], [], 0
+    positions, targets, weights, tokens = [], [], [], 0
     for row, index in enumerate(micro_batch.rows):
         example = examples[index]
         length = needed_length(example)
         token_ids[row, :length] = example.token_ids[:length]
-        learnt = np.flatnonzero(example.labels[1:] != IGNORED)
+        learnt = np.flatnonzero(example.loss_weights[1:])
         positions.append(row * micro_batch.width + learnt)
-        targets.append(example.labels[1:][learnt])
+        targets.append(example.token_ids[1:][learnt])
+        weights.append(example.loss_weights[1:][learnt])
         tokens += len(example.token_ids)
     return Batch(
         token_ids,
         np.concatenate(positions).astype(np.int32),
         np.concatenate(targets).astype(np.int32),
+        np.concatenate(weights).astype(np.float32),
         tokens,
     )
 

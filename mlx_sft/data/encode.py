@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.formats import Conversation, Document, Item
-from mlx_sft.data.template import Span, render
+from mlx_sft.data.template import NO_FACTS, Facts, Span, render
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,39 +30,46 @@ IGNORED = -100
 class Example:
     """One row as the model sees it.
 
-    Labels are *not* shifted: `labels[i]` is `token_ids[i]` or -100, and it is predicted from the tokens before it; so
-    `labels[0]` is always -100.
+    Weights and labels are *not* shifted: what is said at i is about `token_ids[i]`, which is predicted from the tokens
+    before it; so the first token is never learnt.
 
-        token_ids   <|im_start|> user ...  assistant \\n  Hi    <|im_end|> \\n
-        labels      -100         -100 ...  -100      -100 Hi    <|im_end|> -100
+        token_ids      <|im_start|> user ...  assistant \\n  Hi    <|im_end|> \\n
+        loss_weights   0            0    ...  0         0   1     1          0
+        labels         -100         -100 ...  -100      -100 Hi    <|im_end|> -100
 
     Args:
         origin: The row it came from, `chats.jsonl:17`.
         token_ids: int32, shape (n,).
-        labels: int32, shape (n,).
-        turns_with_text_left_out: Learnt turns of which the template leaves out words; see `Rendering`.
+        loss_weights: float32, shape (n,): a token's weight in the mean loss, 0 where it is not learnt.
+        facts: What a person should know about it.
     """
 
     origin: str
     token_ids: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    turns_with_text_left_out: int = 0
+    loss_weights: NDArray[np.float32]
+    facts: Facts = NO_FACTS
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
+    def labels(self) -> NDArray[np.int32]:
+        """int32, shape (n,): the token itself where it is learnt, else -100."""
+        return np.where(self.loss_weights != 0, self.token_ids, np.int32(IGNORED))
+
+    @property
     def supervised_tokens(self) -> int:
-        return int(np.count_nonzero(self.labels != IGNORED))
+        return int(np.count_nonzero(self.loss_weights))
 
     def truncated(self, length: int) -> Example:
         """Its first `length` tokens."""
-        return replace(self, token_ids=self.token_ids[:length], labels=self.labels[:length])
+        return replace(self, token_ids=self.token_ids[:length], loss_weights=self.loss_weights[:length])
 
     def digest(self) -> bytes:
-        """SHA-256 of its tokens and labels, the same on every machine; equal only for equal examples."""
-        content = np.stack([self.token_ids, self.labels]).astype("<i4")
-        return hashlib.sha256(content.tobytes()).digest()
+        """SHA-256 of its tokens and weights, the same on every machine; equal only for equal examples."""
+        return hashlib.sha256(
+            self.token_ids.astype("<i4").tobytes() + self.loss_weights.astype("<f4").tobytes()
+        ).digest()
 
 
 class Encoder:
@@ -94,15 +101,15 @@ class Encoder:
         """
         if isinstance(item, Document):
             token_ids = self._document(item)
-            mask, left_out = np.ones(len(token_ids), bool), 0
+            mask, facts = np.ones(len(token_ids), bool), NO_FACTS
         else:
-            token_ids, mask, left_out = self.conversation(item)
+            token_ids, mask, facts = self.conversation(item)
         mask[:1] = False  # nothing stands before the first token to predict it from
-        return Example(item.origin, token_ids, np.where(mask, token_ids, IGNORED).astype(np.int32), left_out)
+        return Example(item.origin, token_ids, mask.astype(np.float32), facts)
 
-    def conversation(self, conversation: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_], int]:
-        """Token ids of the template's rendering, shape (n,), which of them the model must learn, shape (n,), and the
-        number of turns with text left out."""
+    def conversation(self, conversation: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_], Facts]:
+        """Token ids of the template's rendering, shape (n,), which of them the model must learn, shape (n,), and
+        what a person should know."""
         template_kwargs = self._template_kwargs | conversation.template_kwargs
         conversation = replace(conversation, template_kwargs=template_kwargs)
         rendering = render(self.tokenizer, conversation, train_on=self.train_on, end_tokens=self._end_tokens)
@@ -111,7 +118,7 @@ class Encoder:
         offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
         added = np.array([token_id in self._added_ids for token_id in token_ids], bool)
         mask = supervised_tokens(rendering.text, rendering.spans, offsets, added)
-        return np.array(token_ids, np.int32), mask, rendering.turns_with_text_left_out
+        return np.array(token_ids, np.int32), mask, rendering.facts
 
     def _document(self, document: Document) -> NDArray[np.int32]:
         """The text's tokens with those that the tokenizer puts around every text, and an end token."""
@@ -219,7 +226,7 @@ def _covered(offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.
 
 def decoded_segments(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
     """An example as text, in pieces that are learnt (True) or not, in order; special tokens are shown."""
-    learnt = example.labels != IGNORED
+    learnt = example.loss_weights != 0
     bounds = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(example)]
     decode: Any = _unwrapped(tokenizer).decode
     segments, before = [], ""

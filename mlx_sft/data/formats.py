@@ -22,6 +22,9 @@ class Conversation:
     """Messages as a chat template takes them.
 
     The assistant turns among `messages[first_learnt:]` are learnt; what stands before is context only.
+
+    Args:
+        weights: Of each message in the loss; 0 where it is not to be learnt. None: all 1.
     """
 
     origin: str
@@ -29,6 +32,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     first_learnt: int = 0
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

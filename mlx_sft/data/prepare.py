@@ -169,7 +169,7 @@ def _read(
             report.notes.append(note)
         if kept:
             report.kept += 1
-            report.turns_with_text_left_out += kept.turns_with_text_left_out
+            report.turns_with_text_left_out += kept.facts.turns_with_text_left_out
             examples.append(kept)
     if bad and not config.skip_bad_rows:
         raise _bad_rows(source, bad)

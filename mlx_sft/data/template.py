@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,19 +66,44 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Facts:
+    """What a person should know about how a template wrote a conversation, in numbers that add up over rows.
+
+    Attributes:
+        turns: Assistant turns that are learnt.
+        turns_without_end: Those of them without a supervised end-of-turn token: the model is not taught to stop there.
+        turns_with_text_left_out: Turns that are to be learnt and have words of their own that the template leaves out,
+            such as earlier reasoning.
+        systems_left_out: System messages of which the template writes nothing.
+        systems_folded: System messages that the template writes inside another message's turn.
+    """
+
+    turns: int = 0
+    turns_without_end: int = 0
+    turns_with_text_left_out: int = 0
+    systems_left_out: int = 0
+    systems_folded: int = 0
+
+    def __add__(self, other: Facts) -> Facts:
+        return Facts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Facts)))
+
+
+NO_FACTS = Facts()
+
+
+@dataclass(frozen=True, slots=True)
 class Rendering:
     """A rendered conversation.
 
     Attributes:
         text: As the template writes it.
         spans: The half-open character spans in it that the model must learn.
-        turns_with_text_left_out: How many turns that are to be learnt have words of their own that the template leaves
-            out, such as earlier reasoning.
+        facts: What a person should know about it.
     """
 
     text: str
     spans: list[Span]
-    turns_with_text_left_out: int = 0
+    facts: Facts = NO_FACTS
 
 
 class Refusal(Exception):
@@ -132,7 +157,7 @@ def render(
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} if cut else set()
     silent = [index for index in cut if writing.is_silent(turns[index], end_tokens | added)]
     spans = [span for index, turn in turns.items() if index not in silent for span in turn]
-    return Rendering(text, spans, len(cut))
+    return Rendering(text, spans, Facts(turns=len(turns) - len(silent), turns_with_text_left_out=len(cut)))
 
 
 def todays_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The gradient of one micro-batch, and one optimizer step made of several: token-weighted, so that the cut cannot matter.
 
-    gradient of a step = Σ over its supervised tokens of dL/dθ, divided by their number, which the host knows beforehand
+    gradient of a step = Σ over its supervised tokens of weight · dL/dθ, divided by Σ weight, which the host knows beforehand
 
 Knows nothing of files, schedules or evaluation.
 """
@@ -32,8 +32,8 @@ class Evaluation:
     """Sums over a set of examples.
 
     Attributes:
-        loss: Mean over supervised tokens, in nats.
-        token_accuracy: Share of supervised tokens that are the likeliest.
+        loss: Weighted mean over supervised tokens, in nats.
+        token_accuracy: Share of supervised tokens that are the likeliest, weighted alike.
     """
 
     loss: float
@@ -74,7 +74,7 @@ class Learner:
         micro_batches: Sequence[MicroBatch],
         key: mx.array | None = None,
     ) -> tuple[mx.array, Parameters]:
-        """The mean loss over a step's supervised tokens and its gradient.
+        """The weighted mean loss over a step's supervised tokens, Σ weight · loss / Σ weight, and its gradient.
 
         Args:
             parameters: The trainable arrays.
@@ -85,12 +85,12 @@ class Learner:
             The loss, and gradients of the parameters' names and shapes; all float32 and evaluated.
         """
         batches = [collate(examples, micro_batch) for micro_batch in micro_batches]
-        weight = 1.0 / sum(len(batch.targets) for batch in batches)
+        total_weight = sum(float(batch.weights.sum(dtype=np.float64)) for batch in batches)
         keys = mx.random.split(key, len(batches) + 1) if key is not None else [None] * len(batches)
         loss = mx.array(0.0)
         total: Parameters = {}
         for batch, batch_key in zip(batches, keys, strict=False):
-            batch_loss, gradients = self._micro_step(parameters, batch, weight, batch_key)
+            batch_loss, gradients = self._micro_step(parameters, batch, total_weight, batch_key)
             loss = loss + batch_loss
             total = {name: total[name] + g if total else g for name, g in gradients.items()}
             del gradients  # so that the sum can take its place
@@ -106,7 +106,7 @@ class Learner:
     ) -> Evaluation:
         """Token-mean loss and accuracy over all examples, without dropout or gradients."""
         self._method.bind(self._split.model, parameters)
-        loss, correct, tokens, supervised = 0.0, 0.0, 0, 0
+        loss, correct, weight, tokens, supervised = 0.0, 0.0, 0.0, 0, 0
         for micro_batch in micro_batches:
             batch = collate(examples, micro_batch)
             hidden_states = self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
@@ -114,23 +114,24 @@ class Learner:
                 self._head,
                 hidden_states,
                 mx.array(batch.targets),
-                mx.ones(len(batch.targets)),
+                mx.array(batch.weights),
                 self._chunk,
             )
             mx.eval(sums)
             loss += to_float(sums[0])
             correct += to_float(sums[1])
+            weight += float(batch.weights.sum(dtype=np.float64))
             tokens += batch.tokens
             supervised += len(batch.targets)
-        return Evaluation(loss / supervised, correct / supervised, tokens, supervised)
+        return Evaluation(loss / weight, correct / weight, tokens, supervised)
 
     def _micro_step(
-        self, parameters: Parameters, batch: Batch, weight: float, key: mx.array | None
+        self, parameters: Parameters, batch: Batch, total_weight: float, key: mx.array | None
     ) -> tuple[mx.array, Parameters]:
         shape = padded_shape(batch)
         compiled = shape in self._compiled
         padding = shape[2] - len(batch.targets) if compiled else 0
-        weights = np.full(len(batch.targets), weight, np.float32)
+        weights = (batch.weights / total_weight).astype(np.float32)
         function = self._compiled_gradient if compiled else self._gradient
         return function(
             parameters,

@@ -177,13 +177,12 @@ def test_segments_show_what_is_learnt(tokenizer: PreTrainedTokenizerFast) -> Non
     assert decoded_segments(tokenizer, example.truncated(3)) == [("<|im_start|>us", False)]
 
 
-def test_examples_are_equal_in_content_only_with_equal_tokens_and_labels() -> None:
-    ids, other = np.array([1, 2, 3], np.int32), np.array([-100, 2, 3], np.int32)
-    assert Example("a", ids, other).digest() == Example("b", ids, other).digest()
-    assert (
-        len({Example("a", ids, other).digest(), Example("a", other, ids).digest(), Example("a", ids, ids).digest()})
-        == 3
-    )
+def test_examples_are_equal_in_content_only_with_equal_tokens_and_weights() -> None:
+    ids, others = np.array([1, 2, 3], np.int32), np.array([4, 2, 3], np.int32)
+    weights, halves = np.array([0, 1, 1], np.float32), np.array([0, 1, 0.5], np.float32)
+    assert Example("a", ids, weights).digest() == Example("b", ids, weights).digest()
+    different = Example("a", ids, weights), Example("a", others, weights), Example("a", ids, halves)
+    assert len({example.digest() for example in different}) == 3
 
 
 @pytest.mark.skipif(not QWEN3.is_dir(), reason="the real Qwen 3 tokenizer is not here")
@@ -220,7 +219,7 @@ def test_a_template_that_writes_the_date_can_be_pinned_to_today(make_tokenizer: 
 
 def test_a_token_beyond_the_embedding_is_refused_by_its_row() -> None:
     rows = [
-        Example(f"a:{i}", np.array(ids, np.int32), np.array(ids, np.int32))
+        Example(f"a:{i}", np.array(ids, np.int32), np.ones(len(ids), np.float32))
         for i, ids in enumerate([[], [3, 7], [2, 8]])
     ]
     check_vocabulary(rows, 9)

@@ -96,7 +96,7 @@ def test_turns_with_text_left_out_are_counted_in_rows_that_are_kept(
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hmm"}]
     data = write_rows({"messages": turn}, {"messages": 3 * turn}, {"messages": [*turn, *turn]}, {"messages": 30 * turn})
     prepared = run(qwen3, data, max_length=400, overlong="drop")
-    assert [example.turns_with_text_left_out for example in prepared.train] == [0, 2, 1]
+    assert [example.facts.turns_with_text_left_out for example in prepared.train] == [0, 2, 1]
     report = prepared.report.to_json()
     assert prepared.report.turns_with_text_left_out == report["turns_with_text_left_out"] == 3
     assert report["sources"][0]["turns_with_text_left_out"] == 3
@@ -175,7 +175,7 @@ def test_too_long_rows_are_an_error_where_asked(tokenizer: PreTrainedTokenizerFa
 
 def example(*token_ids: int) -> Example:
     ids = np.array(token_ids, np.int32)
-    return Example(f"a:{token_ids}", ids, np.where(np.arange(len(ids)) > 0, ids, IGNORED).astype(np.int32))
+    return Example(f"a:{token_ids}", ids, (np.arange(len(ids)) > 0).astype(np.float32))
 
 
 def digests(examples: list[Example]) -> list[bytes]:
@@ -281,8 +281,8 @@ def test_length_percentiles_are_lengths_that_occur() -> None:
 
 def test_the_fingerprint_tells_any_change() -> None:
     a, b, c = example(1, 2), example(1, 3), example(1, 2, 3)
-    unlearnt = Example(a.origin, a.token_ids, np.full(2, IGNORED, np.int32))
-    renamed = Example("elsewhere", a.token_ids, a.labels)
+    unlearnt = Example(a.origin, a.token_ids, np.zeros(2, np.float32))
+    renamed = Example("elsewhere", a.token_ids, a.loss_weights)
     assert fingerprint([a, b]) == fingerprint([renamed, b])
     others = [[a, b], [b, a], [a], [a, c], [unlearnt, b], []]
     assert len({fingerprint(examples) for examples in others}) == len(others)

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import MicroBatch
-from mlx_sft.data.encode import IGNORED, Example
+from mlx_sft.data.encode import Example
 from mlx_sft.methods import make_method
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
@@ -89,14 +89,13 @@ def test_a_tokens_footprint_is_within_a_factor_of_two_of_what_is_measured(
     learner = Learner(split, method, vocabulary=264, recompute=recompute)
     width = 32
     token_ids = np.arange(width + 1, dtype=np.int32)
-    labels = np.full(width + 1, IGNORED, np.int32)
-    labels[-1] = token_ids[-1]
+    weights = np.eye(1, width + 1, width, dtype=np.float32)[0]
 
     def peak(rows: int) -> int:
         micro_batches = [MicroBatch((0,) * rows, width)]
         mx.clear_cache()
         mx.reset_peak_memory()
-        mx.eval(learner.gradient(parameters, [Example("row", token_ids, labels)], micro_batches))
+        mx.eval(learner.gradient(parameters, [Example("row", token_ids, weights)], micro_batches))
         return mx.get_peak_memory()
 
     measured = (peak(12) - peak(4)) / (8 * width)
