@@ -317,7 +317,7 @@ def test_the_spans_are_those_that_a_tagged_template_marks(
             continue  # the tagged template writes earlier turns' reasoning, which the original leaves out
         conversation = Conversation("", messages, tools)
         rendering = render(tokenizer, conversation, end_tokens=frozenset({str(tokenizer.eos_token)}))
-        if rendering.turns_with_text_left_out:  # a turn of which nothing is left is tagged, and not learnt here
+        if rendering.facts.turns_with_text_left_out:  # a turn of which nothing is left is tagged, and not learnt here
             silent = {f"{end}{space}" for end in ("<|im_end|>", "<|eot_id|>", "<|end|>") for space in ("", "\n")}
             generated = [(start, end) for start, end in generated if plain[start:end] not in silent]
         assert _ink(plain, rendering.spans) == _ink(plain, generated)
@@ -336,7 +336,7 @@ def _ink(text: str, spans: list[tuple[int, int]]) -> list[int]:
 def left_out(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], train_on: Any = "all", **more: Any) -> int:
     conversation = Conversation("", list(messages), **more)
     ends = frozenset({str(tokenizer.eos_token)})
-    return render(tokenizer, conversation, train_on=train_on, end_tokens=ends).turns_with_text_left_out
+    return render(tokenizer, conversation, train_on=train_on, end_tokens=ends).facts.turns_with_text_left_out
 
 
 THINKING = assistant("Hello", reasoning_content="hmm")
