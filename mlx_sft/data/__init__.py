@@ -1,19 +1,27 @@
 """The data room: rows from files → conversations → text and spans → examples, and the report. NumPy only, never MLX.
 
-files ─► formats ─► template (watch) ─► encode ─► prepare ─► report
+files ─► readers ─► formats ─► checks ─► template (watch) ─► encode     one row: pipeline; many, in several processes: workers
+      ─► packing ─► cache ─► store                                      tokenized once, mapped from disk
+      ─► fit ─► split ─► prepare ─► report, batches
 """
 
-from mlx_sft.data.encode import Example, decoded_segments, encode_conversation
-from mlx_sft.data.prepare import PreparedData, prepare, prepare_file
+from mlx_sft.data.encode import encode_conversation
+from mlx_sft.data.example import Example, decoded_segments
+from mlx_sft.data.pipeline import Progress
+from mlx_sft.data.prepare import PreparedData, prepare, prepare_file, survey
 from mlx_sft.data.report import DataReport, SourceReport
+from mlx_sft.data.store import Examples
 
 __all__ = [
     "DataReport",
     "Example",
+    "Examples",
     "PreparedData",
+    "Progress",
     "SourceReport",
     "decoded_segments",
     "encode_conversation",
     "prepare",
     "prepare_file",
+    "survey",
 ]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.data.encode import Example
 
+Lengths = Sequence[int] | NDArray[np.int32]
 CALL_COST = 32
 """What one more call costs, in tokens: reading the weights again and launching the kernels."""
 
@@ -26,6 +27,14 @@ class MicroBatch:
 
     rows: tuple[int, ...]
     width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """One source of a mixture: how many rows it has, and its weight beside the others'."""
+
+    rows: int
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,8 @@ class Plan:
         max_steps: Number of steps instead, over as many passes as they need.
         seed: Of the order, which is another one each epoch.
         shuffle: Whether there is a random order at all.
+        mixture: Sources whose rows follow one another, and their weights. An epoch still has `rows` rows, and takes of each
+            source its share: a small one is repeated, a large one is gone through over several epochs.
     """
 
     def __init__(
@@ -85,6 +96,7 @@ class Plan:
         max_steps: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        mixture: Sequence[Portion] = (),
     ) -> None:
         self.rows = rows
         self.batch_size = batch_size
@@ -92,15 +104,16 @@ class Plan:
         self.total_steps = max_steps or epochs * self.steps_per_epoch
         self._seed = seed
         self._shuffle = shuffle
+        self.mixture = tuple(mixture)
+        self._shares = shares(rows, [portion.weight for portion in mixture])
 
     def steps(self, after: int = 0) -> Iterator[Step]:
         """The steps that follow step number `after`."""
-        order, order_epoch = np.arange(self.rows), -1
+        order, order_epoch = np.arange(0), -1
         for number in range(after + 1, self.total_steps + 1):
             epoch, within = divmod(number - 1, self.steps_per_epoch)
-            if self._shuffle and epoch != order_epoch:
-                order = np.random.default_rng([self._seed, epoch]).permutation(self.rows)
-                order_epoch = epoch
+            if epoch != order_epoch:
+                order, order_epoch = self._order(epoch), epoch
             rows = order[within * self.batch_size : (within + 1) * self.batch_size]
             done = min((within + 1) * self.batch_size, self.rows)
             yield Step(
@@ -109,6 +122,42 @@ class Plan:
                 ends_epoch=within + 1 == self.steps_per_epoch,
                 rows=tuple(int(row) for row in rows),
             )
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The rows of an epoch."""
+        rows = self._mixed(epoch) if self.mixture else np.arange(self.rows)
+        return np.random.default_rng([self._seed, epoch]).permutation(rows) if self._shuffle else rows
+
+    def _mixed(self, epoch: int) -> NDArray[np.int64]:
+        """Each source's share, evenly interleaved."""
+        first, drawn, places = 0, [], []
+        for source, (portion, share) in enumerate(zip(self.mixture, self._shares, strict=True)):
+            drawn.append(first + self._next_rows(source, portion.rows, range(epoch * share, (epoch + 1) * share)))
+            places.append((np.arange(share) + 0.5) / max(1, share))
+            first += portion.rows
+        rows: NDArray[np.int64] = np.concatenate(drawn)[np.argsort(np.concatenate(places), kind="stable")]
+        return rows
+
+    def _next_rows(self, source: int, rows: int, positions: range) -> NDArray[np.int64]:
+        """A source is gone through again and again, in another order each time; these positions of that."""
+        passes = []
+        for number in range(positions.start // rows, -(-positions.stop // rows)):
+            order = np.arange(rows)
+            passes.append(
+                np.random.default_rng([self._seed, source, number]).permutation(order) if self._shuffle else order
+            )
+        skipped = positions.start // rows * rows
+        return np.concatenate([np.arange(0), *passes])[positions.start - skipped : positions.stop - skipped]
+
+
+def shares(rows: int, weights: Sequence[float]) -> list[int]:
+    """So many rows divided in proportion to weights, the remainders going to the largest fractions; they sum to `rows`."""
+    exact = [rows * weight / sum(weights) for weight in weights]
+    whole = [int(share) for share in exact]
+    by_fraction = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
+    for index in by_fraction[: rows - sum(whole)]:
+        whole[index] += 1
+    return whole
 
 
 def needed_length(example: Example) -> int:
@@ -122,7 +171,7 @@ def round_up(length: int) -> int:
     return -(-length // step) * step
 
 
-def cut(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[MicroBatch]:
+def cut(rows: Sequence[int], lengths: Lengths, token_budget: int) -> list[MicroBatch]:
     """Cut a step's rows, sorted by length, where padded tokens plus `CALL_COST` a call are fewest.
 
     Args:
@@ -131,7 +180,7 @@ def cut(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[
         token_budget: Padded tokens that fit at once; a single longer row goes alone.
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    widths = [round_up(lengths[row]) for row in ordered]
+    widths = [round_up(int(lengths[row])) for row in ordered]
     best: list[tuple[int, int]] = [(0, 0)]  # cost of the first `end` rows, and where their last cut is
     for end in range(1, len(ordered) + 1):
         width = widths[end - 1]
@@ -175,7 +224,7 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
     )
 
 
-def cut_all(lengths: Sequence[int], token_budget: int, rows_at_once: int) -> list[MicroBatch]:
+def cut_all(lengths: Lengths, token_budget: int, rows_at_once: int) -> list[MicroBatch]:
     """All rows cut for evaluation, where there are no steps: similar lengths together, whatever their order."""
     ordered = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     groups = (ordered[i : i + rows_at_once] for i in range(0, len(ordered), rows_at_once))

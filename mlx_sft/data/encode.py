@@ -1,143 +1,214 @@
-"""Text and spans → `Example`: token ids, and labels that are -100 where nothing is learnt.
+"""Item + settings → `Example`: a conversation's text and spans, or a document's text, in tokens.
 
 Knows tokenizers; knows nothing of files, or of how a template writes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.formats import Conversation, Document, Item
-from mlx_sft.data.template import NO_FACTS, Facts, Span, render
+from mlx_sft.data.alignment import Alignment
+from mlx_sft.data.example import IGNORED, Example, View, decoded_pieces, decoded_segments
+from mlx_sft.data.formats import Conversation, Document, Item, Tokens, take_weights
+from mlx_sft.data.mask.arguments import as_the_template_takes_them
+from mlx_sft.data.mask.turns import NOBODY, Integers, assistant_messages
+from mlx_sft.data.template import NO_FACTS, Facts, render
+from mlx_sft.data.tokenizer import end_tokens, unwrapped
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-"""The label of a token that is not learnt, as in PyTorch."""
+    from mlx_sft.config import TrainConfig
+
+__all__ = [
+    "IGNORED",
+    "EncodeSettings",
+    "Encoder",
+    "Example",
+    "View",
+    "decoded_segments",
+    "encode_conversation",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One row as the model sees it.
-
-    Weights and labels are *not* shifted: what is said at i is about `token_ids[i]`, which is predicted from the tokens
-    before it; so the first token is never learnt.
-
-        token_ids      <|im_start|> user ...  assistant \\n  Hi    <|im_end|> \\n
-        loss_weights   0            0    ...  0         0   1     1          0
-        labels         -100         -100 ...  -100      -100 Hi    <|im_end|> -100
+class EncodeSettings:
+    """What of a conversation is learnt, and how its template is told to write it.
 
     Args:
-        origin: The row it came from, `chats.jsonl:17`.
-        token_ids: int32, shape (n,).
-        loss_weights: float32, shape (n,): a token's weight in the mean loss, 0 where it is not learnt.
-        facts: What a person should know about it.
+        train_on: All assistant turns, only the last, or each as an example of its own (`every-turn`): the conversation up
+            to that turn, rendered as it would be where the model writes it.
+        template_kwargs: Variables of the chat template; a conversation's own go before them.
+        train_think_prefill: Learn an empty think block at the start of a turn.
+        append_eos: Put the tokenizer's end-of-sequence token after a last turn that has none.
+        verbatim: Take the conversation as it stands. Otherwise calls' arguments that are JSON text are given to the template
+            as objects where it would quote the text, and a turn of whose words the template leaves nothing but its end is
+            not learnt: it would teach to say nothing.
     """
 
-    origin: str
-    token_ids: NDArray[np.int32]
-    loss_weights: NDArray[np.float32]
-    facts: Facts = NO_FACTS
+    train_on: Literal["all", "last", "every-turn"] = "all"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    train_think_prefill: bool = True
+    append_eos: bool = False
+    verbatim: bool = False
 
-    def __len__(self) -> int:
-        return len(self.token_ids)
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> EncodeSettings:
+        return cls(config.train_on, config.chat_template_kwargs, config.train_think_prefill, config.append_eos)
 
-    @property
-    def labels(self) -> NDArray[np.int32]:
-        """int32, shape (n,): the token itself where it is learnt, else -100."""
-        return np.where(self.loss_weights != 0, self.token_ids, np.int32(IGNORED))
 
-    @property
-    def supervised_tokens(self) -> int:
-        return int(np.count_nonzero(self.loss_weights))
-
-    def truncated(self, length: int) -> Example:
-        """Its first `length` tokens."""
-        return replace(self, token_ids=self.token_ids[:length], loss_weights=self.loss_weights[:length])
-
-    def digest(self) -> bytes:
-        """SHA-256 of its tokens and weights, the same on every machine; equal only for equal examples."""
-        return hashlib.sha256(
-            self.token_ids.astype("<i4").tobytes() + self.loss_weights.astype("<f4").tobytes()
-        ).digest()
+DEFAULT_SETTINGS = EncodeSettings()
 
 
 class Encoder:
-    """Turns conversations and documents into examples with one tokenizer.
+    """Turns conversations, documents and tokens into examples with one tokenizer. It can be pickled.
 
     Args:
         tokenizer: A fast tokenizer of transformers, or mlx-lm's wrapper of one.
-        train_on: Learn all assistant turns of a conversation, or only the last.
-        template_kwargs: Variables of the chat template; a conversation's own go before them.
+        settings: What of a conversation is learnt.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        train_on: Literal["all", "last"] = "all",
-        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
-        self.tokenizer = _unwrapped(tokenizer)
-        self.train_on: Literal["all", "last"] = train_on
-        self._template_kwargs = dict(template_kwargs)
+    def __init__(self, tokenizer: Any, settings: EncodeSettings = DEFAULT_SETTINGS) -> None:
+        self.tokenizer = unwrapped(tokenizer)
+        self.settings = settings
         self._added_ids = frozenset(self.tokenizer.added_tokens_decoder)
-        self._end_tokens = _end_tokens(tokenizer, self.tokenizer)
+        self._end_tokens = end_tokens(tokenizer)
 
-    def encode(self, item: Item) -> Example:
-        """The whole example, however long.
+    def encode(self, item: Item) -> list[Example]:
+        """The examples of an item, each whole, however long: one, or for `every-turn` one an assistant turn that is learnt.
+
+        Where nothing is to be learnt, the one example has no supervised token.
 
         Raises:
             UserError: naming the item's origin, where it cannot be rendered or tokenized.
         """
+        return [encoded.example() for encoded in self.encoded(item)]
+
+    def view(self, item: Item) -> list[View]:
+        """The examples of an item as `encode` gives them, with their text.
+
+        Raises:
+            UserError: as `encode` does.
+        """
+        return [encoded.view(self.tokenizer) for encoded in self.encoded(item)]
+
+    def encoded(self, item: Item) -> list[Encoded]:
+        """What `encode` and `view` both show of an item."""
         if isinstance(item, Document):
-            token_ids = self._document(item)
-            mask, facts = np.ones(len(token_ids), bool), NO_FACTS
-        else:
-            token_ids, mask, facts = self.conversation(item)
-        mask[:1] = False  # nothing stands before the first token to predict it from
-        return Example(item.origin, token_ids, mask.astype(np.float32), facts)
+            return [self._document(item)]
+        if isinstance(item, Tokens):
+            return [self._tokens(item)]
+        conversation = replace(item, template_kwargs=self.settings.template_kwargs | item.template_kwargs)
+        if not self.settings.verbatim:
+            conversation = as_the_template_takes_them(self.tokenizer, conversation)
+        learnt = learnt_messages(conversation)
+        if self.settings.train_on == "last":
+            last = max(assistant_messages(conversation.messages), default=NOBODY)
+            learnt = [index for index in learnt if index == last]
+        if self.settings.train_on != "every-turn" or not learnt:
+            return [self._conversation(conversation, learnt)]
+        return [
+            self._conversation(_through(conversation, index, number), [index], in_context=True)
+            for number, index in enumerate(learnt, 1)
+        ]
 
-    def conversation(self, conversation: Conversation) -> tuple[NDArray[np.int32], NDArray[np.bool_], Facts]:
-        """Token ids of the template's rendering, shape (n,), which of them the model must learn, shape (n,), and
-        what a person should know."""
-        template_kwargs = self._template_kwargs | conversation.template_kwargs
-        conversation = replace(conversation, template_kwargs=template_kwargs)
-        rendering = render(self.tokenizer, conversation, train_on=self.train_on, end_tokens=self._end_tokens)
-        encoding = self._tokenize(rendering.text, conversation.origin, return_offsets_mapping=True)
-        token_ids: list[int] = encoding["input_ids"]
-        offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
-        added = np.array([token_id in self._added_ids for token_id in token_ids], bool)
-        mask = supervised_tokens(rendering.text, rendering.spans, offsets, added)
-        return np.array(token_ids, np.int32), mask, rendering.facts
+    def _conversation(self, conversation: Conversation, learnt: list[int], in_context: bool = False) -> Encoded:
+        """A conversation of which these messages are learnt."""
+        rendering = render(
+            self.tokenizer,
+            conversation,
+            learnt,
+            end_tokens=self._end_tokens,
+            think_prefill=self.settings.train_think_prefill,
+            silent_turns=self.settings.verbatim,
+            in_context=in_context,
+        )
+        token_ids, alignment = self._tokenize(rendering.text, conversation.origin)
+        weights = np.zeros(len(token_ids), np.float32)
+        for turn in rendering.turns:
+            weight = 1.0 if conversation.weights is None else conversation.weights[turn.message]
+            weights[alignment.supervised(turn.spans)] = weight
+        facts, appended = rendering.facts, 0
+        last = rendering.turns[-1] if rendering.turns else None
+        if self.settings.append_eos and last and not last.ends and last.message == len(conversation.messages) - 1:
+            end, after = self.tokenizer.eos_token_id, int(np.flatnonzero(weights)[-1]) + 1
+            if end is not None and not rendering.text[alignment.ends[after - 1] :].strip():
+                token_ids = np.append(token_ids[:after], np.int32(end))
+                weights = np.append(weights[:after], weights[after - 1])
+                facts = replace(facts, turns_without_end=facts.turns_without_end - 1)
+                appended = 1
+        return Encoded(conversation.origin, token_ids, weights, facts, alignment, rendering.owners, appended)
 
-    def _document(self, document: Document) -> NDArray[np.int32]:
+    def _document(self, document: Document) -> Encoded:
         """The text's tokens with those that the tokenizer puts around every text, and an end token."""
-        ids = self._tokenize(document.text, document.origin, add_special_tokens=True)["input_ids"]
+        token_ids, alignment = self._tokenize(document.text, document.origin, add_special_tokens=True)
         end = self.tokenizer.eos_token_id
-        return np.array(ids if end is None or ids[-1:] == [end] else [*ids, end], np.int32)
+        appended = int(end is not None and token_ids[-1:].tolist() != [end])
+        token_ids = np.append(token_ids, np.full(appended, end, np.int32)) if appended else token_ids
+        weights = np.ones(len(token_ids), np.float32)
+        return Encoded(document.origin, token_ids, weights, alignment=alignment, appended=appended)
 
-    def _tokenize(self, text: str, origin: str, **options: Any) -> dict[str, list[Any]]:
+    def _tokens(self, tokens: Tokens) -> Encoded:
+        weights = np.array(tokens.labels, np.int64) != IGNORED
+        return Encoded(tokens.origin, np.array(tokens.token_ids, np.int32), weights.astype(np.float32))
+
+    def _tokenize(
+        self, text: str, origin: str, add_special_tokens: bool = False
+    ) -> tuple[NDArray[np.int32], Alignment]:
         _check_unicode(text, origin)
-        options = {"add_special_tokens": False, "verbose": False, **options}
         try:
-            encoding: dict[str, list[Any]] = self.tokenizer(text, **options)
+            encoding = self.tokenizer(
+                text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
+            )
         except NotImplementedError as error:
             raise UserError(
                 f"the tokenizer {self.tokenizer.name_or_path} does not say where its tokens stand in the text",
                 where=origin,
                 hint="use a checkpoint with a tokenizer.json",
             ) from error
-        return encoding
+        ids: list[int] = encoding["input_ids"]
+        offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+        added = np.array([token_id in self._added_ids for token_id in ids], bool)
+        return np.array(ids, np.int32), Alignment.of(text, offsets, added)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tokens with their weights, where they stand in the text that they were made from, and who wrote its characters.
+
+    The last `appended` tokens do not stand in the text; the others are its first ones.
+    """
+
+    origin: str
+    token_ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    facts: Facts = NO_FACTS
+    alignment: Alignment | None = None
+    characters: Integers | None = None
+    appended: int = 0
+
+    def example(self) -> Example:
+        weights = self.weights.copy()
+        weights[:1] = 0  # nothing stands before the first token to predict it from
+        return Example(self.origin, self.token_ids, weights, self.facts)
+
+    def view(self, tokenizer: PreTrainedTokenizerBase) -> View:
+        token_ids: list[int] = self.token_ids.tolist()
+        nobody = np.full(len(token_ids), NOBODY, np.int32)
+        if self.alignment is None:
+            return View(self.example(), decoded_pieces(tokenizer, token_ids), nobody)
+        aligned = len(token_ids) - self.appended
+        pieces = self.alignment.pieces()[:aligned]
+        pieces += [str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in token_ids[aligned:]]
+        if self.characters is None:
+            return View(self.example(), pieces, nobody)
+        owners = self.alignment.owners(self.characters)[:aligned]
+        return View(self.example(), pieces, np.append(owners, np.repeat(owners[-1:], self.appended)))
 
 
 def encode_conversation(
@@ -150,7 +221,8 @@ def encode_conversation(
 
     The token ids equal the plain tokenization of the text that the tokenizer's own chat template renders. The mask covers
     every assistant turn (content, reasoning, tool calls) through its end-of-turn token; neither the header that the
-    generation prompt supplies, nor white space after the end of the turn.
+    generation prompt supplies, nor white space after the end of the turn. A message with `"train": false` or
+    `"weight": 0` is not learnt.
 
     Args:
         tokenizer: A fast tokenizer of transformers, or mlx-lm's wrapper of one.
@@ -163,83 +235,33 @@ def encode_conversation(
     """
     if not messages or not all(isinstance(message, dict) for message in messages):
         raise UserError("messages must be a list of objects with role and content, at least one")
-    conversation = Conversation("", messages, tools, template_kwargs)
-    token_ids, mask, _ = Encoder(tokenizer).conversation(conversation)
-    return token_ids.tolist(), mask.astype(int).tolist()
+    try:
+        messages, weights = take_weights(messages)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    conversation = Conversation("", messages, tools, template_kwargs, weights=weights)
+    (encoded,) = Encoder(tokenizer, EncodeSettings(verbatim=True)).encoded(conversation)
+    return encoded.token_ids.tolist(), (encoded.weights > 0).astype(int).tolist()
 
 
-def check_vocabulary(examples: Iterable[Example], vocabulary: int) -> None:
-    """Raise `UserError` at the first token that a model has no embedding for: MLX would read past the table's end.
-
-    Args:
-        examples: What is to be computed.
-        vocabulary: Rows of the model's embedding.
-    """
-    for example in examples:
-        largest = int(example.token_ids.max(initial=0))
-        if largest >= vocabulary:
-            raise UserError(
-                f"the tokenizer gives token {largest} here, and the model has embeddings only for 0 to {vocabulary - 1}",
-                where=example.origin,
-                hint="tokenizer and checkpoint do not belong together; take both from the same model",
-            )
+def learnt_messages(conversation: Conversation) -> list[int]:
+    """The indices of the assistant messages that the conversation wants learnt."""
+    weights = conversation.weights
+    return [
+        index
+        for index in assistant_messages(conversation.messages)
+        if index >= conversation.first_learnt and (weights is None or weights[index] > 0)
+    ]
 
 
-def supervised_tokens(
-    text: str, spans: list[Span], offsets: NDArray[np.int64], added: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Which tokens a model must learn so that it writes the spans: those that overlap one.
-
-    Left out are a token that goes past the end of a span and shares only white space with it, and an added token that
-    began before the span (one that swallows the white space behind it).
-
-    Args:
-        text: The rendered conversation.
-        spans: Half-open character spans.
-        offsets: Shape (n, 2), the characters from and to which each token stands.
-        added: Shape (n,), whether a token is one of the tokenizer's added tokens.
-
-    Returns:
-        Shape (n,).
-    """
-    starts, ends = _covered(offsets)
-    mask = np.zeros(len(offsets), bool)
-    for first, last in spans:
-        overlaps = (starts < last) & (ends > first) & ~(added & (starts < first))
-        for index in np.flatnonzero(overlaps & (ends > last)):
-            overlaps[index] = not text[max(first, starts[index]) : last].isspace()
-        mask |= overlaps
-    return mask
-
-
-def _covered(offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The characters that tokens stand for, as if they tiled the text.
-
-    Some tokenizers leave out the spaces around a token, down to nothing for a token that is a space; and the tokens of
-    one character of several bytes share its place, the later ones in some tokenizers with a width of 0.
-    """
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    reached = np.maximum.accumulate(np.concatenate([[0], ends[:-1]])) if len(ends) else ends
-    starts = np.minimum(starts, reached)
-    return np.where(starts == ends, np.maximum(starts - 1, 0), starts), ends
-
-
-def decoded_segments(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
-    """An example as text, in pieces that are learnt (True) or not, in order; special tokens are shown."""
-    learnt = example.loss_weights != 0
-    bounds = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(example)]
-    decode: Any = _unwrapped(tokenizer).decode
-    segments, before = [], ""
-    for first, last in pairwise(bounds):
-        # From the start each time: some decoders change the first token of what they are given.
-        text: str = decode(
-            example.token_ids[:last].tolist(),
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-        )
-        segments.append((text[len(before) :], bool(learnt[first])))
-        before = text
-    return segments
+def _through(conversation: Conversation, index: int, number: int) -> Conversation:
+    """The conversation up to message `index`, the so-manieth turn that is learnt."""
+    return replace(
+        conversation,
+        origin=f"{conversation.origin}#{number}",
+        messages=conversation.messages[: index + 1],
+        weights=None if conversation.weights is None else conversation.weights[: index + 1],
+    )
 
 
 def _check_unicode(text: str, origin: str) -> None:
@@ -251,19 +273,3 @@ def _check_unicode(text: str, origin: str) -> None:
             where=origin,
             hint="the text was cut inside a character, such as an emoji; remove it",
         ) from None
-
-
-def _unwrapped(tokenizer: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer itself: mlx-lm's wrapper is not callable, and gives templates further arguments."""
-    from transformers import PreTrainedTokenizerBase  # slow to import
-
-    inner: PreTrainedTokenizerBase = (
-        tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer._tokenizer
-    )
-    return inner
-
-
-def _end_tokens(tokenizer: Any, inner: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Texts of the end-of-sequence tokens: the tokenizer's, and those that mlx-lm's wrapper read from the checkpoint."""
-    ids = {inner.eos_token_id} if tokenizer is inner else set(tokenizer.eos_token_ids)
-    return frozenset(str(inner.convert_ids_to_tokens(int(i))) for i in ids if i is not None)

@@ -1,235 +1,206 @@
-"""Row → `Conversation` or `Document`, by the row's shape.
+"""Row → `Conversation`, `Document` or `Tokens`: which shape the rows of a file have, and where a row keeps its parts.
 
-Knows the shapes that rows come in, and nothing of files, templates or tokens. A shape is one entry of `SHAPES`.
+Knows how a shape is told; knows nothing of files, templates or tokenizers. What a shape holds is `shapes`', and what is inside
+of messages is `messages`'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_sft.data.readers import Row, parse_json
-from mlx_sft.errors import UserError, did_you_mean
+from mlx_sft.data.messages import REASONING_KEYS, nearest, shown, take_weights
+from mlx_sft.data.readers import Row
+from mlx_sft.data.shapes import SHAPES, Conversation, Document, Item, Shape, Tokens
+from mlx_sft.errors import USAGE, UserError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""The names under which a message's reasoning travels, the standard one first."""
+__all__ = [
+    "REASONING_KEYS",
+    "SHAPES",
+    "Conversation",
+    "Document",
+    "Item",
+    "MixedShapes",
+    "RowReader",
+    "Tokens",
+    "read_item",
+    "take_weights",
+]
+
+_BY_NAME = {shape.name: shape for shape in SHAPES}
+_PARTS = {"user": "prompt", "assistant": "completion"} | {
+    key: key for shape in SHAPES for key in (*shape.keys, *shape.optional)
+}
+"""What `--columns` may name → the key that it stands for."""
+
+
+class MixedShapes(UserError):
+    """A row of another shape than the first row of its file."""
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages as a chat template takes them.
-
-    The assistant turns among `messages[first_learnt:]` are learnt; what stands before is context only.
+class RowReader:
+    """Reads the rows of one file, which are all of one shape. It can be pickled.
 
     Args:
-        weights: Of each message in the loss; 0 where it is not to be learnt. None: all 1.
+        format: The shape's name, or `auto`: that of the first row.
+        columns: Where a row keeps its parts: `{"user": "question", "assistant": "answer"}`, or a shape's own keys under other
+            names, `{"messages": "dialogue"}`.
+
+    Raises:
+        UserError: for a format or a part that does not exist.
     """
 
-    origin: str
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    first_learnt: int = 0
-    weights: tuple[float, ...] | None = None
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    _first: tuple[str, str] | None = None
+    """The settled shape, and the origin of the row that settled it."""
 
+    def __post_init__(self) -> None:
+        if self.format != "auto" and self.format not in _BY_NAME:
+            known = ", ".join(("auto", *_BY_NAME))
+            hint = nearest(self.format, _BY_NAME) or f"known are {known}"
+            raise UserError(f"no format is named {shown(self.format)}", where="format", hint=hint, exit_code=USAGE)
+        for part in self.columns:
+            if part not in _PARTS:
+                hint = nearest(part, _PARTS) or f"parts are {', '.join(_PARTS)}"
+                raise UserError(f"no part of a row is named {shown(part)}", where="columns", hint=hint, exit_code=USAGE)
+        keys = [_PARTS[part] for part in self.columns]
+        if len(set(keys)) < len(keys):
+            hint = "user is the same as prompt, and assistant the same as completion"
+            raise UserError("a part of a row is named twice", where="columns", hint=hint, exit_code=USAGE)
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """Plain text, learnt as a whole."""
+    @property
+    def shape(self) -> str | None:
+        """The name of the shape that all rows have, once it is settled."""
+        if self._first:
+            return self._first[0]
+        return None if self.format == "auto" else self.format
 
-    origin: str
-    text: str
+    def settled_by(self, row: Row) -> RowReader:
+        """A reader for rows of this row's shape only.
 
+        Raises:
+            UserError: for a row of no known shape, which settles nothing; with the exit code for wrong usage where a column
+                that is asked for is not in it.
+        """
+        for column in self.columns.values():
+            if column not in row.value:
+                hint = nearest(column, row.value) or f"its columns are {_keys_shown(row.value)}"
+                hint += "; a row that has none of it may say null"
+                what = f"the first row has no column {shown(column)}"
+                raise UserError(what, where=row.origin, hint=hint, exit_code=USAGE)
+        return replace(self, _first=(self._shape_of(self._renamed(row)).name, row.origin))
 
-Item = Conversation | Document
+    def read(self, row: Row) -> Item:
+        """The conversation, document or tokens in a row.
 
+        Raises:
+            MixedShapes: for a row of another shape than the row that settled this reader; naming both.
+            UserError: naming the row's origin, what is wrong with it and what would be right.
+        """
+        renamed = self._renamed(row)
+        shape = self._shape_of(renamed)
+        try:
+            return shape.read(renamed)
+        except ValueError as error:
+            names = [f"{_PARTS[part]} is its column {shown(column)}" for part, column in self.columns.items()]
+            hint = "; ".join([f"such a row is {shape.example}", *names])
+            raise UserError(str(error), where=row.origin, hint=hint) from None
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A form of row: the keys that tell it, how it is written, and its reader, which raises `ValueError` with a reason."""
+    def _renamed(self, row: Row) -> Row:
+        """The row with its parts under the keys of the shapes."""
+        if not self.columns:
+            return row
+        others = {key: value for key, value in row.value.items() if key not in self.columns.values()}
+        parts = {_PARTS[part]: row.value.get(column) for part, column in self.columns.items()}
+        return Row(row.origin, others | parts)
 
-    keys: tuple[str, ...]
-    example: str
-    read: Callable[[Row], Item]
+    def _shape_of(self, row: Row) -> Shape:
+        present = {key for key, value in row.value.items() if value is not None}
+        found = self._told_by(present)
+        if self.shape is None:
+            if found is None:
+                raise _unknown(row)
+            return found
+        settled = _BY_NAME[self.shape]
+        if present.issuperset(settled.keys):
+            return settled
+        if self.format != "auto":
+            missing = " and ".join(shown(key) for key in settled.keys if key not in present)
+            what = f"not a row of the format {settled.name}: it has no {missing}"
+            raise UserError(what, where=row.origin, hint=f"such a row is {settled.example}")
+        if found is None or self._first is None:
+            raise _unknown(row)
+        raise MixedShapes(
+            f"this row is {found.name}, where {self._first[1]} is {settled.name}",
+            where=row.origin,
+            hint="put rows of one shape into one file, and give both: --data a.jsonl --data b.jsonl",
+        )
+
+    def _told_by(self, present: set[str]) -> Shape | None:
+        """The first shape whose keys are there; where columns name keys that tell a shape, one that they tell."""
+        named = {_PARTS[part] for part in self.columns} & {key for shape in SHAPES for key in shape.keys}
+        told = (s for s in SHAPES if present.issuperset(s.keys) and (not named or named.intersection(s.keys)))
+        return next(told, None)
 
 
 def read_item(row: Row) -> Item:
-    """The conversation or document in a row.
+    """The conversation, document or tokens in a row, by its own shape; raises `UserError`."""
+    return RowReader().read(row)
 
-    Raises:
-        UserError: naming the row's origin, what is wrong with it and what would be right.
-    """
-    present = {key for key, value in row.value.items() if value is not None}
-    shape = next((shape for shape in SHAPES if present.issuperset(shape.keys)), None)
+
+def _unknown(row: Row) -> UserError:
+    is_preference = {"chosen", "rejected"} <= row.value.keys()
+    kind = (
+        "a row of preferences, of which only the chosen answer can be learnt"
+        if is_preference
+        else "a row without a known shape"
+    )
+    what = f"{kind}: {'it has ' + _keys_shown(row.value) if row.value else 'it is empty'}"
     hint = "a row is one of " + ", ".join(shape.example for shape in SHAPES)
-    if shape is None:
-        raise UserError(f"a row without a known shape: {_keys_shown(row.value)}", where=row.origin, hint=hint)
-    try:
-        return shape.read(row)
-    except ValueError as error:
-        raise UserError(str(error), where=row.origin, hint=f"such a row is {shape.example}") from None
+    columns = _columns_for(row.value)
+    return UserError(
+        what, where=row.origin, hint=f"say where its parts are: --columns {columns}; {hint}" if columns else hint
+    )
 
 
 def _keys_shown(value: dict[str, Any]) -> str:
-    if not value:
-        return "it is empty"
     names = [f"{shown(key)} (null)" if item is None else shown(key) for key, item in value.items()]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"it has {', '.join(names[:8])}{more}"
+    return ", ".join(names[:8]) + more
 
 
-def _read_messages(row: Row) -> Conversation:
-    return _conversation(row, _messages(row.value["messages"], "messages"))
+_ASKED = ("question", "query", "instruction", "prompt", "input", "problem", "user", "human")
+_ANSWERED = ("answer", "response", "output", "completion", "chosen", "solution", "assistant", "gpt")
+_WRITTEN = ("text", "content", "document", "article", "story", "passage", "body")
 
 
-def _read_prompt_completion(row: Row) -> Conversation:
-    prompt = _as_messages(row.value["prompt"], "prompt", "user")
-    completion = _as_messages(row.value["completion"], "completion", "assistant")
-    return _conversation(row, prompt + completion, first_learnt=len(prompt))
+def _columns_for(value: dict[str, Any]) -> str:
+    """The columns that a row of no known shape seems to mean; empty where nothing is like one."""
+    conversations = {key: item for key, item in value.items() if _is_conversation(item)}
+    chosen = conversations.get("chosen", [])
+    if len(chosen) == 1 and "prompt" in value:
+        return "user=prompt,assistant=chosen"
+    for key in ("chosen", *conversations) if chosen else conversations:
+        if key.isprintable() and len(key) <= 100:
+            return f"messages={key}"
+    lower = {key.lower(): key for key, item in value.items() if isinstance(item, str)}
+    asked, answered, text = (
+        next((lower[name] for name in names if name in lower), "") for names in (_ASKED, _ANSWERED, _WRITTEN)
+    )
+    if not (asked and answered):
+        return f"text={text}" if text else ""
+    is_alpaca = asked.lower() == "instruction"
+    parts = {"instruction": asked, "output": answered} if is_alpaca else {"user": asked, "assistant": answered}
+    if is_alpaca and "context" in lower:
+        parts["input"] = lower["context"]
+    if "system_prompt" in lower:
+        parts["system"] = lower["system_prompt"]
+    return ",".join(f"{part}={column}" for part, column in parts.items() if part != column)
 
 
-def _read_text(row: Row) -> Document:
-    text = row.value["text"]
-    if not isinstance(text, str):
-        raise ValueError(f"text must be a string, not {kind(text)}")
-    if not text.strip():
-        raise ValueError("text is empty: there is nothing to learn")
-    return Document(row.origin, text)
-
-
-SHAPES: tuple[Shape, ...] = (
-    Shape(("messages",), '{"messages": [{"role": "user", "content": "..."}, ...]}', _read_messages),
-    Shape(("prompt", "completion"), '{"prompt": "...", "completion": "..."}', _read_prompt_completion),
-    Shape(("text",), '{"text": "..."}', _read_text),
-)
-"""The known shapes; a row that has the keys of several is the first of them."""
-
-
-def _conversation(row: Row, messages: list[dict[str, Any]], first_learnt: int = 0) -> Conversation:
-    learnt = [message for message in messages[first_learnt:] if message["role"] == "assistant"]
-    if not learnt:
-        raise ValueError("a conversation with nothing to learn: it has no assistant turn")
-    if not any(_says_something(message) for message in learnt):
-        raise ValueError("a conversation with nothing to learn: every assistant turn is empty")
-    tools = _parsed(row.value.get("tools"), "tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"tools must be a list of objects, not {kind(tools)}")
-    template_kwargs = _parsed(row.value.get("chat_template_kwargs"), "chat_template_kwargs")
-    if template_kwargs is not None and not isinstance(template_kwargs, dict):
-        raise ValueError(f"chat_template_kwargs must be an object, not {kind(template_kwargs)}")
-    return Conversation(row.origin, messages, tools or None, template_kwargs or {}, first_learnt)
-
-
-def _says_something(message: dict[str, Any]) -> bool:
-    texts = [message.get(key) or "" for key in ("content", *REASONING_KEYS)]
-    return "tool_calls" in message or any(text.strip() for text in texts)
-
-
-def _as_messages(value: Any, name: str, role: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return _messages(value, name)
-
-
-def _messages(value: Any, name: str) -> list[dict[str, Any]]:
-    value = _parsed(value, name)
-    if not isinstance(value, list):
-        raise ValueError(f"{name} must be a list, not {kind(value)}")
-    if not value:
-        raise ValueError(f"{name} is empty")
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
-
-
-def _message(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{place} must be an object with role and content, not {kind(value)}")
-    message = {key: item for key, item in value.items() if item is not None}
-    role = message.get("role")
-    if role is None:
-        raise ValueError(f"{place} has no role")
-    if role not in ROLES:
-        guess = did_you_mean(role, ROLES) if isinstance(role, str) else ""
-        known = guess or f"known are {', '.join(ROLES)}"
-        raise ValueError(f"{place} has the unknown role {shown(role)}; {known}")
-    for key in REASONING_KEYS:
-        if not isinstance(message.get(key, ""), str):
-            raise ValueError(f"{place}.{key} must be a string, not {kind(message[key])}")
-    _check_tool_calls(message, place)
-    if "content" in message:
-        message["content"] = _text(message["content"], f"{place}.content")
-    elif "tool_calls" not in message:
-        raise ValueError(f"{place} has no content")
-    return message
-
-
-def _text(content: Any, place: str) -> str:
-    """Content as one string; text parts are joined, as templates that know parts write them."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(f"{place} must be a string or a list of text parts, not {kind(content)}")
-    texts = []
-    for index, part in enumerate(content):
-        is_text = isinstance(part, dict) and part.get("type", "text") == "text"
-        if not is_text or not isinstance(part.get("text"), str):
-            raise ValueError(f'{place}[{index}] is not a text part, such as {{"type": "text", "text": "..."}}')
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _check_tool_calls(message: dict[str, Any], place: str) -> None:
-    calls = message.get("tool_calls")
-    if calls is None:
-        return
-    if not isinstance(calls, list):
-        raise ValueError(f"{place}.tool_calls must be a list, not {kind(calls)}")
-    if not calls:
-        # Some templates ask only whether the key is there.
-        del message["tool_calls"]
-        return
-    if message["role"] != "assistant":
-        raise ValueError(f"{place} has tool_calls, which only an assistant's message can have")
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{place}.tool_calls[{index}] names no function")
-        if not isinstance(function.get("arguments", {}), dict | str):
-            raise ValueError(f"{place}.tool_calls[{index}] has arguments that are neither an object nor a string")
-
-
-def _parsed(value: Any, name: str) -> Any:
-    """A structured field, which tables (.csv, .parquet) may hold as JSON text; blank text is none."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return parse_json(value)
-    except ValueError:
-        raise ValueError(f"{name} is neither a list or object nor JSON text of one") from None
-
-
-def kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case dict():
-            return "an object"
-    return f"a {type(value).__name__}"
-
-
-def shown(value: Any) -> str:
-    """A value for an error message, shortened."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _is_conversation(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool({"role", "from"} & first.keys() and {"content", "value"} & first.keys())

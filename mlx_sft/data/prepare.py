@@ -1,139 +1,176 @@
 """The data room's entrance: the configuration's data → examples to train and to validate on, and the report.
 
-Knows which rows are kept and how they are split; knows nothing of how a row is read, rendered or tokenized.
+Knows which sources there are, which rows are kept, and what is too much to lose; knows nothing of how a row is read, rendered,
+tokenized or stored.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from heapq import merge
 from typing import Any
 
 import numpy as np
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.encode import Encoder, Example
-from mlx_sft.data.files import Source, locate
-from mlx_sft.data.formats import read_item
-from mlx_sft.data.readers import Row
-from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, length_summary
+from mlx_sft.data.checks import SIGNS
+from mlx_sft.data.files import Source, locate, split_weight
+from mlx_sft.data.fit import Fitted, fit
+from mlx_sft.data.pipeline import Pipeline, Progress, Silence
+from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
+from mlx_sft.data.split import split
+from mlx_sft.data.store import Examples
+from mlx_sft.data.store.tokenized import tokenized
+from mlx_sft.data.store.workers import LostRow
 from mlx_sft.errors import USAGE, UserError
 
 SHOWN_BAD_ROWS = 10
 """So many bad rows are named in one error."""
-ROWS_BETWEEN_CALLS = 1_000
-"""Progress is told after so many rows."""
-Progress = Callable[[int], None]
+MOST_LOST = 0.5
+"""The share of the rows that may be dropped or bad."""
 _SETTINGS = {
-    *("max_length", "overlong", "train_on", "skip_bad_rows"),
-    *("valid_fraction", "seed", "chat_template_kwargs"),
+    *(
+        "format",
+        "columns",
+        "special_in_content",
+        "train_on",
+        "train_think_prefill",
+        "append_eos",
+        "chat_template_kwargs",
+    ),
+    *("max_length", "overlong", "skip_bad_rows", "allow_lost_rows", "valid_fraction", "seed"),
 }
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Examples in the order of their rows, and what became of every row."""
+    """Examples in the order of their rows, and what became of every row.
 
-    train: list[Example]
-    valid: list[Example]
+    Attributes:
+        mixture: Of each source to train on, in order: how many of the examples in `train` are its, and its weight beside the
+            others; None for all where they are simply put together.
+    """
+
+    train: Examples
+    valid: Examples
     report: DataReport
+    mixture: list[tuple[int, float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What a source gave."""
+
+    examples: Examples
+    report: SourceReport
 
 
 def prepare(config: TrainConfig, tokenizer: Any, progress: Progress | None = None) -> PreparedData:
     """Read, encode and split the data that the configuration names.
 
-    Validation rows are those of `config.valid`, else a share of the rows, else the folder's own valid part, else none.
+    Validation rows are those of `config.valid`, else a share of the rows, else the folders' own valid parts, else none.
 
     Args:
         config: Names the data, and how it is split, cut and rendered.
         tokenizer: A fast tokenizer of transformers, or mlx-lm's wrapper of one.
-        progress: Called every `ROWS_BETWEEN_CALLS` rows with the number of rows read of the present source.
+        progress: Is told how the reading goes.
 
     Raises:
         UserError: for data that cannot be read; naming up to ten bad rows at once, unless they are to be skipped; for a
-            row that is too long where that is an error; and where nothing is left to learn from.
+            row that is too long where that is an error; where nothing is left to learn from a source; and where more than
+            half of the rows are lost, unless that is allowed.
     """
-    if config.data is None:
-        raise UserError("no data", hint="give --data FILE", exit_code=USAGE)
-    encoder = Encoder(tokenizer, config.train_on, config.chat_template_kwargs)
-    parts = locate(config.data)
-    examples, source = _read(_part(parts, config.data, "train"), config, encoder, progress)
-    sources = [source]
-    if config.valid_fraction > 0:
-        if "valid" in parts:
-            raise UserError(
-                "the folder has a valid part, and valid_fraction asks for another",
-                where=config.data,
-                hint="leave out --valid-fraction, or give --data the train file itself",
-                exit_code=USAGE,
-            )
-        train, valid = split(examples, config.valid_fraction, config.seed)
-    else:
-        train, valid = examples, []
-        source_of_valid = _part(locate(config.valid), config.valid, "valid") if config.valid else parts.get("valid")
-        if source_of_valid:
-            valid, source = _read(source_of_valid, config, encoder, progress)
-            sources.append(source)
-    known = {example.digest() for example in train}
-    report = DataReport(
-        sources=sources,
-        train=_part_report(train),
-        valid=_part_report(valid),
-        shared=sum(example.digest() in known for example in valid),
-        settings=config.model_dump(mode="json", include=_SETTINGS),
-    )
-    return PreparedData(train, valid, report)
+    return _prepare(config, tokenizer, progress or Silence(), strict=True)
+
+
+def survey(config: TrainConfig, tokenizer: Any, progress: Progress | None = None) -> PreparedData:
+    """As `prepare`, for a look: whatever is wrong with rows is in the report, and nothing of it is an error.
+
+    Raises:
+        UserError: for data that cannot be read at all.
+    """
+    return _prepare(config, tokenizer, progress or Silence(), strict=False)
 
 
 def prepare_file(
     data: str, config: TrainConfig, tokenizer: Any, progress: Progress | None = None
-) -> tuple[list[Example], SourceReport]:
+) -> tuple[Examples, SourceReport]:
     """The examples of one source as the configuration's settings make them; of a folder, its test or else valid part.
 
     Raises:
-        UserError: as `prepare` does.
+        UserError: as `prepare` does, but for rows that are lost.
     """
-    source = _part(locate(data), data, "test", "valid")
-    return _read(source, config, Encoder(tokenizer, config.train_on, config.chat_template_kwargs), progress)
+    source = _named_part(locate(data), data, "test", "valid")
+    part = _Reader(config, tokenizer, progress or Silence(), strict=True).read(source)
+    return part.examples, part.report
 
 
-def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples, drawn by the seed; equal examples stay together, the order is kept.
+def _prepare(config: TrainConfig, tokenizer: Any, progress: Progress, *, strict: bool) -> PreparedData:
+    train_sources, weights, valid_sources = _sources(config)
+    reader = _Reader(config, tokenizer, progress, strict=strict)
+    train_parts = [reader.read(source) for source in train_sources]
+    valid_parts = [reader.read(source) for source in valid_sources]
+    sources = [part.report for part in (*train_parts, *valid_parts)]
+    if strict and not config.allow_lost_rows:
+        _refuse_lost_rows(sources)
+    train = Examples.joined([part.examples for part in train_parts])
+    valid = Examples.joined([part.examples for part in valid_parts])
+    if config.valid_fraction > 0:
+        try:
+            train, valid = split(train, config.valid_fraction, config.seed)
+        except UserError:
+            if strict:
+                raise
+    mixture = list(zip(train.counts(), weights, strict=True))
+    for source, (number, weight) in zip(train_sources, mixture, strict=True):
+        if strict and weight is not None and not number:
+            hint = "give more rows, or a validation file with --valid"
+            raise UserError("its rows are all held out: none is left for its share", where=source.name, hint=hint)
+    report = DataReport(
+        sources=sources,
+        train=PartReport.of(train),
+        valid=PartReport.of(valid),
+        shared=int(np.isin(valid.content_ids(), train.content_ids()).sum()),
+        settings=config.model_dump(mode="json", include=_SETTINGS),
+    )
+    return PreparedData(train, valid, report, mixture)
 
-    Raises:
-        UserError: where the two cannot both have an example.
-    """
-    groups: dict[bytes, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(example.digest(), []).append(index)
-    if len(groups) < 2:
+
+# Which sources
+
+
+def _sources(config: TrainConfig) -> tuple[list[Source], list[float | None], list[Source]]:
+    """The sources to train on, the weight of each, and those to validate on."""
+    if not config.data:
+        raise UserError("no data", hint="give --data FILE", exit_code=USAGE)
+    specs = [split_weight(spec) for spec in config.data]
+    weights = [weight for _, weight in specs]
+    if None in weights and any(weight is not None for weight in weights):
+        without = next(data for data, weight in specs if weight is None)
+        hint = f"give each its share, as {without}:0.5, or none"
         raise UserError(
-            f"cannot hold out a part of {len(groups)} different conversation",
-            hint="give more rows, or a validation file with --valid",
+            "some data has a share of the mixture, and this has none", where=without, hint=hint, exit_code=USAGE
         )
-    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
-    members = list(groups.values())
-    drawn: list[list[int]] = [members[index] for index in order]
-    wanted = max(1, round(fraction * len(examples)))
-    held_out: set[int] = set()
-    for group in drawn[:-1]:
-        if len(held_out) + len(group) <= wanted:
-            held_out.update(group)
-    if not held_out:
-        smallest = min(drawn, key=len)
-        held_out.update(smallest)
-    train = [example for index, example in enumerate(examples) if index not in held_out]
-    valid = [example for index, example in enumerate(examples) if index in held_out]
-    return train, valid
+    train, valid = [], []
+    for data, _ in specs:
+        parts = locate(data)
+        train.append(_named_part(parts, data, "train"))
+        if "valid" in parts:
+            if config.valid_fraction > 0:
+                raise UserError(
+                    "the folder has a valid part, and valid_fraction asks for another",
+                    where=data,
+                    hint="leave out --valid-fraction, or give --data the train file itself",
+                    exit_code=USAGE,
+                )
+            valid.append(parts["valid"])
+    if config.valid:
+        valid = [_named_part(locate(config.valid), config.valid, "valid")]
+    return train, weights, valid
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
-    """SHA-256 over the examples' tokens and labels, in order; the same on every machine."""
-    return hashlib.sha256(b"".join(example.digest() for example in examples)).hexdigest()
-
-
-def _part(parts: dict[str, Source], data: str, *wanted: str) -> Source:
+def _named_part(parts: dict[str, Source], data: str, *wanted: str) -> Source:
     """The wanted part of the data, which a file is as a whole."""
     for name in ("all", *wanted):
         if name in parts:
@@ -146,95 +183,116 @@ def _part(parts: dict[str, Source], data: str, *wanted: str) -> Source:
     )
 
 
-def _read(
-    source: Source, config: TrainConfig, encoder: Encoder, progress: Progress | None
-) -> tuple[list[Example], SourceReport]:
-    """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row."""
-    examples: list[Example] = []
-    report = SourceReport(source.name, source.sha256())
-    bad: list[UserError] = []
-    for number, row in enumerate(source.rows(), 1):
-        if progress and number % ROWS_BETWEEN_CALLS == 0:
-            progress(number)
-        try:
-            example = _encode(row, encoder)
-        except UserError as error:
-            report.notes.append(Note(error.where, "bad", error.what))
-            bad.append(error)
-            if len(bad) == SHOWN_BAD_ROWS and not config.skip_bad_rows:
-                break
-            continue
-        kept, note = _fit(example, config)
-        if note:
-            report.notes.append(note)
-        if kept:
-            report.kept += 1
-            report.turns_with_text_left_out += kept.facts.turns_with_text_left_out
-            examples.append(kept)
-    if bad and not config.skip_bad_rows:
-        raise _bad_rows(source, bad)
-    if not examples:
-        raise UserError(
-            f"nothing to learn: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
-            where=source.name,
-            hint=f"the first: {report.notes[0].origin}: {report.notes[0].reason}",
+# What is kept of them
+
+
+class _Reader:
+    """Reads sources with one configuration.
+
+    Args:
+        strict: Whether what is wrong with rows is an error, as far as the configuration says so, or a note.
+    """
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, progress: Progress, *, strict: bool) -> None:
+        self._config = config
+        self._pipeline = Pipeline.from_config(config, tokenizer)
+        self._progress = progress
+        self._strict = strict
+
+    def read(self, source: Source) -> _Part:
+        """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row."""
+        config = self._config
+        bad = _BadRows(source.name, refused=self._strict and not config.skip_bad_rows)
+        result = tokenized(
+            source,
+            self._pipeline,
+            self._progress,
+            workers=config.data_workers,
+            keep=config.data_cache,
+            on_lost=bad.add,
         )
-    return examples, report
-
-
-def _encode(row: Row | UserError, encoder: Encoder) -> Example:
-    if isinstance(row, UserError):
-        raise row
-    example = encoder.encode(read_item(row))
-    if not example.supervised_tokens:
-        raise UserError(
-            "a conversation with nothing to learn: no token of it is the model's to write",
-            where=row.origin,
-            hint="give it an assistant turn that the chat template writes",
+        bad.refuse()
+        fitted = self._fit(Examples([result.entry.store]))
+        examples = fitted.examples
+        lost = ((row.number, row.note) for row in result.entry.lost())
+        notes = [note for _, note in merge(lost, fitted.notes, key=lambda numbered: numbered[0])]
+        report = SourceReport(
+            source.name,
+            result.sha256,
+            result.shape,
+            kept=len(np.unique(examples.rows)),
+            examples=len(examples),
+            facts=examples.facts(),
+            signs=examples.sign_counts(SIGNS),
+            notes=notes,
         )
-    return example
+        if not examples and self._strict:
+            raise UserError(
+                f"nothing to learn: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
+                where=source.name,
+                hint=f"the first: {notes[0].origin}: {notes[0].reason}",
+            )
+        return _Part(examples, report)
+
+    def _fit(self, examples: Examples) -> Fitted:
+        config = self._config
+        if self._strict or config.overlong != "error":
+            return fit(examples, config.max_length, config.overlong)
+        fitted = fit(examples, config.max_length, "drop")
+        notes = [(row, replace(note, fate="bad")) for row, note in fitted.notes if note.fate == "dropped"]
+        return replace(fitted, notes=notes)
 
 
-def _fit(example: Example, config: TrainConfig) -> tuple[Example | None, Note | None]:
-    """The example within `max_length`, or none; with a note where it is not as it was."""
-    length, longest = len(example), config.max_length
-    if length <= longest:
-        return example, None
-    if config.overlong == "error":
+class _BadRows:
+    """The bad rows of a source, which are an error together, or are let pass."""
+
+    def __init__(self, source: str, *, refused: bool) -> None:
+        self._source = source
+        self._refused = refused
+        self._notes: list[Note] = []
+
+    def add(self, row: LostRow) -> None:
+        """Raise `UserError` for a row of another shape, and for the tenth bad one."""
+        if not self._refused or row.note.fate != "bad":
+            return
+        if row.mixed:
+            raise UserError(row.note.reason, where=row.note.origin, hint=row.note.hint)
+        self._notes.append(row.note)
+        if len(self._notes) == SHOWN_BAD_ROWS:
+            self.refuse()
+
+    def refuse(self) -> None:
+        """Raise `UserError` where there are any."""
+        notes = self._notes
+        if not notes:
+            return
+        go_on = "to go on past bad rows and have them reported: --skip-bad-rows"
+        if len(notes) == 1:
+            hint = f"{notes[0].hint}; {go_on}" if notes[0].hint else go_on
+            raise UserError(notes[0].reason, where=notes[0].origin, hint=hint)
+        count = f"at least {len(notes)}" if len(notes) == SHOWN_BAD_ROWS else str(len(notes))
+        lines = "".join(f"\n  {note.origin}: {note.reason}" for note in notes)
+        hints = list(dict.fromkeys(note.hint for note in notes if note.hint))
         raise UserError(
-            f"{length} tokens, where max_length is {longest}",
-            where=example.origin,
-            hint="raise --max-length, or choose --overlong truncate or drop",
+            f"{count} rows cannot be used:{lines}",
+            where=self._source,
+            hint="\n  ".join([*hints[:3], go_on]),
         )
-    if config.overlong == "drop":
-        return None, Note(example.origin, "dropped", f"{length} tokens, more than {longest}")
-    cut = example.truncated(longest)
-    if not cut.supervised_tokens:
-        return None, Note(example.origin, "dropped", f"none of its first {longest} tokens (of {length}) is learnt")
-    return cut, Note(example.origin, "truncated", f"{length} tokens, cut to {longest}")
 
 
-def _bad_rows(source: Source, bad: list[UserError]) -> UserError:
-    go_on = "to go on past bad rows and have them reported: --skip-bad-rows"
-    if len(bad) == 1:
-        hint = f"{bad[0].hint}; {go_on}" if bad[0].hint else go_on
-        return UserError(bad[0].what, where=bad[0].where, hint=hint)
-    count = f"at least {len(bad)}" if len(bad) == SHOWN_BAD_ROWS else str(len(bad))
-    lines = "".join(f"\n  {error.where}: {error.what}" for error in bad)
-    hints = list(dict.fromkeys(error.hint for error in bad if error.hint))
-    return UserError(
-        f"{count} rows cannot be used:{lines}",
-        where=source.name,
-        hint="\n  ".join([*hints[:3], go_on]),
+def _refuse_lost_rows(sources: Sequence[SourceReport]) -> None:
+    """Raise `UserError` where more of the rows are lost than are likely to be meant to."""
+    rows = sum(source.rows for source in sources)
+    lost = rows - sum(source.kept for source in sources)
+    if lost <= MOST_LOST * rows:
+        return
+    notes = [note for source in sources for note in source.notes if note.fate != "truncated"]
+    reason_of = {note.origin: note.reason for note in reversed(notes)}
+    commonest = "".join(
+        f"\n  {group['count']} such as {group['first']}: {reason_of[group['first']]}" for group in reasons(notes)[:3]
     )
-
-
-def _part_report(examples: Sequence[Example]) -> PartReport:
-    return PartReport(
-        rows=len(examples),
-        tokens=sum(len(example) for example in examples),
-        supervised_tokens=sum(example.supervised_tokens for example in examples),
-        duplicates=len(examples) - len({example.digest() for example in examples}),
-        lengths=length_summary(examples),
-        fingerprint=fingerprint(examples),
+    raise UserError(
+        f"more than half of the rows are lost, {lost} of {rows}:{commonest}",
+        where=", ".join(source.name for source in sources if source.kept < source.rows),
+        hint="put them right, or train on the rest with --allow-lost-rows",
     )

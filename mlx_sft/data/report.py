@@ -1,43 +1,67 @@
-"""What was read, kept, truncated, dropped or bad, and why: every input row is accounted for.
+"""What was read, kept, truncated, dropped or bad, and why: every input row is accounted for, in full and in short.
 
-Knows examples only by their lengths; decides nothing.
+Knows examples by their columns (lengths, signs, origins); decides nothing, and prints nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mlx_sft.data.encode import Example
+from mlx_sft.data.checks import SIGNS
+from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.template import NO_FACTS, Facts
+
+if TYPE_CHECKING:
+    from mlx_sft.data.store import Examples
 
 Fate = Literal["truncated", "dropped", "bad"]
 
-PERCENTILES = (10, 50, 90, 95, 99)
+ORIGINS_NAMED = 10
+"""So many of the longest rows, and so many rows a sign, are named."""
+_MANY_DUPLICATES = 0.05
+"""A share of the examples from which duplicates are worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A row that was not simply kept: where it is, what became of it, and why."""
+    """A row that was not simply kept: where it is, what became of it, why, and what would help."""
 
     origin: str
     fate: Fate
     reason: str
+    hint: str = ""
 
 
 @dataclass
 class SourceReport:
     """The rows of one source. `rows == kept + dropped + bad`; a truncated row is kept.
 
-    `turns_with_text_left_out` counts, in kept rows, the learnt assistant turns of which the chat template leaves out words.
+    Args:
+        name: The source, as a person would name it.
+        sha256: Of its bytes, where it is a file.
+        format: The shape of its rows; None where they have none in common.
+        kept: Rows that something is learnt from.
+        examples: What they became; more than rows with `train_on: every-turn`.
+        facts: Of the examples, summed.
+        signs: How many of the examples are suspicious in each way.
+        notes: A note for each row that was not simply kept.
     """
 
     name: str
     sha256: str | None
+    format: str | None = None
     kept: int = 0
-    turns_with_text_left_out: int = 0
+    examples: int = 0
+    facts: Facts = NO_FACTS
+    signs: Counter[str] = field(default_factory=Counter)
     notes: list[Note] = field(default_factory=list)
 
     @property
@@ -56,6 +80,11 @@ class SourceReport:
     def rows(self) -> int:
         return self.kept + self.dropped + self.bad
 
+    @property
+    def turns_with_text_left_out(self) -> int:
+        """Learnt assistant turns, in kept rows, of which the chat template leaves out words."""
+        return self.facts.turns_with_text_left_out
+
     def _count(self, fate: Fate) -> int:
         return sum(note.fate == fate for note in self.notes)
 
@@ -63,12 +92,16 @@ class SourceReport:
         return {
             "name": self.name,
             "sha256": self.sha256,
+            "format": self.format,
             "rows": self.rows,
             "kept": self.kept,
             "truncated": self.truncated,
             "dropped": self.dropped,
             "bad": self.bad,
-            "turns_with_text_left_out": self.turns_with_text_left_out,
+            "examples": self.examples,
+            **asdict(self.facts),
+            "signs": dict(self.signs),
+            "reasons": reasons(self.notes),
             "not_simply_kept": [asdict(note) for note in self.notes],
         }
 
@@ -83,7 +116,10 @@ class PartReport:
         supervised_tokens: Those that are learnt.
         duplicates: Examples that equal an earlier one of this part.
         lengths: Tokens an example: `min`, `mean`, `p10` to `p99`, `max`; empty without examples.
-        fingerprint: SHA-256 over the examples' tokens and labels, in order.
+        fingerprint: SHA-256 over the examples' tokens and weights, in order.
+        histogram: Examples by their length, shortest first: `from` and `to` in tokens, both included, and `count`.
+        longest: The longest examples, the longest first: `origin` and `tokens`.
+        signs: What is suspicious: `count` of examples and the first of their `origins`, by the sign's name.
     """
 
     rows: int
@@ -92,6 +128,27 @@ class PartReport:
     duplicates: int
     lengths: dict[str, float]
     fingerprint: str
+    histogram: list[dict[str, int]] = field(default_factory=list)
+    longest: list[dict[str, Any]] = field(default_factory=list)
+    signs: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, examples: Examples) -> PartReport:
+        """The report of these examples, from their columns."""
+        lengths = examples.lengths
+        contents = examples.content_ids()
+        longest = np.argsort(-lengths.astype(np.int64), kind="stable")[:ORIGINS_NAMED].tolist()
+        return cls(
+            rows=len(examples),
+            tokens=int(lengths.sum(dtype=np.int64)),
+            supervised_tokens=int(examples.supervised_tokens.sum(dtype=np.int64)),
+            duplicates=len(contents) - len(np.unique(contents)),
+            lengths=length_summary(lengths),
+            fingerprint=examples.fingerprint(),
+            histogram=histogram(lengths),
+            longest=[{"origin": examples[index].origin, "tokens": int(lengths[index])} for index in longest],
+            signs=_signs(examples),
+        )
 
     @property
     def supervised_share(self) -> float:
@@ -99,6 +156,16 @@ class PartReport:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"supervised_share": round(self.supervised_share, 4)}
+
+
+def _signs(examples: Examples) -> dict[str, dict[str, Any]]:
+    signs = {}
+    for bit, name in enumerate(SIGNS):
+        found = np.flatnonzero(examples.signs >> bit & 1)
+        if len(found):
+            origins = dict.fromkeys(examples.row_origin(index) for index in found[: 4 * ORIGINS_NAMED].tolist())
+            signs[name] = {"count": len(found), "origins": list(origins)[:ORIGINS_NAMED]}
+    return signs
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +207,89 @@ class DataReport:
         return sum(source.bad for source in self.sources)
 
     @property
+    def facts(self) -> Facts:
+        """Of all kept rows together."""
+        return reduce(add, (source.facts for source in self.sources), NO_FACTS)
+
+    @property
+    def signs(self) -> Counter[str]:
+        """How many examples are suspicious in each way; one may be in several."""
+        return reduce(add, (source.signs for source in self.sources), Counter())
+
+    @property
     def turns_with_text_left_out(self) -> int:
-        """Learnt assistant turns of which the chat template leaves out reasoning, calls or content; worth a warning."""
-        return sum(source.turns_with_text_left_out for source in self.sources)
+        """Learnt assistant turns of which the chat template leaves out reasoning, calls or content."""
+        return self.facts.turns_with_text_left_out
 
     @property
     def fingerprint(self) -> str:
         """Differs wherever an example, its labels, its part or its place differs."""
         return f"{self.train.fingerprint}-{self.valid.fingerprint}"
+
+    def warnings(self) -> list[str]:
+        """What a person should know before training, a sentence each."""
+        return [*self._template_warnings(), *self._row_warnings()]
+
+    def _template_warnings(self) -> list[str]:
+        facts, warnings = self.facts, []
+        if facts.turns_without_end:
+            way_out = "" if self.settings.get("append_eos") else "; --append-eos puts one after each conversation"
+            warnings.append(
+                f"{_of(facts.turns_without_end, facts.turns, 'assistant turn')} without a supervised end token: "
+                f"the model is not taught to stop there{way_out}"
+            )
+        if facts.turns_with_text_left_out:
+            warnings.append(
+                f"the chat template leaves out words (reasoning, tool calls) of "
+                f"{_many(facts.turns_with_text_left_out, 'assistant turn')}; they cannot be learnt"
+            )
+        if facts.systems_left_out:
+            warnings.append(
+                f"the chat template leaves out {_many(facts.systems_left_out, 'system message')}; "
+                "the model learns to answer without them"
+            )
+        if facts.systems_folded:
+            warnings.append(
+                f"the chat template has no system role: it writes {_many(facts.systems_folded, 'system message')} "
+                "inside another message's turn"
+            )
+        return warnings
+
+    def _row_warnings(self) -> list[str]:
+        warnings = []
+        if self.shared:
+            also = "are also training rows" if self.shared > 1 else "is also a training row"
+            warnings.append(f"{_many(self.shared, 'validation row')} {also}")
+        duplicates, rows = self.train.duplicates, self.train.rows
+        if duplicates >= _MANY_DUPLICATES * max(rows, 1) and duplicates > 1:
+            warnings.append(
+                f"{_of(duplicates, rows, 'training row')} equal an earlier one, and are learnt again each time"
+            )
+        return warnings
+
+    def summary(self) -> dict[str, str]:
+        """The short form for a person: `rows`, `format`, `tokens` and, where there are any, `lengths` and `duplicates`."""
+        fates = {fate: getattr(self, fate) for fate in ("truncated", "dropped", "bad")}
+        lost = "".join(f", {number:,} {fate}" for fate, number in fates.items() if number)
+        train, lengths = self.train, self.train.lengths
+        formats = Counter[str]()
+        for source in self.sources:
+            formats[source.format or "unknown"] += source.rows
+        summary = {
+            "rows": f"{train.rows:,} to learn from, {self.valid.rows:,} held out{lost}",
+            "format": ", ".join(f"{name} ({rows:,})" if len(formats) > 1 else name for name, rows in formats.items()),
+            "tokens": f"{train.tokens:,}, {train.supervised_share:.0%} supervised",
+        }
+        if lengths:
+            summary["lengths"] = (
+                f"{lengths['p50']:,} (median), {lengths['p95']:,} (95 %), {lengths['max']:,} (longest) tokens"
+            )
+        if self.signs:
+            shown = ", ".join(f"{number:,} {name}" for name, number in self.signs.most_common())
+            summary["suspicious"] = f"{shown}; `mlx-sft inspect --only suspicious` shows them"
+        if train.duplicates:
+            summary["duplicates"] = f"{train.duplicates:,}"
+        return summary
 
     def to_json(self) -> dict[str, Any]:
         """`data_report.json`."""
@@ -157,22 +299,38 @@ class DataReport:
             "train": self.train.to_json(),
             "valid": self.valid.to_json(),
             "validation_rows_also_in_train": self.shared,
-            "turns_with_text_left_out": self.turns_with_text_left_out,
+            **asdict(self.facts),
+            "signs": dict(self.signs),
+            "warnings": self.warnings(),
             "settings": self.settings,
             "fingerprint": self.fingerprint,
             "sources": [source.to_json() for source in self.sources],
         }
 
 
-def length_summary(examples: Sequence[Example]) -> dict[str, float]:
-    """`min`, `mean`, percentiles and `max` of the examples' lengths, in tokens; percentiles are lengths that occur."""
-    if not examples:
-        return {}
-    lengths = np.array([len(example) for example in examples])
-    percentiles = np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()
-    return {
-        "min": int(lengths.min()),
-        "mean": round(float(lengths.mean()), 1),
-        **{f"p{percent}": int(length) for percent, length in zip(PERCENTILES, percentiles, strict=True)},
-        "max": int(lengths.max()),
-    }
+def reasons(notes: Iterable[Note]) -> list[dict[str, Any]]:
+    """Notes that differ only in numbers and quoted words, counted: `fate`, `reason`, `count` and the `first` origin."""
+    groups: dict[tuple[str, ...], list[Note]] = {}
+    for note in notes:
+        groups.setdefault((note.fate, *_PARTICULAR.split(note.reason)[::2]), []).append(note)
+    return [
+        {"fate": group[0].fate, "reason": _in_common(group), "count": len(group), "first": group[0].origin}
+        for group in sorted(groups.values(), key=len, reverse=True)
+    ]
+
+
+_PARTICULAR = re.compile(r"""('[^']*'|"[^"]*"|\b\d[\d,.]*\b)""")
+
+
+def _in_common(notes: list[Note]) -> str:
+    """`616 tokens, cut to 512` and `700 tokens, cut to 512` → `… tokens, cut to 512`."""
+    parts = zip(*(_PARTICULAR.split(note.reason) for note in notes), strict=True)
+    return "".join(part[0] if len(set(part)) == 1 else "…" for part in parts)
+
+
+def _many(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' if number != 1 else ''}"
+
+
+def _of(number: int, whole: int, thing: str) -> str:
+    return f"{number:,} of {_many(whole, thing)}"

@@ -1,6 +1,6 @@
 r"""Conversation + the tokenizer's chat template → text, and the character spans that the model must learn.
 
-Knows what a turn is; knows nothing of tokens.
+Knows what may be learnt of a conversation; knows nothing of tokens.
 
 A template writes a conversation as it likes: it rewrites history, merges tool responses, adds headers. So the spans are
 neither searched for in the text nor derived from shorter conversations; the template is watched while it writes, and each
@@ -14,31 +14,34 @@ with its end-of-turn token:
 
 Nothing is guessed. What is watched is the writing of a copy in which every letter is recoloured, one colour a message. Its
 text must equal the tokenizer's own rendering of the conversation in all but these letters, and must show every assistant's
-letters inside its own turn and all others outside. Otherwise the conversation is refused.
+letters inside its own turn and all others outside. Where the template's author tagged what is generated, the tags say it.
+Where watching shows nothing, shorter conversations are asked, whose renderings must be exact beginnings of the text.
+Otherwise the conversation is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Set
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2 import Template, TemplateError
-from numpy.typing import NDArray
 
-from mlx_sft.data.colour import called_functions, own_letters, recoloured
-from mlx_sft.data.formats import REASONING_KEYS, Conversation
-from mlx_sft.data.watch import NOBODY, Alphabet, Integers, Watch, compile_watched
+from mlx_sft.data.formats import Conversation
+from mlx_sft.data.mask.headers import Headers
+from mlx_sft.data.mask.instrument import has_tags
+from mlx_sft.data.mask.prefix import by_beginnings
+from mlx_sft.data.mask.reference import SYSTEM_ROLES, Reference
+from mlx_sft.data.mask.tags import tagged_turns, tracked
+from mlx_sft.data.mask.turns import NOBODY, Integers, Refusal, Turn, Writing
+from mlx_sft.data.mask.writing import writings
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REASONING_OPENERS = ("<think>", "<thinking>", "<reasoning>", "<seed:think>", "[THINK]")
-"""Where one of these stands in the generation prompt, what it opens is the model's own turn already."""
 RESERVED_KWARGS = frozenset(
     {
         *("conversation", "messages", "tools", "documents", "chat_template"),
@@ -49,20 +52,7 @@ RESERVED_KWARGS = frozenset(
 )
 """What `apply_chat_template` takes besides a template's own variables."""
 
-# Whatever a template's code may raise on data that it was not written for.
-_RENDERING_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
 _DATE_FORMAT = re.compile(r"""strftime_now\(["']([^"']+)["']\)""")
-
-Messages = list[dict[str, Any]]
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,37 +87,40 @@ class Rendering:
 
     Attributes:
         text: As the template writes it.
-        spans: The half-open character spans in it that the model must learn.
+        turns: What the model must learn of it, in half-open character spans.
+        owners: int32, shape (characters,): the message that each was written by, -1 for none.
         facts: What a person should know about it.
     """
 
     text: str
-    spans: list[Span]
+    turns: list[Turn]
+    owners: Integers
     facts: Facts = NO_FACTS
-
-
-class Refusal(Exception):
-    """Why a template's writing of a conversation is not understood; a person sees it inside a `UserError`."""
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
     conversation: Conversation,
+    learnt: Sequence[int],
     *,
-    train_on: Literal["all", "last"] = "all",
     end_tokens: frozenset[str] = frozenset(),
+    think_prefill: bool = True,
+    silent_turns: bool = True,
+    in_context: bool = False,
 ) -> Rendering:
     """Render a conversation with the tokenizer's chat template and find the spans that the model must learn.
 
     A span is an assistant turn (content, reasoning, tool calls, in whatever form the template writes them) from the end
-    of its header through its end-of-turn token, without the white space that follows. A turn of whose words the template
-    leaves nothing is not learnt: it would teach the model to say nothing.
+    of its header through its end-of-turn token, without the white space that follows.
 
     Args:
         tokenizer: Its `apply_chat_template` is the reference for the text.
-        conversation: Learnt are the assistant turns of `messages[first_learnt:]`.
-        train_on: All of these, or only the last.
+        conversation: What is rendered.
+        learnt: The indices of the assistant messages whose turns are learnt.
         end_tokens: The texts of the model's end-of-sequence tokens.
+        think_prefill: Learn an empty think block at the start of a turn too.
+        silent_turns: Learn a turn of whose words the template leaves nothing but its end, too.
+        in_context: Put before the one turn that is learnt what stands before the model where it writes that turn.
 
     Raises:
         UserError: where the tokenizer has no template, the template rejects the conversation, or how it writes it is not
@@ -139,25 +132,37 @@ def render(
             where=conversation.origin,
             hint="leave it out",
         )
-    messages = [_as_template_sees(message) for message in conversation.messages]
-    text = _reference(tokenizer, conversation, messages)
-    learnt = [index for index in _assistants(messages) if index >= conversation.first_learnt]
-    learnt = learnt[-1 if train_on == "last" else 0 :]
+    reference = Reference(tokenizer, conversation)
+    text = reference.text
     try:
-        writing = _watch(tokenizer, conversation, messages, text)
-        turns = {index: writing.turn(index, end_tokens) for index in learnt}
+        writing, turns = _understood(reference, learnt, end_tokens)
     except Refusal as refusal:
+        if not learnt:
+            return Rendering(text, [], np.full(len(text), NOBODY, np.int32))
         raise UserError(
-            f"the chat template of {_name(tokenizer)} is not understood well enough to know what "
+            f"the chat template of {reference.name} is not understood well enough to know what "
             f"the model must learn here: {refusal}",
             where=conversation.origin,
             hint="use a model with a ChatML, Qwen or Llama 3 template, or give rows of plain `text`",
         ) from None
-    cut = [index for index, turn in turns.items() if writing.leaves_out_words(index, turn)]
+    cut = {turn.message for turn in turns if writing.leaves_out_words(turn)}
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} if cut else set()
-    silent = [index for index in cut if writing.is_silent(turns[index], end_tokens | added)]
-    spans = [span for index, turn in turns.items() if index not in silent for span in turn]
-    return Rendering(text, spans, Facts(turns=len(turns) - len(silent), turns_with_text_left_out=len(cut)))
+    turns = [turn for turn in turns if turn.spans]
+    if not silent_turns:
+        turns = [turn for turn in turns if turn.message not in cut or not writing.is_silent(turn, end_tokens | added)]
+    facts = Facts(
+        turns=len(turns),
+        turns_without_end=sum(not turn.ends for turn in turns),
+        turns_with_text_left_out=len(cut),
+        **_systems(writing),
+    )
+    rendering = Rendering(text, turns, writing.owners, facts)
+    if in_context and turns:
+        rendering = _in_context(reference, rendering)
+    if not think_prefill:
+        turns = [turn.without_empty_thinking(rendering.text) for turn in rendering.turns]
+        rendering = replace(rendering, turns=turns)
+    return rendering
 
 
 def todays_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -171,199 +176,79 @@ def todays_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {"date_string": f"{datetime.now():{pattern[1]}}"} if pattern else {}
 
 
-def _as_template_sees(message: dict[str, Any]) -> dict[str, Any]:
-    """A copy as `apply_chat_template` hands it on: without nulls, its reasoning under the names that templates read.
+def _understood(reference: Reference, learnt: Sequence[int], end_tokens: frozenset[str]) -> tuple[Writing, list[Turn]]:
+    """The writing of the conversation and its turns, by the first way that is free of contradictions.
 
-    It is also done beforehand because older releases of transformers leave the reasoning where it is.
+    Raises:
+        Refusal: where none is.
     """
-    message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in REASONING_KEYS if key in message), None)
-    if reasoning is None:
-        return message
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    tagged = has_tags(reference.template)
+    first_refusal: Refusal | None = None
+    second_choice: tuple[Writing, list[Turn]] | None = None
 
+    def understood(writing: Writing) -> list[Turn]:
+        if tagged:
+            return tagged_turns(reference, writing, learnt, end_tokens)
+        return writing.turns(learnt, Headers(reference, writing.header).start, end_tokens)
 
-def _reference(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, messages: Messages) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{_name(tokenizer)} has no chat template",
-            where=conversation.origin,
-            hint="use an instruct model, whose tokenizer has one, or give rows of plain `text`",
-        )
+    for writing in writings(reference):
+        try:
+            if isinstance(writing, Refusal):
+                raise writing
+            turns = understood(writing)
+            if hidden := next(filter(writing.may_hide, turns), None):
+                raise Refusal(f"it does not show whether it writes message {hidden.message + 1}")
+        except Refusal as refusal:
+            first_refusal = first_refusal or refusal
+            continue
+        if all(turn.spans for turn in turns):
+            return writing, turns
+        # It leaves a turn out, or this way of watching does not see it.
+        second_choice = second_choice or (writing, turns)
+    if second_choice:
+        return second_choice
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages,
-                tools=list(conversation.tools) if conversation.tools is not None else None,
-                tokenize=False,
-                **conversation.template_kwargs,
-            )
-        )
-    except _RENDERING_ERRORS as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UserError(
-            f"the chat template rejects this conversation: {reason or type(error).__name__}",
-            where=conversation.origin,
-            hint="change the messages (roles, their order, the fields of tool calls) to what the template takes",
-        ) from error
+        writing = tracked(reference) if tagged else by_beginnings(reference)
+        return writing, understood(writing)
+    except Refusal as refusal:
+        raise first_refusal or refusal from None
 
 
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return tokenizer.name_or_path or "this tokenizer"
+def _in_context(reference: Reference, rendering: Rendering) -> Rendering:
+    """Of a rendering with one turn: what stands before the model where it writes that turn, and the turn.
 
+    Most templates begin the conversation so; some write what came before otherwise once the turn is there.
 
-def _assistants(messages: Messages) -> list[int]:
-    return [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
-
-
-@dataclass(frozen=True, slots=True)
-class Writing:
-    """A conversation as its template wrote it.
-
-    `owners[i]` is the message in whose loop item character i was written and `colours[i]` the message whose letter it is,
-    `NOBODY` where there is none. `header` is what stands before an assistant's turn and the model does not write.
-    `messages` are the recoloured ones, and message i has `letters[i]` coloured letters to be written.
+    Raises:
+        UserError: where the template rejects what comes before the turn.
     """
-
-    text: str
-    owners: Integers
-    colours: Integers
-    header: str
-    messages: Messages
-    letters: list[int]
-
-    def turn(self, index: int, end_tokens: frozenset[str]) -> list[Span]:
-        """The spans of the assistant's message `index`; none where the template leaves the message out."""
-        owned = np.flatnonzero(self.owners == index)
-        if not len(owned):
-            return []
-        first, last = int(owned[0]), int(owned[-1]) + 1
-        if last - first != len(owned):
-            raise Refusal(f"it writes message {index + 1} in several places")
-        letters = np.flatnonzero(self.colours == index)
-        start = self._start(first, int(letters[0]) if len(letters) else last, index)
-        return self._through_end(start, int(letters[-1]) + 1 if len(letters) else start, last, end_tokens)
-
-    def leaves_out_words(self, index: int, turn: list[Span]) -> bool:
-        """Whether a letter of the message, or the name of a function that it calls, is not in its turn."""
-        if np.count_nonzero(self.colours == index) < self.letters[index]:
-            return True
-        written = "".join(self.text[start:end] for start, end in turn)
-        names = (function.get("name") for function in called_functions(self.messages[index]))
-        return any(isinstance(name, str) and name not in written for name in names)
-
-    def is_silent(self, turn: list[Span], tokens: Set[str]) -> bool:
-        """Whether nothing but these tokens, such as that of its end, is in a turn."""
-        written = "".join(self.text[start:end] for start, end in turn)
-        for token in sorted(tokens, key=len, reverse=True):
-            written = written.replace(token, "")
-        return not written.strip()
-
-    def _start(self, first: int, first_letter: int, index: int) -> int:
-        """After the header, which stands before the message's first letter, or before its loop item."""
-        position = self.text.find(self.header, first, first_letter)
-        if position >= 0:
-            return position + len(self.header)
-        if self.text.endswith(self.header, 0, first):
-            return first
-        raise Refusal(f"message {index + 1} does not begin with the generation prompt {self.header!r}")
-
-    def _through_end(self, start: int, after_letters: int, last: int, end_tokens: frozenset[str]) -> list[Span]:
-        """Through the end token after the letters, and one more that stands right after the loop over messages."""
-        ending = re.compile(f"(?:{'|'.join(map(re.escape, end_tokens)) or '(?!)'})+")
-        own = ending.search(self.text, after_letters, last)
-        end = own.end() if own else len(self.text[:last].rstrip())
-        spans = [(start, end)] if end > start else []
-        next_character = len(self.text) - len(self.text[end:].lstrip())
-        after_loop = ending.match(self.text, next_character)
-        if after_loop and self.owners[next_character] == NOBODY:
-            spans.append(after_loop.span())
-        return spans
+    (turn,) = rendering.turns
+    if turn.message == 0:
+        return rendering
+    context = reference.context(turn.message)
+    if context is None:
+        raise UserError(
+            f"the chat template of {reference.name} rejects the conversation where the model is to write message "
+            f"{turn.message + 1}",
+            where=reference.conversation.origin,
+            hint="learn it where it stands, with --train-on all or last",
+        )
+    if rendering.text.startswith(context):
+        return replace(rendering, turns=[turn.from_place(len(context))])
+    start, end = turn.spans[0][0], turn.spans[-1][1]
+    owners = np.concatenate([np.full(len(context), NOBODY, np.int32), rendering.owners[start:end]])
+    text = context + rendering.text[start:end]
+    return replace(rendering, text=text, turns=[turn.moved(len(context) - start)], owners=owners)
 
 
-def _watch(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, messages: Messages, text: str) -> Writing:
-    """The writing of the conversation, by the first variant of watching that is free of contradictions."""
-    template = compile_watched(tokenizer.get_chat_template(tools=conversation.tools))
-    alphabet = Alphabet.absent_from(text, len(messages))
-    if alphabet is None:
-        raise Refusal("the messages are too many, or hold every kind of private-use character")
-    variables = {
-        "messages": [recoloured(m, alphabet.colour(index), template.constants) for index, m in enumerate(messages)],
-        "tools": conversation.tools,
-        "documents": None,
-        **tokenizer.special_tokens_map,
-        **conversation.template_kwargs,
-    }
-    refusal = Refusal("it cannot be watched")
-    for variant in template.variants:
-        try:
-            writing = _watch_once(variant, variables, text, alphabet)
-            _check_colours(messages, writing)
-            return writing
-        except Refusal as contradiction:
-            refusal = contradiction
-    raise refusal
-
-
-def _watch_once(variant: Template, variables: dict[str, Any], text: str, alphabet: Alphabet) -> Writing:
-    """Watch the template write the recoloured messages; its text must be the reference but for their letters."""
-
-    def write(with_prompt: bool) -> tuple[str, Integers]:
-        watch = Watch(variables["messages"], alphabet)
-        variables["add_generation_prompt"] = with_prompt
-        try:
-            return alphabet.owners(variant.render(**variables, **watch.functions()))
-        except _RENDERING_ERRORS as error:
-            raise Refusal(f"it fails when it is watched: {error}") from error
-
-    prompted, owners = write(with_prompt=True)
-    header = prompted[len(text) :]
-    colours = _read_colours(prompted[: len(text)], text, alphabet)
-    if colours is None:
-        # Some templates write an end token where they write no prompt: compare what follows the messages.
-        prompt = _after_messages(prompted, owners)
-        written, owners = write(with_prompt=False)
-        header = prompt.removeprefix(_after_messages(written, owners))
-        colours = _read_colours(written, text, alphabet)
-    if colours is None:
-        raise Refusal("its writing depends on the letters of the messages, or on being watched")
-    recoloured_messages = variables["messages"]
-    letters = [own_letters(message, alphabet.colour(index)) for index, message in enumerate(recoloured_messages)]
-    return Writing(text, owners[: len(text)], colours, _before_reasoning(header), recoloured_messages, letters)
-
-
-def _after_messages(text: str, owners: Integers) -> str:
-    owned = np.flatnonzero(owners != NOBODY)
-    return text[int(owned[-1]) + 1 :] if len(owned) else text
-
-
-def _before_reasoning(header: str) -> str:
-    openers = [header.find(opener) for opener in REASONING_OPENERS if opener in header]
-    return header[: min(openers)] if openers else header
-
-
-def _read_colours(coloured: str, text: str, alphabet: Alphabet) -> Integers | None:
-    """Whose letter each character is, or None where the texts differ in anything but coloured letters."""
-    characters, plain = _code_points(coloured), _code_points(text)
-    colours = alphabet.colours(characters)
-    if len(characters) != len(plain) or ((characters != plain) & (colours == NOBODY)).any():
-        return None
-    return colours
-
-
-def _code_points(text: str) -> NDArray[np.uint32]:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-
-
-def _check_colours(messages: Messages, writing: Writing) -> None:
-    """Raise `Refusal` where an assistant's letters stand outside its turn, or another's inside it."""
-    owners, colours = writing.owners, writing.colours
-    is_assistant = np.zeros(len(messages) + 1, bool)  # the last for NOBODY
-    is_assistant[_assistants(messages)] = True
-    misplaced = (is_assistant[colours] | is_assistant[owners]) & (owners != colours) & (colours != NOBODY)
-    if misplaced.any():
-        index = int(colours[np.argmax(misplaced)])
-        raise Refusal(f"words of message {index + 1} stand where another message is written")
-    for index, message in enumerate(messages):
-        if message.get("role") == "developer" and not (colours == index).any():
-            raise Refusal(f"it leaves out message {index + 1}, whose role is developer")
+def _systems(writing: Writing) -> dict[str, int]:
+    """How many system messages the template leaves out, and how many it writes inside another message's turn."""
+    counts = {"systems_left_out": 0, "systems_folded": 0}
+    systems = [index for index, message in enumerate(writing.messages) if message.get("role") in SYSTEM_ROLES]
+    for index in systems:
+        places = writing.owners[writing.colours == index]
+        if writing.letters[index] and not len(places):
+            counts["systems_left_out"] += 1
+        elif any(owner not in (NOBODY, *systems) for owner in set(places.tolist())):
+            counts["systems_folded"] += 1
+    return counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from mlx_sft.data.batches import (
     CALL_COST,
     MicroBatch,
     Plan,
+    Portion,
     collate,
     cut,
     cut_all,
     needed_length,
     round_up,
+    shares,
 )
 from mlx_sft.data.encode import Example
 
@@ -146,3 +149,49 @@ def test_rows_of_one_micro_batch_lie_under_each_other() -> None:
 @pytest.mark.parametrize(("text", "length"), [("aB", 1), ("aBc", 1), ("abcD", 3), ("aBcDe.", 3)])
 def test_what_comes_after_the_last_supervised_token_is_not_computed(text: str, length: int) -> None:
     assert needed_length(_example(text)) == length
+
+
+# Mixtures
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(1, 1000))
+def test_shares_are_proportional_and_leave_no_row_over(weights: list[float], rows: int) -> None:
+    found = shares(rows, weights)
+    assert sum(found) == rows
+    assert all(abs(share - rows * weight / sum(weights)) <= 1 for share, weight in zip(found, weights, strict=True))
+
+
+def _mixed(epochs: int = 1, **settings: Any) -> list[list[int]]:
+    """The rows of each epoch of a large source (0 to 89) and a small one (90 to 99), half of each."""
+    plan = Plan(100, batch_size=30, epochs=epochs, mixture=[Portion(90, 0.5), Portion(10, 0.5)], **settings)
+    rows = [row for step in plan.steps() for row in step.rows]
+    assert len(rows) == 100 * epochs
+    return [rows[start : start + 100] for start in range(0, len(rows), 100)]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_small_source_is_repeated_and_a_large_one_gone_through_over_epochs(shuffle: bool) -> None:
+    epochs = _mixed(9, shuffle=shuffle)
+    for epoch in epochs:
+        times = Counter(epoch)
+        assert {times[row] for row in range(90, 100)} == {5}
+        assert sum(times[row] for row in range(90)) == 50
+    assert set(Counter(row for epoch in epochs for row in epoch if row < 90).values()) == {5}
+
+
+def test_a_mixture_is_deterministic_and_another_one_each_epoch_and_for_each_seed() -> None:
+    assert _mixed(2, seed=1) == _mixed(2, seed=1)
+    first, second = _mixed(2, seed=1)
+    assert first != second
+    assert first != _mixed(1, seed=2)[0]
+
+
+def test_a_resumed_mixture_is_the_rest_of_the_whole_one() -> None:
+    plan = Plan(12, batch_size=5, epochs=4, seed=3, mixture=[Portion(10, 1), Portion(2, 3)])
+    assert list(plan.steps(after=7)) == list(plan.steps())[7:]
+
+
+def test_without_shuffling_sources_alternate_evenly() -> None:
+    plan = Plan(8, batch_size=8, shuffle=False, mixture=[Portion(6, 3), Portion(2, 1)])
+    (step,) = plan.steps()
+    assert step.rows == (0, 1, 6, 2, 3, 4, 7, 5)

@@ -1,22 +1,32 @@
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from mlx_sft.data.formats import SHAPES, Conversation, Document, read_item
+from mlx_sft.data.formats import (
+    SHAPES,
+    Conversation,
+    Document,
+    Item,
+    MixedShapes,
+    RowReader,
+    Tokens,
+    read_item,
+    take_weights,
+)
 from mlx_sft.data.readers import Row
-from mlx_sft.errors import UserError
+from mlx_sft.errors import USAGE, UserError
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
 
 
-def item(**row: Any) -> Conversation | Document:
+def item(**row: Any) -> Item:
     return read_item(Row("chats.jsonl:17", row))
 
 
@@ -124,7 +134,8 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
             "messages[1].reasoning_content must be a string, not a number",
         ),
         ({"messages": [{**USER, "tool_calls": [CALL]}]}, "messages[0] has tool_calls, which only"),
-        ({"messages": [{**ASSISTANT, "tool_calls": "x"}]}, "messages[0].tool_calls must be a list, not a string"),
+        ({"messages": [{**ASSISTANT, "tool_calls": "x"}]}, "messages[0].tool_calls is neither a list or object"),
+        ({"messages": [{**ASSISTANT, "tool_calls": {"a": 1}}]}, "messages[0].tool_calls must be a list, not an object"),
         ({"messages": [{**ASSISTANT, "tool_calls": [{}]}]}, "messages[0].tool_calls[0] names no function"),
         (
             {"messages": [{**ASSISTANT, "tool_calls": [{"name": "f", "arguments": 3}]}]},
@@ -136,7 +147,7 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
             "a conversation with nothing to learn: every assistant turn is empty",
         ),
         ({"prompt": [USER, ASSISTANT], "completion": [USER]}, "a conversation with nothing to learn"),
-        ({"prompt": 3, "completion": "a"}, "prompt must be a list, not a number"),
+        ({"prompt": 3, "completion": "a"}, "prompt must be a string or a list of messages, not a number"),
         ({"prompt": "a", "completion": [3]}, "completion[0] must be an object with role and content, not a number"),
         ({"messages": [USER, ASSISTANT], "tools": "{"}, "tools is neither a list or object nor JSON text of one"),
         ({"messages": [USER, ASSISTANT], "tools": {"a": 1}}, "tools must be a list of objects, not an object"),
@@ -144,8 +155,64 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
             {"messages": [USER, ASSISTANT], "chat_template_kwargs": [1]},
             "chat_template_kwargs must be an object, not a list",
         ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "a\ud83d"}]},
+            "messages[1].content holds half of a surrogate pair (\\ud83d)",
+        ),
+        ({"messages": [USER, ASSISTANT], "tools": [{"\udc00": 1}]}, "tools holds half of a surrogate pair"),
+        ({"text": "\udc00"}, "text holds half of a surrogate pair"),
+        ({"messages": [USER, {**ASSISTANT, "train": False}]}, "a conversation with nothing to learn: every assistant"),
+        ({"messages": [USER, ASSISTANT], "system": 3}, "system must be a string, not a number"),
+        (
+            {"messages": [{"role": "system", "content": "a"}, USER, ASSISTANT], "system": "b"},
+            "the row's system and its first message are two different system prompts",
+        ),
+        ({"conversations": []}, "conversations is empty"),
+        ({"conversations": [{"from": "human"}]}, "conversations[0] has no content"),
+        ({"conversations": [{"from": "alien", "value": "a"}]}, "conversations[0] has the unknown role 'alien'"),
+        (
+            {"conversations": [{"from": "function_call", "value": "f(x)"}]},
+            "conversations[0], a function call, is neither a list or object nor JSON text of one (Expecting value in column 1)",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": '{"a": 1}'}]},
+            "conversations[0] is a call, and must be",
+        ),
+        ({"instruction": " ", "output": "a"}, "instruction and input are both empty"),
+        ({"instruction": 3, "output": "a"}, "instruction must be a string, not a number"),
+        ({"instruction": "a", "output": ""}, "a conversation with nothing to learn: every assistant turn is empty"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "history[0] is not a pair"),
+        ({"instruction": "a", "output": "b", "history": 3}, "history must be a list of [question, answer] pairs"),
+        ({"input_ids": [1, 2], "labels": [1]}, "the lists differ in length: 2 input_ids and 1 labels"),
+        ({"input_ids": [1, 2.0], "labels": [1, 2]}, "input_ids[1] must be a whole number, not 2.0"),
+        ({"input_ids": [1, True], "labels": [1, 1]}, "input_ids[1] must be a whole number, not True"),
+        ({"input_ids": [1, -1], "labels": [1, -1]}, "input_ids holds a number that is no token's"),
+        ({"input_ids": [1, 2**31], "labels": [1, 2]}, "input_ids holds a number that is no token's"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 9, 3]}, "labels[1] is 9, where input_ids[1] is 2: it must be -100 or"),
+        (
+            {"input_ids": [1, 2, 3], "labels": [2, 3, -100]},
+            "labels[0] is 2, where input_ids[0] is 1: labels are not to",
+        ),
+        ({"input_ids": [1, 2], "labels": [1, -100]}, "tokens with nothing to learn"),
+        ({"input_ids": [], "labels": []}, "a row without a token that is not padding"),
+        ({"input_ids": 3, "labels": []}, "input_ids must be a list, not a number"),
+        (
+            {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]},
+            "attention_mask has a 0 inside of the text, at 1",
+        ),
+        ({"input_ids": [1], "labels": [1], "attention_mask": [2]}, "attention_mask must hold only 0 and 1"),
         ({"text": 3}, "text must be a string, not a number"),
         ({"text": " \n"}, "text is empty: there is nothing to learn"),
+        ({"conversations": [USER, ASSISTANT], "images": ["a.jpg"]}, "only text is read, and the row has `images`"),
+        (
+            {
+                "conversations": [USER],
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": {"from": "gpt", "value": "b"},
+            },
+            "a row of preferences",
+        ),
+        ({"messages": [USER, ASSISTANT], "tools": [{}, 3]}, "tools[1] must be an object, not a number"),
     ],
 )
 def test_a_row_that_is_wrong_says_where_and_how(row: dict[str, Any], reason: str) -> None:
@@ -161,36 +228,277 @@ def test_a_row_without_a_known_shape_is_told_all_shapes() -> None:
     assert all(shape.example in caught.value.hint for shape in SHAPES)
 
 
-def test_every_shape_reads_its_own_keys() -> None:
-    samples: dict[str, Any] = {"messages": [USER, ASSISTANT], "prompt": "a", "completion": "b", "text": "c"}
+def test_every_shape_reads_its_own_example() -> None:
     for shape in SHAPES:
-        read = item(**{key: samples[key] for key in shape.keys})
-        assert isinstance(read, Conversation | Document)
+        row = Row("chats.jsonl:1", json.loads(shape.example.replace(", ...]", ', {"role": "gpt", "content": "a"}]')))
+        assert RowReader().settled_by(row).shape == shape.name
+        read = RowReader(shape.name).read(row)
+        assert isinstance(
+            read, Document if shape.name == "text" else Tokens if shape.name == "tokenized" else Conversation
+        )
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        *[(name, "user") for name in ("user", "human", "Human", " USER ")],
+        *[(name, "assistant") for name in ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "GPT")],
+        *[(name, "tool") for name in ("tool", "observation", "function", "function_response", "function-response")],
+        *[(name, name) for name in ("system", "developer")],
+    ],
 )
-keys = st.sampled_from(["messages", "prompt", "completion", "text", "tools", "chat_template_kwargs"])
-messages = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant"]) | json_values, "content": json_values},
-        optional={"tool_calls": json_values, "thinking": json_values},
+def test_the_names_of_roles_in_public_data_are_known(name: str, role: str) -> None:
+    for key, said in (("from", "value"), ("role", "content")):
+        for list_name in ("conversations", "messages"):
+            messages = [{key: name, said: "a"}, {key: "gpt", said: "b", "weight": None, "id": 3}]
+            read = conversation(**{list_name: messages})
+            assert read.messages == [{"role": role, "content": "a"}, {"role": "assistant", "content": "b", "id": 3}]
+
+
+def test_a_sharegpt_row_may_have_calls_tools_and_a_system_prompt() -> None:
+    function = {"name": "weather", "description": "", "parameters": {}}
+    call = json.dumps({"name": "weather", "arguments": {"city": "Köln"}})
+    read = conversation(
+        conversations=[
+            {"from": "human", "value": "Rain?"},
+            {"from": "function_call", "value": call},
+            {"from": "observation", "value": "no"},
+            {"from": "function_call", "value": f"[{call}, {call}]"},
+            {"from": "gpt", "value": "No"},
+        ],
+        system="Be brief",
+        tools=json.dumps([function]),
     )
+    assert read.messages == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "tool", "content": "no"},
+        {"role": "assistant", "tool_calls": [CALL, CALL]},
+        {"role": "assistant", "content": "No"},
+    ]
+    assert read.tools == [{"type": "function", "function": function}]
+
+
+def test_a_call_may_be_written_in_the_first_form_that_there_was() -> None:
+    message = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    called = conversation(messages=[USER, message, {"role": "function", "name": "f", "content": "3"}]).messages
+    assert called[1:] == [
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "tool", "name": "f", "content": "3"},
+    ]
+
+
+@pytest.mark.parametrize("given", ["", " ", None, "Translate"])
+def test_alpaca_joins_instruction_and_input_where_there_is_one(given: str | None) -> None:
+    read = conversation(instruction="Hi", input=given, output="Hello", text="whole")
+    content = "Hi\nTranslate" if given == "Translate" else "Hi"
+    assert read.messages == [{"role": "user", "content": content}, ASSISTANT]
+
+
+@pytest.mark.parametrize("encode", [list, json.dumps])
+def test_alpaca_learns_its_history_too(encode: Any) -> None:
+    read = conversation(instruction="Hi", output="Hello", system="Be brief", history=encode([["a", "b"], ["c", "d"]]))
+    assert [message["content"] for message in read.messages] == ["Be brief", "a", "b", "c", "d", "Hi", "Hello"]
+    assert read.first_learnt == 0
+
+
+def test_a_system_prompt_beside_a_prompt_is_context() -> None:
+    read = conversation(prompt="Hi", completion="Hello", system="Be brief")
+    assert read.messages == [{"role": "system", "content": "Be brief"}, USER, ASSISTANT]
+    assert read.first_learnt == 2
+    same = conversation(messages=read.messages, system="Be brief")
+    assert same.messages == read.messages
+
+
+def test_tokens_lose_their_padding() -> None:
+    row = {
+        "input_ids": [0, 0, 5, 6, 7, 0],
+        "labels": [-100, -100, -100, 6, 7, -100],
+        "attention_mask": [0, 0, 1, 1, 1, 0],
+    }
+    assert item(**row) == Tokens("chats.jsonl:17", [5, 6, 7], [-100, 6, 7])
+    assert item(**{key: json.dumps(value) for key, value in row.items()}) == item(**row)
+
+
+def test_weights_are_taken_out_of_the_messages() -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "a", "train": False},
+        {"role": "assistant", "content": "b", "weight": 0.5},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "train": False},
+        {"role": "assistant", "content": "e", "train": True, "weight": 2},
+    ]
+    bare = [{"role": message["role"], "content": message["content"]} for message in messages]
+    assert take_weights(messages) == (bare, (0.0, 0.5, 1.0, 0.0, 2.0))
+    read = conversation(messages=messages, system="x")
+    assert read.weights == (1.0, 0.0, 0.5, 1.0, 0.0, 2.0)
+    assert read.messages[1:] == bare
+    assert take_weights([USER, {**ASSISTANT, "train": True, "weight": 1}]) == ([USER, ASSISTANT], None)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({**ASSISTANT, "train": 1}, "train of message 0 must be true or false, not a number"),
+        ({**ASSISTANT, "weight": "0.5"}, "weight of message 0 must be a number, not a string"),
+        ({**ASSISTANT, "weight": True}, "weight of message 0 must be a number, not true or false"),
+        ({**ASSISTANT, "weight": -1}, "weight of message 0 must be from 0 to 1,000,000, not -1"),
+        ({**ASSISTANT, "weight": float("nan")}, "weight of message 0 must be from 0 to 1,000,000, not nan"),
+        ({**ASSISTANT, "weight": 10**400}, "weight of message 0 must be from 0 to 1,000,000"),
+        ({**ASSISTANT, "train": False, "weight": 1}, "train and weight of message 0 contradict each other"),
+        ({**ASSISTANT, "train": True, "weight": 0}, "train and weight of message 0 contradict each other"),
+        ({**USER, "train": True}, "message 0 has a weight, and only an assistant's messages are learnt"),
+        ({**USER, "weight": 0.5}, "message 0 has a weight, and only an assistant's messages are learnt"),
+    ],
 )
+def test_a_weight_that_cannot_be_says_why(message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        take_weights([message])
+    assert str(caught.value).startswith(reason)
+    with pytest.raises(UserError) as named:
+        item(messages=[message, ASSISTANT])
+    assert named.value.what.startswith(reason)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(keys, json_values | messages))
-def test_any_row_is_an_item_or_one_clear_error(row: dict[str, Any]) -> None:
-    try:
-        read: Conversation | Document | UserError = item(**row)
-    except UserError as error:
-        read = error
-    if isinstance(read, UserError):
-        assert read.where == "chats.jsonl:17"
-        assert read.hint
-    else:
-        assert isinstance(read, Conversation | Document)
+def row(line: int = 1, /, **value: Any) -> Row:
+    return Row(f"chats.jsonl:{line}", value)
+
+
+def test_the_first_row_settles_the_shape_and_a_row_of_another_is_named_with_it() -> None:
+    reader = pickle.loads(pickle.dumps(RowReader().settled_by(row(prompt="a", completion="b"))))
+    assert reader.shape == "prompt-completion"
+    assert isinstance(reader.read(row(2, prompt="a", completion="b", messages=3)), Conversation)
+    with pytest.raises(MixedShapes) as caught:
+        reader.read(row(3, instruction="a", output="b"))
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(error, MixedShapes)
+    assert error.where == "chats.jsonl:3"
+    assert error.what == "this row is alpaca, where chats.jsonl:1 is prompt-completion"
+    assert "--data" in error.hint
+    with pytest.raises(UserError, match="a row without a known shape") as other:
+        reader.read(row(4, prompt="a"))
+    assert not isinstance(other.value, MixedShapes)
+
+
+def test_a_row_of_no_known_shape_settles_nothing() -> None:
+    with pytest.raises(UserError, match="a row without a known shape") as caught:
+        RowReader().settled_by(row(a=1))
+    assert caught.value.exit_code != USAGE
+    assert RowReader().shape is None
+
+
+def test_a_format_may_be_forced() -> None:
+    reader = RowReader("text").settled_by(row(messages=[USER, ASSISTANT], text="a"))
+    assert reader.shape == RowReader("text").shape == "text"
+    assert reader.read(row(2, messages=[USER, ASSISTANT], text="a")) == Document("chats.jsonl:2", "a")
+    with pytest.raises(UserError, match="not a row of the format text: it has no 'text'"):
+        reader.read(row(3, messages=[USER, ASSISTANT]))
+    with pytest.raises(UserError, match="no format is named 'sharegtp'") as caught:
+        RowReader("sharegtp")
+    assert caught.value.hint == 'did you mean "sharegpt"?'
+    assert caught.value.exit_code == USAGE
+
+
+QUESTION = {"question": "Hi", "answer": "Hello", "context": "Be brief", "text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "value", "messages"),
+    [
+        ({"user": "question", "assistant": "answer"}, QUESTION, [USER, ASSISTANT]),
+        (
+            {"user": "question", "assistant": "answer", "system": "context"},
+            QUESTION,
+            [{"role": "system", "content": "Be brief"}, USER, ASSISTANT],
+        ),
+        ({"assistant": "chosen"}, {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, [USER, ASSISTANT]),
+        ({"messages": "dialogue"}, {"dialogue": [USER, ASSISTANT], "text": "x"}, [USER, ASSISTANT]),
+        ({"conversations": "dialogue"}, {"dialogue": [USER, ASSISTANT], "messages": "x"}, [USER, ASSISTANT]),
+        (
+            {"output": "response", "input": "context"},
+            {"instruction": "Hi", "context": "", "response": "Hello"},
+            [USER, ASSISTANT],
+        ),
+        ({"user": "completion", "assistant": "prompt"}, {"prompt": "Hello", "completion": "Hi"}, [USER, ASSISTANT]),
+    ],
+)
+def test_columns_say_where_a_row_keeps_its_parts(
+    columns: Mapping[str, str], value: dict[str, Any], messages: list[dict[str, str]]
+) -> None:
+    reader = RowReader(columns=columns).settled_by(row(**value))
+    read = reader.read(row(2, **value))
+    assert isinstance(read, Conversation)
+    assert read.messages == messages
+
+
+def test_a_column_that_is_not_there_names_its_like() -> None:
+    with pytest.raises(UserError, match="the first row has no column 'qestion'") as caught:
+        RowReader(columns={"user": "qestion", "assistant": "answer"}).settled_by(row(**QUESTION))
+    assert 'did you mean "question"?' in caught.value.hint
+    assert caught.value.exit_code == USAGE
+    with pytest.raises(UserError, match="no part of a row is named 'asistant'") as caught:
+        RowReader(columns={"asistant": "answer"})
+    assert caught.value.hint == 'did you mean "assistant"?'
+    with pytest.raises(UserError, match="a part of a row is named twice"):
+        RowReader(columns={"user": "question", "prompt": "question"})
+
+
+def test_an_error_in_a_column_names_it() -> None:
+    reader = RowReader(columns={"user": "question", "assistant": "answer"}).settled_by(row(**QUESTION))
+    with pytest.raises(UserError, match="prompt must be a string") as caught:
+        reader.read(row(2, question=3, answer="a"))
+    assert "prompt is its column 'question'" in caught.value.hint
+    with pytest.raises(UserError, match="a row without a known shape"):
+        reader.read(row(3, question="a"))
+
+
+@pytest.mark.parametrize(
+    ("value", "columns"),
+    [
+        ({"Question": "a", "Answer": "b"}, "user=Question,assistant=Answer"),
+        ({"dialog": [{"role": "user", "content": "a"}]}, "messages=dialog"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "user=prompt,assistant=chosen"),
+        ({"id": "1", "Content": "a"}, "text=Content"),
+        ({"instruction": "a", "context": "b", "response": "c"}, "output=response,input=context"),
+        (
+            {"system_prompt": "a", "question": "b", "response": "c"},
+            "user=question,assistant=response,system=system_prompt",
+        ),
+    ],
+)
+def test_a_row_of_no_known_shape_is_told_the_columns_that_it_may_mean(value: dict[str, Any], columns: str) -> None:
+    with pytest.raises(UserError) as caught:
+        item(**value)
+    assert f"--columns {columns}" in caught.value.hint
+
+
+def test_a_huge_name_is_not_compared_for_minutes() -> None:
+    huge = "user" * 5_000_000
+    with pytest.raises(UserError) as caught:
+        item(messages=[{"role": huge, "content": "a"}])
+    assert len(str(caught.value)) < 400
+    with pytest.raises(UserError) as caught:
+        RowReader(columns={"user": "question"}).settled_by(row(**{huge: "a"}))
+    assert len(str(caught.value)) < 400
+
+
+def test_functions_of_the_time_before_tools_are_tools() -> None:
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    read = conversation(messages=[USER, ASSISTANT], tools=[], functions=[function])
+    assert read.tools == [{"type": "function", "function": function}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen"),
+    [("Hi", "Hello"), ([USER], [ASSISTANT]), ("Hi", [USER, ASSISTANT])],
+)
+def test_a_row_of_preferences_is_named_and_its_answer_can_be_learnt(prompt: Any, chosen: Any) -> None:
+    row = Row("a.jsonl:1", {"prompt": prompt, "rejected": chosen, "chosen": chosen})
+    with pytest.raises(UserError, match="a row of preferences") as caught:
+        read_item(row)
+    columns = caught.value.hint.partition("--columns ")[2].partition(";")[0]
+    reader = RowReader(columns=dict(part.split("=") for part in columns.split(",")))
+    read = reader.settled_by(row).read(row)
+    assert isinstance(read, Conversation)
+    assert read.messages == [USER, ASSISTANT]

@@ -10,11 +10,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data import PreparedData, prepare, prepare_file
-from mlx_sft.data.encode import IGNORED, Example
-from mlx_sft.data.prepare import fingerprint, split
-from mlx_sft.data.report import length_summary
-from mlx_sft.errors import UserError
+from mlx_sft.data import Examples, PreparedData, prepare, prepare_file, survey
+from mlx_sft.data.example import IGNORED, Example
+from mlx_sft.data.split import split
+from mlx_sft.errors import USAGE, UserError
 
 WriteRows = Callable[..., str]
 SHARED = Path(__file__).parents[2] / ".." / "shared"
@@ -24,25 +23,34 @@ def chat(question: str, answer: str = "yes") -> dict[str, str]:
     return {"prompt": question, "completion": answer}
 
 
-def run(tokenizer: PreTrainedTokenizerFast, data: str, **settings: Any) -> PreparedData:
-    prepared = prepare(TrainConfig(data=data, **settings), tokenizer)
+def run(
+    tokenizer: PreTrainedTokenizerFast, data: str | list[str], verb: Any = prepare, **settings: Any
+) -> PreparedData:
+    prepared: PreparedData = verb(TrainConfig(data=data, **settings), tokenizer)
     report = prepared.report
     assert report.rows == report.kept + report.dropped + report.bad
-    assert report.kept == len(prepared.train) + len(prepared.valid) == report.train.rows + report.valid.rows
+    assert sum(source.examples for source in report.sources) == len(prepared.train) + len(prepared.valid)
+    assert (report.train.rows, report.valid.rows) == (len(prepared.train), len(prepared.valid))
+    if settings.get("train_on") != "every-turn":
+        assert report.kept == len(prepared.train) + len(prepared.valid)
+    assert sum(number for number, _ in prepared.mixture) == len(prepared.train)
     return prepared
 
 
-def test_rows_of_every_shape_are_kept_in_order(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    data = write_rows({"messages": messages}, chat("a"), {"text": "plain"})
+MESSAGES = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def test_rows_are_kept_in_order(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
+    data = write_rows(chat("a"), chat("b"), chat("c"))
     prepared = run(tokenizer, data)
     assert [example.origin for example in prepared.train] == [f"{data}:{line}" for line in (1, 2, 3)]
-    assert prepared.valid == []
+    assert len(prepared.valid) == 0
     assert prepared.report.valid.lengths == {}
+    assert prepared.report.sources[0].format == "prompt-completion"
 
 
 def test_bad_rows_are_all_named_in_one_error(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
-    data = write_rows(chat("a"), "nonsense", {"a": 1}, chat("b"), {"messages": [{"role": "user", "content": "x"}]})
+    data = write_rows(chat("a"), "nonsense", {"a": 1}, chat("b"), chat("c", ""))
     with pytest.raises(UserError) as caught:
         run(tokenizer, data)
     assert caught.value.where == data
@@ -50,13 +58,13 @@ def test_bad_rows_are_all_named_in_one_error(tokenizer: PreTrainedTokenizerFast,
         "3 rows cannot be used:",
         f"  {data}:2: not JSON: Expecting value in column 1",
         f"  {data}:3: a row without a known shape: it has 'a'",
-        f"  {data}:5: a conversation with nothing to learn: it has no assistant turn",
+        f"  {data}:5: a conversation with nothing to learn: every assistant turn is empty",
     ]
     assert "--skip-bad-rows" in caught.value.hint
 
 
 def test_one_bad_row_is_the_error_itself(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
-    data = write_rows(chat("a"), {"text": 3})
+    data = write_rows({"text": "a"}, {"text": 3})
     with pytest.raises(UserError) as caught:
         run(tokenizer, data)
     assert caught.value.where == f"{data}:2"
@@ -75,7 +83,7 @@ def test_bad_rows_are_skipped_and_reported_where_asked(
     tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
 ) -> None:
     data = write_rows(chat("a"), *["nonsense"] * 12, {"text": "a\ud83d"}.__repr__(), chat("b"))
-    prepared = run(tokenizer, data, skip_bad_rows=True)
+    prepared = run(tokenizer, data, skip_bad_rows=True, allow_lost_rows=True)
     assert len(prepared.train) == 2
     assert (prepared.report.rows, prepared.report.bad) == (15, 13)
     (source,) = prepared.report.to_json()["sources"]
@@ -97,11 +105,9 @@ def test_turns_with_text_left_out_are_counted_in_rows_that_are_kept(
     data = write_rows({"messages": turn}, {"messages": 3 * turn}, {"messages": [*turn, *turn]}, {"messages": 30 * turn})
     prepared = run(qwen3, data, max_length=400, overlong="drop")
     assert [example.facts.turns_with_text_left_out for example in prepared.train] == [0, 2, 1]
-    report = prepared.report.to_json()
-    assert prepared.report.turns_with_text_left_out == report["turns_with_text_left_out"] == 3
-    assert report["sources"][0]["turns_with_text_left_out"] == 3
+    assert prepared.report.facts.turns_with_text_left_out == 3
     cut = run(qwen3, data, max_length=100).train[-1]
-    assert (len(cut), cut.turns_with_text_left_out) == (100, 29)
+    assert (len(cut), cut.facts.turns_with_text_left_out) == (100, 29)
 
 
 def test_a_row_of_which_only_the_end_token_would_be_learnt_is_bad(make_tokenizer: Any, write_rows: WriteRows) -> None:
@@ -111,15 +117,35 @@ def test_a_row_of_which_only_the_end_token_would_be_learnt_is_bad(make_tokenizer
         run(make_tokenizer(answers_only + prompt), write_rows(chat("a", "<think>hmm</think>")))
 
 
-def test_the_number_of_rows_read_is_told_now_and_then(
+class Told:
+    """A progress that remembers the sources."""
+
+    def __init__(self) -> None:
+        self.sources: list[tuple[str, int, bool]] = []
+
+    def reading(self, name: str, rows: int, bytes_done: int, bytes_total: int | None) -> None:
+        pass
+
+    def finished(self, name: str, rows: int, *, cached: bool) -> None:
+        self.sources.append((name, rows, cached))
+
+    def note(self, message: str) -> None:
+        pass
+
+
+def test_a_second_run_is_told_from_a_first_one_and_is_the_same(
     tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
 ) -> None:
-    told: list[int] = []
-    config = TrainConfig(data=write_rows(*[{"text": "a"}] * 2001, "nonsense"), skip_bad_rows=True)
-    prepare(config, tokenizer, told.append)
-    assert told == [1000, 2000]
-    prepare_file(str(config.data), config, tokenizer, told.append)
-    assert told == [1000, 2000, 1000, 2000]
+    told, data = Told(), write_rows(chat("told twice"), "nonsense", chat("b"), chat("c" * 50))
+    config = TrainConfig(data=data, skip_bad_rows=True, max_length=40, overlong="drop")
+    first, second = (prepare(config, tokenizer, told) for _ in range(2))
+    assert told.sources == [(data, 4, False), (data, 4, True)]
+    assert first.report.to_json() == second.report.to_json()
+    with pytest.raises(UserError, match="not JSON"):
+        prepare(TrainConfig(data=data), tokenizer, told)
+    longer = prepare(TrainConfig(data=data, skip_bad_rows=True), tokenizer, told)
+    assert (len(second.train), len(longer.train)) == (2, 3)
+    assert [cached for *_, cached in told.sources] == [False, True, True, True]
 
 
 def test_nothing_left_is_an_error_that_names_the_first_reason(
@@ -129,6 +155,7 @@ def test_nothing_left_is_an_error_that_names_the_first_reason(
     with pytest.raises(UserError) as caught:
         run(tokenizer, data, skip_bad_rows=True, max_length=30, overlong="drop")
     assert caught.value.what == "nothing to learn: of 2 rows 1 are bad and 1 are dropped"
+    assert caught.value.where == data
     assert caught.value.hint == f"the first: {data}:1: not JSON: Expecting value in column 1"
 
 
@@ -160,7 +187,7 @@ def test_a_row_that_is_cut_is_the_beginning_of_the_whole(tokenizer: PreTrainedTo
 
 
 def test_too_long_rows_are_dropped_where_asked(tokenizer: PreTrainedTokenizerFast, long_rows: str) -> None:
-    prepared = run(tokenizer, long_rows, max_length=60, overlong="drop")
+    prepared = run(tokenizer, long_rows, max_length=60, overlong="drop", allow_lost_rows=True)
     assert (prepared.report.kept, prepared.report.truncated, prepared.report.dropped) == (1, 0, 2)
 
 
@@ -168,6 +195,157 @@ def test_too_long_rows_are_an_error_where_asked(tokenizer: PreTrainedTokenizerFa
     with pytest.raises(UserError, match="122 tokens, where max_length is 60") as caught:
         run(tokenizer, long_rows, max_length=60, overlong="error", skip_bad_rows=True)
     assert caught.value.where == f"{long_rows}:2"
+
+
+# Several turns of a row
+
+
+def every_turn(*answers: str) -> dict[str, Any]:
+    turns = [{"role": role, "content": text} for text in answers for role, text in (("user", "?"), ("assistant", text))]
+    return {"messages": turns}
+
+
+def test_a_row_is_kept_as_long_as_one_of_its_turns_is(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    data = write_rows(every_turn("a", "b" * 60, "c"), every_turn("d" * 60, "e"), every_turn("f"))
+    settings = {"max_length": 60, "train_on": "every-turn"}
+    dropped = run(tokenizer, data, overlong="drop", **settings)
+    assert [example.origin for example in dropped.train] == [f"{data}:1#1", f"{data}:3#1"]
+    (source,) = dropped.report.sources
+    assert (source.rows, source.kept, source.truncated, source.dropped, source.examples) == (3, 2, 1, 1, 2)
+    assert [(note.origin, note.fate, note.reason) for note in source.notes] == [
+        (f"{data}:1", "truncated", "of its 3 turns 2 dropped, longer than 60 tokens"),
+        (f"{data}:2", "dropped", "none of its 2 turns can be learnt within 60 tokens"),
+    ]
+    cut = run(tokenizer, data, **settings)
+    assert [example.origin for example in cut.train] == [f"{data}:1#1", f"{data}:1#2", f"{data}:2#1", f"{data}:3#1"]
+    assert cut.report.sources[0].notes[0].reason == "of its 3 turns 1 cut and 1 dropped, longer than 60 tokens"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_turns_of_a_row_and_equal_rows_never_straddle_the_split(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, seed: int
+) -> None:
+    rows = [every_turn(*(f"{n % 6} {turn}" for turn in range(1 + n % 3))) for n in range(18)]
+    prepared = run(tokenizer, write_rows(*rows), train_on="every-turn", valid_fraction=0.3, seed=seed)
+    assert 0 < len(prepared.valid) <= round(0.3 * 36)
+    sides = [{example.origin.partition("#")[0] for example in part} for part in (prepared.train, prepared.valid)]
+    assert not sides[0] & sides[1]
+    assert prepared.report.shared == 0
+
+
+# More is lost than is kept
+
+
+def test_more_than_half_of_the_rows_lost_is_refused(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
+    data = write_rows(chat("a"), chat("b" * 98), chat("c" * 101), "nonsense", {"text": 1})
+    settings: dict[str, Any] = {"skip_bad_rows": True, "max_length": 40, "overlong": "drop"}
+    with pytest.raises(UserError) as caught:
+        run(tokenizer, data, **settings)
+    first, *reasons = caught.value.what.splitlines()
+    assert first == "more than half of the rows are lost, 4 of 5:"
+    assert reasons[0] == f"  2 such as {data}:2: 122 tokens, more than 40"
+    assert len(reasons) == 3
+    assert "--allow-lost-rows" in caught.value.hint
+    assert len(run(tokenizer, data, allow_lost_rows=True, **settings).train) == 1
+
+
+def test_half_of_the_rows_lost_is_let_pass_over_all_sources(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    bad = write_rows(chat("a"), "nonsense", "nonsense", name="bad.jsonl")
+    good = write_rows(chat("b"), name="good.jsonl")
+    assert len(run(tokenizer, [bad, good], skip_bad_rows=True).train) == 2
+    with pytest.raises(UserError, match="more than half of the rows are lost, 2 of 3") as caught:
+        run(tokenizer, bad, skip_bad_rows=True)
+    assert caught.value.where == bad
+
+
+# A look
+
+
+def test_a_survey_notes_what_would_stop_a_run(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
+    data = write_rows(chat("a"), *["nonsense"] * 12, MESSAGES, chat("c" * 100))
+    report = run(tokenizer, data, survey, max_length=60, overlong="error", valid_fraction=0.5).report
+    (source,) = report.sources
+    assert (source.rows, source.kept, source.bad) == (15, 1, 14)
+    assert "124 tokens" in source.notes[-1].reason
+    assert [note.origin for note in source.notes] == [f"{data}:{line}" for line in range(2, 16)]
+    nothing = run(tokenizer, write_rows("nonsense", name="nothing.jsonl"), survey)
+    assert (len(nothing.train), nothing.report.bad) == (0, 1)
+
+
+def test_rows_of_several_shapes_are_one_error_that_names_both_lines(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    data = write_rows("nonsense", chat("a"), chat("b"), MESSAGES, "nonsense")
+    for _ in range(2):  # the second time from the cache, which `survey` has filled
+        with pytest.raises(UserError) as caught:
+            run(tokenizer, data)
+        assert caught.value.where == f"{data}:4"
+        assert f"{data}:2" in caught.value.what
+        survey(TrainConfig(data=data), tokenizer)
+    assert run(tokenizer, data, skip_bad_rows=True, allow_lost_rows=True).report.bad == 3
+
+
+# Several sources
+
+
+def test_sources_follow_one_another_and_are_counted_with_their_weights(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    a, b = write_rows(chat("a"), chat("b"), name="a.jsonl"), write_rows(MESSAGES, name="b.jsonl")
+    prepared = run(tokenizer, [a, b])
+    assert prepared.mixture == [(2, None), (1, None)]
+    assert [example.origin for example in prepared.train] == [f"{a}:1", f"{a}:2", f"{b}:1"]
+    assert [source.format for source in prepared.report.sources] == ["prompt-completion", "messages"]
+    weighted = run(tokenizer, [f"{b}:0.25", f"{a}:3"])
+    assert weighted.mixture == [(1, 0.25), (2, 3.0)]
+    assert prepared.report.fingerprint != weighted.report.fingerprint
+
+
+def test_all_sources_have_a_weight_or_none(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
+    a, b = write_rows(chat("a"), name="a.jsonl"), write_rows(chat("b"), name="b.jsonl")
+    with pytest.raises(UserError, match="some data has a share of the mixture, and this has none") as caught:
+        run(tokenizer, [f"{a}:0.5", b])
+    assert (caught.value.where, caught.value.exit_code) == (b, USAGE)
+
+
+def test_the_split_is_over_all_sources(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
+    files = [write_rows(*(chat(f"{name}{n}") for n in range(20)), name=f"{name}.jsonl") for name in "ab"]
+    prepared = run(tokenizer, files, valid_fraction=0.25)
+    assert len(prepared.valid) == 10
+    assert all(10 <= number < 20 for number, _ in prepared.mixture)
+
+
+def test_a_share_of_nothing_is_refused(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
+    one, many = write_rows(chat("a"), name="one.jsonl"), write_rows(*map(chat, "bcdefgh"), name="many.jsonl")
+    seeds = [seed for seed in range(20) if len(run(tokenizer, [one, many], valid_fraction=0.6, seed=seed).train) == 3]
+    for seed in seeds:
+        mixture = run(tokenizer, [one, many], valid_fraction=0.6, seed=seed).mixture
+        if mixture[0] == (0, None):
+            with pytest.raises(UserError, match="its rows are all held out"):
+                run(tokenizer, [f"{one}:1", f"{many}:1"], valid_fraction=0.6, seed=seed)
+            return
+    pytest.fail("no seed holds it out")
+
+
+def test_several_folders_give_all_their_parts(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_rows(chat(name), name=f"{name}/train.jsonl")
+        write_rows(chat(f"valid {name}"), name=f"{name}/valid.jsonl")
+    file = write_rows(chat("c"), name="c.jsonl")
+    folders = [str(tmp_path / name) for name in "ab"]
+    prepared = run(tokenizer, [*folders, file])
+    assert [Path(example.origin).parent.name for example in prepared.valid] == ["a", "b"]
+    assert len(prepared.train) == 3
+    assert len(run(tokenizer, [*folders, file], valid=file).valid) == 1
+    with pytest.raises(UserError, match="the folder has a valid part, and valid_fraction asks for another"):
+        run(tokenizer, [file, *folders], valid_fraction=0.5)
 
 
 # The split
@@ -178,12 +356,12 @@ def example(*token_ids: int) -> Example:
     return Example(f"a:{token_ids}", ids, (np.arange(len(ids)) > 0).astype(np.float32))
 
 
-def digests(examples: list[Example]) -> list[bytes]:
+def digests(examples: Examples) -> list[bytes]:
     return [one.digest() for one in examples]
 
 
 def test_the_split_is_a_seeded_partition_that_keeps_the_order() -> None:
-    examples = [example(1, i) for i in range(200)]
+    examples = Examples.of([example(1, i) for i in range(200)])
     train, valid = split(examples, 0.05, seed=0)
     assert len(valid) == 10
     assert sorted([*digests(train), *digests(valid)]) == sorted(digests(examples))
@@ -194,12 +372,25 @@ def test_the_split_is_a_seeded_partition_that_keeps_the_order() -> None:
     assert digests(split(examples, 0.05, seed=1)[1]) != digests(valid)
 
 
+def test_the_split_of_single_turns_stays_what_it_was() -> None:
+    examples = Examples.of([example(1, i % 37) for i in range(100)])
+    groups: dict[bytes, list[int]] = {}
+    for index, digest in enumerate(digests(examples)):
+        groups.setdefault(digest, []).append(index)
+    order = np.random.default_rng(5).permutation(len(groups))
+    expected: set[int] = set()
+    for group in [list(groups.values())[number] for number in order[:-1]]:
+        if len(expected) + len(group) <= 20:
+            expected.update(group)
+    _, valid = split(examples, 0.2, seed=5)
+    assert valid.rows.tolist() == sorted(expected)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_equal_examples_never_straddle_the_split(seed: int) -> None:
-    examples = [example(1, i % 7) for i in range(50)]
-    train, valid = split(examples, 0.3, seed)
-    assert train
-    assert valid
+    train, valid = split(Examples.of([example(1, i % 7) for i in range(50)]), 0.3, seed)
+    assert len(train)
+    assert len(valid)
     assert len(train) + len(valid) == 50
     assert not set(digests(train)) & set(digests(valid))
 
@@ -207,8 +398,7 @@ def test_equal_examples_never_straddle_the_split(seed: int) -> None:
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
 @pytest.mark.parametrize("seed", range(5))
 def test_both_parts_have_an_example(fraction: float, seed: int) -> None:
-    examples = [example(1, 1)] * 5 + [example(1, 2)] * 3
-    train, valid = split(examples, fraction, seed)
+    train, valid = split(Examples.of([example(1, 1)] * 5 + [example(1, 2)] * 3), fraction, seed)
     assert len(train) in (3, 5)
     assert len(train) + len(valid) == 8
 
@@ -271,21 +461,6 @@ def test_the_report_adds_up_and_is_json(tokenizer: PreTrainedTokenizerFast, long
     assert train["supervised_share"] == round(train["supervised_tokens"] / train["tokens"], 4)
     assert report["settings"]["max_length"] == 60
     assert len(report["sources"][0]["sha256"]) == 64
-
-
-def test_length_percentiles_are_lengths_that_occur() -> None:
-    assert length_summary([example(*range(n)) for n in range(1, 101)]) == {
-        "min": 1, "mean": 50.5, "p10": 10, "p50": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100,
-    }  # fmt: skip
-
-
-def test_the_fingerprint_tells_any_change() -> None:
-    a, b, c = example(1, 2), example(1, 3), example(1, 2, 3)
-    unlearnt = Example(a.origin, a.token_ids, np.zeros(2, np.float32))
-    renamed = Example("elsewhere", a.token_ids, a.loss_weights)
-    assert fingerprint([a, b]) == fingerprint([renamed, b])
-    others = [[a, b], [b, a], [a], [a, c], [unlearnt, b], []]
-    assert len({fingerprint(examples) for examples in others}) == len(others)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows and the real Qwen 3 tokenizer are not here")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mlx_sft.data.encode import IGNORED, Encoder, encode_conversation
 from mlx_sft.data.formats import Conversation
-from mlx_sft.data.template import render
+from mlx_sft.data.mask.turns import assistant_messages
+from mlx_sft.data.template import Facts, Rendering, render
 from mlx_sft.errors import UserError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -39,28 +41,50 @@ def tool(content: str) -> dict[str, Any]:
     return {"role": "tool", "content": content}
 
 
-def shown(
+def rendered(
     tokenizer: PreTrainedTokenizerFast,
     *messages: dict[str, Any],
     tools: Any = None,
-    train_on: Any = "all",
-    first_learnt: int = 0,
+    learnt: Sequence[int] | None = None,
+    think_prefill: bool = True,
+    silent_turns: bool = True,
+    in_context: bool = False,
     **template_kwargs: Any,
-) -> str:
-    conversation = Conversation("chats.jsonl:17", list(messages), tools, template_kwargs, first_learnt)
+) -> Rendering:
+    """With every assistant turn to be learnt, unless told otherwise."""
+    conversation = Conversation("chats.jsonl:17", list(messages), tools, template_kwargs)
     ends = frozenset({tokenizer.eos_token} if tokenizer.eos_token else ())
-    rendering = render(tokenizer, conversation, train_on=train_on, end_tokens=ends)
-    reference = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **template_kwargs)
-    assert rendering.text == reference
+    rendering = render(
+        tokenizer,
+        conversation,
+        assistant_messages(messages) if learnt is None else learnt,
+        end_tokens=ends,
+        think_prefill=think_prefill,
+        silent_turns=silent_turns,
+        in_context=in_context,
+    )
+    assert rendering.text == tokenizer.apply_chat_template(
+        list(messages), tools=tools, tokenize=False, **template_kwargs
+    )
+    assert len(rendering.owners) == len(rendering.text)
+    return rendering
+
+
+def shown(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], **options: Any) -> str:
+    rendering = rendered(tokenizer, *messages, **options)
     text = rendering.text
-    for start, end in sorted(rendering.spans, reverse=True):
+    for start, end in sorted(spans(rendering), reverse=True):
         text = f"{text[:start]}⟦{text[start:end]}⟧{text[end:]}"
     return text
 
 
-def refusal(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], **template_kwargs: Any) -> UserError:
+def spans(rendering: Rendering) -> list[tuple[int, int]]:
+    return [span for turn in rendering.turns for span in turn.spans]
+
+
+def refusal(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], **options: Any) -> UserError:
     with pytest.raises(UserError) as caught:
-        render(tokenizer, Conversation("chats.jsonl:17", list(messages), None, template_kwargs))
+        rendered(tokenizer, *messages, **options)
     assert caught.value.where == "chats.jsonl:17"
     assert caught.value.hint
     return caught.value
@@ -127,15 +151,13 @@ def test_a_default_system_prompt_is_not_learnt_even_before_an_opening_assistant(
     )
 
 
-def test_only_the_last_turn_or_only_the_completion_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_the_turns_that_are_asked_for_are_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = (user("a"), assistant("b"), user("c"), assistant("d"))
     last_only = (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n⟦d<|im_end|>⟧\n"
     )
-    assert shown(tokenizer, *turns, train_on="last") == last_only
-    assert shown(tokenizer, *turns, first_learnt=3) == last_only
-    assert shown(tokenizer, *turns, first_learnt=2) == last_only
+    assert shown(tokenizer, *turns, learnt=[3]) == last_only
 
 
 def test_equal_messages_are_told_apart(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -282,7 +304,10 @@ def test_the_end_token_directly_after_the_loop_is_learnt(
 
 # Against templates whose authors tagged what is generated
 
-ORACLES = ("llama3", "qwen2_5", "qwen3", "qwen3_instruct_2507", "phi3", "gemma", "cohere", "lfm2", "qwen3_5_think")
+ORACLES = (
+    *("cohere", "deepseekv3", "diffusion_gemma", "gemma", "gemma3", "gptoss", "lfm2", "llama3", "muse_glimmer"),
+    *("nemotron_3_nano", "nemotron_3_ultra", "phi3", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_instruct_2507"),
+)
 CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], Any]] = {
     "one turn": ([user("Hi there"), assistant("Hello 😀")], None),
     "two turns": ([user("Hi"), assistant("Hello"), user("And?"), assistant(" Fine. ")], None),
@@ -300,6 +325,10 @@ def test_the_spans_are_those_that_a_tagged_template_marks(
 ) -> None:
     ends = {"phi3": "<|endoftext|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>"}
     tokenizer = make_tokenizer(public_template(family), eos=ends.get(family, "<|im_end|>"), bos="<|begin_of_text|>")
+    asked = [user("Hi")]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    header = prompt.removeprefix(tokenizer.apply_chat_template(asked, tokenize=False).removesuffix("<|endoftext|>"))
+    header = header.split("<think>")[0]  # some tags enclose the header too
     compared = 0
     for messages, tools in CONVERSATIONS.values():
         try:
@@ -315,28 +344,23 @@ def test_the_spans_are_those_that_a_tagged_template_marks(
             continue
         if tagged != plain:
             continue  # the tagged template writes earlier turns' reasoning, which the original leaves out
-        conversation = Conversation("", messages, tools)
-        rendering = render(tokenizer, conversation, end_tokens=frozenset({str(tokenizer.eos_token)}))
-        if rendering.facts.turns_with_text_left_out:  # a turn of which nothing is left is tagged, and not learnt here
-            silent = {f"{end}{space}" for end in ("<|im_end|>", "<|eot_id|>", "<|end|>") for space in ("", "\n")}
-            generated = [(start, end) for start, end in generated if plain[start:end] not in silent]
-        assert _ink(plain, rendering.spans) == _ink(plain, generated)
+        rendering = rendered(tokenizer, *messages, tools=tools)
+        generated = [(start + len(header) * plain.startswith(header, start), end) for start, end in generated]
+        assert _ink(plain, spans(rendering)) == _ink(plain, generated)
         compared += 1
     assert compared >= 4
 
 
-def _ink(text: str, spans: list[tuple[int, int]]) -> list[int]:
+def _ink(text: str, some: list[tuple[int, int]]) -> list[int]:
     """Positions in the spans that are not white space: the tags hold what follows the end of the turn."""
-    return sorted({i for start, end in spans for i in range(start, end) if not text[i].isspace()})
+    return sorted({i for start, end in some for i in range(start, end) if not text[i].isspace()})
 
 
 # What the template leaves out
 
 
-def left_out(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], train_on: Any = "all", **more: Any) -> int:
-    conversation = Conversation("", list(messages), **more)
-    ends = frozenset({str(tokenizer.eos_token)})
-    return render(tokenizer, conversation, train_on=train_on, end_tokens=ends).facts.turns_with_text_left_out
+def left_out(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], **options: Any) -> int:
+    return rendered(tokenizer, *messages, **options).facts.turns_with_text_left_out
 
 
 THINKING = assistant("Hello", reasoning_content="hmm")
@@ -365,8 +389,7 @@ def test_turns_whose_earlier_reasoning_qwen3_leaves_out_are_counted(
 
 def test_only_turns_that_are_learnt_are_counted(qwen3: PreTrainedTokenizerFast) -> None:
     messages = [user("Hi"), THINKING, user("And?"), THINKING]
-    assert left_out(qwen3, *messages, train_on="last") == 0
-    assert left_out(qwen3, *messages, first_learnt=2) == 0
+    assert left_out(qwen3, *messages, learnt=[3]) == 0
 
 
 @pytest.mark.parametrize("call", [CALL, NAME_ONLY], ids=["with arguments", "a name alone"])
@@ -394,7 +417,9 @@ STRIPS_REASONING = (
 )
 
 
-def test_a_turn_of_which_only_the_end_is_left_is_not_learnt(make_tokenizer: MakeTokenizer) -> None:
+def test_a_turn_of_which_only_the_end_is_left_is_learnt_only_where_it_is_asked_for(
+    make_tokenizer: MakeTokenizer,
+) -> None:
     tokenizer = make_tokenizer(STRIPS_REASONING)
     messages = [
         user("Hi"),
@@ -405,11 +430,17 @@ def test_a_turn_of_which_only_the_end_is_left_is_not_learnt(make_tokenizer: Make
     ]
     messages += [assistant("")]
     assert left_out(tokenizer, *messages) == 2
-    assert shown(tokenizer, *messages) == (
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
-        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n⟦Fine<|im_end|>⟧\n"
-        "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>⟧\n"
-    )
+    for silent_turns, first in ((False, "<|im_end|>"), (True, "⟦<|im_end|>⟧")):
+        assert shown(tokenizer, *messages, silent_turns=silent_turns) == (
+            f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{first}\n"
+            "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n⟦Fine<|im_end|>⟧\n"
+            "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>⟧\n"
+        )
+    token_ids, mask = encode_conversation(tokenizer, messages)
+    learnt = [token_id for token_id, bit in zip(token_ids, mask, strict=True) if bit]
+    assert tokenizer.decode(learnt) == "<|im_end|>Fine<|im_end|><|im_end|>"
+    (example,) = Encoder(tokenizer).encode(Conversation("chats.jsonl:17", messages))
+    assert tokenizer.decode(example.labels[example.labels != IGNORED]) == "Fine<|im_end|><|im_end|>"
 
 
 # What is refused
@@ -458,7 +489,7 @@ NOT_UNDERSTOOD = {
         "words of message 1 stand where another message is written",
     ),
     "text that depends on the letters": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content | urlencode) + '<|im_end|>' }}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content | unique | join) + '<|im_end|>' }}"
         "{% endfor %}" + PROMPT,
         "its writing depends on the letters of the messages, or on being watched",
     ),
@@ -482,11 +513,6 @@ def test_a_template_that_is_not_understood_is_refused(
     assert error.what.endswith(reason)
 
 
-def test_a_developer_message_that_the_template_leaves_out_is_refused(qwen3: PreTrainedTokenizerFast) -> None:
-    developer = {"role": "developer", "content": "Be brief"}
-    assert "leaves out message 1" in refusal(qwen3, developer, user("Hi"), assistant("Hello")).what
-
-
 def test_a_developer_message_that_the_template_writes_is_context(tokenizer: PreTrainedTokenizerFast) -> None:
     text = shown(tokenizer, {"role": "developer", "content": "Be brief"}, user("Hi"), assistant("Hello"))
     assert text.startswith("<|im_start|>developer\nBe brief<|im_end|>\n<|im_start|>user")
@@ -506,6 +532,295 @@ def test_the_tool_use_template_of_several_is_taken_where_there_are_tools(
     assert "<think>" not in shown(tokenizer, user("Hi"), assistant("Hello"))
 
 
+# The header, turn by turn
+
+
+def test_a_prompt_that_is_another_after_the_whole_conversation_is_not_taken_for_the_header(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    """After an assistant's message, this template's prompt ends that message instead of opening another."""
+    closing = make_tokenizer(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if not loop.last or add_generation_prompt %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'assistant' %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert shown(closing, user("Hi"), assistant("Hello"), user("And?"), assistant("Fine")) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n⟦Fine⟧"
+    )
+
+
+def test_a_header_that_only_the_first_of_several_turns_has(make_tokenizer: MakeTokenizer) -> None:
+    """After a tool's message this template goes on with the assistant's turn, and so does its prompt."""
+    continuing = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ '<tool>' + m.content + '</tool>' }}"
+        "{% elif m.role == 'assistant' %}{% if not (loop.previtem is defined and loop.previtem.role == 'tool') %}"
+        "{{ '<|assistant|>' }}{% endif %}{{ m.content + '<|end|>' }}{% else %}{{ '<user>' + m.content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt and messages[-1].role == 'user' %}{{ '<|assistant|>' }}{% endif %}",
+        eos="<|end|>",
+    )
+    assert shown(continuing, user("Hi"), assistant("I look"), tool("3"), assistant("It is 3"), user("?")) == (
+        "<user>Hi<|assistant|>⟦I look<|end|>⟧<tool>3</tool>⟦It is 3<|end|>⟧<user>?"
+    )
+
+
+def test_an_opening_assistant_has_the_header_of_the_others(make_tokenizer: MakeTokenizer) -> None:
+    silent = make_tokenizer(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt and messages and messages[-1].role == 'user' %}{{ '<|im_start|>assistant\n' }}"
+        "{% endif %}"
+    )
+    assert shown(silent, assistant("Yo"), user("Hi"), assistant("Hello")) == (
+        "<|im_start|>assistant\n⟦Yo<|im_end|>⟧\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n"
+    )
+
+
+@pytest.mark.parametrize("opener", ["<think>\n", "<think>\n\n</think>\n\n", "[THINK]", "<think:x>"])
+def test_the_header_ends_where_the_prompt_opens_reasoning(make_tokenizer: MakeTokenizer, opener: str) -> None:
+    thinking = make_tokenizer(LOOP + TURN + END + PROMPT.replace("assistant\n", f"assistant\n{opener}"))
+    assert shown(thinking, user("Hi"), assistant(f"{opener}Hello")).endswith(f"assistant\n⟦{opener}Hello<|im_end|>⟧\n")
+
+
+def test_an_end_token_that_the_next_message_writes_is_learnt(make_tokenizer: MakeTokenizer) -> None:
+    between = make_tokenizer(
+        "{% for m in messages %}{% if not loop.first %}{{ '<|end|>' }}{% endif %}{{ '<' + m.role + '>' + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|end|><assistant>' }}{% endif %}",
+        eos="<|end|>",
+    )
+    rendering = rendered(between, user("Hi"), assistant("Hello. "), user("?"), assistant("Yes"))
+    assert shown(between, user("Hi"), assistant("Hello. "), user("?"), assistant("Yes")) == (
+        "<user>Hi<|end|><assistant>⟦Hello. <|end|>⟧<user>?<|end|><assistant>⟦Yes⟧"
+    )
+    assert rendering.facts.turns == 2
+    assert rendering.facts.turns_without_end == 1
+
+
+# Tags of the template's author
+
+TAGGED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}" + PROMPT
+)
+TAGGED_VARIANTS = {
+    "as they should be": TAGGED,
+    "with the header inside": TAGGED.replace(
+        "{{ '<|im_start|>assistant\n' }}{% generation %}", "{% generation %}{{ '<|im_start|>assistant\n' }}"
+    ),
+    "with a part of the header inside": TAGGED.replace(
+        "assistant\n' }}{% generation %}", "' }}{% generation %}{{ 'assistant\n' }}", 1
+    ),
+    "with white space inside": TAGGED.replace(
+        "'<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "'<|im_end|>\n' }}{% endgeneration %}"
+    ),
+    "without the end token": TAGGED.replace(
+        "m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
+        "m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}",
+    ),
+    "in a macro": "{% macro said(m) %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% endmacro %}"
+    + TAGGED.replace("{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ said(m) }}"),
+    "not watched": "{% set ns = namespace(i=-1) %}{% for letter in 'xxxx' %}{% set ns.i = ns.i + 1 %}"
+    "{% if ns.i < messages | length %}{{ '<|im_start|>' + messages[ns.i].role + '\n' }}"
+    "{% if messages[ns.i].role == 'assistant' %}{% generation %}{{ messages[ns.i].content }}{% endgeneration %}"
+    "{% else %}{{ messages[ns.i].content }}{% endif %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}" + PROMPT,
+}
+
+
+@pytest.mark.parametrize("template", TAGGED_VARIANTS.values(), ids=TAGGED_VARIANTS.keys())
+def test_tags_say_what_is_generated(make_tokenizer: MakeTokenizer, template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    messages = [user("Hi"), assistant("Hello 😀 "), user("And?"), assistant("42.")]
+    assert shown(tokenizer, *messages) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello 😀 <|im_end|>⟧\n"
+        "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n⟦42.<|im_end|>⟧\n"
+    )
+    assert "⟦Hello" not in shown(tokenizer, *messages, learnt=[3])
+    assert rendered(tokenizer, *messages).facts == Facts(turns=2)
+
+
+def test_a_tag_around_anothers_words_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    wrong = make_tokenizer(
+        "{% for m in messages %}{% generation %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endgeneration %}{% endfor %}" + PROMPT
+    )
+    assert refusal(wrong, user("Hi"), assistant("Hello")).what.endswith("it tags words of others as generated")
+
+
+# Ways of writing that hide the loop
+
+WRITTEN_LATER = {
+    "an accumulator": "{% set ns = namespace(text='') %}{% for m in messages %}"
+    "{% set ns.text = ns.text + '<|im_start|>' + m.role + '\n' + m.content ~ '<|im_end|>' + '\n' %}{% endfor %}"
+    "{{ ns.text }}" + PROMPT,
+    "an accumulator by concatenation": "{% set ns = namespace(text='') %}{% for m in messages %}"
+    "{% set ns.text = ns.text ~ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' %}{% endfor %}"
+    "{{ ns.text }}" + PROMPT,
+    "a list that is joined": "{% set ns = namespace(parts=[]) %}{% for m in messages %}"
+    "{% set ns.parts = ns.parts + ['<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'] %}{% endfor %}"
+    "{{ ns.parts | join }}" + PROMPT,
+    "a block that is trimmed": "{% set text %}\n\n {% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}  {% endset %}{{ text | trim + '\n' }}" + PROMPT,
+    "a block that is stripped": "{% set text %}\n\n {% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}  {% endset %}{{ text.strip() + '\n' }}" + PROMPT,
+    "a filter block": "{% filter trim %}  {% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}  {% endfilter %}{{ '\n' }}" + PROMPT,
+    "a macro whose text is trimmed": "{% macro turn(m) %}\n  "
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}  {% endmacro %}"
+    "{% for m in messages %}{{ turn(m) | trim + '\n' }}{% endfor %}" + PROMPT,
+    "a macro around the loop": "{% macro all(list) %}  {% for m in list %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% endmacro %}{{ all(messages) | trim + '\n' }}" + PROMPT,
+    "a call block": "{% macro turn(role) %}{{ '<|im_start|>' + role + '\n' + caller() + '<|im_end|>\n' }}{% endmacro %}"
+    "{% for m in messages %}{% call turn(m.role) %}{{ m.content }}{% endcall %}{% endfor %}" + PROMPT,
+    "messages made of messages": "{% set ns = namespace(list=[]) %}{% for m in messages %}"
+    "{% set ns.list = ns.list + [{'role': m.role, 'text': m.content}] %}{% endfor %}"
+    "{% for m in ns.list %}{{ '<|im_start|>' + m.role + '\n' + m.text + '<|im_end|>\n' }}{% endfor %}" + PROMPT,
+    "numbers": "{% for i in range(messages | length) %}"
+    "{{ '<|im_start|>' + messages[i].role + '\n' + messages[i].content + '<|im_end|>\n' }}{% endfor %}" + PROMPT,
+    "the last outside the loop": "{% for m in messages[:-1] %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% set m = messages[-1] %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}" + PROMPT,
+    "no loop at all": "{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>\n' }}"
+    "{% if messages | length > 1 %}{{ '<|im_start|>assistant\n' + messages[1].content + '<|im_end|>\n' }}{% endif %}"
+    "{% if messages | length > 2 %}{{ '<|im_start|>user\n' + messages[2].content + '<|im_end|>\n' }}{% endif %}"
+    "{% if messages | length > 3 %}{{ '<|im_start|>assistant\n' + messages[3].content + '<|im_end|>\n' }}{% endif %}"
+    + PROMPT,
+}
+
+
+@pytest.mark.parametrize("template", WRITTEN_LATER.values(), ids=WRITTEN_LATER.keys())
+@pytest.mark.parametrize(
+    "answer", ["42.", "...", "assistant", ""], ids=["words", "no letters", "a constant", "nothing"]
+)
+def test_turns_are_found_in_text_that_is_written_later(
+    make_tokenizer: MakeTokenizer, template: str, answer: str
+) -> None:
+    assert shown(make_tokenizer(template), user("Hi"), assistant("Hello 😀"), user("And?"), assistant(answer)) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello 😀<|im_end|>⟧\n"
+        f"<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n⟦{answer}<|im_end|>⟧\n"
+    )
+
+
+@pytest.mark.parametrize("filter_", ["tojson(ensure_ascii=true)", "urlencode", "upper"])
+def test_text_that_depends_on_letters_is_coloured_in_ascii(make_tokenizer: MakeTokenizer, filter_: str) -> None:
+    tokenizer = make_tokenizer(
+        LOOP + TURN.replace("message['content']", f"(message.content | {filter_})") + END + PROMPT
+    )
+    turns = [message for _ in range(15) for message in (user("Né? yes"), assistant("Héllo, You"))]
+    text = shown(tokenizer, *turns)
+    said = {"upper": "HÉLLO, YOU", "urlencode": "H%C3%A9llo%2C%20You"}.get(filter_, '"H\\u00e9llo, You"')
+    assert text.count(f"<|im_start|>assistant\n⟦{said}<|im_end|>⟧\n") == 15
+    assert text.count("⟦") == 15
+
+
+def test_tool_results_inside_the_turn_that_called_are_found_by_the_conversations_beginnings(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    """Each assistant's loop item writes the tools' messages that follow, as Gemma 4's does."""
+    scanning = make_tokenizer(
+        "{% for m in messages %}{% if m.role != 'tool' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% for n in messages[loop.index:] %}{% if n.role != 'tool' %}{% break %}{% endif %}"
+        "{{ '<result>' + n.content | string + '</result>' }}{% endfor %}{% endif %}{% endfor %}" + PROMPT
+    )
+    assert shown(scanning, user("Hi"), assistant("I look"), tool("three"), assistant("It is 3")) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦I look<|im_end|>⟧\n"
+        "<result>three</result><|im_start|>assistant\n⟦It is 3<|im_end|>⟧\n"
+    )
+
+
+# The context of inference
+
+
+def test_a_turn_may_be_asked_to_stand_in_the_context_of_inference(
+    make_tokenizer: MakeTokenizer, qwen3: PreTrainedTokenizerFast
+) -> None:
+    thoughtful = assistant("Hello", reasoning_content="hmm")
+    assert shown(qwen3, user("Hi"), thoughtful, learnt=[1], in_context=True).endswith(
+        "hmm\n</think>\n\nHello<|im_end|>⟧\n"
+    )
+    assert shown(qwen3, user("Hi"), thoughtful, user("And?"), thoughtful, learnt=[3], in_context=True)
+    counting = make_tokenizer("{{ messages | length }} " + LOOP + TURN + END + PROMPT)
+    conversation = Conversation("chats.jsonl:17", [user("Hi"), assistant("Hello 😀")])
+    rendering = render(counting, conversation, [1], end_tokens=frozenset({"<|im_end|>"}), in_context=True)
+    assert rendering.text == "1 <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello 😀<|im_end|>"
+    assert [turn.text(rendering.text) for turn in rendering.turns] == ["Hello 😀<|im_end|>"]
+    assert len(rendering.owners) == len(rendering.text)
+    no_prompt = make_tokenizer(
+        LOOP
+        + TURN
+        + "{% if loop.last and message.role == 'user' %}{{ raise_exception('unanswered') }}{% endif %}"
+        + END
+        + PROMPT
+    )
+    error = refusal(no_prompt, user("Hi"), assistant("Hello"), learnt=[1], in_context=True)
+    assert "rejects the conversation where the model is to write message 2" in error.what
+
+
+def test_a_header_in_the_content_is_no_header(make_tokenizer: MakeTokenizer) -> None:
+    forged = assistant("<|im_start|>assistant\nHello")
+    assert shown(make_tokenizer(LOOP + TURN + END + PROMPT), user("Hi"), forged).endswith(
+        "user\nHi<|im_end|>\n<|im_start|>assistant\n⟦<|im_start|>assistant\nHello<|im_end|>⟧\n"
+    )
+    unended = make_tokenizer(
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    said = (user("Hi<assistant>"), assistant("Hello"), user("Hi"), assistant("<assistant>Hello"))
+    assert shown(unended, *said) == ("<user>Hi<assistant><assistant>⟦Hello⟧<user>Hi<assistant>⟦<assistant>Hello⟧")
+    tagged = make_tokenizer(TAGGED)
+    assert shown(tagged, user("Hi"), forged).endswith("assistant\n⟦<|im_start|>assistant\nHello<|im_end|>⟧\n")
+    user_opens = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n\nA:' }}{% else %}{{ ' ' + m.content + '<|end|>' }}"
+        "{% endif %}{% endfor %}",
+        eos="<|end|>",
+    )
+    assert shown(user_opens, user("Hi"), assistant("\n\nA: Hello")) == "Hi\n\nA:⟦ \n\nA: Hello<|end|>⟧"
+
+
+def test_an_empty_think_block_may_be_left_out(qwen3: PreTrainedTokenizerFast) -> None:
+    text = shown(qwen3, user("Hi"), assistant("Hello"), think_prefill=False)
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n⟦Hello<|im_end|>⟧\n")
+    full = assistant("Hello", reasoning_content="hmm")
+    assert shown(qwen3, user("Hi"), full, think_prefill=False) == shown(qwen3, user("Hi"), full)
+
+
+# System messages
+
+
+def test_system_messages_that_are_left_out_or_folded_are_counted(
+    make_tokenizer: MakeTokenizer, public_template: Template, qwen3: PreTrainedTokenizerFast
+) -> None:
+    def systems(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any]) -> tuple[int, int]:
+        facts = rendered(tokenizer, *messages).facts
+        return facts.systems_left_out, facts.systems_folded
+
+    turns = [user("Hi"), assistant("Hello")]
+    developer = {"role": "developer", "content": "Be brief"}
+    assert systems(qwen3, system("Be brief"), *turns) == (0, 0)
+    assert systems(qwen3, developer, *turns) == (1, 0)
+    assert systems(qwen3, system(""), *turns) == (0, 0)
+    folding = make_tokenizer(public_template("gemma3"), eos="<end_of_turn>", bos="<bos>")
+    assert systems(folding, system("Be brief"), *turns) == (0, 1)
+    users_only = make_tokenizer(
+        "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}" + PROMPT
+    )
+    assert systems(users_only, system("Be brief"), *turns) == (1, 0)
+
+
+def test_a_template_that_takes_no_system_message_is_said_to(
+    make_tokenizer: MakeTokenizer, public_template: Template
+) -> None:
+    gemma = make_tokenizer(public_template("gemma"))
+    assert "takes no system message" in refusal(gemma, system("Be brief"), user("Hi"), assistant("Hello")).hint
+    error = refusal(gemma, system("Be brief"), user("Hi"), user("Hi"), assistant("Hello"))
+    assert error.hint.startswith("change the messages")
+
+
+def test_what_is_not_to_be_learnt_needs_no_understanding(make_tokenizer: MakeTokenizer) -> None:
+    template, _ = NOT_UNDERSTOOD["a turn in two places"]
+    assert "⟦" not in shown(make_tokenizer(template), user("é? yes"), assistant("Hello é"), learnt=[])
+
+
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
 
 
@@ -515,6 +830,5 @@ def test_any_words_are_learnt_where_the_template_puts_them(
     tokenizer: PreTrainedTokenizerFast, turns: list[tuple[str, str]]
 ) -> None:
     messages = [message for said, answered in turns for message in (user(said), assistant(answered))]
-    conversation = Conversation("", messages)
-    rendering = render(tokenizer, conversation, end_tokens=frozenset({"<|im_end|>"}))
-    assert [rendering.text[start:end] for start, end in rendering.spans] == [f"{a}<|im_end|>" for _, a in turns]
+    rendering = rendered(tokenizer, *messages)
+    assert [turn.text(rendering.text) for turn in rendering.turns] == [f"{a}<|im_end|>" for _, a in turns]

@@ -5,19 +5,22 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data.watch import NOBODY, Alphabet, Watch, compile_watched
+from mlx_sft.data.mask.instrument import VARIANTS, Variant, instrumented
+from mlx_sft.data.mask.turns import NOBODY
+from mlx_sft.data.mask.watch import Alphabet, Watch
 
 MESSAGES: list[dict[str, Any]] = [{"content": "a"}, {"content": "b", "calls": ["x", "y"]}, {"content": "a"}]
 
 
-def owners(template: str, variant: int = 0, **variables: Any) -> list[tuple[str, int]]:
+def owners(template: str, variant: Variant = VARIANTS[0], **variables: Any) -> list[tuple[str, int]]:
     """The text in pieces of one owner."""
     alphabet = Alphabet.absent_from("", len(MESSAGES))
     assert alphabet is not None
     watch = Watch(MESSAGES, alphabet)
-    marked = compile_watched(template).variants[variant].render(messages=MESSAGES, **variables, **watch.functions())
+    marked = instrumented(template, variant).render(messages=MESSAGES, **variables, **watch.functions())
+    watched = alphabet.read(marked)
     pieces: list[tuple[str, int]] = []
-    for character, owner in zip(*alphabet.owners(marked), strict=True):
+    for character, owner in zip(watched.text, watched.owners, strict=True):
         if pieces and pieces[-1][1] == owner:
             pieces[-1] = (pieces[-1][0] + character, owner)
         else:
@@ -64,13 +67,13 @@ def test_characters_belong_to_the_innermost_item_that_is_a_message(
 def test_the_second_variant_follows_assignments_inside_loops() -> None:
     template = "{% for i in range(3) %}<{% set m = messages[i] %}{{ m.content }}>{% endfor %}"
     assert owners(template) == [("<a><b><a>", NOBODY)]
-    assert owners(template, variant=1) == [
+    assert owners(template, variant=Variant(assignments=True)) == [
         *[("<", -1), ("a>", 0)],
         *[("<", -1), ("b>", 1)],
         *[("<", -1), ("a>", 2)],
     ]
     outside = "{% set m = messages[1] %}{{ m.content }}"
-    assert owners(outside, variant=1) == [("b", NOBODY)]
+    assert owners(outside, variant=Variant(assignments=True)) == [("b", NOBODY)]
 
 
 def test_an_instrumented_template_keeps_its_white_space_control() -> None:

@@ -1,0 +1,240 @@
+"""What in a row could harm: a tokenizer's special tokens typed as text, which forge turns, and signs of broken data.
+
+Knows what text looks like; decides nothing. A special token in content is certain, and a rule of the pipeline; a sign is a
+suspicion, which is counted and shown and changes nothing. Both are made to be silent on good data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_sft.data.formats import REASONING_KEYS, Conversation, Document, Item
+from mlx_sft.data.prose import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
+
+SPECIAL_SIGN = "special-token"
+SIGNS: tuple[str, ...] = (
+    "empty-reply",
+    "user-marker",
+    "mojibake",
+    "cut-off",
+    "short-reply",
+    "echo",
+    "refusal",
+    SPECIAL_SIGN,
+)
+"""Names of suspicious things; the order is that of the bits in a stored mask, so that a new one goes to the end."""
+
+SIGN_MEANINGS: dict[str, str] = {
+    "empty-reply": "an assistant turn to be learnt says nothing",
+    "user-marker": "a reply goes on with the user's next turn, such as `Human:`",
+    "mojibake": "text that was decoded wrongly, such as â€™ for ’, or a lost character",
+    "cut-off": "a reply breaks off mid-sentence, or leaves a code block open",
+    "short-reply": "a reply without a letter or digit, or a placeholder such as N/A",
+    "echo": "a reply that repeats the message before it",
+    "refusal": "a reply that opens as an AI's refusal",
+    SPECIAL_SIGN: "text that holds a special token of the tokenizer, and was kept all the same",
+}
+"""What each sign says of a row."""
+
+SPECIAL_HINT = (
+    "the tokenizer takes it for the real token, which can forge a turn; take it out of the text, "
+    "or choose --special-in-content drop, or keep where the text means the token itself"
+)
+"""The way out for a row whose text holds a special token."""
+
+_REASONING_MARKERS = frozenset(
+    f"{opening}{name}{closing}"
+    for name in ("think", "thinking", "thought", "reasoning", "seed:think", "longcat_think", "mm:think", "THINK")
+    for opening, closing in (("<", ">"), ("</", ">"), ("[", "]"), ("[/", "]"), ("<|", "|>"), ("<|/", "|>"))
+) | {
+    *("<|START_THINKING|>", "<|END_THINKING|>", "<|begin_of_thought|>", "<|end_of_thought|>"),
+    *("◁think▷", "◁/think▷"),
+}
+"""They bound reasoning, and forge no turn; an assistant's text and the system's orders may hold them."""
+_SWITCHES = frozenset({"/think", "/nothink", "/no_think"})
+"""What a user types to switch reasoning; special tokens in some tokenizers."""
+_SHORTEST_ECHO = 12
+"""Characters. A greeting is answered with itself."""
+_SHORTEST_TOKEN = 3
+"""Characters. Padding is in some checkpoints an ordinary sign such as `!`, which forges nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A special token in a row's text: which, where (`messages[2].content`, `tools`), and how many times there."""
+
+    token: str
+    message: int | None
+    place: str
+    count: int
+
+
+class SpecialTokens:
+    """Finds a tokenizer's special tokens in the text of conversations. It can be pickled.
+
+    Looked for are the tokens that the tokenizer calls special, and other added tokens with which its chat template opens or
+    closes turns. A reasoning marker such as `<think>` is none in an assistant's or a system message.
+
+    Args:
+        tokenizer: A tokenizer of transformers, or mlx-lm's wrapper of one.
+
+    Attributes:
+        user_header: Plain text that opens a user's turn in the chat template, such as `[INST]`; empty where there is none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = list(tokenizer.added_tokens_decoder.values())
+        around_turns, before_user = _probe(tokenizer)
+        structural = {token.content for token in added if token.content in around_turns} - _REASONING_MARKERS
+        tokens = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens) | structural
+        tokens = {
+            token for token in tokens if len(token.strip()) >= _SHORTEST_TOKEN and not token.isalnum()
+        } - _SWITCHES
+        normalized = {token.content for token in added if token.normalized} & tokens
+        self._normalizer = tokenizer.backend_tokenizer.normalizer if normalized else None
+        self._pattern = _any_of(tokens)
+        # The tokenizer looks for these in normalized text, where it writes them as its normalizer would.
+        self._normalized = {self._normalizer.normalize_str(t): t for t in normalized} if self._normalizer else {}
+        self._normalized_pattern = _any_of(set(self._normalized))
+        self.user_header = _plain_header(before_user, self._pattern)
+
+    def found_in(self, conversation: Conversation) -> str | None:
+        """What is found, in words: `messages[1].content contains the special token <|im_end|>`; None where nothing is."""
+        found = self.all_in(conversation)
+        if not found:
+            return None
+        first = found[0]
+        others = sum(one.count for one in found) - 1
+        more = f", and {others} more" if others else ""
+        return f"{first.place} contains the special token {first.token} as text{more}"
+
+    def all_in(self, conversation: Conversation) -> list[Found]:
+        """Every special token in messages, tools and the row's template variables, in that order."""
+        found: list[Found] = []
+        for index, message in enumerate(conversation.messages):
+            may_reason = message.get("role") in ("assistant", "system", "developer")
+            for key, value in message.items():
+                if key != "role":
+                    found += self._search(value, index, f"messages[{index}].{key}", may_reason)
+        found += self._search(conversation.tools, None, "tools", may_reason=True)
+        found += self._search(conversation.template_kwargs, None, "chat_template_kwargs", may_reason=True)
+        return found
+
+    def _search(self, value: Any, message: int | None, place: str, may_reason: bool) -> list[Found]:
+        counts: dict[str, int] = {}
+        for text in _strings(value):
+            for token in self._tokens_of(text):
+                if not (may_reason and token in _REASONING_MARKERS):
+                    counts[token] = counts.get(token, 0) + 1
+        return [Found(token, message, place, count) for token, count in counts.items()]
+
+    def _tokens_of(self, text: str) -> list[str]:
+        tokens: list[str] = self._pattern.findall(text)
+        if self._normalizer and not tokens and text:
+            found = self._normalized_pattern.findall(self._normalizer.normalize_str(text))
+            return [self._normalized[token] for token in found]
+        return tokens
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    """Matches the longest of the tokens at a place; nothing where there are none."""
+    return re.compile(_branches(tokens) or "(?!)")
+
+
+def _branches(tokens: set[str]) -> str:
+    """The tokens as an expression that branches where they part, because some tokenizers have a thousand."""
+    rests: dict[str, set[str]] = {}
+    for token in tokens - {""}:
+        rests.setdefault(token[0], set()).add(token[1:])
+    if not rests:
+        return ""
+    branches = "|".join(re.escape(first) + _branches(rest) for first, rest in sorted(rests.items()))
+    return f"(?:{branches})" + ("?" if "" in tokens else "")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, the keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _probe(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template writes around short turns, and of it what stands between an answer and the next question.
+
+    Empty without a template, and with one that wants other turns.
+    """
+    from jinja2 import TemplateError  # slow to import
+
+    question, answer, another = words = ("7391", "8264", "9157")
+    turns = [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), words, strict=True)]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError):
+        return "", ""  # the encoder says what is wrong with it
+    before_answer, _, rest = text.partition(question)[2].partition(answer)
+    before_user, _, prompt = rest.partition(another)
+    return before_answer + before_user + prompt, before_user
+
+
+def _plain_header(before_user: str, special: re.Pattern[str]) -> str:
+    """The template's last plain words before a user's turn, where they could not stand in a sentence."""
+    words = [part.strip() for part in special.split(before_user) if part.strip()]
+    if not words or len(words[-1]) < 4 or words[-1].isalnum():
+        return ""
+    return words[-1]
+
+
+def signs_of(item: Item, user_header: str = "") -> frozenset[str]:
+    """Those of `SIGNS` that a row shows.
+
+    Looked at are the assistant turns to be learnt, and all text for mojibake; nothing of a pre-tokenized row.
+
+    Args:
+        item: A conversation, a document or tokens.
+        user_header: A plain text that opens a user's turn, `SpecialTokens.user_header`.
+    """
+    if isinstance(item, Document):
+        return frozenset({"mojibake"} if is_mojibake(item.text) else ())
+    if not isinstance(item, Conversation):
+        return frozenset()
+    signs: set[str] = set()
+    before = ""
+    for index, message in enumerate(item.messages):
+        content = message.get("content")
+        text = content if isinstance(content, str) else ""
+        if is_mojibake(text):
+            signs.add("mojibake")
+        learnt = message.get("role") == "assistant" and index >= item.first_learnt
+        if learnt and (item.weights is None or item.weights[index]):
+            signs.update(_signs_of_reply(message, text.strip(), before, user_header))
+        before = text.strip()
+    return frozenset(signs)
+
+
+def _signs_of_reply(message: dict[str, Any], reply: str, before: str, user_header: str) -> Iterator[str]:
+    if message.get("tool_calls"):
+        return
+    if not reply:
+        if not any(str(message.get(key) or "").strip() for key in REASONING_KEYS):
+            yield "empty-reply"
+        return
+    if has_user_marker(reply, user_header):
+        yield "user-marker"
+    if is_cut_off(reply):
+        yield "cut-off"
+    if says_nothing(reply):
+        yield "short-reply"
+    if len(reply) >= _SHORTEST_ECHO and reply == before:
+        yield "echo"
+    if is_refusal(reply):
+        yield "refusal"

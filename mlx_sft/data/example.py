@@ -1,0 +1,114 @@
+"""`Example`: token ids with the weight of each in the loss; and an example as text again.
+
+Knows token ids; knows nothing of where they come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_sft.data.mask.turns import Integers
+from mlx_sft.data.template import NO_FACTS, Facts
+from mlx_sft.data.tokenizer import unwrapped
+
+IGNORED = -100
+"""The label of a token that is not learnt, as in PyTorch."""
+_HALF_A_CHARACTER = "\ufffd"
+_LONGEST_CHARACTER = 4  # bytes, and so tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as the model sees it.
+
+    Weights and labels are *not* shifted: what is said at i is about `token_ids[i]`, which is predicted from the tokens
+    before it; so the first token is never learnt.
+
+        token_ids      <|im_start|> user ...  assistant \\n  Hi    <|im_end|> \\n
+        loss_weights   0            0    ...  0         0   1     1          0
+        labels         -100         -100 ...  -100      -100 Hi    <|im_end|> -100
+
+    Args:
+        origin: The row it came from, `chats.jsonl:17`.
+        token_ids: int32, shape (n,).
+        loss_weights: float32, shape (n,): a token's weight in the mean loss, 0 where it is not learnt.
+        facts: What a person should know about it.
+    """
+
+    origin: str
+    token_ids: NDArray[np.int32]
+    loss_weights: NDArray[np.float32]
+    facts: Facts = NO_FACTS
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """int32, shape (n,): the token itself where it is learnt, else -100."""
+        return np.where(self.loss_weights != 0, self.token_ids, np.int32(IGNORED))
+
+    @property
+    def supervised_tokens(self) -> int:
+        return int(np.count_nonzero(self.loss_weights))
+
+    def truncated(self, length: int) -> Example:
+        """Its first `length` tokens."""
+        return replace(self, token_ids=self.token_ids[:length], loss_weights=self.loss_weights[:length])
+
+    def digest(self) -> bytes:
+        """SHA-256 of its tokens and weights, the same on every machine; equal only for equal examples."""
+        return hashlib.sha256(
+            self.token_ids.astype("<i4").tobytes() + self.loss_weights.astype("<f4").tobytes()
+        ).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """An example beside the text it was made from.
+
+    Args:
+        example: As it is learnt.
+        pieces: The text of each token, as it stands in the rendered text; "" for the later tokens of one character.
+        owners: int32, shape (n,): the index of the message that each token was written by, -1 for none.
+    """
+
+    example: Example
+    pieces: list[str]
+    owners: Integers
+
+
+def decoded_segments(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
+    """An example as text, in pieces that are learnt (True) or not, in order; special tokens are shown."""
+    learnt = example.loss_weights != 0
+    bounds = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(example)]
+    decode: Any = unwrapped(tokenizer).decode
+    segments, before = [], ""
+    for first, last in pairwise(bounds):
+        # From the start each time: some decoders change the first token of what they are given.
+        text: str = decode(
+            example.token_ids[:last].tolist(),
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+        segments.append((text[len(before) :], bool(learnt[first])))
+        before = text
+    return segments
+
+
+def decoded_pieces(tokenizer: Any, token_ids: list[int]) -> list[str]:
+    """The text of each token where there is no text but theirs; the later tokens of one character have none."""
+    decode: Any = unwrapped(tokenizer).decode
+    pieces = [""] * len(token_ids)
+    first = 0
+    for after in range(1, len(token_ids) + 1):
+        text: str = decode(token_ids[first:after], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if not text.endswith(_HALF_A_CHARACTER) or after - first == _LONGEST_CHARACTER or after == len(token_ids):
+            pieces[first], first = text, after
+    return pieces

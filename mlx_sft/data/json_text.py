@@ -1,0 +1,263 @@
+"""JSON text → values, strictly: what a lenient parser passes over without a word (NaN, a key given twice) is an error here.
+
+Knows JSON; knows nothing of files, or of what a value means.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+DEEPEST = 200
+"""Levels of lists and objects in one another; what comes after reading (templates, pickling) recurses too."""
+LONGEST_ROW = 16 << 20
+"""Bytes or characters of one row. Longer than a long novel: to tokenize as much takes half a minute and a gigabyte."""
+
+_TOO_LONG = f"a row of more than {LONGEST_ROW >> 20} million characters"
+_SPACE = re.compile(r"[ \t\r\n]*")
+_LONGEST_LITERAL = len("-Infinity") + 2
+
+
+class BrokenJsonError(ValueError):
+    """Text that is not JSON, so that what follows cannot be told apart.
+
+    Args:
+        line: Of the text, from 1.
+    """
+
+    def __init__(self, reason: str, line: int) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+class NotRowsError(ValueError):
+    """JSON that is neither a list nor an object with one under `data`."""
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: for what is not JSON (its message has the column), NaN, Infinity, a key that is given twice in one
+            object, numbers beyond all measure, and nesting deeper than `DEEPEST`.
+    """
+    try:
+        value = _STRICT.decode(text)
+    except json.JSONDecodeError as error:
+        line = f" of line {error.lineno}" if error.lineno > 1 else ""
+        raise ValueError(f"{_reason(error)} in column {error.colno}{line}") from None
+    except (ValueError, RecursionError) as error:
+        raise _plain(error) from None
+    if text.count("[") + text.count("{") > DEEPEST:
+        _check_depth(value)
+    return value
+
+
+def list_elements(chunks: Iterator[str]) -> Iterator[Any | ValueError]:
+    """The elements of a JSON list, or of the list under `data` in an object, read as they come.
+
+    Args:
+        chunks: The text in pieces, which may end anywhere.
+
+    Yields:
+        The elements, none of a blank text. For one that `parse_json` would not accept, though it can be seen where it ends,
+        the `ValueError`.
+
+    Raises:
+        BrokenJsonError: where the text stops being JSON.
+        NotRowsError: where it is something else than a list or an object with one.
+    """
+    text = _Text(chunks)
+    if not text.peek():
+        return
+    if text.peek() == "{":
+        yield from _under_data(text)
+    elif text.peek() == "[":
+        yield from _elements(text)
+    else:
+        text.value()
+        raise NotRowsError
+    if text.peek():
+        raise text.broken("Extra data")
+
+
+def _under_data(text: _Text) -> Iterator[Any | ValueError]:
+    found = False
+    for _ in text.separated("{", "}"):
+        if text.peek() != '"':
+            raise text.broken("Expecting property name enclosed in double quotes")
+        key = text.value()
+        text.expect(":")
+        if key != "data":
+            text.value()
+        elif found:
+            raise text.broken('the key "data" twice in one object')
+        elif text.peek() != "[":
+            raise NotRowsError
+        else:
+            found = True
+            yield from _elements(text)
+    if not found:
+        raise NotRowsError
+
+
+def _elements(text: _Text) -> Iterator[Any | ValueError]:
+    for _ in text.separated("[", "]"):
+        yield text.value()
+
+
+class _Text:
+    """Text that comes in pieces, of which only what is not yet read is kept, and a place in it."""
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self._chunks = chunks
+        self._buffer = ""
+        self._place = 0
+        self._line, self._column = 1, 1  # of the buffer's first character
+
+    def peek(self) -> str:
+        """The next character that is not white space, or nothing at the end."""
+        while True:
+            match = _SPACE.match(self._buffer, self._place)
+            assert match is not None
+            self._place = match.end()
+            if self._place < len(self._buffer) or not self._more():
+                return self._buffer[self._place : self._place + 1]
+
+    def expect(self, character: str) -> None:
+        if self.peek() != character:
+            raise self.broken(f"Expecting '{character}' delimiter")
+        self._place += 1
+
+    def separated(self, opening: str, closing: str) -> Iterator[None]:
+        """Stand before each of the things between two brackets, which the caller reads."""
+        self.expect(opening)
+        if self.peek() != closing:
+            yield
+            while self.peek() != closing:
+                self.expect(",")
+                yield
+        self.expect(closing)
+
+    def value(self) -> Any | ValueError:
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoded()
+            except json.JSONDecodeError as error:
+                # What is cut off fails at its end; a string, where it begins.
+                cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - _LONGEST_LITERAL
+                if cut_off and len(self._buffer) - self._place > LONGEST_ROW:
+                    raise self.broken(_TOO_LONG) from None
+                if not (cut_off and self._more()):
+                    raise self.broken(_reason(error), error.pos) from None
+                continue
+            # A number may go on in the next piece, from `1` or the 1 of `1e+`.
+            if end + 2 < len(self._buffer) or self._buffer[end - 1] in '"]}' or not self._more():
+                length, self._place = end - self._place, end
+                return value if length <= LONGEST_ROW else ValueError(_TOO_LONG)
+
+    def _decoded(self) -> tuple[Any | ValueError, int]:
+        try:
+            value, end = _STRICT.raw_decode(self._buffer, self._place)
+            if self._buffer.count("[", self._place, end) + self._buffer.count("{", self._place, end) > DEEPEST:
+                _check_depth(value)
+        except json.JSONDecodeError:
+            raise
+        except RecursionError as error:
+            raise self.broken(str(_plain(error))) from None
+        except ValueError as error:
+            _, end = _LENIENT.raw_decode(self._buffer, self._place)
+            return _plain(error), end
+        return value, end
+
+    def broken(self, reason: str, place: int | None = None) -> BrokenJsonError:
+        line, column = self._line_and_column(self._place if place is None else place)
+        return BrokenJsonError(f"{reason} in column {column}", line)
+
+    def _more(self) -> bool:
+        """Read on by as much as is there, so that a long value is not tried too often; False, and no change, at the end."""
+        rest = self._buffer[self._place :]
+        parts, read = [rest], 0
+        for chunk in self._chunks:
+            parts.append(chunk)
+            read += len(chunk)
+            if read > len(rest):
+                break
+        if not read:
+            return False
+        self._line, self._column = self._line_and_column(self._place)
+        self._buffer, self._place = "".join(parts), 0
+        return True
+
+    def _line_and_column(self, place: int) -> tuple[int, int]:
+        newlines = self._buffer.count("\n", 0, place)
+        if not newlines:
+            return self._line, self._column + place
+        return self._line + newlines, place - self._buffer.rfind("\n", 0, place)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {json.dumps(twice[:60])} twice in one object")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+_LENIENT = json.JSONDecoder(parse_int=str)
+"""It finds where a value ends that the strict one does not accept."""
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    """What is wrong; some of Python's messages end in `at`, for a place to be put behind them."""
+    return error.msg.removesuffix(" at")
+
+
+def _plain(error: ValueError | RecursionError) -> ValueError:
+    """The reason in words that are not Python's."""
+    if isinstance(error, RecursionError):
+        return ValueError("nested too deeply")
+    if str(error).startswith("Exceeds the limit"):
+        return ValueError("a number of more than 4300 digits")
+    return error
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
+
+
+def kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+    return f"a {type(value).__name__}"

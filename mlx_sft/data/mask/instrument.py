@@ -1,0 +1,228 @@
+"""A chat template's syntax tree with calls put in that tell which message is being written.
+
+Knows Jinja's syntax; what the calls do, `watch.Watch` knows.
+
+    {% for message in messages %}           {{ loop_starts() }}{% for message in messages %}{{ loop_item(message) }}
+      ...                               →     ...
+    {% endfor %}                            {% endfor %}{{ loop_ends() }}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Environment, Template, nodes, pass_context
+from jinja2.runtime import Context
+from jinja2.visitor import NodeTransformer
+
+LOOP_STARTS = "mlx_sft_loop_starts"
+LOOP_ITEM = "mlx_sft_loop_item"
+RANGE_ITEM = "mlx_sft_range_item"
+LOOP_ENDS = "mlx_sft_loop_ends"
+ASSIGNED = "mlx_sft_assigned"
+TAG_STARTS = "mlx_sft_tag_starts"
+TAG_ENDS = "mlx_sft_tag_ends"
+APPENDED = "mlx_sft_appended"
+PRINTED = "mlx_sft_printed"
+MADE = "mlx_sft_made"
+STRIPPED = "mlx_sft_stripped"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What is watched besides loops.
+
+    Args:
+        assignments: `{% set message = messages[i] %}` inside a loop.
+        captured: What macros, call, set and filter blocks write, which the template may change before it prints it.
+        values: What is written into a variable first (`ns.text = ns.text + ...`), messages that the template makes of
+            others, macros that take a message, `range` over messages; white space is stripped through markers.
+    """
+
+    assignments: bool = False
+    captured: bool = True
+    values: bool = False
+
+
+VARIANTS = (
+    Variant(),
+    Variant(assignments=True),
+    Variant(captured=False),
+    Variant(assignments=True, captured=False),
+    Variant(assignments=True, values=True),
+    Variant(values=True),
+)
+"""The plainest first."""
+
+
+@lru_cache(maxsize=64)
+def instrumented(source: str, variant: Variant) -> Template:
+    """A template that is watched in this way, in transformers' own environment; the result is kept."""
+    environment = _environment(source).overlay()
+    if variant.values:
+        environment.filters = {**environment.filters, "trim": _trim}
+    return environment.from_string(_Instrument(variant).visit(environment.parse(source)))
+
+
+@lru_cache(maxsize=16)
+def string_constants(source: str) -> frozenset[str]:
+    """The strings that the template's code holds, such as `</think>`."""
+    constants = (node.value for node in _environment(source).parse(source).find_all(nodes.Const))
+    return frozenset(value for value in constants if isinstance(value, str))
+
+
+@lru_cache(maxsize=16)
+def has_tags(source: str) -> bool:
+    """Whether the template's author tagged what is generated."""
+    blocks = _environment(source).parse(source).find_all(nodes.CallBlock)
+    return any(_is_tag(block) for block in blocks)
+
+
+def plain(source: str) -> Template:
+    """The template as transformers compiles it."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # slow to import
+
+    template: Template = _compile_jinja_template(source)
+    return template
+
+
+def _environment(source: str) -> Environment:
+    """transformers' own sandbox, so that all renderings have the same filters and globals."""
+    return plain(source).environment
+
+
+@pass_context
+def _trim(context: Context, value: Any, characters: str | None = None) -> Any:
+    return context.resolve(STRIPPED)(value, "strip", *(() if characters is None else (characters,)))
+
+
+def _is_tag(block: nodes.CallBlock) -> bool:
+    """{% generation %} is what transformers' extension makes this call block of."""
+    called = block.call.node
+    return isinstance(called, nodes.ExtensionAttribute) and called.name == "_generation_support"
+
+
+def _call(function: str, *arguments: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.Name(function, "load"), list(arguments), [], None, None)
+
+
+def _output(call: nodes.Call, line: int) -> nodes.Node:
+    return nodes.Output([call]).set_lineno(line)
+
+
+class _Instrument(NodeTransformer):
+    def __init__(self, variant: Variant) -> None:
+        self._variant = variant
+        self._depth = 0
+
+    def visit_For(self, node: nodes.For) -> list[nodes.Node]:  # noqa: N802 (the visitor's name for it)
+        self._depth += 1
+        self.generic_visit(node)
+        self._depth -= 1
+        function = RANGE_ITEM if self._variant.values and _is_range(node.iter) else LOOP_ITEM
+        return self._around(node, node.body, function, _names([node.target]))
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
+        if not self._variant.captured:
+            return node
+        self._depth += 1
+        self.generic_visit(node)
+        self._depth -= 1
+        if self._variant.values:
+            line = node.lineno
+            item = _output(_call(LOOP_ITEM, *_names(node.args)), line)
+            node.body = [_output(_call(LOOP_STARTS), line), item, *node.body, _output(_call(LOOP_ENDS), line)]
+        return node
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
+        if _is_tag(node):
+            self.generic_visit(node)
+            starts, ends = (_output(_call(name), node.lineno) for name in (TAG_STARTS, TAG_ENDS))
+            node.body = [starts, *node.body, ends]
+            return node
+        return self._captured(node)
+
+    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:  # noqa: N802
+        return self._captured(node)
+
+    def visit_FilterBlock(self, node: nodes.FilterBlock) -> nodes.Node:  # noqa: N802
+        return self._captured(node)
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Node | list[nodes.Node]:  # noqa: N802
+        if self._variant.values:
+            self.generic_visit(node)
+            if added := _appended_to(node.target, node.node):
+                node.node = _call(APPENDED, *added)
+        if not self._variant.assignments or self._depth == 0 or not isinstance(node.target, nodes.Name):
+            return node
+        return [node, _output(_call(ASSIGNED, nodes.Name(node.target.name, "load")), node.lineno)]
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
+        if self._variant.values:
+            self.generic_visit(node)
+            node.nodes = [
+                part if isinstance(part, nodes.TemplateData | nodes.Const) else _call(PRINTED, part)
+                for part in node.nodes
+            ]
+        return node
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        return _call(MADE, node) if self._variant.values else node
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        called = node.node
+        if not self._variant.values or node.kwargs or node.dyn_args or node.dyn_kwargs:
+            return _call(MADE, node) if self._variant.values and _is_name(called, "dict") else node
+        if isinstance(called, nodes.Getattr) and called.attr in ("strip", "lstrip", "rstrip"):
+            return _call(STRIPPED, called.node, nodes.Const(called.attr), *node.args)
+        return _call(MADE, node) if _is_name(called, "dict") else node
+
+    def _captured(self, node: nodes.Node) -> nodes.Node:
+        return self.generic_visit(node) if self._variant.captured else node
+
+    def _around(
+        self, node: nodes.Node, body: list[nodes.Node], function: str, arguments: Sequence[nodes.Expr]
+    ) -> list[nodes.Node]:
+        line = node.lineno
+        body.insert(0, _output(_call(function, *arguments), line))
+        return [_output(_call(LOOP_STARTS), line), node, _output(_call(LOOP_ENDS), line)]
+
+
+def _names(targets: Sequence[nodes.Node]) -> list[nodes.Expr]:
+    found = [
+        name for target in targets for name in (target, *target.find_all(nodes.Name)) if isinstance(name, nodes.Name)
+    ]
+    return [nodes.Name(name.name, "load") for name in found]
+
+
+def _is_name(node: nodes.Node, name: str) -> bool:
+    return isinstance(node, nodes.Name) and node.name == name
+
+
+def _is_range(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Call) and _is_name(node.node, "range")
+
+
+def _appended_to(target: nodes.Node, value: nodes.Node) -> tuple[nodes.Expr, nodes.Expr] | None:
+    """`(x, rest)` where the value that `x` is set to is `x + rest` or `x ~ rest`."""
+    if isinstance(value, nodes.Concat) and len(value.nodes) > 1:
+        first, *others = value.nodes
+        rest: nodes.Expr = nodes.Concat(others)
+    elif isinstance(value, nodes.Add):
+        first, rest = value.left, value.right
+        if deeper := _appended_to(target, first):
+            return deeper[0], nodes.Add(deeper[1], rest)
+    else:
+        return None
+    return (first, rest) if _is_target(first, target) else None
+
+
+def _is_target(node: nodes.Node, target: nodes.Node) -> bool:
+    if isinstance(target, nodes.NSRef):
+        return isinstance(node, nodes.Getattr) and _is_name(node.node, target.name) and node.attr == target.attr
+    return isinstance(target, nodes.Name) and _is_name(node, target.name)

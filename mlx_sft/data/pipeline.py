@@ -1,0 +1,128 @@
+"""One row → its outcome: the examples that it gives, or the note of why it gives none.
+
+    row ─► reader ─► special tokens? signs? ─► encoder ─► outcome
+
+Knows the order of these and the rule for special tokens in content; knows nothing of files, processes or lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.data.checks import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
+from mlx_sft.data.encode import Encoder, EncodeSettings
+from mlx_sft.data.example import Example
+from mlx_sft.data.formats import MixedShapes, RowReader
+from mlx_sft.data.readers import Row
+from mlx_sft.data.report import Note
+from mlx_sft.data.shapes import Conversation, Item
+from mlx_sft.data.tokenizer import end_tokens
+from mlx_sft.errors import UserError
+
+SpecialInContent = Literal["error", "drop", "keep"]
+
+
+class Progress(Protocol):
+    """Is told how the reading of sources goes."""
+
+    def reading(self, name: str, rows: int, bytes_done: int, bytes_total: int | None) -> None:
+        """So many rows and bytes of a source are read; the total is None where no one knows it."""
+
+    def finished(self, name: str, rows: int, *, cached: bool) -> None:
+        """A source is read, or was found in the cache."""
+
+    def note(self, message: str) -> None:
+        """Something that a person may want to know."""
+
+
+class Silence:
+    """No progress is shown."""
+
+    def reading(self, name: str, rows: int, bytes_done: int, bytes_total: int | None) -> None:
+        pass
+
+    def finished(self, name: str, rows: int, *, cached: bool) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a row: examples, of which each has something to learn, or a note that says why there are none.
+
+    Attributes:
+        origin: The row's; those of its examples begin with it.
+        signs: Those of `checks.SIGNS` that it shows.
+        mixed: Whether the note is that the row has another shape than its source.
+    """
+
+    origin: str
+    examples: list[Example]
+    signs: frozenset[str]
+    note: Note | None
+    mixed: bool = False
+
+    @property
+    def sign_mask(self) -> int:
+        """The signs as bits, in the order of `SIGNS`."""
+        return sum(1 << bit for bit, name in enumerate(SIGNS) if name in self.signs)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Makes outcomes of rows. It can be pickled.
+
+    Args:
+        reader: What a row means; settled by the first row, so that a file of several shapes is noticed.
+        special: Finds the tokenizer's special tokens in content.
+        special_in_content: Whether a row with one is bad, dropped or kept.
+        end_tokens: The texts of the model's end-of-sequence tokens, which the encoder goes by.
+    """
+
+    reader: RowReader
+    encoder: Encoder
+    special: SpecialTokens
+    special_in_content: SpecialInContent = "error"
+    end_tokens: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_config(cls, config: TrainConfig, tokenizer: Any) -> Pipeline:
+        return cls(
+            RowReader(config.format, config.columns),
+            Encoder(tokenizer, EncodeSettings.from_config(config)),
+            SpecialTokens(tokenizer),
+            config.special_in_content,
+            end_tokens(tokenizer),
+        )
+
+    def process(self, row: Row | UserError) -> Outcome:
+        """What becomes of one row, or of what could not be read as one."""
+        origin = row.where if isinstance(row, UserError) else row.origin
+        try:
+            if isinstance(row, UserError):
+                raise row
+            item = self.reader.read(row)
+            found = self.special.found_in(item) if isinstance(item, Conversation) else None
+            if found and self.special_in_content == "error":
+                raise UserError(found, where=item.origin, hint=SPECIAL_HINT)
+            if found and self.special_in_content == "drop":
+                return Outcome(origin, [], frozenset(), Note(item.origin, "dropped", found, SPECIAL_HINT))
+            signs = signs_of(item, self.special.user_header) | ({SPECIAL_SIGN} if found else set())
+            return Outcome(origin, self._encode(item), signs, None)
+        except UserError as error:
+            note = Note(error.where or origin, "bad", error.what, error.hint)
+            return Outcome(origin, [], frozenset(), note, isinstance(error, MixedShapes))
+
+    def _encode(self, item: Item) -> list[Example]:
+        examples = [example for example in self.encoder.encode(item) if example.supervised_tokens]
+        if not examples:
+            raise UserError(
+                "a conversation with nothing to learn: no token of it is the model's to write",
+                where=item.origin,
+                hint="give it an assistant turn that the chat template writes, and that is not left out of the loss",
+            )
+        return examples

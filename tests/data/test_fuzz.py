@@ -1,0 +1,332 @@
+"""Whatever a file holds, each of its rows becomes an item or one clear error, and none is lost.
+
+`FUZZ_EXAMPLES=5000 pytest tests/data/test_fuzz.py` looks further than the suite does.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from mlx_sft.data.files import FileSource, split_weight
+from mlx_sft.data.formats import Conversation, Document, Item, RowReader, Tokens, read_item
+from mlx_sft.data.json_text import list_elements, parse_json
+from mlx_sft.data.messages import ROLES
+from mlx_sft.data.readers import Row
+from mlx_sft.errors import UserError
+
+T = TypeVar("T")
+
+fuzz = settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+
+USER, ASSISTANT = {"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Hello", "weight": 0.5}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": [1]}}}
+ROWS: list[dict[str, Any]] = [
+    {
+        "messages": [
+            {"role": "system", "content": "x"},
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            {"role": "assistant", "content": "a", "tool_calls": [CALL], "reasoning_content": "b", "train": True},
+            {"role": "tool", "content": "c"},
+            ASSISTANT,
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
+    {
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+            {"from": "observation", "value": "b"},
+            {"from": "gpt", "value": "c"},
+        ],
+        "system": "d",
+        "tools": '[{"name": "f"}]',
+    },
+    {"instruction": "a", "input": "b", "output": "c", "system": "d", "history": [["e", "f"]]},
+    {"prompt": "a", "completion": "b"},
+    {"prompt": [USER], "completion": [ASSISTANT]},
+    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]},
+    {"text": "a"},
+]
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["\ud83d", "", " ", "assistant"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def check(read: Item) -> None:
+    """What an item promises to those who encode it."""
+    if isinstance(read, Document):
+        assert read.text.strip()
+    elif isinstance(read, Tokens):
+        assert len(read.token_ids) == len(read.labels) > 1
+        assert all(label in (-100, token) for token, label in zip(read.token_ids, read.labels, strict=True))
+    else:
+        assert isinstance(read, Conversation)
+        assert all(message["role"] in ROLES for message in read.messages)
+        assert all(isinstance(message.get("content", ""), str) for message in read.messages)
+        assert not any("train" in message or "weight" in message for message in read.messages)
+        assert read.weights is None or len(read.weights) == len(read.messages)
+        assert any(message["role"] == "assistant" for message in read.messages[read.first_learnt :])
+        json.dumps(read.messages, ensure_ascii=False).encode("utf-8")
+
+
+def attempt(read: Callable[[], T]) -> T | UserError:
+    """What comes of it: the result, or the error for the person; anything else is raised."""
+    try:
+        return read()
+    except UserError as error:
+        return error
+
+
+def check_error(error: UserError, where: str) -> None:
+    assert error.where.startswith(where)
+    assert error.what
+    assert error.hint
+    assert len(str(error).encode("utf-8")) < 2_000
+
+
+def read_file(path: Path) -> list[Row | UserError] | UserError:
+    """A file's rows, each of which is an item or an error; or the one error that it is."""
+    rows = attempt(lambda: list(FileSource(path).rows()))
+    for row in [rows] if isinstance(rows, UserError) else rows:
+        read = row if isinstance(row, UserError) else attempt(partial(read_item, row))
+        if isinstance(read, UserError):
+            check_error(read, str(path))
+        else:
+            check(read)
+    return rows
+
+
+def lines_of(data: bytes) -> int:
+    return sum(bool(line.strip(b" \t\r")) for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
+
+
+def files() -> dict[str, bytes]:
+    """A good file of each kind, by the name it would have."""
+    lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in ROWS).encode()
+    found = {
+        "a.jsonl": lines,
+        "b.jsonl": b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n\r\n"),
+        "a.json": json.dumps(ROWS, indent=1).encode(),
+        "b.json": json.dumps({"version": 1, "data": ROWS}).encode(),
+        "a.csv": b'prompt,completion\n"a ""b""\nc",d\ne,f\n',
+        "a.jsonl.gz": gzip.compress(lines),
+        "a.txt": "A paragraph 😀\nof two lines.\r\n\n  Another.\n".encode() * 100,
+    }
+    if importlib.util.find_spec("zstandard"):
+        import zstandard
+
+        found["a.jsonl.zst"] = zstandard.compress(lines)
+    if importlib.util.find_spec("pyarrow"):
+        import pyarrow
+        from pyarrow import parquet
+
+        buffer = io.BytesIO()
+        parquet.write_table(pyarrow.Table.from_pylist([{**ROWS[2], **ROWS[5]}] * 3), buffer)
+        found["a.parquet"] = buffer.getvalue()
+    return found
+
+
+FILES = files()
+PIECES = [
+    b"",
+    b"\n",
+    b"\r",
+    b"\x00",
+    b"\xff",
+    b"\xed\xa0\x80",
+    b'"',
+    b"{",
+    b"[",
+    b"]",
+    b"}",
+    b",",
+    b"\\ud800",
+    b"\\",
+    b"\x1f\x8b",
+]
+
+
+@st.composite
+def mutated_files(draw: st.DrawFn) -> tuple[str, bytes]:
+    name = draw(st.sampled_from(sorted(FILES)))
+    data = FILES[name]
+    for _ in range(draw(st.integers(1, 3))):
+        first = draw(st.integers(0, len(data)))
+        last = draw(st.integers(first, min(len(data), first + 40)) | st.just(len(data)))
+        data = data[:first] + draw(st.sampled_from(PIECES) | st.binary(max_size=8)) + data[last:]
+    return name, data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@fuzz
+@given(st.sampled_from(sorted(FILES)), st.binary(max_size=200))
+@example("a.jsonl", b"\x1f\x8b\x08")
+@example("a.jsonl", b"\x0c\n\x1c\n\xc2\xa0\n")
+@example("a.json", b"\xef\xbb\xbf")
+@example("a.jsonl", b"[{}]\n[")
+def test_random_bytes_are_rows_or_errors(folder: Path, name: str, data: bytes) -> None:
+    path = folder / name
+    path.write_bytes(data)
+    rows = read_file(path)
+    is_plain = path.suffix == ".jsonl" and not data.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd"))
+    if isinstance(rows, list) and is_plain and error_or_row(rows[0]) != f"{path}[0]":
+        assert len(rows) == lines_of(data)
+
+
+def error_or_row(row: Row | UserError) -> str:
+    return row.where if isinstance(row, UserError) else row.origin
+
+
+@fuzz
+@given(mutated_files())
+def test_a_good_file_with_some_bytes_changed_is_rows_or_errors(folder: Path, file: tuple[str, bytes]) -> None:
+    name, data = file
+    path = folder / name
+    path.write_bytes(data)
+    rows = read_file(path)
+    if isinstance(rows, list) and name.endswith(".jsonl") and error_or_row(rows[0]).startswith(f"{path}:"):
+        assert len(rows) == lines_of(data)
+
+
+@fuzz
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\x00[{"), max_size=6)
+        | st.integers(1, 3000).map("ä ".__mul__)
+    )
+)
+def test_no_line_of_plain_text_is_lost(folder: Path, lines: list[str]) -> None:
+    path = folder / "book.txt"
+    data = "\n".join(lines).encode()
+    path.write_bytes(data)
+    expected = [
+        line.strip() for line in data.decode().replace("\ufeff", "", data.startswith(b"\xef\xbb\xbf")).split("\n")
+    ]
+    rows = attempt(lambda: list(FileSource(path).rows()))
+    found: list[str] = []
+    for row in [] if isinstance(rows, UserError) else rows:
+        assert isinstance(row, Row)
+        texts = row.value["text"].split("\n")
+        first = int(row.origin.removeprefix(f"{path}:")) - 1
+        assert [text.strip() for text in texts] == expected[first : first + len(texts)]
+        found += texts
+    assert [text.strip() for text in found if text.strip()] == [text for text in expected if text]
+
+
+@st.composite
+def mutated_rows(draw: st.DrawFn) -> dict[str, Any]:
+    """A good row with something in it replaced, left out or added, at any depth."""
+    row: dict[str, Any] = json.loads(json.dumps(draw(st.sampled_from(ROWS))))
+    for _ in range(draw(st.integers(1, 3))):
+        place: Any = row
+        while True:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if not isinstance(place[key], dict | list) or draw(st.integers(0, 3)) == 0:
+                if draw(st.booleans()):
+                    place[key] = draw(json_values)
+                else:
+                    del place[key]
+                break
+            place = place[key]
+        if draw(st.booleans()) and isinstance(place, dict):
+            place[draw(st.sampled_from(["train", "weight", "role", "from", "system", "tool_calls", "content"]))] = draw(
+                json_values
+            )
+    return row
+
+
+@settings(fuzz, max_examples=4 * fuzz.max_examples)
+@given(mutated_rows())
+def test_a_good_row_with_something_changed_is_an_item_or_one_clear_error(value: dict[str, Any]) -> None:
+    row = Row("chats.jsonl:17", value)
+    for reader in (RowReader(), *(RowReader(name) for name in ("messages", "sharegpt", "alpaca", "tokenized"))):
+        read = attempt(partial(reader.read, row))
+        if isinstance(read, UserError):
+            check_error(read, "chats.jsonl:17")
+        else:
+            check(read)
+
+
+@fuzz
+@given(
+    st.dictionaries(st.sampled_from([key for row in ROWS for key in row]), json_values),
+    st.dictionaries(
+        st.sampled_from(["user", "assistant", "system", "messages", "text", "x"]),
+        st.sampled_from(["text", "prompt", "y"]),
+    ),
+)
+def test_any_row_and_any_columns_are_an_item_or_one_clear_error(value: dict[str, Any], columns: dict[str, str]) -> None:
+    row = Row("chats.jsonl:17", value)
+    read = attempt(lambda: RowReader(columns=columns).settled_by(row).read(row))
+    if isinstance(read, UserError):
+        check_error(read, "c")  # of the row, or of `columns`
+    else:
+        check(read)
+
+
+@fuzz
+@given(json_values, st.lists(st.integers(1, 20), min_size=1))
+def test_json_is_read_as_the_standard_library_reads_it_or_refused(value: Any, sizes: list[int]) -> None:
+    text = json.dumps([value, value])
+    expected = None
+    with suppress(ValueError):
+        expected = parse_json(text)
+    if expected is not None:
+        assert repr(expected) == repr(json.loads(text))
+    chunks, rest = [], text
+    for size in sizes * len(text):
+        chunks.append(rest[:size])
+        rest = rest[size:]
+    elements = list(list_elements(iter(chunks)))
+    assert len(elements) == 2
+    if expected is not None:
+        assert repr(elements) == repr(expected)
+    else:
+        assert all(isinstance(element, ValueError) for element in elements)
+
+
+@fuzz
+@given(st.text(max_size=20) | st.from_regex(r"\A(hf:)?[a-z/.]{0,9}(:[a-z0-9.\[\]]{0,5}){0,2}\Z"))
+@example("a:\x00")
+@example("a" * 5000 + ":1")
+def test_any_name_of_data_is_taken_apart_or_refused(spec: str) -> None:
+    parts = attempt(lambda: split_weight(spec))
+    if isinstance(parts, UserError):
+        return
+    data, weight = parts
+    assert weight is None or weight > 0
+    assert spec.startswith(data)
+    assert (weight is None) == (data == spec)

@@ -1,0 +1,104 @@
+"""What becomes of one row."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.data.checks import SIGNS
+from mlx_sft.data.pipeline import SPECIAL_SIGN, Outcome, Pipeline
+from mlx_sft.data.readers import Row
+from mlx_sft.errors import UserError
+
+QUESTION = {"role": "user", "content": "Who?"}
+ANSWER = {"role": "assistant", "content": "You."}
+
+
+@pytest.fixture
+def run(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """`run(value, **settings)` → the outcome of the row `a.jsonl:1`."""
+
+    def process(value: dict[str, Any] | UserError, **settings: Any) -> Outcome:
+        pipeline = Pipeline.from_config(TrainConfig(data="a.jsonl", **settings), tokenizer)
+        return pipeline.process(value if isinstance(value, UserError) else Row("a.jsonl:1", value))
+
+    return process
+
+
+def test_a_good_row_becomes_its_examples(run: Any) -> None:
+    outcome = run({"messages": [QUESTION, ANSWER]})
+    assert (outcome.origin, outcome.note, outcome.mixed) == ("a.jsonl:1", None, False)
+    (example,) = outcome.examples
+    assert example.origin == "a.jsonl:1"
+    assert example.supervised_tokens == len("You.") + 1
+
+
+def test_every_turn_becomes_an_example_of_its_own(run: Any) -> None:
+    outcome = run({"messages": 2 * [QUESTION, ANSWER]}, train_on="every-turn")
+    assert [example.origin for example in outcome.examples] == ["a.jsonl:1#1", "a.jsonl:1#2"]
+    assert outcome.origin == "a.jsonl:1"
+
+
+def test_a_turn_without_anything_to_learn_is_no_example(run: Any) -> None:
+    outcome = run({"messages": [QUESTION, ANSWER | {"train": False}, QUESTION, ANSWER]}, train_on="every-turn")
+    assert len(outcome.examples) == 1
+
+
+def test_a_row_that_could_not_be_read_keeps_its_place_and_reason(run: Any) -> None:
+    outcome = run(UserError("not JSON", where="a.jsonl:7", hint="write JSON"))
+    assert outcome.examples == []
+    assert (outcome.origin, outcome.note.origin, outcome.note.fate) == ("a.jsonl:7", "a.jsonl:7", "bad")
+    assert (outcome.note.reason, outcome.note.hint) == ("not JSON", "write JSON")
+
+
+def test_a_row_with_nothing_to_learn_is_bad(run: Any) -> None:
+    outcome = run({"messages": [QUESTION, ANSWER | {"train": False}]})
+    assert outcome.note.fate == "bad"
+    assert "nothing to learn" in outcome.note.reason
+
+
+FORGED = {"messages": [{"role": "user", "content": "Hi<|im_end|>"}, ANSWER]}
+
+
+def test_a_special_token_in_content_is_bad_dropped_or_kept(run: Any) -> None:
+    bad, dropped, kept = (run(FORGED, special_in_content=choice) for choice in ("error", "drop", "keep"))
+    assert (bad.note.fate, dropped.note.fate, kept.note) == ("bad", "dropped", None)
+    assert bad.note.reason == dropped.note.reason
+    assert "<|im_end|>" in bad.note.reason
+    assert "--special-in-content" in bad.note.hint
+    assert bad.examples == dropped.examples == []
+    assert len(kept.examples) == 1
+    assert kept.signs == {SPECIAL_SIGN}
+
+
+def test_a_document_may_hold_special_tokens(run: Any) -> None:
+    assert len(run({"text": "one<|im_end|>two"}).examples) == 1
+
+
+def test_signs_are_bits_in_their_order(run: Any) -> None:
+    outcome = run({"messages": [QUESTION, ANSWER | {"content": "N/A"}]})
+    assert outcome.signs
+    assert [name for bit, name in enumerate(SIGNS) if outcome.sign_mask >> bit & 1] == [
+        name for name in SIGNS if name in outcome.signs
+    ]
+
+
+def test_a_row_of_another_shape_is_told_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+    pipeline = Pipeline.from_config(TrainConfig(data="a.jsonl"), tokenizer)
+    first, other = Row("a.jsonl:1", {"text": "one"}), Row("a.jsonl:2", {"messages": [QUESTION, ANSWER]})
+    settled = Pipeline(pipeline.reader.settled_by(first), pipeline.encoder, pipeline.special)
+    outcome = settled.process(other)
+    assert outcome.mixed
+    assert outcome.note is not None
+    assert "a.jsonl:1" in outcome.note.reason
+
+
+def test_a_pipeline_travels_to_another_process(tokenizer: PreTrainedTokenizerFast) -> None:
+    pipeline = Pipeline.from_config(TrainConfig(data="a.jsonl"), tokenizer)
+    row = Row("a.jsonl:1", {"messages": [QUESTION, ANSWER]})
+    there = pickle.loads(pickle.dumps(pipeline)).process(row).examples[0]
+    assert there.digest() == pipeline.process(row).examples[0].digest()

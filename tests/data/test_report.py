@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from mlx_sft.data.checks import SIGNS
+from mlx_sft.data.encode import Example
+from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
+from mlx_sft.data.store.examples import Examples, Store
+from mlx_sft.data.store.packing import PackedRow, pack
+from mlx_sft.data.template import Facts
+
+
+def example(length: int, origin: str = "chats.jsonl:1", fill: int = 5) -> Example:
+    weights = np.zeros(length, np.float32)
+    weights[length // 2 :] = 1
+    return Example(origin, np.full(length, fill, np.int32), weights)
+
+
+def stored(*rows: PackedRow) -> Examples:
+    return Examples([Store.of_block(pack(rows))])
+
+
+def part(*examples: Example) -> PartReport:
+    return PartReport.of(Examples.of(list(examples)))
+
+
+def report(train: PartReport | None = None, shared: int = 0, append_eos: bool = False, **source: object) -> DataReport:
+    sources = [SourceReport("chats.jsonl", None, "messages", **({"kept": 4} | source))]  # type: ignore[arg-type]
+    return DataReport(sources, train or part(example(10)), part(), shared, {"append_eos": append_eos})
+
+
+def test_a_part_is_told_by_its_lengths_its_longest_and_its_duplicates() -> None:
+    told = part(example(10, "a:1"), example(30, "a:2"), example(10, "a:3"), example(20, "a:4", fill=6))
+    assert (told.rows, told.tokens, told.supervised_tokens, told.duplicates) == (4, 70, 35, 1)
+    assert told.lengths["max"] == 30
+    assert told.longest[:2] == [{"origin": "a:2", "tokens": 30}, {"origin": "a:4", "tokens": 20}]
+    assert sum(bar["count"] for bar in told.histogram) == 4
+    assert told.supervised_share == 0.5
+
+
+def test_signs_are_counted_by_example_and_name_the_first_rows_once() -> None:
+    mojibake = 1 << SIGNS.index("mojibake")
+    turns = [example(5, "a:1#1"), example(6, "a:1#2")]
+    told = PartReport.of(stored(PackedRow("a:1", turns, mojibake), PackedRow("a:2", [example(7, "a:2")]))).signs
+    assert told == {"mojibake": {"count": 2, "origins": ["a:1"]}}
+
+
+def test_an_empty_part_is_told_too() -> None:
+    told = part()
+    assert (told.rows, told.tokens, told.duplicates, told.lengths, told.histogram) == (0, 0, 0, {}, [])
+    assert told.supervised_share == 0
+
+
+def test_every_row_is_accounted_for() -> None:
+    notes = [Note("c:1", "bad", "x"), Note("c:2", "dropped", "y"), Note("c:3", "truncated", "z")]
+    totals = report(notes=notes).to_json()["totals"]
+    assert totals == {"rows": 6, "kept": 4, "truncated": 1, "dropped": 1, "bad": 1}
+
+
+def test_the_machine_form_is_json_and_holds_every_note() -> None:
+    whole = json.loads(json.dumps(report(notes=[Note("c:1", "bad", "x", "do y")], signs=Counter(echo=2)).to_json()))
+    assert whole["sources"][0]["not_simply_kept"] == [{"origin": "c:1", "fate": "bad", "reason": "x", "hint": "do y"}]
+    assert whole["sources"][0]["format"] == "messages"
+    assert whole["signs"] == {"echo": 2}
+
+
+def test_reasons_that_differ_in_particulars_are_counted_together() -> None:
+    notes = [
+        Note("c:1", "truncated", "2100 tokens, cut to 2048"),
+        Note("c:5", "truncated", "3000 tokens, cut to 2048"),
+        Note("c:7", "bad", "messages[0] has the unknown role 'bot'"),
+    ]
+    assert reasons(notes) == [
+        {"fate": "truncated", "reason": "… tokens, cut to 2048", "count": 2, "first": "c:1"},
+        {"fate": "bad", "reason": "messages[0] has the unknown role 'bot'", "count": 1, "first": "c:7"},
+    ]
+
+
+def test_good_data_warns_of_nothing() -> None:
+    assert report(facts=Facts(turns=4)).warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        (Facts(turns=4, turns_without_end=2), "2 of 4 assistant turns without a supervised end token"),
+        (Facts(turns=4, turns_with_text_left_out=1), "leaves out words (reasoning, tool calls) of 1 assistant turn;"),
+        (Facts(turns=4, systems_left_out=3), "leaves out 3 system messages"),
+        (Facts(turns=4, systems_folded=1), "writes 1 system message inside another message's turn"),
+    ],
+)
+def test_what_the_template_does_is_warned_of_once_with_counts(facts: Facts, words: str) -> None:
+    (warning,) = report(facts=facts).warnings()
+    assert words in warning
+
+
+def test_append_eos_is_offered_where_it_is_not_taken() -> None:
+    facts = Facts(turns=1, turns_without_end=1)
+    assert "--append-eos" in report(facts=facts).warnings()[0]
+    assert "--append-eos" not in report(facts=facts, append_eos=True).warnings()[0]
+
+
+def test_rows_that_are_shared_or_repeated_are_warned_of() -> None:
+    warnings = report(part(*[example(10)] * 4), shared=2).warnings()
+    assert warnings[0] == "2 validation rows are also training rows"
+    assert warnings[1].startswith("3 of 4 training rows equal an earlier one")
+
+
+def test_suspicions_are_told_and_are_no_warning() -> None:
+    suspicious = report(signs=Counter(echo=2, mojibake=1))
+    assert suspicious.warnings() == []
+    assert suspicious.summary()["suspicious"].startswith("2 echo, 1 mojibake; ")
+
+
+def test_the_short_form_says_what_is_learnt_from_and_what_is_lost() -> None:
+    notes = [Note("c:1", "bad", "x"), Note("c:2", "truncated", "z")]
+    assert report(part(*[example(10)] * 2), notes=notes).summary() == {
+        "rows": "2 to learn from, 0 held out, 1 truncated, 1 bad",
+        "format": "messages",
+        "tokens": "20, 50% supervised",
+        "lengths": "10 (median), 10 (95 %), 10 (longest) tokens",
+        "duplicates": "1",
+    }
+
+
+def test_the_formats_of_several_sources_are_told_with_their_rows() -> None:
+    two = report()
+    two.sources.append(SourceReport("b.jsonl", None, "text", kept=3))
+    assert two.summary()["format"] == "messages (4), text (3)"
