@@ -18,10 +18,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench docs wheel clean
+.PHONY: help demo test lint fix bench bench-data docs wheel clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.ready  ## a minute of fine-tuning: train, before and after, export, reload
 	@$(BIN)/python examples/demo.py
@@ -42,6 +42,9 @@ fix: $(VENV)/.ready-dev  ## put right what can be put right by itself
 
 bench: $(VENV)/.ready  ## our trainer beside mlx-lm's, on the same rows
 	@$(BIN)/python benchmarks/against_mlx_lm.py $(ARGS)
+
+bench-data: $(VENV)/.ready  ## conversations a second, and memory against file size
+	@$(BIN)/python benchmarks/data.py $(ARGS)
 
 docs: $(VENV)/.ready-dev  ## write docs/reference from the code
 	$(BIN)/python scripts/make_reference.py

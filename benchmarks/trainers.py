@@ -172,7 +172,6 @@ def run_ours(task: Task) -> Result:
     from mlx_sft.data import prepare
     from mlx_sft.data.batches import Plan, cut
     from mlx_sft.model.load import load_tokenizer
-    from mlx_sft.training.step import lengths_of
 
     started = time.perf_counter()
     stdout = Stamped()
@@ -194,6 +193,7 @@ def run_ours(task: Task) -> Result:
             grad_checkpoint="on" if task.grad_checkpoint else "off",
             save_every=task.steps,
             seed=task.seed,
+            data_cache=False,
             json_lines=True,
         )
         run = train(asked).run_dir
@@ -202,7 +202,7 @@ def run_ours(task: Task) -> Result:
         chosen = TrainConfig.resolve(run / "config.yaml")
     steps = [json.loads(line) for line in lines]
     examples = prepare(chosen, load_tokenizer(Path(task.model))).train
-    lengths = lengths_of(examples)
+    lengths = examples.needed_lengths
     plan = Plan(len(examples), batch_size=task.rows_per_step, max_steps=task.steps, seed=task.seed)
     micro_batches = [
         micro_batch for step in plan.steps() for micro_batch in cut(step.rows, lengths, chosen.micro_batch_tokens or 1)
@@ -212,7 +212,7 @@ def run_ours(task: Task) -> Result:
     return Result(
         tokens=sum(step["tokens"] for step in steps),
         supervised_tokens=supervised,
-        computed_tokens=sum(lengths[row] for micro in micro_batches for row in micro.rows),
+        computed_tokens=sum(int(lengths[row]) for micro in micro_batches for row in micro.rows),
         padded_tokens=sum(len(micro.rows) * micro.width for micro in micro_batches),
         seconds=sum(step["seconds"] for step in steps),
         seconds_to_first_step=stdout.first_step_done - started,

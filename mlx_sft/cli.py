@@ -12,11 +12,25 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 
-from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.config import TrainConfig, option_name, public_name, sections
 from mlx_sft.console import print_error, read_line, write_text
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
 
 Command = Callable[..., None]
+
+
+class _Sectioned(click.Command):
+    """A command whose help lists the settings of a run under their sections."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        section_of = {field: title for title, fields in sections().items() for field in fields}
+        listed: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(context):
+            if record := parameter.get_help_record(context):
+                listed.setdefault(section_of.get(str(parameter.name), "Options"), []).append(record)
+        for title, records in listed.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 class _Commands(click.Group):
@@ -39,15 +53,28 @@ def main() -> None:
     """Fine-tune language models natively on Apple silicon, exactly.
 
     \b
+    mlx-sft inspect --data chats.jsonl
     mlx-sft train --data chats.jsonl
     mlx-sft export --run runs/... --to merged
     """
 
 
-def _train_options(command: Command) -> Command:
-    for field in reversed(TrainConfig.model_fields):
-        command = _option(field)(command)
-    return command
+def _settings(*fields: str) -> Callable[[Command], Command]:
+    """`--config` and an option for each of these fields of `TrainConfig`."""
+
+    def decorate(command: Command) -> Command:
+        for field in reversed(fields):
+            command = _option(field)(command)
+        return click.option("--config", "config_file", metavar="FILE", help="YAML file with settings of a run.")(
+            command
+        )
+
+    return decorate
+
+
+def _resolved(config_file: str | None, options: dict[str, Any]) -> TrainConfig:
+    given = {public_name(field): value for field, value in options.items() if value not in (None, ())}
+    return TrainConfig.resolve(config_file, **given)
 
 
 def _option(field: str) -> Callable[[Command], Command]:
@@ -65,6 +92,8 @@ def _option(field: str) -> Callable[[Command], Command]:
         options["type"] = click.Choice([str(value) for value in get_args(kind)])
     elif get_origin(kind) is tuple:
         options |= {"type": float, "nargs": len(get_args(kind))}
+    elif get_origin(kind) is list:
+        options |= {"multiple": True}
     else:
         options["type"] = _click_type(kind)
     return click.option(*names, **options)
@@ -89,21 +118,56 @@ def _help(field: str) -> str:
     return f"{text}  [default: {str(default).lower() if default is True else default}]"
 
 
-@main.command(context_settings={"max_content_width": 100})
-@click.option("--config", "config_file", metavar="FILE", help="YAML file with any of these settings.")
-@_train_options
+@main.command(cls=_Sectioned, context_settings={"max_content_width": 100})
+@_settings(*TrainConfig.model_fields)
 def train(config_file: str | None, **options: Any) -> None:
     """Fine-tune a model on chats.
 
     Options override the settings of --config. The last line on stdout is the run folder.
     """
-    given = {public_name(field): value for field, value in options.items() if value is not None}
-    config = TrainConfig.resolve(config_file, **given)
+    config = _resolved(config_file, options)
     from mlx_sft.console import Console
     from mlx_sft.training.loop import train
 
     result = train(config)
     Console(quiet=config.quiet, json_lines=config.json_lines).done(str(result.run_dir))
+
+
+@main.command(cls=_Sectioned, context_settings={"max_content_width": 100})
+@_settings(*sections()["Data"], "model", "seed", "quiet")
+@click.option("--row", metavar="N", help="One row, whole: its line or index as messages name it, 17 or chats.jsonl:17.")
+@click.option(
+    "--only", metavar="KIND", help="Only rows of a kind: kept, truncated, dropped, bad, suspicious, duplicate, ..."
+)
+@click.option("--limit", type=click.IntRange(min=0), default=3, show_default=True, help="So many rows are shown.")
+@click.option("--json", "as_json", is_flag=True, help="Write rows and table as a line of JSON.")
+@click.option("--html", metavar="FILE", help="Write one self-contained page to look at in a browser.")
+def inspect(
+    config_file: str | None,
+    row: str | None,
+    only: str | None,
+    limit: int,
+    as_json: bool,
+    html: str | None,
+    **options: Any,
+) -> None:
+    """Look at data as training would see it: what is learnt, what is lost, what is suspicious.
+
+    It takes the settings of `train` that shape the data, and trains nothing.
+    """
+    config = _resolved(config_file, options)
+    from mlx_sft.console import Console
+    from mlx_sft.inspection import inspect
+
+    console = Console(quiet=config.quiet)
+    with console.reading() as progress:
+        found = inspect(config, row=row, only=only, limit=limit, progress=progress)
+    if html is not None:
+        write_text(f"{found.write_page(html)}\n")
+    elif as_json:
+        write_text(found.to_json() + "\n")
+    else:
+        found.show(console)
 
 
 @main.command()

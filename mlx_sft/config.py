@@ -16,6 +16,16 @@ from mlx_sft.errors import USAGE, UserError, did_you_mean
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 
+SECTIONS = {
+    "data": "Data",
+    "model": "Model",
+    "method": "Method",
+    "epochs": "Optimization",
+    "eval_every": "Evaluation and saving",
+    "quiet": "What is shown",
+}
+"""The first setting of each section → the section's title."""
+
 Every = Annotated[int, Field(ge=1)] | Literal["epoch"]
 """A number of optimizer steps, or the end of every epoch."""
 
@@ -34,8 +44,9 @@ class TrainConfig(BaseModel):
     )
 
     # data
-    data: str | None = None
-    """Training rows: a .jsonl, .json, .csv or .parquet file, a folder with train/valid/test files, or hf:owner/name[:split]."""
+    data: list[str] = Field(default_factory=list)
+    """Training rows: a .jsonl, .json, .csv or .parquet file, a folder with train/valid/test files, or hf:owner/name[:split].
+    Give it again for several; with shares of the mixture, `a.jsonl:0.7` and `b.jsonl:0.3`."""
     valid: str | None = None
     """Validation rows, in any form that --data takes."""
     valid_fraction: float = Field(default=0.0, ge=0, lt=1)
@@ -44,12 +55,29 @@ class TrainConfig(BaseModel):
     """Longest conversation, in tokens."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What becomes of a longer one."""
-    train_on: Literal["all", "last"] = "all"
-    """Learn every assistant turn, or only the last."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized"] = "auto"
+    """What a row looks like; auto tells it by the first row's keys."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Where a row keeps its parts: user=question,assistant=answer (and system=...), or other names for a format's own keys."""
+    special_in_content: Literal["error", "drop", "keep"] = "error"
+    """What becomes of a row whose text holds a special token of the tokenizer, such as <|im_end|>, which can forge a turn."""
+    train_on: Literal["all", "last", "every-turn"] = "all"
+    """Learn every assistant turn, or only the last; every-turn makes each turn an example of its own, in the context in which
+    the model would write it, for templates that rewrite history."""
+    train_think_prefill: bool = True
+    """Learn an empty think block that the template puts before an answer, so that the tuned model does not start to think."""
+    append_eos: bool = False
+    """Put the end-of-sequence token after a conversation whose last turn the template leaves without one."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables for the chat template, as JSON: {"enable_thinking": false}. A row's own go before them."""
     skip_bad_rows: bool = False
     """Go on past rows that cannot be used, and report them."""
+    allow_lost_rows: bool = False
+    """Train although more than half of the rows are lost."""
+    data_workers: int | None = Field(default=None, ge=1)
+    """Processes that read and tokenize; chosen by the size of the data where not given. It does not change the result."""
+    data_cache: bool = True
+    """Keep the tokenized rows for the next run, in $MLX_SFT_CACHE or ~/.cache/mlx-sft."""
 
     # model
     model: str = DEFAULT_MODEL
@@ -128,6 +156,25 @@ class TrainConfig(BaseModel):
     json_lines: bool = Field(default=False, alias="json")
     """Write every event to stdout as a line of JSON."""
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [] if value is None else [value] if isinstance(value, str) else value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _split_columns(cls, value: Any) -> Any:
+        """`user=question,assistant=answer` → a mapping."""
+        if not isinstance(value, str):
+            return value
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        if not all(part.strip() for name, equals, column in pairs for part in (name, equals, column)):
+            raise ValueError("write user=question,assistant=answer")
+        names = [name.strip() for name, _, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError("names a part twice")
+        return {name.strip(): column.strip() for name, _, column in pairs}
+
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod
     def _parse_json(cls, value: Any) -> Any:
@@ -147,7 +194,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
-        if self.data is None and self.resume is None:
+        if not self.data and self.resume is None:
             raise ValueError("data: nothing to train on; give --data FILE (or --resume RUN)")
         if self.valid is not None and self.valid_fraction > 0:
             raise ValueError("valid and valid_fraction exclude each other; give one")
@@ -192,6 +239,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UserError("not a mapping of names to values", where=str(path), hint=hint, exit_code=USAGE)
     return settings
+
+
+def sections() -> dict[str, list[str]]:
+    """The settings of each section, in order."""
+    found: dict[str, list[str]] = {}
+    for field in TrainConfig.model_fields:
+        if field in SECTIONS:
+            title = SECTIONS[field]
+        found.setdefault(title, []).append(field)
+    return found
 
 
 def option_name(field: str) -> str:

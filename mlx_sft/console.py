@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from rich.console import Console as RichConsole
 from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mlx_sft.errors import UserError
@@ -21,6 +24,24 @@ _MOST_SHOWN = 3000
 
 _PLAIN_EVERY = 10
 """Steps between two plain lines, where there is no live one."""
+
+_ROWS_BETWEEN_LINES = 100_000
+"""Rows read between two plain lines, where there is no live one."""
+
+Look = Literal["plain", "learnt", "context", "special", "learnt special", "title", "faint", "warning", "bad"]
+"""How a piece of text is to look."""
+
+_STYLES: dict[Look, str] = {
+    "plain": "",
+    "learnt": "green",
+    "context": "dim",
+    "special": "magenta dim",
+    "learnt special": "green reverse",
+    "title": "bold",
+    "faint": "dim",
+    "warning": "yellow",
+    "bad": "red",
+}
 
 
 class Console:
@@ -75,6 +96,41 @@ class Console:
         self._screen.print(Text(printable(title), style="bold"))
         self._screen.print(text)
 
+    @contextmanager
+    def reading(self) -> Iterator[Reading]:
+        """Yield who shows how the reading of data goes; a bar is gone when the block ends."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[rows]:,} rows"),
+            TimeRemainingColumn(),
+            console=self._screen,
+            transient=True,
+        )
+        live = self._shown and self._screen.is_terminal
+        if live:
+            bar.start()
+        try:
+            yield Reading(self, bar if live else None)
+        finally:
+            if live:
+                bar.stop()
+
+    def data(self, pieces: Iterable[tuple[str, Look]]) -> None:
+        """Text for stdout; where there is no colour, what is learnt stands between ⟦ ⟧."""
+        screen = RichConsole(highlight=False, soft_wrap=True)
+        coloured = screen.is_terminal and not screen.no_color
+        text, learning = Text(), False
+        for part, look in pieces:
+            learnt = look.startswith("learnt")
+            if not coloured and learnt != learning:
+                text.append("⟦" if learnt else "⟧")
+                learning = learnt
+            text.append(printable(part), style=_STYLES[look] if coloured else "")
+        if learning:
+            text.append("⟧")
+        screen.print(text, end="")
+
     def step(self, record: Mapping[str, Any], total_steps: int, seconds_left: float) -> None:
         """One optimizer step: the live line, a plain line now and then, or a line of JSON."""
         if self._json_lines:
@@ -123,6 +179,39 @@ class Console:
         write_text(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+class Reading:
+    """Shows how the reading of data goes: a bar in a terminal, else a line now and then."""
+
+    def __init__(self, console: Console, bar: Progress | None) -> None:
+        self._console = console
+        self._bar = bar
+        self._tasks: dict[str, TaskID] = {}
+        self._told = 0
+
+    def reading(self, name: str, rows: int, bytes_done: int, bytes_total: int | None) -> None:
+        """So many rows and bytes of a source are read; the total is None where no one knows it."""
+        if self._bar is not None:
+            if name not in self._tasks:
+                self._tasks[name] = self._bar.add_task(printable(f"reading {name}"), total=bytes_total, rows=rows)
+            self._bar.update(self._tasks[name], completed=bytes_done, total=bytes_total, rows=rows)
+        elif rows >= self._told + _ROWS_BETWEEN_LINES:
+            self._told = rows
+            share = f" ({bytes_done / bytes_total:.0%})" if bytes_total else ""
+            self._console.note(f"{name}: {rows:,} rows read{share}")
+
+    def finished(self, name: str, rows: int, *, cached: bool) -> None:
+        """A source is read, or was found in the cache."""
+        self._told = 0
+        if self._bar is not None and name in self._tasks:
+            self._bar.remove_task(self._tasks.pop(name))
+        if cached and rows >= _ROWS_BETWEEN_LINES:
+            self._console.note(f"{name}: {rows:,} rows, tokenized before")
+
+    def note(self, message: str) -> None:
+        """Something that a person may want to know."""
+        self._console.note(message)
+
+
 def print_error(error: UserError) -> None:
     """`error: chats.jsonl:17: not JSON`, and the hint, on stderr."""
     screen = RichConsole(stderr=True, highlight=False, soft_wrap=True)
@@ -147,8 +236,20 @@ def read_line() -> str:
 
 
 def printable(text: str) -> str:
-    """Text without the control characters that would steer a terminal; new lines and tabs stay."""
-    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """Text whose control characters are spelt out: those that steer a terminal, and those that hide or turn text around.
+
+    New lines and tabs stay, and so do spaces of any width and the joiners inside an emoji or a word.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in _HARMLESS or c.isprintable() else _spelt_out(c) for c in text)
+
+
+_HARMLESS = "\n\t\u200c\u200d"
+
+
+def _spelt_out(character: str) -> str:
+    return character if unicodedata.category(character) == "Zs" else f"\\x{ord(character):02x}"
 
 
 def count(number: int | float) -> str:

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mlx_sft.cli import main as program
-from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.config import TrainConfig, option_name, public_name, sections
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 API_MODULES = ("mlx_sft", "mlx_sft.data")
@@ -66,21 +66,21 @@ def config_page() -> str:
         NOTE,
         "# Settings of a training run\n",
         "A setting is a line in a YAML file (`mlx-sft train --config FILE`) or the option beside it; an option goes before "
-        "the file. A name that is not in this table is an error.\n",
-        "| setting | option | values | default | |",
-        "|---|---|---|---|---|",
+        "the file. A name that is not in these tables is an error.",
     ]
     options = set(option_names())
-    for name, field in TrainConfig.model_fields.items():
-        option = option_name(name)
-        cells = [
-            f"`{public_name(name)}`",
-            f"`{option}`" if option in options else "",
-            values(field),
-            default(field),
-            one_line(field.description or ""),
-        ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for title, names in sections().items():
+        lines += [f"\n## {title}\n", "| setting | option | values | default | |", "|---|---|---|---|---|"]
+        for name in names:
+            field, option = TrainConfig.model_fields[name], option_name(name)
+            cells = [
+                f"`{public_name(name)}`",
+                f"`{option}`" if option in options else "",
+                values(field),
+                default(field),
+                one_line(field.description or ""),
+            ]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

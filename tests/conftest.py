@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.peft import write_adapter
 from mlx_sft.data.encode import IGNORED, Example
+from mlx_sft.data.store import Examples
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.load import load_model
 from mlx_sft.runs import RunFolder
@@ -61,6 +62,14 @@ class Run:
 
     base: Path
     path: Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_tokenized_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of the tests' own, also for the processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_SFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +185,7 @@ def token_ids() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def examples() -> list[Example]:
+def examples() -> Examples:
     """Rows of many lengths: every token that can be learnt is, one alone, the last alone, and some at random."""
     random = np.random.default_rng(4)
     made = []
@@ -186,14 +195,14 @@ def examples() -> list[Example]:
         weights = np.zeros(length, np.float32)
         weights[chosen] = 1
         made.append(Example(f"row {number}", token_ids, weights))
-    return made
+    return Examples.of(made)
 
 
 @pytest.fixture(scope="session")
-def torch_loss() -> Callable[[torch.nn.Module, list[Example]], torch.Tensor]:
+def torch_loss() -> Callable[[torch.nn.Module, Sequence[Example]], torch.Tensor]:
     """transformers' own mean loss over the supervised tokens of a right-padded batch."""
 
-    def compute(model: torch.nn.Module, examples: list[Example]) -> torch.Tensor:
+    def compute(model: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         return model(
             input_ids=pad([torch.tensor(e.token_ids, dtype=torch.long) for e in examples]),

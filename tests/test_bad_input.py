@@ -50,7 +50,7 @@ BAD_ROWS = {
     "nothing to learn": ('{"messages": [{"role": "user", "content": "x"}]}', "nothing to learn"),
     "no messages": ('{"messages": []}', "messages"),
     "messages of a wrong kind": ('{"messages": "hello"}', "messages"),
-    "half a character": ('{"text": "\\ud83d"}', "surrogate"),
+    "half a character": (GOOD.replace("the", "\\ud83d"), "surrogate"),
     "too deep": ("[" * 100_000, "nested too deeply"),
     "not a number of JSON": ('{"text": NaN}', "NaN"),
 }
@@ -73,7 +73,12 @@ def test_bad_rows_are_skipped_where_asked_for_and_reported(
     data = tmp_path / "chats.jsonl"
     lines = [line for line, _ in BAD_ROWS.values()]
     data.write_text("\n".join([GOOD, *lines, GOOD.replace("cat", "dog")]) + "\n")
-    result = cli("train", "--data", data, "--model", settings["model"], "--out", settings["out"], "--skip-bad-rows")
+    words = ("train", "--data", data, "--model", settings["model"], "--out", settings["out"], "--skip-bad-rows")
+    refused = cli(*words)
+    assert refused.exit_code == FAILURE
+    assert f"more than half of the rows are lost, {len(lines)} of {len(lines) + 2}" in refused.stderr
+    assert "--allow-lost-rows" in refused.stderr
+    result = cli(*words, "--allow-lost-rows")
     assert result.exit_code == 0, result.output
     assert f"2 to learn from, 0 held out, {len(lines)} bad" in result.stderr
     report = json.loads((Path(settings["out"]) / "data_report.json").read_text())
@@ -115,7 +120,7 @@ def test_junk_in_any_place_is_never_a_traceback(fails: Fails, chats: Path, tmp_p
         ("x" * 5000, "File name too long"),
         ("folder", "the folder holds no rows"),
         ("only-valid", "no train part"),
-        ("x.txt", "not a known kind of file"),
+        ("x.rtf", "not a known kind of file"),
         ("hf:nonsense", "not a dataset id"),
     ],
 )
@@ -126,7 +131,7 @@ def test_data_that_is_not_there_is_a_usage_error(
     (tmp_path / "folder").mkdir()
     (tmp_path / "only-valid").mkdir()
     (tmp_path / "only-valid" / "valid.jsonl").write_text(GOOD)
-    (tmp_path / "x.txt").write_text(GOOD)
+    (tmp_path / "x.rtf").write_text(GOOD)
     said = fails(USAGE, data=data)
     assert message in said
     assert data in said

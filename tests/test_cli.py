@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 import mlx_sft
-from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.config import TrainConfig, option_name
 from mlx_sft.data import encode_conversation
 from mlx_sft.errors import INTERRUPTED, USAGE
 from mlx_sft.training import loop
@@ -21,8 +21,10 @@ from mlx_sft.training import loop
 Cli = Callable[..., Any]
 
 SPECIAL: dict[str, tuple[list[str], Any]] = {
-    **{name: (["x"], "x") for name in ("data", "valid", "model", "init_adapter", "out", "resume")},
+    "data": (["x"], ["x"]),
+    **{name: (["x"], "x") for name in ("valid", "model", "init_adapter", "out", "resume")},
     **{name: (["0.5"], 0.5) for name in ("valid_fraction", "warmup", "dropout")},
+    "columns": (["user=question, assistant=answer"], {"user": "question", "assistant": "answer"}),
     "target": (["q_proj,v_proj"], ["q_proj", "v_proj"]),
     "eval_every": (["7"], 7),
     "save_every": (["epoch"], "epoch"),
@@ -44,7 +46,9 @@ def typed(field: str) -> tuple[list[str], Any]:
         words, value = SPECIAL[field]
         return [option_name(field), *words], value
     if info.annotation is bool:
-        return ([f"--no-{public_name(field)}"], False) if info.default else ([option_name(field)], True)
+        return (
+            (["--no-" + option_name(field).removeprefix("--")], False) if info.default else ([option_name(field)], True)
+        )
     if get_origin(info.annotation) is Literal:
         choice = next(value for value in get_args(info.annotation) if value != info.default)
         return [option_name(field), choice], choice
@@ -88,7 +92,7 @@ def test_help_names_every_option_with_its_default(cli: Cli) -> None:
 def test_options_override_the_file(cli: Cli, resolved: list[TrainConfig], tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("data: a.jsonl\nrank: 4\nshuffle: false\nquiet: true\n")
     cli("train", "--config", tmp_path / "c.yaml", "--rank", "2", "--shuffle")
-    assert (resolved[0].data, resolved[0].rank, resolved[0].shuffle, resolved[0].quiet) == ("a.jsonl", 2, True, True)
+    assert (resolved[0].data, resolved[0].rank, resolved[0].shuffle, resolved[0].quiet) == (["a.jsonl"], 2, True, True)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,9 @@ def test_options_override_the_file(cli: Cli, resolved: list[TrainConfig], tmp_pa
         (["generate", "--prompt", "x", "--run", "a", "--temperature", "-1"], "--temperature"),
         (["chat"], "--run"),
         (["eval", "--data", "x"], "--run"),
+        (["inspect"], "nothing to train on"),
+        (["inspect", "--data", "x", "--rank", "3"], "--rank"),
+        (["inspect", "--data", "x", "--limit", "-1"], "--limit"),
         (["export", "--run", "x"], "--to"),
     ],
 )
@@ -141,7 +148,7 @@ def test_train_ends_stdout_with_the_run_folder_and_says_the_rest_on_stderr(cli: 
     said = result.stderr
     for part in (
         "chats.jsonl:", "<|im_start|>assistant\n⟦", "<|im_end|>⟧", "8 to learn from, 2 held out", "% supervised",
-        "parameters (lora)", "steps   4 of 4 conversations", "step 4/4  loss ", "tokens/s", "validation loss", settings["out"],
+        "parameters (lora)", " 4 of 4 conversations", "step 4/4  loss ", "tokens/s", "validation loss", settings["out"],
     ):  # fmt: skip
         assert part in said
 
@@ -271,3 +278,52 @@ def test_ctrl_c_before_the_first_step_is_no_traceback(cli: Cli, monkeypatch: pyt
     result = cli("train", "--data", "x")
     assert result.exit_code == INTERRUPTED
     assert result.stderr == "error: interrupted\n"
+
+
+# inspect
+
+
+def test_inspect_shows_rows_and_a_table_on_stdout_and_trains_nothing(cli: Cli, settings: dict[str, Any]) -> None:
+    result = cli("inspect", "--data", settings["data"], "--model", settings["model"], "--limit", 1)
+    assert result.exit_code == 0, result.output
+    assert f"{settings['data']}:1" in result.stdout
+    assert "<|im_end|>⟧" in result.stdout
+    assert "supervised" in result.stdout
+    assert result.stderr == ""
+    assert not Path(settings["out"]).exists()
+
+
+def test_inspect_writes_one_line_of_json(cli: Cli, settings: dict[str, Any]) -> None:
+    result = cli("inspect", "--data", settings["data"], "--model", settings["model"], "--json")
+    (line,) = result.stdout.splitlines()
+    found = json.loads(line)
+    assert found["table"]["rows"]["kept"] == 10
+    assert len(found["rows"]) == 3
+
+
+def test_inspect_writes_a_page_and_names_it_last(cli: Cli, settings: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = cli("inspect", "--data", settings["data"], "--model", settings["model"], "--html", page)
+    assert result.stdout == f"{page}\n"
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_inspect_takes_the_settings_of_a_run(cli: Cli, settings: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"data: {settings['data']}\nmodel: {settings['model']}\nrank: 3\nmax_length: 5\n")
+    found = json.loads(cli("inspect", "--config", file, "--json").stdout)
+    assert found["table"]["max_length"] == 5
+    assert found["table"]["rows"]["dropped"] + found["table"]["rows"]["truncated"] == 10
+
+
+def test_several_files_are_mixed_by_weight(cli: Cli, settings: dict[str, Any], tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(f'{{"text": "the cat {number}"}}\n' for number in range(30)))
+    given = options_of(settings | {"epochs": 1, "data": f"{settings['data']}:3"})
+    result = cli("train", *given, "--data", f"{other}:1")
+    assert result.exit_code == 0, result.output
+    assert "an epoch has 30 of the 10 rows of chats.jsonl, 10 of the 30 rows of other.jsonl" in result.stderr
+    resumed = cli("train", "--resume", settings["out"])
+    assert resumed.exit_code == 0, resumed.output
+    refused = cli("train", "--data", settings["data"], "--data", f"{other}:1", "--model", settings["model"])
+    assert refused.exit_code == USAGE

@@ -37,7 +37,7 @@ def test_a_file_is_overlaid_with_options(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("data: a.jsonl\nrank: 4\nlr: 1e-3\nbetas: [0.8, 0.99]\neval_every: epoch\njson: true\n")
     config = TrainConfig.resolve(file, rank=2, json=False)
-    assert (config.data, config.rank, config.lr, config.betas) == ("a.jsonl", 2, 1e-3, (0.8, 0.99))
+    assert (config.data, config.rank, config.lr, config.betas) == (["a.jsonl"], 2, 1e-3, (0.8, 0.99))
     assert (config.eval_every, config.json_lines) == ("epoch", False)
 
 

@@ -183,3 +183,56 @@ def test_numbers_are_short() -> None:
     assert [count(n) for n in (0, 999, 1234, 12_345, 4_560_000, 7e9)] == ["0", "999", "1,234", "12.3k", "4.56M", "7G"]
     assert [size(n) for n in (0, 317_344, 340e6, 1.2e9)] == ["0.0 MB", "0.3 MB", "340 MB", "1.20 GB"]
     assert [duration(s) for s in (0, 65, 3765, 359_999.7)] == ["0:00", "1:05", "1:02:45", "100:00:00"]
+
+
+# Data, and its reading
+
+
+def test_data_goes_to_stdout_with_what_is_learnt_between_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(quiet=True).data(
+        [("a", "context"), ("b", "learnt"), ("</s>", "learnt special"), ("\n", "plain"), ("c", "learnt")]
+    )
+    assert capsys.readouterr() == ("a⟦b</s>⟧\n⟦c⟧", "")
+
+
+def test_the_reading_of_large_data_is_told_in_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Console().reading() as progress:
+        for rows in range(0, 250_001, 50_000):
+            progress.reading("a.jsonl", rows, rows, 500_000)
+        progress.finished("a.jsonl", 250_000, cached=False)
+        progress.finished("b.jsonl", 250_000, cached=True)
+        progress.note("something")
+    assert capsys.readouterr().err.splitlines() == [
+        "a.jsonl: 100,000 rows read (20%)",
+        "a.jsonl: 200,000 rows read (40%)",
+        "b.jsonl: 250,000 rows, tokenized before",
+        "something",
+    ]
+
+
+def test_the_reading_of_small_data_is_not_worth_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console().reading() as progress:
+        progress.reading("a.jsonl", 1000, 10, None)
+        progress.finished("a.jsonl", 1000, cached=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_quiet_reading_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(quiet=True).reading() as progress:
+        progress.reading("a.jsonl", 10**6, 10**6, 10**7)
+        progress.note("something")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_has_a_bar_while_data_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Console().reading() as progress:
+        progress.reading("a.jsonl", 1234, 10, 100)
+        progress.finished("a.jsonl", 1234, cached=False)
+        progress.reading("b\x1b.jsonl", 2345, 10, None)
+    assert "reading a.jsonl" in terminal.getvalue()
+    assert "reading b\\x1b.jsonl" in terminal.getvalue()

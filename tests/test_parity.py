@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.peft import our_name, write_adapter
 from mlx_sft.data.batches import cut
-from mlx_sft.data.encode import Example
 from mlx_sft.data.prepare import prepare
+from mlx_sft.data.store import Examples
 from mlx_sft.methods import Full, Lora, LoraSettings, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
-from mlx_sft.training.step import Learner, lengths_of
+from mlx_sft.training.step import Learner
 
 # PEFT asks a transformers model in a way that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
@@ -69,12 +70,12 @@ def _assert_close(ours: object, theirs: torch.Tensor, tolerance: float = 1e-5) -
     np.testing.assert_allclose(np.array(ours), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def _loss_and_gradients(base: Path, method: Lora | Full, parameters: Parameters | None, examples: list[Example]) -> Any:
+def _loss_and_gradients(base: Path, method: Lora | Full, parameters: Parameters | None, examples: Examples) -> Any:
     """By the code that training runs, in several micro-batches."""
     split = SplitModel(load_model(str(base), "float32").model)
     start = method.attach(split.model, seed=0)
     learner = Learner(split, method, vocabulary=264)
-    lengths = lengths_of(examples)
+    lengths = examples.needed_lengths
     micro_batches = cut(range(len(examples)), lengths, token_budget=40)
     assert len(micro_batches) > 1
     return learner.gradient(parameters or start, examples, micro_batches)
@@ -138,7 +139,7 @@ def test_loss_and_every_lora_gradient_are_pefts(
     tmp_path: Path,
     make_base: Callable[..., Path],
     make_adapter: Callable,
-    examples: list[Example],
+    examples: Examples,
     torch_model: Callable,
     torch_loss: Callable,
 ) -> None:
@@ -164,13 +165,42 @@ def test_loss_and_every_lora_gradient_are_pefts(
         _assert_close(gradient, trainable[name])
 
 
+def test_weights_of_messages_make_a_weighted_mean(
+    make_base: Callable[..., Path], examples: Examples, torch_model: Callable
+) -> None:
+    """Σ weight · loss / Σ weight, as torch computes each token's loss."""
+    base = make_base("qwen3")
+    random = np.random.default_rng(5)
+    weighted = [
+        replace(one, loss_weights=one.loss_weights * random.choice([0.25, 0.5, 1, 2], len(one)).astype(np.float32))
+        for one in examples
+    ]
+    model = torch_model(base)
+    losses, weights = [], []
+    for example in weighted:
+        logits = model(input_ids=torch.tensor(example.token_ids[None], dtype=torch.long)).logits[0, :-1]
+        targets = torch.tensor(example.token_ids[1:], dtype=torch.long)
+        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+        weights.append(torch.tensor(example.loss_weights[1:]))
+    expected = (torch.cat(losses) * torch.cat(weights)).sum() / torch.cat(weights).sum()
+    expected.backward()
+
+    loss, gradients = _loss_and_gradients(base, Full(), None, Examples.of(weighted))
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    unweighted, _ = _loss_and_gradients(base, Full(), None, examples)
+    assert abs(unweighted.item() - loss.item()) > 1e-3
+    for name, parameter in model.named_parameters():
+        _assert_close(gradients[name], parameter.grad)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_loss_and_the_gradient_of_every_weight_are_transformers(
     family: str,
     tied: bool,
     make_base: Callable[..., Path],
-    examples: list[Example],
+    examples: Examples,
     torch_model: Callable,
     torch_loss: Callable,
 ) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.verify import MOST_ROWS, MOST_TOKENS
-from mlx_sft.data.encode import Encoder
-from mlx_sft.data.files import Source, locate
-from mlx_sft.data.formats import read_item
+from mlx_sft.data.encode import Encoder, EncodeSettings
+from mlx_sft.data.files import Source, locate, split_weight
+from mlx_sft.data.formats import RowReader
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import load_tokenizer
 from mlx_sft.model.translate import read_config
@@ -31,8 +31,9 @@ def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
     tokenizer = load_tokenizer(base)
     try:
         source, description = _source(config)
-        encoder = Encoder(tokenizer, config.train_on, config.chat_template_kwargs)
-        rows = list(islice(_token_ids(source, encoder, config.max_length), MOST_ROWS))
+        reader = RowReader(config.format, config.columns)
+        encoder = Encoder(tokenizer, EncodeSettings.from_config(config))
+        rows = list(islice(_token_ids(source, reader, encoder, config.max_length), MOST_ROWS))
         if not rows:
             raise UserError("none of its rows can be used", where=source.name)
     except UserError as error:
@@ -46,22 +47,21 @@ def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
 def _source(config: TrainConfig) -> tuple[Source, str]:
     """The validation rows where they are kept apart, else the data as a whole."""
     kept_apart = locate(config.valid) if config.valid else {}
-    data = locate(config.data) if config.data else {}
+    data = locate(split_weight(config.data[0])[0]) if config.data else {}
     if valid := kept_apart.get("all") or kept_apart.get("valid") or data.get("valid"):
         return valid, "the first validation rows"
     if train := data.get("all") or data.get("train"):
         return train, "the first rows of the data"
-    raise UserError("it has no training rows any more", where=str(config.data))
+    raise UserError("it has no training rows any more", where=", ".join(config.data))
 
 
-def _token_ids(source: Source, encoder: Encoder, max_length: int) -> Iterator[list[int]]:
+def _token_ids(source: Source, reader: RowReader, encoder: Encoder, max_length: int) -> Iterator[list[int]]:
     """The rows that can be encoded, one at a time; why others cannot be is what training reported."""
     for row in source.rows():
         if isinstance(row, UserError):
             continue
         try:
-            example = encoder.encode(read_item(row))
+            examples = encoder.encode(reader.read(row))
         except UserError:
             continue
-        if len(example):
-            yield example.token_ids[:max_length].tolist()
+        yield from (example.token_ids[:max_length].tolist() for example in examples if len(example))

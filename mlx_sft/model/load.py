@@ -113,8 +113,12 @@ def resolve_dtype(dtype: str) -> str:
     return "bfloat16" if mx.default_device() == mx.Device(mx.gpu) else "float32"
 
 
-def resolve_checkpoint(name: str) -> Path:
-    """The folder on disk for `tiny`, a path, or a Hub id; the network is asked only where the cache lacks a file of it."""
+def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
+    """The folder on disk for `tiny`, a path, or a Hub id; the network is asked only where the cache lacks a file of it.
+
+    Args:
+        weights: Whether they are needed too, or only the tokenizer.
+    """
     if name == "tiny":
         return TINY
     folder = user_path(name)
@@ -130,10 +134,10 @@ def resolve_checkpoint(name: str) -> Path:
         # Asked for one file only, huggingface_hub leaves it to us which others a usable snapshot must have.
         cached = Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=True))
     except LocalEntryNotFoundError:
-        return _download(name)
+        return _download(name, weights=weights)
     except HFValidationError as error:
         raise UserError(f"not a Hub id: {error}", where=name, exit_code=USAGE) from error
-    return _download(name) if _missing(cached) else cached
+    return _download(name, weights=weights) if _missing(cached, weights=weights) else cached
 
 
 def name_elsewhere(name: str) -> str:
@@ -141,9 +145,9 @@ def name_elsewhere(name: str) -> str:
     return str(TINY) if name == "tiny" else name
 
 
-def _download(name: str) -> Path:
+def _download(name: str, *, weights: bool) -> Path:
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+        folder = Path(snapshot_download(name, allow_patterns=_DOWNLOADED if weights else list(MODEL_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -151,7 +155,9 @@ def _download(name: str) -> Path:
             where=name,
             hint="check the name and the network, give a checkpoint folder, or try --model tiny",
         ) from error
-    if missing := _missing(folder):  # without a network, huggingface_hub may give what part of it there is
+    if missing := _missing(
+        folder, weights=weights
+    ):  # without a network, huggingface_hub may give what part of it there is
         raise UserError(
             f"this model has {missing}, neither on disk nor to be downloaded",
             where=name,
@@ -160,15 +166,18 @@ def _download(name: str) -> Path:
     return folder
 
 
-def _missing(snapshot: Path) -> str:
+def _missing(snapshot: Path, *, weights: bool) -> str:
     """What a snapshot of a Hub model lacks; an empty string where it can be used."""
+    tokenizer = "" if _has_tokenizer(snapshot) else "no tokenizer"
+    if not weights:
+        return tokenizer
     if not (snapshot / "config.json").is_file():
         return "no config.json"
     if not ((snapshot / SINGLE).is_file() or (snapshot / INDEX).is_file()):
         return "no model.safetensors"
     if shards := [file.name for file in weight_files(snapshot) if not file.is_file()]:
         return f"no {', '.join(shards)}"
-    return "" if _has_tokenizer(snapshot) else "no tokenizer"
+    return tokenizer
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -15,13 +15,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.data.files import split_weight
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.model.load import checkpoint_fingerprint
 from mlx_sft.runs import RunFolder, user_path
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
-_NOT_THE_RESULT = {"out", "resume", "quiet", "json_lines", "keep"}
+_NOT_THE_RESULT = {"out", "resume", "quiet", "json_lines", "keep", "data_workers", "data_cache", "allow_lost_rows"}
 """Settings that may differ between a run and its continuation."""
 
 
@@ -49,14 +50,18 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
 
 def with_full_paths(config: TrainConfig) -> TrainConfig:
     """What lies on disk by its full path, so that the run folder can be used from anywhere."""
-    names = ("data", "valid", "model", "init_adapter")
+    names = ("valid", "model", "init_adapter")
     given = {name: getattr(config, name) for name in names}
-    full = {
-        name: str(user_path(value).resolve())
-        for name, value in given.items()
-        if value is not None and value != "tiny" and user_path(value).exists()
+    full: dict[str, Any] = {
+        name: _full_path(value) for name, value in given.items() if value is not None and value != "tiny"
     }
+    full["data"] = [_full_path(name) + spec[len(name) :] for spec in config.data for name, _ in [split_weight(spec)]]
     return config.model_copy(update=full)
+
+
+def _full_path(name: str) -> str:
+    path = user_path(name)
+    return str(path.resolve()) if path.exists() else name
 
 
 def identity_of(config: TrainConfig, data: PreparedData, path: Path) -> dict[str, str]:

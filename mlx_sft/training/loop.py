@@ -28,7 +28,7 @@ from mlx_sft.training.card import model_card
 from mlx_sft.training.optim import clip, global_norm, learning_rate
 from mlx_sft.training.preview import show_plan
 from mlx_sft.training.setup import Job, prepare_job
-from mlx_sft.training.step import lengths_of, to_float
+from mlx_sft.training.step import to_float
 
 _MOST_SKIPPED = 5
 """Steps in a row without a finite gradient after which a run stops."""
@@ -103,8 +103,8 @@ def _take(job: Job, step: Step) -> dict[str, Any]:
     del gradients  # so that the update can take their place
     mx.eval(job.parameters, job.optimizer.state)
     seconds = time.perf_counter() - started
-    examples = [job.data.train[row] for row in step.rows]
-    tokens = sum(len(example) for example in examples)
+    rows = list(step.rows)
+    tokens = int(job.data.train.lengths[rows].sum())
     record: dict[str, Any] = {
         "kind": "train",
         "step": step.number,
@@ -113,16 +113,16 @@ def _take(job: Job, step: Step) -> dict[str, Any]:
         "learning_rate": rate,
         "grad_norm": to_float(norm) if finite else None,
         "tokens": tokens,
-        "supervised_tokens": sum(example.supervised_tokens for example in examples),
+        "supervised_tokens": int(job.data.train.supervised_tokens[rows].sum()),
         "tokens_per_second": round(tokens / seconds, 2),
         "peak_memory_bytes": mx.get_peak_memory(),
         "seconds": round(seconds, 4),
     }
     skipped = 0 if finite else 1
     if skipped:
-        record["skipped_rows"] = [example.origin for example in examples]
-        rows = ", ".join(record["skipped_rows"])
-        job.console.warn(f"step {step.number} skipped, its gradient is not finite; rows {rows}")
+        record["skipped_rows"] = [job.data.train[row].origin for row in rows]
+        origins = ", ".join(record["skipped_rows"])
+        job.console.warn(f"step {step.number} skipped, its gradient is not finite; rows {origins}")
     job.progress = job.progress.after(
         step=step.number,
         skipped=job.progress.skipped + skipped,
@@ -134,7 +134,7 @@ def _take(job: Job, step: Step) -> dict[str, Any]:
 def _evaluate(job: Job, step: Step, metrics: FileIO) -> None:
     """Loss over the whole validation set; the best parameters so far become the run's result."""
     started = time.perf_counter()
-    micro_batches = cut_all(lengths_of(job.data.valid), job.micro_batch_tokens, job.config.batch_size)
+    micro_batches = cut_all(job.data.valid.needed_lengths, job.micro_batch_tokens, job.config.batch_size)
     result = job.learner.evaluate(job.parameters, job.data.valid, micro_batches)
     seconds = time.perf_counter() - started
     best_loss = job.progress.best_loss

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 
 from mlx_sft.console import count, size
+from mlx_sft.data.batches import shares
 from mlx_sft.data.encode import decoded_segments
+from mlx_sft.data.files import split_weight
 from mlx_sft.training.identity import differences
 from mlx_sft.training.optim import learning_rate
 from mlx_sft.training.setup import Job
@@ -14,16 +18,11 @@ from mlx_sft.training.setup import Job
 def show_plan(job: Job) -> None:
     """Before anything is learnt: what from, and how."""
     config, report, console = job.config, job.data.report, job.console
-    train = report.train
     trainable = sum(value.size for value in job.parameters.values())
     facts = {
         "model": f"{config.model} ({config.dtype})",
-        "rows": f"{count(train.rows)} to learn from, {count(report.valid.rows)} held out"
-        + "".join(
-            f", {getattr(report, fate)} {fate}" for fate in ("truncated", "dropped", "bad") if getattr(report, fate)
-        ),
-        "tokens": f"{count(train.tokens)}, {train.supervised_share:.0%} supervised; "
-        f"a row has {train.lengths['p50']:.0f} (median) to {train.lengths['max']:.0f}",
+        **report.summary(),
+        **_mixture(job),
         "trains": f"{count(trainable)} parameters ({config.method})",
         "steps": f"{job.plan.total_steps} of {config.batch_size} conversations, "
         f"up to {config.micro_batch_tokens} tokens at once"
@@ -36,13 +35,8 @@ def show_plan(job: Job) -> None:
         decoded_segments(job.base.tokenizer, job.data.train[0]),
     )
     console.facts("Learning from", facts)
-    if report.shared:
-        console.warn(f"{report.shared} validation rows are also training rows")
-    if report.turns_with_text_left_out:
-        console.warn(
-            f"the chat template leaves out words (reasoning, tool calls) of {report.turns_with_text_left_out} "
-            "assistant turns; they cannot be learnt"
-        )
+    for warning in report.warnings():
+        console.warn(warning)
     if job.split.body_name is None:
         console.warn(
             "this model's head cannot be told from its body; logits of every position are kept, "
@@ -55,3 +49,18 @@ def show_plan(job: Job) -> None:
         console.warn(f"the last bits may not be the same: since the run began, {', '.join(changed)} changed")
     if job.progress.step:
         console.note(f"resuming after step {job.progress.step}")
+
+
+def _mixture(job: Job) -> dict[str, str]:
+    """How many rows of each source an epoch has, where sources are mixed by weight."""
+    portions = job.plan.mixture
+    if not portions:
+        return {}
+    names = [split_weight(spec)[0] for spec in job.config.data]
+    parts = zip(names, portions, shares(job.plan.rows, [portion.weight for portion in portions]), strict=True)
+    return {
+        "mixture": "an epoch has "
+        + ", ".join(
+            f"{count(share)} of the {count(portion.rows)} rows of {Path(name).name}" for name, portion, share in parts
+        )
+    }

@@ -16,9 +16,9 @@ from mlx_sft.console import Console
 from mlx_sft.convert.adapted import attach_trained
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.peft import read_adapter
-from mlx_sft.data.batches import Plan, cut
-from mlx_sft.data.encode import Example, check_vocabulary
+from mlx_sft.data.batches import Lengths, Plan, Portion, cut
 from mlx_sft.data.prepare import PreparedData, prepare
+from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import LoraSettings, Method, Parameters, make_method
@@ -45,10 +45,9 @@ from mlx_sft.training.identity import (
 )
 from mlx_sft.training.memory import Choice, Footprint, ThisMachine, choose, prepare_device
 from mlx_sft.training.optim import AdamW
-from mlx_sft.training.step import Learner, Shape, lengths_of, planned_shape
+from mlx_sft.training.step import Learner, Shape, planned_shape
 
 _MOST_TRACES = 16
-_ROWS_A_NOTE = 10_000
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Job:
     learner: Learner
     plan: Plan
     data: PreparedData
-    lengths: list[int]
+    lengths: Lengths
     micro_batch_tokens: int
     parameters: Parameters
     optimizer: AdamW
@@ -90,20 +89,22 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     if run is None:
         pinned = todays_variables(tokenizer) | config.chat_template_kwargs
         config = config.model_copy(update={"chat_template_kwargs": pinned})
-    data = prepare(config, tokenizer, lambda rows: _note_rows(console, rows))
+    with console.reading() as reading:
+        data = prepare(config, tokenizer, reading)
     if config.early_stop and not data.valid:
         hint = "give --valid FILE or --valid-fraction 0.05"
         raise UserError("--early-stop needs validation rows", hint=hint, exit_code=USAGE)
     base = load_model(config.model, config.dtype, tokenizer)
     vocabulary = vocabulary_size(base.model, base.config)
-    check_vocabulary([*data.train, *data.valid], vocabulary)
+    for part in (data.train, data.valid):
+        check_vocabulary(part, vocabulary)
+        _refuse_inexact_length(part, path)
     split = SplitModel(base.model)
     begun = run is not None and bool(run.checkpoint_steps())
     config, method, parameters = _attach(config, base, begun=begun)
     check_exportable(path, method, parameters)
     _refuse_dropout_outside_layers(config, split, parameters)
-    lengths = lengths_of(data.train)
-    _refuse_inexact_length([*data.train, *data.valid], path)
+    lengths = data.train.needed_lengths
     choice = _fit_to_machine(config, split, parameters, lengths)
     config = _decided(config, choice)
     plan = Plan(
@@ -113,6 +114,7 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
         max_steps=config.max_steps,
         seed=config.seed,
         shuffle=config.shuffle,
+        mixture=[Portion(rows, weight) for rows, weight in data.mixture if weight is not None],
     )
     optimizer = AdamW(config, parameters, method.decayed)
     identity = identity_of(config, data, path)
@@ -128,11 +130,6 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
         config, run, base, split, method, learner, plan, data, lengths, choice.micro_batch_tokens,
         parameters, optimizer, identity, progress, console,
     )  # fmt: skip
-
-
-def _note_rows(console: Console, rows: int) -> None:
-    if rows % _ROWS_A_NOTE == 0:
-        console.note(f"read {rows:,} rows")
 
 
 def _attach(config: TrainConfig, base: LoadedModel, *, begun: bool) -> tuple[TrainConfig, Method, Parameters]:
@@ -186,11 +183,11 @@ def _refuse_dropout_outside_layers(config: TrainConfig, split: SplitModel, param
         )
 
 
-def _refuse_inexact_length(examples: list[Example], path: Path) -> None:
+def _refuse_inexact_length(examples: Examples, path: Path) -> None:
     """Beyond some length, mlx-lm's code for a few families is not the model that was trained."""
     most = exact_length(path)
-    longest = max(examples, key=len)
-    if most is not None and len(longest) > most:
+    if most is not None and examples.lengths.max(initial=0) > most:
+        longest = examples[int(examples.lengths.argmax())]
         raise UserError(
             f"{len(longest)} tokens, and mlx-lm computes this model exactly for no more than {most}",
             where=longest.origin,
@@ -198,13 +195,13 @@ def _refuse_inexact_length(examples: list[Example], path: Path) -> None:
         )
 
 
-def _fit_to_machine(config: TrainConfig, split: SplitModel, parameters: Parameters, lengths: list[int]) -> Choice:
+def _fit_to_machine(config: TrainConfig, split: SplitModel, parameters: Parameters, lengths: Lengths) -> Choice:
     """How a step is computed here."""
     trainable = sum(value.size for value in parameters.values())
     return choose(
         Footprint.of(split, trainable),
         ThisMachine().usable_bytes(),
-        max(lengths),
+        int(max(lengths)),
         micro_batch_tokens=config.micro_batch_tokens,
         grad_checkpoint=config.grad_checkpoint,
     )
@@ -220,7 +217,7 @@ def _decided(config: TrainConfig, choice: Choice) -> TrainConfig:
     return config.model_copy(update=decided)
 
 
-def _compiled_shapes(choice: Choice, plan: Plan, examples: list[Example], lengths: list[int]) -> list[Shape]:
+def _compiled_shapes(choice: Choice, plan: Plan, examples: Examples, lengths: Lengths) -> list[Shape]:
     """The most frequent shapes of the first epoch: the plan says beforehand which traces will pay for themselves."""
     if mx.default_device() != mx.Device(mx.gpu):
         return []  # on the CPU a trace takes seconds of g++ and saves nothing

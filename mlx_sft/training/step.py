@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_sft.data.batches import Batch, MicroBatch, collate, needed_length, round_up
+from mlx_sft.data.batches import Batch, MicroBatch, collate, round_up
 from mlx_sft.data.encode import Example
+from mlx_sft.data.store import Examples
 from mlx_sft.methods import Binder, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.training.loss import chunk_rows, cross_entropy_sum, evaluate_positions
@@ -190,12 +191,7 @@ def padded_shape(batch: Batch) -> Shape:
     return rows, width, round_up(len(batch.targets))
 
 
-def planned_shape(examples: Sequence[Example], micro_batch: MicroBatch) -> Shape:
+def planned_shape(examples: Examples, micro_batch: MicroBatch) -> Shape:
     """`padded_shape` of the batch that `collate` would make, without making it."""
-    supervised = sum(examples[row].supervised_tokens for row in micro_batch.rows)
+    supervised = int(examples.supervised_tokens[list(micro_batch.rows)].sum())
     return len(micro_batch.rows), micro_batch.width, round_up(supervised)
-
-
-def lengths_of(examples: Sequence[Example]) -> list[int]:
-    """What the cut of a step goes by: the tokens of each example that must be computed."""
-    return [needed_length(example) for example in examples]

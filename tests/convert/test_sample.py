@@ -13,7 +13,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert import sample
 from mlx_sft.convert.sample import sample_rows
 from mlx_sft.convert.verify import MOST_ROWS
-from mlx_sft.data.formats import Item, read_item
+from mlx_sft.data.formats import Item, RowReader
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.readers import Row
 from mlx_sft.model.load import load_tokenizer
@@ -47,11 +47,12 @@ def test_no_more_rows_are_read_than_are_compared(
     expected = _rows(data, make_base())[:MOST_ROWS]
     read: list[str] = []
 
-    def recorded(row: Row) -> Item:
-        read.append(row.origin)
-        return read_item(row)
+    class Recorded(RowReader):
+        def read(self, row: Row) -> Item:
+            read.append(row.origin)
+            return super().read(row)
 
-    monkeypatch.setattr(sample, "read_item", recorded)
+    monkeypatch.setattr(sample, "RowReader", Recorded)
     assert sample_rows(TrainConfig(data=data), make_base()) == (expected, FIRST)
     assert len(read) == len(expected) == MOST_ROWS
 

@@ -416,3 +416,16 @@ def test_the_vocabulary_is_the_embeddings_rows(make_base: Callable[..., Path]) -
     assert vocabulary_size(nn.Module(), {"vocab_size": 7}) == 7
     with pytest.raises(UserError, match="how many tokens it knows"):
         vocabulary_size(nn.Module(), {})
+
+
+def test_where_only_the_tokenizer_is_needed_no_weights_are_downloaded(
+    cache: Callable[..., Path], downloads: list[list[str]]
+) -> None:
+    snapshot = cache("config.json", "tokenizer*")
+    assert resolve_checkpoint("some/model", weights=False) == snapshot
+    assert downloads == []
+    (snapshot / "tokenizer.json").unlink()
+    resolve_checkpoint("some/model", weights=False)
+    (patterns,) = downloads
+    assert "tokenizer.json" in patterns
+    assert not [pattern for pattern in patterns if "model" in pattern and "safetensors" in pattern]

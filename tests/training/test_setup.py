@@ -157,7 +157,7 @@ def test_what_lies_on_disk_is_recorded_by_its_full_path_and_what_was_auto_as_it_
     monkeypatch.chdir(data.parent)
     train(TrainConfig(**settings | {"data": data.name, "max_steps": 1}))
     config = TrainConfig.resolve(RunFolder(settings["out"]).config)
-    assert config.data == str(data)
+    assert config.data == [str(data)]
     assert config.out is None
     assert config.dtype in ("float32", "bfloat16")
     assert config.grad_checkpoint in ("on", "off")
@@ -270,7 +270,7 @@ def test_on_a_gpu_the_commonest_shapes_of_the_plan_are_compiled(
     arguments = (choice, job.plan, job.data.train, job.lengths)
     assert setup._compiled_shapes(*arguments) == []
     monkeypatch.setattr(setup.mx, "default_device", lambda: mx.Device(mx.gpu))
-    steps = [MicroBatch(step.rows, round_up(job.lengths[step.rows[0]])) for step in job.plan.steps()]
+    steps = [MicroBatch(step.rows, round_up(int(job.lengths[step.rows[0]]))) for step in job.plan.steps()]
     taken = Counter(padded_shape(collate(job.data.train, micro_batch)) for micro_batch in steps)
     assert set(setup._compiled_shapes(*arguments)) == {shape for shape, times in taken.items() if times > 2}
     assert max(taken.values()) > 2

@@ -14,13 +14,13 @@ import pytest
 from mlx_sft import train
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import MicroBatch, collate, cut, cut_all, round_up
-from mlx_sft.data.encode import Example
+from mlx_sft.data.store import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Full, Lora, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.checkpoint import dropout_key
-from mlx_sft.training.step import Learner, Shape, lengths_of, padded_shape, planned_shape
+from mlx_sft.training.step import Learner, Shape, padded_shape, planned_shape
 
 DROPOUT = {"rank": 4, "alpha": 8.0, "dropout": 0.3}
 
@@ -43,7 +43,7 @@ class Subject:
         self.learner = Learner(self.split, method, vocabulary=264, **options)
 
     def gradient(
-        self, examples: list[Example], micro_batches: list[MicroBatch], key: mx.array | None = None
+        self, examples: Examples, micro_batches: list[MicroBatch], key: mx.array | None = None
     ) -> tuple[float, Parameters]:
         loss, gradients = self.learner.gradient(self.parameters, examples, micro_batches, key)
         return loss.item(), gradients
@@ -69,15 +69,15 @@ def _assert_equal(ours: tuple[float, Parameters], theirs: tuple[float, Parameter
         assert difference <= tolerance * largest, name
 
 
-def _whole(examples: list[Example]) -> list[MicroBatch]:
-    return [MicroBatch(tuple(range(len(examples))), round_up(max(lengths_of(examples))))]
+def _whole(examples: Examples) -> list[MicroBatch]:
+    return [MicroBatch(tuple(range(len(examples))), round_up(int(examples.needed_lengths.max())))]
 
 
 @pytest.mark.parametrize("method", [_lora(rank=4, alpha=8.0), Full()], ids=["lora", "full"])
 def test_every_cut_gives_the_same_step(
-    method: Lora | Full, make_subject: Callable[..., Subject], examples: list[Example]
+    method: Lora | Full, make_subject: Callable[..., Subject], examples: Examples
 ) -> None:
-    subject, lengths = make_subject(method), lengths_of(examples)
+    subject, lengths = make_subject(method), examples.needed_lengths
     whole = subject.gradient(examples, _whole(examples))
     cuts = [cut(range(5), lengths, budget) for budget in (1, 40, 1000)]
     cuts.append([MicroBatch((4, 1), 40), MicroBatch((0, 3, 2), 64)])
@@ -88,7 +88,7 @@ def test_every_cut_gives_the_same_step(
 
 @pytest.mark.parametrize("method", [_lora(rank=4, alpha=8.0), Full()], ids=["lora", "full"])
 def test_recomputing_layers_changes_nothing(
-    method: Lora | Full, make_subject: Callable[..., Subject], examples: list[Example]
+    method: Lora | Full, make_subject: Callable[..., Subject], examples: Examples
 ) -> None:
     kept = make_subject(method).gradient(examples, _whole(examples))
     subject = make_subject(method, recompute=True)
@@ -100,7 +100,7 @@ def test_recomputing_layers_changes_nothing(
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("method", [_lora(**DROPOUT), Full()], ids=["lora", "full"])
 def test_a_compiled_step_is_the_same_padded_positions_included(
-    method: Lora | Full, recompute: bool, make_subject: Callable[..., Subject], examples: list[Example]
+    method: Lora | Full, recompute: bool, make_subject: Callable[..., Subject], examples: Examples
 ) -> None:
     key = mx.random.key(3) if isinstance(method, Lora) else None
     micro_batches = [MicroBatch((0, 2), 16), MicroBatch((1,), 24)]
@@ -113,7 +113,7 @@ def test_a_compiled_step_is_the_same_padded_positions_included(
 
 
 def test_a_compiled_step_sees_new_parameters_and_a_new_key(
-    make_subject: Callable[..., Subject], examples: list[Example]
+    make_subject: Callable[..., Subject], examples: Examples
 ) -> None:
     shapes = [padded_shape(collate(examples, micro_batch)) for micro_batch in _whole(examples)]
     compiled, plain = make_subject(_lora(**DROPOUT), compiled=shapes), make_subject(_lora(**DROPOUT))
@@ -130,7 +130,7 @@ def test_a_compiled_step_sees_new_parameters_and_a_new_key(
 
 @pytest.mark.parametrize("target", ["all-linear", "q_proj,lm_head"])
 def test_dropout_drops_the_same_where_layers_are_recomputed(
-    target: str, make_subject: Callable[..., Subject], examples: list[Example]
+    target: str, make_subject: Callable[..., Subject], examples: Examples
 ) -> None:
     settings = DROPOUT | {"target": target}
     options = {"tied": False}
@@ -159,9 +159,7 @@ def test_dropout_on_the_head_is_refused(tmp_path: Path, make_base: Callable[...,
     assert train(config.model_copy(update={"dropout": 0.0})).steps == 1
 
 
-def test_each_step_and_each_micro_batch_drops_others(
-    make_subject: Callable[..., Subject], examples: list[Example]
-) -> None:
+def test_each_step_and_each_micro_batch_drops_others(make_subject: Callable[..., Subject], examples: Examples) -> None:
     subject = make_subject(_lora(**DROPOUT))
 
     def loss(key: mx.array | None, micro_batches: list[MicroBatch] | None = None) -> float:
@@ -176,11 +174,11 @@ def test_each_step_and_each_micro_batch_drops_others(
     assert loss(keys[0], twice) != pytest.approx(loss(keys[0], twice[:1]), rel=1e-5)
 
 
-def test_evaluation_is_exact_and_without_dropout(make_subject: Callable[..., Subject], examples: list[Example]) -> None:
+def test_evaluation_is_exact_and_without_dropout(make_subject: Callable[..., Subject], examples: Examples) -> None:
     subject = make_subject(_lora(**DROPOUT))
     subject.gradient(examples, _whole(examples), mx.random.key(0))
 
-    ours = subject.learner.evaluate(subject.parameters, examples, cut_all(lengths_of(examples), 40, 2))
+    ours = subject.learner.evaluate(subject.parameters, examples, cut_all(examples.needed_lengths, 40, 2))
 
     losses, right = [], []
     for example in examples:
@@ -215,7 +213,7 @@ class InputsInTheHead(nn.Module):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_model_that_cannot_be_split_is_learnt_whole(
-    recompute: bool, make_base: Callable[..., Path], examples: list[Example]
+    recompute: bool, make_base: Callable[..., Path], examples: Examples
 ) -> None:
     model = InputsInTheHead(load_model(str(make_base("llama")), "float32").model)
     model.freeze()
@@ -231,19 +229,19 @@ def test_a_model_that_cannot_be_split_is_learnt_whole(
 
     expected, gradients = mx.value_and_grad(plain)(parameters)
     learner = Learner(split, method, vocabulary=264, recompute=recompute)
-    loss, ours = learner.gradient(parameters, examples, cut(range(5), lengths_of(examples), 40))
+    loss, ours = learner.gradient(parameters, examples, cut(range(5), examples.needed_lengths, 40))
 
     assert split.body_name is None
     _assert_equal((loss.item(), ours), (expected.item(), gradients))
 
 
-def test_a_shape_counts_supervised_positions_on_the_grid(examples: list[Example]) -> None:
+def test_a_shape_counts_supervised_positions_on_the_grid(examples: Examples) -> None:
     batch = collate(examples, MicroBatch((0, 1), 24))
     shape: Shape = padded_shape(batch)
     assert shape == (2, 24, 16)
     assert len(batch.targets) == 9
 
 
-def test_a_planned_shape_is_that_of_the_batch(examples: list[Example]) -> None:
-    for micro_batch in cut(range(len(examples)), lengths_of(examples), token_budget=40):
+def test_a_planned_shape_is_that_of_the_batch(examples: Examples) -> None:
+    for micro_batch in cut(range(len(examples)), examples.needed_lengths, token_budget=40):
         assert planned_shape(examples, micro_batch) == padded_shape(collate(examples, micro_batch))

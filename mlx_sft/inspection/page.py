@@ -1,0 +1,149 @@
+"""Rows and table → one self-contained HTML page. It needs no network, and nothing of the data can become code in it.
+
+The data is JSON in a block that no browser runs, free of the characters that could end the block; the script writes it as
+text only; and a content security policy allows this style and this script alone, by their digests.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from mlx_sft.inspection.rows import ShownExample, ShownRow
+
+MOST_TOKENS = 300_000
+"""Of all rows on a page together; more would make it slow to open."""
+_FEWEST_TOKENS = 64
+"""Of an example, whatever the number of rows."""
+_SNIPPET_TOKENS = 60
+_SNIPPET = 160
+_HERE = Path(__file__).parent
+# What could end a script block, or a line of JavaScript, and halves of surrogate pairs, which no file can hold.
+_DANGEROUS = re.compile("[<>&\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is on a page.
+
+    Args:
+        data: What the user called the data.
+        model: Whose tokenizer it is.
+        table: The data as a whole.
+        rows: Some or all of its rows, in order.
+    """
+
+    data: Sequence[str]
+    model: str
+    table: dict[str, Any]
+    rows: Sequence[ShownRow]
+
+    def html(self) -> str:
+        style, script = (_file(name) for name in ("page.css", "page.js"))
+        policy = (
+            f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
+            "img-src 'none'; base-uri 'none'; form-action 'none'"
+        )
+        parts = {
+            "policy": policy,
+            "title": html.escape(f"Data: {', '.join(self.data)}"),
+            "style": style,
+            "data": embedded(self._record()),
+            "script": script,
+        }
+        # In one pass: what is put in is not looked at again.
+        return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _file("page.html"))
+
+    def _record(self) -> dict[str, Any]:
+        longest = _longest_shown([example for row in self.rows for example in row.examples])
+        return {
+            "data": list(self.data),
+            "model": self.model,
+            "table": self.table,
+            "of": self.table["rows"]["rows"],
+            "rows": [_row(row, longest) for row in self.rows],
+        }
+
+
+def embedded(value: Any) -> str:
+    """JSON that is safe inside a script block of an HTML page."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _DANGEROUS.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
+
+
+def _file(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _longest_shown(examples: Sequence[ShownExample]) -> int:
+    """So many tokens of each example are shown that all together are not too many."""
+    longest = max((len(example.token_ids) for example in examples), default=0)
+    while longest > _FEWEST_TOKENS and sum(min(len(example.token_ids), longest) for example in examples) > MOST_TOKENS:
+        longest = longest * 3 // 4
+    return longest
+
+
+def _row(row: ShownRow, longest: int) -> dict[str, Any]:
+    return {
+        "origin": row.origin,
+        "part": row.part,
+        "fate": row.fate,
+        "reason": row.reason,
+        "hint": row.hint,
+        "signs": list(row.signs),
+        "duplicate_of": row.duplicate_of,
+        "left_out": row.left_out,
+        "tokens": row.tokens,
+        "learnt": row.supervised_tokens,
+        "raw": row.raw,
+        "snippet": _snippet(row),
+        "examples": [_example(example, longest) for example in row.examples],
+    }
+
+
+def _example(example: ShownExample, longest: int) -> dict[str, Any]:
+    shown = slice(0, longest)
+    return {
+        "origin": example.origin,
+        "tokens": len(example.token_ids),
+        "learnt": sum(weight != 0 for weight in example.weights),
+        "cut_at": example.cut_at,
+        "pieces": example.pieces[shown],
+        "ids": example.token_ids[shown],
+        "weights": [[len(list(run)), weight] for weight, run in groupby(example.weights[shown])],
+        "special": [index for index, special in enumerate(example.special[shown]) if special],
+        "turns": [
+            {
+                "role": turn.role,
+                "message": turn.message,
+                "start": turn.start,
+                "end": turn.end,
+                "learnt": turn.supervised_tokens,
+            }
+            for turn in example.turns
+        ],
+    }
+
+
+def _snippet(row: ShownRow) -> str:
+    """What a list says of the row: its first user's turn without the header, else the beginning of its text."""
+    if not row.examples:
+        return ""
+    example = row.examples[0]
+    first = next((turn for turn in example.turns if turn.role == "user"), None)
+    start, end = (first.start, first.end) if first else (0, len(example.pieces))
+    shown = range(start, min(end, start + _SNIPPET_TOKENS))
+    words = "".join("\n" if example.special[index] else example.pieces[index] for index in shown)
+    return words.strip().removeprefix("user\n").strip()[:_SNIPPET]

@@ -1,0 +1,190 @@
+"""Rows and table as pieces of text, each with its look. Knows words and layout; knows nothing of terminals or colours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from mlx_sft.console import Look
+from mlx_sft.inspection.rows import ShownExample, ShownRow
+
+Pieces = Iterator[tuple[str, Look]]
+
+_MOST_TOKENS = 800
+"""Of an example among others; one that is asked for is shown whole."""
+_BEYOND_CUT = 40
+"""Tokens that are shown of what is cut off."""
+_BAR = 40
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_LOOKS: dict[str, Look] = {"truncated": "warning", "dropped": "warning", "bad": "bad"}
+
+
+def row_pieces(row: ShownRow, *, whole: bool) -> Pieces:
+    """A row: a line about it, then its conversation turn by turn, or the raw row where there is none."""
+    yield row.origin, "title"
+    yield f"  {row.fate}", _LOOKS.get(row.fate, "plain")
+    if row.examples:
+        yield f"  {_tokens(row.tokens, row.supervised_tokens)}", "plain"
+    if row.part == "valid":
+        yield "  held out", "plain"
+    if row.signs:
+        yield f"  {', '.join(row.signs)}", "warning"
+    if row.duplicate_of:
+        yield f"  equals {row.duplicate_of}", "warning"
+    if row.left_out:
+        yield f"  turns of which the template leaves out words: {row.left_out}", "warning"
+    yield "\n", "plain"
+    if row.reason:
+        yield f"  {row.reason}\n", _LOOKS.get(row.fate, "plain")
+        if row.hint:
+            yield f"  hint: {row.hint}\n", "faint"
+    if not row.examples and row.raw:
+        yield f"  {row.raw}\n", "context"
+    for example in row.examples:
+        if len(row.examples) > 1:
+            yield f"{example.origin}  {_tokens(len(example.token_ids), example.supervised_tokens)}\n", "title"
+        yield from _example_pieces(example, whole)
+    yield "\n", "plain"
+
+
+def _example_pieces(example: ShownExample, whole: bool) -> Pieces:
+    length = len(example.token_ids)
+    end = min(length, example.cut_at + _BEYOND_CUT) if example.cut_at < length else length
+    if not whole:
+        end = min(end, _MOST_TOKENS)
+    for turn in example.turns:
+        if turn.start >= end:
+            break
+        yield f"  {turn.role}  {_tokens(turn.end - turn.start, turn.supervised_tokens)}\n", "faint"
+        text = ""
+        for index in range(turn.start, min(turn.end, end)):
+            if index == example.cut_at:
+                yield f"\n  ✂ max_length: {length - example.cut_at:,} tokens are cut off from here on\n", "warning"
+            text = example.pieces[index] or text
+            yield example.pieces[index], _look(example, index)
+        if not text.endswith("\n"):
+            yield "\n", "plain"
+    if end < length:
+        yield f"  … {length - end:,} more tokens\n", "faint"
+
+
+def _look(example: ShownExample, index: int) -> Look:
+    learnt = example.weights[index] != 0 and index < example.cut_at
+    if example.special[index]:
+        return "learnt special" if learnt else "special"
+    return "learnt" if learnt else "context"
+
+
+def _tokens(tokens: int, supervised: int) -> str:
+    learnt = f", {supervised:,} learnt" if supervised else ""
+    return f"{tokens:,} token{'s' if tokens != 1 else ''}{learnt}"
+
+
+def table_pieces(table: dict[str, Any]) -> Pieces:
+    """The data as a whole."""
+    yield from _fates(table)
+    yield "\n", "plain"
+    if table["examples"]:
+        yield from _facts(table)
+        yield "\n", "plain"
+        yield from _bars(table["histogram"], table["max_length"])
+    yield from _signs(table)
+    yield from _reasons(table)
+    for warning in table["warnings"]:
+        yield "warning: ", "warning"
+        yield f"{warning}\n", "plain"
+
+
+def _fates(table: dict[str, Any]) -> Pieces:
+    names = ("rows", "kept", "truncated", "dropped", "bad")
+    lines = [
+        [source["name"], source["format"] or "?", *(f"{source[name]:,}" for name in names)]
+        for source in table["sources"]
+    ]
+    if len(lines) > 1:
+        lines.append(["all", "", *(f"{table['rows'][name]:,}" for name in names)])
+    header = ["", "format", *names]
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    for line, look in [(header, "faint"), *((line, "plain") for line in lines)]:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip() + "\n", "faint" if look == "faint" else "plain"
+
+
+def _facts(table: dict[str, Any]) -> Pieces:
+    train, valid, lengths = table["train"], table["valid"], table["lengths"]
+    shown = {
+        "to learn from": f"{train['examples']:,} rows, {train['tokens']:,} tokens, {train['supervised_share']:.0%} supervised",
+        "held out": f"{valid['examples']:,} rows, {valid['tokens']:,} tokens" if valid["examples"] else "",
+        "lengths": "  ".join(f"{_percent(name)} {value:,}" for name, value in lengths.items()),
+        "too long": _too_long(table),
+        "duplicates": _with_origins(table["duplicates"]),
+        "longest": ", ".join(f"{row['origin']} ({row['tokens']:,})" for row in table["longest"][:3]),
+    }
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        if value:
+            yield f"{name:{width}}  ", "faint"
+            yield f"{value}\n", "plain"
+
+
+def _percent(name: str) -> str:
+    return f"{name[1:]}%" if name[1:].isdecimal() else name
+
+
+def _too_long(table: dict[str, Any]) -> str:
+    lost = table["too_long"]
+    limit = f"{table['max_length']:,} tokens"
+    if not lost["examples"]:
+        return f"none is longer than {limit}"
+    return (
+        f"{lost['examples']:,} of more than {limit}; {lost['tokens_lost']:,} tokens are lost, "
+        f"{lost['supervised_tokens_lost']:,} of them supervised"
+    )
+
+
+def _with_origins(found: dict[str, Any]) -> str:
+    return f"{found['count']:,}: {_some(found['origins'])}" if found["count"] else "none"
+
+
+def _some(origins: list[str]) -> str:
+    return ", ".join(origins[:3]) + (", …" if len(origins) > 3 else "")
+
+
+def _bars(bars: list[dict[str, int]], max_length: int) -> Pieces:
+    most = max(bar["count"] for bar in bars)
+    labels = [f"{bar['from']:,}" + (f"–{bar['to']:,}" if bar["to"] > bar["from"] else "") for bar in bars]
+    width = max(map(len, labels))
+    over = False
+    for bar, label in zip(bars, labels, strict=True):
+        if bar["to"] > max_length and not over:
+            over = True
+            yield f"{'':{width}}  ┄ max_length {max_length:,} ┄\n", "warning"
+        eighths = round(bar["count"] / most * _BAR * 8)
+        filled = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+        yield f"{label:>{width}}  ", "faint"
+        yield filled or ("▏" if bar["count"] else ""), "warning" if over else "plain"
+        yield f" {bar['count']:,}\n" if bar["count"] else "\n", "faint"
+    yield "\n", "plain"
+
+
+def _signs(table: dict[str, Any]) -> Pieces:
+    if not table["signs"]:
+        return
+    yield "suspicious\n", "title"
+    for name, found in table["signs"].items():
+        yield f"  {found['count']:>6,}  ", "warning"
+        yield f"{name}: {found['meaning']} ", "plain"
+        yield f"({_some(found['origins'])})\n", "faint"
+
+
+def _reasons(table: dict[str, Any]) -> Pieces:
+    for fate, group in groupby(sorted(table["reasons"], key=lambda one: one["fate"]), key=lambda one: one["fate"]):
+        yield f"{fate}\n", "title"
+        for one in list(group)[:8]:
+            yield f"  {one['count']:>6,}  ", _LOOKS[fate]
+            yield f"{one['reason']} ", "plain"
+            yield f"(first {one['first']})\n", "faint"

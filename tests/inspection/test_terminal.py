@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_sft.console import Console
+from mlx_sft.inspection import Inspection
+
+Look = Callable[..., Inspection]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> str:
+    inspection.show(Console())
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_rows_and_table_are_data_and_go_to_stdout(look: Look, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(look(limit=2), capsys)
+    assert (
+        f"{data}:2  kept  28 tokens, 3 learnt\n"
+        "  user  13 tokens\n<|im_start|>user\nthe dog<|im_end|>\n"
+        "  assistant  15 tokens, 3 learnt\n<|im_start|>assistant\n⟦sat<|im_end|>⟧\n"
+    ) in out
+    assert f"{data}  messages     9     7          1        0    2\n" in out
+
+
+def test_a_row_that_is_asked_for_is_shown_alone(look: Look, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(look(row="2"), capsys)
+    assert out.endswith("⟦sat<|im_end|>⟧\n\n")
+
+
+def test_what_is_learnt_is_coloured_in_a_terminal(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    look(row="2").show(Console())
+    out = terminal.getvalue()
+    assert "\x1b[32ms\x1b[0m" in out
+    assert "⟦" not in out
+
+
+def test_colour_can_be_refused(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    look(row="2").show(Console())
+    assert "\x1b" not in terminal.getvalue()
+    assert "⟦sat<|im_end|>⟧" in terminal.getvalue()
+
+
+def test_nothing_in_a_row_steers_the_terminal(look: Look, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(look(row="8"), capsys)
+    assert not set(out) & {"\x00", "\x1b", "\u202e", "\u2028", "\u200b"}
+    assert "\\x1b[31m" in out
+
+
+def test_a_bad_row_is_shown_with_reason_and_hint(look: Look, capsys: pytest.CaptureFixture[str]) -> None:
+    out = shown(look(only="bad"), capsys)
+    assert "  messages[0].content contains the special token <|im_end|> as text\n  hint: " in out
+    assert '"forge <|im_end|>"' in out
+
+
+def test_a_cut_is_marked_and_what_lies_beyond_is_not_shown_as_learnt(
+    look: Look, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(look(row="6"), capsys)
+    before, _, beyond = out.partition("✂ max_length: ")
+    assert before.count("⟦") == before.count("⟧") == 1
+    assert "⟦" not in beyond
+    assert "more tokens\n" in beyond
+
+
+def test_a_long_row_among_others_is_shortened_and_alone_is_whole(
+    look: Look, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "the cat " * 500}, {"role": "assistant", "content": "the end"}]
+    data.write_text(json.dumps({"messages": turns}))
+    assert "the end" not in shown(look(max_length=9000), capsys)
+    assert "the end" in shown(look(row="1", max_length=9000), capsys)
+
+
+def test_signs_duplicates_and_lost_words_stand_beside_the_row(
+    look: Look, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(look(), capsys)
+    assert f"equals {data}:1\n" in out
+    assert "learnt  mojibake\n" in out
+    assert "mojibake: text that was decoded wrongly" in out
+
+
+def test_data_of_which_nothing_is_kept_has_a_table_too(
+    look: Look, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.write_text("{}\n")
+    assert "bad\n       1  " in shown(look(), capsys)
