@@ -10,17 +10,15 @@ import argparse
 import ctypes.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from machine import environment
 from trainers import Task
 from workload import load_tokenizer, make_checkpoint, rows_from, short_pairs
 
@@ -100,18 +98,6 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def environment(blas: str | None) -> dict[str, Any]:
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "mlx-sft", "numpy")},
-        "LD_PRELOAD": blas,
-    }
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train with mlx-sft and with mlx-lm, alternating.")
     parser.add_argument(
@@ -166,7 +152,7 @@ def main() -> None:
             print(f"{repetition + 1}/{arguments.repeat} {trainer}: {speed:,.1f} real tokens a second", file=sys.stderr)
         runs.append(pair)
     summary = summarize(runs)
-    about = environment(blas)
+    about = environment(("mlx", "mlx-lm", "mlx-sft", "numpy")) | {"LD_PRELOAD": blas}
     source = arguments.data.name if arguments.data else "generated short pairs"
     shown = asdict(task) | {"model": name, "data": source}
     report = {"environment": about, "task": shown, **summary, "runs": runs}

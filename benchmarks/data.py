@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import resource
 import subprocess
@@ -17,12 +16,11 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import environment
 
 HERE = Path(__file__).parent
 WORK = HERE / "work"
@@ -221,18 +219,6 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def environment(tokenizer: Path) -> dict[str, Any]:
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-        "tokenizer": tokenizer.resolve().name,
-    }
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure how files of conversations are read, tokenized and cached.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 400], help="of the generated files, in MB")
@@ -250,7 +236,7 @@ def main() -> None:
         print(json.dumps(measure(data, str(arguments.tokenizer), int(workers))))
         return
     WORK.mkdir(exist_ok=True)
-    about = environment(arguments.tokenizer)
+    about = environment(PACKAGES) | {"tokenizer": arguments.tokenizer.resolve().name}
     results = benchmark(arguments.sizes, arguments.tokenizer)
     print(table(results))
     file = HERE / "results" / f"data-{about['time'].replace(':', '').split('+')[0]}.json"

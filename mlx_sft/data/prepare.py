@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_sft.config import TrainConfig
+from mlx_sft.config import TrainConfig, sections
 from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.files import Source, locate, split_weight
 from mlx_sft.data.fit import Fitted, fit
@@ -29,18 +29,8 @@ SHOWN_BAD_ROWS = 10
 """So many bad rows are named in one error."""
 MOST_LOST = 0.5
 """The share of the rows that may be dropped or bad."""
-_SETTINGS = {
-    *(
-        "format",
-        "columns",
-        "special_in_content",
-        "train_on",
-        "train_think_prefill",
-        "append_eos",
-        "chat_template_kwargs",
-    ),
-    *("max_length", "overlong", "skip_bad_rows", "allow_lost_rows", "valid_fraction", "seed"),
-}
+_SETTINGS = {*sections()["Data"], "seed"} - {"data", "valid", "data_workers", "data_cache"}
+"""What of the configuration shapes the data, beside the data itself."""
 
 
 @dataclass(frozen=True)

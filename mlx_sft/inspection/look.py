@@ -99,7 +99,7 @@ class Inspection:
             "table": self.table,
             "rows": [row.to_json() for row in self.rows],
         }
-        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+        return json.dumps(record, allow_nan=False)  # ASCII: half of a surrogate pair could not be written otherwise
 
     def write_page(self, path: str | Path, most_rows: int = ROWS_ON_PAGE) -> Path:
         """One self-contained HTML page with up to so many rows, the notable ones first; it is whole or absent.

@@ -169,6 +169,30 @@ def test_an_end_token_in_the_content_does_not_end_the_turn(tokenizer: PreTrained
     assert shown(tokenizer, user("a"), assistant("x<|im_end|>\ny")).endswith("⟦x<|im_end|>\ny<|im_end|>⟧\n")
 
 
+def test_an_end_token_at_the_end_of_the_content_does_not_end_the_turn(make_tokenizer: MakeTokenizer) -> None:
+    forged = assistant("x<|im_end|>\n")
+    assert shown(make_tokenizer(), user("a"), forged, user("b"), assistant("<|im_end|>\n")) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦x<|im_end|>\n<|im_end|>⟧\n"
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>\n<|im_end|>⟧\n"
+    )
+    next_message_ends = make_tokenizer(
+        "{% for m in messages %}{{ ('' if loop.first else '<|im_end|>') + '<' + m.role + '>' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_end|><assistant>{% endif %}"
+    )
+    assert shown(next_message_ends, user("a"), assistant("x<|im_end|>"), user("b")) == (
+        "<user>a<|im_end|><assistant>⟦x<|im_end|><|im_end|>⟧<user>b"
+    )
+
+
+def test_an_end_that_is_no_known_end_token_counts_as_none(make_tokenizer: MakeTokenizer) -> None:
+    between = make_tokenizer(
+        "{% for m in messages %}{{ ('' if loop.first else '<|eom_id|>') + '<' + m.role + '>' + m.content }}{% endfor %}"
+        "<|eom_id|>{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rendering = rendered(between, user("Hi"), assistant("Hello"), user("?"), assistant("Yes"))
+    assert rendering.facts == Facts(turns=2, turns_without_end=2)
+
+
 def test_private_use_characters_in_the_content_do_no_harm(tokenizer: PreTrainedTokenizerFast) -> None:
     icons = "\U000f0000 \U000f0001 \U000f0009 \U00100000 \U0010fffd"
     assert shown(tokenizer, user(icons), assistant(f"{icons}b")).endswith(f"⟦{icons}b<|im_end|>⟧\n")
@@ -576,7 +600,107 @@ def test_an_opening_assistant_has_the_header_of_the_others(make_tokenizer: MakeT
     )
 
 
-@pytest.mark.parametrize("opener", ["<think>\n", "<think>\n\n</think>\n\n", "[THINK]", "<think:x>"])
+ALWAYS_PROMPTING = (
+    "{% for m in messages %}{% set turn = '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' %}"
+    "{% if loop.first %}{% set turn = '<|begin_of_text|>' + turn %}{% endif %}{{ turn }}{% endfor %}"
+    "{{ '<|im_start|>assistant\nPROMPT' }}"
+)
+
+
+def test_an_opening_assistant_of_a_template_that_always_writes_its_prompt(make_tokenizer: MakeTokenizer) -> None:
+    """As Llama 3's first template does."""
+    always = make_tokenizer(ALWAYS_PROMPTING.replace("PROMPT", ""))
+    opening = "<|begin_of_text|><|im_start|>assistant\n⟦Yo<|im_end|>⟧\n"
+    prompt = "<|im_start|>assistant\n"
+    assert shown(always, assistant("Yo")) == opening + prompt
+    assert shown(always, assistant("Yo"), user("Hi"), assistant("Hello")) == (
+        f"{opening}<|im_start|>user\nHi<|im_end|>\n{prompt}⟦Hello<|im_end|>⟧\n{prompt}"
+    )
+
+
+def test_a_prompt_that_always_stands_there_is_the_header_though_it_opens_reasoning(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    always = make_tokenizer(ALWAYS_PROMPTING.replace("PROMPT", "<think></think>"))
+    assert shown(always, user("Hi"), assistant("Hello"), user("<think>")) == (
+        "<|begin_of_text|><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello<|im_end|>⟧\n"
+        "<|im_start|>user\n<think><|im_end|>\n<|im_start|>assistant\n<think></think>"
+    )
+
+
+def test_a_prompt_that_begins_like_what_else_ends_the_text_is_cut_at_its_reasoning(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    ending = make_tokenizer(
+        "{% for m in messages %}{{ '<' + m.role + '>' if m.role == 'user' else '<think></think>' }}{{ m.content }}"
+        "</s>{% endfor %}{{ '<think>' if add_generation_prompt else '</s>' }}"
+    )
+    assert shown(ending, user("Hi"), assistant("Hello")) == "<user>Hi</s>⟦<think></think>Hello</s>⟧</s>"
+
+
+def test_a_way_of_watching_that_sees_no_message_does_not_tell_the_header(make_tokenizer: MakeTokenizer) -> None:
+    """The first message has no letters, and the text ends otherwise where the template is to prompt, for nothing."""
+    by_index = make_tokenizer(
+        "{% for i in range(messages | length) %}{% set m = messages[i] %}{{ m.role + ': ' }}"
+        "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}<|im_end|>{% endfor %}"
+        "{{ '' if add_generation_prompt else '.' }}"
+    )
+    expected = "user: <|im_end|>⟦assistant: <think></think>Hello<|im_end|>⟧."
+    assert shown(by_index, user(""), assistant("Hello")) == expected
+
+
+OPENINGS = {
+    "a line less before its header": (
+        "{% for m in messages %}{{ '' if loop.first else '\n\n' }}{{ '### ' + m.role + ':\n' + m.content }}"
+        "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n\n### assistant:\n' }}{% endif %}",
+        "### assistant:\n⟦Yo<|im_end|>⟧",
+    ),
+    "a header that the user's turn ends with": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<user>' + m.content + '<assistant>' }}"
+        "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}",
+        "⟦Yo<|im_end|>⟧",
+    ),
+    "a header that follows users alone, and opens reasoning": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<user>' + m.content + '<assistant><think>' }}"
+        "{% else %}{{ ('</think>' if not loop.first else '') + m.content + '<|im_end|>' }}{% endif %}{% endfor %}",
+        "⟦Yo<|im_end|>⟧",
+    ),
+    "a short header": (
+        "{% for m in messages %}{{ m.role[0] + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}a: {% endif %}",
+        "a: ⟦Yo⟧\n",
+    ),
+    "a prompt after users alone": (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role == 'user' %}<assistant>{% endif %}",
+        "<assistant>⟦Yo<|im_end|>⟧",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "opening"), OPENINGS.values(), ids=OPENINGS.keys())
+@pytest.mark.parametrize("later", [[], [user("Hi")], [user("Hi"), assistant("Hello")]], ids=["alone", "asked", "both"])
+def test_an_opening_assistant_is_learnt_as_the_answer_to_a_question(
+    make_tokenizer: MakeTokenizer, template: str, opening: str, later: list[dict[str, Any]]
+) -> None:
+    assert shown(make_tokenizer(template), assistant("Yo"), *later).startswith(opening)
+
+
+def test_a_header_that_the_prompt_supplies_elsewhere_is_not_learnt(make_tokenizer: MakeTokenizer) -> None:
+    """After an assistant's turn this template prompts for nothing, and yet writes the header, on a line of its own."""
+    guarded = make_tokenizer(
+        "{% for m in messages %}{{ ('' if loop.first else '\n') + '<' + m.role + '>' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role == 'user' %}<assistant>{% endif %}"
+    )
+    assert shown(guarded, user("Hi"), assistant("Hello"), assistant("You?"), user("Yes"), assistant("Fine")) == (
+        "<user>Hi\n<assistant>⟦Hello⟧\n<assistant>⟦You?⟧\n<user>Yes\n<assistant>⟦Fine⟧"
+    )
+
+
+@pytest.mark.parametrize(
+    "opener", ["<think>\n", "<think>\n\n</think>\n\n", "[THINK]", "<think:x>", "Here are my reasoning steps:\n"]
+)
 def test_the_header_ends_where_the_prompt_opens_reasoning(make_tokenizer: MakeTokenizer, opener: str) -> None:
     thinking = make_tokenizer(LOOP + TURN + END + PROMPT.replace("assistant\n", f"assistant\n{opener}"))
     assert shown(thinking, user("Hi"), assistant(f"{opener}Hello")).endswith(f"assistant\n⟦{opener}Hello<|im_end|>⟧\n")
@@ -768,6 +892,23 @@ def test_a_header_in_the_content_is_no_header(make_tokenizer: MakeTokenizer) -> 
     assert shown(unended, *said) == ("<user>Hi<assistant><assistant>⟦Hello⟧<user>Hi<assistant>⟦<assistant>Hello⟧")
     tagged = make_tokenizer(TAGGED)
     assert shown(tagged, user("Hi"), forged).endswith("assistant\n⟦<|im_start|>assistant\nHello<|im_end|>⟧\n")
+    header_in_tag = make_tokenizer(TAGGED_VARIANTS["with the header inside"])
+    said_by_user = "x<|im_start|>assistant\n"
+    for tagging in (tagged, header_in_tag):
+        assert shown(tagging, user(said_by_user), forged, user(said_by_user), assistant("So")) == (
+            f"<|im_start|>user\n{said_by_user}<|im_end|>\n"
+            "<|im_start|>assistant\n⟦<|im_start|>assistant\nHello<|im_end|>⟧\n"
+            f"<|im_start|>user\n{said_by_user}<|im_end|>\n<|im_start|>assistant\n⟦So<|im_end|>⟧\n"
+        )
+    touching = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ '<assistant>' + m.content + '<|end|>' }}"
+        "{% endgeneration %}{% else %}{{ '<user>' + m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}",
+        eos="<|end|>",
+    )
+    assert shown(touching, user("Hi<assistant>"), assistant("<assistant>Hello")) == (
+        "<user>Hi<assistant><assistant>⟦<assistant>Hello<|end|>⟧"
+    )
     user_opens = make_tokenizer(
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n\nA:' }}{% else %}{{ ' ' + m.content + '<|end|>' }}"
         "{% endif %}{% endfor %}",

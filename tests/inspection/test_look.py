@@ -243,3 +243,10 @@ def test_the_machine_form_is_json_with_the_documented_keys(look: Look) -> None:
     }
     (example,) = row["examples"]
     assert len(example["pieces"]) == len(example["token_ids"]) == len(example["weights"]) == example["tokens"]
+
+
+def test_the_machine_form_can_be_written_whatever_is_in_a_row(look: Look, tmp_path: Path) -> None:
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"\\ud83d": 1}\n{"text": "whole"}\n')
+    found = look(data=str(path), only="bad").to_json()
+    assert json.loads(found.encode("utf-8"))["table"]["rows"]["bad"] == 1

@@ -4,7 +4,9 @@ Knows what the prompts before a conversation's turns are; knows nothing of how a
 
 The prompt that would follow the whole conversation is the header of most turns, and costs nothing to know. It is believed
 where it stands before a turn and the beginning of the conversation, rendered with its prompt, ends there too; this is asked
-once for each kind of message that a turn follows.
+once for each kind of message that a turn follows. Any other turn is asked for what stands before the model where it writes
+that very turn. An opening turn has no such place: it is rendered as the answer to a question, and begins where what it adds
+to the prompt after the question begins.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class Headers:
         if role in self._known:
             start = self._after(self._known[role], first, last)
             if start is not None and self._after(self._known[role], start + 1, last) is None:
-                return start
+                return self._after_unprompted(start, last) if role == "assistant" else start
         # No header that is known, or also the words of a message.
         start = self._after_unprompted(self._by_prompt(index, first, last), last)
         header = self._reference.header(index)
@@ -60,10 +62,11 @@ class Headers:
 
     def start_in_tag(self, index: int, first: int, last: int) -> int:
         """Where the turn starts of which a tag encloses what is between two places, and maybe its header or a part of it."""
-        text, context = self._reference.text, self._reference.context(index) if index else None
+        text, headers = self._reference.text, list(self._candidates(index))
+        context = self._reference.context(index) if index else None
         if context is not None and text.startswith(context):
-            return min(max(first, len(context)), last)
-        headers = list(self._candidates(index))
+            encloses_its_end = any(len(context) - len(header) <= first < len(context) <= last for header in headers)
+            return len(context) if encloses_its_end else first
         for header in (*headers, *map(before_no_reasoning, headers)):
             for end in range(first, min(first + len(header), last) + 1) if header else ():
                 if text.endswith(header, 0, end):
@@ -88,7 +91,7 @@ class Headers:
 
     def _by_answer(self, first: int, last: int) -> int | None:
         """Where what the model would add to a question, were this message its answer, begins here."""
-        answered, alone, text = self._reference.as_answer(), self._reference.beginning(1), self._reference.text
+        answered, alone, text = self._reference.as_answer, self._reference.beginning(1), self._reference.text
         context, through = answered.context(1), answered.beginning(2)
         if alone is None or context is None or through is None or not through.startswith(context):
             return None
@@ -97,46 +100,6 @@ class Headers:
         if not alone.endswith(answer) or not text.startswith(alone[:start]) or start > last:
             return None
         return None if text[start:first].strip() else start
-
-    def _candidates(self, index: int) -> Iterator[str]:
-        header = self._reference.header(index) if index else None
-        if header is not None:
-            yield header
-            return
-        yield self._usual() or ""
-        yield self._whole
-
-    def _usual(self) -> str | None:
-        """The header of what follows a user's message; None where it is not known."""
-        roles = [message.get("role") for message in self._reference.messages]
-        if "user" in roles:
-            return self._reference.header(roles.index("user") + 1)
-        return self._reference.as_answer().header(1)
-
-    def _after_unprompted(self, start: int, last: int) -> int:
-        """After a header that the template writes here, and its prompt does not."""
-        usual = self._usual()
-        if not usual or self._reference.text.endswith(usual, 0, start):
-            return start
-        after = self._after(usual, start, last)
-        return start if after is None or self._reference.text[start : after - len(usual)].strip() else after
-
-    def _after(self, header: str, first: int, last: int) -> int | None:
-        """Where the header ends that is the first to end between two places; it may begin before them."""
-        position = self._reference.text.find(header, max(0, first - len(header)), last)
-        return position + len(header) if position >= 0 else None
-
-    def _is_confirmed(self, index: int, start: int | None) -> bool:
-        """Whether the beginning of the conversation ends, with its prompt, where the turn starts; or, where the template
-        writes it otherwise than the whole conversation begins, whether its prompt is the same."""
-        if start is None or not _is_telling(self._whole):
-            return False
-        prompted = self._reference.beginning(index, prompt=True)
-        if prompted is None:
-            return True
-        if prompted.startswith(self._reference.text[:start]):
-            return not before_reasoning(prompted[start:])
-        return self._reference.header(index) in (None, self._whole)
 
     def _by_prompt(self, index: int, first: int, last: int) -> int:
         """By the prompt that stands before this very turn."""
@@ -158,6 +121,46 @@ class Headers:
         if context is None or len(context) > last or not text.startswith(context):
             return None
         return None if text[len(context) : first].strip() else len(context)
+
+    def _is_confirmed(self, index: int, start: int | None) -> bool:
+        """Whether the beginning of the conversation ends, with its prompt, where the turn starts; or, where the template
+        writes it otherwise than the whole conversation begins, whether its prompt is the same."""
+        if start is None or not _is_telling(self._whole):
+            return False
+        prompted = self._reference.beginning(index, prompt=True)
+        if prompted is None:
+            return True
+        if prompted.startswith(self._reference.text[:start]):
+            return not before_reasoning(prompted[start:])
+        return self._reference.header(index) in (None, self._whole)
+
+    def _after_unprompted(self, start: int, last: int) -> int:
+        """After a header that the template writes here, and its prompt does not."""
+        usual = self._usual()
+        if not usual or self._reference.text.endswith(usual, 0, start):
+            return start
+        after = self._after(usual, start, last)
+        return start if after is None or self._reference.text[start : after - len(usual)].strip() else after
+
+    def _usual(self) -> str | None:
+        """The header of what follows a user's message; None where it is not known."""
+        roles = [message.get("role") for message in self._reference.messages]
+        if "user" in roles:
+            return self._reference.header(roles.index("user") + 1)
+        return self._reference.as_answer.header(1)
+
+    def _candidates(self, index: int) -> Iterator[str]:
+        header = self._reference.header(index) if index else None
+        if header is not None:
+            yield header
+            return
+        yield self._usual() or ""
+        yield self._whole
+
+    def _after(self, header: str, first: int, last: int) -> int | None:
+        """Where the header ends that is the first to end between two places; it may begin before them."""
+        position = self._reference.text.find(header, max(0, first - len(header)), last)
+        return position + len(header) if position >= 0 else None
 
 
 def _is_telling(header: str) -> bool:

@@ -46,7 +46,6 @@ class Reference:
         self.tokenizer = tokenizer
         self.conversation = conversation
         self.messages: Messages = [_as_template_sees(message) for message in conversation.messages]
-        self._as_answer: Reference | None = None
         self._beginnings: dict[tuple[int, bool], str | None] = {}
 
     @property
@@ -80,6 +79,12 @@ class Reference:
                 hint=self._way_out(),
             ) from error
 
+    @cached_property
+    def as_answer(self) -> Reference:
+        """A question, and the first message as its answer."""
+        messages = [{"role": "user", "content": "?"}, *self.conversation.messages[:1]]
+        return Reference(self.tokenizer, replace(self.conversation, messages=messages))
+
     def beginning(self, count: int, prompt: bool = False) -> str | None:
         """The first so many messages, with the generation prompt or without; None where the template rejects them."""
         if (count, prompt) not in self._beginnings:
@@ -97,8 +102,7 @@ class Reference:
         if prompted is None:
             return None
         # Without a prompt some templates write an end token instead; and some reject what ends in a user's message.
-        common = _length_in_common(prompted, plain or "")
-        return prompted[:common] + before_reasoning(prompted[common:])
+        return before_reasoning(prompted, _length_in_common(prompted, plain or ""))
 
     def header(self, index: int) -> str | None:
         """What the generation prompt adds before message `index`, cut at a reasoning opener; None where it is not known."""
@@ -114,13 +118,6 @@ class Reference:
         if context is None or through is None or not self.text.startswith(context):
             return None
         return (len(context), len(through)) if self.text.startswith(through) else None
-
-    def as_answer(self) -> Reference:
-        """A question, and the first message as its answer."""
-        if self._as_answer is None:
-            messages = [{"role": "user", "content": "?"}, *self.conversation.messages[:1]]
-            self._as_answer = Reference(self.tokenizer, replace(self.conversation, messages=messages))
-        return self._as_answer
 
     def _render(self, messages: Messages, **options: Any) -> str:
         tools = self.conversation.tools

@@ -15,7 +15,16 @@ import numpy as np
 from mlx_sft.data.mask.headers import Headers
 from mlx_sft.data.mask.instrument import plain
 from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference
-from mlx_sft.data.mask.turns import NOBODY, Refusal, Span, Turn, Writing, assistant_messages, ends_pattern
+from mlx_sft.data.mask.turns import (
+    NOBODY,
+    Refusal,
+    Span,
+    Turn,
+    Writing,
+    assistant_messages,
+    ends_in_space,
+    ends_pattern,
+)
 from mlx_sft.data.mask.writing import variables
 
 
@@ -92,7 +101,9 @@ def _turn(writing: Writing, headers: Headers, index: int, tags: Sequence[Span], 
         own = list(ending.finditer(text, after_letters, end))[-1:]
         if own and not text[own[0].end() : end].strip():
             end = own[0].end()
-        elif not writing.has_space_after(index, after_letters, end) and (following := ending.match(text, end)):
+        elif not ends_in_space(text[writing.after_words(index, after_letters, end) : end]) and (
+            following := ending.match(text, end)
+        ):
             own, end = [following], following.end()
         elif number == len(tags) - 1 or ending.match(text, end):
             end = start + len(text[start:end].rstrip())

@@ -32,6 +32,7 @@ Starts = Callable[[int, int, int], int]
 
 _OPENER = re.compile("|".join(opener for opener, _ in THINK_BLOCKS))
 _CLOSER = re.compile("|".join(closer for _, closer in THINK_BLOCKS))
+_LONGEST_OPENER = 40  # characters
 _OPENED_AT_END = re.compile("|".join(rf"(?:{opener})\s*(?:{closer}\s*)?\Z" for opener, closer in THINK_BLOCKS))
 _EMPTY_THINKING = re.compile("|".join(rf"{opener}\s*{closer}\s*" for opener, closer in THINK_BLOCKS))
 
@@ -110,9 +111,11 @@ class Writing:
         return self._through_end(index, start, int(letters[-1]) + 1 if len(letters) else start, last, ending)
 
     def _through_end(self, index: int, start: int, after_letters: int, last: int, ending: re.Pattern[str]) -> Turn:
-        """Through the end token after the letters, or directly after the turn, and one more right after the loop."""
-        own = ending.search(self.text, after_letters)
-        if own and (own.start() > last or (own.start() == last and self.has_space_after(index, after_letters, last))):
+        """Through the end token after the words, or directly after the turn, and one more right after the loop."""
+        after_words = self.after_words(index, after_letters, last)
+        within = ending.search(self.text, after_words, last)
+        own = ending.match(self.text, within.start() if within else last)
+        if within is None and ends_in_space(self.text[after_words:last]):
             own = None
         end = own.end() if own else len(self.text[:last].rstrip())
         spans = [(start, end)] if end > start else []
@@ -122,11 +125,15 @@ class Writing:
             return Turn(index, tuple(spans), ends=own is not None)
         return Turn(index, (*spans, after_loop.span()), ends=True)
 
-    def has_space_after(self, index: int, after_letters: int, last: int) -> bool:
-        """Whether the template wrote white space of its own between the message's letters and a place."""
-        tail = self.text[after_letters:last]
+    def after_words(self, index: int, after_letters: int, last: int) -> int:
+        """Where a content ends of which the last letter stands before a place: after what it has then (`.`, `<|im_end|>`)."""
         content = self.messages[index].get("content")
-        return tail != tail.rstrip() and not (isinstance(content, str) and content.endswith(tail))
+        if not isinstance(content, str):
+            return after_letters
+        for end in range(min(last, after_letters + len(content)), after_letters, -1):
+            if content.endswith(self.text[after_letters:end]):
+                return end
+        return after_letters
 
     def leaves_out_words(self, turn: Turn) -> bool:
         """Whether a letter of the message, or the name of a function that it calls, is not in its turn."""
@@ -178,16 +185,25 @@ def called_functions(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [function for function in functions if isinstance(function, dict)]
 
 
-def before_reasoning(header: str) -> str:
-    """A generation prompt without the reasoning that it opens, which is the model's own turn already."""
-    opener = _OPENER.search(header)
-    return header[: opener.start()] if opener else header
+def before_reasoning(header: str, first: int = 0) -> str:
+    """A generation prompt without the reasoning that it opens, which is the model's own turn already.
+
+    Args:
+        header: The prompt, maybe behind other text.
+        first: Where it begins; an opener may begin before, with what the other text has in common with it.
+    """
+    openers = _OPENER.finditer(header, max(0, first - _LONGEST_OPENER))
+    return header[: next((opener.start() for opener in openers if opener.end() > first), len(header))]
 
 
 def without_opened_reasoning(context: str) -> str:
     """What stands before the model, without the reasoning that it opens at its end."""
     opened = _OPENED_AT_END.search(context)
     return context[: opened.start()] if opened else context
+
+
+def ends_in_space(text: str) -> bool:
+    return text != text.rstrip()
 
 
 def ends_pattern(end_tokens: frozenset[str]) -> re.Pattern[str]:

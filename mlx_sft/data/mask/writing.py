@@ -130,4 +130,4 @@ def _colours(watched: list[Watched], text: str, colouring: Colouring) -> Integer
 
 def _after_messages(watched: Watched) -> str:
     owned = np.flatnonzero(watched.owners != NOBODY)
-    return watched.text[int(owned[-1]) + 1 :] if len(owned) else watched.text
+    return watched.text[int(owned[-1]) + 1 :] if len(owned) else ""

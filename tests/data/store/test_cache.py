@@ -26,21 +26,6 @@ HERE = Path(__file__).parent
 FILES = ["token_ids", "spans", "table", "origins", "lost.jsonl"]
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own."""
-    monkeypatch.setenv("MLX_SFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(HERE))
-    import stand_in
-
-    return stand_in
-
-
 @pytest.fixture
 def rows(write_rows: WriteRows) -> str:
     return write_rows(*({"text": f"row {number}"} for number in range(300)), {"text": "bad"}, "nonsense")

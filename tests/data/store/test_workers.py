@@ -13,28 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
-
 from mlx_sft.data.readers import Row
 from mlx_sft.data.store import Examples, workers
 from mlx_sft.errors import UserError
 
 WriteRows = Callable[..., str]
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MLX_SFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(HERE))
-    import stand_in
-
-    return stand_in
 
 
 def texts(result: Any) -> list[str]:
