@@ -1,8 +1,8 @@
 """The data room: rows from files → conversations → text and spans → examples, and the report. NumPy only, never MLX.
 
-files ─► readers ─► formats ─► checks ─► template (watch) ─► encode     one row: pipeline; many, in several processes: workers
-      ─► packing ─► cache ─► store                                      tokenized once, mapped from disk
-      ─► fit ─► split ─► prepare ─► report, batches
+files (reading/) ─► formats ─► checks ─► template (mask/) ─► encode     one row; the order of these is `pipeline`
+       ─► store/                                                        tokenized once, mapped from disk
+       ─► fit ─► split ─► prepare ─► report, batches
 """
 
 from mlx_sft.data.encode import encode_conversation

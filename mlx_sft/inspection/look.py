@@ -14,7 +14,7 @@ from mlx_sft.data.files import locate
 from mlx_sft.data.formats import RowReader
 from mlx_sft.data.pipeline import Pipeline, Progress
 from mlx_sft.data.prepare import PreparedData, survey
-from mlx_sft.data.readers import Row
+from mlx_sft.data.reading.readers import Row
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError

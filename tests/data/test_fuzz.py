@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from mlx_sft.data.files import FileSource, split_weight
 from mlx_sft.data.formats import Conversation, Document, Item, RowReader, Tokens, read_item
-from mlx_sft.data.json_text import list_elements, parse_json
 from mlx_sft.data.messages import ROLES
-from mlx_sft.data.readers import Row
+from mlx_sft.data.reading.json_text import list_elements, parse_json
+from mlx_sft.data.reading.readers import Row
 from mlx_sft.errors import UserError
 
 T = TypeVar("T")

@@ -21,8 +21,8 @@ from typing import Any
 from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.files import Source
 from mlx_sft.data.pipeline import Pipeline
+from mlx_sft.data.reading.streams import COMPRESSIONS
 from mlx_sft.data.store.packing import TABLE
-from mlx_sft.data.streams import COMPRESSIONS
 
 _PACKAGES = ("mlx-sft", "transformers", "tokenizers", "jinja2")
 _REMEMBERED_FROM = 256_000_000

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mlx_sft.data.readers import Row
+from mlx_sft.data.reading.readers import Row
 from mlx_sft.data.store import Examples, workers
 from mlx_sft.errors import UserError
 
