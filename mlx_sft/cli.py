@@ -155,6 +155,9 @@ def inspect(
 
     It takes the settings of `train` that shape the data, and trains nothing.
     """
+    if html is not None and (row is not None or only is not None or as_json):
+        hint = "leave them out; the page has a search and a filter"
+        raise UserError("--row, --only and --json do not go with --html", hint=hint, exit_code=USAGE)
     config = _resolved(config_file, options)
     from mlx_sft.console import Console
     from mlx_sft.inspection import inspect

@@ -83,7 +83,7 @@ class Console:
         """A conversation, with the text that the model learns to write in colour (or between ⟦ ⟧ where there is none)."""
         if not self._shown:
             return
-        coloured = self._screen.is_terminal and not self._screen.no_color
+        coloured = _has_colours(self._screen)
         text = Text()
         for part, supervised in segments:
             part = printable(part)
@@ -119,7 +119,7 @@ class Console:
     def data(self, pieces: Iterable[tuple[str, Look]]) -> None:
         """Text for stdout; where there is no colour, what is learnt stands between ⟦ ⟧."""
         screen = RichConsole(highlight=False, soft_wrap=True)
-        coloured = screen.is_terminal and not screen.no_color
+        coloured = _has_colours(screen)
         text, learning = Text(), False
         for part, look in pieces:
             learnt = look.startswith("learnt")
@@ -272,6 +272,11 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _has_colours(screen: RichConsole) -> bool:
+    """Not where they are refused, and not where the terminal has none, as with `TERM=dumb`."""
+    return screen.is_terminal and screen.color_system is not None and not screen.no_color
 
 
 def _labelled(label: str, colour: str, message: str) -> Text:

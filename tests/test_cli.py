@@ -115,6 +115,7 @@ def test_options_override_the_file(cli: Cli, resolved: list[TrainConfig], tmp_pa
         (["inspect"], "nothing to train on"),
         (["inspect", "--data", "x", "--rank", "3"], "--rank"),
         (["inspect", "--data", "x", "--limit", "-1"], "--limit"),
+        (["inspect", "--data", "x", "--html", "y", "--row", "1"], "--html"),
         (["export", "--run", "x"], "--to"),
     ],
 )

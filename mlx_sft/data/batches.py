@@ -152,7 +152,8 @@ class Plan:
 
 def shares(rows: int, weights: Sequence[float]) -> list[int]:
     """So many rows divided in proportion to weights, the remainders going to the largest fractions; they sum to `rows`."""
-    exact = [rows * weight / sum(weights) for weight in weights]
+    parts = [weight / max(weights) for weight in weights]  # so that their sum is finite
+    exact = [rows * part / sum(parts) for part in parts]
     whole = [int(share) for share in exact]
     by_fraction = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
     for index in by_fraction[: rows - sum(whole)]:

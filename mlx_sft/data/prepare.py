@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_sft.config import TrainConfig, sections
+from mlx_sft.data.batches import shares
 from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.files import Source, locate, split_weight
 from mlx_sft.data.fit import Fitted, fit
@@ -117,6 +118,8 @@ def _prepare(config: TrainConfig, tokenizer: Any, progress: Progress, *, strict:
         if strict and weight is not None and not number:
             hint = "give more rows, or a validation file with --valid"
             raise UserError("its rows are all held out: none is left for its share", where=source.name, hint=hint)
+    if strict:
+        _refuse_empty_shares(train_sources, [weight for weight in weights if weight is not None], len(train))
     report = DataReport(
         sources=sources,
         train=PartReport.of(train),
@@ -125,6 +128,14 @@ def _prepare(config: TrainConfig, tokenizer: Any, progress: Progress, *, strict:
         settings=config.model_dump(mode="json", include=_SETTINGS),
     )
     return PreparedData(train, valid, report, mixture)
+
+
+def _refuse_empty_shares(sources: Sequence[Source], weights: Sequence[float], examples: int) -> None:
+    """Raise `UserError` for a source of which no epoch of so many examples would have one."""
+    for source, share in zip(sources, shares(examples, weights), strict=False):  # without weights there are no shares
+        if not share:
+            hint = "give it a larger share, or leave it out"
+            raise UserError(f"its share of {examples} examples is less than one", where=source.name, hint=hint)
 
 
 # Which sources

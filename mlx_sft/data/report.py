@@ -222,6 +222,11 @@ class DataReport:
         return self.facts.turns_with_text_left_out
 
     @property
+    def _unit(self) -> str:
+        """What is counted to learn from: rows, or examples where a row gives several."""
+        return "example" if any(source.examples > source.kept for source in self.sources) else "row"
+
+    @property
     def fingerprint(self) -> str:
         """Differs wherever an example, its labels, its part or its place differs."""
         return f"{self.train.fingerprint}-{self.valid.fingerprint}"
@@ -258,12 +263,12 @@ class DataReport:
     def _row_warnings(self) -> list[str]:
         warnings = []
         if self.shared:
-            also = "are also training rows" if self.shared > 1 else "is also a training row"
-            warnings.append(f"{_many(self.shared, 'validation row')} {also}")
+            also = f"are also training {self._unit}s" if self.shared > 1 else f"is also a training {self._unit}"
+            warnings.append(f"{_many(self.shared, f'validation {self._unit}')} {also}")
         duplicates, rows = self.train.duplicates, self.train.rows
         if duplicates >= _MANY_DUPLICATES * max(rows, 1) and duplicates > 1:
             warnings.append(
-                f"{_of(duplicates, rows, 'training row')} equal an earlier one, and are learnt again each time"
+                f"{_of(duplicates, rows, f'training {self._unit}')} equal an earlier one, and are learnt again each time"
             )
         return warnings
 
@@ -272,11 +277,12 @@ class DataReport:
         fates = {fate: getattr(self, fate) for fate in ("truncated", "dropped", "bad")}
         lost = "".join(f", {number:,} {fate}" for fate, number in fates.items() if number)
         train, lengths = self.train, self.train.lengths
+        examples = f"{train.rows:,}" if self._unit == "row" else f"{self.kept:,} kept; {_many(train.rows, 'example')}"
         formats = Counter[str]()
         for source in self.sources:
             formats[source.format or "unknown"] += source.rows
         summary = {
-            "rows": f"{train.rows:,} to learn from, {self.valid.rows:,} held out{lost}",
+            "rows": f"{examples} to learn from, {self.valid.rows:,} held out{lost}",
             "format": ", ".join(f"{name} ({rows:,})" if len(formats) > 1 else name for name, rows in formats.items()),
             "tokens": f"{train.tokens:,}, {train.supervised_share:.0%} supervised",
         }

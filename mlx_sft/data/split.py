@@ -5,8 +5,6 @@ Knows rows by their content; knows nothing of files.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,7 +15,7 @@ from mlx_sft.errors import UserError
 def split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
     """Training and validation examples, drawn by the seed; the order is kept.
 
-    Equal rows stay together, and so do the turns of one row.
+    Equal rows stay together, so do the turns of one row, and rows that have a turn in common.
 
     Raises:
         UserError: where the two cannot both have an example.
@@ -45,16 +43,22 @@ def split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Exa
 
 
 def _groups(examples: Examples) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which group of equal rows each example is of, groups numbered as they first appear; and the groups' sizes in examples."""
-    contents, rows = examples.content_ids(), examples.rows
-    starts = np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]])) if len(rows) else np.zeros(0, np.int64)
-    turns = np.diff(np.concatenate([starts, [len(rows)]]))
-    of_row = contents[starts]
-    for row in np.flatnonzero(turns > 1).tolist():
-        own = contents[starts[row] : starts[row] + turns[row]]
-        of_row[row] = int.from_bytes(hashlib.sha256(own.tobytes()).digest()[:8], "little")
-    _, first, inverse = np.unique(of_row, return_index=True, return_inverse=True)
-    by_appearance = np.empty(len(first), np.int64)
-    by_appearance[np.argsort(first)] = np.arange(len(first))
-    groups = by_appearance[inverse]
-    return np.repeat(groups, turns), np.bincount(groups, weights=turns, minlength=len(first)).astype(np.int64)
+    """Which group each example is of, groups numbered as they first appear; and the groups' sizes in examples.
+
+    Rows are of one group where an example of the one equals an example of the other: conversations with the same first turns
+    have these in common where each turn is an example.
+    """
+    _, content_of = np.unique(examples.content_ids(), return_inverse=True)
+    _, row_of = np.unique(examples.rows, return_inverse=True)
+    group_of_row = np.arange(row_of.max(initial=-1) + 1)  # the first row that each is known to be with
+    while True:
+        first = np.full(content_of.max(initial=-1) + 1, len(group_of_row))
+        np.minimum.at(first, content_of, group_of_row[row_of])
+        nearer = group_of_row.copy()
+        np.minimum.at(nearer, group_of_row[row_of], first[content_of])  # the whole group goes over, not a row at a time
+        nearer = nearer[nearer]
+        if np.array_equal(nearer, group_of_row):
+            break
+        group_of_row = nearer
+    _, groups = np.unique(group_of_row[row_of], return_inverse=True)
+    return groups, np.bincount(groups)

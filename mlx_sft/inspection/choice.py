@@ -5,6 +5,7 @@ Knows columns and notes; reads no row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,9 @@ from mlx_sft.inspection.table import first_of_equals
 LOST_OR_CUT = ("truncated", "dropped", "bad")
 ONLY: tuple[str, ...] = ("kept", *LOST_OR_CUT, "suspicious", *SIGNS, "duplicate", "left-out")
 """The kinds of rows that can be asked for."""
+
+_ROW_NAME = re.compile(r"(?:(.*)[:\[])?([0-9]+)\]?(?:#[0-9]+)?", re.DOTALL)
+"""A source, which may hold brackets itself, the number of a row, and that of one of its examples, such as `#2`."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,16 @@ def first_rows(groups: list[Group], limit: int) -> list[Wanted]:
 def row_named(groups: list[Group], name: str) -> list[Wanted]:
     """The row `17` (the line of a .jsonl, the index of a .json), or `chats.jsonl:17` where there are several sources.
 
+    `chats.jsonl:17#2`, the name of one of its examples, names the row too.
+
     Raises:
         UserError: where the name is none of a row.
     """
-    source, _, number = name.removesuffix("]").replace("[", ":").rpartition(":")
-    if not number.isascii() or not number.isdecimal():
+    parts = _ROW_NAME.fullmatch(name)
+    if parts is None:
         hint = "give the number of a line, as --row 17, or a row's origin, as --row chats.jsonl:17"
         raise UserError(f"not the name of a row: {name}", hint=hint, exit_code=USAGE)
+    source, number = parts[1], parts[2].lstrip("0") or "0"
     wanted = []
     for group in groups:
         names = [report.name for report in group.sources if not source or _is_called(report.name, source)]

@@ -9,9 +9,9 @@ from typing import Any
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
-from mlx_sft.data.checks import SIGNS, signs_of
+from mlx_sft.data.checks import SIGNS, SPECIAL_SIGN, signs_of
 from mlx_sft.data.files import locate
-from mlx_sft.data.formats import RowReader
+from mlx_sft.data.formats import Conversation, RowReader
 from mlx_sft.data.pipeline import Pipeline, Progress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.reading.readers import Row
@@ -172,6 +172,7 @@ class _Look:
         fate: Fate = note.fate if note else "kept"
         examples, signs = self._examples(row, source, fate)
         left_out = sum(group.parts[part][index].facts.turns_with_text_left_out for index in indices)
+        equals = (group.duplicate_of(part, index) for index in indices)
         return ShownRow(
             origin,
             number,
@@ -181,7 +182,7 @@ class _Look:
             note.reason if note else "",
             note.hint if note else "",
             tuple(sign for sign in SIGNS if sign in signs),
-            group.duplicate_of(part, indices[0]) if indices else None,
+            next(filter(None, equals), None),
             left_out,
             examples,
             raw_json(row.value) if isinstance(row, Row) else "",
@@ -199,7 +200,10 @@ class _Look:
         except UserError:
             return [], frozenset()
         shown = [ShownExample.of(view, item, self._special_ids, self.config.max_length) for view in views]
-        return shown, signs_of(item, pipeline.special.user_header)
+        signs = signs_of(item, pipeline.special.user_header)
+        if pipeline.special_in_content == "keep" and isinstance(item, Conversation) and pipeline.special.found_in(item):
+            signs |= {SPECIAL_SIGN}
+        return shown, signs
 
 
 def _read_again(group: Group, wanted: Wanted) -> Iterator[tuple[int, SourceReport, Row | UserError]]:

@@ -45,6 +45,7 @@ const plainly = (text) => text.replace(UNSEEN, nameOf);
 // The data as a whole
 
 const table = data.table;
+const unit = table.train.examples + table.valid.examples > table.rows.kept ? "example" : "row"; // a row may give one a turn
 
 function card(name, value, note) {
   $("cards").append(make("div", {}, make("dt", {}, name), make("dd", {}, value, note ? make("small", {}, note) : null)));
@@ -58,14 +59,14 @@ function showWhole() {
     const share = table.rows.rows ? `${((100 * table.rows[fate]) / table.rows.rows).toFixed(1)} %` : "";
     card(fate, number(table.rows[fate]), table.rows[fate] ? share : "");
   }
-  card("tokens", number(table.train.tokens), "to learn from");
+  card("tokens", number(table.train.tokens), unit === "row" ? "to learn from" : `in ${many(table.train.examples, unit)} to learn from`);
   card("supervised", percent(table.train.supervised_share), `${many(table.train.supervised_tokens, "token")}`);
-  card("held out", number(table.valid.examples), table.valid.examples ? many(table.valid.tokens, "token") : "");
+  card("held out", number(table.valid.examples), table.valid.examples ? `${unit === "row" ? "" : "examples, "}${many(table.valid.tokens, "token")}` : "");
   card("duplicates", number(table.duplicates.count));
   for (const warning of table.warnings) $("warnings").append(make("li", {}, ...visible(warning)));
   if (table.examples) {
-    chart("Tokens a row", table.histogram, table.lengths, "tokens", table.max_length);
-    chart("Supervised tokens a row", table.supervised_histogram, table.supervised_lengths, "learnt", null);
+    chart(`Tokens ${unit === "row" ? "a row" : "an example"}`, table.histogram, table.lengths, "tokens", table.max_length);
+    chart(`Supervised tokens ${unit === "row" ? "a row" : "an example"}`, table.supervised_histogram, table.supervised_lengths, "learnt", null);
   }
   showFindings();
 }
@@ -80,7 +81,7 @@ function chart(title, bars, summary, field, limit) {
   bars.forEach((bar, index) => {
     const tall = bar.count ? Math.max(2, ((height - bottom - top) * bar.count) / most) : 0;
     const place = { x: index * step + 1, width: Math.max(1, step - 2) };
-    const label = `${range(bar)} tokens: ${many(bar.count, "row")}`;
+    const label = `${range(bar)} tokens: ${many(bar.count, unit)}`;
     const shape = draw("rect", { class: "bar", ...place, y: height - bottom - tall, height: tall, rx: 2 });
     const target = draw("rect", { class: "target", ...place, y: top, height: height - bottom - top, tabindex: 0, role: "button", "aria-label": label });
     target.append(draw("title", {}, label));
@@ -106,7 +107,8 @@ const range = (bar) => (bar.from === bar.to ? number(bar.from) : `${number(bar.f
 function drawLimit(svg, bars, limit, { step, width, height, bottom }) {
   const index = bars.findIndex((bar) => bar.to >= limit);
   if (index < 0) return;
-  const x = (index + (limit - bars[index].from + 1) / (bars[index].to - bars[index].from + 1)) * step;
+  const within = (limit - bars[index].from + 1) / (bars[index].to - bars[index].from + 1);
+  const x = Math.max(1, (index + within) * step); // at the edge where every row is longer
   svg.append(
     draw("line", { class: "limit", x1: x, x2: x, y1: 14, y2: height - bottom }),
     draw("text", { class: "limit", x, y: 10, "text-anchor": x > width / 2 ? "end" : "start" }, `max_length ${number(limit)}`),
@@ -275,12 +277,13 @@ function weightOf(example, index) {
 function hitTokens(example) {
   const hits = new Set();
   if (!chosen.words) return hits;
-  const text = example.pieces.join("").toLowerCase();
+  const pieces = example.pieces.map((piece) => piece.toLowerCase()); // which may be longer: İ becomes two characters
+  const text = pieces.join("");
   const found = [];
   for (let at = text.indexOf(chosen.words); at >= 0; at = text.indexOf(chosen.words, at + 1)) found.push(at);
   let start = 0;
   let next = 0;
-  example.pieces.forEach((piece, index) => {
+  pieces.forEach((piece, index) => {
     const end = start + piece.length;
     while (next < found.length && found[next] + chosen.words.length <= start) next++;
     if (next < found.length && found[next] < end) hits.add(index);

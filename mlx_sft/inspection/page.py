@@ -17,10 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from mlx_sft.console import printable
 from mlx_sft.inspection.rows import ShownExample, ShownRow
 
 MOST_TOKENS = 300_000
 """Of all rows on a page together; more would make it slow to open."""
+MOST_TOKENS_OF_EXAMPLE = 20_000
+"""A browser draws so many in about a second, and takes more than in proportion for more."""
 _FEWEST_TOKENS = 64
 """Of an example, whatever the number of rows."""
 _SNIPPET_TOKENS = 60
@@ -54,7 +57,7 @@ class Page:
         )
         parts = {
             "policy": policy,
-            "title": html.escape(f"Data: {', '.join(self.data)}"),
+            "title": html.escape(printable(f"Data: {', '.join(self.data)}")),
             "style": style,
             "data": embedded(self._record()),
             "script": script,
@@ -89,7 +92,7 @@ def _digest(text: str) -> str:
 
 def _longest_shown(examples: Sequence[ShownExample]) -> int:
     """So many tokens of each example are shown that all together are not too many."""
-    longest = max((len(example.token_ids) for example in examples), default=0)
+    longest = min(max((len(example.token_ids) for example in examples), default=0), MOST_TOKENS_OF_EXAMPLE)
     while longest > _FEWEST_TOKENS and sum(min(len(example.token_ids), longest) for example in examples) > MOST_TOKENS:
         longest = longest * 3 // 4
     return longest

@@ -110,7 +110,8 @@ class ShownRow:
     Attributes:
         number: Of the row among those of all sources read for the same part, from 0.
         signs: What is suspicious about it, in the order of `checks.SIGNS`.
-        duplicate_of: The origin of the first row with the same tokens and weights, where that is an earlier one.
+        duplicate_of: The origin of the first row with the same tokens and weights, or one example of them, where it is an
+            earlier one.
         left_out: Turns of which the chat template leaves out words.
         examples: What it became, or would have; none for a bad row.
         raw: The row as JSON, shortened; empty where it could not even be read.

@@ -78,7 +78,11 @@ def _look(example: ShownExample, index: int) -> Look:
 
 def _tokens(tokens: int, supervised: int) -> str:
     learnt = f", {supervised:,} learnt" if supervised else ""
-    return f"{tokens:,} token{'s' if tokens != 1 else ''}{learnt}"
+    return f"{_many(tokens, 'token')}{learnt}"
+
+
+def _many(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' if number != 1 else ''}"
 
 
 def table_pieces(table: dict[str, Any]) -> Pieces:
@@ -116,9 +120,11 @@ def _fates(table: dict[str, Any]) -> Pieces:
 
 def _facts(table: dict[str, Any]) -> Pieces:
     train, valid, lengths = table["train"], table["valid"], table["lengths"]
+    one = "example" if train["examples"] + valid["examples"] > table["rows"]["kept"] else "row"
     shown = {
-        "to learn from": f"{train['examples']:,} rows, {train['tokens']:,} tokens, {train['supervised_share']:.0%} supervised",
-        "held out": f"{valid['examples']:,} rows, {valid['tokens']:,} tokens" if valid["examples"] else "",
+        "to learn from": f"{_many(train['examples'], one)}, {_many(train['tokens'], 'token')}, "
+        f"{train['supervised_share']:.0%} supervised",
+        "held out": f"{_many(valid['examples'], one)}, {_many(valid['tokens'], 'token')}" if valid["examples"] else "",
         "lengths": "  ".join(f"{_percent(name)} {value:,}" for name, value in lengths.items()),
         "too long": _too_long(table),
         "duplicates": _with_origins(table["duplicates"]),

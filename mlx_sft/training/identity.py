@@ -44,7 +44,7 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
     if given.out is not None and user_path(given.out).resolve() != run.path.resolve():
         what = "--out names another folder than --resume"
         raise UserError(what, where=given.out, hint="leave it out to resume", exit_code=USAGE)
-    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & {"keep"})
+    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & {"keep", "data_workers", "data_cache"})
     return saved.model_copy(update={name: getattr(given, name) for name in names})
 
 

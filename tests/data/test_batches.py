@@ -161,6 +161,10 @@ def test_shares_are_proportional_and_leave_no_row_over(weights: list[float], row
     assert all(abs(share - rows * weight / sum(weights)) <= 1 for share, weight in zip(found, weights, strict=True))
 
 
+def test_the_largest_weights_are_shares_too() -> None:
+    assert shares(10, [1e308, 1e308]) == [5, 5]
+
+
 def _mixed(epochs: int = 1, **settings: Any) -> list[list[int]]:
     """The rows of each epoch of a large source (0 to 89) and a small one (90 to 99), half of each."""
     plan = Plan(100, batch_size=30, epochs=epochs, mixture=[Portion(90, 0.5), Portion(10, 0.5)], **settings)

@@ -13,6 +13,8 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data import Examples, PreparedData, prepare, prepare_file, survey
 from mlx_sft.data.example import IGNORED, Example
 from mlx_sft.data.split import split
+from mlx_sft.data.store.examples import Store
+from mlx_sft.data.store.packing import PackedRow, pack
 from mlx_sft.errors import USAGE, UserError
 
 WriteRows = Callable[..., str]
@@ -235,6 +237,23 @@ def test_the_turns_of_a_row_and_equal_rows_never_straddle_the_split(
     assert prepared.report.shared == 0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_have_a_turn_in_common_stay_on_one_side(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, seed: int
+) -> None:
+    rows = [every_turn(f"hello {n % 9}", f"{n}") for n in range(18)]
+    prepared = run(tokenizer, write_rows(*rows), train_on="every-turn", valid_fraction=0.3, seed=seed)
+    assert len(prepared.valid) == 8
+    assert prepared.report.shared == 0
+
+
+def test_a_chain_of_rows_with_turns_in_common_is_one_group() -> None:
+    order = np.random.default_rng(0).permutation(3000).tolist()
+    rows = [PackedRow(f":{n}", [example(1, n), example(1, n + 1)]) for n in [*order, 5000]]
+    _, valid = split(Examples([Store.of_block(pack(rows))]), 0.5, seed=0)
+    assert valid.rows.tolist() == [3000, 3000]
+
+
 # More is lost than is kept
 
 
@@ -300,8 +319,8 @@ def test_sources_follow_one_another_and_are_counted_with_their_weights(
     assert prepared.mixture == [(2, None), (1, None)]
     assert [example.origin for example in prepared.train] == [f"{a}:1", f"{a}:2", f"{b}:1"]
     assert [source.format for source in prepared.report.sources] == ["prompt-completion", "messages"]
-    weighted = run(tokenizer, [f"{b}:0.25", f"{a}:3"])
-    assert weighted.mixture == [(1, 0.25), (2, 3.0)]
+    weighted = run(tokenizer, [f"{b}:0.75", f"{a}:3"])
+    assert weighted.mixture == [(1, 0.75), (2, 3.0)]
     assert prepared.report.fingerprint != weighted.report.fingerprint
 
 
@@ -329,6 +348,14 @@ def test_a_share_of_nothing_is_refused(tokenizer: PreTrainedTokenizerFast, write
                 run(tokenizer, [f"{one}:1", f"{many}:1"], valid_fraction=0.6, seed=seed)
             return
     pytest.fail("no seed holds it out")
+
+
+def test_a_share_of_less_than_one_example_is_refused(tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows) -> None:
+    few, many = write_rows(chat("a"), name="few.jsonl"), write_rows(*map(chat, "bcdefgh"), name="many.jsonl")
+    with pytest.raises(UserError, match="its share of 8 examples is less than one") as caught:
+        run(tokenizer, [f"{few}:0.01", f"{many}:1"])
+    assert caught.value.where == few
+    assert run(tokenizer, [f"{few}:0.1", f"{many}:1"]).mixture == [(1, 0.1), (7, 1.0)]
 
 
 def test_several_folders_give_all_their_parts(

@@ -127,6 +127,13 @@ def test_the_short_form_says_what_is_learnt_from_and_what_is_lost() -> None:
     }
 
 
+def test_examples_are_told_from_rows_where_a_row_gives_several() -> None:
+    turns = report(part(*[example(10)] * 6), kept=4, examples=6, shared=1)
+    assert turns.summary()["rows"] == "4 kept; 6 examples to learn from, 0 held out"
+    assert turns.warnings()[0] == "1 validation example is also a training example"
+    assert turns.warnings()[1].startswith("5 of 6 training examples equal an earlier one")
+
+
 def test_the_formats_of_several_sources_are_told_with_their_rows() -> None:
     two = report()
     two.sources.append(SourceReport("b.jsonl", None, "text", kept=3))

@@ -104,6 +104,22 @@ def test_a_duplicate_names_the_first_of_its_equals(look: Look, data: Path) -> No
     assert look(only="duplicate").rows[0].duplicate_of == f"{data}:1"
 
 
+def test_a_row_of_which_one_turn_repeats_is_known_as_a_duplicate(look: Look, data: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in [("user", "the"), ("assistant", "cat")] * 2]
+    lighter = [turns[0], turns[1] | {"weight": 0.5}, *turns[2:]]
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (turns, lighter, turns)))
+    inspection = look(only="duplicate", train_on="every-turn")
+    assert [row.duplicate_of for row in inspection.rows] == [f"{data}:1", f"{data}:1"]
+    assert inspection.table["duplicates"] == {"count": 3, "origins": [f"{data}:2", f"{data}:3"]}
+
+
+def test_a_row_kept_with_a_special_token_shows_that_sign(look: Look) -> None:
+    (row,) = look(only="special-token", special_in_content="keep").rows
+    assert (row.fate, row.signs) == ("kept", ("special-token",))
+    (row,) = look(only="dropped", special_in_content="drop").rows
+    assert row.signs == ()
+
+
 def test_an_unknown_kind_is_refused(look: Look) -> None:
     with pytest.raises(UserError, match="no kind of rows is called strange") as raised:
         look(only="strange")
@@ -114,6 +130,13 @@ def test_an_unknown_kind_is_refused(look: Look) -> None:
 @pytest.mark.parametrize("name", ["2", "chats.jsonl:2"])
 def test_one_row_can_be_asked_for_by_its_line(look: Look, name: str) -> None:
     assert lines(look(row=name)) == [2]
+
+
+def test_a_row_is_found_by_any_way_of_writing_its_name(look: Look, tmp_path: Path, data: Path) -> None:
+    named = tmp_path / "[id] a#1.jsonl"
+    named.write_text(data.read_text())
+    for name in (f"{named}:2", "[id] a#1.jsonl:2", "02", "2#1", f"{named}:2#1"):
+        assert look(row=name, data=[str(named)]).rows[0].origin == f"{named}:2"
 
 
 def test_one_row_of_a_json_list_is_asked_for_by_its_index(look: Look, tmp_path: Path, data: Path) -> None:

@@ -91,6 +91,13 @@ def test_a_name_with_markup_stays_a_name(look: Look, data: Path, tmp_path: Path)
     assert "<b>" not in text
 
 
+def test_a_page_can_be_written_of_a_file_whose_name_is_not_utf8(look: Look, data: Path, tmp_path: Path) -> None:
+    named = tmp_path / "\udcff.jsonl"
+    shutil.copy(data, named)
+    text = look(data=[str(named)]).write_page(tmp_path / "data.html").read_text()
+    assert "\\xdcff.jsonl</title>" in text
+
+
 def test_a_page_is_bounded_and_notable_rows_come_first(look: Look, data: Path, tmp_path: Path) -> None:
     good, special = data.read_text().splitlines()[1], data.read_text().splitlines()[3:5]
     lines = [json.dumps(json.loads(good) | {"id": number}) for number in range(300)]
@@ -113,6 +120,17 @@ def test_a_page_holds_no_more_tokens_than_a_browser_bears(
     examples = [example for row in rows for example in row["examples"]]
     assert sum(len(example["pieces"]) for example in examples) <= 2000
     assert all(example["tokens"] > len(example["pieces"]) > 64 for example in examples)
+
+
+def test_one_giant_holds_no_more_tokens_than_a_browser_draws_in_time(
+    look: Look, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_sft.inspection.page.MOST_TOKENS_OF_EXAMPLE", 100)
+    turns = [{"role": "user", "content": "the cat " * 100}, {"role": "assistant", "content": "the mat"}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    (example,) = rows_of(look(max_length=9000).write_page(tmp_path / "data.html"))[0]["examples"]
+    assert (len(example["pieces"]), len(example["ids"])) == (100, 100)
+    assert example["tokens"] > 200
 
 
 def test_a_folder_is_not_overwritten_by_a_page(look: Look, tmp_path: Path) -> None:

@@ -61,6 +61,24 @@ def test_colour_can_be_refused(look: Look, monkeypatch: pytest.MonkeyPatch) -> N
     assert "⟦sat<|im_end|>⟧" in terminal.getvalue()
 
 
+def test_what_is_learnt_is_marked_in_a_terminal_without_colours(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    look(row="2").show(Console())
+    assert "⟦sat<|im_end|>⟧" in terminal.getvalue()
+
+
+def test_examples_are_told_from_rows_where_a_row_gives_several(
+    look: Look, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": role, "content": text} for role, text in [("user", "the"), ("assistant", "cat")] * 2]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    assert "to learn from  2 examples, " in shown(look(train_on="every-turn"), capsys)
+    assert "to learn from  1 row, " in shown(look(), capsys)
+
+
 def test_nothing_in_a_row_steers_the_terminal(look: Look, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(look(row="8"), capsys)
     assert not set(out) & {"\x00", "\x1b", "\u202e", "\u2028", "\u200b"}

@@ -17,6 +17,7 @@ from mlx_sft.data.batches import MicroBatch, collate, round_up
 from mlx_sft.errors import USAGE
 from mlx_sft.runs import RunFolder
 from mlx_sft.training import setup
+from mlx_sft.training.identity import resumed_config
 from mlx_sft.training.memory import Choice
 from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.step import padded_shape
@@ -126,6 +127,14 @@ def test_settings_given_again_are_accepted(cut_short: dict[str, Any], monkeypatc
     monkeypatch.chdir(Path(cut_short["data"]).parent)
     again = {name: cut_short[name] for name in ("lr", "rank", "model")} | {"data": "chats.jsonl", "dtype": "auto"}
     assert resume(cut_short, **again) == 6
+
+
+def test_how_the_data_is_read_may_change(cut_short: dict[str, Any]) -> None:
+    run = RunFolder(cut_short["out"])
+    config = resumed_config(TrainConfig(resume=cut_short["out"], data_workers=2, data_cache=False), run)
+    assert (config.data_workers, config.data_cache) == (2, False)
+    assert resumed_config(TrainConfig(resume=cut_short["out"]), run).data_cache
+    assert resume(cut_short, data_cache=False) == 6
 
 
 def test_how_many_checkpoints_are_kept_may_change(cut_short: dict[str, Any]) -> None:

@@ -130,9 +130,11 @@ def writing(parent: Path) -> Iterator[Path]:
     remove_leftovers(parent)
     folder = Path(tempfile.mkdtemp(prefix=_WRITING, dir=parent))
     try:
-        with (folder / _LOCK).open("wb") as lock:
+        locking = folder / f"{_LOCK}ing"
+        with locking.open("wb") as lock:
             with suppress(OSError):  # not every file system has locks
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locking.rename(folder / _LOCK)  # another run, which tries it, finds it locked or not at all
             with write_errors(parent):
                 yield folder
     finally:

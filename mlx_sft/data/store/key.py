@@ -51,6 +51,7 @@ def entry_key(content: str, name: str, pipeline: Pipeline) -> str | None:
         "template": template,
         "day": _day(template, settings.template_kwargs),
         "encoding": {field.name: getattr(settings, field.name) for field in fields(settings)},
+        "variables": json.dumps(settings.template_kwargs, default=repr),
         "format": pipeline.reader.format,
         "columns": dict(pipeline.reader.columns),
         "special_in_content": pipeline.special_in_content,
@@ -74,14 +75,26 @@ def _tokenizer(tokenizer: Any) -> str | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
+    # How to cut and pad is left out: the first text that is tokenized without changes both.
+    cuts = {
+        part: value for part, value in json.loads(backend.to_str()).items() if part not in ("truncation", "padding")
+    }
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    whole = [type(tokenizer).__name__, backend.to_str(), special, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    whole = [
+        type(tokenizer).__name__,
+        cuts,
+        special,
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        getattr(tokenizer, "split_special_tokens", False),
+    ]
     return hashlib.sha256(_as_json(whole).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _day(template: str, template_kwargs: Mapping[str, Any]) -> str | None:
-    """Today, where the template writes it by itself."""
-    return f"{datetime.now():%Y-%m-%d}" if "strftime_now" in template and "date_string" not in template_kwargs else None
+    """Today, where the template writes it by itself: where it asks for it, and goes by no day that it is given."""
+    is_given = "date_string" in template and "date_string" in template_kwargs
+    return f"{datetime.now():%Y-%m-%d}" if "strftime_now" in template and not is_given else None
 
 
 @cache

@@ -32,7 +32,7 @@ from mlx_sft.errors import UserError
 
 class Backend:
     def to_str(self) -> str:
-        return "bytes"
+        return "{}"
 
 
 class Encoder:

@@ -146,6 +146,8 @@ def test_every_part_of_the_tokenizer_is_in_the_key(make_tokenizer: Any) -> None:
 
     grown = make_tokenizer()
     grown.add_tokens(["more"])
+    split = make_tokenizer()
+    split.split_special_tokens = True
     keys = [
         key(make_tokenizer()),
         key(make_tokenizer("{{ messages }}")),
@@ -154,10 +156,17 @@ def test_every_part_of_the_tokenizer_is_in_the_key(make_tokenizer: Any) -> None:
         key(make_tokenizer(), format="text"),
         key(make_tokenizer(), columns={"user": "question"}),
         key(make_tokenizer(), train_think_prefill=False),
+        key(split),
+        key(make_tokenizer(), chat_template_kwargs={"user": {"name": "A", "age": 3}}),
+        key(make_tokenizer(), chat_template_kwargs={"user": {"age": 3, "name": "A"}}),
     ]
     assert None not in keys
     assert len(set(keys)) == len(keys)
     assert key(make_tokenizer(name="moved")) == keys[0]
+    cut = make_tokenizer()
+    cut.backend_tokenizer.enable_truncation(512)  # as it is saved after a training; the first text turns it off
+    cut.backend_tokenizer.enable_padding()
+    assert key(cut) == keys[0]
 
 
 def test_the_day_matters_only_where_the_template_writes_it(
@@ -172,12 +181,14 @@ def test_the_day_matters_only_where_the_template_writes_it(
         def now(cls, tz: Any = None) -> Any:
             return super().now(tz).replace(year=2000)
 
-    dated = "{{ strftime_now('%d') }}"
-    today = [key("plain"), key(dated, date_string="1 May"), key(dated)]
+    dated = "{{ date_string or strftime_now('%d') }}"
+    always = "{{ strftime_now('%d') }}"
+    today = [key("plain"), key(dated, date_string="1 May"), key(dated), key(always, date_string="1 May")]
     monkeypatch.setattr(cache_key, "datetime", Tomorrow)
-    tomorrow = [key("plain"), key(dated, date_string="1 May"), key(dated)]
+    tomorrow = [key("plain"), key(dated, date_string="1 May"), key(dated), key(always, date_string="1 May")]
     assert today[:2] == tomorrow[:2]
     assert today[2] != tomorrow[2]
+    assert today[3] != tomorrow[3]
 
 
 def test_the_same_content_of_another_format_is_another_entry(stand_in: ModuleType) -> None:
@@ -260,6 +271,21 @@ def test_what_a_living_run_is_writing_stays(stand_in: ModuleType, rows: str, fol
         stand_in.read(rows)
         assert (written / "lock").exists()
     assert len(entries(folder)) == 1
+
+
+def test_what_a_run_begins_to_write_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = cache.fcntl.flock
+
+    def late(lock: Any, operation: int) -> None:
+        monkeypatch.setattr(cache.fcntl, "flock", locked)
+        cache.remove_leftovers(folder)  # another run, before this one has its lock
+        locked(lock, operation)
+
+    monkeypatch.setattr(cache.fcntl, "flock", late)
+    with cache.writing(folder) as written:
+        assert (written / "lock").exists()
+        cache.remove_leftovers(folder)
+        assert written.exists()
 
 
 def test_concurrent_runs_agree_and_leave_one_entry(write_rows: WriteRows, folder: Path) -> None:
