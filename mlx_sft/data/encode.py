@@ -71,13 +71,16 @@ class Encoder:
     Args:
         tokenizer: A fast tokenizer of transformers, or mlx-lm's wrapper of one.
         settings: What of a conversation is learnt.
+
+    Attributes:
+        end_tokens: The texts of the model's end-of-sequence tokens.
     """
 
     def __init__(self, tokenizer: Any, settings: EncodeSettings = DEFAULT_SETTINGS) -> None:
         self.tokenizer = unwrapped(tokenizer)
         self.settings = settings
         self._added_ids = frozenset(self.tokenizer.added_tokens_decoder)
-        self._end_tokens = end_tokens(tokenizer)
+        self.end_tokens = end_tokens(tokenizer)
 
     def encode(self, item: Item) -> list[Example]:
         """The examples of an item, each whole, however long: one, or for `every-turn` one an assistant turn that is learnt.
@@ -123,7 +126,7 @@ class Encoder:
             self.tokenizer,
             conversation,
             learnt,
-            end_tokens=self._end_tokens,
+            end_tokens=self.end_tokens,
             think_prefill=self.settings.train_think_prefill,
             silent_turns=self.settings.verbatim,
             in_context=in_context,

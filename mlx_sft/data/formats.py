@@ -24,7 +24,6 @@ __all__ = [
     "MixedShapes",
     "RowReader",
     "Tokens",
-    "read_item",
     "take_weights",
 ]
 
@@ -144,11 +143,6 @@ class RowReader:
         named = {_PARTS[part] for part in self.columns} & {key for shape in SHAPES for key in shape.keys}
         told = (s for s in SHAPES if present.issuperset(s.keys) and (not named or named.intersection(s.keys)))
         return next(told, None)
-
-
-def read_item(row: Row) -> Item:
-    """The conversation, document or tokens in a row, by its own shape; raises `UserError`."""
-    return RowReader().read(row)
 
 
 def _unknown(row: Row) -> UserError:

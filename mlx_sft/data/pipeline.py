@@ -18,7 +18,6 @@ from mlx_sft.data.formats import MixedShapes, RowReader
 from mlx_sft.data.reading.readers import Row
 from mlx_sft.data.report import Note
 from mlx_sft.data.shapes import Conversation, Item
-from mlx_sft.data.tokenizer import end_tokens
 from mlx_sft.errors import UserError
 
 SpecialInContent = Literal["error", "drop", "keep"]
@@ -80,14 +79,12 @@ class Pipeline:
         reader: What a row means; settled by the first row, so that a file of several shapes is noticed.
         special: Finds the tokenizer's special tokens in content.
         special_in_content: Whether a row with one is bad, dropped or kept.
-        end_tokens: The texts of the model's end-of-sequence tokens, which the encoder goes by.
     """
 
     reader: RowReader
     encoder: Encoder
     special: SpecialTokens
     special_in_content: SpecialInContent = "error"
-    end_tokens: frozenset[str] = frozenset()
 
     @classmethod
     def from_config(cls, config: TrainConfig, tokenizer: Any) -> Pipeline:
@@ -96,7 +93,6 @@ class Pipeline:
             Encoder(tokenizer, EncodeSettings.from_config(config)),
             SpecialTokens(tokenizer),
             config.special_in_content,
-            end_tokens(tokenizer),
         )
 
     def process(self, row: Row | UserError) -> Outcome:

@@ -15,7 +15,6 @@ from mlx_sft.data.formats import (
     MixedShapes,
     RowReader,
     Tokens,
-    read_item,
     take_weights,
 )
 from mlx_sft.data.reading.readers import Row
@@ -27,7 +26,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 
 
 def item(**row: Any) -> Item:
-    return read_item(Row("chats.jsonl:17", row))
+    return RowReader().read(Row("chats.jsonl:17", row))
 
 
 def conversation(**row: Any) -> Conversation:
@@ -496,7 +495,7 @@ def test_functions_of_the_time_before_tools_are_tools() -> None:
 def test_a_row_of_preferences_is_named_and_its_answer_can_be_learnt(prompt: Any, chosen: Any) -> None:
     row = Row("a.jsonl:1", {"prompt": prompt, "rejected": chosen, "chosen": chosen})
     with pytest.raises(UserError, match="a row of preferences") as caught:
-        read_item(row)
+        RowReader().read(row)
     columns = caught.value.hint.partition("--columns ")[2].partition(";")[0]
     reader = RowReader(columns=dict(part.split("=") for part in columns.split(",")))
     read = reader.settled_by(row).read(row)

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mlx_sft.data.files import FileSource, split_weight
-from mlx_sft.data.formats import Conversation, Document, Item, RowReader, Tokens, read_item
+from mlx_sft.data.formats import Conversation, Document, Item, RowReader, Tokens
 from mlx_sft.data.messages import ROLES
 from mlx_sft.data.reading.json_text import list_elements, parse_json
 from mlx_sft.data.reading.readers import Row
@@ -114,7 +114,7 @@ def read_file(path: Path) -> list[Row | UserError] | UserError:
     """A file's rows, each of which is an item or an error; or the one error that it is."""
     rows = attempt(lambda: list(FileSource(path).rows()))
     for row in [rows] if isinstance(rows, UserError) else rows:
-        read = row if isinstance(row, UserError) else attempt(partial(read_item, row))
+        read = row if isinstance(row, UserError) else attempt(partial(RowReader().read, row))
         if isinstance(read, UserError):
             check_error(read, str(path))
         else:

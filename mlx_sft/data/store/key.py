@@ -47,7 +47,7 @@ def entry_key(content: str, name: str, pipeline: Pipeline) -> str | None:
         "content": content,
         "kind": _kind(name),
         "tokenizer": tokenizer,
-        "end_tokens": sorted(pipeline.end_tokens),
+        "end_tokens": sorted(pipeline.encoder.end_tokens),
         "template": template,
         "day": _day(template, settings.template_kwargs),
         "encoding": {field.name: getattr(settings, field.name) for field in fields(settings)},

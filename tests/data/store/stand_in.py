@@ -43,6 +43,7 @@ class Encoder:
 
     def __init__(self, template: str = "", **settings: Any) -> None:
         self.settings = EncodeSettings(**settings)
+        self.end_tokens = frozenset[str]()
         self.tokenizer: Any = SimpleNamespace(
             backend_tokenizer=Backend(),
             chat_template=template,
