@@ -135,7 +135,7 @@ def files() -> dict[str, bytes]:
         "a.json": json.dumps(ROWS, indent=1).encode(),
         "b.json": json.dumps({"version": 1, "data": ROWS}).encode(),
         "a.csv": b'prompt,completion\n"a ""b""\nc",d\ne,f\n',
-        "a.jsonl.gz": gzip.compress(lines),
+        "a.jsonl.gz": gzip.compress(lines, mtime=0),
         "a.txt": "A paragraph 😀\nof two lines.\r\n\n  Another.\n".encode() * 100,
     }
     if importlib.util.find_spec("zstandard"):
