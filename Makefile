@@ -18,10 +18,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench bench-data docs wheel clean
+.PHONY: help demo test lint fix bench bench-quick bench-report bench-data docs wheel clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.ready  ## a minute of fine-tuning: train, before and after, export, reload
 	@$(BIN)/python examples/demo.py
@@ -40,8 +40,16 @@ fix: $(VENV)/.ready-dev  ## put right what can be put right by itself
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
 
-bench: $(VENV)/.ready  ## our trainer beside mlx-lm's, on the same rows
-	@$(BIN)/python benchmarks/against_mlx_lm.py $(ARGS)
+bench: $(VENV)/.ready-dev  ## our trainer beside its peers and the hardware's limit: hours (ARGS="--cases pairs")
+	@$(BIN)/python -m benchmarks.run $(ARGS)
+	@$(BIN)/python -m benchmarks.report
+
+bench-quick: $(VENV)/.ready-dev  ## the same on 6 layers and a few short rows: under 10 minutes
+	@$(BIN)/python -m benchmarks.run --quick $(ARGS)
+	@$(BIN)/python -m benchmarks.report
+
+bench-report: $(VENV)/.ready-dev  ## the tables and plots of docs/performance.md from the newest results
+	@$(BIN)/python -m benchmarks.report
 
 bench-data: $(VENV)/.ready  ## conversations a second, and memory against file size
 	@$(BIN)/python benchmarks/data.py $(ARGS)

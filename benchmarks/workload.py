@@ -1,18 +1,23 @@
-"""What a benchmark runs on: a checkpoint of a known shape with random weights, and rows of known lengths.
+"""What a benchmark runs on: a checkpoint of a known shape with random weights, an adapter to start from, and files of rows.
 
-Pure NumPy and safetensors. Knows nothing of trainers.
+Pure NumPy and safetensors. Knows nothing of lengths (`rows.py` does), nor of trainers but mlx-lm's order of rows.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+IGNORED = -100
+"""The label of a token that is not learnt."""
 
 QWEN3_600M: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -38,27 +43,16 @@ QWEN3_600M: dict[str, Any] = {
 }
 """The shape of Qwen/Qwen3-0.6B."""
 
-PAIR_LENGTHS = (
-    (0, 31),
-    (0.05, 39),
-    (0.25, 49),
-    (0.5, 100),
-    (0.75, 150),
-    (0.9, 179),
-    (0.95, 198),
-    (0.99, 349),
-    (1, 467),
-)
-"""Quantiles of a short instruction pair's length in tokens, as measured on 1,800 real ones."""
-PROMPT_LENGTHS = ((0, 14), (0.05, 15), (0.5, 19), (0.95, 26), (1, 31))
-"""Of these, the tokens up to the answer."""
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def make_checkpoint(folder: Path, tokenizer: Path, layers: int, seed: int = 0) -> Path:
-    """Write Qwen3-0.6B's shape, cut to `layers`, with random float32 weights and the tokenizer's files; keep what is there."""
-    config = QWEN3_600M | {"num_hidden_layers": layers, "torch_dtype": "float32"}
+def shape(layers: int, vocabulary: int) -> dict[str, Any]:
+    """Qwen3-0.6B's configuration, cut to so many layers and tokens."""
+    return QWEN3_600M | {"num_hidden_layers": layers, "vocab_size": vocabulary, "torch_dtype": "float32"}
+
+
+def make_checkpoint(folder: Path, tokenizer: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """Write this shape with random float32 weights and the tokenizer's files; keep what is there."""
     if (folder / "model.safetensors").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,18 +61,18 @@ def make_checkpoint(folder: Path, tokenizer: Path, layers: int, seed: int = 0) -
             shutil.copy(tokenizer / name, folder / name)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     rng = np.random.default_rng(seed)
-    weights = {name: random_weight(shape, rng) for name, shape in weight_shapes(config).items()}
+    weights = {name: random_weight(dimensions, rng) for name, dimensions in weight_shapes(config).items()}
     unfinished = folder / "unfinished.safetensors"
     save_file(weights, unfinished, metadata={"format": "pt"})
     unfinished.rename(folder / "model.safetensors")
     return folder
 
 
-def random_weight(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def random_weight(dimensions: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Norms of one, matrices from N(0, 0.02), as transformers starts them."""
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
-    return rng.standard_normal(shape, np.float32) * np.float32(0.02)
+    if len(dimensions) == 1:
+        return np.ones(dimensions, np.float32)
+    return rng.standard_normal(dimensions, np.float32) * np.float32(0.02)
 
 
 def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -102,56 +96,100 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "model.norm.weight": (hidden,),
     }
     for index in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= {f"model.layers.{index}.{name}.weight": dimensions for name, dimensions in layer.items()}
     return shapes
 
 
-def rows_from(file: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows of a .jsonl file with `messages`, or `prompt` and `completion`, drawn without replacement."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    if len(lines) < count:
-        raise SystemExit(f"error: {file}: {len(lines)} rows, but --rows {count}")
-    chosen = np.random.default_rng(seed).permutation(len(lines))[:count]
-    return [as_messages(json.loads(lines[index])) for index in chosen]
+def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """[out, in] of the matrices of a block, by the end of their names: `self_attn.q_proj`."""
+    prefix, suffix = "model.layers.0.", ".weight"
+    return {
+        name.removeprefix(prefix).removesuffix(suffix): (dimensions[0], dimensions[1])
+        for name, dimensions in weight_shapes(config).items()
+        if name.startswith(prefix) and len(dimensions) == 2
+    }
 
 
-def as_messages(row: dict[str, Any]) -> dict[str, Any]:
-    if "messages" in row:
-        return {"messages": row["messages"]}
-    user = {"role": "user", "content": row["prompt"]}
-    return {"messages": [user, {"role": "assistant", "content": row["completion"]}]}
+@cache
+def weight_bytes(model: str, dtype: str) -> int:
+    """Bytes of a checkpoint's weights in this precision."""
+    with safe_open(Path(model) / "model.safetensors", framework="numpy") as file:
+        sizes = [int(np.prod(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118
+    return sum(sizes) * (4 if dtype == "float32" else 2)
 
 
-def short_pairs(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[dict[str, Any]]:
-    """Question and answer pairs of random words, their lengths spread evenly over the quantiles above."""
+# Adapters
+
+
+def make_adapter(folder: Path, config: dict[str, Any], rank: int, alpha: float, seed: int = 0) -> Path:
+    """Write PEFT's files of an adapter on every linear layer, A and B both random, so that both learn from the first step on."""
     rng = np.random.default_rng(seed)
-    words = single_token_words(tokenizer)
-    at = (np.arange(count) + 0.5) / count
-    lengths = rng.permutation(np.interp(at, *zip(*PAIR_LENGTHS, strict=True)).astype(int))
-    prompts = rng.permutation(np.interp(at, *zip(*PROMPT_LENGTHS, strict=True)).astype(int))
-    frame = template_tokens(tokenizer)
-
-    def text(tokens: int) -> str:
-        return "".join(rng.choice(words, max(1, tokens))).strip()
-
-    return [
-        as_messages({"prompt": text(prompt - frame), "completion": text(length - prompt - 2)})
-        for length, prompt in zip(lengths, prompts, strict=True)
-    ]
-
-
-def single_token_words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Short lower-case words that are one token after a space."""
-    candidates = (tokenizer.decode([token_id]) for token_id in range(min(len(tokenizer), 8000)))
-    return [w for w in candidates if w[:1] == " " and w[1:].isascii() and w[1:].isalpha() and w.islower()]
-
-
-def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that the template puts around a one-word question."""
-    question = [{"role": "user", "content": "a"}]
-    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
-    return len(ids) - 1
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, (out_features, in_features) in linear_shapes(config).items():
+            module = f"base_model.model.model.layers.{layer}.{name}"
+            bound = 1 / np.sqrt(in_features)
+            arrays[f"{module}.lora_A.weight"] = rng.uniform(-bound, bound, (rank, in_features)).astype(np.float32)
+            arrays[f"{module}.lora_B.weight"] = random_weight((out_features, rank), rng)
+    save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(name.rpartition(".")[2] for name in linear_shapes(config)),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return folder
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def adapter_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """`model.layers.0.self_attn.q_proj.lora_A` [rank, in] and `.lora_B` [out, rank], and so on."""
+    arrays = load_file(folder / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model.").removesuffix(".weight"): array for name, array in arrays.items()}
+
+
+# Rows
+
+
+Row = dict[str, list[int]]
+"""`input_ids` and `labels`, not shifted. Its last token is 0, and learnt."""
+
+
+def write_rows(file: Path, rows: list[Row]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def read_rows(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def needed_tokens(rows: list[Row]) -> int:
+    """Tokens that must go through the model: the last one of a row predicts nothing."""
+    return sum(len(row["input_ids"]) - 1 for row in rows)
+
+
+def supervised_tokens(rows: list[Row]) -> int:
+    return sum(label != IGNORED for row in rows for label in row["labels"])
+
+
+def answer_start(row: Row) -> int:
+    """Where the last answer of a row begins: behind the last token that is not learnt."""
+    return max((index for index, label in enumerate(row["labels"]) if label == IGNORED), default=-1) + 1
+
+
+def in_mlx_lm_order(rows: list[Row], rows_at_once: int, seed: int) -> list[Row]:
+    """The rows as mlx-lm takes them in its first epoch: sorted by length and cut into batches, the batches drawn at random.
+
+    Of rows of one length the file's order decides, so that a file in this order would be taken in another: none may be alike.
+    """
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+    if any(len(one["input_ids"]) == len(other["input_ids"]) for one, other in pairwise(ordered)):
+        raise ValueError("two rows have the same length")
+    batches = [ordered[i : i + rows_at_once] for i in range(0, len(ordered) - rows_at_once + 1, rows_at_once)]
+    drawn = np.random.RandomState(seed).permutation(len(batches))
+    return [row for index in drawn for row in batches[index]]

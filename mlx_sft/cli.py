@@ -54,6 +54,7 @@ def main() -> None:
 
     \b
     mlx-sft inspect --data chats.jsonl
+    mlx-sft plan --data chats.jsonl
     mlx-sft train --data chats.jsonl
     mlx-sft export --run runs/... --to merged
     """
@@ -73,8 +74,12 @@ def _settings(*fields: str) -> Callable[[Command], Command]:
 
 
 def _resolved(config_file: str | None, options: dict[str, Any]) -> TrainConfig:
-    given = {public_name(field): value for field, value in options.items() if value not in (None, ())}
-    return TrainConfig.resolve(config_file, **given)
+    return TrainConfig.resolve(config_file, **_given(options))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, by their public names."""
+    return {public_name(field): value for field, value in options.items() if value not in (None, ())}
 
 
 def _option(field: str) -> Callable[[Command], Command]:
@@ -171,6 +176,29 @@ def inspect(
         write_text(found.to_json() + "\n")
     else:
         found.show(console)
+
+
+@main.command(cls=_Sectioned, context_settings={"max_content_width": 100})
+@_settings(*(field for field in TrainConfig.model_fields if field not in ("out", "resume", "json_lines")))
+@click.option("--machine", metavar="MAC", help="Plan for this Mac instead, such as 'M2 16GB', 'M3 Max 64GB' or 16GB.")
+@click.option("--json", "as_json", is_flag=True, help="Write all of it as a line of JSON.")
+def plan(config_file: str | None, machine: str | None, as_json: bool, **options: Any) -> None:
+    """Show what a run would take, before any weight is read: memory part by part, what fits, and how long.
+
+    It takes the settings of `train`, trains nothing, and needs no more of the model than its config.json and tokenizer.
+    """
+    from mlx_sft.console import Console
+    from mlx_sft.training.plan import make_plan, planned_config
+    from mlx_sft.training.plan_text import plan_pieces
+
+    config = planned_config(config_file, _given(options))
+    console = Console(quiet=config.quiet)
+    with console.reading() as progress:
+        found = make_plan(config, machine, progress)
+    if as_json:
+        write_text(found.to_json() + "\n")
+    else:
+        console.data(plan_pieces(found))
 
 
 @main.command()

@@ -6,6 +6,7 @@ Knows nothing of models or data; it checks what can be checked without them.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -129,8 +130,11 @@ class TrainConfig(BaseModel):
     """AdamW's epsilon."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip gradients to this global norm; 0 does not clip."""
-    grad_checkpoint: Literal["auto", "on", "off"] = "auto"
-    """Recompute each layer in the backward pass: less memory, a third more arithmetic."""
+    memory_limit: str | None = None
+    """Memory that the run may take in all, such as 12GB; what the device recommends where not given."""
+    grad_checkpoint: Literal["auto", "off", "light", "on", "blocks"] = "auto"
+    """What is computed again in the backward pass instead of being kept: nothing, all but the products with weights (light),
+    every layer (on; a third more arithmetic), or blocks of layers and in them every layer (blocks). It does not change the result."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the adapters' start, the order of the data, the split and dropout."""
     shuffle: bool = True
@@ -160,6 +164,13 @@ class TrainConfig(BaseModel):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return [] if value is None else [value] if isinstance(value, str) else value
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _readable_limit(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
 
     @field_validator("columns", mode="before")
     @classmethod
@@ -239,6 +250,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise UserError("not a mapping of names to values", where=str(path), hint=hint, exit_code=USAGE)
     return settings
+
+
+def parse_bytes(text: str) -> int:
+    """`12GB` or `900 MB` → bytes, in powers of ten; `12GiB` in powers of two. Raises `ValueError` for anything else."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGT])(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ValueError("write an amount of memory such as 12GB or 900MB")
+    power = " KMGT".index(match[2].upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def sections() -> dict[str, list[str]]:

@@ -12,13 +12,13 @@ import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.adapted import load_run
-from mlx_sft.data.batches import cut_all
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.store import check_vocabulary
 from mlx_sft.methods import Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import vocabulary_size
+from mlx_sft.training.relief import evaluate_in_memory
 from mlx_sft.training.step import Evaluation, Learner
 
 
@@ -70,6 +70,6 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)
     learner = Learner(SplitModel(loaded.model), _Untouched(), vocabulary)
-    lengths = examples.needed_lengths
-    micro_batches = cut_all(lengths, config.micro_batch_tokens or int(lengths.max()), config.batch_size)
-    return EvaluationResult(learner.evaluate({}, examples, micro_batches), report)
+    budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
+    evaluation, _ = evaluate_in_memory(learner, {}, examples, budget)
+    return EvaluationResult(evaluation, report)

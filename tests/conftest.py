@@ -32,6 +32,7 @@ from mlx_sft.data.store import Examples
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.load import load_model
 from mlx_sft.runs import RunFolder
+from mlx_sft.training.fit import memory_limit_restored
 
 VOCABULARY = 264
 
@@ -69,6 +70,13 @@ def _cache_of_tokenized_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A cache of the tests' own, also for the processes that they start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_SFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _memory_limit_restored() -> Iterator[None]:
+    """A run that is prepared and not trained leaves MLX's limit as the run has it."""
+    with memory_limit_restored():
         yield
 
 

@@ -28,6 +28,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "target": (["q_proj,v_proj"], ["q_proj", "v_proj"]),
     "eval_every": (["7"], 7),
     "save_every": (["epoch"], "epoch"),
+    "memory_limit": (["12GB"], "12GB"),
     "betas": (["0.5", "0.6"], (0.5, 0.6)),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
 }

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.peft import our_name, write_adapter
-from mlx_sft.data.batches import cut
+from mlx_sft.data.batches import collate, cut
 from mlx_sft.data.prepare import prepare
 from mlx_sft.data.store import Examples
 from mlx_sft.methods import Full, Lora, LoraSettings, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
+from mlx_sft.training.recompute import Mode
+from mlx_sft.training.shapes import padded_shape
 from mlx_sft.training.step import Learner
 
 # PEFT asks a transformers model in a way that transformers has renamed.
@@ -70,15 +72,23 @@ def _assert_close(ours: object, theirs: torch.Tensor, tolerance: float = 1e-5) -
     np.testing.assert_allclose(np.array(ours), expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def _loss_and_gradients(base: Path, method: Lora | Full, parameters: Parameters | None, examples: Examples) -> Any:
+def _loss_and_gradients(
+    base: Path,
+    method: Lora | Full,
+    parameters: Parameters | None,
+    examples: Examples,
+    *,
+    mode: Mode = "off",
+    compiled: bool = False,
+) -> Any:
     """By the code that training runs, in several micro-batches."""
     split = SplitModel(load_model(str(base), "float32").model)
     start = method.attach(split.model, seed=0)
-    learner = Learner(split, method, vocabulary=264)
-    lengths = examples.needed_lengths
-    micro_batches = cut(range(len(examples)), lengths, token_budget=40)
+    micro_batches = cut(range(len(examples)), examples.needed_lengths, token_budget=40)
     assert len(micro_batches) > 1
-    return learner.gradient(parameters or start, examples, micro_batches)
+    batches = [collate(examples, micro_batch) for micro_batch in micro_batches]
+    shapes = [padded_shape(batch) for batch in batches] if compiled else []
+    return Learner(split, method, 264, recompute=mode, compiled=shapes).gradient(parameters or start, batches)
 
 
 @pytest.mark.parametrize("form", [4, 5])
@@ -150,8 +160,35 @@ def test_loss_and_every_lora_gradient_are_pefts(
     expected = torch_loss(adapted, examples)
     expected.backward()
 
-    loss, gradients = _loss_and_gradients(base, Lora(settings), parameters, examples)
+    _assert_pefts(_loss_and_gradients(base, Lora(settings), parameters, examples), expected, adapted)
 
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_they_are_with_every_speed_setting(
+    mode: Mode,
+    compiled: bool,
+    tmp_path: Path,
+    make_base: Callable[..., Path],
+    make_adapter: Callable,
+    examples: Examples,
+    torch_model: Callable,
+    torch_loss: Callable,
+) -> None:
+    settings = _settings(rank=4, alpha=8.0)
+    base = make_base("qwen3")
+    parameters = make_adapter(base, settings)
+    write_adapter(tmp_path, settings, parameters, str(base))
+    adapted = peft.PeftModel.from_pretrained(torch_model(base), tmp_path, is_trainable=True)
+    expected = torch_loss(adapted, examples)
+    expected.backward()
+
+    found = _loss_and_gradients(base, Lora(settings), parameters, examples, mode=mode, compiled=compiled)
+    _assert_pefts(found, expected, adapted)
+
+
+def _assert_pefts(found: tuple[mx.array, Parameters], expected: torch.Tensor, adapted: peft.PeftModel) -> None:
+    loss, gradients = found
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     trainable = {
         our_name(name.replace(".default", "")): parameter.grad
@@ -271,7 +308,9 @@ def _adapted(config: TrainConfig) -> peft.PeftModel:
     ("family", "settings", "options"),
     [
         ("qwen3", _settings(rank=4, alpha=8.0), {"grad_checkpoint": "off"}),
+        ("qwen3", _settings(rank=4, alpha=8.0), {"grad_checkpoint": "light"}),
         ("llama", _settings(rank=4, alpha=6.0, rslora=True, target="qv"), {"grad_checkpoint": "on"}),
+        ("llama", _settings(rank=4, alpha=6.0), {"grad_checkpoint": "blocks"}),
     ],
 )
 def test_a_run_follows_torchs_trajectory(

@@ -71,9 +71,8 @@ class LoraLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         down = self._drop(x) @ self.lora_A.T.astype(x.dtype)
-        up = (self._scale * down) @ self.lora_B.T.astype(x.dtype)
-        y: mx.array = self.linear(x)
-        return y + up
+        # One pass over the output for the product and the sum.
+        return mx.addmm(self.linear(x), self._scale * down, self.lora_B.T.astype(x.dtype))
 
     def _drop(self, x: mx.array) -> mx.array:
         if self._key is None or self._dropout == 0:

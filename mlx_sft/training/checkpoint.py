@@ -23,6 +23,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.runs import RunFolder, disk_errors, to_json, write_folder
 from mlx_sft.training.optim import AdamW
+from mlx_sft.training.recompute import Mode
 
 _PARAMETERS = "parameters.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
@@ -40,6 +41,9 @@ class Progress:
         evaluations_without_better: In a row, up to now.
         skipped: Steps left out because loss or gradient was not finite; `skipped_in_a_row` of them just now.
         stopped: Whether the run ended before its last step because validation got no better.
+        micro_batch_tokens: The budget since memory ran out in a step; None while it is the configured one.
+        recompute: The recomputation since then.
+        evaluation_tokens: The budget of evaluations since memory ran out in one.
     """
 
     step: int = 0
@@ -50,6 +54,9 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     stopped: bool = False
+    micro_batch_tokens: int | None = None
+    recompute: Mode | None = None
+    evaluation_tokens: int | None = None
 
     def after(self, **changes: Any) -> Progress:
         return replace(self, **changes)

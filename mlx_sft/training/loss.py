@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sft.operations.exponential import exponential
+
 HeadParameters = dict[str, mx.array]
 
 Head = Callable[[HeadParameters, mx.array], mx.array]
@@ -130,7 +132,7 @@ def _after(results: list[mx.array], hidden_states: mx.array) -> mx.array:
 def _losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Losses [positions], e = exp(l − max l) [positions, vocabulary] and Σe [positions, 1]."""
     highest = logits.max(axis=-1, keepdims=True)
-    exponentials = mx.exp(logits - highest)
+    exponentials = exponential(logits - highest)
     total = exponentials.sum(axis=-1, keepdims=True)
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)
     losses = (mx.log(total) + highest - target_logits)[:, 0]

@@ -1,131 +1,227 @@
-"""What a step costs in memory, and how large a micro-batch fits. Knows nothing of losses or loops."""
+"""What a step takes in memory, predicted from what is kept, what is trained and how large a micro-batch is.
+
+    peak = weights + what is trained + what is kept for the backward pass + what passes at the highest point
+
+Every count names what it is of; the tests hold the sum against what MLX measures. Knows nothing of machines or choices.
+"""
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_sft.model.head import SplitModel
+from mlx_sft.training.counts import LayerCounts, count_layers
+from mlx_sft.training.loss import chunk_rows
+from mlx_sft.training.recompute import Mode
 
-MOST_TOKENS = 2048
-"""Matrix products are no faster with more rows at once, and memory is the budget."""
+MODES: tuple[Mode, ...] = ("off", "light", "layers", "blocks")
+"""From the fastest to the one that keeps least."""
 
-_KEPT_PER_FEATURE = 2.1
-"""Numbers kept for backward per input and output feature of a layer's matrices: 190 KB a token and layer were measured in
-float32 on Qwen3-0.6B, whose features add up to 22,528."""
+_OVERSHOT = 0.1
+"""Of what passes, what one operation takes."""
 
-_BYTES_A_PARAMETER = 24
-"""Float32 value, gradient, accumulated gradient and AdamW's two moments."""
+_OPTIMIZER_BYTES = 12
+"""A parameter in float32, and AdamW's two moments."""
 
-_HEAD_BYTES = 8 * 64 * 2**20
-"""A chunk of logits, and what its loss and gradient are made from: eight arrays of its size were measured."""
-
-
-class Machine(Protocol):
-    """The facts about a device's memory that a choice needs."""
-
-    def usable_bytes(self) -> int:
-        """What this process may still take, without pressing on the rest of the machine."""
+_STATES_A_POSITION = 3.0
+"""Hidden states of supervised positions: gathered, and their gradients, chunk by chunk and put together."""
 
 
-class ThisMachine:
-    """The device that MLX runs on by default."""
+@dataclass(frozen=True)
+class _Passing:
+    """How many arrays exist at once at the highest points.
 
-    def usable_bytes(self) -> int:
-        facts = mx.device_info() if mx.default_device() == mx.Device(mx.gpu) else {}
-        return usable_bytes(facts, _system_memory(), mx.get_active_memory())
+    Attributes:
+        chunk: Of the size of a chunk's logits.
+        next_chunk: Of the one after it.
+        features: In a layer's backward pass, for each of its features.
+        again: The same where the layer is computed again for it.
+        norms: Besides, then, for each width of a norm.
+    """
+
+    chunk: float
+    next_chunk: float
+    features: float
+    again: float
+    norms: float
 
 
-def usable_bytes(device: Mapping[str, object], system: int, active: int) -> int:
-    """Nine tenths of what the device recommends, or half of the system's memory, less what is taken already."""
-    recommended = device.get("max_recommended_working_set_size")
-    if isinstance(recommended, int):
-        return max(0, int(0.9 * recommended) - active)
-    total = device.get("total_memory", system)
-    return max(0, (total if isinstance(total, int) else system) // 2 - active)
+_NEEDED = _Passing(chunk=4.4, next_chunk=0.0, features=1.1, again=1.5, norms=7.0)
+_AHEAD = _Passing(chunk=5.0, next_chunk=5.5, features=2.0, again=2.5, norms=6.0)
+"""What must exist, and what does where MLX makes room for operations ahead of their computation and nothing holds it back."""
+
+_SCORES_LIGHT, _SCORES_AGAIN = 2.25, 1.25
+"""Of scores, where attention keeps them: what passes when they are computed again alone, and besides what is kept with their layer."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The parts of a step's peak, in bytes.
+
+    Attributes:
+        weights: Of the model, but for those that are trained as they are.
+        trained: Parameters, the optimizer's state, and gradients that are added up.
+        kept: Until the backward pass has used it.
+        passing: The head's chunk or a layer's backward pass, whichever is larger.
+    """
+
+    weights: int
+    trained: int
+    kept: int
+    passing: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.trained + self.kept + self.passing
+
+    @property
+    def limit(self) -> int:
+        """What to hold MLX to, so that the peak is as predicted: it looks at its limit before an operation makes room, not after it."""
+        return self.peak - int(_OVERSHOT * self.passing)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a step takes beyond the weights, in bytes.
+    """A model under a method, as far as memory goes.
 
     Attributes:
-        fixed: Parameters, gradients, optimizer state and chunks of logits.
-        per_token: Kept for backward for each padded token.
-        per_token_recomputed: The same where layers are recomputed.
+        layers: From the lowest trained one upwards; below it nothing is kept.
+        below: Those that are computed forward only.
+        weights: Bytes, but for those that are trained as they are.
+        trainable: Numbers that are trained.
+        itemsize: Bytes of a number in the model's precision.
+        hidden: Width of its hidden states.
+        accumulates: Whether a step may have several micro-batches, whose gradients are added up.
+        held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
+        correction: What a measurement found what grows with the tokens to be, beside what is counted.
     """
 
-    fixed: int
-    per_token: int
-    per_token_recomputed: int
+    layers: tuple[LayerCounts, ...]
+    below: tuple[LayerCounts, ...]
+    weights: int
+    trainable: int
+    itemsize: int
+    hidden: int
+    vocabulary: int
+    accumulates: bool = True
+    held: bool = True
+    correction: float = 1.0
 
     @classmethod
-    def of(cls, split: SplitModel, trainable: int) -> Footprint:
-        """The footprint of a model with `trainable` parameters."""
-        layers = split.layers
-        itemsize = split.model_dtype().size
-        features = [_linear_features(layer) for layer in layers]
-        hidden = max(_smallest_features(layer) for layer in layers)
-        kept = [int(_KEPT_PER_FEATURE * f * itemsize) for f in features]
-        # One layer's numbers and their gradients, and the input of every layer.
-        recomputed = 2 * max(kept) + len(layers) * hidden * itemsize
-        return cls(_HEAD_BYTES + _BYTES_A_PARAMETER * trainable, sum(kept), recomputed)
+    def of(
+        cls,
+        split: SplitModel,
+        parameters: Mapping[str, mx.array],
+        vocabulary: int,
+        *,
+        fused: bool,
+        accumulates: bool = True,
+    ) -> Footprint:
+        """Of a model that a method is attached to, loaded or outlined.
+
+        Args:
+            parameters: The trainable arrays by name.
+            fused: Whether the device computes attention and norms in one piece, as GPUs do.
+            accumulates: Whether a step may have several micro-batches.
+        """
+        held: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
+        # Parameters of the model's own precision are not there twice.
+        shared = sum(held[name].nbytes for name in parameters if name in held and held[name].dtype == mx.float32)
+        layers = count_layers(split, fused=fused)
+        lowest = next((index for index, layer in enumerate(layers) if layer.trained), len(layers))
+        if any(not name.startswith(split.layers_prefix) and "embed" in name for name in parameters):
+            lowest = 0
+        return cls(
+            layers=tuple(layers[lowest:]),
+            below=tuple(layers[:lowest]),
+            weights=weight_bytes(split) - shared,
+            trainable=sum(array.size for array in parameters.values()),
+            itemsize=split.model_dtype().size,
+            hidden=max((layer.states for layer in layers), default=0) if split.body_name else vocabulary,
+            vocabulary=vocabulary,
+            accumulates=accumulates,
+            held=not fused,
+        )
+
+    def corrected(self, correction: float) -> Footprint:
+        return replace(self, correction=correction)
+
+    def predict(
+        self, mode: Mode, tokens: int, *, width: int | None = None, supervised: int | None = None
+    ) -> Prediction:
+        """The peak of a step's largest micro-batch.
+
+        Args:
+            tokens: Rows times width.
+            width: Of a row; all tokens in one where None.
+            supervised: Positions that predict a supervised token; all where None.
+        """
+        kept, work = self._of_layers(mode, tokens, tokens if width is None else width)
+        positions = tokens if supervised is None else supervised
+        states = (tokens + _STATES_A_POSITION * positions) * self.hidden * self.itemsize
+        chunk = min(positions, chunk_rows(self.vocabulary))
+        arrays = self._passing
+        rows = arrays.chunk * chunk + arrays.next_chunk * min(positions - chunk, chunk)
+        passing = max(states + rows * 4 * self.vocabulary, work)
+        # The gradient comes to be while what was kept goes.
+        kept = max(kept * self.correction, 4 * self.trainable)
+        trained = (_OPTIMIZER_BYTES + (4 if self.accumulates else 0)) * self.trainable
+        return Prediction(self.weights, trained, int(kept), int(passing * self.correction))
+
+    def most_tokens(self, mode: Mode, limit: int, most: int) -> int:
+        """The most tokens of one row, at most `most`, whose peak is within a limit; 0 where not even one is."""
+        if self.predict(mode, most).peak <= limit:
+            return most
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.predict(mode, middle).peak <= limit else (low, middle)
+        return low
+
+    def _of_layers(self, mode: Mode, tokens: int, width: int) -> tuple[float, float]:
+        """What the layers keep, and the most that passes in one layer's backward pass."""
+        size = tokens * self.itemsize
+        if not self.layers:
+            return 0.0, 0.0
+        if mode == "off":
+            return (
+                size * sum(layer.off + width * layer.scores for layer in self.layers),
+                size * max(self._passing.features * layer.features for layer in self.layers),
+            )
+        if mode == "light":
+            return (
+                size * sum(layer.light for layer in self.layers),
+                size * max(self._light(layer, width) for layer in self.layers),
+            )
+        number = len(self.layers)
+        if mode == "blocks":
+            block = math.ceil(math.sqrt(number))
+            number = math.ceil(number / block) + block
+        return (
+            size * number * max(layer.states for layer in self.layers),
+            size * max(self._again(layer, width) for layer in self.layers),
+        )
+
+    @property
+    def _passing(self) -> _Passing:
+        return _NEEDED if self.held else _AHEAD
+
+    def _light(self, layer: LayerCounts, width: int) -> float:
+        """What passes for each token in a layer's backward pass, where what lies between its products is computed again."""
+        return self._passing.features * layer.features + _SCORES_LIGHT * width * layer.scores
+
+    def _again(self, layer: LayerCounts, width: int) -> float:
+        """What a layer keeps and what passes, for each token, where the whole of it is computed again."""
+        scores = (1 + _SCORES_AGAIN) * width * layer.scores
+        return layer.off + scores + self._passing.again * layer.features + self._passing.norms * layer.norms
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How a step is computed on this machine."""
-
-    micro_batch_tokens: int
-    recompute: bool
-
-
-def choose(
-    footprint: Footprint,
-    usable: int,
-    longest: int,
-    *,
-    micro_batch_tokens: int | None,
-    grad_checkpoint: str,
-) -> Choice:
-    """The largest micro-batch that fits, and recomputation only where the longest row would not fit without it.
-
-    Args:
-        usable: Bytes that may be taken.
-        longest: Tokens of the longest row.
-        micro_batch_tokens: As configured; None to choose.
-        grad_checkpoint: `auto`, `on` or `off`.
-    """
-    free = max(0, usable - footprint.fixed)
-    needed = max(longest, micro_batch_tokens or 0)
-    recompute = grad_checkpoint == "on" or (grad_checkpoint == "auto" and free < needed * footprint.per_token)
-    if micro_batch_tokens is None:
-        per_token = footprint.per_token_recomputed if recompute else footprint.per_token
-        micro_batch_tokens = max(1, min(MOST_TOKENS, free // max(1, per_token)))
-    return Choice(micro_batch_tokens, recompute)
-
-
-def prepare_device() -> None:
-    """On Metal, let the model's memory stay resident up to what the system recommends."""
-    if mx.metal.is_available():
-        limit = mx.device_info().get("max_recommended_working_set_size")
-        if isinstance(limit, int):
-            mx.set_wired_limit(limit)
-
-
-def _system_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _linear_features(layer: nn.Module) -> int:
-    return sum(sum(m.weight.shape) for _, m in layer.named_modules() if isinstance(m, nn.Linear))
-
-
-def _smallest_features(layer: nn.Module) -> int:
-    shapes = [m.weight.shape for _, m in layer.named_modules() if isinstance(m, nn.Linear)]
-    return min((max(shape) for shape in shapes), default=0)
+def weight_bytes(split: SplitModel) -> int:
+    """Of all arrays of the model."""
+    arrays: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
+    return sum(array.nbytes for array in arrays.values())

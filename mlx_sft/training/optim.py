@@ -6,7 +6,7 @@ Knows nothing of models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,8 @@ import mlx.optimizers as optim
 from mlx_sft.config import TrainConfig
 
 Arrays = dict[str, mx.array]
+
+_PART_BYTES = 16 * 2**20
 
 
 class AdamW:
@@ -44,14 +46,21 @@ class AdamW:
         return optimizer
 
     def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> Arrays:
-        """The parameters after one step."""
+        """The parameters after one step, evaluated as the state is, a part after another.
+
+        `gradients` is empty afterwards: what is new takes their place in memory.
+        """
         updated: Arrays = {}
         for names, optimizer in self._groups:
             optimizer.learning_rate = learning_rate
-            updated |= optimizer.apply_gradients(
-                {name: gradients[name] for name in names},
-                {name: parameters[name] for name in names},
-            )
+            optimizer.state["step"] = optimizer.step + 1
+            for part in _parts(names, parameters):
+                for name in part:
+                    gradient = gradients.pop(name)
+                    updated[name] = optimizer.apply_single(gradient, parameters[name], optimizer.state[name])
+                    del gradient
+                mx.eval([optimizer.state[name] for name in part])  # first, so that the gradients are gone
+                mx.eval([updated[name] for name in part])
         return {name: updated[name] for name in parameters}
 
     @property
@@ -92,8 +101,12 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def global_norm(gradients: Arrays) -> mx.array:
-    """The Euclidean norm of all gradients together, float32."""
-    return mx.sqrt(mx.stack([mx.square(g).sum() for g in gradients.values()]).sum())
+    """The Euclidean norm of all gradients together, float32; evaluated a part after another."""
+    squares: list[mx.array] = []
+    for part in _parts(list(gradients), gradients):
+        squares += [mx.square(gradients[name]).sum() for name in part]
+        mx.eval(squares)
+    return mx.sqrt(mx.stack(squares).sum())
 
 
 def clip(gradients: Arrays, norm: mx.array, max_norm: float) -> Arrays:
@@ -102,3 +115,17 @@ def clip(gradients: Arrays, norm: mx.array, max_norm: float) -> Arrays:
         return gradients
     scale = mx.minimum(max_norm / (norm + 1e-6), 1.0)
     return {name: gradient * scale for name, gradient in gradients.items()}
+
+
+def _parts(names: list[str], arrays: Arrays) -> Iterator[list[str]]:
+    """The names in parts of about 16 MiB: what a part is computed from in between exists for it alone, and small arrays go together."""
+    part: list[str] = []
+    taken = 0
+    for name in names:
+        if part and taken + arrays[name].nbytes > _PART_BYTES:
+            yield part
+            part, taken = [], 0
+        part.append(name)
+        taken += arrays[name].nbytes
+    if part:
+        yield part

@@ -12,7 +12,15 @@ from mlx_sft.data.encode import decoded_segments
 from mlx_sft.data.files import split_weight
 from mlx_sft.training.identity import differences
 from mlx_sft.training.optim import learning_rate
+from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import Job
+
+_RECOMPUTED: dict[Mode, str] = {
+    "off": "",
+    "light": ", what lies between products computed again",
+    "layers": ", layers computed again",
+    "blocks": ", layers computed again in blocks",
+}
 
 
 def show_plan(job: Job) -> None:
@@ -25,9 +33,9 @@ def show_plan(job: Job) -> None:
         **_mixture(job),
         "trains": f"{count(trainable)} parameters ({config.method})",
         "steps": f"{job.plan.total_steps} of {config.batch_size} conversations, "
-        f"up to {config.micro_batch_tokens} tokens at once"
-        + (", layers recomputed" if config.grad_checkpoint == "on" else ""),
-        "memory": f"{size(mx.get_active_memory())} for the weights",
+        f"up to {config.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.learner.mode],
+        "memory": f"{size(mx.get_active_memory())} for the weights, up to {size(job.predicted.peak)} predicted with a step, "
+        f"of {size(job.fit.machine.memory)} ({job.fit.machine.basis})",
         "run": str(job.run.path),
     }
     console.conversation(

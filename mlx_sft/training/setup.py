@@ -5,9 +5,9 @@ Nothing is written before all of it is known to be good. Knows nothing of the lo
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +16,7 @@ from mlx_sft.console import Console
 from mlx_sft.convert.adapted import attach_trained
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.peft import read_adapter
-from mlx_sft.data.batches import Lengths, Plan, Portion, cut
+from mlx_sft.data.batches import Lengths, Plan
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import todays_variables
@@ -36,6 +36,8 @@ from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.runs import RunFolder, to_json
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
+from mlx_sft.training.choice import Choice, configured
+from mlx_sft.training.fit import Fit, allowed_machine, fit_to_machine, hold_to, planned_steps, refuse_too_large
 from mlx_sft.training.identity import (
     describe_environment,
     identity_of,
@@ -43,11 +45,11 @@ from mlx_sft.training.identity import (
     resumed_config,
     with_full_paths,
 )
-from mlx_sft.training.memory import Choice, Footprint, ThisMachine, choose, prepare_device
+from mlx_sft.training.machine import prepare_device
+from mlx_sft.training.memory import Footprint, Prediction
 from mlx_sft.training.optim import AdamW
-from mlx_sft.training.step import Learner, Shape, planned_shape
-
-_MOST_TRACES = 16
+from mlx_sft.training.shapes import compiled_shapes
+from mlx_sft.training.step import Learner
 
 
 @dataclass
@@ -69,6 +71,8 @@ class Job:
     identity: dict[str, str]
     progress: Progress
     console: Console
+    fit: Fit
+    predicted: Prediction
 
 
 def prepare_job(config: TrainConfig, console: Console) -> Job:
@@ -94,6 +98,8 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     if config.early_stop and not data.valid:
         hint = "give --valid FILE or --valid-fraction 0.05"
         raise UserError("--early-stop needs validation rows", hint=hint, exit_code=USAGE)
+    machine = allowed_machine(config)
+    refuse_too_large(config, path, machine)
     base = load_model(config.model, config.dtype, tokenizer)
     vocabulary = vocabulary_size(base.model, base.config)
     for part in (data.train, data.valid):
@@ -104,31 +110,32 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     config, method, parameters = _attach(config, base, begun=begun)
     check_exportable(path, method, parameters)
     _refuse_dropout_outside_layers(config, split, parameters)
-    lengths = data.train.needed_lengths
-    choice = _fit_to_machine(config, split, parameters, lengths)
-    config = _decided(config, choice)
-    plan = Plan(
-        len(data.train),
-        batch_size=config.batch_size,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        mixture=[Portion(rows, weight) for rows, weight in data.mixture if weight is not None],
+    fit = fit_to_machine(
+        config,
+        machine,
+        Footprint.of(split, parameters, vocabulary, fused=machine.fused, accumulates=config.batch_size > 1),
+        data.train,
+        lambda mode: Learner(split, method, vocabulary, recompute=mode),
+        parameters,
     )
+    config = _decided(config, fit.choice)
+    plan = planned_steps(config, data)
+    predicted = fit.largest(plan, data.train)
+    hold_to(fit.machine, predicted)
     optimizer = AdamW(config, parameters, method.decayed)
     identity = identity_of(config, data, path)
-    run, progress, parameters = _open_or_create(config, run, data, identity, parameters, optimizer)
+    environment = describe_environment(config, identity) | {"memory": fit.describe(predicted)}
+    run, progress, parameters = _open_or_create(config, run, data, identity, environment, parameters, optimizer)
     learner = Learner(
         split,
         method,
         vocabulary,
-        recompute=choice.recompute,
-        compiled=_compiled_shapes(choice, plan, data.train, lengths),
+        recompute=fit.choice.mode,
+        compiled=compiled_shapes(plan, data.train, fit.choice.micro_batch_tokens),
     )
     return Job(
-        config, run, base, split, method, learner, plan, data, lengths, choice.micro_batch_tokens,
-        parameters, optimizer, identity, progress, console,
+        config, run, base, split, method, learner, plan, data, data.train.needed_lengths, fit.choice.micro_batch_tokens,
+        parameters, optimizer, identity, progress, console, fit, predicted,
     )  # fmt: skip
 
 
@@ -195,40 +202,14 @@ def _refuse_inexact_length(examples: Examples, path: Path) -> None:
         )
 
 
-def _fit_to_machine(config: TrainConfig, split: SplitModel, parameters: Parameters, lengths: Lengths) -> Choice:
-    """How a step is computed here."""
-    trainable = sum(value.size for value in parameters.values())
-    return choose(
-        Footprint.of(split, trainable),
-        ThisMachine().usable_bytes(),
-        int(max(lengths)),
-        micro_batch_tokens=config.micro_batch_tokens,
-        grad_checkpoint=config.grad_checkpoint,
-    )
-
-
 def _decided(config: TrainConfig, choice: Choice) -> TrainConfig:
     """Every `auto` replaced by what it stands for here, so that a resumed run repeats it to the byte."""
     decided = {
         "dtype": resolve_dtype(config.dtype),
         "micro_batch_tokens": choice.micro_batch_tokens,
-        "grad_checkpoint": "on" if choice.recompute else "off",
+        "grad_checkpoint": configured(choice.mode),
     }
     return config.model_copy(update=decided)
-
-
-def _compiled_shapes(choice: Choice, plan: Plan, examples: Examples, lengths: Lengths) -> list[Shape]:
-    """The most frequent shapes of the first epoch: the plan says beforehand which traces will pay for themselves."""
-    if mx.default_device() != mx.Device(mx.gpu):
-        return []  # on the CPU a trace takes seconds of g++ and saves nothing
-    shapes: Counter[Shape] = Counter()
-    for step in plan.steps():
-        if step.epoch > 1:
-            break
-        for micro_batch in cut(step.rows, lengths, choice.micro_batch_tokens):
-            shapes[planned_shape(examples, micro_batch)] += 1
-    frequent = sorted(shapes.items(), key=lambda item: (-item[1], item[0]))
-    return [shape for shape, times in frequent[:_MOST_TRACES] if times > 2]
 
 
 def _open_or_create(
@@ -236,6 +217,7 @@ def _open_or_create(
     run: RunFolder | None,
     data: PreparedData,
     identity: dict[str, str],
+    environment: dict[str, Any],
     parameters: Parameters,
     optimizer: AdamW,
 ) -> tuple[RunFolder, Progress, Parameters]:
@@ -247,6 +229,6 @@ def _open_or_create(
     run.write_head(
         config=config.model_copy(update={"out": None}).to_yaml("# mlx-sft train --config config.yaml\n"),
         data_report=to_json(data.report.to_json()),
-        environment=to_json(describe_environment(config, identity)),
+        environment=to_json(environment),
     )
     return run, Progress(), parameters

@@ -7,23 +7,20 @@ Knows nothing of files, schedules or evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_sft.data.batches import Batch, MicroBatch, collate, round_up
-from mlx_sft.data.encode import Example
-from mlx_sft.data.store import Examples
+from mlx_sft.data.batches import Batch
 from mlx_sft.methods import Binder, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.training.loss import chunk_rows, cross_entropy_sum, evaluate_positions
-from mlx_sft.training.recompute import recomputed
-
-Shape = tuple[int, int, int]
-"""Rows, width and supervised positions of a micro-batch: what a compiled trace is for."""
+from mlx_sft.training.recompute import Mode, Recomputed
+from mlx_sft.training.shapes import Shape, padded_shape
+from mlx_sft.training.shortage import shortage_noticed
 
 _Gradient = Callable[..., tuple[mx.array, Parameters]]
 
@@ -47,8 +44,11 @@ class Learner:
     """Losses and gradients of a split model under a method.
 
     Args:
-        recompute: Gradient checkpointing.
+        recompute: What the backward pass computes again.
         compiled: Shapes whose micro-step is compiled; others run as they are.
+
+    Attributes:
+        trace_seconds: What the first run of each compiled shape took, in which it is traced; one for each trace.
     """
 
     def __init__(
@@ -57,68 +57,78 @@ class Learner:
         method: Binder,
         vocabulary: int,
         *,
-        recompute: bool = False,
+        recompute: Mode = "off",
         compiled: Collection[Shape] = (),
     ) -> None:
         self._split = split
         self._method = method
-        self._recompute = recompute
-        self._compiled = frozenset(compiled)
         self._chunk = chunk_rows(vocabulary)
+        self.trace_seconds: list[float] = []
+        self.configure(recompute, compiled)
+
+    def configure(self, recompute: Mode, compiled: Collection[Shape] = ()) -> None:
+        """From now on compute in this mode, and compile these shapes."""
+        self.mode = recompute
+        self.compiled = frozenset(compiled)
+        self._recomputed = Recomputed(self._split, recompute)
+        self._traced: set[Shape] = set()
         self._gradient: _Gradient = mx.value_and_grad(self._loss)
         self._compiled_gradient: _Gradient = mx.compile(mx.value_and_grad(self._loss))
 
     def gradient(
-        self,
-        parameters: Parameters,
-        examples: Sequence[Example],
-        micro_batches: Sequence[MicroBatch],
-        key: mx.array | None = None,
+        self, parameters: Parameters, batches: Sequence[Batch], key: mx.array | None = None
     ) -> tuple[mx.array, Parameters]:
         """The weighted mean loss over a step's supervised tokens, Σ weight · loss / Σ weight, and its gradient.
 
         Args:
             parameters: The trainable arrays.
-            micro_batches: A cut of the step.
+            batches: The micro-batches of the step.
             key: Random key of the step's dropout; None for no dropout.
 
         Returns:
             The loss, and gradients of the parameters' names and shapes; all float32 and evaluated.
+
+        Raises:
+            OutOfMemory: If one of them does not fit; nothing has changed then.
         """
-        batches = [collate(examples, micro_batch) for micro_batch in micro_batches]
         total_weight = sum(float(batch.weights.sum(dtype=np.float64)) for batch in batches)
         keys = mx.random.split(key, len(batches) + 1) if key is not None else [None] * len(batches)
         loss = mx.array(0.0)
         total: Parameters = {}
-        for batch, batch_key in zip(batches, keys, strict=False):
-            batch_loss, gradients = self._micro_step(parameters, batch, total_weight, batch_key)
-            loss = loss + batch_loss
-            total = {name: total[name] + g if total else g for name, g in gradients.items()}
-            del gradients  # so that the sum can take its place
-            mx.eval(loss, total)
-        self._method.bind(self._split.model, parameters)
+        try:
+            for batch, batch_key in zip(batches, keys, strict=False):
+                started = time.perf_counter()
+                with shortage_noticed(batch):
+                    batch_loss, gradients = self._micro_step(parameters, batch, total_weight, batch_key)
+                    loss = loss + batch_loss
+                    total = {name: total[name] + g if total else g for name, g in gradients.items()}
+                    del gradients  # so that the sum can take its place
+                    mx.eval(loss, total)
+                self._note_trace(padded_shape(batch), time.perf_counter() - started)
+        finally:
+            self._method.bind(self._split.model, parameters)
         return loss, total
 
-    def evaluate(
-        self,
-        parameters: Parameters,
-        examples: Sequence[Example],
-        micro_batches: Sequence[MicroBatch],
-    ) -> Evaluation:
-        """Token-mean loss and accuracy over all examples, without dropout or gradients."""
+    def evaluate(self, parameters: Parameters, batches: Iterable[Batch]) -> Evaluation:
+        """Token-mean loss and accuracy over all micro-batches, without dropout or gradients.
+
+        Raises:
+            OutOfMemory: If one of them does not fit.
+        """
         self._method.bind(self._split.model, parameters)
         loss, correct, weight, tokens, supervised = 0.0, 0.0, 0.0, 0, 0
-        for micro_batch in micro_batches:
-            batch = collate(examples, micro_batch)
-            hidden_states = self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
-            sums = evaluate_positions(
-                self._head,
-                hidden_states,
-                mx.array(batch.targets),
-                mx.array(batch.weights),
-                self._chunk,
-            )
-            mx.eval(sums)
+        for batch in batches:
+            with shortage_noticed(batch):
+                with self._recomputed.standing_in():
+                    hidden_states = self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
+                sums = evaluate_positions(
+                    self._head,
+                    hidden_states,
+                    mx.array(batch.targets),
+                    mx.array(batch.weights),
+                    self._chunk,
+                )
+                mx.eval(sums)
             loss += to_float(sums[0])
             correct += to_float(sums[1])
             weight += float(batch.weights.sum(dtype=np.float64))
@@ -130,7 +140,7 @@ class Learner:
         self, parameters: Parameters, batch: Batch, total_weight: float, key: mx.array | None
     ) -> tuple[mx.array, Parameters]:
         shape = padded_shape(batch)
-        compiled = shape in self._compiled
+        compiled = shape in self.compiled
         padding = shape[2] - len(batch.targets) if compiled else 0
         weights = (batch.weights / total_weight).astype(np.float32)
         function = self._compiled_gradient if compiled else self._gradient
@@ -143,6 +153,11 @@ class Learner:
             key,
         )
 
+    def _note_trace(self, shape: Shape, seconds: float) -> None:
+        if shape in self.compiled and shape not in self._traced:
+            self._traced.add(shape)
+            self.trace_seconds.append(seconds)
+
     def _loss(
         self,
         parameters: Parameters,
@@ -153,7 +168,7 @@ class Learner:
         key: mx.array | None,
     ) -> mx.array:
         self._method.bind(self._split.model, parameters, key)
-        with recomputed(self._split.layers) if self._recompute else nullcontext():
+        with self._recomputed.standing_in():
             hidden_states = self._supervised_states(token_ids, positions)
         return cross_entropy_sum(
             self._head,
@@ -183,15 +198,3 @@ class Learner:
 
 def to_float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
-
-
-def padded_shape(batch: Batch) -> Shape:
-    """The shape of a micro-batch with its supervised positions rounded up to the grid."""
-    rows, width = batch.token_ids.shape
-    return rows, width, round_up(len(batch.targets))
-
-
-def planned_shape(examples: Examples, micro_batch: MicroBatch) -> Shape:
-    """`padded_shape` of the batch that `collate` would make, without making it."""
-    supervised = int(examples.supervised_tokens[list(micro_batch.rows)].sum())
-    return len(micro_batch.rows), micro_batch.width, round_up(supervised)

@@ -20,12 +20,13 @@ from mlx_sft.data.batches import (
     cut_all,
     needed_length,
     round_up,
+    row_cost,
     shares,
 )
 from mlx_sft.data.encode import Example
 
-LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=7)
-BUDGETS = st.integers(1, 600)
+LENGTHS = st.lists(st.integers(1, 200) | st.integers(1, 3000), min_size=1, max_size=7)
+BUDGETS = st.integers(1, 600) | st.integers(1, 8000)
 
 
 def _example(text: str) -> Example:
@@ -83,7 +84,7 @@ def test_the_grid_has_few_widths() -> None:
 
 
 def _cost(micro_batches: list[MicroBatch]) -> int:
-    return sum(len(micro.rows) * micro.width + CALL_COST for micro in micro_batches)
+    return sum(len(micro.rows) * row_cost(micro.width) + CALL_COST for micro in micro_batches)
 
 
 def _partitions(rows: list[int]) -> list[list[list[int]]]:
@@ -121,11 +122,43 @@ def test_a_cut_has_every_row_once_and_keeps_to_its_budget(lengths: list[int], bu
     assert micro_batches == cut(sorted(rows), lengths, budget)
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 9))
-def test_evaluation_cuts_every_row_once(lengths: list[int], rows_at_once: int) -> None:
-    micro_batches = cut_all(lengths, 1000, rows_at_once)
+PAIRS = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1), (31, 39, 49, 100, 150, 179, 198, 349, 467)
+"""Quantiles of the lengths of short instruction pairs, as measured on 1,800 real ones."""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", ["pairs", "chats"])
+def test_less_than_a_tenth_is_padding(kind: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    if kind == "pairs":
+        lengths = np.interp(random.random(1600), *PAIRS).astype(int)
+    else:
+        lengths = np.clip(random.lognormal(np.log(400), 0.8, 1600), 20, 2048).astype(int)
+    steps = [cut(range(first, first + 16), lengths, 2048) for first in range(0, 1600, 16)]
+    padded = sum(len(micro.rows) * micro.width for step in steps for micro in step)
+    assert 1 - lengths.sum() / padded < 0.1
+    assert sum(map(len, steps)) < 0.8 * 1600  # and rows do go together
+
+
+def test_thousands_of_rows_are_cut_as_well_as_few() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 4096)
+    micro_batches = cut(range(4096), lengths, 4096)
+    assert sorted(row for micro in micro_batches for row in micro.rows) == list(range(4096))
+    assert _cost(micro_batches) < 1.06 * sum(map(row_cost, lengths.tolist()))
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 900))
+def test_evaluation_cuts_every_row_once(lengths: list[int], budget: int) -> None:
+    micro_batches = cut_all(lengths, budget)
     assert sorted(row for micro in micro_batches for row in micro.rows) == list(range(len(lengths)))
-    assert max(len(micro.rows) for micro in micro_batches) <= rows_at_once
+    assert all(len(micro.rows) == 1 or len(micro.rows) * micro.width <= budget for micro in micro_batches)
+
+
+def test_a_large_evaluation_is_cut_in_groups_of_similar_lengths() -> None:
+    lengths = np.random.default_rng(0).permutation(np.arange(10_000) // 25 + 1)
+    micro_batches = cut_all(lengths, 2048)
+    assert sorted(row for micro in micro_batches for row in micro.rows) == list(range(10_000))
+    assert sum(len(micro.rows) * micro.width for micro in micro_batches) < 1.1 * lengths.sum()
 
 
 def test_the_picture_of_collate() -> None:
@@ -133,7 +166,7 @@ def test_the_picture_of_collate() -> None:
     assert batch.token_ids.tolist() == [[*map(ord, "abCDe"), 0, 0, 0]]  # F is learnt, never read
     assert batch.positions.tolist() == [1, 2, 4]
     assert [chr(target) for target in batch.targets] == ["C", "D", "F"]
-    assert batch.tokens == 7
+    assert (batch.tokens, batch.needed_tokens) == (7, 5)
 
 
 def test_rows_of_one_micro_batch_lie_under_each_other() -> None:
@@ -142,7 +175,7 @@ def test_rows_of_one_micro_batch_lie_under_each_other() -> None:
     assert batch.token_ids.tolist() == [[ord("a"), *[0] * 7], [*map(ord, "aBC"), *[0] * 5]]
     assert batch.positions.tolist() == [0, 8, 9, 10]
     assert [chr(target) for target in batch.targets] == ["B", "B", "C", "D"]
-    assert batch.tokens == 6
+    assert (batch.tokens, batch.needed_tokens) == (6, 4)
     assert (batch.token_ids.dtype, batch.positions.dtype, batch.targets.dtype) == (np.int32,) * 3
 
 

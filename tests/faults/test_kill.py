@@ -25,7 +25,7 @@ import pytest
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.runs import RunFolder
 
-_TIMINGS = {"seconds", "tokens_per_second", "peak_memory_bytes"}
+_TIMINGS = {"seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes"}
 _SYSTEM_CALLS = ("fsync", "replace", "rename", "unlink", "rmdir")
 
 
@@ -40,6 +40,9 @@ def outcome(run: Path) -> dict[str, Any]:
         elif path.name == "state.json":
             found[name] = json.loads(content)
             del found[name]["progress"]["metrics_bytes"]  # the digits of a time
+        elif path.name == "environment.json":
+            found[name] = json.loads(content)
+            del found[name]["memory"]  # what was free when the run began
         else:
             found[name] = content
     return found

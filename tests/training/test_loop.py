@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,25 @@ import pytest
 import torch
 
 from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.console import Console
 from mlx_sft.convert.safetensors_file import open_safetensors, read_float32, write_safetensors
+from mlx_sft.data import feed
+from mlx_sft.data.batches import collate, cut
+from mlx_sft.data.feed import PreparedStep
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.errors import FAILURE
 from mlx_sft.model.load import load_tokenizer
 from mlx_sft.runs import RunFolder
+from mlx_sft.training import loop, setup
+from mlx_sft.training.optimizer_step import take
+from mlx_sft.training.setup import Job, prepare_job
+from mlx_sft.training.shapes import frequent_shapes
 from mlx_sft.training.step import Evaluation, Learner
 
 TRAIN_FIELDS = [
     *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens"),
-    *("tokens_per_second", "peak_memory_bytes", "seconds"),
+    *("computed_tokens", "padded_tokens", "micro_batches"),
+    *("tokens_per_second", "peak_memory_bytes", "seconds", "data_wait_seconds"),
 ]
 EVALUATION_FIELDS = [
     *(
@@ -309,6 +321,95 @@ def test_an_adapter_is_gone_on_from(settings: dict[str, Any], tmp_path: Path) ->
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (second.run_dir / "adapter" / name).read_bytes() == (first.run_dir / "adapter" / name).read_bytes()
     assert train(TrainConfig(resume=str(second.run_dir), quiet=True)).steps == second.steps
+
+
+def test_data_is_made_ready_beside_the_steps_and_the_wait_for_it_is_told(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        time.sleep(0.02)
+        return collate(*arguments)
+
+    monkeypatch.setattr(feed, "collate", watched)
+    train(TrainConfig(**settings))
+    assert len(threads) >= 6
+    assert all(name.startswith("prefetch") for name in threads)
+    lines = metrics(settings["out"], "train")
+    assert all(0 <= line["data_wait_seconds"] <= line["seconds"] for line in lines)
+    assert lines[0]["data_wait_seconds"] > 0
+
+
+def test_a_row_that_cannot_be_read_in_the_thread_ends_the_run(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+
+    def broken(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            raise LookupError("the file is gone")
+        return collate(*arguments)
+
+    monkeypatch.setattr(feed, "collate", broken)
+    with pytest.raises(LookupError, match="the file is gone"):
+        train(TrainConfig(**settings | {"save_every": 1}))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    monkeypatch.undo()
+    assert train(TrainConfig(resume=settings["out"], quiet=True)).steps == 6
+
+
+def test_padding_is_counted(settings: dict[str, Any]) -> None:
+    job = prepare_job(TrainConfig(**settings | {"out": settings["out"] + "-2"}), Console(quiet=True))
+    train(TrainConfig(**settings | {"shuffle": False, "epochs": 1, "micro_batch_tokens": 100}))
+    needed = job.data.train.needed_lengths
+    for line, rows in zip(metrics(settings["out"], "train"), ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]), strict=True):
+        micro_batches = cut(rows, needed, 100)
+        assert line["computed_tokens"] == needed[rows].sum() < line["tokens"]
+        assert line["padded_tokens"] == sum(len(micro.rows) * micro.width for micro in micro_batches)
+        assert line["micro_batches"] == len(micro_batches)
+
+
+def test_traces_are_counted_and_told(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(TrainConfig(**settings | {"quiet": False}))
+    assert "compiled" not in capsys.readouterr().err
+    assert not {"traces", "trace_seconds"} & metrics(settings["out"], "train")[0].keys()
+    # As on a GPU; the embedded CPU compiler makes the traces here.
+    monkeypatch.setattr(setup, "compiled_shapes", lambda *plan: frequent_shapes(*plan)[:1])
+    compiled = train(
+        TrainConfig(**settings | {"quiet": False, "batch_size": 1, "epochs": 1, "out": settings["out"] + "-2"})
+    )
+    lines = metrics(compiled.run_dir, "train")
+    assert sorted(line["traces"] for line in lines) == [*[0] * 9, 1]
+    assert all((line["trace_seconds"] > 0) == (line["traces"] > 0) for line in lines)
+    assert "1 shape compiled; first runs took" in capsys.readouterr().err
+
+
+def test_nothing_grows_from_step_to_step(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {}
+
+    def watched(job: Job, prepared: PreparedStep, *further: Any) -> Any:
+        record = take(job, prepared, *further)
+        if record["step"] in (20, 40, 60):
+            gc.collect()
+            open_files = len(list(Path("/dev/fd").iterdir()))
+            sizes[record["step"]] = (
+                mx.get_active_memory(),
+                len(gc.get_objects()),
+                open_files,
+                threading.active_count(),
+            )
+        return record
+
+    monkeypatch.setattr(loop, "take", watched)
+    train(TrainConfig(**settings | {"epochs": 20, "save_every": 1000}))
+    memory, objects, open_files, threads = zip(*sizes.values(), strict=True)
+    assert max(memory) - min(memory) < 0.01 * min(memory)
+    assert objects[2] - objects[1] < 100
+    assert len(set(open_files)) == len(set(threads)) == 1
 
 
 def test_a_better_loss_begins_the_count_of_an_early_stop_anew(

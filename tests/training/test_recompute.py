@@ -1,108 +1,166 @@
-"""Recomputed layers give the same gradients from less memory, and are the model's own again afterwards."""
+"""Every mode gives the plain gradients, from less memory, and leaves the model as it was."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_sft.training.recompute import recomputed
+from mlx_sft.config import TrainConfig
+from mlx_sft.methods import Method, Parameters, make_method
+from mlx_sft.model.head import SplitModel
+from mlx_sft.training.recompute import Mode, Recomputed
+from tests.families import FAMILIES, tiny_model
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+TOKENS = mx.random.randint(0, 64, (3, 21), key=mx.random.key(5))
 
 
-class Layer(nn.Module):
-    """A layer of two ways, one of them by keyword, that keeps much for its gradient."""
-
-    kind = "full"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linears = [nn.Linear(16, 16) for _ in range(8)]
-        self.frozen = mx.ones(16)
-        self.calls = 0
-        self.freeze(keys="frozen")
-
-    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
-        self.calls += 1
-        for linear in self.linears:
-            x = mx.tanh(linear(x) * self.frozen) + x
-        return x if mask is None else x * mask
+def attached(family: str, method: str, **changes: Any) -> tuple[SplitModel, Method, Parameters]:
+    """A model with a method, and parameters none of which is zero."""
+    split = SplitModel(tiny_model(family, **changes))
+    chosen = make_method(TrainConfig(data="x", method=method, rank=4))
+    parameters = chosen.attach(split.model, 0)
+    keys = mx.random.split(mx.random.key(3), len(parameters))
+    moved = [
+        value + 0.1 * mx.random.normal(value.shape, key=key)
+        for value, key in zip(parameters.values(), keys, strict=True)
+    ]
+    return split, chosen, dict(zip(parameters, moved, strict=True))
 
 
-class Model(nn.Module):
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.layers = [Layer() for _ in range(layers)]
+def gradients(
+    split: SplitModel, method: Method, parameters: Parameters, mode: Mode | None, tokens: mx.array = TOKENS
+) -> tuple[mx.array, Parameters]:
+    recomputed = None if mode is None else Recomputed(split, mode)
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
-        for layer in self.layers:
-            assert layer.kind == "full"
-            x = layer(x, mask=mask)
-        return x
+    def loss(parameters: Parameters) -> mx.array:
+        method.bind(split.model, parameters)
+        if recomputed is None:
+            states = split.hidden_states(tokens)
+        else:
+            with recomputed.standing_in():
+                states = split.hidden_states(tokens)
+        return mx.sin(states).sum()
 
-
-def _gradients(
-    model: Model, x: mx.array, *, recompute: bool, mask: mx.array | None = None, argnums: object = (0, 1)
-) -> tuple[mx.array, dict]:
-    def loss(parameters: dict, x: mx.array) -> mx.array:
-        model.update(parameters)
-        if not recompute:
-            return model(x, mask).square().mean()
-        with recomputed(model.layers):
-            return model(x, mask).square().mean()
-
-    parameters = model.trainable_parameters()
-    result = mx.value_and_grad(loss, argnums=argnums)(parameters, x)
+    result: tuple[mx.array, Parameters] = mx.value_and_grad(loss)(parameters)
     mx.eval(result)
-    model.update(parameters)
+    method.bind(split.model, parameters)
     return result
 
 
-def _flat(gradients: object) -> list[mx.array]:
-    return [array for _, array in nn.utils.tree_flatten(gradients)]
+def assert_same(ours: tuple[mx.array, Parameters], theirs: tuple[mx.array, Parameters]) -> None:
+    assert abs(ours[0].item() - theirs[0].item()) <= 1e-5 * abs(theirs[0].item()) + 1e-4
+    assert list(ours[1]) == list(theirs[1])
+    largest = max(mx.abs(gradient).max().item() for gradient in theirs[1].values())
+    for name, gradient in theirs[1].items():
+        assert mx.abs(ours[1][name] - gradient).max().item() <= 2e-5 * largest, name
 
 
-@pytest.mark.parametrize("mask", [None, 0.5])
-def test_gradients_reach_parameters_and_inputs_alike(mask: float | None) -> None:
-    mx.random.seed(0)
-    model, x = Model(3), mx.random.normal((5, 16))
-    array = None if mask is None else mx.full((16,), mask)
-    value, gradients = _gradients(model, x, recompute=False, mask=array)
-    value_again, again = _gradients(model, x, recompute=True, mask=array)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_the_plain_ones(family: str, mode: Mode) -> None:
+    model = attached(family, "lora")
+    plain = gradients(*model, None)
+    assert all(mx.abs(gradient).max().item() > 0 for gradient in plain[1].values())
+    assert_same(gradients(*model, mode), plain)
 
-    assert value_again.item() == value.item()
-    expected = _flat(gradients)
-    assert len(expected) == 3 * 8 * 2 + 1
-    for ours, theirs in zip(_flat(again), expected, strict=True):
-        assert mx.abs(theirs).max().item() > 0
-        assert mx.allclose(ours, theirs, rtol=1e-5, atol=1e-7).item()
-    # Forward, and once more for the gradient.
-    assert [layer.calls for layer in model.layers] == [3, 3, 3]
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3"])
+def test_so_are_those_of_every_weight(family: str, mode: Mode) -> None:
+    model = attached(family, "full")
+    assert_same(gradients(*model, mode), gradients(*model, None))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_and_compiled(mode: Mode) -> None:
+    split, method, parameters = attached("qwen3", "lora", num_hidden_layers=2)
+    recomputed = Recomputed(split, mode)
+
+    def loss(parameters: Parameters, tokens: mx.array) -> mx.array:
+        method.bind(split.model, parameters)
+        with recomputed.standing_in():
+            return mx.sin(split.hidden_states(tokens)).sum()
+
+    compiled = mx.compile(mx.value_and_grad(loss))
+    result = compiled(parameters, TOKENS)
+    mx.eval(result)
+    assert_same(result, gradients(split, method, parameters, None))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_width_of_one_token(mode: Mode) -> None:
+    model = attached("qwen3", "lora")
+    tokens = TOKENS[:, :1]
+    assert_same(gradients(*model, mode, tokens), gradients(*model, None, tokens))
+
+
+def test_less_is_kept_from_mode_to_mode() -> None:
+    model = attached("qwen3", "lora", num_hidden_layers=25, hidden_size=64, intermediate_size=128)
+    tokens = mx.random.randint(0, 64, (2, 64), key=mx.random.key(5))
+
+    def peak(mode: Mode | None) -> int:
+        run = partial(gradients, *model, mode, tokens)
+        run()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        run()
+        return mx.get_peak_memory() - before
+
+    plain, off, light, layers, blocks = (peak(mode) for mode in (None, *MODES))
+    assert off < 0.7 * plain
+    assert light < 0.95 * off
+    assert layers < 0.5 * light
+    assert blocks < 0.95 * layers
 
 
 def test_the_layers_are_the_models_own_again_even_after_an_error() -> None:
-    model = Model(2)
-    before = list(model.layers)
+    split, _, _ = attached("qwen3", "lora")
+    before = list(split.layers)
+    recomputed = Recomputed(split, "layers")
 
     def fail() -> None:
-        with recomputed(model.layers):
-            assert all(layer is not own for layer, own in zip(model.layers, before, strict=True))
+        with recomputed.standing_in():
+            assert all(layer is not own for layer, own in zip(split.layers, before, strict=True))
             raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"):
         fail()
-    assert all(layer is own for layer, own in zip(model.layers, before, strict=True))
-    assert all(type(layer) is Layer for layer in model.layers)
+    assert all(layer is own for layer, own in zip(split.layers, before, strict=True))
 
 
-def test_less_is_kept() -> None:
-    model, x = Model(8), mx.random.normal((2048, 16))
-    mx.eval(model.parameters(), x)
+def test_the_backward_pass_stops_at_the_lowest_adapted_layer() -> None:
+    """Below it nothing is differentiated: an operation without a backward pass may stand there, and not above."""
+    split = SplitModel(tiny_model("qwen3"))
+    method = make_method(TrainConfig(data="x", rank=4, target=["2.self_attn.q_proj", "3.mlp.down_proj"]))
+    parameters = method.attach(split.model, 0)
 
-    def peak(*, recompute: bool) -> int:
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        _gradients(model, x, recompute=recompute, argnums=0)
-        return mx.get_peak_memory() - before
+    @mx.custom_function
+    def forward_only(x: mx.array) -> mx.array:
+        return x
 
-    assert peak(recompute=True) < peak(recompute=False) / 2
+    @forward_only.vjp
+    def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        raise AssertionError("differentiated")
+
+    class OneWay(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return forward_only(self.norm(x))
+
+    layers = split.layers
+    layers[2].input_layernorm = OneWay(layers[2].input_layernorm)
+    for mode in MODES[:2]:
+        _, found = gradients(split, method, parameters, mode)
+        assert len(found) == 4
+    layers[3].input_layernorm = OneWay(layers[3].input_layernorm)
+    with pytest.raises(AssertionError, match="differentiated"):
+        gradients(split, method, parameters, "off")

@@ -3,24 +3,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
-from mlx_sft.console import Console
-from mlx_sft.data.batches import MicroBatch, collate, round_up
 from mlx_sft.errors import USAGE
 from mlx_sft.runs import RunFolder
-from mlx_sft.training import setup
 from mlx_sft.training.identity import resumed_config
-from mlx_sft.training.memory import Choice
-from mlx_sft.training.setup import prepare_job
-from mlx_sft.training.step import padded_shape
 
 
 def resume(settings: dict[str, Any], **further: Any) -> int:
@@ -176,7 +168,7 @@ def test_what_lies_on_disk_is_recorded_by_its_full_path_and_what_was_auto_as_it_
 def test_the_environment_says_what_the_result_depends_on(settings: dict[str, Any]) -> None:
     train(TrainConfig(**settings | {"max_steps": 1}))
     environment = json.loads(RunFolder(settings["out"]).environment.read_text())
-    assert set(environment) == {"packages", "python", "platform", "device", "identity", "settings"}
+    assert set(environment) == {"packages", "python", "platform", "device", "identity", "settings", "memory"}
     assert {"mlx", "mlx-lm", "mlx-sft", "transformers"} <= set(environment["packages"])
     assert set(environment["identity"]) == {"config", "data", "model"}
 
@@ -268,18 +260,3 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_initial_adapter_when
     train(TrainConfig(resume=str(run.path), quiet=True))
     assert run.checkpoint_steps() == written
     assert written[0] == 0
-
-
-def test_on_a_gpu_the_commonest_shapes_of_the_plan_are_compiled(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = TrainConfig(**settings | {"epochs": 1, "batch_size": 1})
-    job = prepare_job(config, Console(quiet=True))
-    choice = Choice(job.micro_batch_tokens, recompute=False)
-    arguments = (choice, job.plan, job.data.train, job.lengths)
-    assert setup._compiled_shapes(*arguments) == []
-    monkeypatch.setattr(setup.mx, "default_device", lambda: mx.Device(mx.gpu))
-    steps = [MicroBatch(step.rows, round_up(int(job.lengths[step.rows[0]]))) for step in job.plan.steps()]
-    taken = Counter(padded_shape(collate(job.data.train, micro_batch)) for micro_batch in steps)
-    assert set(setup._compiled_shapes(*arguments)) == {shape for shape, times in taken.items() if times > 2}
-    assert max(taken.values()) > 2

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,20 +14,29 @@ import pytest
 
 from mlx_sft import train
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.batches import MicroBatch, collate, cut, cut_all, round_up
+from mlx_sft.data.batches import Batch, MicroBatch, collate, cut, cut_all, round_up
 from mlx_sft.data.store import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Full, Lora, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
+from mlx_sft.training import optim
 from mlx_sft.training.checkpoint import dropout_key
-from mlx_sft.training.step import Learner, Shape, padded_shape, planned_shape
+from mlx_sft.training.optim import AdamW, clip, global_norm
+from mlx_sft.training.recompute import Mode
+from mlx_sft.training.shapes import padded_shape
+from mlx_sft.training.step import Learner
 
+MODES: tuple[Mode, ...] = get_args(Mode)
 DROPOUT = {"rank": 4, "alpha": 8.0, "dropout": 0.3}
 
 
 def _lora(**settings: Any) -> Lora:
     return Lora.from_config(TrainConfig(data="-", **settings))
+
+
+def collated(examples: Examples, micro_batches: list[MicroBatch]) -> list[Batch]:
+    return [collate(examples, micro_batch) for micro_batch in micro_batches]
 
 
 class Subject:
@@ -45,7 +55,7 @@ class Subject:
     def gradient(
         self, examples: Examples, micro_batches: list[MicroBatch], key: mx.array | None = None
     ) -> tuple[float, Parameters]:
-        loss, gradients = self.learner.gradient(self.parameters, examples, micro_batches, key)
+        loss, gradients = self.learner.gradient(self.parameters, collated(examples, micro_batches), key)
         return loss.item(), gradients
 
 
@@ -86,21 +96,22 @@ def test_every_cut_gives_the_same_step(
         _assert_equal(subject.gradient(examples, micro_batches), whole)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", [_lora(rank=4, alpha=8.0), Full()], ids=["lora", "full"])
-def test_recomputing_layers_changes_nothing(
-    method: Lora | Full, make_subject: Callable[..., Subject], examples: Examples
+def test_what_is_recomputed_changes_nothing(
+    method: Lora | Full, mode: Mode, make_subject: Callable[..., Subject], examples: Examples
 ) -> None:
     kept = make_subject(method).gradient(examples, _whole(examples))
-    subject = make_subject(method, recompute=True)
+    subject = make_subject(method, recompute=mode)
     layers = list(subject.split.layers)
     _assert_equal(subject.gradient(examples, _whole(examples)), kept)
     assert [id(layer) for layer in subject.split.layers] == [id(layer) for layer in layers]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", MODES)
 @pytest.mark.parametrize("method", [_lora(**DROPOUT), Full()], ids=["lora", "full"])
 def test_a_compiled_step_is_the_same_padded_positions_included(
-    method: Lora | Full, recompute: bool, make_subject: Callable[..., Subject], examples: Examples
+    method: Lora | Full, recompute: Mode, make_subject: Callable[..., Subject], examples: Examples
 ) -> None:
     key = mx.random.key(3) if isinstance(method, Lora) else None
     micro_batches = [MicroBatch((0, 2), 16), MicroBatch((1,), 24)]
@@ -128,15 +139,16 @@ def test_a_compiled_step_sees_new_parameters_and_a_new_key(
     assert len(losses) == 3
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("target", ["all-linear", "q_proj,lm_head"])
 def test_dropout_drops_the_same_where_layers_are_recomputed(
-    target: str, make_subject: Callable[..., Subject], examples: Examples
+    target: str, mode: Mode, make_subject: Callable[..., Subject], examples: Examples
 ) -> None:
     settings = DROPOUT | {"target": target}
     options = {"tied": False}
     key = mx.random.key(5)
     kept = make_subject(_lora(**settings), **options).gradient(examples, _whole(examples), key)
-    recomputed = make_subject(_lora(**settings), recompute=True, **options).gradient(examples, _whole(examples), key)
+    recomputed = make_subject(_lora(**settings), recompute=mode, **options).gradient(examples, _whole(examples), key)
     without = make_subject(_lora(**settings), **options).gradient(examples, _whole(examples))
     _assert_equal(recomputed, kept)
     assert abs(without[0] - kept[0]) > 1e-4
@@ -178,7 +190,9 @@ def test_evaluation_is_exact_and_without_dropout(make_subject: Callable[..., Sub
     subject = make_subject(_lora(**DROPOUT))
     subject.gradient(examples, _whole(examples), mx.random.key(0))
 
-    ours = subject.learner.evaluate(subject.parameters, examples, cut_all(examples.needed_lengths, 40, 2))
+    micro_batches = cut_all(examples.needed_lengths, 40)
+    assert len(micro_batches) > 2
+    ours = subject.learner.evaluate(subject.parameters, iter(collated(examples, micro_batches)))
 
     losses, right = [], []
     for example in examples:
@@ -211,9 +225,9 @@ class InputsInTheHead(nn.Module):
         return self.lm_head(self.model(token_ids)) + self.inputs[token_ids]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", MODES)
 def test_a_model_that_cannot_be_split_is_learnt_whole(
-    recompute: bool, make_base: Callable[..., Path], examples: Examples
+    recompute: Mode, make_base: Callable[..., Path], examples: Examples
 ) -> None:
     model = InputsInTheHead(load_model(str(make_base("llama")), "float32").model)
     model.freeze()
@@ -229,19 +243,81 @@ def test_a_model_that_cannot_be_split_is_learnt_whole(
 
     expected, gradients = mx.value_and_grad(plain)(parameters)
     learner = Learner(split, method, vocabulary=264, recompute=recompute)
-    loss, ours = learner.gradient(parameters, examples, cut(range(5), examples.needed_lengths, 40))
+    micro_batches = cut(range(5), examples.needed_lengths, 40)
+    loss, ours = learner.gradient(parameters, collated(examples, micro_batches))
 
     assert split.body_name is None
     _assert_equal((loss.item(), ours), (expected.item(), gradients))
 
 
-def test_a_shape_counts_supervised_positions_on_the_grid(examples: Examples) -> None:
-    batch = collate(examples, MicroBatch((0, 1), 24))
-    shape: Shape = padded_shape(batch)
-    assert shape == (2, 24, 16)
-    assert len(batch.targets) == 9
+def test_each_compiled_shape_is_traced_once_and_its_first_run_timed(
+    make_subject: Callable[..., Subject], examples: Examples
+) -> None:
+    one, other, plain = MicroBatch((0, 2), 16), MicroBatch((1,), 24), MicroBatch((4,), 32)
+    shapes = [padded_shape(collate(examples, micro_batch)) for micro_batch in (one, other)]
+    subject = make_subject(_lora(rank=4, alpha=8.0), compiled=shapes)
+    for micro_batches, traces in (([one, plain], 1), ([plain, one], 1), ([one, other, one], 2), ([other], 2)):
+        subject.gradient(examples, micro_batches)
+        assert len(subject.learner.trace_seconds) == traces
+    assert min(subject.learner.trace_seconds) > 0
+    subject.learner.configure("layers", shapes)  # traces of another mode are of no use any more
+    subject.gradient(examples, [one])
+    assert len(subject.learner.trace_seconds) == 3
 
 
-def test_a_planned_shape_is_that_of_the_batch(examples: Examples) -> None:
-    for micro_batch in cut(range(len(examples)), examples.needed_lengths, token_budget=40):
-        assert planned_shape(examples, micro_batch) == padded_shape(collate(examples, micro_batch))
+# Memory
+
+
+def _active_memory() -> int:
+    """What is taken now; peaks are measured from now on."""
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return mx.get_active_memory()
+
+
+def _bytes(arrays: Parameters) -> int:
+    return sum(array.nbytes for array in arrays.values())
+
+
+@pytest.fixture
+def heavy(make_base: Callable[..., Path], examples: Examples) -> Subject:
+    """Every weight of a model whose arrays are many and large beside what a few tokens take."""
+    shape = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "head_dim": 32}
+    subject = Subject(make_base("llama", **shape), Full())
+    subject.gradient(examples, _whole(examples))  # parameters are there, and the model's own no more
+    return subject
+
+
+def test_a_sum_of_gradients_takes_the_place_of_the_one_before(heavy: Subject, examples: Examples) -> None:
+    size = _bytes(heavy.parameters)
+    one, *others = [MicroBatch((row,), 24) for row in (0, 1, 2)]
+
+    def above(micro_batches: list[MicroBatch]) -> float:
+        before = _active_memory()
+        heavy.gradient(examples, micro_batches)
+        return (mx.get_peak_memory() - before) / size
+
+    first = above([one])
+    assert 1 < first < 1.8
+    # A second sum beside the first and the gradient would be one more.
+    assert above([one, *others]) < first + 0.8
+
+
+def test_an_update_takes_parameters_gradients_moments_and_a_part_more(
+    heavy: Subject, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "_PART_BYTES", 2**18)
+    size = _bytes(heavy.parameters)
+    optimizer = AdamW(TrainConfig(data="-"), heavy.parameters, lambda name: "norm" not in name)
+    mx.eval(optimizer.state)
+    for _ in range(2):
+        _, gradients = heavy.gradient(examples, _whole(examples))
+        before = _active_memory()
+        gradients = clip(gradients, global_norm(gradients), 1.0)
+        heavy.parameters = optimizer.update(heavy.parameters, gradients, 1e-3)
+        assert mx.get_peak_memory() - before < 0.2 * size
+        assert not gradients
+    state = optimizer.flat_state()
+    assert sum(array.nbytes for array in state.values()) == pytest.approx(2 * size, rel=0.01)
+    assert {str(array.dtype) for name, array in state.items() if name[-1] in "mv"} == {"mlx.core.float32"}

@@ -1,0 +1,145 @@
+"""The modules inside of a layer, seen as products with weights and what lies between them.
+
+    x ─► gate_proj, up_proj ─► core ─► down_proj ─►          x ─► q_proj, k_proj, v_proj ─► core ─► o_proj ─►
+
+Which is which is not read off names: it is watched once, on the model's own code. The core is that code too, run with stand-ins
+where the products were; no class is changed. Knows nothing of why someone wants the parts apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Call = Callable[..., Any]
+
+
+@dataclass
+class Block:
+    """A module as `last(core(*[child(x) for child in first]))`.
+
+    Attributes:
+        first: Names of its children that multiply its input with weights, in the order in which it calls them.
+        last: Name of the child that makes its result.
+        positionwise: Whether it was called with nothing but its input, so that no position sees another.
+    """
+
+    module: nn.Module
+    first: tuple[str, ...]
+    last: str
+    positionwise: bool
+
+    def projected(self, x: mx.array) -> list[mx.array]:
+        return [getattr(self.module, name)(x) for name in self.first]
+
+    def core(self, projected: list[mx.array], x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """What the module makes of the first products, before the last."""
+        stand_ins: dict[str, Call] = {
+            name: (lambda _, result=result: result) for name, result in zip(self.first, projected, strict=True)
+        }
+        with stood_in(self.module, stand_ins | {self.last: lambda hidden: hidden}):
+            result: mx.array = self.module(x, *args, **kwargs)
+        return result
+
+
+def find_blocks(layers: list[nn.Module], run: Callable[[], object]) -> list[dict[str, Block]]:
+    """For each layer, those of its children that are blocks, by name.
+
+    Args:
+        run: Calls every layer once as training does; what it returns is never computed.
+    """
+    watches = [
+        _Watch(layer, name) for layer in layers for name, child in layer.children().items() if _has_linears(child)
+    ]
+    undo = [watch.start() for watch in watches]
+    try:
+        run()
+    finally:
+        for stop in undo:
+            stop()
+    found: list[dict[str, Block]] = [{} for _ in layers]
+    places = {id(layer): index for index, layer in enumerate(layers)}
+    for watch in watches:
+        block = watch.block()
+        if block is not None:
+            found[places[id(watch.layer)]][watch.name] = block
+    return found
+
+
+@contextmanager
+def stood_in(module: nn.Module, stand_ins: Mapping[str, Call]) -> Iterator[None]:
+    """Within the block, calls of these children go to the stand-ins."""
+    for name, stand_in in stand_ins.items():
+        # An instance attribute comes before a Module's children, which live in its dictionary.
+        object.__setattr__(module, name, stand_in)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            object.__delattr__(module, name)
+
+
+@dataclass
+class _Watch:
+    """Stands where a layer's child stood, and notes what it is called with and what it calls."""
+
+    layer: nn.Module
+    name: str
+    calls: list[tuple[str, bool, Any]] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+    positionwise: bool = True
+
+    def start(self) -> Call:
+        object.__setattr__(self.layer, self.name, self)
+        return lambda: object.__delattr__(self.layer, self.name)
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self.layer[self.name]
+        return module
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        self.positionwise &= not args and not kwargs
+
+        def noting(name: str, child: nn.Module) -> Call:
+            def call(argument: mx.array) -> mx.array:
+                result: mx.array = child(argument)
+                self.calls.append((name, argument is x, result))
+                return result
+
+            return call
+
+        children = {name: noting(name, child) for name, child in self.module.children().items() if is_linear(child)}
+        with stood_in(self.module, children):
+            self.results.append(self.module(x, *args, **kwargs))
+        return self.results[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def block(self) -> Block | None:
+        """The module's parts, where all its products are either of its input or its result, and each was made once."""
+        names = [name for name, _, _ in self.calls]
+        if len(self.results) != 1 or len(set(names)) < len(names) or len(names) < 2:
+            return None
+        *first, (last, _, result) = self.calls
+        if result is not self.results[0] or not all(of_input for _, of_input, _ in first):
+            return None
+        linears = {name for name, child in self.module.children().items() if is_linear(child)}
+        if linears != set(names):
+            return None
+        return Block(self.module, tuple(names[:-1]), last, self.positionwise)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module multiplies with a matrix of weights; one with an adapter beside it (`linear`) does as well."""
+    return isinstance(getattr(module, "linear", module), nn.Linear | nn.QuantizedLinear)
+
+
+def _has_linears(child: Any) -> bool:
+    return isinstance(child, nn.Module) and any(is_linear(part) for part in child.children().values())

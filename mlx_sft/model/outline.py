@@ -1,0 +1,47 @@
+"""A checkpoint's modules and their shapes, from `config.json` alone: its arrays are never computed, and its weights never read.
+
+Knows nothing of memory or time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import utils as mlx_lm_utils
+
+from mlx_sft.errors import UserError
+from mlx_sft.model.head import SplitModel
+from mlx_sft.model.translate import translate_config
+
+
+class _Unproved(SplitModel):
+    """A model split as it is expected to be: the proof of it needs the weights."""
+
+    def _holds_on_probe(self) -> bool:
+        return True
+
+
+def outline(path: Path, dtype: str) -> SplitModel:
+    """The model of a checkpoint folder as training splits it, frozen, every weight an array that stands for its shape.
+
+    Args:
+        dtype: As which the weights would be loaded.
+
+    Raises:
+        UserError: For a configuration that cannot be trained.
+    """
+    settings = translate_config(path)
+    kind = mlx_lm_utils.MODEL_REMAPPING.get(settings["model_type"], settings["model_type"])
+    family = importlib.import_module(f"mlx_lm.models.{kind}")  # which `translate_config` found
+    try:
+        model: nn.Module = family.Model(family.ModelArgs.from_dict(settings))
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        hint = "copy or download the checkpoint again"
+        raise UserError(f"no model can be made of it: {error}", where=str(path / "config.json"), hint=hint) from error
+    target: mx.Dtype = getattr(mx, dtype)
+    model.apply(lambda weight: mx.ones(weight.shape, target) if mx.issubdtype(weight.dtype, mx.floating) else weight)
+    model.freeze()
+    return _Unproved(model)

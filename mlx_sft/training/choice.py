@@ -1,0 +1,113 @@
+"""Which micro-batches and which recomputation let a run fit the memory that it may take. Knows predictions, not how they are made.
+
+Computing again costs time, and so do micro-batches of a few tokens. So: the mode that computes least again among those in which
+some hundred tokens fit at once, and the longest row in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.console import size
+from mlx_sft.errors import UserError
+from mlx_sft.training.machine import Machine
+from mlx_sft.training.memory import MODES, Footprint
+from mlx_sft.training.recompute import Mode
+
+MOST_TOKENS = 2048
+"""Matrix products are no faster with more rows at once."""
+
+ENOUGH_TOKENS = 512
+"""From here on products are near their full speed."""
+
+_MARGIN = 0.95
+"""A run may take a twentieth more than was predicted."""
+
+_FARTHEST = 2**18
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a step is computed on a machine: so many padded tokens at once, a longer row alone, in this mode."""
+
+    micro_batch_tokens: int
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class LongestRow:
+    """The row that must fit: tokens that are computed of it, and where it stands."""
+
+    tokens: int
+    origin: str
+
+
+def asked_for(config: TrainConfig) -> tuple[Mode, ...]:
+    """The modes that a configuration leaves to choose among."""
+    if config.grad_checkpoint == "auto":
+        return MODES
+    return ("layers" if config.grad_checkpoint == "on" else config.grad_checkpoint,)
+
+
+def configured(mode: Mode) -> str:
+    """What `grad_checkpoint` calls a mode."""
+    return "on" if mode == "layers" else mode
+
+
+def choose(
+    footprint: Footprint,
+    limit: int,
+    longest: int,
+    *,
+    modes: Sequence[Mode] = MODES,
+    micro_batch_tokens: int | None = None,
+) -> Choice | None:
+    """The largest micro-batch that fits, in the first mode in which enough fits; None where the longest row fits in none.
+
+    Args:
+        limit: Bytes that a run may take in all.
+        longest: Tokens of the longest row, as padded.
+        modes: To choose among, those that compute least again first.
+        micro_batch_tokens: As configured; None to choose.
+    """
+    if micro_batch_tokens is not None and len(modes) == 1:
+        return Choice(micro_batch_tokens, modes[0])  # a person decided over both
+    least = max(longest, micro_batch_tokens or 0)
+    fitting = [(mode, most_tokens(footprint, mode, limit, max(least, MOST_TOKENS))) for mode in modes]
+    fitting = [(mode, tokens) for mode, tokens in fitting if tokens >= least]
+    if not fitting:
+        return None
+    enough = [(mode, tokens) for mode, tokens in fitting if tokens >= ENOUGH_TOKENS or micro_batch_tokens is not None]
+    mode, tokens = enough[0] if enough else max(fitting, key=lambda found: found[1])
+    return Choice(micro_batch_tokens or min(tokens, MOST_TOKENS), mode)
+
+
+def most_tokens(footprint: Footprint, mode: Mode, limit: int, most: int = _FARTHEST) -> int:
+    """So many tokens, in one row, fit within a limit in a mode, with what a prediction may be wrong by; at most `most`."""
+    return footprint.most_tokens(mode, int(_MARGIN * limit), most)
+
+
+def no_room(
+    footprint: Footprint, machine: Machine, longest: LongestRow, modes: Sequence[Mode], config: TrainConfig
+) -> UserError:
+    """What to say where the longest row does not fit: how long a row may be, and the ways out."""
+    fits = max(most_tokens(footprint, mode, machine.memory) for mode in modes)
+    of = f"{size(machine.memory)}: {machine.basis}"
+    ways = [f"--max-length {fits}"] if fits >= 2 else ["a smaller model"]
+    if len(modes) < len(MODES):
+        ways.append("--grad-checkpoint auto")
+    if footprint.itemsize > 2:
+        ways.append("--dtype bfloat16")
+    if config.method == "full":
+        ways.append("--method lora")
+    ways.append("--memory-limit, if more may be taken")
+    if fits < 2:
+        need = size(footprint.predict(modes[-1], 1).peak)
+        what = f"the model and what is trained take {need} before any row ({of})"
+    else:
+        what = f"{longest.tokens} tokens, and no more than {fits} fit ({of})"
+    return UserError(
+        what, where=longest.origin if fits >= 2 else "memory", hint=f"give {', '.join(ways[:-1])} or {ways[-1]}"
+    )

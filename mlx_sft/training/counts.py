@@ -1,0 +1,125 @@
+"""How many numbers a layer of a model keeps for its backward pass, counted from its modules: their values need not be there.
+
+Knows the parts of a layer as `model/blocks.py` sees them; knows nothing of bytes, tokens or modes of recomputation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_sft.model.blocks import Block, find_blocks, is_linear
+from mlx_sft.model.fast import fast_core
+from mlx_sft.model.head import SplitModel
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """Numbers that one layer keeps for each token, in the model's precision.
+
+    Attributes:
+        states: Its input.
+        light: What its norms are of, what its products are of, and what the products of its input give.
+        off: The same, and what lies between the products of attention.
+        features: Inputs and outputs of all its products.
+        norms: Widths of the norms between its blocks.
+        scores: Numbers kept besides, for each token and each position: where MLX's own attention on the CPU keeps its scores.
+        weights: Numbers that one token is multiplied with.
+        attended: Width of attention's result.
+        trained: Whether something of it is trained.
+    """
+
+    states: int
+    light: int
+    off: int
+    features: int
+    norms: int
+    scores: int
+    weights: int
+    attended: int
+    trained: bool
+
+
+def count_layers(split: SplitModel, *, fused: bool) -> list[LayerCounts]:
+    """Of each layer of a model that a method is attached to.
+
+    Args:
+        fused: Whether the device computes attention and norms in one piece, as GPUs do.
+    """
+    probe = mx.zeros((1, 8), mx.int32)
+    blocks = find_blocks(split.layers, lambda: split.hidden_states(probe))  # whose result is never computed
+    return [_count(layer, found, fused) for layer, found in zip(split.layers, blocks, strict=True)]
+
+
+def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool) -> LayerCounts:
+    norms = [child for child in layer.children().values() if _is_norm(child)]
+    products = list(_products(layer))
+    # A norm keeps its input, and where it is made of several operations, a multiple of it; its result too where its own weight is trained.
+    widths = {id(norm): int(norm.weight.shape[-1]) for norm in norms}
+    light = sum(widths[id(norm)] * ((1 if fused else 2) + (1 if _trains(norm) else 0)) for norm in norms)
+    light += sum(product.lora_A.shape[0] for product in products if "lora_A" in product)
+    off, scores, attended = light, 0, 0
+    inside: set[int] = set()
+    for block in blocks.values():
+        first, last = [block.module[name] for name in block.first], block.module[block.last]
+        inside |= {id(module) for module in (*first, last)}
+        given = sum(_widths(module)[1] for module in first)
+        kept = given + (_widths(first[0])[0] if any(map(_trains, first)) else 0)
+        light += kept
+        off += kept
+        if not block.positionwise:
+            off += _between(block, fused)
+            attended += _widths(last)[0]
+            scores += 0 if fused or fast_core(block) is not None else 2 * _heads(block.module)
+    for module in products:
+        if id(module) not in inside:
+            light += sum(_widths(module))
+            off += sum(_widths(module))
+    states = _widths(products[0])[0] if products else 0
+    features, weights = (sum(count(_widths(product)) for product in products) for count in (sum, math.prod))
+    return LayerCounts(states, light, off, features, sum(widths.values()), scores, weights, attended, _trains(layer))
+
+
+def _between(block: Block, fused: bool) -> int:
+    """What attention keeps besides its products' results: turned queries and keys where these were normalized, and its result."""
+    queries_and_keys = sum(_widths(block.module[name])[1] for name in block.first[:-1])
+    normalized = any(_is_norm(child) for child in block.module.children().values())
+    result = _widths(block.module[block.last])[0]
+    return (queries_and_keys if normalized else 0) + result
+
+
+def _products(module: nn.Module) -> Iterator[Any]:
+    """The modules inside that multiply with weights, those with an adapter beside them as one."""
+    for child in module.children().values():
+        for part in child if isinstance(child, list) else [child]:
+            if is_linear(part) or getattr(getattr(part, "weight", None), "ndim", 0) == 3:
+                yield part
+            elif isinstance(part, nn.Module):
+                yield from _products(part)
+
+
+def _widths(product: Any) -> tuple[int, int]:
+    """In and out; of several experts' matrices, those that one token goes through are taken for one."""
+    weight: mx.array = getattr(product, "linear", product).weight
+    outputs, inputs = weight.shape[-2:]
+    return inputs, outputs
+
+
+def _is_norm(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.Module) and not is_linear(module) and isinstance(weight, mx.array) and weight.ndim == 1
+
+
+def _heads(attention: nn.Module) -> int:
+    names = ("n_heads", "num_heads", "num_attention_heads", "n_head")
+    return next((int(getattr(attention, name)) for name in names if hasattr(attention, name)), 1)
+
+
+def _trains(module: nn.Module) -> bool:
+    return bool(tree_flatten(module.trainable_parameters()))

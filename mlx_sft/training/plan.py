@@ -1,0 +1,243 @@
+"""The verb `plan`: what a run would take on a machine, and what would fit, before any weight is read.
+
+    config.json ─► outline ─► footprint ─► settings that `train` would choose, what fits at which length, on which Mac, how long
+
+Knows how these are put together; `plan_text.py` knows how they look.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_sft.config import TrainConfig, read_yaml
+from mlx_sft.convert.peft import read_adapter
+from mlx_sft.data.batches import round_up
+from mlx_sft.data.pipeline import Progress
+from mlx_sft.data.prepare import PreparedData, prepare
+from mlx_sft.data.template import todays_variables
+from mlx_sft.errors import UserError
+from mlx_sft.methods import make_method
+from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_size
+from mlx_sft.model.outline import outline
+from mlx_sft.model.translate import read_config
+from mlx_sft.training.arithmetic import REACHED, Work, operations, seconds
+from mlx_sft.training.choice import Choice, LongestRow, asked_for, choose, configured, most_tokens, no_room
+from mlx_sft.training.fit import Fit, planned_steps, within
+from mlx_sft.training.machine import COMMON_MACS, Machine, mac, measured_teraflops, read_machine, this_machine
+from mlx_sft.training.memory import MODES, Footprint, Prediction
+
+NO_DATA = "(no data)"
+"""Stands for the data of a configuration that names none: rows of `max_length` are assumed then."""
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run would be.
+
+    Attributes:
+        dtype: Precision of the model on this machine.
+        longest: The row that must fit.
+        choice: The settings that `train` would choose; None where it would refuse, and `refusal` then says why.
+        predicted: The parts of the peak, with those settings; without, of the longest row in the mode that keeps least.
+        work: Of an epoch; None without data.
+        epochs: Passes over the data.
+        teraflops: The machine's speed; None where it is not known.
+        measured: Whether that was measured just now.
+    """
+
+    config: TrainConfig
+    machine: Machine
+    dtype: str
+    footprint: Footprint
+    macs: Footprint
+    longest: LongestRow
+    choice: Choice | None
+    refusal: UserError | None
+    predicted: Prediction
+    work: Work | None
+    epochs: float
+    teraflops: float | None
+    measured: bool
+
+    def lengths(self) -> list[dict[str, Any]]:
+        """For each length and mode, how many rows fit at once, and what one takes."""
+        return [
+            {
+                "length": length,
+                **{
+                    configured(mode): {
+                        "rows": self._rows(mode, length),
+                        "peak_bytes_of_one": self.footprint.predict(mode, length).peak,
+                    }
+                    for mode in MODES
+                },
+            }
+            for length in LENGTHS
+        ]
+
+    def common_macs(self) -> list[dict[str, Any]]:
+        """For each size of memory, the settings for the longest row, and the longest row that fits at all."""
+        found = []
+        for gigabytes in COMMON_MACS:
+            limit = mac("", gigabytes).memory
+            choice = choose(self.macs, limit, self.longest.tokens)
+            found.append(
+                {
+                    "gigabytes": gigabytes,
+                    "working_set_bytes": limit,
+                    "micro_batch_tokens": choice.micro_batch_tokens if choice else None,
+                    "grad_checkpoint": configured(choice.mode) if choice else None,
+                    "longest_row": {configured(mode): most_tokens(self.macs, mode, limit) for mode in MODES},
+                }
+            )
+        return found
+
+    def seconds(self) -> float | None:
+        """Of the whole run; None where speed or data is not known."""
+        if self.work is None or self.teraflops is None:
+            return None
+        mode = self.choice.mode if self.choice else MODES[-1]
+        full = self.config.method == "full"
+        return self.epochs * seconds(operations(self.footprint, mode, self.work, full=full), self.teraflops)
+
+    def to_json(self) -> str:
+        """All of it, for a machine."""
+        choice = self.choice
+        return json.dumps(
+            {
+                "model": self.config.model,
+                "dtype": self.dtype,
+                "method": self.config.method,
+                "trainable": self.footprint.trainable,
+                "machine": asdict(self.machine),
+                "predicted": asdict(self.predicted) | {"peak": self.predicted.peak},
+                "settings": {
+                    "micro_batch_tokens": choice.micro_batch_tokens,
+                    "grad_checkpoint": configured(choice.mode),
+                }
+                if choice
+                else None,
+                "refusal": str(self.refusal) if self.refusal else None,
+                "longest_row": asdict(self.longest),
+                "lengths": self.lengths(),
+                "macs": self.common_macs(),
+                "epoch": asdict(self.work) if self.work else None,
+                "epochs": self.epochs,
+                "seconds": self.seconds(),
+                "teraflops": self.teraflops,
+                "share_of_speed_reached": REACHED,
+            },
+            ensure_ascii=False,
+        )
+
+    def _rows(self, mode: Any, length: int) -> int:
+        return most_tokens(self.footprint, mode, self.machine.memory) // length
+
+
+def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfig:
+    """A configuration as `train` would read it, which may leave out the data."""
+    named = given.get("data") or (read_yaml(Path(config_file)).get("data") if config_file else None)
+    return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
+
+
+def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Progress | None = None) -> RunPlan:
+    """What a run with this configuration would take.
+
+    Args:
+        machine_name: A Mac, as `read_machine` takes it; None for this machine.
+        progress: Is told how the reading of data goes.
+
+    Raises:
+        UserError: For a model, data or machine that cannot be read.
+    """
+    here = machine_name is None
+    machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
+    path = resolve_checkpoint(config.model, weights=False)
+    settings = read_config(path)
+    if "quantization" in settings or "quantization_config" in settings:
+        hint = "give the original checkpoint in bfloat16, float16 or float32"
+        raise UserError("this checkpoint is quantized, which cannot be trained yet", where=str(path), hint=hint)
+    config = _with_adapter(config)
+    data = _data(config, path, progress)
+    dtype = machine.dtype if config.dtype == "auto" else config.dtype
+    footprint = _footprint(config, path, dtype, fused=machine.fused)
+    on_macs = _footprint(config, path, "bfloat16" if config.dtype == "auto" else dtype, fused=True)
+    longest = _longest(config, data)
+    modes = asked_for(config)
+    choice = choose(
+        footprint, machine.memory, longest.tokens, modes=modes, micro_batch_tokens=config.micro_batch_tokens
+    )
+    refusal = None if choice else no_room(footprint, machine, longest, modes, config)
+    speed = measured_teraflops(dtype) if here else machine.teraflops
+    return RunPlan(
+        config=config,
+        machine=machine,
+        dtype=dtype,
+        footprint=footprint,
+        macs=on_macs,
+        longest=longest,
+        choice=choice,
+        refusal=refusal,
+        predicted=_predicted(config, machine, footprint, choice, data, longest),
+        work=Work.of(data.train.needed_lengths, int(data.train.supervised_tokens.sum())) if data else None,
+        epochs=_epochs(config, data),
+        teraflops=speed,
+        measured=here,
+    )
+
+
+def _with_adapter(config: TrainConfig) -> TrainConfig:
+    """An initial adapter decides over its own shape."""
+    if config.init_adapter is None:
+        return config
+    settings, _ = read_adapter(config.init_adapter)
+    return config.model_copy(update={"rank": settings.rank, "target": list(settings.targets)})
+
+
+def _data(config: TrainConfig, path: Path, progress: Progress | None) -> PreparedData | None:
+    if config.data == [NO_DATA]:
+        return None
+    tokenizer = load_tokenizer(path)
+    pinned = todays_variables(tokenizer) | config.chat_template_kwargs
+    return prepare(config.model_copy(update={"chat_template_kwargs": pinned}), tokenizer, progress)
+
+
+def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
+    split = outline(path, dtype)
+    parameters = make_method(config).attach(split.model, config.seed)
+    vocabulary = vocabulary_size(split.model, read_config(path))
+    return Footprint.of(split, parameters, vocabulary, fused=fused, accumulates=config.batch_size > 1)
+
+
+def _longest(config: TrainConfig, data: PreparedData | None) -> LongestRow:
+    if data is None:
+        return LongestRow(round_up(config.max_length - 1), f"a row of --max-length {config.max_length}")
+    row = int(data.train.needed_lengths.argmax())
+    return LongestRow(round_up(int(data.train.needed_lengths[row])), data.train[row].origin)
+
+
+def _predicted(
+    config: TrainConfig,
+    machine: Machine,
+    footprint: Footprint,
+    choice: Choice | None,
+    data: PreparedData | None,
+    longest: LongestRow,
+) -> Prediction:
+    if choice is None:
+        return footprint.predict(asked_for(config)[-1], longest.tokens)
+    if data is None:
+        return footprint.predict(choice.mode, max(longest.tokens, choice.micro_batch_tokens), width=longest.tokens)
+    return Fit(machine, footprint, choice).largest(planned_steps(config, data), data.train)
+
+
+def _epochs(config: TrainConfig, data: PreparedData | None) -> float:
+    if data is None:
+        return float(config.epochs)
+    steps = planned_steps(config, data)
+    return steps.total_steps / steps.steps_per_epoch

@@ -1,0 +1,45 @@
+"""What a run leaves on the disk as it goes: checkpoints, its result, and the card beside it. Knows nothing of how a step is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_sft.convert.trained import save_trained, trained_folder
+from mlx_sft.model.load import name_elsewhere
+from mlx_sft.runs import write_file
+from mlx_sft.training import checkpoint
+from mlx_sft.training.card import model_card
+from mlx_sft.training.records import Metrics
+from mlx_sft.training.setup import Job
+
+
+def save(job: Job, metrics: Metrics) -> None:
+    """A checkpoint of the job as it stands; where there is no validation, it is the result too."""
+    job.progress = job.progress.after(metrics_bytes=metrics.synced_bytes())
+    checkpoint.save(job.run, job.progress, job.parameters, job.optimizer, job.identity, seed=job.config.seed)
+    checkpoint.prune(job.run, job.config.keep)
+    if job.progress.best_step is None:
+        save_result(job)
+
+
+def save_result(job: Job) -> None:
+    """The parameters as the run's result."""
+    _save_trained(job, trained_folder(job.run, job.method))
+
+
+def finish(job: Job) -> None:
+    """The run's result in its place: the best by validation loss, else the last; and the last beside it.
+
+    A run that was killed after its last checkpoint may lack any of it.
+    """
+    best = job.progress.best_step
+    checkpoint.prune(job.run, job.config.keep)
+    if best is None:
+        save_result(job)
+    elif best != job.progress.step:
+        _save_trained(job, job.run.last)
+    write_file(job.run.card, model_card(job.config, job.base.config, job.data.report, job.progress))
+
+
+def _save_trained(job: Job, folder: Path) -> None:
+    save_trained(folder, job.method, job.parameters, name_elsewhere(job.config.model))

@@ -1,0 +1,42 @@
+"""An evaluation in the course of a run: its line, whether it is the best so far, whether the run should stop.
+
+Knows nothing of optimizer steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from mlx_sft.data.batches import Step
+from mlx_sft.training.optim import learning_rate
+from mlx_sft.training.records import Metrics, evaluation_record
+from mlx_sft.training.relief import evaluate_in_memory
+from mlx_sft.training.results import save_result
+from mlx_sft.training.setup import Job
+
+
+def evaluate(job: Job, step: Step, metrics: Metrics) -> None:
+    """Loss over the whole validation set; the best parameters so far become the run's result."""
+    started = time.perf_counter()
+    budget = min(job.micro_batch_tokens, job.progress.evaluation_tokens or job.micro_batch_tokens)
+    result, fitting = evaluate_in_memory(job.learner, job.parameters, job.data.valid, budget)
+    if fitting < budget:
+        job.console.warn(
+            f"out of memory in the evaluation after step {step.number}; evaluations take up to {fitting} tokens at once from now on"
+        )
+        job.progress = job.progress.after(evaluation_tokens=fitting)
+    seconds = time.perf_counter() - started
+    best_loss = job.progress.best_loss
+    better = math.isfinite(result.loss) and (best_loss is None or result.loss < best_loss)
+    rate = learning_rate(job.config, step.number, job.plan.total_steps)
+    record = evaluation_record(step, result, best=better, learning_rate=rate, seconds=seconds)
+    metrics.write(record)
+    job.console.evaluation(record)
+    if better:
+        job.progress = job.progress.after(best_loss=result.loss, best_step=step.number, evaluations_without_better=0)
+        save_result(job)
+    else:
+        without = job.progress.evaluations_without_better + 1
+        stopped = job.config.early_stop is not None and without >= job.config.early_stop
+        job.progress = job.progress.after(evaluations_without_better=without, stopped=stopped)

@@ -1,0 +1,132 @@
+"""A layer's modules are told apart into products and what lies between, by watching them."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_sft.model.blocks import Block, find_blocks, stood_in
+from mlx_sft.model.fast import fast_core
+from mlx_sft.model.head import SplitModel
+from tests.families import tiny_model
+
+TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
+
+QKV, GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+def blocks_of(family: str) -> list[dict[str, Block]]:
+    split = SplitModel(tiny_model(family))
+    return find_blocks(split.layers, lambda: split.hidden_states(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "mlp"),
+    [
+        ("qwen3", QKV, GATED),
+        ("llama", QKV, GATED),
+        ("gemma3_text", QKV, GATED),
+        ("phi3", ("qkv_proj",), ("gate_up_proj",)),
+        ("glm4", QKV, ("gate_up_proj",)),
+    ],
+)
+def test_products_are_found_by_what_they_are_given(
+    family: str, attention: tuple[str, ...], mlp: tuple[str, ...]
+) -> None:
+    for found in blocks_of(family):
+        assert (found["self_attn"].first, found["self_attn"].last) == (attention, "o_proj")
+        assert (found["mlp"].first, found["mlp"].last) == (mlp, "down_proj")
+        assert found["mlp"].positionwise
+        assert not found["self_attn"].positionwise
+
+
+def test_a_module_of_another_form_is_left_alone() -> None:
+    assert all(set(found) == {"self_attn"} for found in blocks_of("qwen3_moe"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gemma2"])
+def test_the_parts_together_are_the_module(family: str) -> None:
+    keys = mx.random.split(mx.random.key(1), 2)
+    for block in blocks_of(family)[0].values():
+        x = mx.random.normal((2, 9, 32), key=keys[0])
+        whole = block.module(x)
+        core = block.core(block.projected(x), x)
+        parts = block.module[block.last](core)
+        assert mx.allclose(parts, whole, rtol=1e-5, atol=1e-6).item()
+
+
+def test_the_core_takes_only_the_shape_of_the_input() -> None:
+    block = blocks_of("qwen3")[0]["self_attn"]
+    x = mx.random.normal((2, 9, 32), key=mx.random.key(1))
+    given = block.projected(x)
+    assert mx.array_equal(
+        block.core(given, x, "causal", None), block.core(given, mx.zeros_like(x), "causal", None)
+    ).item()
+
+
+def test_a_result_that_is_not_the_last_product_is_no_block() -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return 2 * self.down(mx.tanh(self.up(x)))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = Doubling()
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.mlp(x)
+
+    layer = Layer()
+    assert find_blocks([layer], lambda: layer(mx.zeros((1, 4)))) == [{}]
+
+
+def test_watching_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("qwen3")
+    split = SplitModel(model)
+    before = model(TOKENS)
+    find_blocks(split.layers, lambda: split.hidden_states(TOKENS))
+    assert type(model.model.layers[0].mlp.gate_proj) is nn.Linear
+    assert mx.array_equal(model(TOKENS), before).item()
+
+
+def test_children_are_back_even_after_an_error() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="stop"), stood_in(module, {"layers": lambda x: x}):
+        raise ValueError("stop")
+    assert isinstance(module.layers, list)
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU runs the model's own code")
+@pytest.mark.parametrize(
+    ("family", "attention", "mlp"),
+    [
+        ("qwen3", True, True),
+        ("qwen2", True, True),
+        ("smollm3", True, True),
+        ("gemma2", False, False),  # soft-capped scores, and gelu
+        ("olmo2", False, True),  # its norms go over all heads at once
+        ("phi3", False, False),  # products that are split afterwards
+    ],
+)
+def test_an_operation_of_ours_is_taken_only_where_it_is_the_same(family: str, *, attention: bool, mlp: bool) -> None:
+    for found in blocks_of(family):
+        assert (fast_core(found["self_attn"]) is not None) == attention
+        assert (fast_core(found["mlp"]) is not None) == mlp
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU runs the model's own code")
+def test_a_sliding_window_stays_the_models_own() -> None:
+    block = blocks_of("gemma3_text")[0]["self_attn"]
+    core = fast_core(block)
+    assert core is not None
+    x = mx.random.normal((1, 9, 32), key=mx.random.key(1))
+    window = mx.tril(mx.ones((9, 9), mx.bool_)) & mx.triu(mx.ones((9, 9), mx.bool_), -3)
+    given = block.projected(x)
+    assert mx.array_equal(core(given, x, window, None), block.core(given, x, window, None)).item()
+    assert not mx.allclose(core(given, x, "causal", None), core(given, x, window, None)).item()

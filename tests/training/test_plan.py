@@ -1,0 +1,192 @@
+"""What a run would take is told from config.json and the data alone, and is what `train` then chooses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import yaml
+
+from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.runs import RunFolder
+from mlx_sft.training.arithmetic import Work, operations
+from mlx_sft.training.machine import COMMON_MACS
+from mlx_sft.training.plan import LENGTHS, RunPlan, make_plan, planned_config
+from mlx_sft.training.plan_text import plan_pieces
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture
+def no_weights(make_base: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model of 200 MB in float32, of which there is no more than config.json and the tokenizer."""
+    folder = tmp_path / "no-weights"
+    shutil.copytree(make_base("qwen3", tied=True), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    wide = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6, "head_dim": 128}
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config | wide))
+    return folder
+
+
+def plan_of(machine: str | None = "M2 16GB", **settings: Any) -> RunPlan:
+    return make_plan(planned_config(None, settings), machine)
+
+
+def text(plan: RunPlan) -> str:
+    return "".join(piece for piece, _ in plan_pieces(plan))
+
+
+def test_no_weight_is_read_or_made(no_weights: Path, chats: Path) -> None:
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    plan = plan_of(model=str(no_weights), data=[str(chats)], dtype="float32")
+    assert plan.predicted.weights > 150e6
+    assert mx.get_peak_memory() - before < 20e6
+
+
+def test_precision_and_tied_weights_decide_the_weights(no_weights: Path) -> None:
+    full, half = (plan_of(model=str(no_weights), dtype=dtype).predicted.weights for dtype in ("float32", "bfloat16"))
+    assert full == 2 * half
+    assert plan_of(model=str(no_weights)).predicted.weights == half, "a Mac computes in bfloat16"
+    config = json.loads((no_weights / "config.json").read_text())
+    (no_weights / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    untied = plan_of(model=str(no_weights)).predicted.weights
+    assert untied - half == 2 * config["vocab_size"] * 512
+
+
+@pytest.mark.parametrize("limit", [None, "40MB"])
+def test_the_settings_are_those_that_train_chooses(settings: dict[str, Any], limit: str | None) -> None:
+    settings |= {"memory_limit": limit}
+    plan = make_plan(TrainConfig(**settings))
+    assert plan.choice is not None
+    train(TrainConfig(**settings))
+    chosen = yaml.safe_load(RunFolder(settings["out"]).config.read_text())
+    assert chosen["micro_batch_tokens"] == plan.choice.micro_batch_tokens
+    assert chosen["dtype"] == plan.dtype
+    memory = json.loads(RunFolder(settings["out"]).environment.read_text())["memory"]
+    assert memory["probe"] is None
+    assert memory["predicted_peak_bytes"] == plan.predicted.peak
+
+
+def test_longer_rows_fit_in_smaller_numbers_and_more_of_them_the_more_is_computed_again(no_weights: Path) -> None:
+    plan = plan_of(model=str(no_weights))
+    found = plan.lengths()
+    assert [row["length"] for row in found] == list(LENGTHS)
+    for mode in ("off", "light", "on", "blocks"):
+        rows = [row[mode]["rows"] for row in found]
+        assert rows == sorted(rows, reverse=True)
+    assert found[0]["off"]["rows"] < found[0]["light"]["rows"] < found[0]["on"]["rows"]
+
+
+def test_larger_macs_fit_longer_rows(no_weights: Path) -> None:
+    macs = plan_of(model=str(no_weights)).common_macs()
+    assert [mac["gigabytes"] for mac in macs] == list(COMMON_MACS)
+    for mode in ("off", "on"):
+        rows = [mac["longest_row"][mode] for mac in macs]
+        assert rows == sorted(rows)
+        assert rows[0] < rows[3]
+
+
+def test_without_data_rows_of_max_length_are_assumed_and_no_time_is_told(no_weights: Path) -> None:
+    plan = plan_of(model=str(no_weights), max_length=3000)
+    assert plan.longest.tokens >= 2999
+    assert plan.seconds() is None
+    assert "give --data" in text(plan)
+
+
+def test_a_faster_machine_needs_less_time_and_more_epochs_more(no_weights: Path, chats: Path) -> None:
+    slow, fast = (plan_of(name, model=str(no_weights), data=[str(chats)]) for name in ("M1 64GB", "M1 Max 64GB"))
+    assert slow.seconds() == pytest.approx(4 * (fast.seconds() or 0), rel=0.05)
+    twice = plan_of("M1 64GB", model=str(no_weights), data=[str(chats)], epochs=2)
+    assert twice.seconds() == pytest.approx(2 * (slow.seconds() or 0))
+    assert plan_of("64GB", model=str(no_weights), data=[str(chats)]).seconds() is None
+
+
+def test_operations_are_the_products(no_weights: Path) -> None:
+    """By hand: 6 layers of width 512, with adapters of rank 1 on the queries alone."""
+    footprint = plan_of(model=str(no_weights), rank=1, target="q_proj").footprint
+    products = 512 * 512 + 2 * 512 * 256 + 512 * 512 + 3 * 512 * 4096
+    adapters = 6 * (512 + 512)
+    a_token = 4 * 6 * products + 6 * adapters
+    work = Work(tokens=10, squares=0, supervised=0)
+    assert operations(footprint, "off", work, full=False) == 10 * a_token
+    assert operations(footprint, "layers", work, full=False) == 10 * (a_token + 2 * 6 * products)
+    assert operations(footprint, "off", Work(0, 100, 0), full=False) == 7 * 6 * 512 * 100
+    assert operations(footprint, "off", Work(0, 0, 3), full=False) == 3 * 4 * 512 * 264
+
+
+def test_a_run_that_would_be_refused_is_planned_all_the_same(no_weights: Path) -> None:
+    plan = plan_of(model=str(no_weights), memory_limit="150MB", max_length=30_000)
+    assert plan.choice is None
+    assert "train would refuse" in text(plan)
+    assert "--max-length" in text(plan)
+    assert json.loads(plan.to_json())["settings"] is None
+
+
+def test_full_fine_tuning_is_counted_with_its_optimizer(no_weights: Path) -> None:
+    lora, full = (plan_of("M3 Max 128GB", model=str(no_weights), method=method) for method in ("lora", "full"))
+    weights = lora.predicted.weights
+    assert full.predicted.weights == weights
+    assert full.predicted.trained == 16 * weights // 2, "float32 masters of bfloat16 weights"
+
+
+def test_the_command_prints_on_stdout(cli: Cli, no_weights: Path, chats: Path) -> None:
+    result = cli("plan", "--model", no_weights, "--data", chats, "--machine", "M2 16GB")
+    assert result.exit_code == 0, result.output
+    for words in ("on M2 16GB", "weights", "peak", "--micro-batch-tokens", "32,768", "128 GB", "an estimate"):
+        assert words in result.stdout
+
+
+def test_the_command_writes_json(cli: Cli, no_weights: Path) -> None:
+    result = cli("plan", "--model", no_weights, "--machine", "16GB", "--json", "--rank", "4")
+    found = json.loads(result.stdout)
+    assert found["machine"]["memory"] == 11453246122
+    assert found["predicted"]["peak"] == sum(v for k, v in found["predicted"].items() if k != "peak")
+    assert found["settings"] == {"micro_batch_tokens": 2048, "grad_checkpoint": "off"}
+    assert len(found["lengths"]) == len(LENGTHS)
+
+
+def test_the_embedded_model_needs_nothing_else(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = cli("plan", "--model", "tiny")
+    assert result.exit_code == 0, result.output
+    assert "tiny on" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--machine", "a toaster"], "M2 16GB"),
+        (["--model", "./nowhere"], "no such model folder"),
+        (["--data", "./nowhere.jsonl"], "nowhere.jsonl"),
+        (["--memory-limit", "much"], "12GB"),
+        (["--target", "nothing"], "nothing"),
+        (["--config", "./nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_what_cannot_be_is_an_error_in_plain_words(cli: Cli, arguments: list[str], message: str) -> None:
+    model = [] if "--model" in arguments else ["--model", "tiny"]
+    result = cli("plan", *model, *arguments)
+    assert result.exit_code != 0
+    assert message in result.stderr
+
+
+def test_a_configuration_file_may_leave_out_the_data(cli: Cli, no_weights: Path, chats: Path, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"model: {no_weights}\nrank: 2\n")
+    assert cli("plan", "--config", file, "--machine", "16GB").exit_code == 0
+    file.write_text(f"model: {no_weights}\ndata: {chats}\n")
+    assert "1 epoch of" in cli("plan", "--config", file, "--machine", "M2 16GB").stdout
+
+
+def test_a_quantized_checkpoint_is_refused_as_train_refuses_it(no_weights: Path) -> None:
+    config = json.loads((no_weights / "config.json").read_text())
+    (no_weights / "config.json").write_text(json.dumps(config | {"quantization": {"bits": 4, "group_size": 64}}))
+    with pytest.raises(UserError, match="quantized"):
+        plan_of(model=str(no_weights))
