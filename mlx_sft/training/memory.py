@@ -55,7 +55,7 @@ _NEEDED = _Passing(chunk=4.4, next_chunk=0.0, features=1.1, again=1.5, norms=7.0
 _AHEAD = _Passing(chunk=5.0, next_chunk=5.5, features=2.0, again=2.5, norms=6.0)
 """What must exist, and what does where MLX makes room for operations ahead of their computation and nothing holds it back."""
 
-_SCORES_LIGHT, _SCORES_AGAIN = 2.25, 1.25
+_SCORES_LIGHT, _SCORES_AGAIN = 2.25, 1.5
 """Of scores, where attention keeps them: what passes when they are computed again alone, and besides what is kept with their layer."""
 
 
