@@ -74,21 +74,29 @@ def full_cases() -> list[Case]:
         Case(
             "pairs",
             "(a) Short instruction pairs, 16 a step",
-            (
-                Point("6 layers", six, "pairs", 64, 16, six),
-                Point("6 layers, rows as of a large sorted file", six, "pairs", 64, 16, six, {"of": 2048}),
-                Point("28 layers", all_layers, "pairs", 32, 16, all_layers, peer_batch=4),
-            ),
+            (Point("6 layers", six, "pairs", 32, 16, six),),
+        ),
+        Case(
+            "pairs-whole",
+            "(a) The same on the whole model",
+            (Point("28 layers", all_layers, "pairs", 32, 16, all_layers, peer_batch=4),),
         ),
         Case(
             "chats",
             "(b) Chats of several turns, 16 a step",
+            (Point("6 layers", six, "chats", 16, 16, six, peer_batch=4),),
+        ),
+        Case(
+            "chats-whole",
+            "(b) The same on the whole model",
+            (Point("28 layers", all_layers, "chats", 16, 16, all_layers, peer_batch=1),),
+        ),
+        Case(
+            "sorted",
+            "(a) and (b), rows as of a large sorted file",
             (
-                Point("6 layers", six, "chats", 16, 16, six, peer_batch=4),
-                Point(
-                    "6 layers, rows as of a large sorted file", six, "chats", 32, 16, six, {"of": 2048}, peer_batch=4
-                ),
-                Point("28 layers", all_layers, "chats", 16, 16, all_layers, peer_batch=1),
+                Point("Short pairs, 6 layers", six, "pairs", 64, 16, six, {"of": 2048}),
+                Point("Chats, 6 layers", six, "chats", 32, 16, six, {"of": 2048}, peer_batch=4),
             ),
         ),
         Case(

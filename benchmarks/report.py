@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- results: begin (written by `make bench-report`) -->", "<!-- results: end -->"
 ORDER = (
-    "equal-work", "pairs", "chats", "documents", "lengths", "vocabulary", "ranks", "rows", "longest", "first-step",
+    "equal-work", "pairs", "pairs-whole", "chats", "chats-whole", "sorted", "documents", "lengths", "vocabulary", "ranks", "rows", "longest", "first-step",
 )  # fmt: skip
 METRICS = (
     ("real tokens a second", "tokens_per_second", "{:,.1f}", 1.0),
@@ -86,7 +86,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def point_lines(point: dict[str, Any]) -> list[str]:
     """A point's metrics, a column a trainer, then ratios and limit."""
-    trainers = point["summary"]["trainers"]
+    summary = point["summary"]
+    trainers = summary["trainers"]
     rows = [[title, *(cell(run, key, form, unit) for run in trainers.values())] for title, key, form, unit in METRICS]
     task = point["task"]
     shown = (
@@ -95,7 +96,12 @@ def point_lines(point: dict[str, Any]) -> list[str]:
     rounds = len(point["rounds"])
     lines = [f"{shown}, rank {task['rank']}, {task['dtype']}; {medians_of(rounds)}.", ""]
     lines += table(["", *(plots.NAMES[name] for name in trainers)], rows)
-    remarks = [*ratio_remarks(point["summary"]), *limit_remarks(point["summary"]), *other_remarks(point)]
+    remarks = [
+        *ratio_remarks(summary),
+        *limit_remarks(summary),
+        *prediction_remarks(summary),
+        *other_remarks(point),
+    ]
     return [*lines, "", *remarks, ""]
 
 
@@ -139,6 +145,21 @@ def limit_remarks(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+def prediction_remarks(summary: dict[str, Any]) -> list[str]:
+    ratio = predicted_share(summary)
+    return [f"- predicted peak, weights included: {ratio:.2f} times the measured one"] if ratio else []
+
+
+def predicted_share(summary: dict[str, Any]) -> float | None:
+    """Our predicted peak beside the measured one, both with the weights; None where nothing was measured."""
+    ours = summary["trainers"].get("ours", {})
+    predicted = ours.get("notes", {}).get("predicted_bytes")
+    if predicted is None:
+        return None
+    weights = ours["weight_bytes"]
+    return float((weights + predicted) / (weights + ours["peak_bytes"]))
+
+
 def other_remarks(point: dict[str, Any]) -> list[str]:
     """Rounds that failed, batches that a peer was given, losses of the steps, and who was not there."""
     lines = []
@@ -178,11 +199,19 @@ def sweep_lines(result: dict[str, Any]) -> list[str]:
         row = [point["point"]["label"]]
         row += [cell(run, "seconds", "{:,.2f}", point["task"]["steps"]) for run in runs]
         row += [cell(run, "peak_bytes", "{:,.2f}", 1e9) for run in runs]
-        rows.append([*row, f"{100 * limit['share']['median']:.0f} %" if limit else "–"])
+        predicted = predicted_share(point["summary"])
+        row += [f"{100 * limit['share']['median']:.0f} %" if limit else "–", f"{predicted:.2f}" if predicted else "–"]
+        rows.append(row)
     absent = {name: why for point in result["points"] for name, why in point["not_here"].items()}
     remarks = [f"- {plots.NAMES[name]} was not measured: {why}" for name, why in absent.items()]
     rounds = medians_of(min(len(point["rounds"]) for point in result["points"]))
-    return [f"{rounds[0].upper()}{rounds[1:]}.", "", *table([*header, "our share of the limit"], rows), "", *remarks]
+    return [
+        f"{rounds[0].upper()}{rounds[1:]}.",
+        "",
+        *table([*header, "our share of the limit", "predicted / measured peak"], rows),
+        "",
+        *remarks,
+    ]
 
 
 def longest_lines(result: dict[str, Any]) -> list[str]:

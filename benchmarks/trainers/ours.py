@@ -44,6 +44,7 @@ def run(task: Task, began: float) -> Result:
         peak = mx.get_peak_memory()
         lines = (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         chosen = TrainConfig.resolve(finished / "config.yaml")
+        environment = json.loads((finished / "environment.json").read_text(encoding="utf-8"))
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     weights = weight_bytes(task.model, task.dtype)
     return Result(
@@ -62,6 +63,7 @@ def run(task: Task, began: float) -> Result:
         notes={
             "micro_batch_tokens": chosen.micro_batch_tokens,
             "grad_checkpoint": chosen.grad_checkpoint,
+            "predicted_bytes": environment["memory"]["predicted_peak_bytes"] - weights,
             **{name: total(steps, name) for name in ("data_wait_seconds", "traces", "trace_seconds")},
         },
     )

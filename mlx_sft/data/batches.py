@@ -8,7 +8,7 @@ arguments, so that a resumed run goes on with the very step that the killed one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 from mlx_sft.data.encode import Example
 
 Lengths = Sequence[int] | NDArray[np.int32]
+
+WidthOf = Callable[[int], int]
+"""The width to which a row of so many tokens is padded where it is the longest of its micro-batch; it never falls as they grow."""
+
 CALL_COST = 32
 """What one more call costs, in tokens: reading the weights again and launching the kernels."""
 ATTENTION_WIDTH = 4096
@@ -182,7 +186,7 @@ def row_cost(width: int) -> int:
     return width + width * width // ATTENTION_WIDTH
 
 
-def cut(rows: Sequence[int], lengths: Lengths, token_budget: int) -> list[MicroBatch]:
+def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, width_of: WidthOf = round_up) -> list[MicroBatch]:
     """Cut a step's rows, sorted by length, where the estimated time is least: `row_cost` of every row plus `CALL_COST` a call.
 
     A dynamic program over where the last cut lies. Its time grows with the rows times those that fit the budget at once.
@@ -191,9 +195,10 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int) -> list[MicroB
         rows: Indices of examples.
         lengths: Needed length of every example.
         token_budget: Padded tokens that fit at once; a single longer row goes alone.
+        width_of: `round_up` for few shapes, `int` for no padding of the longest row.
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    widths = [round_up(int(lengths[row])) for row in ordered]
+    widths = [width_of(int(lengths[row])) for row in ordered]
     costs = np.zeros(len(ordered) + 1, np.int64)  # of the first so many rows
     last_cuts = [0]
     for end, width in enumerate(widths, 1):
@@ -211,11 +216,11 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int) -> list[MicroB
     return micro_batches[::-1]
 
 
-def cut_all(lengths: Lengths, token_budget: int) -> list[MicroBatch]:
+def cut_all(lengths: Lengths, token_budget: int, width_of: WidthOf = round_up) -> list[MicroBatch]:
     """All rows cut for evaluation, where there are no steps: similar lengths together, whatever their order."""
     ordered = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     groups = (ordered[i : i + _CUT_AT_ONCE] for i in range(0, len(ordered), _CUT_AT_ONCE))
-    return [micro_batch for group in groups for micro_batch in cut(group, lengths, token_budget)]
+    return [micro_batch for group in groups for micro_batch in cut(group, lengths, token_budget, width_of)]
 
 
 def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:

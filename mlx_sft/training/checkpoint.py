@@ -41,8 +41,10 @@ class Progress:
         evaluations_without_better: In a row, up to now.
         skipped: Steps left out because loss or gradient was not finite; `skipped_in_a_row` of them just now.
         stopped: Whether the run ended before its last step because validation got no better.
-        micro_batch_tokens: The budget since memory ran out in a step; None while it is the configured one.
+        micro_batch_tokens: The budget since memory ran out in a step, or since it was given with `--resume`; None while it is
+            the configured one.
         recompute: The recomputation since then.
+        head_chunk: Positions whose logits exist at once, since then.
         evaluation_tokens: The budget of evaluations since memory ran out in one.
     """
 
@@ -56,6 +58,7 @@ class Progress:
     stopped: bool = False
     micro_batch_tokens: int | None = None
     recompute: Mode | None = None
+    head_chunk: int | None = None
     evaluation_tokens: int | None = None
 
     def after(self, **changes: Any) -> Progress:

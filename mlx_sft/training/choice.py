@@ -1,17 +1,18 @@
 """Which micro-batches and which recomputation let a run fit the memory that it may take. Knows predictions, not how they are made.
 
-Computing again costs time, and so do micro-batches of a few tokens. So: the mode that computes least again among those in which
-some hundred tokens fit at once, and the longest row in any case.
+Computing again costs time, and so do micro-batches of a few tokens, and of logits. So: the mode that computes least again among those
+in which some hundred tokens fit at once, and the longest row in any case.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
 from mlx_sft.errors import UserError
+from mlx_sft.training.loss import chunk_choices
 from mlx_sft.training.machine import Machine
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
@@ -30,10 +31,11 @@ _FARTHEST = 2**18
 
 @dataclass(frozen=True)
 class Choice:
-    """How a step is computed on a machine: so many padded tokens at once, a longer row alone, in this mode."""
+    """How a step is computed on a machine: so many padded tokens at once, a longer row alone, in this mode, so many logits at once."""
 
     micro_batch_tokens: int
     mode: Mode
+    head_chunk: int
 
 
 @dataclass(frozen=True)
@@ -63,30 +65,45 @@ def choose(
     *,
     modes: Sequence[Mode] = MODES,
     micro_batch_tokens: int | None = None,
+    head_chunk: int | None = None,
 ) -> Choice | None:
     """The largest micro-batch that fits, in the first mode in which enough fits; None where the longest row fits in none.
+
+    In each mode the head's chunk is made smaller before the next mode is thought of. Where a person decided over mode and
+    micro-batch, there is a choice even if too little fits.
 
     Args:
         limit: Bytes that a run may take in all.
         longest: Tokens of the longest row, as padded.
         modes: To choose among, those that compute least again first.
-        micro_batch_tokens: As configured; None to choose.
+        micro_batch_tokens, head_chunk: As configured; None to choose.
     """
-    if micro_batch_tokens is not None and len(modes) == 1:
-        return Choice(micro_batch_tokens, modes[0])  # a person decided over both
+    chunks = chunk_choices(footprint.vocabulary) if head_chunk is None else (head_chunk,)
     least = max(longest, micro_batch_tokens or 0)
-    fitting = [(mode, most_tokens(footprint, mode, limit, max(least, MOST_TOKENS))) for mode in modes]
-    fitting = [(mode, tokens) for mode, tokens in fitting if tokens >= least]
+    most = max(least, MOST_TOKENS)
+    options = [Choice(most_tokens(footprint, m, limit, most, chunk), m, chunk) for m in modes for chunk in chunks]
+    fitting = [option for option in options if option.micro_batch_tokens >= least]
+    if micro_batch_tokens is not None:
+        if not fitting and len(modes) == 1:
+            fitting = options[-1:]
+        return replace(fitting[0], micro_batch_tokens=micro_batch_tokens) if fitting else None
     if not fitting:
         return None
-    enough = [(mode, tokens) for mode, tokens in fitting if tokens >= ENOUGH_TOKENS or micro_batch_tokens is not None]
-    mode, tokens = enough[0] if enough else max(fitting, key=lambda found: found[1])
-    return Choice(micro_batch_tokens or min(tokens, MOST_TOKENS), mode)
+    enough = [option for option in fitting if option.micro_batch_tokens >= ENOUGH_TOKENS]
+    best = enough[0] if enough else max(fitting, key=lambda option: option.micro_batch_tokens)
+    return replace(best, micro_batch_tokens=min(best.micro_batch_tokens, MOST_TOKENS))
 
 
-def most_tokens(footprint: Footprint, mode: Mode, limit: int, most: int = _FARTHEST) -> int:
-    """So many tokens, in one row, fit within a limit in a mode, with what a prediction may be wrong by; at most `most`."""
-    return footprint.most_tokens(mode, int(_MARGIN * limit), most)
+def most_tokens(
+    footprint: Footprint, mode: Mode, limit: int, most: int = _FARTHEST, head_chunk: int | None = None
+) -> int:
+    """So many tokens, in one row, fit within a limit in a mode, with what a prediction may be wrong by; at most `most`.
+
+    Args:
+        head_chunk: The smallest that would be chosen where None.
+    """
+    chunk = chunk_choices(footprint.vocabulary)[-1] if head_chunk is None else head_chunk
+    return footprint.most_tokens(mode, int(_MARGIN * limit), most, chunk)
 
 
 def no_room(

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_sft.config import TrainConfig, parse_bytes
 from mlx_sft.console import size
-from mlx_sft.data.batches import Plan, Portion, cut, round_up
+from mlx_sft.data.batches import Plan, Portion, cut
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.store import Examples
 from mlx_sft.errors import UserError
@@ -55,8 +55,9 @@ class Fit:
         """What the largest micro-batch is predicted to take: of the longest row, and of the first steps."""
         return max((self._predicted(*shape) for shape in self._shapes(plan, examples)), key=lambda part: part.peak)
 
-    def describe(self, predicted: Prediction) -> dict[str, Any]:
+    def describe(self, plan: Plan, examples: Examples) -> dict[str, Any]:
         """As `environment.json` keeps it."""
+        predicted = self.largest(plan, examples)
         return {
             "limit_bytes": self.machine.memory,
             "limit_is": self.machine.basis,
@@ -67,13 +68,15 @@ class Fit:
         }
 
     def _predicted(self, rows: int, width: int, supervised: int) -> Prediction:
-        return self.footprint.predict(self.choice.mode, rows * width, width=width, supervised=supervised)
+        mode, chunk = self.choice.mode, self.choice.head_chunk
+        return self.footprint.predict(mode, rows * width, width=width, supervised=supervised, head_chunk=chunk)
 
     def _shapes(self, plan: Plan, examples: Examples) -> Iterator[tuple[int, int, int]]:
-        longest = int(examples.needed_lengths.argmax())
-        yield 1, round_up(int(examples.needed_lengths[longest])), int(examples.supervised_tokens[longest])
+        lengths, width_of = examples.needed_lengths, self.machine.width_of
+        longest = int(lengths.argmax())
+        yield 1, width_of(int(lengths[longest])), int(examples.supervised_tokens[longest])
         for step in islice(plan.steps(), _STEPS_LOOKED_AT):
-            for micro_batch in cut(step.rows, examples.needed_lengths, self.choice.micro_batch_tokens):
+            for micro_batch in cut(step.rows, lengths, self.choice.micro_batch_tokens, width_of):
                 rows = list(micro_batch.rows)
                 yield len(rows), micro_batch.width, int(examples.supervised_tokens[rows].sum())
 
@@ -154,16 +157,24 @@ def fit_to_machine(
     """
     modes, tokens = asked_for(config), config.micro_batch_tokens
     row = int(examples.needed_lengths.argmax())
-    longest = LongestRow(round_up(int(examples.needed_lengths[row])), examples[row].origin)
-    if tokens is not None and len(modes) == 1:
-        return Fit(machine, footprint, Choice(tokens, modes[0]), why_no_probe="the settings are given")
-    if tokens is not None:
+    longest = LongestRow(machine.width_of(int(examples.needed_lengths[row])), examples[row].origin)
+    decided = tokens is not None and len(modes) == 1
+    if tokens is not None and not decided:
         tokens = min(tokens, min(config.batch_size, len(examples)) * longest.tokens)  # a whole step is the most
 
     def chosen(footprint: Footprint) -> Choice | None:
-        return choose(footprint, machine.memory, longest.tokens, modes=modes, micro_batch_tokens=tokens)
+        return choose(
+            footprint,
+            machine.memory,
+            longest.tokens,
+            modes=modes,
+            micro_batch_tokens=tokens,
+            head_chunk=config.head_chunk,
+        )
 
     choice = chosen(footprint)
+    if choice is not None and decided:
+        return Fit(machine, footprint, choice, why_no_probe="the settings are given")
     if choice is not None and _plenty(footprint, machine, longest.tokens, choice, modes):
         return Fit(machine, footprint, choice, why_no_probe="there is memory to spare")
     mode = choice.mode if choice else modes[-1]
@@ -189,4 +200,5 @@ def _plenty(footprint: Footprint, machine: Machine, longest: int, choice: Choice
     """Whether the best settings there are take little enough."""
     tokens = max(longest, choice.micro_batch_tokens)
     best = choice.mode == modes[0] and choice.micro_batch_tokens >= MOST_TOKENS
-    return best and footprint.predict(choice.mode, tokens).peak <= _PLENTY * machine.memory
+    predicted = footprint.predict(choice.mode, tokens, head_chunk=choice.head_chunk)
+    return best and predicted.peak <= _PLENTY * machine.memory

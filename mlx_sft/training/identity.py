@@ -22,7 +22,12 @@ from mlx_sft.model.load import checkpoint_fingerprint
 from mlx_sft.runs import RunFolder, user_path
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
-_NOT_THE_RESULT = {"out", "resume", "quiet", "json_lines", "keep", "data_workers", "data_cache", "allow_lost_rows"}
+_HOW_COMPUTED = {"micro_batch_tokens", "grad_checkpoint", "head_chunk", "memory_limit"}
+"""Settings that change nothing but the last bits."""
+
+_NOT_THE_RESULT = _HOW_COMPUTED | {
+    "out", "resume", "quiet", "json_lines", "keep", "data_workers", "data_cache", "allow_lost_rows",
+}  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
 
@@ -45,7 +50,14 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
         what = "--out names another folder than --resume"
         raise UserError(what, where=given.out, hint="leave it out to resume", exit_code=USAGE)
     names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & {"keep", "data_workers", "data_cache"})
-    return saved.model_copy(update={name: getattr(given, name) for name in names})
+    return saved.model_copy(update={name: getattr(given, name) for name in names} | computed_anew(given))
+
+
+def computed_anew(given: TrainConfig) -> dict[str, Any]:
+    """How a continuation is to be computed, where that is given with it; under another limit all of that is chosen anew."""
+    anew = {name: getattr(given, name) for name in _HOW_COMPUTED & given.model_fields_set}
+    chosen = {"micro_batch_tokens": None, "grad_checkpoint": "auto", "head_chunk": None}
+    return chosen | anew if "memory_limit" in anew else anew
 
 
 def with_full_paths(config: TrainConfig) -> TrainConfig:
@@ -94,13 +106,17 @@ def refuse_changes(run: RunFolder, config: TrainConfig, data: PreparedData, iden
         raise UserError(what, where=str(run.path), hint="put it back as it was, or start a new run")
 
 
-def differences(run: RunFolder) -> list[str]:
-    """What of this machine is not as it was when the run began, in words; with it the last bits may differ."""
+def differences(run: RunFolder, config: TrainConfig) -> list[str]:
+    """What of this machine, and of how the run is computed, is not as it was when it began, in words; the last bits may differ."""
     began, now = _read_json(run.environment), _machine()
     before = began.get("packages", {})
     changed = [f"{name} {before.get(name)} → {new}" for name, new in now["packages"].items() if before.get(name) != new]
     if began.get("device") != now["device"]:
         changed.append("the device")
+    saved = TrainConfig.resolve(run.config)
+    for field in sorted(_HOW_COMPUTED):
+        if getattr(config, field) != getattr(saved, field):
+            changed.append(f"{option_name(field)} {getattr(saved, field)} → {getattr(config, field)}")
     return changed
 
 

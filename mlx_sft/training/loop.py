@@ -17,7 +17,6 @@ from mlx_sft.training.fit import memory_limit_restored
 from mlx_sft.training.optimizer_step import take
 from mlx_sft.training.preview import show_plan
 from mlx_sft.training.records import Metrics
-from mlx_sft.training.relief import take_up
 from mlx_sft.training.results import finish, save
 from mlx_sft.training.setup import Job, prepare_job
 from mlx_sft.training.shortage import is_out_of_memory
@@ -58,7 +57,6 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _train(config: TrainConfig, console: Console) -> TrainResult:
     job = prepare_job(config, console)
-    take_up(job)
     show_plan(job)
     loss = None
     with _interruptible(job), Metrics.open(job.run.metrics, job.progress.metrics_bytes) as metrics:
@@ -91,7 +89,13 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
 
 def _steps_left(job: Job) -> StepFeed:
     after = job.plan.total_steps if job.progress.stopped else job.progress.step
-    return StepFeed(job.plan, job.data.train, after=after, token_budget=job.micro_batch_tokens)
+    return StepFeed(
+        job.plan,
+        job.data.train,
+        after=after,
+        token_budget=job.choice.micro_batch_tokens,
+        width_of=job.fit.machine.width_of,
+    )
 
 
 def _due(every: int | str, step: Step, job: Job) -> bool:
@@ -123,7 +127,7 @@ def _interruptible(job: Job) -> Iterator[None]:
         raise UserError(
             f"out of memory after step {job.progress.step}: {error}; {_saved(job)}",
             where=str(job.run.path),
-            hint="free some memory and go on with --resume, or start a new run with a smaller --rank or --method lora",
+            hint="free some memory, or give a smaller --micro-batch-tokens, and go on with --resume",
         ) from error
     except KeyboardInterrupt:
         raise UserError(

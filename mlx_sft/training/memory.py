@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sft.model.head import SplitModel
 from mlx_sft.training.counts import LayerCounts, count_layers
-from mlx_sft.training.loss import chunk_rows
+from mlx_sft.training.loss import chunk_rows, even_chunk
 from mlx_sft.training.recompute import Mode
 
 MODES: tuple[Mode, ...] = ("off", "light", "layers", "blocks")
@@ -152,35 +152,50 @@ class Footprint:
         return replace(self, correction=correction)
 
     def predict(
-        self, mode: Mode, tokens: int, *, width: int | None = None, supervised: int | None = None
+        self,
+        mode: Mode,
+        tokens: int,
+        *,
+        width: int | None = None,
+        supervised: int | None = None,
+        head_chunk: int | None = None,
     ) -> Prediction:
         """The peak of a step's largest micro-batch.
 
         Args:
             tokens: Rows times width.
             width: Of a row; all tokens in one where None.
-            supervised: Positions that predict a supervised token; all where None.
+            supervised: Positions that predict a supervised token; where None, all and in chunks of the full size, so that more
+                tokens never take less.
+            head_chunk: Positions whose logits exist at once; as many as are fast where None.
         """
         kept, work = self._of_layers(mode, tokens, tokens if width is None else width)
-        positions = tokens if supervised is None else supervised
+        rows = head_chunk or chunk_rows(self.vocabulary)
+        if supervised is None:
+            positions, chunk = tokens, min(tokens, rows)
+        else:
+            positions, chunk = supervised, even_chunk(supervised, rows)
         states = (tokens + _STATES_A_POSITION * positions) * self.hidden * self.itemsize
-        chunk = min(positions, chunk_rows(self.vocabulary))
         arrays = self._passing
-        rows = arrays.chunk * chunk + arrays.next_chunk * min(positions - chunk, chunk)
-        passing = max(states + rows * 4 * self.vocabulary, work)
+        logits = arrays.chunk * chunk + arrays.next_chunk * min(positions - chunk, chunk)
+        passing = max(states + logits * 4 * self.vocabulary, work)
         # The gradient comes to be while what was kept goes.
         kept = max(kept * self.correction, 4 * self.trainable)
         trained = (_OPTIMIZER_BYTES + (4 if self.accumulates else 0)) * self.trainable
         return Prediction(self.weights, trained, int(kept), int(passing * self.correction))
 
-    def most_tokens(self, mode: Mode, limit: int, most: int) -> int:
+    def most_tokens(self, mode: Mode, limit: int, most: int, head_chunk: int | None = None) -> int:
         """The most tokens of one row, at most `most`, whose peak is within a limit; 0 where not even one is."""
-        if self.predict(mode, most).peak <= limit:
+
+        def fits(tokens: int) -> bool:
+            return self.predict(mode, tokens, head_chunk=head_chunk).peak <= limit
+
+        if fits(most):
             return most
         low, high = 0, most
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.predict(mode, middle).peak <= limit else (low, middle)
+            low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
     def _of_layers(self, mode: Mode, tokens: int, width: int) -> tuple[float, float]:

@@ -69,4 +69,4 @@ def _gradient(
         except OutOfMemory as error:
             shortage = error.shortage
         relieve(job, shortage, metrics)  # out here, where the error and the arrays of its frames are gone
-        prepared = feed.again(job.micro_batch_tokens)
+        prepared = feed.again(job.choice.micro_batch_tokens)

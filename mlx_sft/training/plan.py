@@ -14,7 +14,6 @@ from typing import Any
 
 from mlx_sft.config import TrainConfig, read_yaml
 from mlx_sft.convert.peft import read_adapter
-from mlx_sft.data.batches import round_up
 from mlx_sft.data.pipeline import Progress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
@@ -119,6 +118,7 @@ class RunPlan:
                 "settings": {
                     "micro_batch_tokens": choice.micro_batch_tokens,
                     "grad_checkpoint": configured(choice.mode),
+                    "head_chunk": choice.head_chunk,
                 }
                 if choice
                 else None,
@@ -167,10 +167,15 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
     dtype = machine.dtype if config.dtype == "auto" else config.dtype
     footprint = _footprint(config, path, dtype, fused=machine.fused)
     on_macs = _footprint(config, path, "bfloat16" if config.dtype == "auto" else dtype, fused=True)
-    longest = _longest(config, data)
+    longest = _longest(config, machine, data)
     modes = asked_for(config)
     choice = choose(
-        footprint, machine.memory, longest.tokens, modes=modes, micro_batch_tokens=config.micro_batch_tokens
+        footprint,
+        machine.memory,
+        longest.tokens,
+        modes=modes,
+        micro_batch_tokens=config.micro_batch_tokens,
+        head_chunk=config.head_chunk,
     )
     refusal = None if choice else no_room(footprint, machine, longest, modes, config)
     speed = measured_teraflops(dtype) if here else machine.teraflops
@@ -214,11 +219,11 @@ def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> F
     return Footprint.of(split, parameters, vocabulary, fused=fused, accumulates=config.batch_size > 1)
 
 
-def _longest(config: TrainConfig, data: PreparedData | None) -> LongestRow:
+def _longest(config: TrainConfig, machine: Machine, data: PreparedData | None) -> LongestRow:
     if data is None:
-        return LongestRow(round_up(config.max_length - 1), f"a row of --max-length {config.max_length}")
+        return LongestRow(machine.width_of(config.max_length - 1), f"a row of --max-length {config.max_length}")
     row = int(data.train.needed_lengths.argmax())
-    return LongestRow(round_up(int(data.train.needed_lengths[row])), data.train[row].origin)
+    return LongestRow(machine.width_of(int(data.train.needed_lengths[row])), data.train[row].origin)
 
 
 def _predicted(
@@ -232,7 +237,8 @@ def _predicted(
     if choice is None:
         return footprint.predict(asked_for(config)[-1], longest.tokens)
     if data is None:
-        return footprint.predict(choice.mode, max(longest.tokens, choice.micro_batch_tokens), width=longest.tokens)
+        tokens = max(longest.tokens, choice.micro_batch_tokens)
+        return footprint.predict(choice.mode, tokens, width=longest.tokens, head_chunk=choice.head_chunk)
     return Fit(machine, footprint, choice).largest(planned_steps(config, data), data.train)
 
 

@@ -33,7 +33,7 @@ def show_plan(job: Job) -> None:
         **_mixture(job),
         "trains": f"{count(trainable)} parameters ({config.method})",
         "steps": f"{job.plan.total_steps} of {config.batch_size} conversations, "
-        f"up to {config.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.learner.mode],
+        f"up to {job.choice.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.learner.mode],
         "memory": f"{size(mx.get_active_memory())} for the weights, up to {size(job.predicted.peak)} predicted with a step, "
         f"of {size(job.fit.machine.memory)} ({job.fit.machine.basis})",
         "run": str(job.run.path),
@@ -53,7 +53,7 @@ def show_plan(job: Job) -> None:
     total = job.plan.total_steps
     if config.lr and not any(learning_rate(config, step, total) for step in range(1, total + 1)):
         console.warn("the warm-up takes the whole run, so that nothing is learnt; give --warmup 0, or more steps")
-    if config.resume and (changed := differences(job.run)):
+    if config.resume and (changed := differences(job.run, config)):
         console.warn(f"the last bits may not be the same: since the run began, {', '.join(changed)} changed")
     if job.progress.step:
         console.note(f"resuming after step {job.progress.step}")

@@ -9,28 +9,22 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_sft.data.batches import Batch, collate, cut_all
+from mlx_sft.data.batches import Batch, WidthOf, collate, cut_all
 from mlx_sft.data.prefetch import Prefetch
 from mlx_sft.data.store import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
-from mlx_sft.training.recompute import Mode
+from mlx_sft.training.choice import configured
 from mlx_sft.training.records import Metrics, shortage_record
 from mlx_sft.training.results import save
 from mlx_sft.training.setup import Job
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.shortage import OutOfMemory, Shortage, next_try, smaller_budget
 from mlx_sft.training.step import Evaluation, Learner
-
-
-def take_up(job: Job) -> None:
-    """Compute as the run did when its checkpoint was written."""
-    progress = job.progress
-    if progress.micro_batch_tokens is not None and progress.recompute is not None:
-        _compute(job, progress.micro_batch_tokens, progress.recompute)
 
 
 def relieve(job: Job, shortage: Shortage, metrics: Metrics) -> None:
@@ -42,7 +36,7 @@ def relieve(job: Job, shortage: Shortage, metrics: Metrics) -> None:
     gc.collect()
     mx.clear_cache()
     step = job.progress.step + 1
-    tried = next_try(shortage, job.micro_batch_tokens, job.learner.mode)
+    tried = next_try(shortage, job.choice.micro_batch_tokens, job.choice.mode)
     if tried is None:
         save(job, metrics)
         raise UserError(
@@ -52,25 +46,21 @@ def relieve(job: Job, shortage: Shortage, metrics: Metrics) -> None:
             hint="what was learnt is saved; free some memory and go on with --resume, or start a new run with a shorter --max-length",
         )
     tokens, mode = tried
-    stronger = "" if mode == job.learner.mode else f", --grad-checkpoint {'on' if mode == 'layers' else mode}"
+    stronger = "" if mode == job.choice.mode else f", --grad-checkpoint {configured(mode)}"
     job.console.warn(
         f"out of memory in step {step}, at {shortage.rows} rows of {shortage.width} tokens; it is repeated "
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
-    _compute(job, tokens, mode)
+    job.choice = replace(job.choice, micro_batch_tokens=tokens, mode=mode)
+    job.learner.configure(mode, compiled_shapes(job.fit.machine, job.plan, job.data.train, tokens))
     job.progress = job.progress.after(micro_batch_tokens=tokens, recompute=mode)
     shape = {"rows": shortage.rows, "width": shortage.width}
     metrics.write(shortage_record(step, **shape, micro_batch_tokens=tokens, recompute=mode))
     save(job, metrics)
 
 
-def _compute(job: Job, tokens: int, mode: Mode) -> None:
-    job.micro_batch_tokens = tokens
-    job.learner.configure(mode, compiled_shapes(job.plan, job.data.train, tokens))
-
-
 def evaluate_in_memory(
-    learner: Learner, parameters: Parameters, examples: Examples, token_budget: int
+    learner: Learner, parameters: Parameters, examples: Examples, token_budget: int, width_of: WidthOf
 ) -> tuple[Evaluation, int]:
     """An evaluation of all examples, and the budget that it came to fit in; begun again with smaller micro-batches after a shortage.
 
@@ -79,7 +69,7 @@ def evaluate_in_memory(
     """
     while True:
         try:
-            with Prefetch(_collated(examples, token_budget)) as batches:
+            with Prefetch(_collated(examples, token_budget, width_of)) as batches:
                 return learner.evaluate(parameters, batches), token_budget
         except OutOfMemory as error:
             shortage = error.shortage
@@ -92,6 +82,6 @@ def evaluate_in_memory(
         token_budget = smaller
 
 
-def _collated(examples: Examples, token_budget: int) -> Iterator[Batch]:
-    for micro_batch in cut_all(examples.needed_lengths, token_budget):
+def _collated(examples: Examples, token_budget: int, width_of: WidthOf) -> Iterator[Batch]:
+    for micro_batch in cut_all(examples.needed_lengths, token_budget, width_of):
         yield collate(examples, micro_batch)

@@ -5,7 +5,8 @@ Nothing is written before all of it is known to be good. Knows nothing of the lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.choice import Choice, configured
 from mlx_sft.training.fit import Fit, allowed_machine, fit_to_machine, hold_to, planned_steps, refuse_too_large
 from mlx_sft.training.identity import (
+    computed_anew,
     describe_environment,
     identity_of,
     refuse_changes,
@@ -65,7 +67,7 @@ class Job:
     plan: Plan
     data: PreparedData
     lengths: Lengths
-    micro_batch_tokens: int
+    choice: Choice
     parameters: Parameters
     optimizer: AdamW
     identity: dict[str, str]
@@ -84,6 +86,7 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     prepare_device()
     mx.reset_peak_memory()
     run = RunFolder.open(config.resume) if config.resume else None
+    anew = computed_anew(config) if run else {}
     config = resumed_config(config, run) if run else with_full_paths(config)
     if run is None and config.out is not None:
         RunFolder.new(config.out)  # before the work, not after it
@@ -120,21 +123,23 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     )
     config = _decided(config, fit.choice)
     plan = planned_steps(config, data)
-    predicted = fit.largest(plan, data.train)
-    hold_to(fit.machine, predicted)
     optimizer = AdamW(config, parameters, method.decayed)
     identity = identity_of(config, data, path)
-    environment = describe_environment(config, identity) | {"memory": fit.describe(predicted)}
+    environment = describe_environment(config, identity) | {"memory": fit.describe(plan, data.train)}
     run, progress, parameters = _open_or_create(config, run, data, identity, environment, parameters, optimizer)
+    fit, progress = _resumed(fit, progress, anew)
+    predicted = fit.largest(plan, data.train)
+    hold_to(machine, predicted)
     learner = Learner(
         split,
         method,
         vocabulary,
         recompute=fit.choice.mode,
-        compiled=compiled_shapes(plan, data.train, fit.choice.micro_batch_tokens),
+        compiled=compiled_shapes(machine, plan, data.train, fit.choice.micro_batch_tokens),
+        head_chunk=fit.choice.head_chunk,
     )
     return Job(
-        config, run, base, split, method, learner, plan, data, data.train.needed_lengths, fit.choice.micro_batch_tokens,
+        config, run, base, split, method, learner, plan, data, data.train.needed_lengths, fit.choice,
         parameters, optimizer, identity, progress, console, fit, predicted,
     )  # fmt: skip
 
@@ -208,8 +213,25 @@ def _decided(config: TrainConfig, choice: Choice) -> TrainConfig:
         "dtype": resolve_dtype(config.dtype),
         "micro_batch_tokens": choice.micro_batch_tokens,
         "grad_checkpoint": configured(choice.mode),
+        "head_chunk": choice.head_chunk,
     }
     return config.model_copy(update=decided)
+
+
+def _resumed(fit: Fit, progress: Progress, anew: Collection[str]) -> tuple[Fit, Progress]:
+    """What a shortage of memory made of a run's settings stays, but for what is given anew; and that stays from now on."""
+    choice = fit.choice
+    if progress.micro_batch_tokens is not None and "micro_batch_tokens" not in anew:
+        choice = replace(choice, micro_batch_tokens=progress.micro_batch_tokens)
+    if progress.recompute is not None and "grad_checkpoint" not in anew:
+        choice = replace(choice, mode=progress.recompute)
+    if progress.head_chunk is not None and "head_chunk" not in anew:
+        choice = replace(choice, head_chunk=progress.head_chunk)
+    if anew:
+        progress = progress.after(
+            micro_batch_tokens=choice.micro_batch_tokens, recompute=choice.mode, head_chunk=choice.head_chunk
+        )
+    return replace(fit, choice=choice), progress
 
 
 def _open_or_create(

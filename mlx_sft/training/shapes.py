@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
-import mlx.core as mx
-
 from mlx_sft.data.batches import Batch, MicroBatch, Plan, cut, round_up
 from mlx_sft.data.store import Examples
+from mlx_sft.training.machine import Machine
 
 Shape = tuple[int, int, int]
 """Rows, width and supervised positions of a micro-batch: what a compiled trace is for."""
@@ -35,11 +34,9 @@ def planned_shape(examples: Examples, micro_batch: MicroBatch) -> Shape:
     return len(micro_batch.rows), micro_batch.width, round_up(supervised)
 
 
-def compiled_shapes(plan: Plan, examples: Examples, token_budget: int) -> list[Shape]:
-    """Those that pay for their traces on this device."""
-    if mx.default_device() != mx.Device(mx.gpu):
-        return []  # on the CPU a trace takes seconds of g++ and saves nothing
-    return frequent_shapes(plan, examples, token_budget)
+def compiled_shapes(machine: Machine, plan: Plan, examples: Examples, token_budget: int) -> list[Shape]:
+    """Those that pay for their traces on a machine."""
+    return frequent_shapes(plan, examples, token_budget) if machine.compiles else []
 
 
 def frequent_shapes(plan: Plan, examples: Examples, token_budget: int) -> list[Shape]:

@@ -46,6 +46,7 @@ class Learner:
     Args:
         recompute: What the backward pass computes again.
         compiled: Shapes whose micro-step is compiled; others run as they are.
+        head_chunk: Positions whose logits exist at once; where None, as many as are fast.
 
     Attributes:
         trace_seconds: What the first run of each compiled shape took, in which it is traced; one for each trace.
@@ -59,10 +60,11 @@ class Learner:
         *,
         recompute: Mode = "off",
         compiled: Collection[Shape] = (),
+        head_chunk: int | None = None,
     ) -> None:
         self._split = split
         self._method = method
-        self._chunk = chunk_rows(vocabulary)
+        self._chunk = head_chunk or chunk_rows(vocabulary)
         self.trace_seconds: list[float] = []
         self.configure(recompute, compiled)
 

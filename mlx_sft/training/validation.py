@@ -19,8 +19,9 @@ from mlx_sft.training.setup import Job
 def evaluate(job: Job, step: Step, metrics: Metrics) -> None:
     """Loss over the whole validation set; the best parameters so far become the run's result."""
     started = time.perf_counter()
-    budget = min(job.micro_batch_tokens, job.progress.evaluation_tokens or job.micro_batch_tokens)
-    result, fitting = evaluate_in_memory(job.learner, job.parameters, job.data.valid, budget)
+    tokens = job.choice.micro_batch_tokens
+    budget = min(tokens, job.progress.evaluation_tokens or tokens)
+    result, fitting = evaluate_in_memory(job.learner, job.parameters, job.data.valid, budget, job.fit.machine.width_of)
     if fitting < budget:
         job.console.warn(
             f"out of memory in the evaluation after step {step.number}; evaluations take up to {fitting} tokens at once from now on"

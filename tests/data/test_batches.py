@@ -15,6 +15,7 @@ from mlx_sft.data.batches import (
     MicroBatch,
     Plan,
     Portion,
+    WidthOf,
     collate,
     cut,
     cut_all,
@@ -97,29 +98,34 @@ def _partitions(rows: list[int]) -> list[list[list[int]]]:
     return alone + joined
 
 
+WIDTHS = st.sampled_from([round_up, int])
+
+
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, BUDGETS)
-def test_no_grouping_that_fits_is_cheaper(lengths: list[int], budget: int) -> None:
+@given(LENGTHS, BUDGETS, WIDTHS)
+def test_no_grouping_that_fits_is_cheaper(lengths: list[int], budget: int, width_of: WidthOf) -> None:
     def made(groups: list[list[int]]) -> list[MicroBatch]:
-        return [MicroBatch(tuple(group), max(round_up(lengths[row]) for row in group)) for group in groups]
+        return [MicroBatch(tuple(group), max(width_of(lengths[row]) for row in group)) for group in groups]
 
     every = map(made, _partitions(list(range(len(lengths)))))
     fits = [ms for ms in every if all(len(m.rows) == 1 or len(m.rows) * m.width <= budget for m in ms)]
-    assert _cost(cut(range(len(lengths)), lengths, budget)) == min(map(_cost, fits))
+    assert _cost(cut(range(len(lengths)), lengths, budget, width_of)) == min(map(_cost, fits))
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 5000), st.randoms())
-def test_a_cut_has_every_row_once_and_keeps_to_its_budget(lengths: list[int], budget: int, random: object) -> None:
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 5000), WIDTHS, st.randoms())
+def test_a_cut_has_every_row_once_and_keeps_to_its_budget(
+    lengths: list[int], budget: int, width_of: WidthOf, random: object
+) -> None:
     rows = [row for row in range(len(lengths)) if row % 3 != 1] or [0]
     random.shuffle(rows)
 
-    micro_batches = cut(rows, lengths, budget)
+    micro_batches = cut(rows, lengths, budget, width_of)
 
     assert sorted(row for micro in micro_batches for row in micro.rows) == sorted(rows)
     for micro in micro_batches:
-        assert micro.width == round_up(max(lengths[row] for row in micro.rows))
+        assert micro.width == width_of(max(lengths[row] for row in micro.rows))
         assert len(micro.rows) == 1 or len(micro.rows) * micro.width <= budget
-    assert micro_batches == cut(sorted(rows), lengths, budget)
+    assert micro_batches == cut(sorted(rows), lengths, budget, width_of)
 
 
 PAIRS = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1), (31, 39, 49, 100, 150, 179, 198, 349, 467)
@@ -127,14 +133,15 @@ PAIRS = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1), (31, 39, 49, 100, 150, 1
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("width_of", [round_up, int])
 @pytest.mark.parametrize("kind", ["pairs", "chats"])
-def test_less_than_a_tenth_is_padding(kind: str, seed: int) -> None:
+def test_less_than_a_tenth_is_padding(kind: str, width_of: WidthOf, seed: int) -> None:
     random = np.random.default_rng(seed)
     if kind == "pairs":
         lengths = np.interp(random.random(1600), *PAIRS).astype(int)
     else:
         lengths = np.clip(random.lognormal(np.log(400), 0.8, 1600), 20, 2048).astype(int)
-    steps = [cut(range(first, first + 16), lengths, 2048) for first in range(0, 1600, 16)]
+    steps = [cut(range(first, first + 16), lengths, 2048, width_of) for first in range(0, 1600, 16)]
     padded = sum(len(micro.rows) * micro.width for step in steps for micro in step)
     assert 1 - lengths.sum() / padded < 0.1
     assert sum(map(len, steps)) < 0.8 * 1600  # and rows do go together

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from mlx_sft.training.choice import (
     no_room,
 )
 from mlx_sft.training.counts import LayerCounts
+from mlx_sft.training.loss import chunk_choices, chunk_rows
 from mlx_sft.training.machine import mac
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
@@ -27,6 +29,7 @@ LAYER = LayerCounts(
     states=100, light=1000, off=2000, features=1000, norms=0, scores=0, weights=1, attended=100, trained=True
 )
 FOOTPRINT = Footprint((LAYER,) * 25, (), weights=10**6, trainable=1000, itemsize=4, hidden=100, vocabulary=100)
+CHUNK = chunk_rows(100)
 
 
 def limit_for(mode: Mode, tokens: int) -> int:
@@ -35,7 +38,7 @@ def limit_for(mode: Mode, tokens: int) -> int:
 
 
 def test_with_room_nothing_is_computed_again_and_micro_batches_are_as_large_as_pays_off() -> None:
-    assert choose(FOOTPRINT, 10**12, 100) == Choice(MOST_TOKENS, "off")
+    assert choose(FOOTPRINT, 10**12, 100) == Choice(MOST_TOKENS, "off", CHUNK)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -43,17 +46,17 @@ def test_the_first_mode_in_which_enough_fits(mode: Mode) -> None:
     limit = limit_for(mode, ENOUGH_TOKENS)
     weaker = MODES[: MODES.index(mode)]
     assert all(most_tokens(FOOTPRINT, other, limit) < ENOUGH_TOKENS for other in weaker)
-    assert choose(FOOTPRINT, limit, 100) == Choice(ENOUGH_TOKENS, mode)
+    assert choose(FOOTPRINT, limit, 100) == Choice(ENOUGH_TOKENS, mode, CHUNK)
 
 
 def test_where_enough_fits_in_no_mode_the_most_is_taken() -> None:
-    assert choose(FOOTPRINT, limit_for("blocks", 300), 200) == Choice(300, "blocks")
+    assert choose(FOOTPRINT, limit_for("blocks", 300), 200) == Choice(300, "blocks", CHUNK)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_longest_row_must_fit(mode: Mode) -> None:
     limit = limit_for(mode, 5000)
-    assert choose(FOOTPRINT, limit, 5000) == Choice(MOST_TOKENS, mode)
+    assert choose(FOOTPRINT, limit, 5000) == Choice(MOST_TOKENS, mode, CHUNK)
 
 
 def test_there_is_no_choice_where_the_longest_row_fits_in_no_mode() -> None:
@@ -63,12 +66,31 @@ def test_there_is_no_choice_where_the_longest_row_fits_in_no_mode() -> None:
 
 
 def test_a_person_decides() -> None:
-    assert choose(FOOTPRINT, 10**12, 10, modes=("layers",)) == Choice(MOST_TOKENS, "layers")
-    assert choose(FOOTPRINT, 10**12, 10, micro_batch_tokens=77) == Choice(77, "off")
+    assert choose(FOOTPRINT, 10**12, 10, modes=("layers",)) == Choice(MOST_TOKENS, "layers", CHUNK)
+    assert choose(FOOTPRINT, 10**12, 10, micro_batch_tokens=77) == Choice(77, "off", CHUNK)
     # What was asked for is what must fit.
-    assert choose(FOOTPRINT, limit_for("off", 4000) - 10, 10, micro_batch_tokens=4000) == Choice(4000, "light")
-    # Both decided: nothing is left to say.
-    assert choose(FOOTPRINT, 0, 10, modes=("off",), micro_batch_tokens=9) == Choice(9, "off")
+    assert choose(FOOTPRINT, limit_for("off", 4000) - 10, 10, micro_batch_tokens=4000) == Choice(4000, "light", CHUNK)
+    # Both decided: what is left is to take the fewest logits at once.
+    assert choose(FOOTPRINT, 0, 10, modes=("off",), micro_batch_tokens=9) == Choice(9, "off", CHUNK // 8)
+
+
+def test_fewer_logits_at_once_come_before_a_stronger_mode() -> None:
+    footprint = replace(FOOTPRINT, vocabulary=151_936)
+    chunks = chunk_choices(footprint.vocabulary)
+    assert chunks == (220, 110, 27)
+
+    def limit(mode: Mode, head_chunk: int) -> int:
+        return int(footprint.predict(mode, ENOUGH_TOKENS, head_chunk=head_chunk).peak / 0.95) + 2
+
+    chosen = [choose(footprint, limit("off", chunk), 100) for chunk in chunks]
+    assert chosen == [Choice(ENOUGH_TOKENS, "off", chunk) for chunk in chunks]
+    stronger = choose(footprint, limit("off", 27) - 100, 100)
+    assert stronger is not None
+    assert stronger.mode == "light"
+    decided = choose(footprint, limit("off", 27), 100, head_chunk=220)
+    assert decided is not None
+    assert (decided.mode, decided.head_chunk) == ("light", 220)
+    assert choose(footprint, 0, 10, modes=("off",), micro_batch_tokens=9) == Choice(9, "off", 27)
 
 
 @pytest.mark.parametrize(

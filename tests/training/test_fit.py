@@ -100,7 +100,7 @@ def test_a_run_within_a_limit_takes_no_more_and_goes_on_with_its_settings(long_s
     assert peak <= 1.1 * memory_of(long_settings)["limit_bytes"]
     decided = yaml.safe_load(RunFolder(long_settings["out"]).config.read_text())
     job = prepare_job(TrainConfig(resume=long_settings["out"], data=long_settings["data"]), Console(quiet=True))
-    assert job.micro_batch_tokens == decided["micro_batch_tokens"]
+    assert job.choice.micro_batch_tokens == decided["micro_batch_tokens"]
     assert configured(job.learner.mode) == decided["grad_checkpoint"]
     assert "given" in job.fit.why_no_probe
 

@@ -26,6 +26,7 @@ from mlx_sft.errors import FAILURE
 from mlx_sft.model.load import load_tokenizer
 from mlx_sft.runs import RunFolder
 from mlx_sft.training import loop, setup
+from mlx_sft.training.machine import Machine
 from mlx_sft.training.optimizer_step import take
 from mlx_sft.training.setup import Job, prepare_job
 from mlx_sft.training.shapes import frequent_shapes
@@ -365,7 +366,7 @@ def test_padding_is_counted(settings: dict[str, Any]) -> None:
     train(TrainConfig(**settings | {"shuffle": False, "epochs": 1, "micro_batch_tokens": 100}))
     needed = job.data.train.needed_lengths
     for line, rows in zip(metrics(settings["out"], "train"), ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]), strict=True):
-        micro_batches = cut(rows, needed, 100)
+        micro_batches = cut(rows, needed, 100, job.fit.machine.width_of)
         assert line["computed_tokens"] == needed[rows].sum() < line["tokens"]
         assert line["padded_tokens"] == sum(len(micro.rows) * micro.width for micro in micro_batches)
         assert line["micro_batches"] == len(micro_batches)
@@ -378,7 +379,8 @@ def test_traces_are_counted_and_told(
     assert "compiled" not in capsys.readouterr().err
     assert not {"traces", "trace_seconds"} & metrics(settings["out"], "train")[0].keys()
     # As on a GPU; the embedded CPU compiler makes the traces here.
-    monkeypatch.setattr(setup, "compiled_shapes", lambda *plan: frequent_shapes(*plan)[:1])
+    monkeypatch.setattr(Machine, "compiles", True)
+    monkeypatch.setattr(setup, "compiled_shapes", lambda _, *plan: frequent_shapes(*plan)[:1])
     compiled = train(
         TrainConfig(**settings | {"quiet": False, "batch_size": 1, "epochs": 1, "out": settings["out"] + "-2"})
     )

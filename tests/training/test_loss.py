@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
 from mlx_sft.model.head import SplitModel
-from mlx_sft.training.loss import chunk_rows, cross_entropy_sum, evaluate_positions
+from mlx_sft.training.loss import chunk_rows, cross_entropy_sum, evaluate_positions, even_chunk
 
 HIDDEN, VOCABULARY = 5, 11
 
@@ -210,8 +212,8 @@ def test_evaluation_sums_losses_and_right_answers() -> None:
     assert correct.item() == 4
 
 
-def test_chunks_are_64_mebibytes_of_logits_and_never_too_small_for_a_matrix_product() -> None:
-    assert chunk_rows(151_936) == 110
+def test_chunks_are_128_mebibytes_of_logits_and_never_too_small_for_a_matrix_product() -> None:
+    assert chunk_rows(151_936) == 220
     assert chunk_rows(264) == 1024
     assert chunk_rows(10**6) == 64
 
@@ -246,3 +248,12 @@ def test_memory_does_not_grow_with_positions_times_vocabulary(case: str) -> None
     one = 4 * chunk * vocabulary
     assert few > one
     assert many - few < 3 * one, "20 more chunks took more than 3 chunks of memory"
+
+
+@pytest.mark.parametrize(("positions", "chunk"), [(1, 220), (220, 220), (221, 220), (674, 220), (7, 1), (1000, 300)])
+def test_chunks_are_as_few_as_can_be_and_even(positions: int, chunk: int) -> None:
+    even = even_chunk(positions, chunk)
+    sizes = [min(even, positions - start) for start in range(0, positions, even)]
+    assert len(sizes) == math.ceil(positions / chunk)
+    assert max(sizes) <= chunk
+    assert max(sizes) - min(sizes) < len(sizes)

@@ -148,7 +148,7 @@ def test_the_command_writes_json(cli: Cli, no_weights: Path) -> None:
     found = json.loads(result.stdout)
     assert found["machine"]["memory"] == 11453246122
     assert found["predicted"]["peak"] == sum(v for k, v in found["predicted"].items() if k != "peak")
-    assert found["settings"] == {"micro_batch_tokens": 2048, "grad_checkpoint": "off"}
+    assert found["settings"] == {"micro_batch_tokens": 2048, "grad_checkpoint": "off", "head_chunk": 1024}
     assert len(found["lengths"]) == len(LENGTHS)
 
 

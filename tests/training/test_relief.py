@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.console import Console
 from mlx_sft.convert.safetensors_file import open_safetensors, read_float32
 from mlx_sft.data.batches import Batch, MicroBatch, collate
 from mlx_sft.data.store import Examples
@@ -22,6 +23,7 @@ from mlx_sft.runs import RunFolder
 from mlx_sft.training import relief
 from mlx_sft.training.optim import AdamW
 from mlx_sft.training.recompute import Mode
+from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.shortage import OutOfMemory, Shortage, next_try, shortage_noticed
 from mlx_sft.training.step import Learner
 
@@ -125,7 +127,7 @@ def test_a_row_that_does_not_fit_is_recomputed_until_it_does(
 
     def fits(learner: Learner, batch: Batch) -> bool:
         modes.append(learner.mode)
-        return learner.mode == "blocks" or batch.token_ids.shape[1] < 48
+        return learner.mode == "blocks" or batch.token_ids.shape[1] < 40
 
     small_device(fits)
     run = train(TrainConfig(**settings)).run_dir
@@ -163,6 +165,43 @@ def test_a_run_resumed_after_a_shortage_is_the_same_to_the_byte(
     assert outcome(run.path) == expected
 
 
+def settings_of(run: RunFolder, **given: Any) -> tuple[int, str, int]:
+    """How the next step of a run would be computed."""
+    choice = prepare_job(TrainConfig(resume=str(run.path), quiet=True, **given), Console(quiet=True)).choice
+    return choice.micro_batch_tokens, choice.mode, choice.head_chunk
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"micro_batch_tokens": 24}, (24, "light", 1024)),
+        ({"grad_checkpoint": "blocks"}, (60, "blocks", 1024)),
+        ({"micro_batch_tokens": 24, "grad_checkpoint": "on", "head_chunk": 5}, (24, "layers", 5)),
+        ({"memory_limit": "900GB"}, (2048, "off", 1024)),
+        ({"memory_limit": "900GB", "micro_batch_tokens": 24}, (24, "off", 1024)),
+    ],
+)
+def test_a_run_may_go_on_computed_in_another_way(
+    given: dict[str, Any],
+    expected: tuple[int, str, int],
+    settings: dict[str, Any],
+    undisturbed: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(TrainConfig(**settings | {"save_every": 2, "micro_batch_tokens": 60, "grad_checkpoint": "light"}))
+    run = RunFolder(settings["out"])
+    for step in (4, 6):
+        shutil.rmtree(run.checkpoint(step))
+    assert settings_of(run) == (60, "light", 1024)
+    assert settings_of(run, **given) == expected
+    capsys.readouterr()
+    train(TrainConfig(resume=str(run.path), **given))
+    assert "the last bits may not be the same" in " ".join(capsys.readouterr().err.split())
+    assert_same_result(run.path, undisturbed)
+    shutil.rmtree(run.checkpoint(6))
+    assert settings_of(run) == expected  # what was given stays
+
+
 def test_a_run_that_nothing_helps_ends_with_its_state_saved(
     settings: dict[str, Any], undisturbed: Path, small_device: Callable[[Fits], None]
 ) -> None:
@@ -195,7 +234,7 @@ def test_what_the_failed_step_had_computed_is_gone_before_the_next_try(
         if not active:
             gc.collect()  # of the tests before
             active.append(mx.get_active_memory())
-        return batch.token_ids.shape[1] < 48 or len(active) > 1
+        return batch.token_ids.shape[1] < 40 or len(active) > 1
 
     monkeypatch.setattr(relief, "next_try", watched)
     small_device(fits)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from mlx_sft.data.batches import MicroBatch, Plan, collate, cut, round_up
 from mlx_sft.data.encode import Example
 from mlx_sft.data.store import Examples
 from mlx_sft.training import shapes
+from mlx_sft.training.machine import Machine, mac
 from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.shapes import MOST_TRACES, compiled_shapes, frequent_shapes, padded_shape, planned_shape
 
@@ -40,18 +40,14 @@ def test_a_planned_shape_is_that_of_the_batch(examples: Examples) -> None:
         assert planned_shape(examples, micro_batch) == padded_shape(collate(examples, micro_batch))
 
 
-def test_on_a_gpu_the_commonest_shapes_of_the_plan_are_compiled(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_the_commonest_shapes_of_the_plan_are_compiled(settings: dict[str, Any]) -> None:
     job = prepare_job(TrainConfig(**settings | {"epochs": 1, "batch_size": 1}), Console(quiet=True))
-    arguments = (job.plan, job.data.train, job.micro_batch_tokens)
-    monkeypatch.setattr(shapes.mx, "default_device", lambda: mx.Device(mx.cpu))
-    assert compiled_shapes(*arguments) == []
-    monkeypatch.setattr(shapes.mx, "default_device", lambda: mx.Device(mx.gpu))
+    arguments = (job.plan, job.data.train, job.choice.micro_batch_tokens)
+    assert compiled_shapes(Machine("a PC", "cpu", 2**34, ""), *arguments) == []
     lengths = job.data.train.needed_lengths
     steps = [MicroBatch(step.rows, round_up(int(lengths[step.rows[0]]))) for step in job.plan.steps()]
     taken = Counter(padded_shape(collate(job.data.train, micro_batch)) for micro_batch in steps)
-    assert set(compiled_shapes(*arguments)) == {shape for shape, times in taken.items() if times > 2}
+    assert set(compiled_shapes(mac("a Mac", 16), *arguments)) == {shape for shape, times in taken.items() if times > 2}
     assert max(taken.values()) > 2
 
 
