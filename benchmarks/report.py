@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- results: begin (written by `make bench-report`) -->", "<!-- results: end -->"
 ORDER = (
-    "equal-work", "pairs", "pairs-whole", "chats", "chats-whole", "sorted", "documents", "lengths", "vocabulary", "ranks", "rows", "longest", "first-step",
+    "equal-work", "pairs", "pairs-whole", "chats", "chats-whole", "sorted", "documents",
+    "lengths", "vocabulary", "ranks", "rows", "longest", "first-step",
 )  # fmt: skip
 METRICS = (
     ("real tokens a second", "tokens_per_second", "{:,.1f}", 1.0),

@@ -44,6 +44,13 @@ _STYLES: dict[Look, str] = {
 }
 
 
+class _Screen(RichConsole):
+    """A terminal, or a program that reads what is said; where that goes away, nothing more is said, and the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Console:
     """What a run says, in one of three ways: for a person, as lines of JSON, or not at all.
 
@@ -55,7 +62,8 @@ class Console:
     def __init__(self, *, quiet: bool = False, json_lines: bool = False) -> None:
         self._json_lines = json_lines
         self._shown = not (quiet or json_lines)
-        self._screen = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._screen = _Screen(stderr=True, highlight=False, soft_wrap=True)
+        self._read = True
         self._live: Live | None = None
 
     def note(self, message: str) -> None:
@@ -176,7 +184,12 @@ class Console:
             self._live = None
 
     def _emit(self, record: Mapping[str, Any]) -> None:
-        write_text(json.dumps(record, ensure_ascii=False) + "\n")
+        if not self._read:
+            return
+        try:
+            write_text(json.dumps(record, ensure_ascii=False) + "\n")
+        except BrokenPipeError:  # whoever read the lines has ended; the run need not
+            self._read = False
 
 
 class Reading:

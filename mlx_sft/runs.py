@@ -210,6 +210,27 @@ class RunFolder:
             )
         return run
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While the block runs, no other process writes this run. The lock ends with its process, however that ends.
+
+        Raises:
+            UserError: If another process holds it.
+        """
+        with disk_errors(self.path):
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                hint = "wait until it has ended, or end it; a run has one process at a time"
+                raise UserError("another process is training this run", where=str(self.path), hint=hint) from error
+            except OSError:
+                pass  # not every file system has locks
+            yield
+        finally:
+            os.close(descriptor)
+
     @staticmethod
     def default_path(model: str) -> Path:
         """`runs/qwen3-0.6b-20260131-154500`, numbered further where that is taken."""

@@ -201,3 +201,17 @@ def test_a_folder_that_may_not_be_written_is_named(
     tmp_path.chmod(0o700)
     assert result.exit_code == 1
     assert "no permission to write here" in result.stderr
+
+
+def test_a_run_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    before = list(run.path.iterdir())
+    with run.locked():
+        with (
+            pytest.raises(UserError, match="another process is training this run") as caught,
+            RunFolder(run.path).locked(),
+        ):
+            pass
+        assert caught.value.where == str(run.path)
+    with RunFolder(run.path).locked():
+        assert list(run.path.iterdir()) == before

@@ -4,12 +4,14 @@
       parameters.safetensors   the trained arrays, float32
       optimizer.safetensors    AdamW's moments, step and rate
       state.json               position in the data, random state, best evaluation, hashes of config, data and model
+      SHA256SUMS               of the three, as `sha256sum --check` reads it
 
 Knows nothing of how a step is taken.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +30,8 @@ from mlx_sft.training.recompute import Mode
 _PARAMETERS = "parameters.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+_SUMS = "SHA256SUMS"
+_FILES = (_PARAMETERS, _OPTIMIZER, _STATE)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,55 @@ def save(
         write_arrays(temporary / _PARAMETERS, parameters)
         write_arrays(temporary / _OPTIMIZER, optimizer.flat_state())
         (temporary / _STATE).write_text(to_json(state))
+        (temporary / _SUMS).write_text("".join(_sum_line(temporary / name) for name in _FILES))
+
+
+def set_aside_damaged(run: RunFolder) -> list[str]:
+    """Rename checkpoints that are not as they were written and newer than the newest that is; what became of each, in words.
+
+    Raises:
+        UserError: If there are checkpoints, and all are damaged; they stay where they are.
+    """
+    damaged: dict[Path, str] = {}
+    for step in reversed(run.checkpoint_steps()):
+        if damage := _damage(run.checkpoint(step)):
+            damaged[run.checkpoint(step)] = damage
+            continue
+        return [_set_aside(folder, damage, step) for folder, damage in damaged.items()]
+    if damaged:
+        every = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged.items())
+        hint = f"put back a copy, or start a new run with `mlx-sft train --config {run.config}`"
+        raise UserError(f"every checkpoint is damaged ({every})", where=str(run.checkpoints), hint=hint)
+    return []
+
+
+def _damage(folder: Path) -> str:
+    """What of a checkpoint is not as it was written; empty where all of it is."""
+    try:
+        written = (folder / _SUMS).read_text(encoding="utf-8")
+        sums = {name: _sum_line(folder / name) for name in _FILES}
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read: {error}"
+    if written == "".join(sums.values()):
+        return ""
+    changed = [name for name, line in sums.items() if line not in written]
+    return f"{' and '.join(changed or [_SUMS])} changed since it was written"
+
+
+def _set_aside(folder: Path, damage: str, good: int) -> str:
+    aside = folder.with_name(f"damaged-{folder.name}")
+    with disk_errors(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    return f"{folder}: damaged, {damage}; it is now {aside.name}, and the run goes on from step {good}"
+
+
+def _sum_line(path: Path) -> str:
+    """A line of `SHA256SUMS`."""
+    with path.open("rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
 
 def prune(run: RunFolder, keep: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.data.batches import Step
 from mlx_sft.data.feed import StepFeed
-from mlx_sft.errors import INTERRUPTED, UserError
+from mlx_sft.errors import UserError
 from mlx_sft.training.fit import memory_limit_restored
 from mlx_sft.training.optimizer_step import take
 from mlx_sft.training.preview import show_plan
@@ -20,6 +20,7 @@ from mlx_sft.training.records import Metrics
 from mlx_sft.training.results import finish, save
 from mlx_sft.training.setup import Job, prepare_job
 from mlx_sft.training.shortage import is_out_of_memory
+from mlx_sft.training.stopping import Stopped, stop_request
 from mlx_sft.training.validation import evaluate
 
 _MOST_SKIPPED = 5
@@ -51,15 +52,24 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         UserError: For anything in data, model or configuration that cannot be; earlier results stay as they are.
     """
-    with memory_limit_restored():
-        return _train(config, Console(quiet=config.quiet, json_lines=config.json_lines))
+    console = Console(quiet=config.quiet, json_lines=config.json_lines)
+    with memory_limit_restored(), ExitStack() as held:
+        job = prepare_job(config, console, held)
+        show_plan(job)
+        with stop_request() as job.request, _ended_in_words(job):
+            loss = _take_steps(job, console)
+            finish(job)
+    if traces := job.learner.trace_seconds:
+        shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
+        console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")
+    progress = job.progress
+    return TrainResult(job.run.path, progress.step, loss, progress.best_loss, progress.skipped)
 
 
-def _train(config: TrainConfig, console: Console) -> TrainResult:
-    job = prepare_job(config, console)
-    show_plan(job)
+def _take_steps(job: Job, console: Console) -> float | None:
+    """All that are left; the training loss of the last of them is returned."""
     loss = None
-    with _interruptible(job), Metrics.open(job.run.metrics, job.progress.metrics_bytes) as metrics:
+    with Metrics.open(job.run.metrics, job.progress.metrics_bytes) as metrics, _saved_when_stopped(job, metrics):
         if job.config.init_adapter and not job.run.checkpoint_steps():
             save(job, metrics)  # so that a resumed run does not depend on a folder that others may change
         started, first = time.perf_counter(), job.progress.step
@@ -79,12 +89,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
                 if job.progress.stopped:
                     console.note(f"stopped after step {step.number}: validation got no better")
                     break
-    finish(job)
-    if traces := job.learner.trace_seconds:
-        shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
-        console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")
-    progress = job.progress
-    return TrainResult(job.run.path, progress.step, loss, progress.best_loss, progress.skipped)
+    return loss
 
 
 def _steps_left(job: Job) -> StepFeed:
@@ -117,8 +122,23 @@ def _stop_if_lost(job: Job, step: Step, metrics: Metrics) -> None:
 
 
 @contextmanager
-def _interruptible(job: Job) -> Iterator[None]:
-    """Ctrl-C, or a machine without memory, ends a run with what to do next; the live line is left as it stands."""
+def _saved_when_stopped(job: Job, metrics: Metrics) -> Iterator[None]:
+    """A run that is asked to stop ends with a checkpoint of its last step, and with the command that goes on."""
+    try:
+        yield
+    except Stopped as stopped:
+        if job.progress.step not in job.run.checkpoint_steps():
+            save(job, metrics)
+        raise UserError(
+            f"stopped by {stopped} after step {job.progress.step}, which is saved",
+            hint=f"continue with: mlx-sft train --resume {job.run.path}",
+            exit_code=128 + stopped.number,
+        ) from None
+
+
+@contextmanager
+def _ended_in_words(job: Job) -> Iterator[None]:
+    """A machine without memory ends a run with what to do next; the live line is left as it stands."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -129,12 +149,6 @@ def _interruptible(job: Job) -> Iterator[None]:
             where=str(job.run.path),
             hint="free some memory, or give a smaller --micro-batch-tokens, and go on with --resume",
         ) from error
-    except KeyboardInterrupt:
-        raise UserError(
-            f"interrupted after step {job.progress.step}; {_saved(job)}",
-            hint=f"continue with: mlx-sft train --resume {job.run.path}",
-            exit_code=INTERRUPTED,
-        ) from None
     finally:
         job.console.stop()
 

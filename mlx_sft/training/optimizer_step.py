@@ -22,7 +22,7 @@ def take(job: Job, prepared: PreparedStep, feed: StepFeed, metrics: Metrics) -> 
     """The job's parameters and progress move on; the record of the step is returned.
 
     A step without a finite gradient is left out, and says so. After a shortage of memory the step is repeated from its start,
-    cut smaller; the job's state has not changed by then.
+    cut smaller; the job's state has not changed by then. Nor has it where the job is asked to stop, which raises `Stopped`.
     """
     config, step = job.config, prepared.step
     started = time.perf_counter() - prepared.waited
@@ -65,7 +65,7 @@ def _gradient(
     key = checkpoint.dropout_key(job.config.seed, prepared.step.number) if job.config.dropout else None
     while True:
         try:
-            return *job.learner.gradient(job.parameters, prepared.batches, key), prepared
+            return *job.learner.gradient(job.parameters, prepared.batches, key, job.request.check), prepared
         except OutOfMemory as error:
             shortage = error.shortage
         relieve(job, shortage, metrics)  # out here, where the error and the arrays of its frames are gone

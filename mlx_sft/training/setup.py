@@ -6,7 +6,8 @@ Nothing is written before all of it is known to be good. Knows nothing of the lo
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from mlx_sft.training.memory import Footprint, Prediction
 from mlx_sft.training.optim import AdamW
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.step import Learner
+from mlx_sft.training.stopping import StopRequest
 
 
 @dataclass
@@ -75,17 +77,26 @@ class Job:
     console: Console
     fit: Fit
     predicted: Prediction
+    request: StopRequest = field(default_factory=StopRequest)
 
 
-def prepare_job(config: TrainConfig, console: Console) -> Job:
+def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = None) -> Job:
     """Load and check everything that the configuration names; write the head of the run folder.
+
+    Args:
+        held: Keeps the lock of the run folder until it is closed; where None, it is given back when the job is prepared.
 
     Raises:
         UserError: For anything in data, model, adapter or configuration that cannot be.
     """
     prepare_device()
     mx.reset_peak_memory()
+    held = ExitStack() if held is None else held
     run = RunFolder.open(config.resume) if config.resume else None
+    if run:
+        held.enter_context(run.locked())
+        for damage in checkpoint.set_aside_damaged(run):
+            console.warn(damage)
     anew = computed_anew(config) if run else {}
     config = resumed_config(config, run) if run else with_full_paths(config)
     if run is None and config.out is not None:
@@ -126,7 +137,7 @@ def prepare_job(config: TrainConfig, console: Console) -> Job:
     optimizer = AdamW(config, parameters, method.decayed)
     identity = identity_of(config, data, path)
     environment = describe_environment(config, identity) | {"memory": fit.describe(plan, data.train)}
-    run, progress, parameters = _open_or_create(config, run, data, identity, environment, parameters, optimizer)
+    run, progress, parameters = _open_or_create(config, run, data, identity, environment, parameters, optimizer, held)
     fit, progress = _resumed(fit, progress, anew)
     predicted = fit.largest(plan, data.train)
     hold_to(machine, predicted)
@@ -242,12 +253,15 @@ def _open_or_create(
     environment: dict[str, Any],
     parameters: Parameters,
     optimizer: AdamW,
+    held: ExitStack,
 ) -> tuple[RunFolder, Progress, Parameters]:
     if run is not None:
         refuse_changes(run, config, data, identity)
         progress, parameters = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
         return run, progress, parameters
     run = RunFolder.create(config.out or RunFolder.default_path(config.model))
+    held.enter_context(run.locked())
+    RunFolder.new(run.path)  # another process may have begun one meanwhile
     run.write_head(
         config=config.model_copy(update={"out": None}).to_yaml("# mlx-sft train --config config.yaml\n"),
         data_report=to_json(data.report.to_json()),

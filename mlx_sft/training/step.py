@@ -78,7 +78,11 @@ class Learner:
         self._compiled_gradient: _Gradient = mx.compile(mx.value_and_grad(self._loss))
 
     def gradient(
-        self, parameters: Parameters, batches: Sequence[Batch], key: mx.array | None = None
+        self,
+        parameters: Parameters,
+        batches: Sequence[Batch],
+        key: mx.array | None = None,
+        before_each: Callable[[], None] = lambda: None,
     ) -> tuple[mx.array, Parameters]:
         """The weighted mean loss over a step's supervised tokens, Σ weight · loss / Σ weight, and its gradient.
 
@@ -86,6 +90,7 @@ class Learner:
             parameters: The trainable arrays.
             batches: The micro-batches of the step.
             key: Random key of the step's dropout; None for no dropout.
+            before_each: Called before each micro-batch; what it raises ends the step, and nothing has changed.
 
         Returns:
             The loss, and gradients of the parameters' names and shapes; all float32 and evaluated.
@@ -99,6 +104,7 @@ class Learner:
         total: Parameters = {}
         try:
             for batch, batch_key in zip(batches, keys, strict=False):
+                before_each()
                 started = time.perf_counter()
                 with shortage_noticed(batch):
                     batch_loss, gradients = self._micro_step(parameters, batch, total_weight, batch_key)

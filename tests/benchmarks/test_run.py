@@ -42,7 +42,9 @@ def test_every_point_is_a_whole_number_of_steps_on_rows_that_exist(cases: list) 
 
 def test_the_whole_run_has_the_workloads_and_sweeps_on_the_true_shape() -> None:
     cases = {case.name: case for case in full_cases()}
-    assert {one.layers for one in cases["pairs"].points} == {6, 28}
+    for name in ("pairs", "chats"):
+        assert [one.layers for case in (name, f"{name}-whole") for one in cases[case].points] == [6, 28]
+    assert [one.layers for one in cases["documents"].points] == [6, 28]
     assert [one.x for one in cases["lengths"].points][:: len(cases["lengths"].points) - 1] == [256, 8192]
     assert [one.rank for one in cases["ranks"].points][:: len(cases["ranks"].points) - 1] == [4, 128]
     vocabularies = [one.vocabulary for one in cases["vocabulary"].points]
@@ -50,10 +52,9 @@ def test_the_whole_run_has_the_workloads_and_sweeps_on_the_true_shape() -> None:
 
 
 def test_cases_trainers_and_layers_can_be_chosen() -> None:
-    (case,) = chosen_cases(parse(["--cases", "pairs", "--trainers", "ours", "mlx-lm", "--layers", "2"]))
+    (case,) = chosen_cases(parse(["--cases", "documents", "--trainers", "ours", "mlx-lm", "--layers", "2"]))
     assert case.trainers == ("ours", "mlx-lm")
-    assert [one.label for one in case.points] == ["2 layers", "2 layers, rows as of a large sorted file"]
-    assert {one.layers for one in case.points} == {2}
+    assert [(one.label, one.layers) for one in case.points] == [("2 layers", 2)]
     with pytest.raises(SystemExit, match="no such case: pears"):
         chosen_cases(parse(["--cases", "pears"]))
 

@@ -40,6 +40,8 @@ def outcome(run: Path) -> dict[str, Any]:
         elif path.name == "state.json":
             found[name] = json.loads(content)
             del found[name]["progress"]["metrics_bytes"]  # the digits of a time
+        elif path.name == "SHA256SUMS":
+            found[name] = content.splitlines()[:-1]  # the last is state.json's
         elif path.name == "environment.json":
             found[name] = json.loads(content)
             del found[name]["memory"]  # what was free when the run began

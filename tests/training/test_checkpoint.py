@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -67,6 +68,7 @@ def test_training_goes_on_from_a_checkpoint_to_the_bit(run: RunFolder) -> None:
 def test_a_checkpoint_holds_the_promised(run: RunFolder) -> None:
     folder = run.checkpoint(3)
     assert sorted(path.name for path in folder.iterdir()) == [
+        "SHA256SUMS",
         "optimizer.safetensors",
         "parameters.safetensors",
         "state.json",
@@ -114,6 +116,62 @@ def test_a_damaged_checkpoint_is_named_with_a_way_out(run: RunFolder, name: str,
         checkpoint.load(run, start(), fresh_optimizer(), IDENTITY, seed=0)
     assert caught.value.where == str(run.checkpoint(3))
     assert "remove this folder" in caught.value.hint
+
+
+@pytest.fixture
+def two(run: RunFolder) -> RunFolder:
+    """A run with checkpoints of steps 3 and 12."""
+    optimizer = fresh_optimizer()
+    checkpoint.save(run, Progress(step=12), stepped(start(), optimizer), optimizer, IDENTITY, seed=0)
+    return run
+
+
+def test_checksums_are_those_of_the_files(two: RunFolder) -> None:
+    lines = (two.checkpoint(12) / "SHA256SUMS").read_text().splitlines()
+    found = {line[66:]: line[:64] for line in lines}
+    assert sorted(found) == ["optimizer.safetensors", "parameters.safetensors", "state.json"]
+    for name, digest in found.items():
+        assert hashlib.sha256((two.checkpoint(12) / name).read_bytes()).hexdigest() == digest
+    assert checkpoint.set_aside_damaged(two) == []
+    assert two.checkpoint_steps() == [3, 12]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["state.json", "parameters.safetensors", "optimizer.safetensors", "SHA256SUMS"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(two: RunFolder, name: str, damage: str) -> None:
+    DAMAGES[damage](two.checkpoint(12) / name)
+    (told,) = checkpoint.set_aside_damaged(two)
+    assert str(two.checkpoint(12)) in told
+    assert name in told or (damage == "flipped" and name == "SHA256SUMS")
+    assert "goes on from step 3" in told
+    assert two.checkpoint_steps() == [3]
+    assert (two.checkpoints / "damaged-step-00000012").is_dir()
+    assert checkpoint.load(two, start(), fresh_optimizer(), IDENTITY, seed=0)[0].step == 3
+
+
+def test_where_all_are_damaged_they_stay_and_are_named(two: RunFolder) -> None:
+    flip(two.checkpoint(3) / "optimizer.safetensors")
+    flip(two.checkpoint(12) / "parameters.safetensors")
+    with pytest.raises(UserError, match="every checkpoint is damaged") as caught:
+        checkpoint.set_aside_damaged(two)
+    assert "step-00000003: optimizer.safetensors" in caught.value.what
+    assert "step-00000012: parameters.safetensors" in caught.value.what
+    assert "new run" in caught.value.hint
+    assert two.checkpoint_steps() == [3, 12]
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(run: RunFolder) -> None:

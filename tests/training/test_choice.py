@@ -87,9 +87,9 @@ def test_fewer_logits_at_once_come_before_a_stronger_mode() -> None:
     stronger = choose(footprint, limit("off", 27) - 100, 100)
     assert stronger is not None
     assert stronger.mode == "light"
-    decided = choose(footprint, limit("off", 27), 100, head_chunk=220)
+    decided = choose(footprint, limit("off", 220), 100, head_chunk=27)
     assert decided is not None
-    assert (decided.mode, decided.head_chunk) == ("light", 220)
+    assert (decided.mode, decided.head_chunk) == ("off", 27)
     assert choose(footprint, 0, 10, modes=("off",), micro_batch_tokens=9) == Choice(9, "off", 27)
 
 

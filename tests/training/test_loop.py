@@ -74,7 +74,7 @@ def evaluated_steps(settings: dict[str, Any], **further: Any) -> list[int]:
 def test_a_run_leaves_the_promised_files_and_no_others(settings: dict[str, Any]) -> None:
     result = train(TrainConfig(**settings, save_every=2))
     files = {str(path.relative_to(result.run_dir)) for path in result.run_dir.rglob("*") if path.is_file()}
-    checkpoint = ("parameters.safetensors", "optimizer.safetensors", "state.json")
+    checkpoint = ("parameters.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS")
     assert files == {
         *("config.yaml", "environment.json", "data_report.json", "metrics.jsonl", "README.md"),
         *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
