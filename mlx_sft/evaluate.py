@@ -18,6 +18,7 @@ from mlx_sft.data.store import check_vocabulary
 from mlx_sft.methods import Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import vocabulary_size
+from mlx_sft.training.fit import layout_on
 from mlx_sft.training.machine import this_machine
 from mlx_sft.training.relief import evaluate_in_memory
 from mlx_sft.training.step import Evaluation, Learner
@@ -72,5 +73,5 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
     check_vocabulary(examples, vocabulary)
     learner = Learner(SplitModel(loaded.model), _Untouched(), vocabulary, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
-    evaluation, _ = evaluate_in_memory(learner, {}, examples, budget, this_machine().width_of)
+    evaluation, _ = evaluate_in_memory(learner, {}, examples, budget, layout_on(this_machine(), learner))
     return EvaluationResult(evaluation, report)

@@ -1,6 +1,7 @@
 """Examples → a deterministic plan: optimizer steps, and the micro-batches that each is computed in.
 
     lengths 12 96 100 14 ─► sorted 12 14 | 96 100 ─► [2, 16] and [2, 112]: padded tokens stay near real ones
+                                                  or [1, 222]: end to end, where each row can be kept to itself
 
 A step is a random set of examples; how it is cut changes its cost, never its result. The plan is a pure function of its
 arguments, so that a resumed run goes on with the very step that the killed one would have taken. Knows nothing of models.
@@ -8,8 +9,9 @@ arguments, so that a resumed run goes on with the very step that the killed one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +20,11 @@ from mlx_sft.data.encode import Example
 
 Lengths = Sequence[int] | NDArray[np.int32]
 
-WidthOf = Callable[[int], int]
-"""The width to which a row of so many tokens is padded where it is the longest of its micro-batch; it never falls as they grow."""
+Layout = Literal["grid", "padded", "joined"]
+"""How the rows of a micro-batch lie: padded to a width of a small grid, padded to the longest of them, or end to end, unpadded."""
+
+Spans = tuple[tuple[int, int], ...]
+"""Where each row begins and ends."""
 
 CALL_COST = 32
 """What one more call costs, in tokens: reading the weights again and launching the kernels."""
@@ -30,10 +35,22 @@ _CUT_AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows that are computed at once: indices of examples, right-padded to `width` tokens."""
+    """Rows that are computed at once.
+
+    Attributes:
+        rows: Indices of examples.
+        width: Tokens that each is right-padded to, or of all of them where they are joined.
+        joined: Whether they lie end to end.
+    """
 
     rows: tuple[int, ...]
     width: int
+    joined: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """That go through the model."""
+        return self.width if self.joined else len(self.rows) * self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +83,13 @@ class Batch:
     """A micro-batch as arrays. Labels are already shifted: the hidden state at a position predicts its target.
 
     Attributes:
-        token_ids: [rows, width] int32, right-padded with 0 (a causal model never looks right).
+        token_ids: [rows, width] int32, right-padded with 0 (a causal model never looks right); [1, width] where rows lie end to end.
         positions: [supervised] int32, indices into rows × width.
         targets: [supervised] int32.
         weights: [supervised] float32, of each target in the mean loss.
         tokens: Real tokens in it.
         needed_tokens: Those of them that must be computed.
+        spans: Of the rows, where they lie end to end; else empty.
     """
 
     token_ids: NDArray[np.int32]
@@ -80,6 +98,16 @@ class Batch:
     weights: NDArray[np.float32]
     tokens: int
     needed_tokens: int
+    spans: Spans = ()
+
+    @property
+    def rows(self) -> int:
+        return len(self.spans) or self.token_ids.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, with its padding."""
+        return max((end - start for start, end in self.spans), default=self.token_ids.shape[1])
 
 
 class Plan:
@@ -186,7 +214,12 @@ def row_cost(width: int) -> int:
     return width + width * width // ATTENTION_WIDTH
 
 
-def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, width_of: WidthOf = round_up) -> list[MicroBatch]:
+def padded_width(length: int, layout: Layout) -> int:
+    """The width that a row takes which is the longest of its micro-batch."""
+    return round_up(length) if layout == "grid" else length
+
+
+def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout = "grid") -> list[MicroBatch]:
     """Cut a step's rows, sorted by length, where the estimated time is least: `row_cost` of every row plus `CALL_COST` a call.
 
     A dynamic program over where the last cut lies. Its time grows with the rows times those that fit the budget at once.
@@ -194,16 +227,21 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, width_of: Widt
     Args:
         rows: Indices of examples.
         lengths: Needed length of every example.
-        token_budget: Padded tokens that fit at once; a single longer row goes alone.
-        width_of: `round_up` for few shapes, `int` for no padding of the longest row.
+        token_budget: Tokens, padding included, that fit at once; a single longer row goes alone.
     """
+    joined = layout == "joined"
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    widths = [width_of(int(lengths[row])) for row in ordered]
+    widths = [padded_width(int(lengths[row]), layout) for row in ordered]
+    ends, own_costs = np.cumsum([0, *widths]), np.cumsum([0, *map(row_cost, widths)])
     costs = np.zeros(len(ordered) + 1, np.int64)  # of the first so many rows
     last_cuts = [0]
     for end, width in enumerate(widths, 1):
-        first = max(0, end - max(1, token_budget // width))
-        candidates = costs[first:end] + np.arange(end - first, 0, -1) * row_cost(width)
+        if joined:
+            first = min(end - 1, int(np.searchsorted(ends, ends[end] - token_budget)))
+            candidates = costs[first:end] + own_costs[end] - own_costs[first:end]
+        else:
+            first = max(0, end - max(1, token_budget // width))
+            candidates = costs[first:end] + np.arange(end - first, 0, -1) * row_cost(width)
         best = int(candidates.argmin())
         costs[end] = candidates[best] + CALL_COST
         last_cuts.append(first + best)
@@ -211,16 +249,17 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, width_of: Widt
     end = len(ordered)
     while end > 0:
         start = last_cuts[end]
-        micro_batches.append(MicroBatch(tuple(ordered[start:end]), widths[end - 1]))
+        width = int(ends[end] - ends[start]) if joined else widths[end - 1]
+        micro_batches.append(MicroBatch(tuple(ordered[start:end]), width, joined))
         end = start
     return micro_batches[::-1]
 
 
-def cut_all(lengths: Lengths, token_budget: int, width_of: WidthOf = round_up) -> list[MicroBatch]:
+def cut_all(lengths: Lengths, token_budget: int, layout: Layout = "grid") -> list[MicroBatch]:
     """All rows cut for evaluation, where there are no steps: similar lengths together, whatever their order."""
     ordered = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     groups = (ordered[i : i + _CUT_AT_ONCE] for i in range(0, len(ordered), _CUT_AT_ONCE))
-    return [micro_batch for group in groups for micro_batch in cut(group, lengths, token_budget, width_of)]
+    return [micro_batch for group in groups for micro_batch in cut(group, lengths, token_budget, layout)]
 
 
 def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
@@ -232,23 +271,27 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
     targets      C D   F
     ```
     """
-    token_ids = np.zeros((len(micro_batch.rows), micro_batch.width), np.int32)
+    token_ids = np.zeros(micro_batch.tokens, np.int32)
     positions, targets, weights, tokens, needed = [], [], [], 0, 0
+    spans: list[tuple[int, int]] = []
     for row, index in enumerate(micro_batch.rows):
         example = examples[index]
         length = needed_length(example)
-        token_ids[row, :length] = example.token_ids[:length]
+        start = needed if micro_batch.joined else row * micro_batch.width
+        spans.append((start, start + length))
+        token_ids[start : start + length] = example.token_ids[:length]
         learnt = np.flatnonzero(example.loss_weights[1:])
-        positions.append(row * micro_batch.width + learnt)
+        positions.append(start + learnt)
         targets.append(example.token_ids[1:][learnt])
         weights.append(example.loss_weights[1:][learnt])
         tokens += len(example.token_ids)
         needed += length
     return Batch(
-        token_ids,
+        token_ids.reshape(-1, micro_batch.width),
         np.concatenate(positions).astype(np.int32),
         np.concatenate(targets).astype(np.int32),
         np.concatenate(weights).astype(np.float32),
         tokens,
         needed,
+        tuple(spans) if micro_batch.joined else (),
     )

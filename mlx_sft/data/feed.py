@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from mlx_sft.data.batches import Batch, Plan, Step, WidthOf, collate, cut
+from mlx_sft.data.batches import Batch, Layout, Plan, Step, collate, cut
 from mlx_sft.data.prefetch import Prefetch
 from mlx_sft.data.store import Examples
 
@@ -30,13 +30,13 @@ class StepFeed:
     Args:
         after: Number of the last step that was taken.
         token_budget: Padded tokens of a micro-batch.
-        width_of: The width to which a row is padded.
+        layout: How rows lie in a micro-batch.
     """
 
-    def __init__(self, plan: Plan, examples: Examples, *, after: int, token_budget: int, width_of: WidthOf) -> None:
+    def __init__(self, plan: Plan, examples: Examples, *, after: int, token_budget: int, layout: Layout) -> None:
         self._plan = plan
         self._examples = examples
-        self._width_of = width_of
+        self._layout = layout
         self._taken = after
         self._coming = Prefetch(self._steps(after, token_budget))
 
@@ -64,5 +64,5 @@ class StepFeed:
     def _steps(self, after: int, token_budget: int) -> Iterator[tuple[Step, list[Batch]]]:
         lengths = self._examples.needed_lengths
         for step in self._plan.steps(after):
-            micro_batches = cut(step.rows, lengths, token_budget, self._width_of)
+            micro_batches = cut(step.rows, lengths, token_budget, self._layout)
             yield step, [collate(self._examples, micro_batch) for micro_batch in micro_batches]

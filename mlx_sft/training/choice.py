@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
+from mlx_sft.data.batches import Layout
 from mlx_sft.errors import UserError
 from mlx_sft.training.loss import chunk_choices
 from mlx_sft.training.machine import Machine
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
 
-MOST_TOKENS = 2048
-"""Matrix products are no faster with more rows at once."""
+MOST_TOKENS, MOST_JOINED = 2048, 1024
+"""More at once is no faster. Rows that are padded want a larger budget, since they are best cut by their lengths and not by it."""
 
 ENOUGH_TOKENS = 512
 """From here on products are near their full speed."""
@@ -58,6 +59,11 @@ def configured(mode: Mode) -> str:
     return "on" if mode == "layers" else mode
 
 
+def most_at_once(layout: Layout) -> int:
+    """As many tokens of a micro-batch as pay off."""
+    return MOST_JOINED if layout == "joined" else MOST_TOKENS
+
+
 def choose(
     footprint: Footprint,
     limit: int,
@@ -66,6 +72,7 @@ def choose(
     modes: Sequence[Mode] = MODES,
     micro_batch_tokens: int | None = None,
     head_chunk: int | None = None,
+    most: int = MOST_TOKENS,
 ) -> Choice | None:
     """The largest micro-batch that fits, in the first mode in which enough fits; None where the longest row fits in none.
 
@@ -77,11 +84,13 @@ def choose(
         longest: Tokens of the longest row, as padded.
         modes: To choose among, those that compute least again first.
         micro_batch_tokens, head_chunk: As configured; None to choose.
+        most: As many tokens at once as pay off.
     """
     chunks = chunk_choices(footprint.vocabulary) if head_chunk is None else (head_chunk,)
     least = max(longest, micro_batch_tokens or 0)
-    most = max(least, MOST_TOKENS)
-    options = [Choice(most_tokens(footprint, m, limit, most, chunk), m, chunk) for m in modes for chunk in chunks]
+    options = [
+        Choice(most_tokens(footprint, m, limit, max(least, most), chunk), m, chunk) for m in modes for chunk in chunks
+    ]
     fitting = [option for option in options if option.micro_batch_tokens >= least]
     if micro_batch_tokens is not None:
         if not fitting and len(modes) == 1:
@@ -91,7 +100,7 @@ def choose(
         return None
     enough = [option for option in fitting if option.micro_batch_tokens >= ENOUGH_TOKENS]
     best = enough[0] if enough else max(fitting, key=lambda option: option.micro_batch_tokens)
-    return replace(best, micro_batch_tokens=min(best.micro_batch_tokens, MOST_TOKENS))
+    return replace(best, micro_batch_tokens=min(best.micro_batch_tokens, most))
 
 
 def most_tokens(

@@ -5,7 +5,7 @@ Knows what a job is made of; knows nothing of steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -16,14 +16,14 @@ import mlx.core as mx
 
 from mlx_sft.config import TrainConfig, parse_bytes
 from mlx_sft.console import size
-from mlx_sft.data.batches import Plan, Portion, cut
+from mlx_sft.data.batches import Layout, Plan, Portion, cut, padded_width
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.store import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.model.load import resolve_dtype
 from mlx_sft.model.outline import outline
-from mlx_sft.training.choice import MOST_TOKENS, Choice, LongestRow, asked_for, choose, no_room
+from mlx_sft.training.choice import Choice, LongestRow, asked_for, choose, most_at_once, no_room
 from mlx_sft.training.machine import Machine, this_machine
 from mlx_sft.training.memory import Footprint, Prediction, weight_bytes
 from mlx_sft.training.probe import Probe, probe
@@ -42,12 +42,14 @@ class Fit:
     """How a run is computed on its machine, and why.
 
     Attributes:
+        layout: How the rows of its micro-batches lie.
         probe: What was measured beforehand; None where nothing was, and `why_no_probe` then says why.
     """
 
     machine: Machine
     footprint: Footprint
     choice: Choice
+    layout: Layout
     probe: Probe | None = None
     why_no_probe: str = ""
 
@@ -67,18 +69,20 @@ class Fit:
             "no_probe_because": self.why_no_probe or None,
         }
 
-    def _predicted(self, rows: int, width: int, supervised: int) -> Prediction:
+    def _predicted(self, tokens: int, width: int, supervised: int) -> Prediction:
         mode, chunk = self.choice.mode, self.choice.head_chunk
-        return self.footprint.predict(mode, rows * width, width=width, supervised=supervised, head_chunk=chunk)
+        return self.footprint.predict(mode, tokens, width=width, supervised=supervised, head_chunk=chunk)
 
     def _shapes(self, plan: Plan, examples: Examples) -> Iterator[tuple[int, int, int]]:
-        lengths, width_of = examples.needed_lengths, self.machine.width_of
+        lengths = examples.needed_lengths
         longest = int(lengths.argmax())
-        yield 1, width_of(int(lengths[longest])), int(examples.supervised_tokens[longest])
+        width = padded_width(int(lengths[longest]), self.layout)
+        yield width, width, int(examples.supervised_tokens[longest])
         for step in islice(plan.steps(), _STEPS_LOOKED_AT):
-            for micro_batch in cut(step.rows, lengths, self.choice.micro_batch_tokens, width_of):
+            for micro_batch in cut(step.rows, lengths, self.choice.micro_batch_tokens, self.layout):
                 rows = list(micro_batch.rows)
-                yield len(rows), micro_batch.width, int(examples.supervised_tokens[rows].sum())
+                width = padded_width(int(lengths[rows].max()), self.layout)
+                yield micro_batch.tokens, width, int(examples.supervised_tokens[rows].sum())
 
 
 def planned_steps(config: TrainConfig, data: PreparedData) -> Plan:
@@ -123,6 +127,13 @@ def memory_limit_restored() -> Iterator[None]:
         mx.set_memory_limit(before)
 
 
+def layout_on(machine: Machine, learner: Learner) -> Layout:
+    """On a grid where shapes are compiled; else end to end, if the model can be computed so."""
+    if machine.compiles:
+        return "grid"
+    return "joined" if learner.keeps_rows_apart() else "padded"
+
+
 def within(machine: Machine, config: TrainConfig) -> Machine:
     """A machine with the memory that `memory_limit` allows of it."""
     if config.memory_limit is None:
@@ -147,8 +158,9 @@ def fit_to_machine(
     machine: Machine,
     footprint: Footprint,
     examples: Examples,
-    learner_in: Callable[[Mode], Learner],
+    learner: Learner,
     parameters: Parameters,
+    layout: Layout,
 ) -> Fit:
     """Settings with which the run is predicted to fit; set right by a measurement where it is close.
 
@@ -157,7 +169,7 @@ def fit_to_machine(
     """
     modes, tokens = asked_for(config), config.micro_batch_tokens
     row = int(examples.needed_lengths.argmax())
-    longest = LongestRow(machine.width_of(int(examples.needed_lengths[row])), examples[row].origin)
+    longest = LongestRow(padded_width(int(examples.needed_lengths[row]), layout), examples[row].origin)
     decided = tokens is not None and len(modes) == 1
     if tokens is not None and not decided:
         tokens = min(tokens, min(config.batch_size, len(examples)) * longest.tokens)  # a whole step is the most
@@ -170,19 +182,21 @@ def fit_to_machine(
             modes=modes,
             micro_batch_tokens=tokens,
             head_chunk=config.head_chunk,
+            most=most_at_once(layout),
         )
 
     choice = chosen(footprint)
     if choice is not None and decided:
-        return Fit(machine, footprint, choice, why_no_probe="the settings are given")
-    if choice is not None and _plenty(footprint, machine, longest.tokens, choice, modes):
-        return Fit(machine, footprint, choice, why_no_probe="there is memory to spare")
+        return Fit(machine, footprint, choice, layout, why_no_probe="the settings are given")
+    if choice is not None and _plenty(footprint, machine, longest.tokens, choice, modes, most_at_once(layout)):
+        return Fit(machine, footprint, choice, layout, why_no_probe="there is memory to spare")
     mode = choice.mode if choice else modes[-1]
     if footprint.predict(mode, 1).peak > machine.memory:
         raise no_room(footprint, machine, longest, modes, config)
     most = choice.micro_batch_tokens if choice else footprint.most_tokens(mode, machine.memory, longest.tokens)
     try:
-        measured = probe(learner_in(mode), parameters, footprint, max(1, most))
+        learner.configure(mode)
+        measured = probe(learner, parameters, footprint, max(1, most))
     except OutOfMemory as error:
         raise UserError(
             f"out of memory at a row of {error.shortage.width} tokens: {error.shortage.message}",
@@ -193,12 +207,14 @@ def fit_to_machine(
     choice = chosen(footprint)
     if choice is None:
         raise no_room(footprint, machine, longest, modes, config)
-    return Fit(machine, footprint, choice, probe=measured)
+    return Fit(machine, footprint, choice, layout, probe=measured)
 
 
-def _plenty(footprint: Footprint, machine: Machine, longest: int, choice: Choice, modes: tuple[Mode, ...]) -> bool:
+def _plenty(
+    footprint: Footprint, machine: Machine, longest: int, choice: Choice, modes: tuple[Mode, ...], most: int
+) -> bool:
     """Whether the best settings there are take little enough."""
     tokens = max(longest, choice.micro_batch_tokens)
-    best = choice.mode == modes[0] and choice.micro_batch_tokens >= MOST_TOKENS
+    best = choice.mode == modes[0] and choice.micro_batch_tokens >= most
     predicted = footprint.predict(choice.mode, tokens, head_chunk=choice.head_chunk)
     return best and predicted.peak <= _PLENTY * machine.memory

@@ -99,7 +99,7 @@ def _steps_left(job: Job) -> StepFeed:
         job.data.train,
         after=after,
         token_budget=job.choice.micro_batch_tokens,
-        width_of=job.fit.machine.width_of,
+        layout=job.fit.layout,
     )
 
 

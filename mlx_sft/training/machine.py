@@ -15,7 +15,6 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_sft.data.batches import WidthOf, round_up
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.training.allocator import keep_freed_memory
 
@@ -75,11 +74,6 @@ class Machine:
     def compiles(self) -> bool:
         """Whether a compiled step pays on it: on the CPU a trace takes seconds of g++ and saves nothing."""
         return self.backend != "cpu"
-
-    @property
-    def width_of(self) -> WidthOf:
-        """How far a row is padded on it: to the grid where shapes are compiled, and not at all where none are."""
-        return round_up if self.compiles else int
 
     @property
     def dtype(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_sft.config import TrainConfig, read_yaml
 from mlx_sft.convert.peft import read_adapter
+from mlx_sft.data.batches import Layout, padded_width
 from mlx_sft.data.pipeline import Progress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
@@ -23,7 +24,16 @@ from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_si
 from mlx_sft.model.outline import outline
 from mlx_sft.model.translate import read_config
 from mlx_sft.training.arithmetic import REACHED, Work, operations, seconds
-from mlx_sft.training.choice import Choice, LongestRow, asked_for, choose, configured, most_tokens, no_room
+from mlx_sft.training.choice import (
+    Choice,
+    LongestRow,
+    asked_for,
+    choose,
+    configured,
+    most_at_once,
+    most_tokens,
+    no_room,
+)
 from mlx_sft.training.fit import Fit, planned_steps, within
 from mlx_sft.training.machine import COMMON_MACS, Machine, mac, measured_teraflops, read_machine, this_machine
 from mlx_sft.training.memory import MODES, Footprint, Prediction
@@ -167,7 +177,8 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
     dtype = machine.dtype if config.dtype == "auto" else config.dtype
     footprint = _footprint(config, path, dtype, fused=machine.fused)
     on_macs = _footprint(config, path, "bfloat16" if config.dtype == "auto" else dtype, fused=True)
-    longest = _longest(config, machine, data)
+    layout: Layout = "grid" if machine.compiles else "joined"
+    longest = _longest(config, layout, data)
     modes = asked_for(config)
     choice = choose(
         footprint,
@@ -176,6 +187,7 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
         modes=modes,
         micro_batch_tokens=config.micro_batch_tokens,
         head_chunk=config.head_chunk,
+        most=most_at_once(layout),
     )
     refusal = None if choice else no_room(footprint, machine, longest, modes, config)
     speed = measured_teraflops(dtype) if here else machine.teraflops
@@ -188,7 +200,7 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
         longest=longest,
         choice=choice,
         refusal=refusal,
-        predicted=_predicted(config, machine, footprint, choice, data, longest),
+        predicted=_predicted(config, machine, footprint, choice, layout, data, longest),
         work=Work.of(data.train.needed_lengths, int(data.train.supervised_tokens.sum())) if data else None,
         epochs=_epochs(config, data),
         teraflops=speed,
@@ -219,11 +231,11 @@ def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> F
     return Footprint.of(split, parameters, vocabulary, fused=fused, accumulates=config.batch_size > 1)
 
 
-def _longest(config: TrainConfig, machine: Machine, data: PreparedData | None) -> LongestRow:
+def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:
     if data is None:
-        return LongestRow(machine.width_of(config.max_length - 1), f"a row of --max-length {config.max_length}")
+        return LongestRow(padded_width(config.max_length - 1, layout), f"a row of --max-length {config.max_length}")
     row = int(data.train.needed_lengths.argmax())
-    return LongestRow(machine.width_of(int(data.train.needed_lengths[row])), data.train[row].origin)
+    return LongestRow(padded_width(int(data.train.needed_lengths[row]), layout), data.train[row].origin)
 
 
 def _predicted(
@@ -231,6 +243,7 @@ def _predicted(
     machine: Machine,
     footprint: Footprint,
     choice: Choice | None,
+    layout: Layout,
     data: PreparedData | None,
     longest: LongestRow,
 ) -> Prediction:
@@ -239,7 +252,7 @@ def _predicted(
     if data is None:
         tokens = max(longest.tokens, choice.micro_batch_tokens)
         return footprint.predict(choice.mode, tokens, width=longest.tokens, head_chunk=choice.head_chunk)
-    return Fit(machine, footprint, choice).largest(planned_steps(config, data), data.train)
+    return Fit(machine, footprint, choice, layout).largest(planned_steps(config, data), data.train)
 
 
 def _epochs(config: TrainConfig, data: PreparedData | None) -> float:

@@ -9,6 +9,9 @@
 
 (Chen et al. 2016, https://arxiv.org/abs/1604.06174.) Stand-ins take the place of layers and of their modules while a forward pass runs; the
 model is itself again after it, and no class is changed.
+
+Where a layer's attention can be told apart from its products, rows may lie end to end without padding: the products see all of them
+as one, and attention sees each alone.
 """
 
 from __future__ import annotations
@@ -16,29 +19,40 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sft.data.batches import Spans
 from mlx_sft.model.blocks import Block, find_blocks, stood_in
-from mlx_sft.model.fast import fast_core
+from mlx_sft.model.fast import Core, fast_core
 from mlx_sft.model.head import SplitModel
 
 Mode = Literal["off", "light", "layers", "blocks"]
 
 _PROBE = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+_SPANS: Spans = ((0, 3), (3, 8))
 
 
 class Recomputed:
-    """A model's layers, computed in a mode."""
+    """A model's layers, computed in a mode.
+
+    Attributes:
+        rows: Where the rows of the micro-batch lie that is computed now, if they lie end to end. It must stay as it is until the gradient
+            is taken, since layers that are computed again read it then.
+    """
 
     def __init__(self, split: SplitModel, mode: Mode) -> None:
+        self.rows = Rows()
+        self._split = split
         self._layers = split.layers
         blocks = find_blocks(split.layers, lambda: split.hidden_states(_PROBE))
-        self._stand_ins = _stand_ins(split.layers, blocks, mode)
+        self._stand_ins = _stand_ins(split.layers, blocks, mode, self.rows)
         if not self._reproduces(split):
-            self._stand_ins = _stand_ins(split.layers, [{} for _ in blocks], "layers" if mode == "blocks" else mode)
+            unsplit: list[dict[str, Block]] = [{} for _ in blocks]
+            self._stand_ins = _stand_ins(split.layers, unsplit, "layers" if mode == "blocks" else mode, self.rows)
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -50,21 +64,40 @@ class Recomputed:
         finally:
             self._layers[:] = originals
 
+    def keeps_rows_apart(self) -> bool:
+        """Whether rows that lie end to end are computed as each is alone; it is tried on two short ones."""
+        alone = [self._split.hidden_states(_PROBE[:, start:end]) for start, end in _SPANS]
+        self.rows.spans = _SPANS
+        with self.standing_in():
+            joined = self._split.hidden_states(_PROBE)
+        self.rows.spans = ()
+        return self._equal(joined, mx.concatenate(alone, axis=1))
+
     def _reproduces(self, split: SplitModel) -> bool:
         """Whether the model computes the same with its stand-ins."""
-        plain = split.hidden_states(_PROBE).astype(mx.float32)
+        plain = split.hidden_states(_PROBE)
         with self.standing_in():
-            states = split.hidden_states(_PROBE).astype(mx.float32)
-        tolerance = 1e-4 if split.model_dtype() == mx.float32 else 2e-2
+            return self._equal(split.hidden_states(_PROBE), plain)
+
+    def _equal(self, states: mx.array, plain: mx.array) -> bool:
+        states, plain = states.astype(mx.float32), plain.astype(mx.float32)
+        tolerance = 1e-4 if self._split.model_dtype() == mx.float32 else 2e-2
         return bool((mx.abs(states - plain).max() <= tolerance * mx.abs(plain).max()).item())
 
 
-def _stand_ins(layers: list[nn.Module], blocks: list[dict[str, Block]], mode: Mode) -> list[Any]:
+@dataclass
+class Rows:
+    """Where the rows of a micro-batch lie, if end to end; else empty."""
+
+    spans: Spans = ()
+
+
+def _stand_ins(layers: list[nn.Module], blocks: list[dict[str, Block]], mode: Mode, rows: Rows) -> list[Any]:
+    def frugal(block: Block) -> _Frugal:
+        return _Frugal(block, rows, recompute=block.positionwise or mode == "light")
+
     each = [
-        _Layer(
-            layer,
-            {name: _Frugal(block, recompute=block.positionwise or mode == "light") for name, block in found.items()},
-        )
+        _Layer(layer, {name: frugal(block) for name, block in found.items()})
         for layer, found in zip(layers, blocks, strict=True)
     ]
     if mode in ("off", "light"):
@@ -80,18 +113,20 @@ def _stand_ins(layers: list[nn.Module], blocks: list[dict[str, Block]], mode: Mo
 class _Frugal:
     """Stands where a block stood: what lies between its products is computed again where it is needed again."""
 
-    def __init__(self, block: Block, *, recompute: bool) -> None:
+    def __init__(self, block: Block, rows: Rows, *, recompute: bool) -> None:
         self._block = block
         self._core = fast_core(block) or block.core
+        self._rows = rows
         self._recompute = recompute
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         block, module = self._block, self._block.module
+        core = self._core if block.positionwise else _row_by_row(self._core, self._rows.spans)
         shape_of_x = mx.broadcast_to(mx.zeros((), x.dtype), x.shape)  # so that no gradient goes past the products
 
         def rest(parameters: dict[str, Any], *projected: mx.array) -> mx.array:
             module.update(parameters)
-            result: mx.array = module[block.last](self._core(list(projected), shape_of_x, *args, **kwargs))
+            result: mx.array = module[block.last](core(list(projected), shape_of_x, *args, **kwargs))
             return result
 
         # The last product is not computed twice: nothing in a backward pass asks for its result.
@@ -101,6 +136,32 @@ class _Frugal:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block.module, name)
+
+
+def _row_by_row(core: Core, spans: Spans) -> Core:
+    """A core that sees each of the rows alone, which lie end to end; masks are cut to the row."""
+    if len(spans) < 2:
+        return core
+
+    def apply(projected: list[mx.array], x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        length = x.shape[1]
+
+        def of_row(value: Any, start: int, end: int) -> Any:
+            masks = isinstance(value, mx.array) and value.shape[-2:] == (length, length)
+            return value[..., start:end, start:end] if masks else value
+
+        rows = [
+            core(
+                [product[:, start:end] for product in projected],
+                x[:, start:end],
+                *(of_row(value, start, end) for value in args),
+                **{name: of_row(value, start, end) for name, value in kwargs.items()},
+            )
+            for start, end in spans
+        ]
+        return mx.concatenate(rows, axis=1)
+
+    return apply
 
 
 class _Layer:

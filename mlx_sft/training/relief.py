@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_sft.data.batches import Batch, WidthOf, collate, cut_all
+from mlx_sft.data.batches import Batch, Layout, collate, cut_all
 from mlx_sft.data.prefetch import Prefetch
 from mlx_sft.data.store import Examples
 from mlx_sft.errors import UserError
@@ -48,7 +48,7 @@ def relieve(job: Job, shortage: Shortage, metrics: Metrics) -> None:
     tokens, mode = tried
     stronger = "" if mode == job.choice.mode else f", --grad-checkpoint {configured(mode)}"
     job.console.warn(
-        f"out of memory in step {step}, at {shortage.rows} rows of {shortage.width} tokens; it is repeated "
+        f"out of memory in step {step}, at {shortage.rows} rows of up to {shortage.width} tokens; it is repeated "
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
     job.choice = replace(job.choice, micro_batch_tokens=tokens, mode=mode)
@@ -60,7 +60,7 @@ def relieve(job: Job, shortage: Shortage, metrics: Metrics) -> None:
 
 
 def evaluate_in_memory(
-    learner: Learner, parameters: Parameters, examples: Examples, token_budget: int, width_of: WidthOf
+    learner: Learner, parameters: Parameters, examples: Examples, token_budget: int, layout: Layout
 ) -> tuple[Evaluation, int]:
     """An evaluation of all examples, and the budget that it came to fit in; begun again with smaller micro-batches after a shortage.
 
@@ -69,7 +69,7 @@ def evaluate_in_memory(
     """
     while True:
         try:
-            with Prefetch(_collated(examples, token_budget, width_of)) as batches:
+            with Prefetch(_collated(examples, token_budget, layout)) as batches:
                 return learner.evaluate(parameters, batches), token_budget
         except OutOfMemory as error:
             shortage = error.shortage
@@ -82,6 +82,6 @@ def evaluate_in_memory(
         token_budget = smaller
 
 
-def _collated(examples: Examples, token_budget: int, width_of: WidthOf) -> Iterator[Batch]:
-    for micro_batch in cut_all(examples.needed_lengths, token_budget, width_of):
+def _collated(examples: Examples, token_budget: int, layout: Layout) -> Iterator[Batch]:
+    for micro_batch in cut_all(examples.needed_lengths, token_budget, layout):
         yield collate(examples, micro_batch)

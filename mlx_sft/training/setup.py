@@ -39,7 +39,15 @@ from mlx_sft.runs import RunFolder, to_json
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.choice import Choice, configured
-from mlx_sft.training.fit import Fit, allowed_machine, fit_to_machine, hold_to, planned_steps, refuse_too_large
+from mlx_sft.training.fit import (
+    Fit,
+    allowed_machine,
+    fit_to_machine,
+    hold_to,
+    layout_on,
+    planned_steps,
+    refuse_too_large,
+)
 from mlx_sft.training.identity import (
     computed_anew,
     describe_environment,
@@ -124,13 +132,15 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     config, method, parameters = _attach(config, base, begun=begun)
     check_exportable(path, method, parameters)
     _refuse_dropout_outside_layers(config, split, parameters)
+    learner = Learner(split, method, vocabulary)
     fit = fit_to_machine(
         config,
         machine,
         Footprint.of(split, parameters, vocabulary, fused=machine.fused, accumulates=config.batch_size > 1),
         data.train,
-        lambda mode: Learner(split, method, vocabulary, recompute=mode),
+        learner,
         parameters,
+        layout_on(machine, learner),
     )
     config = _decided(config, fit.choice)
     plan = planned_steps(config, data)
@@ -141,14 +151,8 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     fit, progress = _resumed(fit, progress, anew)
     predicted = fit.largest(plan, data.train)
     hold_to(machine, predicted)
-    learner = Learner(
-        split,
-        method,
-        vocabulary,
-        recompute=fit.choice.mode,
-        compiled=compiled_shapes(machine, plan, data.train, fit.choice.micro_batch_tokens),
-        head_chunk=fit.choice.head_chunk,
-    )
+    compiled = compiled_shapes(machine, plan, data.train, fit.choice.micro_batch_tokens)
+    learner.configure(fit.choice.mode, compiled, fit.choice.head_chunk)
     return Job(
         config, run, base, split, method, learner, plan, data, data.train.needed_lengths, fit.choice,
         parameters, optimizer, identity, progress, console, fit, predicted,

@@ -23,10 +23,11 @@ _STRONGER: dict[Mode, Mode] = {"off": "light", "light": "layers", "layers": "blo
 
 @dataclass(frozen=True)
 class Shortage:
-    """A micro-batch of `rows` of `width` tokens did not fit; what was said about it."""
+    """A micro-batch of `rows`, the longest of `width` tokens, did not fit, `tokens` in all; what was said about it."""
 
     rows: int
     width: int
+    tokens: int
     message: str
 
 
@@ -52,13 +53,12 @@ def shortage_noticed(batch: Batch) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        rows, width = batch.token_ids.shape
-        raise OutOfMemory(Shortage(rows, width, str(error))) from error
+        raise OutOfMemory(Shortage(batch.rows, batch.longest, batch.token_ids.size, str(error))) from error
 
 
 def smaller_budget(shortage: Shortage) -> int | None:
     """Half of the micro-batch that did not fit; None where that was a single row."""
-    return shortage.rows * shortage.width // 2 if shortage.rows > 1 else None
+    return shortage.tokens // 2 if shortage.rows > 1 else None
 
 
 def next_try(shortage: Shortage, token_budget: int, mode: Mode) -> tuple[int, Mode] | None:

@@ -64,15 +64,18 @@ class Learner:
     ) -> None:
         self._split = split
         self._method = method
-        self._chunk = head_chunk or chunk_rows(vocabulary)
-        self.trace_seconds: list[float] = []
-        self.configure(recompute, compiled)
-
-    def configure(self, recompute: Mode, compiled: Collection[Shape] = ()) -> None:
-        """From now on compute in this mode, and compile these shapes."""
+        self._chunk = chunk_rows(vocabulary)
         self.mode = recompute
+        self._recomputed = Recomputed(split, recompute)
+        self.trace_seconds: list[float] = []
+        self.configure(recompute, compiled, head_chunk)
+
+    def configure(self, recompute: Mode, compiled: Collection[Shape] = (), head_chunk: int | None = None) -> None:
+        """From now on compute in this mode, compile these shapes, and have so many logits at once, or as many as before."""
+        if recompute != self.mode:
+            self.mode, self._recomputed = recompute, Recomputed(self._split, recompute)
+        self._chunk = head_chunk or self._chunk
         self.compiled = frozenset(compiled)
-        self._recomputed = Recomputed(self._split, recompute)
         self._traced: set[Shape] = set()
         self._gradient: _Gradient = mx.value_and_grad(self._loss)
         self._compiled_gradient: _Gradient = mx.compile(mx.value_and_grad(self._loss))
@@ -117,6 +120,10 @@ class Learner:
             self._method.bind(self._split.model, parameters)
         return loss, total
 
+    def keeps_rows_apart(self) -> bool:
+        """Whether the rows of a micro-batch may lie end to end."""
+        return self._recomputed.keeps_rows_apart()
+
     def evaluate(self, parameters: Parameters, batches: Iterable[Batch]) -> Evaluation:
         """Token-mean loss and accuracy over all micro-batches, without dropout or gradients.
 
@@ -127,6 +134,7 @@ class Learner:
         loss, correct, weight, tokens, supervised = 0.0, 0.0, 0.0, 0, 0
         for batch in batches:
             with shortage_noticed(batch):
+                self._recomputed.rows.spans = batch.spans
                 with self._recomputed.standing_in():
                     hidden_states = self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
                 sums = evaluate_positions(
@@ -148,7 +156,8 @@ class Learner:
         self, parameters: Parameters, batch: Batch, total_weight: float, key: mx.array | None
     ) -> tuple[mx.array, Parameters]:
         shape = padded_shape(batch)
-        compiled = shape in self.compiled
+        compiled = shape in self.compiled and not batch.spans
+        self._recomputed.rows.spans = batch.spans
         padding = shape[2] - len(batch.targets) if compiled else 0
         weights = (batch.weights / total_weight).astype(np.float32)
         function = self._compiled_gradient if compiled else self._gradient

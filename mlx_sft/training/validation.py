@@ -21,7 +21,7 @@ def evaluate(job: Job, step: Step, metrics: Metrics) -> None:
     started = time.perf_counter()
     tokens = job.choice.micro_batch_tokens
     budget = min(tokens, job.progress.evaluation_tokens or tokens)
-    result, fitting = evaluate_in_memory(job.learner, job.parameters, job.data.valid, budget, job.fit.machine.width_of)
+    result, fitting = evaluate_in_memory(job.learner, job.parameters, job.data.valid, budget, job.fit.layout)
     if fitting < budget:
         job.console.warn(
             f"out of memory in the evaluation after step {step.number}; evaluations take up to {fitting} tokens at once from now on"

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 
 from mlx_sft.data.batches import (
     CALL_COST,
+    Layout,
     MicroBatch,
     Plan,
     Portion,
-    WidthOf,
     collate,
     cut,
     cut_all,
     needed_length,
+    padded_width,
     round_up,
     row_cost,
     shares,
@@ -98,34 +99,50 @@ def _partitions(rows: list[int]) -> list[list[list[int]]]:
     return alone + joined
 
 
-WIDTHS = st.sampled_from([round_up, int])
+LAYOUTS: tuple[Layout, ...] = ("grid", "padded", "joined")
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, BUDGETS, WIDTHS)
-def test_no_grouping_that_fits_is_cheaper(lengths: list[int], budget: int, width_of: WidthOf) -> None:
+@given(LENGTHS, BUDGETS, st.sampled_from(LAYOUTS))
+def test_no_grouping_that_fits_is_cheaper(lengths: list[int], budget: int, layout: Layout) -> None:
     def made(groups: list[list[int]]) -> list[MicroBatch]:
-        return [MicroBatch(tuple(group), max(width_of(lengths[row]) for row in group)) for group in groups]
+        joined = layout == "joined"
+        whole = sum if joined else max
+        return [
+            MicroBatch(tuple(group), whole(padded_width(lengths[row], layout) for row in group), joined)
+            for group in groups
+        ]
+
+    def cost(micro_batches: list[MicroBatch]) -> int:
+        if layout != "joined":
+            return _cost(micro_batches)
+        return sum(CALL_COST + sum(row_cost(lengths[row]) for row in micro.rows) for micro in micro_batches)
 
     every = map(made, _partitions(list(range(len(lengths)))))
-    fits = [ms for ms in every if all(len(m.rows) == 1 or len(m.rows) * m.width <= budget for m in ms)]
-    assert _cost(cut(range(len(lengths)), lengths, budget, width_of)) == min(map(_cost, fits))
+    fits = [ms for ms in every if all(len(m.rows) == 1 or m.tokens <= budget for m in ms)]
+    assert cost(cut(range(len(lengths)), lengths, budget, layout)) == min(map(cost, fits))
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 5000), WIDTHS, st.randoms())
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=60),
+    st.integers(1, 5000),
+    st.sampled_from(LAYOUTS),
+    st.randoms(),
+)
 def test_a_cut_has_every_row_once_and_keeps_to_its_budget(
-    lengths: list[int], budget: int, width_of: WidthOf, random: object
+    lengths: list[int], budget: int, layout: Layout, random: object
 ) -> None:
     rows = [row for row in range(len(lengths)) if row % 3 != 1] or [0]
     random.shuffle(rows)
 
-    micro_batches = cut(rows, lengths, budget, width_of)
+    micro_batches = cut(rows, lengths, budget, layout)
 
     assert sorted(row for micro in micro_batches for row in micro.rows) == sorted(rows)
     for micro in micro_batches:
-        assert micro.width == width_of(max(lengths[row] for row in micro.rows))
-        assert len(micro.rows) == 1 or len(micro.rows) * micro.width <= budget
-    assert micro_batches == cut(sorted(rows), lengths, budget, width_of)
+        whole = sum if layout == "joined" else max
+        assert micro.width == whole(padded_width(lengths[row], layout) for row in micro.rows)
+        assert len(micro.rows) == 1 or micro.tokens <= budget
+    assert micro_batches == cut(sorted(rows), lengths, budget, layout)
 
 
 PAIRS = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1), (31, 39, 49, 100, 150, 179, 198, 349, 467)
@@ -133,16 +150,16 @@ PAIRS = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1), (31, 39, 49, 100, 150, 1
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("width_of", [round_up, int])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["pairs", "chats"])
-def test_less_than_a_tenth_is_padding(kind: str, width_of: WidthOf, seed: int) -> None:
+def test_less_than_a_tenth_is_padding(kind: str, layout: Layout, seed: int) -> None:
     random = np.random.default_rng(seed)
     if kind == "pairs":
         lengths = np.interp(random.random(1600), *PAIRS).astype(int)
     else:
         lengths = np.clip(random.lognormal(np.log(400), 0.8, 1600), 20, 2048).astype(int)
-    steps = [cut(range(first, first + 16), lengths, 2048, width_of) for first in range(0, 1600, 16)]
-    padded = sum(len(micro.rows) * micro.width for step in steps for micro in step)
+    steps = [cut(range(first, first + 16), lengths, 2048, layout) for first in range(0, 1600, 16)]
+    padded = sum(micro.tokens for step in steps for micro in step)
     assert 1 - lengths.sum() / padded < 0.1
     assert sum(map(len, steps)) < 0.8 * 1600  # and rows do go together
 
@@ -239,3 +256,13 @@ def test_without_shuffling_sources_alternate_evenly() -> None:
     plan = Plan(8, batch_size=8, shuffle=False, mixture=[Portion(6, 3), Portion(2, 1)])
     (step,) = plan.steps()
     assert step.rows == (0, 1, 6, 2, 3, 4, 7, 5)
+
+
+def test_joined_rows_lie_end_to_end() -> None:
+    examples = [_example("never"), _example("aB"), _example("abcD"), _example("aBCD")]
+    batch = collate(examples, MicroBatch((1, 3, 2), 7, joined=True))
+    assert batch.token_ids.tolist() == [[*map(ord, "aaBCabc")]]
+    assert batch.spans == ((0, 1), (1, 4), (4, 7))
+    assert batch.positions.tolist() == [0, 1, 2, 3, 6]
+    assert [chr(target) for target in batch.targets] == ["B", "B", "C", "D", "D"]
+    assert (batch.tokens, batch.needed_tokens, batch.rows, batch.longest) == (10, 7, 3, 3)

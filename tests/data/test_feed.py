@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_sft.data.batches import Batch, Plan, WidthOf, collate, cut, round_up
+from mlx_sft.data.batches import Batch, Layout, Plan, collate, cut
 from mlx_sft.data.encode import Example
 from mlx_sft.data.feed import StepFeed
 from mlx_sft.data.store import Examples
@@ -32,15 +32,15 @@ def _content(batch: Batch) -> tuple[object, ...]:
     return batch.token_ids.tolist(), batch.positions.tolist(), batch.targets.tolist(), batch.tokens
 
 
-@pytest.mark.parametrize("width_of", [round_up, int])
+@pytest.mark.parametrize("layout", ["grid", "joined"])
 @pytest.mark.parametrize("after", [0, 2, 6])
 def test_it_gives_the_steps_that_are_left_as_they_are_cut_and_collated(
-    after: int, width_of: WidthOf, plan: Plan, examples: Examples
+    after: int, layout: Layout, plan: Plan, examples: Examples
 ) -> None:
-    with StepFeed(plan, examples, after=after, token_budget=64, width_of=width_of) as feed:
+    with StepFeed(plan, examples, after=after, token_budget=64, layout=layout) as feed:
         found = [(prepared.step, [_content(batch) for batch in prepared.batches]) for prepared in feed]
     expected = [
-        (step, [_content(collate(examples, micro)) for micro in cut(step.rows, examples.needed_lengths, 64, width_of)])
+        (step, [_content(collate(examples, micro)) for micro in cut(step.rows, examples.needed_lengths, 64, layout)])
         for step in plan.steps(after)
     ]
     assert found == expected
@@ -48,7 +48,7 @@ def test_it_gives_the_steps_that_are_left_as_they_are_cut_and_collated(
 
 
 def test_a_step_comes_again_cut_smaller_and_so_do_those_behind_it(plan: Plan, examples: Examples) -> None:
-    with StepFeed(plan, examples, after=1, token_budget=200, width_of=round_up) as feed:
+    with StepFeed(plan, examples, after=1, token_budget=200, layout="grid") as feed:
         second, third = next(feed), next(feed)
         again = feed.again(40)
         later = list(feed)

@@ -366,9 +366,9 @@ def test_padding_is_counted(settings: dict[str, Any]) -> None:
     train(TrainConfig(**settings | {"shuffle": False, "epochs": 1, "micro_batch_tokens": 100}))
     needed = job.data.train.needed_lengths
     for line, rows in zip(metrics(settings["out"], "train"), ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]), strict=True):
-        micro_batches = cut(rows, needed, 100, job.fit.machine.width_of)
+        micro_batches = cut(rows, needed, 100, job.fit.layout)
         assert line["computed_tokens"] == needed[rows].sum() < line["tokens"]
-        assert line["padded_tokens"] == sum(len(micro.rows) * micro.width for micro in micro_batches)
+        assert line["padded_tokens"] == sum(micro.tokens for micro in micro_batches)
         assert line["micro_batches"] == len(micro_batches)
 
 

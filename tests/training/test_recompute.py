@@ -10,8 +10,10 @@ import mlx.nn as nn
 import pytest
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.data.batches import Spans
 from mlx_sft.methods import Method, Parameters, make_method
 from mlx_sft.model.head import SplitModel
+from mlx_sft.training import recompute
 from mlx_sft.training.recompute import Mode, Recomputed
 from tests.families import FAMILIES, tiny_model
 
@@ -33,9 +35,16 @@ def attached(family: str, method: str, **changes: Any) -> tuple[SplitModel, Meth
 
 
 def gradients(
-    split: SplitModel, method: Method, parameters: Parameters, mode: Mode | None, tokens: mx.array = TOKENS
+    split: SplitModel,
+    method: Method,
+    parameters: Parameters,
+    mode: Mode | None,
+    tokens: mx.array = TOKENS,
+    spans: Spans = (),
 ) -> tuple[mx.array, Parameters]:
     recomputed = None if mode is None else Recomputed(split, mode)
+    if recomputed is not None:
+        recomputed.rows.spans = spans
 
     def loss(parameters: Parameters) -> mx.array:
         method.bind(split.model, parameters)
@@ -67,6 +76,26 @@ def test_gradients_are_the_plain_ones(family: str, mode: Mode) -> None:
     plain = gradients(*model, None)
     assert all(mx.abs(gradient).max().item() > 0 for gradient in plain[1].values())
     assert_same(gradients(*model, mode), plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_end_to_end_are_as_each_alone(family: str, mode: Mode) -> None:
+    """With more tokens together than gemma 3's window of 8, and one row that is longer than it."""
+    model = attached(family, "lora")
+    spans = ((0, 1), (1, 4), (4, 14), (14, 17))
+    tokens = mx.random.randint(0, 64, (1, 17), key=mx.random.key(5))
+    apart = [gradients(*model, None, tokens[:, start:end]) for start, end in spans]
+    together = {name: sum((g[name] for _, g in apart[1:]), apart[0][1][name]) for name in apart[0][1]}
+    assert Recomputed(model[0], mode).keeps_rows_apart()
+    ours = gradients(*model, mode, tokens, spans)
+    assert_same(ours, (sum((loss for loss, _ in apart[1:]), apart[0][0]), together))
+
+
+def test_rows_of_a_layer_that_cannot_be_taken_apart_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    split, *_ = attached("qwen3", "lora")
+    monkeypatch.setattr(recompute, "find_blocks", lambda layers, run: [{} for _ in layers])
+    assert not Recomputed(split, "off").keeps_rows_apart()
 
 
 @pytest.mark.parametrize("mode", MODES)

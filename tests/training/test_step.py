@@ -98,6 +98,26 @@ def test_every_cut_gives_the_same_step(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", [_lora(rank=4, alpha=8.0), Full()], ids=["lora", "full"])
+def test_rows_end_to_end_give_the_same_step_and_evaluation(
+    method: Lora | Full, mode: Mode, make_subject: Callable[..., Subject], examples: Examples
+) -> None:
+    whole = make_subject(method).gradient(examples, _whole(examples))
+    subject = make_subject(method, recompute=mode)
+    assert subject.learner.keeps_rows_apart()
+    for budget in (1, 60, 1000):
+        joined = cut(range(5), examples.needed_lengths, budget, "joined")
+        _assert_equal(subject.gradient(examples, joined), whole)
+    _assert_equal(subject.gradient(examples, _whole(examples)), whole)  # and nothing of it is left behind
+    evaluations = [
+        subject.learner.evaluate(subject.parameters, [collate(examples, micro) for micro in micro_batches])
+        for micro_batches in (_whole(examples), cut_all(examples.needed_lengths, 1000, "joined"))
+    ]
+    assert evaluations[0].loss == pytest.approx(evaluations[1].loss, rel=1e-6)
+    assert evaluations[0].token_accuracy == pytest.approx(evaluations[1].token_accuracy)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", [_lora(rank=4, alpha=8.0), Full()], ids=["lora", "full"])
 def test_what_is_recomputed_changes_nothing(
     method: Lora | Full, mode: Mode, make_subject: Callable[..., Subject], examples: Examples
 ) -> None:
