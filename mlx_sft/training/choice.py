@@ -18,8 +18,8 @@ from mlx_sft.training.machine import Machine
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
 
-MOST_TOKENS, MOST_JOINED = 2048, 1024
-"""More at once is no faster. Rows that are padded want a larger budget, since they are best cut by their lengths and not by it."""
+MOST_TOKENS, MOST_JOINED = 2048, 512
+"""More at once is no faster. Rows that are padded want a larger budget, so that they are cut by their lengths and not by it."""
 
 ENOUGH_TOKENS = 512
 """From here on products are near their full speed."""

@@ -150,14 +150,17 @@ def _row_by_row(core: Core, spans: Spans) -> Core:
             masks = isinstance(value, mx.array) and value.shape[-2:] == (length, length)
             return value[..., start:end, start:end] if masks else value
 
+        # The gradient of a split is one concatenation; that of a slice would be an array of the whole for each row.
+        ends = [end for _, end in spans[:-1]]
+        *products, xs = (mx.split(whole, ends, axis=1) for whole in (*projected, x))
         rows = [
             core(
-                [product[:, start:end] for product in projected],
-                x[:, start:end],
+                [product[row] for product in products],
+                xs[row],
                 *(of_row(value, start, end) for value in args),
                 **{name: of_row(value, start, end) for name, value in kwargs.items()},
             )
-            for start, end in spans
+            for row, (start, end) in enumerate(spans)
         ]
         return mx.concatenate(rows, axis=1)
 

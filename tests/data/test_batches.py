@@ -118,7 +118,15 @@ def test_no_grouping_that_fits_is_cheaper(lengths: list[int], budget: int, layou
             return _cost(micro_batches)
         return sum(CALL_COST + sum(row_cost(lengths[row]) for row in micro.rows) for micro in micro_batches)
 
-    every = map(made, _partitions(list(range(len(lengths)))))
+    def keeps_the_order(groups: list[list[int]]) -> bool:
+        """Joined rows could be put together in any way; here they go together by length, as padded ones must."""
+        places = {
+            row: place for place, row in enumerate(sorted(range(len(lengths)), key=lambda row: (lengths[row], row)))
+        }
+        return all(max(map(places.get, group)) - min(map(places.get, group)) < len(group) for group in groups)
+
+    partitions = _partitions(list(range(len(lengths))))
+    every = map(made, filter(keeps_the_order, partitions) if layout == "joined" else partitions)
     fits = [ms for ms in every if all(len(m.rows) == 1 or m.tokens <= budget for m in ms)]
     assert cost(cut(range(len(lengths)), lengths, budget, layout)) == min(map(cost, fits))
 

@@ -61,7 +61,7 @@ def test_with_memory_to_spare_nothing_is_measured_and_the_prediction_holds(setti
     assert "spare" in memory["no_probe_because"]
     assert memory["predicted_peak_bytes"] == sum(memory["predicted"].values())
     decided = yaml.safe_load(RunFolder(settings["out"]).config.read_text())
-    assert (decided["micro_batch_tokens"], decided["grad_checkpoint"]) == (1024, "off")
+    assert (decided["micro_batch_tokens"], decided["grad_checkpoint"]) == (512, "off")
 
 
 def test_where_it_is_close_a_small_step_is_measured_and_nothing_of_the_run_changes(

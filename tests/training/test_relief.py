@@ -179,7 +179,7 @@ def settings_of(run: RunFolder, **given: Any) -> tuple[int, str, int]:
         ({"micro_batch_tokens": 24}, (24, "light", 1024)),
         ({"grad_checkpoint": "blocks"}, (60, "blocks", 1024)),
         ({"micro_batch_tokens": 24, "grad_checkpoint": "on", "head_chunk": 5}, (24, "layers", 5)),
-        ({"memory_limit": "900GB"}, (1024, "off", 1024)),
+        ({"memory_limit": "900GB"}, (512, "off", 1024)),
         ({"memory_limit": "900GB", "micro_batch_tokens": 24}, (24, "off", 1024)),
     ],
 )
