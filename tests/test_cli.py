@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -17,6 +16,7 @@ from mlx_sft.config import TrainConfig, option_name
 from mlx_sft.data import encode_conversation
 from mlx_sft.errors import INTERRUPTED, USAGE
 from mlx_sft.training import loop
+from tests.processes import options_of, wait_for_lines
 
 Cli = Callable[..., Any]
 
@@ -33,11 +33,6 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
 }
 """What to type for an option whose kind alone does not say it, and the value that it means."""
-
-
-def options_of(settings: dict[str, Any]) -> list[str]:
-    named = {name: value for name, value in settings.items() if name != "quiet"}
-    return [part for name, value in named.items() for part in (option_name(name), str(value))]
 
 
 def typed(field: str) -> tuple[list[str], Any]:
@@ -254,11 +249,7 @@ def test_ctrl_c_ends_a_process_with_the_command_that_goes_on(settings: dict[str,
     )
     metrics = Path(settings["out"]) / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 60
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_lines(process, metrics, 3)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     finally:

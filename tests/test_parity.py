@@ -132,6 +132,34 @@ def test_logits_of_other_settings_are_those_of_transformers(
     _assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), torch.tensor(theirs))
 
 
+@pytest.fixture
+def assert_pefts(
+    tmp_path: Path, make_adapter: Callable, examples: Examples, torch_model: Callable, torch_loss: Callable
+) -> Callable[..., None]:
+    """`assert_pefts(base, settings, **speed)`: loss and every gradient of a random adapter are what PEFT computes."""
+
+    def check(base: Path, settings: LoraSettings, **speed: Any) -> None:
+        parameters = make_adapter(base, settings)
+        write_adapter(tmp_path, settings, parameters, str(base))
+        adapted = peft.PeftModel.from_pretrained(torch_model(base), tmp_path, is_trainable=True)
+        expected = torch_loss(adapted, examples)
+        expected.backward()
+        loss, gradients = _loss_and_gradients(base, Lora(settings), parameters, examples, **speed)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        trainable = {
+            our_name(name.replace(".default", "")): parameter.grad
+            for name, parameter in adapted.named_parameters()
+            if parameter.requires_grad
+        }
+        assert gradients.keys() == trainable.keys()
+        for name, gradient in gradients.items():
+            assert gradient.dtype == mx.float32
+            assert trainable[name].abs().max() > 0
+            _assert_close(gradient, trainable[name])
+
+    return check
+
+
 @pytest.mark.parametrize("form", [4, 5])
 @pytest.mark.parametrize(
     ("family", "settings"),
@@ -146,60 +174,18 @@ def test_loss_and_every_lora_gradient_are_pefts(
     family: str,
     settings: LoraSettings,
     form: int,
-    tmp_path: Path,
     make_base: Callable[..., Path],
-    make_adapter: Callable,
-    examples: Examples,
-    torch_model: Callable,
-    torch_loss: Callable,
+    assert_pefts: Callable[..., None],
 ) -> None:
-    base = make_base(family, form=form)
-    parameters = make_adapter(base, settings)
-    write_adapter(tmp_path, settings, parameters, str(base))
-    adapted = peft.PeftModel.from_pretrained(torch_model(base), tmp_path, is_trainable=True)
-    expected = torch_loss(adapted, examples)
-    expected.backward()
-
-    _assert_pefts(_loss_and_gradients(base, Lora(settings), parameters, examples), expected, adapted)
+    assert_pefts(make_base(family, form=form), settings)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_they_are_with_every_speed_setting(
-    mode: Mode,
-    compiled: bool,
-    tmp_path: Path,
-    make_base: Callable[..., Path],
-    make_adapter: Callable,
-    examples: Examples,
-    torch_model: Callable,
-    torch_loss: Callable,
+    mode: Mode, compiled: bool, make_base: Callable[..., Path], assert_pefts: Callable[..., None]
 ) -> None:
-    settings = _settings(rank=4, alpha=8.0)
-    base = make_base("qwen3")
-    parameters = make_adapter(base, settings)
-    write_adapter(tmp_path, settings, parameters, str(base))
-    adapted = peft.PeftModel.from_pretrained(torch_model(base), tmp_path, is_trainable=True)
-    expected = torch_loss(adapted, examples)
-    expected.backward()
-
-    found = _loss_and_gradients(base, Lora(settings), parameters, examples, mode=mode, compiled=compiled)
-    _assert_pefts(found, expected, adapted)
-
-
-def _assert_pefts(found: tuple[mx.array, Parameters], expected: torch.Tensor, adapted: peft.PeftModel) -> None:
-    loss, gradients = found
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    trainable = {
-        our_name(name.replace(".default", "")): parameter.grad
-        for name, parameter in adapted.named_parameters()
-        if parameter.requires_grad
-    }
-    assert gradients.keys() == trainable.keys()
-    for name, gradient in gradients.items():
-        assert gradient.dtype == mx.float32
-        assert trainable[name].abs().max() > 0
-        _assert_close(gradient, trainable[name])
+    assert_pefts(make_base("qwen3"), _settings(rank=4, alpha=8.0), mode=mode, compiled=compiled)
 
 
 def test_weights_of_messages_make_a_weighted_mean(

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.machine import peak_resident_bytes, reset_peak, resident_bytes
 from benchmarks.task import RESIDENT, Result, Stopwatch, Task, weighted_mean
+from benchmarks.trainers.arguments import training_arguments
 from benchmarks.workload import IGNORED, read_rows
 
 
@@ -74,24 +75,16 @@ def run(task: Task, began: float) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
-            per_device_train_batch_size=task.rows_at_once,
-            gradient_accumulation_steps=task.accumulation,
-            max_steps=task.steps,
-            learning_rate=task.learning_rate,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
+            **training_arguments(task),
             max_grad_norm=0.0,
             max_length=task.max_length,
-            gradient_checkpointing=task.grad_checkpoint,
             bf16=False,
             use_cpu=True,
             train_sampling_strategy="sequential" if task.in_order else "random",
-            logging_steps=1,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            seed=task.seed,
         )
         reports = Reports()
         trainer = SFTTrainer(

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.machine import peak_resident_bytes
 from benchmarks.task import ALLOCATED, Result, Stopwatch, Task, weighted_mean
+from benchmarks.trainers.arguments import training_arguments
 from benchmarks.workload import IGNORED, needed_tokens, read_rows, weight_bytes
 
 
@@ -58,20 +59,12 @@ def run(task: Task, began: float) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         arguments = MLXTrainingConfig(
             output_dir=folder,
-            per_device_train_batch_size=task.rows_at_once,
-            gradient_accumulation_steps=task.accumulation,
-            max_steps=task.steps,
-            learning_rate=task.learning_rate,
-            lr_scheduler_type="constant",
+            **training_arguments(task),
             warmup_steps=0,
-            weight_decay=0.0,
             max_grad_leaf_norm=0.0,
             max_seq_length=task.max_length,
-            gradient_checkpointing=task.grad_checkpoint,
             dataset_order="sequential" if task.in_order else "default",
             append_eos=False,
-            logging_steps=1,
-            seed=task.seed,
         )
         dataset = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
         trainer = MLXTrainer(model, tokenizer, dataset, args=arguments)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
-from mlx_sft.data.batches import Layout
+from mlx_sft.data.batches import Layout, padded_width
+from mlx_sft.data.store import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.training.loss import chunk_choices
 from mlx_sft.training.machine import Machine
@@ -45,6 +46,11 @@ class LongestRow:
 
     tokens: int
     origin: str
+
+    @classmethod
+    def of(cls, examples: Examples, layout: Layout) -> LongestRow:
+        row = int(examples.needed_lengths.argmax())
+        return cls(padded_width(int(examples.needed_lengths[row]), layout), examples[row].origin)
 
 
 def asked_for(config: TrainConfig) -> tuple[Mode, ...]:
@@ -101,6 +107,21 @@ def choose(
     enough = [option for option in fitting if option.micro_batch_tokens >= ENOUGH_TOKENS]
     best = enough[0] if enough else max(fitting, key=lambda option: option.micro_batch_tokens)
     return replace(best, micro_batch_tokens=min(best.micro_batch_tokens, most))
+
+
+def choose_for(
+    config: TrainConfig, footprint: Footprint, limit: int, longest: LongestRow, layout: Layout
+) -> Choice | None:
+    """`choose`, with what a configuration leaves to choose."""
+    return choose(
+        footprint,
+        limit,
+        longest.tokens,
+        modes=asked_for(config),
+        micro_batch_tokens=config.micro_batch_tokens,
+        head_chunk=config.head_chunk,
+        most=most_at_once(layout),
+    )
 
 
 def most_tokens(

@@ -23,7 +23,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.model.load import resolve_dtype
 from mlx_sft.model.outline import outline
-from mlx_sft.training.choice import Choice, LongestRow, asked_for, choose, most_at_once, no_room
+from mlx_sft.training.choice import Choice, LongestRow, asked_for, choose_for, most_at_once, no_room
 from mlx_sft.training.machine import Machine, this_machine
 from mlx_sft.training.memory import Footprint, Prediction, weight_bytes
 from mlx_sft.training.probe import Probe, probe
@@ -57,9 +57,8 @@ class Fit:
         """What the largest micro-batch is predicted to take: of the longest row, and of the first steps."""
         return max((self._predicted(*shape) for shape in self._shapes(plan, examples)), key=lambda part: part.peak)
 
-    def describe(self, plan: Plan, examples: Examples) -> dict[str, Any]:
+    def describe(self, predicted: Prediction) -> dict[str, Any]:
         """As `environment.json` keeps it."""
-        predicted = self.largest(plan, examples)
         return {
             "limit_bytes": self.machine.memory,
             "limit_is": self.machine.basis,
@@ -168,24 +167,12 @@ def fit_to_machine(
         UserError: Where the longest row does not fit, or the measurement itself runs out of memory.
     """
     modes, tokens = asked_for(config), config.micro_batch_tokens
-    row = int(examples.needed_lengths.argmax())
-    longest = LongestRow(padded_width(int(examples.needed_lengths[row]), layout), examples[row].origin)
+    longest = LongestRow.of(examples, layout)
     decided = tokens is not None and len(modes) == 1
     if tokens is not None and not decided:
-        tokens = min(tokens, min(config.batch_size, len(examples)) * longest.tokens)  # a whole step is the most
-
-    def chosen(footprint: Footprint) -> Choice | None:
-        return choose(
-            footprint,
-            machine.memory,
-            longest.tokens,
-            modes=modes,
-            micro_batch_tokens=tokens,
-            head_chunk=config.head_chunk,
-            most=most_at_once(layout),
-        )
-
-    choice = chosen(footprint)
+        whole_step = min(config.batch_size, len(examples)) * longest.tokens
+        config = config.model_copy(update={"micro_batch_tokens": min(tokens, whole_step)})
+    choice = choose_for(config, footprint, machine.memory, longest, layout)
     if choice is not None and decided:
         return Fit(machine, footprint, choice, layout, why_no_probe="the settings are given")
     if choice is not None and _plenty(footprint, machine, longest.tokens, choice, modes, most_at_once(layout)):
@@ -204,7 +191,7 @@ def fit_to_machine(
             hint="free some memory, or give a smaller model, --dtype bfloat16 or --grad-checkpoint blocks",
         ) from error
     footprint = footprint.corrected(measured.correction)
-    choice = chosen(footprint)
+    choice = choose_for(config, footprint, machine.memory, longest, layout)
     if choice is None:
         raise no_room(footprint, machine, longest, modes, config)
     return Fit(machine, footprint, choice, layout, probe=measured)

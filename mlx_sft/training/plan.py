@@ -29,8 +29,8 @@ from mlx_sft.training.choice import (
     LongestRow,
     asked_for,
     choose,
+    choose_for,
     configured,
-    most_at_once,
     most_tokens,
     no_room,
 )
@@ -179,17 +179,8 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
     on_macs = _footprint(config, path, "bfloat16" if config.dtype == "auto" else dtype, fused=True)
     layout: Layout = "grid" if machine.compiles else "joined"
     longest = _longest(config, layout, data)
-    modes = asked_for(config)
-    choice = choose(
-        footprint,
-        machine.memory,
-        longest.tokens,
-        modes=modes,
-        micro_batch_tokens=config.micro_batch_tokens,
-        head_chunk=config.head_chunk,
-        most=most_at_once(layout),
-    )
-    refusal = None if choice else no_room(footprint, machine, longest, modes, config)
+    choice = choose_for(config, footprint, machine.memory, longest, layout)
+    refusal = None if choice else no_room(footprint, machine, longest, asked_for(config), config)
     speed = measured_teraflops(dtype) if here else machine.teraflops
     return RunPlan(
         config=config,
@@ -234,8 +225,7 @@ def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> F
 def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:
     if data is None:
         return LongestRow(padded_width(config.max_length - 1, layout), f"a row of --max-length {config.max_length}")
-    row = int(data.train.needed_lengths.argmax())
-    return LongestRow(padded_width(int(data.train.needed_lengths[row]), layout), data.train[row].origin)
+    return LongestRow.of(data.train, layout)
 
 
 def _predicted(

@@ -51,7 +51,7 @@ def relieve(job: Job, shortage: Shortage, metrics: Metrics) -> None:
         f"out of memory in step {step}, at {shortage.rows} rows of up to {shortage.width} tokens; it is repeated "
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
-    job.choice = replace(job.choice, micro_batch_tokens=tokens, mode=mode)
+    job.fit = replace(job.fit, choice=replace(job.choice, micro_batch_tokens=tokens, mode=mode))
     job.learner.configure(mode, compiled_shapes(job.fit.machine, job.plan, job.data.train, tokens))
     job.progress = job.progress.after(micro_batch_tokens=tokens, recompute=mode)
     shape = {"rows": shortage.rows, "width": shortage.width}

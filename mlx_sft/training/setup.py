@@ -18,7 +18,7 @@ from mlx_sft.console import Console
 from mlx_sft.convert.adapted import attach_trained
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.peft import read_adapter
-from mlx_sft.data.batches import Lengths, Plan
+from mlx_sft.data.batches import Plan
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import todays_variables
@@ -38,7 +38,7 @@ from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.runs import RunFolder, to_json
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
-from mlx_sft.training.choice import Choice, configured
+from mlx_sft.training.choice import Choice, asked_for, configured
 from mlx_sft.training.fit import (
     Fit,
     allowed_machine,
@@ -76,8 +76,6 @@ class Job:
     learner: Learner
     plan: Plan
     data: PreparedData
-    lengths: Lengths
-    choice: Choice
     parameters: Parameters
     optimizer: AdamW
     identity: dict[str, str]
@@ -86,6 +84,11 @@ class Job:
     fit: Fit
     predicted: Prediction
     request: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def choice(self) -> Choice:
+        """How its steps are computed now."""
+        return self.fit.choice
 
 
 def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = None) -> Job:
@@ -132,7 +135,7 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     config, method, parameters = _attach(config, base, begun=begun)
     check_exportable(path, method, parameters)
     _refuse_dropout_outside_layers(config, split, parameters)
-    learner = Learner(split, method, vocabulary)
+    learner = Learner(split, method, vocabulary, recompute=asked_for(config)[0])
     fit = fit_to_machine(
         config,
         machine,
@@ -146,15 +149,20 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     plan = planned_steps(config, data)
     optimizer = AdamW(config, parameters, method.decayed)
     identity = identity_of(config, data, path)
-    environment = describe_environment(config, identity) | {"memory": fit.describe(plan, data.train)}
-    run, progress, parameters = _open_or_create(config, run, data, identity, environment, parameters, optimizer, held)
-    fit, progress = _resumed(fit, progress, anew)
+    progress = Progress()
+    if run:
+        refuse_changes(run, config, data, identity)
+        progress, parameters = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
+        fit, progress = _resumed(fit, progress, anew)
     predicted = fit.largest(plan, data.train)
+    if run is None:
+        environment = describe_environment(config, identity) | {"memory": fit.describe(predicted)}
+        run = _create(config, data, environment, held)
     hold_to(machine, predicted)
     compiled = compiled_shapes(machine, plan, data.train, fit.choice.micro_batch_tokens)
     learner.configure(fit.choice.mode, compiled, fit.choice.head_chunk)
     return Job(
-        config, run, base, split, method, learner, plan, data, data.train.needed_lengths, fit.choice,
+        config, run, base, split, method, learner, plan, data,
         parameters, optimizer, identity, progress, console, fit, predicted,
     )  # fmt: skip
 
@@ -249,20 +257,8 @@ def _resumed(fit: Fit, progress: Progress, anew: Collection[str]) -> tuple[Fit, 
     return replace(fit, choice=choice), progress
 
 
-def _open_or_create(
-    config: TrainConfig,
-    run: RunFolder | None,
-    data: PreparedData,
-    identity: dict[str, str],
-    environment: dict[str, Any],
-    parameters: Parameters,
-    optimizer: AdamW,
-    held: ExitStack,
-) -> tuple[RunFolder, Progress, Parameters]:
-    if run is not None:
-        refuse_changes(run, config, data, identity)
-        progress, parameters = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
-        return run, progress, parameters
+def _create(config: TrainConfig, data: PreparedData, environment: dict[str, Any], held: ExitStack) -> RunFolder:
+    """A run folder with its head, locked until `held` is closed."""
     run = RunFolder.create(config.out or RunFolder.default_path(config.model))
     held.enter_context(run.locked())
     RunFolder.new(run.path)  # another process may have begun one meanwhile
@@ -271,4 +267,4 @@ def _open_or_create(
         data_report=to_json(data.report.to_json()),
         environment=to_json(environment),
     )
-    return run, Progress(), parameters
+    return run

@@ -115,7 +115,7 @@ class Learner:
                     total = {name: total[name] + g if total else g for name, g in gradients.items()}
                     del gradients  # so that the sum can take its place
                     mx.eval(loss, total)
-                self._note_trace(padded_shape(batch), time.perf_counter() - started)
+                self._note_trace(batch, time.perf_counter() - started)
         finally:
             self._method.bind(self._split.model, parameters)
         return loss, total
@@ -155,10 +155,9 @@ class Learner:
     def _micro_step(
         self, parameters: Parameters, batch: Batch, total_weight: float, key: mx.array | None
     ) -> tuple[mx.array, Parameters]:
-        shape = padded_shape(batch)
-        compiled = shape in self.compiled and not batch.spans
+        compiled = self._is_compiled(batch)
         self._recomputed.rows.spans = batch.spans
-        padding = shape[2] - len(batch.targets) if compiled else 0
+        padding = padded_shape(batch)[2] - len(batch.targets) if compiled else 0
         weights = (batch.weights / total_weight).astype(np.float32)
         function = self._compiled_gradient if compiled else self._gradient
         return function(
@@ -170,8 +169,13 @@ class Learner:
             key,
         )
 
-    def _note_trace(self, shape: Shape, seconds: float) -> None:
-        if shape in self.compiled and shape not in self._traced:
+    def _is_compiled(self, batch: Batch) -> bool:
+        """Whether there is a trace for it; none is for rows end to end, which would lie elsewhere the next time."""
+        return not batch.spans and padded_shape(batch) in self.compiled
+
+    def _note_trace(self, batch: Batch, seconds: float) -> None:
+        shape = padded_shape(batch)
+        if self._is_compiled(batch) and shape not in self._traced:
             self._traced.add(shape)
             self.trace_seconds.append(seconds)
 

@@ -14,9 +14,8 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +23,18 @@ import pytest
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.runs import RunFolder
+from tests import run_folders
+from tests.processes import options_of, wait_for_lines
 
-_TIMINGS = {"seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes"}
 _SYSTEM_CALLS = ("fsync", "replace", "rename", "unlink", "rmdir")
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Everything in a run folder that does not tell the time, by its path; no file may be left out."""
-    found: dict[str, Any] = {}
-    for path in sorted(path for path in run.rglob("*") if path.is_file()):
-        name, content = str(path.relative_to(run)), path.read_bytes()
-        if path.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in content.decode().splitlines()]
-            found[name] = [{key: line[key] for key in line if key not in _TIMINGS} for line in lines]
-        elif path.name == "state.json":
-            found[name] = json.loads(content)
-            del found[name]["progress"]["metrics_bytes"]  # the digits of a time
-        elif path.name == "SHA256SUMS":
-            found[name] = content.splitlines()[:-1]  # the last is state.json's
-        elif path.name == "environment.json":
-            found[name] = json.loads(content)
-            del found[name]["memory"]  # what was free when the run began
-        else:
-            found[name] = content
+    """Everything in a run folder that does not tell the time, or what was free when the run began."""
+    found = run_folders.outcome(run)
+    if "environment.json" in found:
+        found["environment.json"] = json.loads(found["environment.json"])
+        del found["environment.json"]["memory"]
     return found
 
 
@@ -193,41 +181,6 @@ main()
 """
 
 
-@pytest.fixture
-def start(settings: dict[str, Any]) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start a command as a process of its own; none outlives the test."""
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def start(*command: str) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL)
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-def _options(settings: dict[str, Any]) -> list[str]:
-    named = {name: value for name, value in settings.items() if name != "quiet"}
-    return ["train", "--quiet", *(part for name, value in named.items() for part in (_option(name), str(value)))]
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _wait_for_lines(process: subprocess.Popen[bytes], metrics: Path, lines: int) -> None:
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_a_process_killed_again_and_again_ends_the_same(
     settings: dict[str, Any], start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
@@ -236,11 +189,11 @@ def test_a_process_killed_again_and_again_ends_the_same(
     expected = outcome(Path(settings["out"]))
     settings["out"] = str(tmp_path / "killed")
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    command = _options(settings)
+    command = ["train", "--quiet", *options_of(settings)]
     moments = random.Random(time.time_ns())
     for lines in (1, 20):
         process = start("-m", "mlx_sft", *command)
-        _wait_for_lines(process, metrics, lines)
+        wait_for_lines(process, metrics, lines)
         time.sleep(moments.random() * 0.2)
         process.kill()
         assert process.wait() == -signal.SIGKILL
@@ -256,7 +209,7 @@ def test_a_process_killed_while_it_writes_a_checkpoint_ends_the_same(
     train(TrainConfig(**settings))
     expected = outcome(Path(settings["out"]))
     settings["out"] = str(tmp_path / "killed")
-    process = start("-c", _KILL_AT_CALL, "13", *_options(settings))
+    process = start("-c", _KILL_AT_CALL, "13", "train", "--quiet", *options_of(settings))
     assert process.wait() == -signal.SIGKILL
     assert list((tmp_path / "killed" / "checkpoints").glob(".writing-*"))
     train(TrainConfig(resume=settings["out"], quiet=True))

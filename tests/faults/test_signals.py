@@ -6,9 +6,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.runs import RunFolder
 from mlx_sft.training.stopping import Stopped, stop_request
+from tests.processes import options_of, wait_for_lines
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -31,37 +31,6 @@ Learner._micro_step = endless
 from mlx_sft.cli import main
 main()
 """
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Start a command as a process of its own; none outlives the test."""
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def start(*command: str, **options: Any) -> subprocess.Popen[bytes]:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen([sys.executable, *command], env=environment, **pipes, **options)
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def arguments(settings: dict[str, Any]) -> list[str]:
-    named = {name: value for name, value in settings.items() if name != "quiet"}
-    return ["train", *(part for name, value in named.items() for part in (f"--{name.replace('_', '-')}", str(value)))]
-
-
-def wait_for_lines(process: subprocess.Popen[bytes], metrics: Path, lines: int) -> None:
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def adapter(run: Path) -> bytes:
@@ -81,7 +50,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint_that_goes_on_the_same(
     run = RunFolder(long["out"])
     number = signal.Signals[name]
     # A job in the background has SIGINT ignored, and hands that on.
-    process = start("-m", "mlx_sft", *arguments(long), preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+    process = start(
+        "-m", "mlx_sft", "train", *options_of(long), preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)
+    )
     wait_for_lines(process, run.metrics, 3)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -99,7 +70,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_that_goes_on_the_same(
 
 
 def test_a_second_signal_ends_the_process_at_once(settings: dict[str, Any], start: Start) -> None:
-    process = start("-c", _ENDLESS_MICRO_STEP, *arguments(settings))
+    process = start("-c", _ENDLESS_MICRO_STEP, "train", *options_of(settings))
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline() == b"computing\n"
@@ -114,7 +85,7 @@ def test_a_second_signal_ends_the_process_at_once(settings: dict[str, Any], star
 
 def test_a_run_that_is_put_aside_and_taken_up_ends_the_same(long: dict[str, Any], start: Start, tmp_path: Path) -> None:
     train(TrainConfig(**long | {"out": str(tmp_path / "undisturbed")}))
-    process = start("-m", "mlx_sft", *arguments(long))
+    process = start("-m", "mlx_sft", "train", *options_of(long))
     wait_for_lines(process, RunFolder(long["out"]).metrics, 3)
     process.send_signal(signal.SIGTSTP)
     time.sleep(0.2)
@@ -127,7 +98,7 @@ def test_a_run_that_is_put_aside_and_taken_up_ends_the_same(long: dict[str, Any]
 def test_a_signal_that_the_process_ignores_stays_ignored(long: dict[str, Any], start: Start) -> None:
     """As under nohup."""
     ignoring: Any = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    process = start("-m", "mlx_sft", *arguments(long), preexec_fn=ignoring)
+    process = start("-m", "mlx_sft", "train", *options_of(long), preexec_fn=ignoring)
     wait_for_lines(process, RunFolder(long["out"]).metrics, 3)
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=60)
@@ -135,7 +106,7 @@ def test_a_signal_that_the_process_ignores_stays_ignored(long: dict[str, Any], s
 
 
 def test_two_processes_on_one_run_the_second_is_refused(long: dict[str, Any], start: Start) -> None:
-    first = start("-c", _ENDLESS_MICRO_STEP, *arguments(long))
+    first = start("-c", _ENDLESS_MICRO_STEP, "train", *options_of(long))
     assert first.stdout is not None
     assert first.stdout.readline() == b"computing\n"
     with pytest.raises(UserError, match="another process is training this run"):
@@ -185,7 +156,7 @@ def test_a_run_goes_on_when_no_one_reads_what_it_says(
     stream: str, long: dict[str, Any], start: Start, tmp_path: Path
 ) -> None:
     train(TrainConfig(**long | {"out": str(tmp_path / "undisturbed")}))
-    process = start("-m", "mlx_sft", *arguments(long), *(["--json"] if stream == "stdout" else []))
+    process = start("-m", "mlx_sft", "train", *options_of(long), *(["--json"] if stream == "stdout" else []))
     wait_for_lines(process, RunFolder(long["out"]).metrics, 3)
     pipe = getattr(process, stream)
     pipe.close()

@@ -26,9 +26,9 @@ from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.shortage import OutOfMemory, Shortage, next_try, shortage_noticed
 from mlx_sft.training.step import Learner
+from tests.run_folders import outcome
 
 METAL = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
-TIMES = {"seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes"}
 
 Fits = Callable[[Learner, Batch], bool]
 
@@ -73,22 +73,6 @@ def assert_same_result(run: Path, other: Path) -> None:
         assert np.abs(ours[name] - value).max() < 1e-4 * largest, name
     losses = [[line["loss"] for line in lines(folder, "train")] for folder in (run, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """Every file of a run, without the times in it."""
-    found: dict[str, Any] = {}
-    for path in sorted(path for path in run.rglob("*") if path.is_file()):
-        content: Any = path.read_bytes()
-        if path.name == "metrics.jsonl":
-            content = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in content.splitlines()]
-        if path.name == "SHA256SUMS":
-            content = content.splitlines()[:-1]  # the last is state.json's
-        if path.name == "state.json":
-            content = json.loads(content)
-            del content["progress"]["metrics_bytes"]
-        found[str(path.relative_to(run))] = content
-    return found
 
 
 def test_a_micro_batch_that_does_not_fit_is_cut_and_the_step_repeated(
