@@ -7,6 +7,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 WORKERS ?= 2
 CHECKED := mlx_sft tests scripts examples benchmarks
 
@@ -18,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix bench bench-quick bench-report bench-data docs wheel clean
+.PHONY: help demo test faults soak fuzz lint fix bench bench-quick bench-report bench-data docs audit test-lowest wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -29,12 +30,28 @@ demo: $(VENV)/.ready  ## a minute of fine-tuning: train, before and after, expor
 test: $(VENV)/.ready-dev  ## run the tests (offline)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+faults: $(VENV)/.ready-dev  ## kill, starve and damage hundreds of runs: some ten minutes (ARGS="--kills 1000 --seed 7")
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults $(ARGS)
+
+soak: $(VENV)/.ready-dev  ## 3,000 steps with many resumes: memory, files, threads (ARGS="--steps 600")
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults --soak $(ARGS)
+
+fuzz: $(VENV)/.ready-dev  ## 10,000 broken inputs, over every parser (ARGS="--count 100000 --seed 3")
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz $(ARGS)
+
 lint: $(VENV)/.ready-dev  ## style, types, the one-way flow of imports, docs/reference up to date
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_reference.py --check
+
+audit: $(VENV)/.ready-dev  ## look every dependency up among the known vulnerabilities (needs the network)
+	@$(BIN)/python -m pip install --quiet pip-audit
+	@$(BIN)/python -m pip_audit --local --skip-editable
+
+test-lowest: $(LOWEST)/.ready-dev  ## the tests with the oldest dependencies that pyproject.toml allows
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 fix: $(VENV)/.ready-dev  ## put right what can be put right by itself
 	$(BIN)/ruff check --fix $(CHECKED)
@@ -61,7 +78,7 @@ wheel: $(VENV)/.ready-dev  ## build dist/*.whl
 	$(BIN)/python -m hatchling build -t wheel
 
 clean:  ## remove .venv, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) build dist benchmarks/work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist benchmarks/work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: touched when an installation is whole, so that one cut short is taken up again.
@@ -85,3 +102,10 @@ $(VENV)/.ready-dev: pyproject.toml $(VENV)/.made
 	@echo "setting up $(VENV) for development"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(VENV)/.ready $@
+
+$(LOWEST)/.ready-dev: pyproject.toml scripts/lowest_versions.py $(VENV)/.made
+	@echo "setting up $(LOWEST) with the lowest versions"
+	@rm -rf $(LOWEST) && $(PYTHON) -m venv $(LOWEST)
+	@$(PYTHON) scripts/lowest_versions.py > $(LOWEST)/lowest.txt
+	@$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/lowest.txt --editable '.[dev]'
+	@touch $@

@@ -79,7 +79,7 @@ def full_cases() -> list[Case]:
         Case(
             "pairs-whole",
             "(a) The same on the whole model",
-            (Point("28 layers", all_layers, "pairs", 32, 16, all_layers, peer_batch=4),),
+            (Point("28 layers", all_layers, "pairs", 64, 16, all_layers, peer_batch=4),),
         ),
         Case(
             "chats",

@@ -216,10 +216,18 @@ def sweep_lines(result: dict[str, Any]) -> list[str]:
 
 
 def longest_lines(result: dict[str, Any]) -> list[str]:
-    rows = [(plots.NAMES[name], f"{found['tokens']:,}") for name, found in result["trainers"].items()]
+    rows = [
+        (plots.NAMES[name], f"{run['tokens']:,}", f"{run['peak_bytes'] / 1e9:.2f}" if run["peak_bytes"] else "–")
+        for name, found in result["trainers"].items()
+        for run in sorted(found["tried"], key=lambda run: run["tokens"])
+    ]
     budget, layers = result["budget_bytes"] / 1e9, result["layers"]
-    said = f"{budget:g} GB above the weights, {layers} layers, layers recomputed: {result['ratio']:.1f} times mlx-lm's."
-    return [said, "", *table(["", "tokens of the longest row"], rows)]
+    said = (
+        f"{layers} layers, layers recomputed. Within {budget:g} GB above the weights mlx-lm takes a row of "
+        f"{result['trainers']['mlx-lm']['tokens']:,} tokens; ours was tried at multiples of that, and takes "
+        f"{result['ratio']:.0f} times as many."
+    )
+    return [said, "", *table(["", "tokens of the row", "peak above the weights, GB"], rows)]
 
 
 def first_step_lines(result: dict[str, Any]) -> list[str]:

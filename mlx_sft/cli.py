@@ -60,6 +60,24 @@ def main() -> None:
     """
 
 
+def _trust(context: click.Context, _: click.Parameter, trusted: bool) -> None:
+    if trusted:
+        from mlx_sft.console import Console
+        from mlx_sft.trust import trust_remote_code
+
+        context.with_resource(trust_remote_code(Console().warn))
+
+
+_trusting = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_trust,
+    help="Let Python code that comes with the model run, with all that you may do; it is named before it does.",
+)
+
+
 def _settings(*fields: str) -> Callable[[Command], Command]:
     """`--config` and an option for each of these fields of `TrainConfig`."""
 
@@ -125,6 +143,7 @@ def _help(field: str) -> str:
 
 @main.command(cls=_Sectioned, context_settings={"max_content_width": 100})
 @_settings(*TrainConfig.model_fields)
+@_trusting
 def train(config_file: str | None, **options: Any) -> None:
     """Fine-tune a model on chats.
 
@@ -147,6 +166,7 @@ def train(config_file: str | None, **options: Any) -> None:
 @click.option("--limit", type=click.IntRange(min=0), default=3, show_default=True, help="So many rows are shown.")
 @click.option("--json", "as_json", is_flag=True, help="Write rows and table as a line of JSON.")
 @click.option("--html", metavar="FILE", help="Write one self-contained page to look at in a browser.")
+@_trusting
 def inspect(
     config_file: str | None,
     row: str | None,
@@ -182,6 +202,7 @@ def inspect(
 @_settings(*(field for field in TrainConfig.model_fields if field not in ("out", "resume", "json_lines")))
 @click.option("--machine", metavar="MAC", help="Plan for this Mac instead, such as 'M2 16GB', 'M3 Max 64GB' or 16GB.")
 @click.option("--json", "as_json", is_flag=True, help="Write all of it as a line of JSON.")
+@_trusting
 def plan(config_file: str | None, machine: str | None, as_json: bool, **options: Any) -> None:
     """Show what a run would take, before any weight is read: memory part by part, what fits, and how long.
 
@@ -206,10 +227,10 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
 @click.option(
     "--format",
-    type=click.Choice(["merged", "peft"]),
+    type=click.Choice(["merged", "peft", "mlx-lm"]),
     default="merged",
     show_default=True,
-    help="A whole checkpoint with the adapter merged in, or the adapter alone.",
+    help="A whole checkpoint with the adapter merged in, or the adapter alone, as PEFT or as mlx-lm writes it.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a folder that already holds something.")
 @click.option(
@@ -218,8 +239,9 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     show_default=True,
     help="Reload what was written and compare its logits with the trained model's.",
 )
-def export(run: str, to: str, format: Literal["merged", "peft"], overwrite: bool, verify: bool) -> None:
-    """Write a run as a Hugging Face folder that PyTorch opens.
+@_trusting
+def export(run: str, to: str, format: Literal["merged", "peft", "mlx-lm"], overwrite: bool, verify: bool) -> None:
+    """Write a run as a folder that PyTorch or mlx-lm opens.
 
     The last line on stdout is the folder.
     """
@@ -235,6 +257,7 @@ def export(run: str, to: str, format: Literal["merged", "peft"], overwrite: bool
 
 def _model_options(command: Command) -> Command:
     for option in (
+        _trusting,
         click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
                      help="0 takes the likeliest token each time."),
         click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True,
@@ -298,6 +321,7 @@ def chat(run: str | None, model: str | None, base: bool, max_tokens: int, temper
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
 @click.option("--base", is_flag=True, help="The model as it was before training.")
 @click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
+@_trusting
 def evaluate(run: str, data: str, base: bool, json_lines: bool) -> None:
     """Loss, perplexity and token accuracy of a run on a file."""
     from mlx_sft.evaluate import evaluate_run

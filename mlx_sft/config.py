@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mlx_sft.errors import USAGE, UserError, did_you_mean
+from mlx_sft.mappings import read_yaml
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 
@@ -137,6 +138,9 @@ class TrainConfig(BaseModel):
     grad_checkpoint: Literal["auto", "off", "light", "on", "blocks"] = "auto"
     """What is computed again in the backward pass instead of being kept: nothing, all but the products with weights (light),
     every layer (on; a third more arithmetic), or blocks of layers and in them every layer (blocks). It does not change the result."""
+    on_divergence: Literal["ignore", "stop", "rollback"] = "ignore"
+    """Where the loss leaves a bound that moves with it: warn, stop the run, or go back to the checkpoint before and on with half
+    the learning rate."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the adapters' start, the order of the data, the split and dropout."""
     shuffle: bool = True
@@ -229,29 +233,6 @@ class TrainConfig(BaseModel):
         """The resolved configuration, in the order of the fields."""
         settings = self.model_dump(mode="json", by_alias=True, exclude={"resume"})
         return header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML file; raises `UserError` for anything else."""
-    hint = "write one `name: value` a line, as in configs/qwen3-0.6b-lora.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        what, hint = f"cannot read this configuration: {error.strerror or error}", "check the path"
-        raise UserError(what, where=str(path), hint=hint, exit_code=USAGE) from error
-    except UnicodeDecodeError as error:
-        raise UserError("not UTF-8 text", where=str(path), hint=hint, exit_code=USAGE) from error
-    except (ValueError, RecursionError) as error:  # a date or a number that cannot be, or too deep a nest
-        what = f"not a configuration: {str(error).partition(';')[0]}"
-        raise UserError(what, where=str(path), hint=hint, exit_code=USAGE) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise UserError(f"not YAML: {problem}", where=where, hint=hint, exit_code=USAGE) from error
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise UserError("not a mapping of names to values", where=str(path), hint=hint, exit_code=USAGE)
-    return settings
 
 
 def parse_bytes(text: str) -> int:

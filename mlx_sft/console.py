@@ -235,8 +235,8 @@ def print_error(error: UserError) -> None:
 
 
 def write_text(text: str) -> None:
-    """Text to stdout as it is being generated."""
-    sys.stdout.write(text)
+    """Text to stdout as it is being generated; as it is for a program, printable for a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -6,7 +6,8 @@ Knows nothing of terminals: the library raises, the command line prints.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 FAILURE = 1
 USAGE = 2
@@ -34,6 +35,27 @@ class UserError(Exception):
         place = f"{self.where}: " if self.where else ""
         way_out = f"\nhint: {self.hint}" if self.hint else ""
         return f"{place}{self.what}{way_out}"
+
+
+@contextmanager
+def blamed_on(where: object, what: str, hint: str = "") -> Iterator[None]:
+    """Whatever another library raises inside of the block is the fault of the input that it was given there.
+
+    Only for calls whose input is a file that anyone may have written: their libraries raise what they like.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        reason = " ".join(str(said).split()) or type(error).__name__
+        shown = reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]}..."
+        raise UserError(f"{what}: {shown}", where=str(where), hint=hint) from error
+
+
+_MOST_REASON = 300
+"""Characters of another library's message that a person is shown."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

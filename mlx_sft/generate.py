@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import TemplateError
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft.convert.adapted import AdaptedModel
-from mlx_sft.errors import UserError
+from mlx_sft.data.formats import Conversation
+from mlx_sft.data.mask.reference import Reference
 from mlx_sft.model.load import LoadedModel
 
 Prompt = str | list[dict[str, Any]]
@@ -56,10 +56,7 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     # A run is asked in the context in which it was trained.
     variables = loaded.train_config.chat_template_kwargs if isinstance(loaded, AdaptedModel) else {}
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise UserError(f"the chat template rejects this conversation: {error}") from error
+    text = Reference(tokenizer, Conversation("", messages, template_kwargs=variables)).prompted
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

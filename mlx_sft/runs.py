@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mlx_sft.console import size
 from mlx_sft.errors import USAGE, UserError
 
 
@@ -33,13 +34,18 @@ def user_path(name: str | Path) -> Path:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write into a `UserError` that names the place and a way out."""
+def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turn a failed write into a `UserError` that names the place and a way out.
+
+    Args:
+        needed: Bytes that are to be written, where that is known.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some space; what was written before is intact, and a run goes on with --resume"
+            some = size(needed) if needed else "some space"
+            hint = f"free {some}; what was written before is intact, and a run goes on with --resume"
             raise UserError("the disk is full", where=str(path), hint=hint) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             hint = "choose a folder that you may write to"
@@ -89,13 +95,16 @@ def write_file_with(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
+def write_folder(path: Path, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` when the block ends well, remove it when not.
 
     A folder already at `path` is replaced.
+
+    Args:
+        needed: Bytes that it will take, where that is known.
     """
     temporary = path.with_name(f".writing-{path.name}")
-    with disk_errors(path):
+    with disk_errors(path, needed):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -184,14 +193,20 @@ class RunFolder:
         """Write what a run begins with, all of it or nothing; from then on it can be resumed."""
         try:
             write_file(self.data_report, data_report)
-            write_file(self.environment, environment)
-            write_file(self.config, config)
+            self.write_environment(environment)
+            self.write_config(config)
         except BaseException:
             for file in (self.data_report, self.environment, self.config):
                 file.unlink(missing_ok=True)
             if self._made:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
+
+    def write_config(self, content: str) -> None:
+        write_file(self.config, content)
+
+    def write_environment(self, content: str) -> None:
+        write_file(self.environment, content)
 
     def _is_free(self) -> bool:
         names = {path.name.removeprefix(".writing-") for path in self.path.iterdir()}
@@ -227,9 +242,21 @@ class RunFolder:
                 raise UserError("another process is training this run", where=str(self.path), hint=hint) from error
             except OSError:
                 pass  # not every file system has locks
+            self._refuse_links_out()
             yield
         finally:
             os.close(descriptor)
+
+    def _refuse_links_out(self) -> None:
+        """Who made the folder must not choose where else this process writes."""
+        inside = self.path.resolve()
+        for path in sorted(self.path.rglob("*")):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise UserError(
+                    "a symbolic link out of the run folder, through which nothing is written",
+                    where=str(path),
+                    hint="remove it, or put in its place what it stands for",
+                )
 
     @staticmethod
     def default_path(model: str) -> Path:

@@ -11,7 +11,7 @@ TIMINGS = {"seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_byt
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Every file of a run by its path, without what tells the time; no file may be left out."""
+    """Every file of a run by its path, without what tells the time or what was free when it began; no file may be left out."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         content: Any = path.read_bytes()
@@ -21,6 +21,9 @@ def outcome(run: Path) -> dict[str, Any]:
         elif path.name == "state.json":
             content = json.loads(content)
             del content["progress"]["metrics_bytes"]  # the digits of a time
+        elif path.name == "environment.json":
+            content = json.loads(content)
+            del content["memory"]
         elif path.name == "SHA256SUMS":
             content = content.splitlines()[:-1]  # the last is state.json's
         found[str(path.relative_to(run))] = content

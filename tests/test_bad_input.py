@@ -152,11 +152,11 @@ def base(settings: dict[str, Any], tmp_path: Path) -> Path:
     [
         ("model.safetensors", None, "a model folder without weights"),
         ("config.json", None, "no config.json"),
-        ("config.json", "{", "cannot be read"),
+        ("config.json", "{", "not JSON"),
         ("config.json", "{}", "names no model_type"),
         ("config.json", '{"model_type": "martian"}', "martian"),
         ("tokenizer.json", None, "tokenizer"),
-        ("model.safetensors", "torn", "cannot load this checkpoint"),
+        ("model.safetensors", "torn", "not a valid safetensors file"),
     ],
 )
 def test_a_model_folder_that_is_not_whole_is_named(
@@ -172,7 +172,7 @@ def test_a_model_folder_that_is_not_whole_is_named(
 def test_weights_that_are_cut_short_are_named(fails: Fails, base: Path, share: float) -> None:
     weights = base / "model.safetensors"
     os.truncate(weights, int(weights.stat().st_size * share))
-    assert f"{base}: cannot load this checkpoint" in fails(FAILURE, model=base)
+    assert f"{weights}: not a valid safetensors file" in fails(FAILURE, model=base)
 
 
 def test_a_missing_shard_is_named(fails: Fails, make_base: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mlx_sft.config import TrainConfig, option_name, public_name, read_yaml
+from mlx_sft.config import TrainConfig, option_name, public_name
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.mappings import read_yaml
 
 
 def refusal(file: Path | None = None, **options: Any) -> UserError:
@@ -124,7 +125,7 @@ def test_a_value_of_two_kinds_names_both() -> None:
         (b"a: \x00", "not YAML", ""),
         (b"lr: 2020-99-99", "not a configuration", ""),
         (b"rank: " + b"9" * 5000, "not a configuration", ""),
-        (b"[" * 3000, "not a configuration", ""),
+        (b"[" * 3000, "not YAML: nested deeper", ":1"),
         (b"lr: !!python/object:os.system x", "not YAML", ":1"),
     ],
 )

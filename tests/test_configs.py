@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mlx_sft.cli import main
-from mlx_sft.config import TrainConfig, read_yaml
+from mlx_sft.config import TrainConfig
+from mlx_sft.mappings import read_yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

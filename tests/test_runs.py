@@ -35,6 +35,16 @@ def test_a_file_is_written_with_the_folders_above_it(tmp_path: Path) -> None:
     assert names(tmp_path / "a" / "b") == ["bytes", "text"]
 
 
+def test_what_is_needed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        a_full_disk(monkeypatch),
+        pytest.raises(UserError) as caught,
+        write_folder(tmp_path / "x", 12 * 10**8) as folder,
+    ):
+        (folder / "file").write_text("x")
+    assert caught.value.hint.startswith("free 1.20 GB")
+
+
 def test_a_file_whose_writing_fails_is_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_file(tmp_path / "file", "old")
     with a_full_disk(monkeypatch), pytest.raises(UserError, match="the disk is full") as caught:

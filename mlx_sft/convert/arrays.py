@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_sft.convert.safetensors_file import write_safetensors
+from mlx_sft.safetensors_file import write_safetensors
 
 _DTYPES = {mx.float32: ("F32", "<f4"), mx.uint64: ("U64", "<u8")}
 

@@ -1,4 +1,4 @@
-"""The verb: a run → a folder that PyTorch opens, written beside its place, verified, and then renamed.
+"""The verb: a run → a folder that others open, written beside its place, verified, and then renamed.
 
 Knows neither how a checkpoint is merged nor how it is compared.
 """
@@ -12,17 +12,21 @@ from typing import Literal, get_args
 import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.convert import mlx_lm, peft
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import merge
-from mlx_sft.convert.peft import read_adapter, write_adapter
 from mlx_sft.convert.sample import sample_rows
 from mlx_sft.convert.trained import FORMS, finished_folder, trained_edits
 from mlx_sft.convert.verify import Verification, verify_export
+from mlx_sft.disk import folder_bytes, refuse_full_disk
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.methods import Parameters
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.runs import RunFolder, write_folder
 
-Format = Literal["merged", "peft"]
+Format = Literal["merged", "peft", "mlx-lm"]
+
+_ROOM = "remove what is not needed, or give --to on another disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,9 @@ class ExportResult:
 
     Attributes:
         path: The folder.
-        format: `merged` (a whole checkpoint) or `peft` (the adapter alone).
-        verification: How it compares with the trained model; None where that was not asked for, and for `peft`, which is
-            compared number by number with the run's adapter.
+        format: `merged` (a whole checkpoint), `peft` or `mlx-lm` (the adapter alone).
+        verification: How it compares with the trained model; None where that was not asked for, and for an adapter alone, which
+            is compared number by number with the run's.
     """
 
     path: Path
@@ -54,7 +58,8 @@ def export(
     Args:
         run: The folder that `train` made.
         to: The folder to write; it appears when it is whole and verified, and not before.
-        format: `merged`: a Hugging Face checkpoint laid out as the base's. `peft`: the adapter alone.
+        format: `merged`: a Hugging Face checkpoint laid out as the base's. `peft`: the adapter alone, in PEFT's files. `mlx-lm`:
+            the adapter alone, in mlx-lm's.
         overwrite: Replace a folder that already holds something.
         verify: Reload what was written and compare it with the trained model.
 
@@ -64,15 +69,16 @@ def export(
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
     if format not in get_args(Format):
-        raise UserError(f"no such format: {format}", hint="merged or peft", exit_code=USAGE)
+        raise UserError(f"no such format: {format}", hint="merged, peft or mlx-lm", exit_code=USAGE)
     # The adapter alone needs no base, so that one that is gone is no hindrance.
     base = resolve_checkpoint(config.model) if format == "merged" else Path(config.model)
     target = _check_target(Path(to), folder, base, overwrite)
-    if format == "peft":
-        _export_adapter(folder, config, target, verify)
+    if format != "merged":
+        _export_adapter(folder, config, target, format, verify)
         return ExportResult(target, format, None)
-    with write_folder(target) as temporary:
-        checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base)
+    refuse_full_disk(target, checkpoint.size(), "this export", _ROOM)
+    with write_folder(target, checkpoint.size()) as temporary:
         merge(checkpoint, trained_edits(folder, config.method, checkpoint), temporary)
         verification = None
         if verify:
@@ -80,21 +86,31 @@ def export(
     return ExportResult(target, format, verification)
 
 
-def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, verify: bool) -> None:
+def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, format: Format, verify: bool) -> None:
     result = finished_folder(run, config.method)
     if result != run.adapter:
         what, hint = f"a run of --method {config.method} has no adapter", "export it with --format merged"
         raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
-    settings, parameters = read_adapter(result)
+    refuse_full_disk(target, folder_bytes(result), "this export", _ROOM)
+    settings, parameters = peft.read_adapter(result)
+    write = mlx_lm.write_adapter if format == "mlx-lm" else peft.write_adapter
     with write_folder(target) as temporary:
-        write_adapter(temporary, settings, parameters, name_elsewhere(config.model))
+        write(temporary, settings, parameters, name_elsewhere(config.model))
         if verify:
-            settings_again, again = read_adapter(temporary)
+            scale, again = _read_back(temporary, format)
             equal = again.keys() == parameters.keys() and all(
                 bool(mx.array_equal(again[name], parameters[name])) for name in again
             )
-            if not equal or settings_again != settings:
+            if not equal or scale != settings.scale:
                 raise UserError("the adapter was not written as it is", where=str(target))
+
+
+def _read_back(folder: Path, format: Format) -> tuple[float, Parameters]:
+    """The scale and the parameters of an adapter that was written in this format."""
+    if format == "mlx-lm":
+        return mlx_lm.read_adapter(folder)
+    settings, parameters = peft.read_adapter(folder)
+    return settings.scale, parameters
 
 
 def _check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path:

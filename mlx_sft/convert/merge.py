@@ -15,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.safetensors_file import (
+from mlx_sft.errors import UserError
+from mlx_sft.methods import Method, Parameters
+from mlx_sft.methods.lora import LoraSettings
+from mlx_sft.safetensors_file import (
     SafetensorsFile,
     StoredTensor,
     from_float32,
@@ -23,9 +26,6 @@ from mlx_sft.convert.safetensors_file import (
     read_rows,
     stored_dtype,
 )
-from mlx_sft.errors import UserError
-from mlx_sft.methods import Method, Parameters
-from mlx_sft.methods.lora import LoraSettings
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in cache from the product to the rounding."""

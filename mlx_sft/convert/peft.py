@@ -17,10 +17,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.convert.arrays import write_arrays
-from mlx_sft.convert.safetensors_file import open_safetensors, read_float32
 from mlx_sft.errors import UserError
+from mlx_sft.mappings import read_json
 from mlx_sft.methods.lora import GROUPS, HALVES, LoraSettings
 from mlx_sft.runs import to_json, write_file, write_file_with
+from mlx_sft.safetensors_file import open_safetensors, read_float32
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -184,18 +185,10 @@ def _ends(module: str, names: set[str]) -> bool:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         hint = f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}"
-        raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint) from None
-    except OSError as error:
-        raise UserError(f"cannot read: {error.strerror or error}", where=str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON: {error}", where=str(path)) from error
-    if not isinstance(config, dict):
-        raise UserError("not a mapping of names to values", where=str(path))
-    return config
+        raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
+    return read_json(path)
 
 
 def _check_plain(config: dict[str, Any], where: Path) -> None:

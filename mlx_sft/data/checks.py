@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_sft.data.formats import REASONING_KEYS, Conversation, Document, Item
+from mlx_sft.data.mask.reference import Reference
 from mlx_sft.data.prose import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
+from mlx_sft.data.sandbox import TemplateStopped
+from mlx_sft.data.tokenizer import unwrapped
+from mlx_sft.errors import UserError
 
 SPECIAL_SIGN = "special-token"
 SIGNS: tuple[str, ...] = (
@@ -172,14 +176,17 @@ def _probe(tokenizer: Any) -> tuple[str, str]:
     """What the chat template writes around short turns, and of it what stands between an answer and the next question.
 
     Empty without a template, and with one that wants other turns.
-    """
-    from jinja2 import TemplateError  # slow to import
 
+    Raises:
+        TemplateStopped: where the template would hang or fill the memory; so a run ends before its first row.
+    """
     question, answer, another = words = ("7391", "8264", "9157")
     turns = [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), words, strict=True)]
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError, TypeError, LookupError, AttributeError):
+        text = Reference(unwrapped(tokenizer), Conversation("", turns)).prompted
+    except TemplateStopped:
+        raise
+    except UserError:
         return "", ""  # the encoder says what is wrong with it
     before_answer, _, rest = text.partition(question)[2].partition(answer)
     before_user, _, prompt = rest.partition(another)

@@ -17,6 +17,7 @@ from mlx_sft.data.example import Example
 from mlx_sft.data.formats import MixedShapes, RowReader
 from mlx_sft.data.reading.readers import Row
 from mlx_sft.data.report import Note
+from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.shapes import Conversation, Item
 from mlx_sft.errors import UserError
 
@@ -96,7 +97,11 @@ class Pipeline:
         )
 
     def process(self, row: Row | UserError) -> Outcome:
-        """What becomes of one row, or of what could not be read as one."""
+        """What becomes of one row, or of what could not be read as one.
+
+        Raises:
+            TemplateStopped: where the chat template would hang or fill the memory, which no other row would change.
+        """
         origin = row.where if isinstance(row, UserError) else row.origin
         try:
             if isinstance(row, UserError):
@@ -109,6 +114,8 @@ class Pipeline:
                 return Outcome(origin, [], frozenset(), Note(item.origin, "dropped", found, SPECIAL_HINT))
             signs = signs_of(item, self.special.user_header) | ({SPECIAL_SIGN} if found else set())
             return Outcome(origin, self._encode(item), signs, None)
+        except TemplateStopped as stopped:
+            raise stopped.at(origin) from None
         except UserError as error:
             note = Note(error.where or origin, "bad", error.what, error.hint)
             return Outcome(origin, [], frozenset(), note, isinstance(error, MixedShapes))

@@ -24,7 +24,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +36,7 @@ from mlx_sft.data.mask.reference import SYSTEM_ROLES, Reference
 from mlx_sft.data.mask.tags import tagged_turns, tracked
 from mlx_sft.data.mask.turns import NOBODY, Integers, Refusal, Turn, Writing
 from mlx_sft.data.mask.writing import writings
+from mlx_sft.data.sandbox import compiled
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -173,7 +173,10 @@ def todays_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     templates = tokenizer.chat_template
     source = templates if isinstance(templates, str) else " ".join((templates or {}).values())
     pattern = _DATE_FORMAT.search(source) if "date_string" in source else None
-    return {"date_string": f"{datetime.now():{pattern[1]}}"} if pattern else {}
+    if not pattern:
+        return {}
+    today = compiled("{{ strftime_now(format) }}", tokenizer.name_or_path or "this tokenizer")
+    return {"date_string": today.render(format=pattern[1])}
 
 
 def _understood(reference: Reference, learnt: Sequence[int], end_tokens: frozenset[str]) -> tuple[Writing, list[Turn]]:

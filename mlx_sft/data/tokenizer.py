@@ -33,8 +33,8 @@ def end_tokens(tokenizer: Any) -> frozenset[str]:
     ids = {inner.eos_token_id, *_generation_ends(str(inner.name_or_path))}
     if inner is not tokenizer:
         ids |= set(tokenizer.eos_token_ids)
-    texts = (inner.convert_ids_to_tokens(int(token_id)) for token_id in ids - {None})
-    return frozenset(str(text) for text in texts if text)
+    known = (int(token_id) for token_id in ids - {None} if 0 <= int(token_id) < len(inner))
+    return frozenset(str(text) for token_id in known if (text := inner.convert_ids_to_tokens(token_id)))
 
 
 @lru_cache(maxsize=16)

@@ -6,7 +6,6 @@ Knows nothing of adapters or training.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,16 @@ from mlx.utils import tree_map
 from mlx_lm import utils as mlx_lm_utils
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mlx_sft.errors import USAGE, UserError
+from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.model.translate import read_config, translate_config
+from mlx_sft.model.weights import INDEX, SINGLE, check_weights, weight_files
 from mlx_sft.runs import user_path
+from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 TINY = Path(__file__).parent / "tiny"
 
 _HEAD_BYTES, _SAMPLE_BYTES, _SAMPLES = 2**22, 2**14, 256
 """What a fingerprint reads of each file: training moves every weight, so that samples of a large file show another one."""
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """A tokenizer is at least one of these."""
@@ -86,7 +84,7 @@ def load_model(name: str, dtype: str = "auto", tokenizer: PreTrainedTokenizerBas
     """
     path = resolve_checkpoint(name)
     config = read_config(path)
-    _check_weights(path)
+    check_weights(path)
     quantized = "quantization" in config or "quantization_config" in config
     if quantized or (path / "hf_quant_config.json").is_file():  # NVIDIA's way to say it
         raise UserError(
@@ -95,13 +93,13 @@ def load_model(name: str, dtype: str = "auto", tokenizer: PreTrainedTokenizerBas
             hint="give the original checkpoint in bfloat16, float16 or float32",
         )
     target = getattr(mx, resolve_dtype(dtype))
-    try:
-        model, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=translate_config(path))
+    settings = translate_config(path)
+    trusted = may_run_code_of(path)
+    with blamed_on(path, "cannot load this checkpoint", "if it should be whole, copy or download it again"):
+        model, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=settings, trust_remote_code=trusted)
         model.update(tree_map(lambda p: _cast(p, target), model.parameters()))
         mx.eval(model.parameters())
-    except (ValueError, RuntimeError) as error:  # MLX calls a file that is cut short a RuntimeError
-        hint = "if it should be whole, copy or download it again"
-        raise UserError(f"cannot load this checkpoint: {error}", where=str(path), hint=hint) from error
+        model(mx.zeros((1, 2), mx.int32))  # whose result is never computed: that it can be is enough
     model.freeze()
     return LoadedModel(model, tokenizer or load_tokenizer(path), path, name, config)
 
@@ -180,26 +178,6 @@ def _missing(snapshot: Path, *, weights: bool) -> str:
     return tokenizer
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, whether or not they are there.
-
-    They are `model.safetensors`, else the shards that `model.safetensors.index.json` names, else, where there is no index,
-    every `model*.safetensors`.
-    """
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    index = path / INDEX
-    if not index.is_file():
-        return sorted(path.glob("model*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if all(Path(name).name == name for name in names):  # else it would lead elsewhere
-            return [path / name for name in names]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError("not an index of safetensors shards", where=str(index)) from error
-    raise UserError("it names shards that are not in its folder", where=str(index))
-
-
 def checkpoint_fingerprint(path: Path) -> str:
     """SHA-256 over what makes a model in its folder: configuration, tokenizer and templates, and its weights.
 
@@ -224,11 +202,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if not _has_tokenizer(path):
         # transformers would make one without a vocabulary.
         raise UserError("cannot load its tokenizer (there is none)", where=str(path), hint=hint)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load its tokenizer ({reason})", where=str(path), hint=hint) from error
+    trusted = may_run_code_of(path)
+    what = "cannot load its tokenizer"
+    if not trusted and (files := code_files(path)):
+        what, hint = f"{what} without Python code of its own ({', '.join(files)})", TRUST_HINT
+    with blamed_on(path, what, hint):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trusted)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError("its tokenizer is not one that transformers knows", where=str(path))
     return tokenizer
@@ -255,40 +234,6 @@ def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:
 
 def _has_tokenizer(path: Path) -> bool:
     return any(file.is_file() for pattern in _TOKENIZER_FILES for file in path.glob(pattern))
-
-
-def _check_weights(path: Path) -> None:
-    """Every weight file of the checkpoint must be there, and mlx-lm must read these and no others."""
-    files = weight_files(path)
-    if not files:
-        other = [p.name for suffix in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in path.glob(suffix)]
-        found = f" (only {', '.join(sorted(other))})" if other else ""
-        raise UserError(
-            f"a model folder without weights: no {SINGLE}{found}",
-            where=str(path),
-            hint="only safetensors is read; save it again with `save_pretrained(...)`",
-        )
-    if missing := [file.name for file in files if not file.is_file()]:
-        hint = "copy or download the checkpoint again"
-        raise UserError(f"missing shard {_some(missing)}", where=str(path), hint=hint)
-    read = set(path.glob("model*.safetensors"))
-    if unread := [file.name for file in files if file not in read]:
-        raise UserError(
-            f"its index names {_some(unread)}, and mlx-lm reads only weights that are called model*.safetensors",
-            where=str(path),
-            hint="save it again with `save_pretrained(...)`",
-        )
-    if stray := sorted(file.name for file in read.difference(files)):
-        belong = SINGLE if files == [path / SINGLE] else f"the shards of {INDEX}"
-        raise UserError(
-            f"{_some(stray)} stands beside {belong}, and mlx-lm would read both",
-            where=str(path),
-            hint="keep the weights of one model in the folder, and move the others away",
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _cast(parameter: mx.array, dtype: mx.Dtype) -> mx.array:

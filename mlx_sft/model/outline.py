@@ -5,16 +5,14 @@ Knows nothing of memory or time.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import utils as mlx_lm_utils
 
-from mlx_sft.errors import UserError
+from mlx_sft.errors import blamed_on
 from mlx_sft.model.head import SplitModel
-from mlx_sft.model.translate import translate_config
+from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, translate_config
 
 
 class _Unproved(SplitModel):
@@ -34,13 +32,9 @@ def outline(path: Path, dtype: str) -> SplitModel:
         UserError: For a configuration that cannot be trained.
     """
     settings = translate_config(path)
-    kind = mlx_lm_utils.MODEL_REMAPPING.get(settings["model_type"], settings["model_type"])
-    family = importlib.import_module(f"mlx_lm.models.{kind}")  # which `translate_config` found
-    try:
+    family = family_code(settings, path)
+    with blamed_on(path / "config.json", "no model can be made of it", DOWNLOAD_AGAIN):
         model: nn.Module = family.Model(family.ModelArgs.from_dict(settings))
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        hint = "copy or download the checkpoint again"
-        raise UserError(f"no model can be made of it: {error}", where=str(path / "config.json"), hint=hint) from error
     target: mx.Dtype = getattr(mx, dtype)
     model.apply(lambda weight: mx.ones(weight.shape, target) if mx.issubdtype(weight.dtype, mx.floating) else weight)
     model.freeze()

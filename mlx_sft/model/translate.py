@@ -7,15 +7,18 @@ mlx-lm falls back on its own default where it does not find one. Knows nothing o
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 from mlx_lm import utils as mlx_lm_utils
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
-from mlx_sft.errors import UserError
+from mlx_sft.errors import UserError, blamed_on
+from mlx_sft.mappings import read_json
+from mlx_sft.trust import may_run_code_of, model_code
 
 _ROPE_SETTINGS = {
     "default": set(),
@@ -38,6 +41,11 @@ _ROPE_SETTINGS = {
     "longrope": {"original_max_position_embeddings", "long_factor"},
 }
 """Per RoPE type, the settings that mlx-lm's `initialize_rope` reads. It takes `long_factor` for short rows, too."""
+
+DOWNLOAD_AGAIN = "copy or download the checkpoint again"
+
+_MOST_LAYERS = 1000
+"""Several times as many as any model has; a number without end would be made layer by layer."""
 
 _ARITHMETIC = (
     "attention_bias",
@@ -67,7 +75,7 @@ def translate_config(path: Path) -> dict[str, Any]:
         UserError: If a setting that changes the arithmetic is one that the family's code does not read.
     """
     settings, defaults = _settings_and_defaults(path)
-    fields = _fields_read(settings["model_type"], path)
+    fields = _fields_read(settings, path)
     if isinstance(settings.get("text_config"), dict):
         raise UserError(
             f"the settings of {settings['model_type']}'s language model are nested in text_config, which is not read yet",
@@ -94,7 +102,7 @@ def exact_length(path: Path) -> int | None:
     window = settings.get("sliding_window")
     if window and settings.get("use_sliding_window", True):
         meant = _windowed_layers_meant(settings, defaults)
-        if meant != _windowed_layers_computed(settings, _fields_read(settings["model_type"], path)):
+        if meant != _windowed_layers_computed(settings, _fields_read(settings, path)):
             limits.append(int(window))
     rope = dict(settings.get("rope_scaling") or {}) | dict(settings.get("rope_parameters") or {})
     if "dynamic" in (rope.get("rope_type"), rope.get("type")) and settings.get("max_position_embeddings"):
@@ -105,15 +113,15 @@ def exact_length(path: Path) -> int | None:
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint folder."""
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.is_file():
         hint = "give a Hugging Face checkpoint folder"
-        raise UserError("not a model folder: no config.json", where=str(path), hint=hint) from None
-    except (OSError, ValueError) as error:
-        hint = "copy or download the checkpoint again"
-        raise UserError(f"cannot be read: {error}", where=str(file), hint=hint) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError("not a model folder: no config.json", where=str(path), hint=hint)
+    config = read_json(file, hint=DOWNLOAD_AGAIN)
+    layers = config.get("num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:
+        what = f"num_hidden_layers is {layers!r}, where a model has 1 to {_MOST_LAYERS}"
+        raise UserError(what, where=str(file), hint=DOWNLOAD_AGAIN)
+    if not isinstance(config.get("model_type"), str):
         hint = "give a Hugging Face checkpoint folder"
         raise UserError("names no model_type", where=str(file), hint=hint)
     return config
@@ -122,15 +130,16 @@ def read_config(path: Path) -> dict[str, Any]:
 def _settings_and_defaults(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """`config.json` with what transformers fills in, and the defaults of its family; none where it does not know it."""
     raw = read_config(path)
-    try:
-        full = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (ValueError, OSError):
-        return raw, {}
-    except KeyError as error:  # its checks of RoPE
-        raise UserError(f"transformers does not take it: {error.args[0]}", where=str(path / "config.json")) from error
-    # transformers may take it for another family; mlx-lm goes by the type that the file names.
-    filled = {k: v for k, v in full.to_dict().items() if v is not None} | {"model_type": raw["model_type"]}
-    return raw | filled, type(full)().to_dict()
+    with blamed_on(path / "config.json", "transformers does not take it", DOWNLOAD_AGAIN):
+        try:
+            full = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=may_run_code_of(path))
+        except (ValueError, OSError):
+            if raw["model_type"] in CONFIG_MAPPING:
+                raise
+            return raw, {}  # a family that it does not know
+        # transformers may take it for another family; mlx-lm goes by the type that the file names.
+        filled = {k: v for k, v in full.to_dict().items() if v is not None} | {"model_type": raw["model_type"]}
+        return raw | filled, type(full)().to_dict()
 
 
 def _windowed_layers_meant(settings: dict[str, Any], defaults: dict[str, Any]) -> list[bool]:
@@ -195,15 +204,38 @@ def _translate_rope(settings: dict[str, Any], fields: dict[str, Any], path: Path
     return translated
 
 
-def _fields_read(model_type: str, path: Path) -> dict[str, Any]:
-    """The settings that the family's code in mlx-lm reads, and their defaults."""
-    module = mlx_lm_utils.MODEL_REMAPPING.get(model_type, model_type)
+def family_code(settings: dict[str, Any], path: Path) -> Any:
+    """The module with the `Model` and the `ModelArgs` of a checkpoint: mlx-lm's, or the checkpoint's own where that may run.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if model_code(path, settings):
+        return _own_code(path / settings["model_file"])
+    kind = mlx_lm_utils.MODEL_REMAPPING.get(settings["model_type"], settings["model_type"])
     try:
-        family = importlib.import_module(f"mlx_lm.models.{module}")
+        family = importlib.import_module(f"mlx_lm.models.{kind}") if re.fullmatch(r"\w[\w-]*", kind) else None
     except ImportError:
+        family = None
+    if not hasattr(family, "Model") or not hasattr(family, "ModelArgs"):
         hint = "mlx-lm defines the models that can be trained; a newer mlx-lm may know this one"
-        raise UserError(f"mlx-lm has no model of type {model_type}", where=str(path), hint=hint) from None
-    return {name: field.default for name, field in inspect.signature(family.ModelArgs).parameters.items()}
+        raise UserError(f"mlx-lm has no model of type {kind}", where=str(path), hint=hint)
+    return family
+
+
+def _own_code(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("custom_model", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise UserError("config.json names this file as its code, and it is none", where=str(file))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _fields_read(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings that the family's code reads, and their defaults."""
+    arguments = inspect.signature(family_code(settings, path).ModelArgs).parameters
+    return {name: field.default for name, field in arguments.items()}
 
 
 def _unread(name: str, value: Any, path: Path) -> UserError:

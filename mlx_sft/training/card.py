@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.console import printable
 from mlx_sft.data.report import DataReport
 from mlx_sft.training.checkpoint import Progress
 
@@ -38,11 +40,11 @@ def model_card(config: TrainConfig, base: dict[str, Any], report: DataReport, pr
         f"{report.train.supervised_tokens:,} of them supervised",
         "Validation": validation,
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    table = "\n".join(f"| {fact} | {_cell(value)} |" for fact, value in facts.items())
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
-# A fine-tuned {name}
+# A fine-tuned {_cell(name)}
 
 | | |
 |---|---|
@@ -52,3 +54,8 @@ Made with mlx-sft; `config.yaml` repeats the run. For transformers, vLLM and oth
 
     mlx-sft export --run . --to merged
 """
+
+
+def _cell(value: str) -> str:
+    """A value as a table shows it: names may be anyone's."""
+    return html.escape(" ".join(printable(value).split()), quote=False).replace("|", "\\|")

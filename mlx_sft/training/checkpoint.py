@@ -12,18 +12,21 @@ Knows nothing of how a step is taken.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.errors import UserError
+from mlx_sft.mappings import read_json
 from mlx_sft.methods import Parameters
 from mlx_sft.runs import RunFolder, disk_errors, to_json, write_folder
+from mlx_sft.safetensors_file import open_safetensors
 from mlx_sft.training.optim import AdamW
 from mlx_sft.training.recompute import Mode
 
@@ -44,7 +47,9 @@ class Progress:
         best_loss: Lowest validation loss, at `best_step`; None before the first evaluation.
         evaluations_without_better: In a row, up to now.
         skipped: Steps left out because loss or gradient was not finite; `skipped_in_a_row` of them just now.
-        stopped: Whether the run ended before its last step because validation got no better.
+        stopped_of: The planned steps of a run that ended before them because validation got no better; None for one that did not.
+        losses: The last ones that were within the bound of divergence, and how many were above it just now (`above_bound`).
+        rate_factor: What the learning rate is multiplied with since the last of so many `rollbacks`.
         micro_batch_tokens: The budget since memory ran out in a step, or since it was given with `--resume`; None while it is
             the configured one.
         recompute: The recomputation since then.
@@ -52,18 +57,24 @@ class Progress:
         evaluation_tokens: The budget of evaluations since memory ran out in one.
     """
 
-    step: int = 0
-    metrics_bytes: int = 0
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
+
+    step: Annotated[int, Field(ge=0)] = 0
+    metrics_bytes: Annotated[int, Field(ge=0)] = 0
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_better: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    stopped: bool = False
-    micro_batch_tokens: int | None = None
+    stopped_of: int | None = None
+    losses: tuple[float, ...] = ()
+    above_bound: int = 0
+    rate_factor: float = 1.0
+    rollbacks: int = 0
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None
     recompute: Mode | None = None
-    head_chunk: int | None = None
-    evaluation_tokens: int | None = None
+    head_chunk: Annotated[int, Field(ge=1)] | None = None
+    evaluation_tokens: Annotated[int, Field(ge=1)] | None = None
 
     def after(self, **changes: Any) -> Progress:
         return replace(self, **changes)
@@ -93,9 +104,11 @@ def save(
         "random_state": dropout_key(seed, progress.step + 1).tolist(),
         "identity": identity,
     }
-    with write_folder(run.checkpoint(progress.step)) as temporary:
+    moments = optimizer.flat_state()
+    needed = sum(array.nbytes for array in (*parameters.values(), *moments.values()))
+    with write_folder(run.checkpoint(progress.step), needed) as temporary:
         write_arrays(temporary / _PARAMETERS, parameters)
-        write_arrays(temporary / _OPTIMIZER, optimizer.flat_state())
+        write_arrays(temporary / _OPTIMIZER, moments)
         (temporary / _STATE).write_text(to_json(state))
         (temporary / _SUMS).write_text("".join(_sum_line(temporary / name) for name in _FILES))
 
@@ -148,9 +161,20 @@ def _sum_line(path: Path) -> str:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
 
-def prune(run: RunFolder, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep`."""
-    for step in run.checkpoint_steps()[:-keep]:
+def prune(run: RunFolder, keep: int, progress: Progress) -> None:
+    """Remove all checkpoints but the newest `keep`, and the newest from before the losses went above their bound."""
+    steps = run.checkpoint_steps()
+    sound = max((step for step in steps if step <= progress.step - progress.above_bound), default=None)
+    _remove(run, [step for step in steps[:-keep] if step != sound])
+
+
+def remove_after(run: RunFolder, step: int) -> None:
+    """Remove all checkpoints of later steps, the last first, so that what is left is always the beginning of a run."""
+    _remove(run, [later for later in reversed(run.checkpoint_steps()) if later > step])
+
+
+def _remove(run: RunFolder, steps: Iterable[int]) -> None:
+    for step in steps:
         with disk_errors(run.checkpoint(step)):
             shutil.rmtree(run.checkpoint(step))
 
@@ -169,14 +193,18 @@ def load(
     folder = run.checkpoint(steps[-1])
     hint = "remove this folder; the run then goes on from the checkpoint before it"
     try:
-        state = json.loads((folder / _STATE).read_text())
+        state = read_json(folder / _STATE)
         saved = _load_arrays(folder / _PARAMETERS)
         moments = _load_arrays(folder / _OPTIMIZER)
-        progress = Progress(**state["progress"])
+        progress = TypeAdapter(Progress).validate_python(state["progress"])
+        if progress.step != steps[-1]:
+            raise ValueError(f"it is of step {progress.step}")
         random_state = state["random_state"]
         changed = [name for name, value in identity.items() if state["identity"][name] != value]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"damaged checkpoint: {error}", where=str(folder), hint=hint) from error
+    except UserError as error:
+        raise UserError(f"damaged checkpoint: {error.what}", where=str(folder), hint=hint) from error
     if changed:
         raise UserError(f"{' and '.join(changed)} changed since this checkpoint was written", where=str(folder))
     if {n: v.shape for n, v in saved.items()} != {n: v.shape for n, v in parameters.items()}:
@@ -192,6 +220,7 @@ def load(
 
 
 def _load_arrays(path: Path) -> Parameters:
+    open_safetensors(path)  # its header is checked before anything is mapped
     arrays = mx.load(str(path))
     if not isinstance(arrays, dict):
         raise ValueError(f"{path.name} holds no named arrays")

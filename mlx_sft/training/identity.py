@@ -18,12 +18,23 @@ from mlx_sft.config import TrainConfig, option_name, public_name
 from mlx_sft.data.files import split_weight
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.mappings import read_json
 from mlx_sft.model.load import checkpoint_fingerprint
-from mlx_sft.runs import RunFolder, user_path
+from mlx_sft.runs import RunFolder, to_json, user_path
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
+_NEW_RUN = "start a new run with `mlx-sft train --config` on its config.yaml"
+
+_SHORTER = "a run can be given more of them, not fewer, and not one instead of the other; leave it out to resume"
+
+CONFIG_HEADER = "# mlx-sft train --config config.yaml\n"
+
 _HOW_COMPUTED = {"micro_batch_tokens", "grad_checkpoint", "head_chunk", "memory_limit"}
 """Settings that change nothing but the last bits."""
+
+_MAY_GROW = ("epochs", "max_steps")
+REVISED = {*_MAY_GROW, "on_divergence"}
+"""Settings that a continuation may give anew; they change nothing of what was done before it."""
 
 _NOT_THE_RESULT = _HOW_COMPUTED | {
     "out", "resume", "quiet", "json_lines", "keep", "data_workers", "data_cache", "allow_lost_rows",
@@ -39,18 +50,36 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
         before, now = getattr(saved, field), getattr(full, field)
         if field == "chat_template_kwargs":
             now = before | now  # the run added the day on which it began
+        if field == "on_divergence" or (field in _MAY_GROW and before is not None and now >= before):
+            continue
         if now != before and now not in ("auto", None):
             raise UserError(
                 f"{option_name(field)} {now} differs from the run's {before}",
                 where=str(run.config),
-                hint="leave it out to resume, or start a new run",
+                hint=_SHORTER if field in _MAY_GROW else "leave it out to resume, or start a new run",
                 exit_code=USAGE,
             )
     if given.out is not None and user_path(given.out).resolve() != run.path.resolve():
         what = "--out names another folder than --resume"
         raise UserError(what, where=given.out, hint="leave it out to resume", exit_code=USAGE)
-    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & {"keep", "data_workers", "data_cache"})
+    sometimes = {"keep", "data_workers", "data_cache"} | REVISED
+    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & sometimes)
     return saved.model_copy(update={name: getattr(given, name) for name in names} | computed_anew(given))
+
+
+def record_revision(run: RunFolder, config: TrainConfig) -> None:
+    """Have the run folder say what was given anew, so that the next continuation need not be told.
+
+    `config.yaml` comes first: where a crash left it alone with the news, they are as if they had been given once more.
+    """
+    saved = TrainConfig.resolve(run.config)
+    news = {name: getattr(config, name) for name in REVISED}
+    if any(getattr(saved, name) != value for name, value in news.items()):
+        run.write_config(saved.model_copy(update=news).to_yaml(CONFIG_HEADER))
+    began = read_json(run.environment, hint=_NEW_RUN)
+    settings = began.get("settings", {}) | news
+    if settings != began.get("settings"):
+        run.write_environment(to_json(began | {"settings": settings}))
 
 
 def computed_anew(given: TrainConfig) -> dict[str, Any]:
@@ -78,7 +107,8 @@ def _full_path(name: str) -> str:
 
 def identity_of(config: TrainConfig, data: PreparedData, path: Path) -> dict[str, str]:
     """Hashes of what decides the result."""
-    settings = json.dumps(_result_settings(config), sort_keys=True)
+    lasting = {name: value for name, value in _result_settings(config).items() if name not in REVISED}
+    settings = json.dumps(lasting, sort_keys=True)
     return {
         "config": hashlib.sha256(settings.encode()).hexdigest(),
         "data": data.report.fingerprint,
@@ -88,17 +118,18 @@ def identity_of(config: TrainConfig, data: PreparedData, path: Path) -> dict[str
 
 def refuse_changes(run: RunFolder, config: TrainConfig, data: PreparedData, identity: dict[str, str]) -> None:
     """Raise `UserError` naming what is not as it was when the run began."""
-    began = _read_json(run.environment)
-    settings, before = _result_settings(config), began.get("settings", {})
-    changed = [public_name(name) for name in settings if settings[name] != before.get(name)]
+    before, known = _as_it_began(run)
+    settings = _result_settings(config)
+    changed = [public_name(name) for name in settings if not _agrees(name, before.get(name), settings[name])]
     if changed:
         hint = "put it back as it was, or start a new run with `mlx-sft train --config`"
         what = f"{', '.join(changed)} changed since the run began"
         raise UserError(what, where=str(run.config), hint=hint)
-    known = began.get("identity", {})
     if known.get("data") != identity["data"]:
-        reported = {s["name"]: s["sha256"] for s in _read_json(run.data_report).get("sources", [])}
-        files = [s.name for s in data.report.sources if reported.get(s.name) != s.sha256]
+        sources = read_json(run.data_report, hint=_NEW_RUN).get("sources")
+        reported = [source for source in (sources if isinstance(sources, list) else []) if isinstance(source, dict)]
+        hashes = {source.get("name"): source.get("sha256") for source in reported}
+        files = [s.name for s in data.report.sources if hashes.get(s.name) != s.sha256]
         what = "the data changed since the run began: " + (", ".join(files) or "it reads differently")
         raise UserError(what, where=str(run.path), hint="put it back as it was, or start a new run")
     if known.get("model") != identity["model"]:
@@ -106,10 +137,27 @@ def refuse_changes(run: RunFolder, config: TrainConfig, data: PreparedData, iden
         raise UserError(what, where=str(run.path), hint="put it back as it was, or start a new run")
 
 
+def _as_it_began(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the identity with which a run began."""
+    began = read_json(run.environment, hint=_NEW_RUN)
+    settings, identity = began.get("settings"), began.get("identity")
+    if not isinstance(settings, dict) or not isinstance(identity, dict):
+        raise UserError("it does not say with what the run began", where=str(run.environment), hint=_NEW_RUN)
+    return settings, identity
+
+
+def _agrees(name: str, before: Any, now: Any) -> bool:
+    """Whether a setting is as it was, or is one that may have been given anew."""
+    if name in _MAY_GROW and isinstance(before, int) and isinstance(now, int):
+        return now >= before
+    return name == "on_divergence" or now == before
+
+
 def differences(run: RunFolder, config: TrainConfig) -> list[str]:
     """What of this machine, and of how the run is computed, is not as it was when it began, in words; the last bits may differ."""
-    began, now = _read_json(run.environment), _machine()
-    before = began.get("packages", {})
+    began, now = read_json(run.environment, hint=_NEW_RUN), _machine()
+    packages = began.get("packages")
+    before = packages if isinstance(packages, dict) else {}
     changed = [f"{name} {before.get(name)} → {new}" for name, new in now["packages"].items() if before.get(name) != new]
     if began.get("device") != now["device"]:
         changed.append("the device")
@@ -136,14 +184,3 @@ def _machine() -> dict[str, Any]:
 
 def _result_settings(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=_NOT_THE_RESULT)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        hint = "start a new run with `mlx-sft train --config` on its config.yaml"
-        raise UserError(f"cannot be read: {error}", where=str(path), hint=hint) from error
-    return content

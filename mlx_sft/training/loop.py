@@ -18,6 +18,7 @@ from mlx_sft.training.optimizer_step import take
 from mlx_sft.training.preview import show_plan
 from mlx_sft.training.records import Metrics
 from mlx_sft.training.results import finish, save
+from mlx_sft.training.rollback import answer_divergence
 from mlx_sft.training.setup import Job, prepare_job
 from mlx_sft.training.shortage import is_out_of_memory
 from mlx_sft.training.stopping import Stopped, stop_request
@@ -70,34 +71,49 @@ def _take_steps(job: Job, console: Console) -> float | None:
     """All that are left; the training loss of the last of them is returned."""
     loss = None
     with Metrics.open(job.run.metrics, job.progress.metrics_bytes) as metrics, _saved_when_stopped(job, metrics):
-        if job.config.init_adapter and not job.run.checkpoint_steps():
-            save(job, metrics)  # so that a resumed run does not depend on a folder that others may change
-        started, first = time.perf_counter(), job.progress.step
-        with _steps_left(job) as steps:
-            for prepared in steps:
-                step = prepared.step
-                record = take(job, prepared, steps, metrics)
-                loss = record["loss"]
-                metrics.write(record)
-                per_step = (time.perf_counter() - started) / (step.number - first)
-                console.step(record, job.plan.total_steps, per_step * (job.plan.total_steps - step.number))
-                if job.data.valid and _due(job.config.eval_every, step, job):
-                    evaluate(job, step, metrics)
-                if job.progress.stopped or _due(job.config.save_every, step, job):
-                    save(job, metrics)
-                _stop_if_lost(job, step, metrics)
-                if job.progress.stopped:
-                    console.note(f"stopped after step {step.number}: validation got no better")
-                    break
+        if _begins_with_a_checkpoint(job.config) and not job.run.checkpoint_steps():
+            save(job, metrics)
+        while job.progress.stopped_of is None and job.progress.step < job.plan.total_steps:
+            loss = _take_steps_from_here(job, console, metrics)
     return loss
 
 
+def _take_steps_from_here(job: Job, console: Console, metrics: Metrics) -> float | None:
+    """As many as there are up to the end, or to where the run goes back to an earlier one."""
+    loss = None
+    started, first = time.perf_counter(), job.progress.step
+    with _steps_left(job) as steps:
+        for prepared in steps:
+            step = prepared.step
+            record = take(job, prepared, steps, metrics)
+            loss = record["loss"]
+            metrics.write(record)
+            per_step = (time.perf_counter() - started) / (step.number - first)
+            console.step(record, job.plan.total_steps, per_step * (job.plan.total_steps - step.number))
+            if answer_divergence(job, metrics):
+                break
+            if job.data.valid and _due(job.config.eval_every, step, job):
+                evaluate(job, step, metrics)
+            stopped = job.progress.stopped_of is not None
+            if stopped or _due(job.config.save_every, step, job):
+                save(job, metrics)
+            _stop_if_lost(job, step, metrics)
+            if stopped:
+                console.note(f"stopped after step {step.number}: validation got no better")
+                break
+    return loss
+
+
+def _begins_with_a_checkpoint(config: TrainConfig) -> bool:
+    """Where a resumed run must not depend on a folder that others may change, or there must be something to go back to."""
+    return config.init_adapter is not None or config.on_divergence == "rollback"
+
+
 def _steps_left(job: Job) -> StepFeed:
-    after = job.plan.total_steps if job.progress.stopped else job.progress.step
     return StepFeed(
         job.plan,
         job.data.train,
-        after=after,
+        after=job.progress.step,
         token_budget=job.choice.micro_batch_tokens,
         layout=job.fit.layout,
     )

@@ -10,7 +10,8 @@ import mlx.core as mx
 from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.methods import Parameters
 from mlx_sft.training import checkpoint
-from mlx_sft.training.optim import clip, global_norm, learning_rate
+from mlx_sft.training.divergence import observe
+from mlx_sft.training.optim import clip, global_norm
 from mlx_sft.training.records import Metrics, Record, step_record
 from mlx_sft.training.relief import relieve
 from mlx_sft.training.setup import Job
@@ -30,7 +31,7 @@ def take(job: Job, prepared: PreparedStep, feed: StepFeed, metrics: Metrics) -> 
     loss, gradients, prepared = _gradient(job, prepared, feed, metrics)
     norm = global_norm(gradients)
     finite = math.isfinite(to_float(loss)) and math.isfinite(to_float(norm))
-    rate = learning_rate(config, step.number, job.plan.total_steps)
+    rate = job.learning_rate(step)
     if finite:
         gradients = clip(gradients, norm, config.max_grad_norm)
         job.parameters = job.optimizer.update(job.parameters, gradients, rate)
@@ -50,8 +51,11 @@ def take(job: Job, prepared: PreparedStep, feed: StepFeed, metrics: Metrics) -> 
     if skipped:
         origins = ", ".join(record["skipped_rows"])
         job.console.warn(f"step {step.number} skipped, its gradient is not finite; rows {origins}")
+    losses, above_bound = observe(job.progress.losses, job.progress.above_bound, record["loss"])
     job.progress = job.progress.after(
         step=step.number,
+        losses=losses,
+        above_bound=above_bound,
         skipped=job.progress.skipped + skipped,
         skipped_in_a_row=job.progress.skipped_in_a_row + 1 if skipped else 0,
     )

@@ -10,6 +10,7 @@ from mlx_sft.console import count, size
 from mlx_sft.data.batches import shares
 from mlx_sft.data.encode import decoded_segments
 from mlx_sft.data.files import split_weight
+from mlx_sft.disk import free_bytes
 from mlx_sft.training.identity import differences
 from mlx_sft.training.optim import learning_rate
 from mlx_sft.training.recompute import Mode
@@ -36,6 +37,8 @@ def show_plan(job: Job) -> None:
         f"up to {job.choice.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.learner.mode],
         "memory": f"{size(mx.get_active_memory())} for the weights, up to {size(job.predicted.peak)} predicted with a step, "
         f"of {size(job.fit.machine.memory)} ({job.fit.machine.basis})",
+        "disk": f"up to {size(job.disk.total)} with {job.disk.checkpoints} checkpoints, "
+        f"of {size(free_bytes(job.run.path))} that is free",
         "run": str(job.run.path),
     }
     console.conversation(

@@ -39,16 +39,21 @@ class Metrics:
         with disk_errors(path):
             file = FileIO(path, "a")
         with file:
-            with disk_errors(path):
-                file.truncate(min(file.tell(), kept_bytes))
-                file.seek(0, os.SEEK_END)
-            yield cls(path, file)
+            metrics = cls(path, file)
+            metrics.cut(min(file.tell(), kept_bytes))
+            yield metrics
 
     def write(self, record: Record) -> None:
         line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
         with disk_errors(self._path):
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "no space left for a whole line")
+
+    def cut(self, kept_bytes: int) -> None:
+        """Forget what was written after so many bytes."""
+        with disk_errors(self._path):
+            self._file.truncate(kept_bytes)
+            self._file.seek(0, os.SEEK_END)
 
     def synced_bytes(self) -> int:
         """The file's length, once all of it would survive a loss of power."""
@@ -140,3 +145,14 @@ def shortage_record(step: int, *, rows: int, width: int, micro_batch_tokens: int
         "micro_batch_tokens": micro_batch_tokens,
         "recompute": recompute,
     }
+
+
+def rollback_record(step: int, *, diverged_at: int, rate_factor: float) -> Record:
+    """A line for a divergence that was undone.
+
+    Args:
+        step: The step after which the run goes on.
+        diverged_at: The last that was taken; those in between are taken again.
+        rate_factor: What the learning rate is multiplied with from now on.
+    """
+    return {"kind": "rollback", "step": step, "diverged_at": diverged_at, "learning_rate_factor": rate_factor}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from mlx_sft.convert.trained import save_trained, trained_folder
 from mlx_sft.model.load import name_elsewhere
-from mlx_sft.runs import write_file
+from mlx_sft.runs import disk_errors, write_file
 from mlx_sft.training import checkpoint
 from mlx_sft.training.card import model_card
 from mlx_sft.training.records import Metrics
@@ -17,7 +18,7 @@ def save(job: Job, metrics: Metrics) -> None:
     """A checkpoint of the job as it stands; where there is no validation, it is the result too."""
     job.progress = job.progress.after(metrics_bytes=metrics.synced_bytes())
     checkpoint.save(job.run, job.progress, job.parameters, job.optimizer, job.identity, seed=job.config.seed)
-    checkpoint.prune(job.run, job.config.keep)
+    checkpoint.prune(job.run, job.config.keep, job.progress)
     if job.progress.best_step is None:
         save_result(job)
 
@@ -33,11 +34,14 @@ def finish(job: Job) -> None:
     A run that was killed after its last checkpoint may lack any of it.
     """
     best = job.progress.best_step
-    checkpoint.prune(job.run, job.config.keep)
+    checkpoint.prune(job.run, job.config.keep, job.progress)
     if best is None:
         save_result(job)
     elif best != job.progress.step:
         _save_trained(job, job.run.last)
+    elif job.run.last.exists():  # of when the run was shorter
+        with disk_errors(job.run.last):
+            shutil.rmtree(job.run.last)
     write_file(job.run.card, model_card(job.config, job.base.config, job.data.report, job.progress))
 
 

@@ -18,7 +18,7 @@ from mlx_sft.console import Console
 from mlx_sft.convert.adapted import attach_trained
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.peft import read_adapter
-from mlx_sft.data.batches import Plan
+from mlx_sft.data.batches import Plan, Step
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import todays_variables
@@ -39,6 +39,7 @@ from mlx_sft.runs import RunFolder, to_json
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.choice import Choice, asked_for, configured
+from mlx_sft.training.disk import DiskNeed
 from mlx_sft.training.fit import (
     Fit,
     allowed_machine,
@@ -49,16 +50,18 @@ from mlx_sft.training.fit import (
     refuse_too_large,
 )
 from mlx_sft.training.identity import (
+    CONFIG_HEADER,
     computed_anew,
     describe_environment,
     identity_of,
+    record_revision,
     refuse_changes,
     resumed_config,
     with_full_paths,
 )
 from mlx_sft.training.machine import prepare_device
 from mlx_sft.training.memory import Footprint, Prediction
-from mlx_sft.training.optim import AdamW
+from mlx_sft.training.optim import AdamW, learning_rate
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.step import Learner
 from mlx_sft.training.stopping import StopRequest
@@ -83,12 +86,17 @@ class Job:
     console: Console
     fit: Fit
     predicted: Prediction
+    disk: DiskNeed
     request: StopRequest = field(default_factory=StopRequest)
 
     @property
     def choice(self) -> Choice:
         """How its steps are computed now."""
         return self.fit.choice
+
+    def learning_rate(self, step: Step) -> float:
+        """That of the schedule, or what rollbacks have left of it."""
+        return learning_rate(self.config, step.number, self.plan.total_steps) * self.progress.rate_factor
 
 
 def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = None) -> Job:
@@ -153,8 +161,12 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     if run:
         refuse_changes(run, config, data, identity)
         progress, parameters = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
+        progress = _gone_on(progress, plan)
         fit, progress = _resumed(fit, progress, anew)
+        record_revision(run, config)
     predicted = fit.largest(plan, data.train)
+    disk = DiskNeed.of_run(parameters, config, plan)
+    disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
     if run is None:
         environment = describe_environment(config, identity) | {"memory": fit.describe(predicted)}
         run = _create(config, data, environment, held)
@@ -163,7 +175,7 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     learner.configure(fit.choice.mode, compiled, fit.choice.head_chunk)
     return Job(
         config, run, base, split, method, learner, plan, data,
-        parameters, optimizer, identity, progress, console, fit, predicted,
+        parameters, optimizer, identity, progress, console, fit, predicted, disk,
     )  # fmt: skip
 
 
@@ -241,6 +253,13 @@ def _decided(config: TrainConfig, choice: Choice) -> TrainConfig:
     return config.model_copy(update=decided)
 
 
+def _gone_on(progress: Progress, plan: Plan) -> Progress:
+    """A run that ended early goes on where it is given more steps, and waits for a better evaluation anew."""
+    if progress.stopped_of in (None, plan.total_steps):
+        return progress
+    return progress.after(stopped_of=None, evaluations_without_better=0)
+
+
 def _resumed(fit: Fit, progress: Progress, anew: Collection[str]) -> tuple[Fit, Progress]:
     """What a shortage of memory made of a run's settings stays, but for what is given anew; and that stays from now on."""
     choice = fit.choice
@@ -263,7 +282,7 @@ def _create(config: TrainConfig, data: PreparedData, environment: dict[str, Any]
     held.enter_context(run.locked())
     RunFolder.new(run.path)  # another process may have begun one meanwhile
     run.write_head(
-        config=config.model_copy(update={"out": None}).to_yaml("# mlx-sft train --config config.yaml\n"),
+        config=config.model_copy(update={"out": None}).to_yaml(CONFIG_HEADER),
         data_report=to_json(data.report.to_json()),
         environment=to_json(environment),
     )

@@ -9,7 +9,6 @@ import math
 import time
 
 from mlx_sft.data.batches import Step
-from mlx_sft.training.optim import learning_rate
 from mlx_sft.training.records import Metrics, evaluation_record
 from mlx_sft.training.relief import evaluate_in_memory
 from mlx_sft.training.results import save_result
@@ -30,8 +29,7 @@ def evaluate(job: Job, step: Step, metrics: Metrics) -> None:
     seconds = time.perf_counter() - started
     best_loss = job.progress.best_loss
     better = math.isfinite(result.loss) and (best_loss is None or result.loss < best_loss)
-    rate = learning_rate(job.config, step.number, job.plan.total_steps)
-    record = evaluation_record(step, result, best=better, learning_rate=rate, seconds=seconds)
+    record = evaluation_record(step, result, best=better, learning_rate=job.learning_rate(step), seconds=seconds)
     metrics.write(record)
     job.console.evaluation(record)
     if better:
@@ -40,4 +38,5 @@ def evaluate(job: Job, step: Step, metrics: Metrics) -> None:
     else:
         without = job.progress.evaluations_without_better + 1
         stopped = job.config.early_stop is not None and without >= job.config.early_stop
-        job.progress = job.progress.after(evaluations_without_better=without, stopped=stopped)
+        stopped_of = job.plan.total_steps if stopped else None
+        job.progress = job.progress.after(evaluations_without_better=without, stopped_of=stopped_of)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mlx_sft.convert.hf import INDEX, SINGLE, Checkpoint, copy_side_files
-from mlx_sft.convert.safetensors_file import read_bytes
+from mlx_sft.convert.hf import Checkpoint, copy_side_files
 from mlx_sft.errors import UserError
+from mlx_sft.model.weights import INDEX, SINGLE
+from mlx_sft.safetensors_file import read_bytes
 
 
 def _sharded(folder: Path) -> Path:
@@ -49,13 +50,13 @@ def test_shards_are_read_with_and_without_their_index(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (_sharded(tmp_path) / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"1 of 2 shards are missing: model-00002-of-00002"):
+    with pytest.raises(UserError, match=r"missing shard model-00002-of-00002\.safetensors \(1 of 2\)"):
         Checkpoint.open(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("file", "problem"),
-    [(None, "no weights"), ("pytorch_model.bin", "pickled"), ("adapter.safetensors", "no weights")],
+    [(None, "without weights"), ("pytorch_model.bin", "pickled"), ("adapter.safetensors", "without weights")],
 )
 def test_a_folder_without_weights_is_refused(tmp_path: Path, file: str | None, problem: str) -> None:
     if file:

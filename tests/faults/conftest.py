@@ -8,6 +8,17 @@ from typing import Any
 
 import pytest
 
+from tests.faults.trial import ENVIRONMENT, Lab, make_lab
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """The runs that trials disturb, left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield make_lab(tmp_path_factory.mktemp("faults").resolve() / "lab")
+
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:

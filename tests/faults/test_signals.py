@@ -83,18 +83,6 @@ def test_a_second_signal_ends_the_process_at_once(settings: dict[str, Any], star
     assert train(TrainConfig(resume=settings["out"], quiet=True)).steps == 6
 
 
-def test_a_run_that_is_put_aside_and_taken_up_ends_the_same(long: dict[str, Any], start: Start, tmp_path: Path) -> None:
-    train(TrainConfig(**long | {"out": str(tmp_path / "undisturbed")}))
-    process = start("-m", "mlx_sft", "train", *options_of(long))
-    wait_for_lines(process, RunFolder(long["out"]).metrics, 3)
-    process.send_signal(signal.SIGTSTP)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGCONT)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert adapter(Path(long["out"])) == adapter(tmp_path / "undisturbed")
-
-
 def test_a_signal_that_the_process_ignores_stays_ignored(long: dict[str, Any], start: Start) -> None:
     """As under nohup."""
     ignoring: Any = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731

@@ -24,9 +24,9 @@ from mlx_sft.model.load import (
     resolve_checkpoint,
     resolve_dtype,
     vocabulary_size,
-    weight_files,
 )
 from mlx_sft.model.translate import translate_config
+from mlx_sft.model.weights import INDEX, weight_files
 
 
 @pytest.fixture
@@ -274,7 +274,7 @@ def test_only_what_makes_the_model_is_downloaded(cache: Callable[..., Path], dow
         "config.json",
         "model.safetensors",
         "model-00001-of-2.safetensors",
-        load.INDEX,
+        INDEX,
         "qwen.tiktoken",
         "LICENSE",
     ]
@@ -299,7 +299,7 @@ def test_a_folder_that_is_no_checkpoint_is_told_what_it_lacks(tmp_path: Path, ma
     config = tmp_path / "config.json"
     for text in ("{", "[1]", "{}", '{"model_type": 3}'):
         config.write_text(text)
-        assert _refused(tmp_path, "cannot be read|names no model_type").where == str(config)
+        assert _refused(tmp_path, "not JSON|not a mapping|names no model_type").where == str(config)
     shutil.copyfile(make_base() / "config.json", config)
     _refused(tmp_path, r"without weights: no model\.safetensors\n")
     (tmp_path / "pytorch_model.bin").touch()
@@ -313,7 +313,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, make_base: Callable[..., Path]
     shard.unlink()
     _refused(folder, f"missing shard {shard.name}")
     (folder / "model.safetensors.index.json").write_text("[]")
-    _refused(folder, "not an index")
+    _refused(folder, "not a mapping")
 
 
 def test_weights_that_are_not_the_configs_are_refused(checkpoint: Callable[..., Path]) -> None:
@@ -325,7 +325,7 @@ def test_a_damaged_weight_file_is_refused(checkpoint: Callable[..., Path]) -> No
     weights = (folder / "model.safetensors").read_bytes()
     for damaged in (b"\x08" + 7 * b"\x00" + b"{broken}", weights[:1000], weights[:-1000]):
         (folder / "model.safetensors").write_bytes(damaged)
-        assert _refused(folder, "cannot load this checkpoint").where == str(folder)
+        assert _refused(folder, "not a valid safetensors file").where == str(folder / "model.safetensors")
 
 
 def test_a_quantized_checkpoint_is_refused(checkpoint: Callable[..., Path]) -> None:
@@ -368,7 +368,7 @@ def test_the_fingerprint_does_not_care_for_other_files(checkpoint: Callable[...,
 def test_shards_by_names_that_mlx_lm_does_not_read_are_refused(tmp_path: Path, make_base: Callable[..., Path]) -> None:
     folder = tmp_path / "model"
     shutil.copytree(make_base("llama", shard="60KB"), folder)
-    index = folder / load.INDEX
+    index = folder / INDEX
     for shard in folder.glob("model-*.safetensors"):
         shard.rename(folder / shard.name.replace("model-", "weights-"))
     index.write_text(index.read_text().replace("model-", "weights-"))
@@ -379,14 +379,14 @@ def test_shards_by_names_that_mlx_lm_does_not_read_are_refused(tmp_path: Path, m
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, make_base: Callable[..., Path]) -> None:
     folder = tmp_path / "model"
     shutil.copytree(make_base("llama", shard="60KB"), folder)
-    index = folder / load.INDEX
+    index = folder / INDEX
     index.write_text(index.read_text().replace("model-", "../model-"))
-    _refused(folder, "names shards that are not in its folder")
+    _refused(folder, "no `weight_map` from tensors to files of this folder")
 
 
 def test_a_single_file_goes_before_an_index(checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
-    (folder / load.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+    (folder / INDEX).write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
     assert weight_files(folder) == [folder / "model.safetensors"]
     load_model(str(folder), "float32")
 
@@ -395,7 +395,7 @@ def test_weights_of_two_models_in_one_folder_are_refused(checkpoint: Callable[..
     folder = checkpoint()
     shutil.copyfile(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors")
     _refused(folder, r"model-00001-of-00001\.safetensors stands beside model\.safetensors, and mlx-lm would read both")
-    (folder / load.INDEX).write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
+    (folder / INDEX).write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
     (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
     _refused(folder, r"stands beside the shards of model\.safetensors\.index\.json")
 

@@ -92,10 +92,19 @@ def test_the_newest_checkpoint_counts(run: RunFolder) -> None:
 def test_only_the_newest_are_kept(run: RunFolder) -> None:
     for step in (4, 5, 6):
         shutil.copytree(run.checkpoint(3), run.checkpoint(step))
-    checkpoint.prune(run, 2)
+    checkpoint.prune(run, 2, Progress(step=6))
     assert run.checkpoint_steps() == [5, 6]
-    checkpoint.prune(run, 9)
+    checkpoint.prune(run, 9, Progress(step=6))
     assert run.checkpoint_steps() == [5, 6]
+
+
+def test_one_from_before_the_losses_went_up_is_kept(run: RunFolder) -> None:
+    for step in (4, 5, 6):
+        shutil.copytree(run.checkpoint(3), run.checkpoint(step))
+    checkpoint.prune(run, 1, Progress(step=6, above_bound=2))
+    assert run.checkpoint_steps() == [4, 6]
+    checkpoint.remove_after(run, 4)
+    assert run.checkpoint_steps() == [4]
 
 
 @pytest.mark.parametrize("changed", IDENTITY)

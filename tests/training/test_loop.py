@@ -17,7 +17,6 @@ import torch
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.console import Console
-from mlx_sft.convert.safetensors_file import open_safetensors, read_float32, write_safetensors
 from mlx_sft.data import feed
 from mlx_sft.data.batches import collate, cut
 from mlx_sft.data.feed import PreparedStep
@@ -25,6 +24,7 @@ from mlx_sft.data.prepare import prepare_file
 from mlx_sft.errors import FAILURE
 from mlx_sft.model.load import load_tokenizer
 from mlx_sft.runs import RunFolder
+from mlx_sft.safetensors_file import open_safetensors, read_float32, write_safetensors
 from mlx_sft.training import loop, setup
 from mlx_sft.training.machine import Machine
 from mlx_sft.training.optimizer_step import take

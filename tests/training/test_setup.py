@@ -13,6 +13,7 @@ from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.errors import USAGE
 from mlx_sft.runs import RunFolder
 from mlx_sft.training.identity import resumed_config
+from tests.run_folders import outcome
 
 
 def resume(settings: dict[str, Any], **further: Any) -> int:
@@ -76,7 +77,7 @@ def test_data_that_is_gone_is_named(cut_short: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "before", "after"),
-    [("lr", "0.01", "0.02"), ("rank", "2", "4"), ("seed", "0", "1"), ("epochs", "2", "3"), ("save_every", "2", "3")],
+    [("lr", "0.01", "0.02"), ("rank", "2", "4"), ("seed", "0", "1"), ("epochs", "2", "1"), ("save_every", "2", "3")],
 )
 def test_an_edited_setting_is_refused_by_name(cut_short: dict[str, Any], name: str, before: str, after: str) -> None:
     config = RunFolder(cut_short["out"]).config
@@ -260,3 +261,62 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_initial_adapter_when
     train(TrainConfig(resume=str(run.path), quiet=True))
     assert run.checkpoint_steps() == written
     assert written[0] == 0
+
+
+def test_a_run_that_is_given_more_epochs_is_the_longer_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    """With a rate that does not depend on the length, to the byte, wherever it is killed in between."""
+    settings |= {"scheduler": "constant", "warmup": 0, "save_every": 2, "keep": 9, "dropout": 0.1}
+    train(TrainConfig(**settings | {"epochs": 4}))
+    expected = outcome(Path(settings["out"]))
+    shutil.rmtree(settings["out"])
+    train(TrainConfig(**settings))
+    run = RunFolder(settings["out"])
+    assert resume(settings, epochs=4) == 12
+    assert outcome(run.path) == expected
+    for step in (12, 10, 8):
+        shutil.rmtree(run.checkpoint(step))
+    assert resume(settings) == 12
+    assert outcome(run.path) == expected
+
+
+def test_more_steps_go_on_with_the_rate_of_the_longer_run(settings: dict[str, Any]) -> None:
+    train(TrainConfig(**settings | {"max_steps": 4, "warmup": 0, "scheduler": "linear"}))
+    assert resume(settings, max_steps=8) == 8
+    rates = [json.loads(line)["learning_rate"] for line in RunFolder(settings["out"]).metrics.read_text().splitlines()]
+    assert rates == pytest.approx([1e-2 * left for left in (1, 3 / 4, 2 / 4, 1 / 4, 4 / 8, 3 / 8, 2 / 8, 1 / 8)])
+
+
+@pytest.mark.parametrize("news", [{"epochs": 1}, {"max_steps": 9}])
+def test_fewer_epochs_or_steps_instead_are_refused(cut_short: dict[str, Any], news: dict[str, Any]) -> None:
+    error = refusal(cut_short, **news)
+    assert "differs from the run's" in error.what
+    assert "not fewer" in error.hint
+
+
+def test_a_run_that_stopped_early_goes_on_where_it_is_given_more(settings: dict[str, Any]) -> None:
+    settings |= {"valid_fraction": 0.2, "eval_every": 1, "lr": 0, "early_stop": 2}
+    assert train(TrainConfig(**settings)).steps == 3
+    assert resume(settings) == 3
+    assert resume(settings, epochs=9) == 5
+    assert resume(settings) == 5
+
+
+def test_news_that_a_crash_left_half_written_are_taken_up(cut_short: dict[str, Any]) -> None:
+    run = RunFolder(cut_short["out"])
+    before = run.environment.read_bytes()
+    resume(cut_short, epochs=3)
+    run.environment.write_bytes(before)
+    assert resume(cut_short) == 9
+    assert json.loads(run.environment.read_text())["settings"]["epochs"] == 3
+
+
+def test_a_link_out_of_the_run_folder_is_not_written_through(cut_short: dict[str, Any], tmp_path: Path) -> None:
+    run = RunFolder(cut_short["out"])
+    outside = tmp_path / "outside"
+    shutil.move(run.metrics, outside)
+    run.metrics.symlink_to(outside)
+    content = outside.read_bytes()
+    error = refusal(cut_short)
+    assert "a symbolic link out of the run folder" in error.what
+    assert error.where == str(run.metrics)
+    assert outside.read_bytes() == content

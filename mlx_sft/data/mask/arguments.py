@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_sft.data.mask.reference import Reference
 from mlx_sft.data.mask.turns import called_functions
 from mlx_sft.data.reading.json_text import parse_json
+from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.shapes import Conversation
 from mlx_sft.errors import UserError
 
@@ -32,6 +33,8 @@ def as_the_template_takes_them(tokenizer: PreTrainedTokenizerBase, conversation:
             quoted in written for text in texts for quoted in {json.dumps(text, ensure_ascii=False), json.dumps(text)}
         ):
             return conversation
+    except TemplateStopped:
+        raise
     except UserError:
         pass
     return replace(conversation, messages=[_with_objects(message) for message in conversation.messages])

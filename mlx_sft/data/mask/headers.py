@@ -18,6 +18,9 @@ from mlx_sft.data.mask.turns import Refusal, before_no_reasoning, before_reasoni
 
 _TELLING = 4
 """A shorter header than this (in characters other than white space at its ends) may stand anywhere by chance."""
+_LONGEST = 10_000
+"""Characters. No template has a header like this, but a hostile one."""
+_SHOWN = 200
 
 
 class Headers:
@@ -62,7 +65,7 @@ class Headers:
 
     def start_in_tag(self, index: int, first: int, last: int) -> int:
         """Where the turn starts of which a tag encloses what is between two places, and maybe its header or a part of it."""
-        text, headers = self._reference.text, list(self._candidates(index))
+        text, headers = self._reference.text, [one for one in self._candidates(index) if len(one) <= _LONGEST]
         context = self._reference.context(index) if index else None
         if context is not None and text.startswith(context):
             encloses_its_end = any(len(context) - len(header) <= first < len(context) <= last for header in headers)
@@ -86,7 +89,7 @@ class Headers:
         if start is None and first == last:
             start = first  # its own words begin it, so it has no header
         if start is None:
-            raise Refusal(f"message 1 does not begin with the generation prompt {self._whole!r}")
+            raise Refusal(f"message 1 does not begin with the generation prompt {self._whole[:_SHOWN]!r}")
         return start
 
     def _by_answer(self, first: int, last: int) -> int | None:
@@ -110,7 +113,7 @@ class Headers:
         if start is None:
             start = self._after(before_no_reasoning(header or self._whole), first, last)
         if start is None:
-            raise Refusal(f"message {index + 1} does not begin with the generation prompt {self._whole!r}")
+            raise Refusal(f"message {index + 1} does not begin with the generation prompt {self._whole[:_SHOWN]!r}")
         return start
 
     def _by_context(self, index: int, first: int, last: int) -> int | None:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Environment, Template, nodes, pass_context
+from jinja2 import Template, nodes, pass_context
 from jinja2.runtime import Context
 from jinja2.visitor import NodeTransformer
+
+from mlx_sft.data.sandbox import compiled, parsed
 
 LOOP_STARTS = "mlx_sft_loop_starts"
 LOOP_ITEM = "mlx_sft_loop_item"
@@ -59,39 +61,25 @@ VARIANTS = (
 
 
 @lru_cache(maxsize=64)
-def instrumented(source: str, variant: Variant) -> Template:
-    """A template that is watched in this way, in transformers' own environment; the result is kept."""
-    environment = _environment(source).overlay()
+def instrumented(source: str, variant: Variant, owner: str = "this tokenizer") -> Template:
+    """A template that is watched in this way, in the environment of all its renderings; the result is kept."""
+    environment = compiled(source, owner).environment.overlay()
     if variant.values:
-        environment.filters = {**environment.filters, "trim": _trim}
+        environment.add_filter("trim", _trim)
     return environment.from_string(_Instrument(variant).visit(environment.parse(source)))
 
 
 @lru_cache(maxsize=16)
 def string_constants(source: str) -> frozenset[str]:
     """The strings that the template's code holds, such as `</think>`."""
-    constants = (node.value for node in _environment(source).parse(source).find_all(nodes.Const))
+    constants = (node.value for node in parsed(source).find_all(nodes.Const))
     return frozenset(value for value in constants if isinstance(value, str))
 
 
 @lru_cache(maxsize=16)
 def has_tags(source: str) -> bool:
     """Whether the template's author tagged what is generated."""
-    blocks = _environment(source).parse(source).find_all(nodes.CallBlock)
-    return any(_is_tag(block) for block in blocks)
-
-
-def plain(source: str) -> Template:
-    """The template as transformers compiles it."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template  # slow to import
-
-    template: Template = _compile_jinja_template(source)
-    return template
-
-
-def _environment(source: str) -> Environment:
-    """transformers' own sandbox, so that all renderings have the same filters and globals."""
-    return plain(source).environment
+    return any(_is_tag(block) for block in parsed(source).find_all(nodes.CallBlock))
 
 
 @pass_context

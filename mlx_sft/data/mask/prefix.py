@@ -9,10 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_sft.data.mask.colour import own_letters
-from mlx_sft.data.mask.instrument import plain
-from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference
+from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference, reason_of
 from mlx_sft.data.mask.turns import NOBODY, Integers, Refusal, Writing, assistant_messages
-from mlx_sft.data.mask.writing import colourings, variables
+from mlx_sft.data.mask.writing import colourings
 
 
 def by_beginnings(reference: Reference) -> Writing:
@@ -50,6 +49,6 @@ def _owners(reference: Reference) -> Integers:
 def _plainly(reference: Reference, messages: list[dict[str, object]]) -> str:
     """What the template writes of the coloured messages."""
     try:
-        return plain(reference.template).render(**variables(reference, messages, prompt=False))
+        return reference.compiled.render(**reference.variables(messages, prompt=False))
     except RENDERING_ERRORS as error:
-        raise Refusal(f"it fails on other letters: {error}") from error
+        raise Refusal(f"it fails on other letters: {reason_of(error)}") from error

@@ -1,18 +1,22 @@
 """The tokenizer's own rendering of a conversation, of its beginnings, and of the prompts that stand before its turns.
 
-Knows `apply_chat_template`, which is the reference for the text; knows nothing of how the template writes it.
+Knows what `apply_chat_template` gives a template, and writes the same text within limits; knows nothing of how the template
+writes it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 
 from mlx_sft.data.formats import REASONING_KEYS, Conversation
 from mlx_sft.data.mask.turns import Messages, Span, before_reasoning
+from mlx_sft.data.sandbox import CLOCK, Clock, compiled
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +33,10 @@ RENDERING_ERRORS = (
     ArithmeticError,
     RecursionError,
 )
+_MOST_KEPT = 16
+"""Beginnings of one conversation, each of which may be as long as the whole."""
+_MOST_SHOWN = 500
+"""Characters of an error's message, which a template may make as long as it likes."""
 
 
 class Reference:
@@ -37,15 +45,15 @@ class Reference:
     Args:
         tokenizer: A tokenizer of transformers.
         conversation: With all its template variables.
-
-    Attributes:
-        messages: As the template sees them.
+        clock: Counts the time of all renderings; its own, if none is given.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, conversation: Conversation, clock: Clock | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.conversation = conversation
-        self.messages: Messages = [_as_template_sees(message) for message in conversation.messages]
+        self._clock = clock or Clock()
         self._beginnings: dict[tuple[int, bool], str | None] = {}
 
     @property
@@ -53,8 +61,17 @@ class Reference:
         return self.tokenizer.name_or_path or "this tokenizer"
 
     @cached_property
+    def messages(self) -> Messages:
+        """As the template sees them."""
+        return [_as_template_sees(message) for message in self.conversation.messages]
+
+    @cached_property
     def template(self) -> str:
         return str(self.tokenizer.get_chat_template(tools=self.conversation.tools))
+
+    @property
+    def compiled(self) -> Template:
+        return compiled(self.template, self.name)
 
     @cached_property
     def text(self) -> str:
@@ -62,7 +79,20 @@ class Reference:
 
         Raises:
             UserError: where the tokenizer has no template, or its template rejects the conversation.
+            TemplateStopped: where the template would hang or fill the memory. So do all methods that render.
         """
+        return self._whole(prompt=False)
+
+    @cached_property
+    def prompted(self) -> str:
+        """The whole conversation and the prompt that follows it.
+
+        Raises:
+            UserError: as `text` does.
+        """
+        return self._whole(prompt=True)
+
+    def _whole(self, prompt: bool) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{self.name} has no chat template",
@@ -70,11 +100,10 @@ class Reference:
                 hint="use an instruct model, whose tokenizer has one, or give rows of plain `text`",
             )
         try:
-            return self._render(self.messages)
+            return self._render(self.messages, prompt)
         except RENDERING_ERRORS as error:
-            reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise UserError(
-                f"the chat template rejects this conversation: {reason or type(error).__name__}",
+                f"the chat template rejects this conversation: {reason_of(error)}",
                 where=self.conversation.origin,
                 hint=self._way_out(),
             ) from error
@@ -83,17 +112,21 @@ class Reference:
     def as_answer(self) -> Reference:
         """A question, and the first message as its answer."""
         messages = [{"role": "user", "content": "?"}, *self.conversation.messages[:1]]
-        return Reference(self.tokenizer, replace(self.conversation, messages=messages))
+        return Reference(self.tokenizer, replace(self.conversation, messages=messages), self._clock)
 
     def beginning(self, count: int, prompt: bool = False) -> str | None:
         """The first so many messages, with the generation prompt or without; None where the template rejects them."""
-        if (count, prompt) not in self._beginnings:
+        if (count, prompt) in self._beginnings:
+            rendered = self._beginnings.pop((count, prompt))
+        else:
             try:
-                rendered: str | None = self._render(self.messages[:count], add_generation_prompt=prompt)
+                rendered = self._render(self.messages[:count], prompt)
             except RENDERING_ERRORS:
                 rendered = None
-            self._beginnings[count, prompt] = rendered
-        return self._beginnings[count, prompt]
+        self._beginnings[count, prompt] = rendered  # behind those that were asked for before
+        if len(self._beginnings) > _MOST_KEPT:
+            del self._beginnings[next(iter(self._beginnings))]
+        return rendered
 
     def context(self, index: int) -> str | None:
         """What stands before the model where it writes message `index`: the beginning with its generation prompt, cut at
@@ -119,26 +152,33 @@ class Reference:
             return None
         return (len(context), len(through)) if self.text.startswith(through) else None
 
-    def _render(self, messages: Messages, **options: Any) -> str:
+    def variables(self, messages: Messages, prompt: bool) -> dict[str, Any]:
+        """What a template is given, as transformers gives it."""
+        return {"messages": messages, "add_generation_prompt": prompt, CLOCK: self._clock, **self._settings}
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
         tools = self.conversation.tools
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) if tools is not None else None,
-                tokenize=False,
-                **options,
-                **self.conversation.template_kwargs,
-            )
-        )
+        if tools is not None and not all(isinstance(tool, dict) for tool in tools):
+            raise TypeError("tools must be JSON schemas")
+        settings = {
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            **self.tokenizer.special_tokens_map,
+            **self.conversation.template_kwargs,
+        }
+        return {name: _plain_data()(value) for name, value in settings.items()}
+
+    def _render(self, messages: Messages, prompt: bool = False) -> str:
+        if not messages:
+            raise ValueError("there is no message")
+        return self.compiled.render(**self.variables(messages, prompt))
 
     def _way_out(self) -> str:
-        rest = [message for message in self.messages if message.get("role") not in SYSTEM_ROLES]
-        if 0 < len(rest) < len(self.messages):
-            try:
+        with suppress(*RENDERING_ERRORS):
+            rest = [message for message in self.messages if message.get("role") not in SYSTEM_ROLES]
+            if 0 < len(rest) < len(self.messages):
                 self._render(rest)
-            except RENDERING_ERRORS:
-                pass
-            else:
                 return (
                     "this template takes no system message, or not there: it renders the conversation without; "
                     "put the instruction at the start of the first user message, or leave it out"
@@ -146,12 +186,27 @@ class Reference:
         return "change the messages (roles, their order, the fields of tool calls) to what the template takes"
 
 
+def reason_of(error: Exception) -> str:
+    """What went wrong in a template, for a person."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error)[:_MOST_SHOWN] or type(error).__name__
+
+
+@cache
+def _plain_data() -> Callable[[Any], Any]:
+    """What transformers makes of objects of other kinds than JSON's; older releases hand them on as they are."""
+    from transformers.utils import chat_template_utils  # slow to import
+
+    return getattr(chat_template_utils, "_plain_template_data", lambda value: value)
+
+
 def _as_template_sees(message: dict[str, Any]) -> dict[str, Any]:
     """A copy as `apply_chat_template` hands it on: without nulls, its reasoning under the names that templates read.
 
-    It is also done beforehand because older releases of transformers leave the reasoning where it is.
+    The latter also where an older release of transformers leaves the reasoning where it is.
     """
-    message = {key: value for key, value in message.items() if value is not None}
+    message = {key: _plain_data()(value) for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in REASONING_KEYS if key in message), None)
     if reasoning is None:
         return message
@@ -160,5 +215,11 @@ def _as_template_sees(message: dict[str, Any]) -> dict[str, Any]:
 
 def _length_in_common(one: str, other: str) -> int:
     """How many characters two texts have in common at their start."""
-    different = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(different, min(len(one), len(other)))
+    same, most = 0, min(len(one), len(other))
+    while same < most:
+        middle = (same + most + 1) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            most = middle - 1
+    return same

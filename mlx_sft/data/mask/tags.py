@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_sft.data.mask.headers import Headers
-from mlx_sft.data.mask.instrument import plain
-from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference
+from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference, reason_of
 from mlx_sft.data.mask.turns import (
     NOBODY,
     Refusal,
@@ -25,7 +24,6 @@ from mlx_sft.data.mask.turns import (
     ends_in_space,
     ends_pattern,
 )
-from mlx_sft.data.mask.writing import variables
 
 
 def tagged_turns(
@@ -55,14 +53,14 @@ def tracked(reference: Reference) -> Writing:
     """
     blocks: list[str] = []
     tags: list[Span] = []
-    template: Any = plain(reference.template)
+    template: Any = reference.compiled
     text = reference.text
     try:
         with template.environment.activate_tracker(blocks, tags):
-            for block in template.generate(**variables(reference, reference.messages, prompt=False)):
+            for block in template.generate(**reference.variables(reference.messages, prompt=False)):
                 blocks.append(block)
     except RENDERING_ERRORS as error:
-        raise Refusal(f"it fails when its tags are tracked: {error}") from error
+        raise Refusal(f"it fails when its tags are tracked: {reason_of(error)}") from error
     if "".join(blocks) != text:
         raise Refusal("it writes something else when its tags are tracked")
     nobody = np.full(len(text), NOBODY, np.int32)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from mlx_sft.data.mask.colour import AsciiPhases, Colouring, Constants, PrivateColours, own_letters
 from mlx_sft.data.mask.instrument import VARIANTS, Variant, has_tags, instrumented, string_constants
-from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference
+from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference, reason_of
 from mlx_sft.data.mask.turns import NOBODY, Integers, Messages, Refusal, Writing, assistant_messages, before_reasoning
 from mlx_sft.data.mask.watch import Alphabet, Watch, Watched
+
+_MOST_STRINGS = 2000
+"""A real template has a tenth; each is looked for at each place of each message."""
 
 
 def colourings(reference: Reference) -> Iterator[tuple[Alphabet, Colouring]]:
@@ -38,7 +40,10 @@ def colourings(reference: Reference) -> Iterator[tuple[Alphabet, Colouring]]:
 
 @lru_cache(maxsize=16)
 def _constants(template: str) -> Constants:
-    return Constants(string_constants(template))
+    strings = string_constants(template)
+    if len(strings) > _MOST_STRINGS:
+        raise Refusal("its code holds too many strings")
+    return Constants(strings)
 
 
 def writings(reference: Reference) -> Iterator[Writing | Refusal]:
@@ -64,32 +69,20 @@ def writings(reference: Reference) -> Iterator[Writing | Refusal]:
             return
 
 
-def variables(reference: Reference, messages: Messages, prompt: bool) -> dict[str, Any]:
-    """What a template is given, as transformers gives it."""
-    return {
-        "messages": messages,
-        "tools": reference.conversation.tools,
-        "documents": None,
-        "add_generation_prompt": prompt,
-        **reference.tokenizer.special_tokens_map,
-        **reference.conversation.template_kwargs,
-    }
-
-
 def _watch(
     reference: Reference, variant: Variant, alphabet: Alphabet, colouring: Colouring, phases: list[Messages]
 ) -> Writing:
     """Watch the template write the coloured messages; its text must be the reference but for their letters."""
-    template = instrumented(reference.template, variant)
+    template = instrumented(reference.template, variant, reference.name)
 
     def write(prompt: bool) -> list[Watched]:
         try:
             return [
-                alphabet.read(template.render(**variables(reference, messages, prompt), **watch.functions()))
+                alphabet.read(template.render(**reference.variables(messages, prompt), **watch.functions()))
                 for messages, watch in ((messages, Watch(messages, alphabet)) for messages in phases)
             ]
         except RENDERING_ERRORS as error:
-            raise Refusal(f"it fails when it is watched: {error}") from error
+            raise Refusal(f"it fails when it is watched: {reason_of(error)}") from error
 
     text = reference.text
     watched = write(prompt=True)

@@ -120,9 +120,8 @@ class _Text:
     def peek(self) -> str:
         """The next character that is not white space, or nothing at the end."""
         while True:
-            match = _SPACE.match(self._buffer, self._place)
-            assert match is not None
-            self._place = match.end()
+            if space := _SPACE.match(self._buffer, self._place):  # of no characters, too
+                self._place = space.end()
             if self._place < len(self._buffer) or not self._more():
                 return self._buffer[self._place : self._place + 1]
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from mlx_sft.convert.safetensors_file import (
+from mlx_sft.errors import UserError
+from mlx_sft.safetensors_file import (
     from_float32,
     open_safetensors,
     read_bytes,
@@ -20,7 +21,6 @@ from mlx_sft.convert.safetensors_file import (
     to_float32,
     write_safetensors,
 )
-from mlx_sft.errors import UserError
 
 
 def _file(path: Path, header: object, body: bytes = b"") -> Path:

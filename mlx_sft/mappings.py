@@ -1,0 +1,117 @@
+"""A file that holds a mapping of names to values, as JSON or YAML: read within bounds, or refused with its name and line.
+
+The file may be anyone's: its size, its depth and what its aliases stand for are bounded before they cost anything. Knows nothing of
+what the values mean.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlx_sft.errors import FAILURE, USAGE, UserError
+
+MOST_JSON_BYTES = 64 * 2**20
+"""The index of a model with a hundred thousand tensors has 10 MB."""
+MOST_YAML_BYTES = 2**20
+MOST_YAML_VALUES = 10_000
+"""Values of a YAML file, with every alias written out."""
+MOST_YAML_DEPTH = 20
+
+_YAML_HINT = "write one `name: value` a line, as in configs/qwen3-0.6b-lora.yaml"
+
+
+def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
+    """The object that a JSON file holds; raises `UserError` for anything else."""
+    text = _text(path, MOST_JSON_BYTES, hint, FAILURE)
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise UserError("not JSON that can be read: nested too deep", where=str(path), hint=hint) from error
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=str(path), hint=hint) from error
+    if not isinstance(found, dict):
+        raise UserError("not a mapping of names to values", where=str(path), hint=hint)
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; raises `UserError` for anything else."""
+    text = _text(path, MOST_YAML_BYTES, _YAML_HINT, USAGE)
+    try:
+        found = yaml.load(text, _BoundedLoader)  # noqa: S506 (a SafeLoader, with bounds)
+    except (ValueError, RecursionError) as error:  # a date or a number that cannot be
+        what = f"not a configuration: {str(error).partition(';')[0]}"
+        raise UserError(what, where=str(path), hint=_YAML_HINT, exit_code=USAGE) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(f"not YAML: {problem}", where=where, hint=_YAML_HINT, exit_code=USAGE) from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UserError("not a mapping of names to values", where=str(path), hint=_YAML_HINT, exit_code=USAGE)
+    return found
+
+
+def _text(path: Path, most: int, hint: str, exit_code: int) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        what, hint = f"cannot be read: {reason}", hint or "check the path"
+        raise UserError(what, where=str(path), hint=hint, exit_code=exit_code) from error
+    if len(content) > most:
+        what = f"this file has more than {most // 2**20} MiB, which none of its kind has"
+        raise UserError(what, where=str(path), hint=hint, exit_code=exit_code)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("not UTF-8 text", where=str(path), hint=hint, exit_code=exit_code) from error
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Plain values only, each name given once, of a bounded number and depth."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._values = 0
+        self._values_of: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
+            node = super().compose_node(parent, index)
+            if node not in self._values_of:
+                raise yaml.composer.ComposerError(None, None, "an alias inside of what it stands for", mark)
+            self._count(self._values_of[node], mark)
+            return node
+        if self._depth == MOST_YAML_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested deeper than {MOST_YAML_DEPTH} levels", mark)
+        before = self._values
+        self._count(1, mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None:
+            self._values_of[node] = self._values - before
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in names:
+                what = f"{key.value} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+            names.add(name)
+        return super().construct_mapping(node, deep)
+
+    def _count(self, values: int, mark: Any) -> None:
+        self._values += values
+        if self._values > MOST_YAML_VALUES:
+            what = f"more than {MOST_YAML_VALUES:,} values, with every alias written out"
+            raise yaml.composer.ComposerError(None, None, what, mark)
