@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.mappings import read_yaml
@@ -165,6 +173,16 @@ class TrainConfig(BaseModel):
     """Show warnings and errors only."""
     json_lines: bool = Field(default=False, alias="json")
     """Write every event to stdout as a line of JSON."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `no` is false, which Python takes for 0."""
+        of_truth = cls.model_fields[str(info.field_name)].annotation is bool
+        parts = value if isinstance(value, list | tuple) else [value]
+        if not of_truth and any(isinstance(part, bool) for part in parts):
+            raise ValueError("yes and no, true and false are no value of it")
+        return value
 
     @field_validator("data", mode="before")
     @classmethod
