@@ -187,6 +187,8 @@ class TrainConfig(BaseModel):
     @field_validator("data", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            raise ValueError("give a list, which has an order")
         return [] if value is None else [value] if isinstance(value, str) else value
 
     @field_validator("memory_limit")
@@ -214,7 +216,9 @@ class TrainConfig(BaseModel):
     @classmethod
     def _parse_json(cls, value: Any) -> Any:
         try:
-            return json.loads(value) if isinstance(value, str) else value
+            variables = json.loads(value) if isinstance(value, str) else value
+            json.dumps(variables, ensure_ascii=False, default=str).encode()  # half a character is a ValueError
+            return variables
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON: {error}") from error
 

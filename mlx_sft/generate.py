@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_sft.convert.adapted import AdaptedModel
 from mlx_sft.data.formats import Conversation
 from mlx_sft.data.mask.reference import Reference
+from mlx_sft.data.tokenizer import generation_ends
 from mlx_sft.model.load import LoadedModel
 
 Prompt = str | list[dict[str, Any]]
@@ -62,9 +62,6 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
     """Every token that ends a turn: the tokenizer's, the config's and the generation config's."""
-    found: list[Any] = [loaded.tokenizer.eos_token_id, loaded.config.get("eos_token_id")]
-    generation_config = loaded.path / "generation_config.json"
-    if generation_config.is_file():
-        found.append(json.loads(generation_config.read_text()).get("eos_token_id"))
-    flat = [i for ids in found for i in (ids if isinstance(ids, list) else [ids])]
-    return sorted({i for i in flat if i is not None})
+    ends = loaded.config.get("eos_token_id")
+    found = {loaded.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    return sorted(i for i in found | generation_ends(str(loaded.path)) if isinstance(i, int))

@@ -105,6 +105,7 @@ def write_folder(path: Path, needed: int = 0) -> Iterator[Path]:
     """
     temporary = path.with_name(f".writing-{path.name}")
     with disk_errors(path, needed):
+        put_back(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
@@ -118,12 +119,20 @@ def write_folder(path: Path, needed: int = 0) -> Iterator[Path]:
         sync_path(path.parent)
 
 
+def put_back(path: Path) -> None:
+    """Undo what a process left that was killed while it replaced this folder: the old one is in its place again."""
+    old = path.with_name(f".replaced-{path.name}")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.is_dir():
+        old.rename(path)
+
+
 def _replace_folder(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
     old = path.with_name(f".replaced-{path.name}")
-    shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
     new.rename(path)
     shutil.rmtree(old)
@@ -197,7 +206,8 @@ class RunFolder:
             self.write_config(config)
         except BaseException:
             for file in (self.data_report, self.environment, self.config):
-                file.unlink(missing_ok=True)
+                with suppress(OSError):  # what keeps it from being written may keep it from being removed
+                    file.unlink(missing_ok=True)
             if self._made:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -243,6 +253,9 @@ class RunFolder:
             except OSError:
                 pass  # not every file system has locks
             self._refuse_links_out()
+            with disk_errors(self.checkpoints):
+                for old in self.checkpoints.glob(".replaced-*"):
+                    put_back(old.with_name(old.name.removeprefix(".replaced-")))
             yield
         finally:
             os.close(descriptor)

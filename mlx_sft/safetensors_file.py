@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     Raises `UserError` naming the file where it is missing, cut short, or not what the format allows.
     """
     header, start = _read_header(path)
-    metadata = header.pop("__metadata__", None) or {}  # MLX writes null
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "its metadata are not strings")
     tensors = [_stored_tensor(path, name, entry, start) for name, entry in header.items()]
@@ -104,7 +106,8 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32
     dtype = stored_dtype(tensor)
     per_row = tensor.row_elements
     offset = tensor.offset + start * per_row * dtype.itemsize
-    stored = np.fromfile(tensor.file, dtype, count=(stop - start) * per_row, offset=offset)
+    with _reading(tensor.file):
+        stored = np.fromfile(tensor.file, dtype, count=(stop - start) * per_row, offset=offset)
     return to_float32(stored, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
 
 
@@ -115,10 +118,16 @@ def read_float32(tensor: StoredTensor) -> NDArray[np.float32]:
 
 def read_bytes(tensor: StoredTensor) -> Iterator[bytes]:
     """A tensor's bytes as they are, in pieces of bounded size."""
-    with tensor.file.open("rb") as file:
+    with _reading(tensor.file):
+        file = tensor.file.open("rb")
+    with file:
         file.seek(tensor.offset)
         left = tensor.size
-        while left and (piece := file.read(min(left, COPY_BYTES))):
+        while left:
+            with _reading(tensor.file):
+                piece = file.read(min(left, COPY_BYTES))
+            if not piece:
+                raise _damaged(tensor.file, f"it ends within tensor {tensor.name}")
             left -= len(piece)
             yield piece
 
@@ -187,6 +196,16 @@ def write_safetensors(
                 raise ValueError(f"{name}: {written} bytes written, {size} announced")
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A file that cannot be read is told from one that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        hint = "check the disk; what was written before is intact"
+        raise UserError(f"cannot be read: {error.strerror or error}", where=str(path), hint=hint) from error
+
+
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The parsed header, and the byte at which the tensors start."""
     try:
@@ -205,7 +224,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     except OSError as error:
         raise UserError(f"cannot read: {error.strerror or error}", where=str(path)) from error
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
@@ -218,7 +237,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("a key is given twice")
+    for key in entries:
+        key.encode()  # half a character, as "\ud800", is a ValueError
     return entries
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _stored_tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:

@@ -30,7 +30,7 @@ def end_tokens(tokenizer: Any) -> frozenset[str]:
     mlx-lm's wrapper has read them from the checkpoint; otherwise the file beside the tokenizer is read.
     """
     inner = unwrapped(tokenizer)
-    ids = {inner.eos_token_id, *_generation_ends(str(inner.name_or_path))}
+    ids = {inner.eos_token_id, *generation_ends(str(inner.name_or_path))}
     if inner is not tokenizer:
         ids |= set(tokenizer.eos_token_ids)
     known = (int(token_id) for token_id in ids - {None} if 0 <= int(token_id) < len(inner))
@@ -38,10 +38,10 @@ def end_tokens(tokenizer: Any) -> frozenset[str]:
 
 
 @lru_cache(maxsize=16)
-def _generation_ends(folder: str) -> frozenset[int]:
+def generation_ends(folder: str) -> frozenset[int]:
     """The ids in the generation_config.json of a checkpoint on disk; none where there is no such file."""
     try:
         ends = json.loads((Path(folder) / "generation_config.json").read_bytes())["eos_token_id"] if folder else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return frozenset()
     return frozenset(end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int))

@@ -208,6 +208,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         what, hint = f"{what} without Python code of its own ({', '.join(files)})", TRUST_HINT
     with blamed_on(path, what, hint):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trusted)
+    if not isinstance(getattr(tokenizer, "model_max_length", 0), int | float):
+        what = f"its model_max_length is {tokenizer.model_max_length!r}, and no number"
+        raise UserError(what, where=str(path / "tokenizer_config.json"), hint=hint)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError("its tokenizer is not one that transformers knows", where=str(path))
     return tokenizer

@@ -15,6 +15,9 @@ from mlx_sft.safetensors_file import open_safetensors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on every file system in use."""
+
 
 def weight_files(path: Path) -> list[Path]:
     """The weight files of a checkpoint folder, whether or not they are there."""
@@ -87,7 +90,9 @@ def missing_shards(path: Path, missing: list[str], of: int) -> UserError:
 
 
 def _is_name(name: object) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name:
+        return False
+    return Path(name).name == name and len(name.encode(errors="replace")) <= _LONGEST_NAME
 
 
 def _some(names: list[str]) -> str:

@@ -35,12 +35,14 @@ class Metrics:
     @classmethod
     @contextmanager
     def open(cls, path: Path, kept_bytes: int) -> Iterator[Metrics]:
-        """The file, cut back to `kept_bytes`."""
+        """The file, cut back to `kept_bytes`, or to the last whole line before that where someone has cut it elsewhere."""
         with disk_errors(path):
-            file = FileIO(path, "a")
+            file = FileIO(path, "a+")
         with file:
             metrics = cls(path, file)
-            metrics.cut(min(file.tell(), kept_bytes))
+            with disk_errors(path):
+                file.seek(0)
+                metrics.cut(file.read(kept_bytes).rfind(b"\n") + 1)
             yield metrics
 
     def write(self, record: Record) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from mlx_sft.convert.trained import save_trained, trained_folder
+from mlx_sft.errors import UserError
 from mlx_sft.model.load import name_elsewhere
 from mlx_sft.runs import disk_errors, write_file
 from mlx_sft.training import checkpoint
@@ -39,6 +40,12 @@ def finish(job: Job) -> None:
         save_result(job)
     elif best != job.progress.step:
         _save_trained(job, job.run.last)
+        if not trained_folder(job.run, job.method).is_dir():
+            raise UserError(
+                f"the best result, of step {best}, is gone; last/ holds that of step {job.progress.step}",
+                where=str(trained_folder(job.run, job.method)),
+                hint="put it back from a copy, or go on from last/ with --init-adapter",
+            )
     elif job.run.last.exists():  # of when the run was shorter
         with disk_errors(job.run.last):
             shutil.rmtree(job.run.last)

@@ -24,7 +24,7 @@ from mlx_sft.data.encode import encode_conversation
 from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.reading.readers import Row
-from mlx_sft.data.sandbox import TemplateStopped, compiled, limits
+from mlx_sft.data.sandbox import CLOCK, TemplateStopped, compiled, limits
 from mlx_sft.data.shapes import Conversation
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError
@@ -679,6 +679,11 @@ def test_a_template_that_waits_until_it_is_watched_is_stopped(make_tokenizer: Ma
         encode_conversation(
             make_tokenizer(watching), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         )
+
+
+def test_a_row_cannot_set_the_clock(tokenizer: PreTrainedTokenizerFast) -> None:
+    conversation = Conversation("a:1", TURNS, None, {CLOCK: "mine"})
+    assert Reference(tokenizer, conversation).text == tokenizer.apply_chat_template(TURNS, tokenize=False)
 
 
 def test_a_date_of_any_width_is_refused(make_tokenizer: MakeTokenizer) -> None:

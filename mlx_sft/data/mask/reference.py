@@ -154,7 +154,7 @@ class Reference:
 
     def variables(self, messages: Messages, prompt: bool) -> dict[str, Any]:
         """What a template is given, as transformers gives it."""
-        return {"messages": messages, "add_generation_prompt": prompt, CLOCK: self._clock, **self._settings}
+        return {"messages": messages, "add_generation_prompt": prompt, **self._settings, CLOCK: self._clock}
 
     @cached_property
     def _settings(self) -> dict[str, Any]:

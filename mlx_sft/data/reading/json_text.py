@@ -168,7 +168,10 @@ class _Text:
         except RecursionError as error:
             raise self.broken(str(_plain(error))) from None
         except ValueError as error:
-            _, end = _LENIENT.raw_decode(self._buffer, self._place)
+            try:
+                _, end = _LENIENT.raw_decode(self._buffer, self._place)
+            except RecursionError as deeper:
+                raise self.broken(str(_plain(deeper))) from None
             return _plain(error), end
         return value, end
 

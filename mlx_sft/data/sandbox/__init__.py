@@ -1,6 +1,6 @@
 """Chat templates with limits: they come with a downloaded model, and may be broken or hostile.
 
-environment ─► rewriting + prices ─► limits
+environment ─► rewriting + filters ─► prices ─► limits
 """
 
 from mlx_sft.data.sandbox.environment import compiled, parsed

@@ -9,31 +9,22 @@ compiles and calls; knows nothing of conversations.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import lru_cache
-from types import BuiltinMethodType, CodeType, FunctionType, GeneratorType, MethodType
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 from typing import Any, NoReturn, cast
 
-from jinja2 import Template, nodes, pass_context
+from jinja2 import Template, nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension
-from jinja2.runtime import BlockReference, Context, LoopContext, Macro, markup_join, str_join
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import _PassArg
 
 from mlx_sft.data.sandbox import limits
-from mlx_sft.data.sandbox.limits import MOST_SOURCE, SMALL, STEP, TOO_LARGE, UNIT, Meter, TemplateStopped
-from mlx_sft.data.sandbox.prices import (
-    FREE_FILTERS,
-    ITEM_FILTERS,
-    LAZY_FILTERS,
-    READING_TESTS,
-    amount,
-    paid,
-    spend_on,
-    spend_on_repeating,
-)
-from mlx_sft.data.sandbox.rewriting import CONCATENATED, MADE, READ, SEARCHED, TICK, rewritten
+from mlx_sft.data.sandbox.filters import COUNTING, checked, priced_filter, reading_test
+from mlx_sft.data.sandbox.limits import MOST_SOURCE, STEP, TOO_LARGE, Meter, TemplateStopped
+from mlx_sft.data.sandbox.prices import FREE_FILTERS, READING_TESTS, paid, spend_on, spend_on_repeating
+from mlx_sft.data.sandbox.rewriting import rewritten
 
 _COMPILER_LIMITS = (RecursionError, MemoryError, SyntaxError, ValueError)
 """Of Python: it takes twenty loops one in another, and numbers of 4,300 digits."""
@@ -56,7 +47,6 @@ _LOOKED_UP = (dict, range)
 _TEXTS = (str, bytes)
 _SAFE_TEXTS = (str, type)
 """Whose methods are written in Python: text that is marked as safe, and its class."""
-_LISTS = (dict, list, tuple, set, bytes)
 
 
 @lru_cache(maxsize=32)
@@ -98,11 +88,11 @@ def _environment(owner: str) -> BoundedEnvironment:
     )
     environment.owner = owner
     environment.tests = {
-        name: _reading(test) if name in READING_TESTS else test for name, test in original.tests.items()
+        name: reading_test(test) if name in READING_TESTS else test for name, test in original.tests.items()
     }
     for name, function in original.filters.items():
         environment.add_filter(name, function)
-    environment.filters |= {TICK: _tick, READ: _read, SEARCHED: _searched, MADE: _made, CONCATENATED: _concatenated}
+    environment.filters |= COUNTING
     environment.globals = dict(original.globals)
     environment.globals["strftime_now"] = _bounded_strftime(environment, original.globals["strftime_now"])
     environment.globals["lipsum"] = _bounded_lipsum(environment, original.globals["lipsum"])
@@ -171,7 +161,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
         """Add a filter, or replace one; what it does is counted by its name."""
-        self.filters = {**self.filters, name: function if name in FREE_FILTERS else _priced(name, function)}
+        self.filters = {**self.filters, name: function if name in FREE_FILTERS else priced_filter(name, function)}
 
     def stop(self, reason: str) -> NoReturn:
         raise TemplateStopped.because(self.owner, reason)
@@ -222,7 +212,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             meter.spend(STEP + abs(bits))
         elif operator == "*":
             spend_on_repeating(meter, left, right)
-        return _checked(meter, self.binop_table[operator](left, right))
+        return checked(meter, self.binop_table[operator](left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         meter: Meter = __context.meter
@@ -239,7 +229,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             if type(owner) is not str or name == "join":
                 args = paid(meter, args, len(owner) + 1 if isinstance(owner, _TEXTS) else 1)
             if type(owner) in _PLAIN:
-                return _checked(meter, __obj(*args, **kwargs))
+                return checked(meter, __obj(*args, **kwargs))
         elif isinstance(owner, _SAFE_TEXTS):
             spend_on(meter, __obj.__name__, (owner, *args, *_own(kwargs).values()))
             args = paid(meter, args, len(owner) + 1 if isinstance(owner, str) else 1)
@@ -253,112 +243,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         else:
             spend_on(meter, "", args if kind is type else (*args, *_own(kwargs).values()))
             args = paid(meter, args)
-        return _checked(meter, super().call(__context, __obj, *args, **kwargs))
-
-
-# What templates call for
-
-
-@pass_context
-def _tick(context: Any, cost: int) -> bool:
-    context.meter.spend(abs(cost))
-    return True
-
-
-@pass_context
-def _read(context: Any, value: Any) -> Any:
-    kind = type(value)
-    if kind is str:
-        meter = context.meter
-        meter.left -= STEP + len(value)
-        if meter.left < 0:
-            meter.look()
-    elif kind not in SMALL:
-        context.meter.spend(context.meter.weigh(value))
-    return value
-
-
-@pass_context
-def _searched(context: Any, value: Any) -> Any:
-    if isinstance(value, dict):
-        return value
-    (value,) = paid(context.meter, (value,))
-    return _read(context, value)
-
-
-@pass_context
-def _made(context: Any, value: Any) -> Any:
-    return _checked(context.meter, value)
-
-
-@pass_context
-def _concatenated(context: Any, pieces: tuple[Any, ...]) -> str:
-    for piece in pieces:
-        _read(context, piece)
-    text: str = markup_join(pieces) if context.eval_ctx.autoescape else str_join(pieces)
-    context.meter.check_text(len(text))
-    return text
-
-
-def _checked(meter: Meter, value: Any) -> Any:
-    """What has just been made, if it is not too large."""
-    if isinstance(value, str):
-        meter.left -= STEP + len(value)
-        if meter.left < 0:
-            meter.look()
-            meter.check_text(len(value))
-    elif isinstance(value, int):
-        meter.check_bits(value.bit_length())
-    elif isinstance(value, _LISTS):
-        meter.spend(UNIT * len(value))
-    elif isinstance(value, GeneratorType):
-        return _ticking(meter, value, UNIT)
-    return value
-
-
-def _priced(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is paid for, by its name and what it is given."""
-    wants = _PassArg.from_obj(function)
-    is_lazy, reads_items = name in LAZY_FILTERS, name in ITEM_FILTERS
-
-    @pass_context
-    def priced(context: Any, *args: Any, **kwargs: Any) -> Any:
-        meter: Meter = context.meter
-        values = (*args, *kwargs.values()) if kwargs else args
-        if is_lazy:
-            if args[0]:
-                args = (_ticking(meter, args[0], UNIT + amount(meter, values[1:])), *args[1:])
-        else:
-            spend_on(meter, name, values)
-        if reads_items:
-            args = (*paid(meter, args[:1], amount(meter, values[1:]) + 1, adds=name == "sum"), *args[1:])
-        if wants is _PassArg.context:
-            args = (context, *args)
-        elif wants is _PassArg.eval_context:
-            args = (context.eval_ctx, *args)
-        elif wants is _PassArg.environment:
-            args = (context.environment, *args)
-        result = function(*args, **kwargs)
-        return result if is_lazy else _checked(meter, result)
-
-    return priced
-
-
-def _ticking(meter: Meter, items: Iterable[Any], each: int) -> Iterator[Any]:
-    for item in items:
-        meter.spend(each)
-        yield item
-
-
-def _reading(test: Callable[..., bool]) -> Callable[..., bool]:
-    """A test that pays for what it reads."""
-
-    @pass_context
-    def reading(context: Any, *args: Any, **kwargs: Any) -> bool:
-        spend_on(context.meter, "", (*args, *kwargs.values()))
-        return test(*paid(context.meter, args), **kwargs)
-
-    return reading
+        return checked(meter, super().call(__context, __obj, *args, **kwargs))
 
 
 def _bounded_strftime(environment: BoundedEnvironment, function: Callable[[str], str]) -> Callable[[str], str]:

@@ -46,7 +46,7 @@ class TemplateStopped(UserError):
 
     @classmethod
     def because(cls, owner: str, reason: str) -> TemplateStopped:
-        """Args: whose template it is, and what it did."""
+        """The error for a template of `owner` that did what `reason` says."""
         return cls(
             f"the chat template of {owner} was stopped: {reason}",
             hint="a template like this is broken or hostile; give another tokenizer, or rows of plain `text`",
@@ -136,7 +136,7 @@ class Meter:
 
     @property
     def allowance(self) -> float:
-        """How many times the limits this conversation has. Hardly any is ever asked for it."""
+        """How many times the limits this conversation has; worked out only where a limit is reached."""
         if self._allowance is None:
             given = weight(list(self._variables.values()), MOST_HANDLED)
             self._allowance = 1 + given / LARGER_FROM

@@ -1,6 +1,6 @@
 """A chat template's syntax tree with filters put in that count what it does.
 
-Knows Jinja's syntax; what the filters do, `environment` knows.
+Knows Jinja's syntax; what the filters do, `filters` knows.
 
     {% for message in messages %}     →     {% for message in messages %}{% do 4|tick %}
       {{ text ~ message.content }}            {{ (text, message.content)|concatenated }}
