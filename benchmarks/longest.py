@@ -18,7 +18,7 @@ from benchmarks.summary import went_well
 
 STEP = 64
 """Lengths are multiples of this."""
-MULTIPLES = (4, 6)
+MULTIPLES = (4,)
 """Of the peer's longest row: lengths at which ours is tried."""
 ASIDE = 0.03
 """The share of a length by which the next one lies beside one that is known."""

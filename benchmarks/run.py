@@ -90,7 +90,7 @@ def measure_special(name: str, arguments: argparse.Namespace, settings: Settings
     if name == "first-step":
         repeat = settings.repeat or (1 if arguments.quick else 3)
         return measure_first_step(2000 if arguments.quick else 10_000, layers, replace(settings, repeat=repeat))
-    return measure_longest(arguments.memory * 1e9, layers, 1024, 0.04, settings)
+    return measure_longest(arguments.memory * 1e9, layers, 1408, 0.04, settings)
 
 
 def write(name: str, quick: bool, measured: dict[str, Any], seconds: float) -> Path:

@@ -225,3 +225,30 @@ def test_a_run_is_written_by_one_at_a_time(tmp_path: Path) -> None:
         assert caught.value.where == str(run.path)
     with RunFolder(run.path).locked():
         assert list(run.path.iterdir()) == before
+
+
+def test_a_folder_that_a_killed_process_was_replacing_is_back_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / ".replaced-folder").mkdir()
+    (tmp_path / ".replaced-folder" / "file").write_text("old")
+    with pytest.raises(UserError), write_folder(tmp_path / "folder"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+    (tmp_path / ".replaced-folder").mkdir()
+    with write_folder(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("new")
+    assert (tmp_path / "folder" / "file").read_text() == "new"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_head_that_can_be_neither_written_nor_removed_ends_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder.create(tmp_path / "run")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match="no permission to write here"):
+        run.write_head("a: 1\n", "{}", "{}")

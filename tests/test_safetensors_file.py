@@ -160,3 +160,21 @@ def test_a_quantized_tensor_is_not_read_as_weights(tmp_path: Path) -> None:
     [tensor] = open_safetensors(tmp_path / "x.safetensors").tensors
     with pytest.raises(UserError, match="stored as U8"):
         read_float32(tensor)
+
+
+@pytest.mark.parametrize("header", ['{"a\\ud800": {}}', '{"__metadata__": []}', '{"a": NaN}', '{"a": Infinity}'])
+def test_a_header_that_the_formats_own_reader_refuses_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(UserError, match="not a valid safetensors file"):
+        open_safetensors(tmp_path / "x.safetensors")
+
+
+def test_a_file_that_goes_away_while_it_is_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, [("a", "F32", (4,))], [[bytes(16)]], {})
+    (tensor,) = open_safetensors(path).tensors
+    path.unlink()
+    for read in (lambda: read_rows(tensor, 0, 4), lambda: list(read_bytes(tensor))):
+        with pytest.raises(UserError, match="cannot be read") as caught:
+            read()
+        assert caught.value.where == str(path)

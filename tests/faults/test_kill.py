@@ -8,6 +8,7 @@ each copy is resumed and must end as the run that was left alone. Processes that
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,3 +143,25 @@ def test_resuming_where_the_metrics_were_removed_goes_on(settings: dict[str, Any
     run.metrics.unlink()
     train(TrainConfig(resume=str(run.path), quiet=True))
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [5, 6]
+
+
+@pytest.mark.parametrize("cut", [100, 1, 0])
+def test_metrics_that_were_cut_in_a_line_go_on_after_the_last_whole_one(settings: dict[str, Any], cut: int) -> None:
+    train(TrainConfig(**settings, save_every=4))
+    run = RunFolder(settings["out"])
+    whole = run.metrics.read_text().splitlines()
+    shutil.rmtree(run.checkpoint(6))
+    os.truncate(run.metrics, len(whole[0]) + 1 + cut)
+    train(TrainConfig(resume=str(run.path), quiet=True))
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 5, 6]
+
+
+def test_a_best_result_that_is_gone_is_missed(settings: dict[str, Any]) -> None:
+    settings |= {"valid_fraction": 0.2, "eval_every": 1, "lr": 3.0, "warmup": 0, "batch_size": 4, "max_steps": 3}
+    train(TrainConfig(**settings))
+    run = RunFolder(settings["out"])
+    assert run.last.exists()
+    shutil.rmtree(run.adapter)
+    with pytest.raises(UserError, match="the best result, of step 2, is gone") as caught:
+        train(TrainConfig(resume=str(run.path), quiet=True))
+    assert "last/" in caught.value.hint
