@@ -182,7 +182,7 @@ class TrainConfig(BaseModel):
         parts = value if isinstance(value, list | tuple) else [value]
         if not of_truth and any(isinstance(part, bool) for part in parts):
             raise ValueError("yes and no, true and false are no value of it")
-        return value
+        return _writable(value, endless=True)  # of which pydantic speaks better
 
     @field_validator("data", mode="before")
     @classmethod
@@ -217,8 +217,7 @@ class TrainConfig(BaseModel):
     def _parse_json(cls, value: Any) -> Any:
         try:
             variables = json.loads(value) if isinstance(value, str) else value
-            json.dumps(variables, ensure_ascii=False, default=str).encode()  # half a character is a ValueError
-            return variables
+            return _writable(variables, endless=False)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON: {error}") from error
 
@@ -255,6 +254,12 @@ class TrainConfig(BaseModel):
         """The resolved configuration, in the order of the fields."""
         settings = self.model_dump(mode="json", by_alias=True, exclude={"resume"})
         return header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _writable(value: Any, *, endless: bool) -> Any:
+    """A value that YAML gives back as it is: half a character (`\\ud800`) raises `ValueError`, and so do numbers without end unless allowed."""
+    json.dumps(value, ensure_ascii=False, allow_nan=endless, default=str).encode()
+    return value
 
 
 def parse_bytes(text: str) -> int:
