@@ -257,7 +257,7 @@ class TrainConfig(BaseModel):
 
 
 def _writable(value: Any, *, endless: bool) -> Any:
-    """A value that YAML gives back as it is: half a character (`\\ud800`) raises `ValueError`, and so do numbers without end unless allowed."""
+    """A value that YAML gives back as it is; `ValueError` for half a character (`\\ud800`), and for numbers without end."""
     json.dumps(value, ensure_ascii=False, allow_nan=endless, default=str).encode()
     return value
 
