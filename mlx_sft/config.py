@@ -176,8 +176,8 @@ class TrainConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `no` is false, which Python takes for 0."""
+    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """No truth for a number (YAML's `no` is false, which Python takes for 0), and nothing that YAML would give back otherwise."""
         of_truth = cls.model_fields[str(info.field_name)].annotation is bool
         parts = value if isinstance(value, list | tuple) else [value]
         if not of_truth and any(isinstance(part, bool) for part in parts):
@@ -257,8 +257,11 @@ class TrainConfig(BaseModel):
 
 
 def _writable(value: Any, *, endless: bool) -> Any:
-    """A value that YAML gives back as it is; `ValueError` for half a character (`\\ud800`), and for numbers without end."""
-    json.dumps(value, ensure_ascii=False, allow_nan=endless, default=str).encode()
+    """A value that YAML gives back as it is; `ValueError` for half a character (`\\ud800`), and for numbers without end.
+
+    A byte of a file's name that is no UTF-8 stays what Python makes of it.
+    """
+    json.dumps(value, ensure_ascii=False, allow_nan=endless, default=str).encode(errors="surrogateescape")
     return value
 
 

@@ -202,8 +202,8 @@ class RunFolder:
         """Write what a run begins with, all of it or nothing; from then on it can be resumed."""
         try:
             write_file(self.data_report, data_report)
-            self.write_environment(environment)
-            self.write_config(config)
+            write_file(self.environment, environment)
+            write_file(self.config, config)
         except BaseException:
             for file in (self.data_report, self.environment, self.config):
                 with suppress(OSError):  # what keeps it from being written may keep it from being removed
@@ -211,12 +211,6 @@ class RunFolder:
             if self._made:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
-
-    def write_config(self, content: str) -> None:
-        write_file(self.config, content)
-
-    def write_environment(self, content: str) -> None:
-        write_file(self.environment, content)
 
     def _is_free(self) -> bool:
         names = {path.name.removeprefix(".writing-") for path in self.path.iterdir()}

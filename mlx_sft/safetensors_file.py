@@ -202,27 +202,24 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "check the disk; what was written before is intact"
-        raise UserError(f"cannot be read: {error.strerror or error}", where=str(path), hint=hint) from error
+        hint = "check the path and the disk"
+        raise UserError(f"cannot read: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The parsed header, and the byte at which the tensors start."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(first := file.read(8), "little")
-            left = path.stat().st_size - len(first)
-            if first == b"version ":
-                raise UserError(
-                    "this is a Git LFS pointer, not the weights",
-                    where=str(path),
-                    hint="fetch them with `git lfs pull`",
-                )
-            if len(first) < 8 or length > min(left, HEADER_LIMIT):
-                raise _damaged(path, "it has no complete header")
-            text = file.read(length)
-    except OSError as error:
-        raise UserError(f"cannot read: {error.strerror or error}", where=str(path)) from error
+    with _reading(path), path.open("rb") as file:
+        length = int.from_bytes(first := file.read(8), "little")
+        left = path.stat().st_size - len(first)
+        if first == b"version ":
+            raise UserError(
+                "this is a Git LFS pointer, not the weights",
+                where=str(path),
+                hint="fetch them with `git lfs pull`",
+            )
+        if len(first) < 8 or length > min(left, HEADER_LIMIT):
+            raise _damaged(path, "it has no complete header")
+        text = file.read(length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -33,6 +33,7 @@ from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.load import load_model
 from mlx_sft.runs import RunFolder
 from mlx_sft.training.fit import memory_limit_restored
+from tests.chats import write_chats
 
 VOCABULARY = 264
 
@@ -258,15 +259,7 @@ def mlx_logits() -> Callable[..., np.ndarray]:
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten short conversations of different lengths, one a line."""
-    random = np.random.default_rng(4)
-    words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog"]
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    with path.open("w") as file:
-        for _ in range(10):
-            question, answer = (" ".join(random.choice(words, random.integers(1, 7))) for _ in range(2))
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
+    return write_chats(tmp_path_factory.mktemp("data") / "chats.jsonl", 10, seed=4)
 
 
 @pytest.fixture

@@ -146,6 +146,23 @@ def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None
         read_yaml(tmp_path / ("x" * 5000))
 
 
+@pytest.mark.parametrize("text", ["\ud83d", "\ud800x", "x\udfffy"])
+def test_half_a_character_is_refused(text: str) -> None:
+    for options in ({"model": text}, {"data": ["x", text]}, {"chat_template_kwargs": {"a": text}}):
+        assert "surrogates not allowed" in refusal(**({"data": "x"} | options)).what
+
+
+def test_a_template_variable_without_end_is_refused() -> None:
+    assert "not JSON" in refusal(data="x", chat_template_kwargs={"a": float("inf")}).what
+
+
+def test_a_file_whose_name_is_not_utf8_can_be_named(tmp_path: Path) -> None:
+    config = TrainConfig(data="\udcff.jsonl", out="\udc80")
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert TrainConfig.resolve(file) == config
+
+
 def test_a_configuration_does_not_change() -> None:
     config = TrainConfig(data="x")
     with pytest.raises(ValidationError, match="frozen"):

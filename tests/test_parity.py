@@ -28,11 +28,14 @@ from mlx_sft.model.load import load_model
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.shapes import padded_shape
 from mlx_sft.training.step import Learner
+from tests.chats import write_chats
 
 # PEFT asks a transformers model in a way that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
 
 STEPS = 20
+
+_WORDS = ("the", "cat", "sat", "on", "mat", "dog", "and", "it", "ran")
 
 ROPE = {
     "default": {"rope_theta": 3_000.0},
@@ -242,18 +245,6 @@ def test_loss_and_the_gradient_of_every_weight_are_transformers(
         _assert_close(gradient, weights[name].grad)
 
 
-def _write_chats(path: Path, rows: int) -> Path:
-    random = np.random.default_rng(5)
-    words = ["the", "cat", "sat", "on", "mat", "dog", "and", "it", "ran"]
-    with path.open("w") as file:
-        for _ in range(rows):
-            said = [" ".join(random.choice(words, random.integers(1, 7))) for _ in range(4)]
-            roles = ["user", "assistant"] * 2
-            chat = [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
-            file.write(json.dumps({"messages": chat}) + "\n")
-    return path
-
-
 @pytest.fixture
 def make_job(tmp_path: Path, make_base: Callable[..., Path], make_adapter: Callable) -> Callable[..., TrainConfig]:
     """`make_job(family, settings, **of the config)`: a run whose every step sees all 6 rows, from a random adapter."""
@@ -263,7 +254,7 @@ def make_job(tmp_path: Path, make_base: Callable[..., Path], make_adapter: Calla
         adapter = tmp_path / "adapter"
         write_adapter(adapter, settings, make_adapter(base, settings), str(base))
         return TrainConfig(
-            data=str(_write_chats(tmp_path / "chats.jsonl", 6)),
+            data=str(write_chats(tmp_path / "chats.jsonl", 6, seed=5, turns=2, words=_WORDS)),
             model=str(base),
             init_adapter=str(adapter),
             out=str(tmp_path / "run"),
@@ -370,7 +361,7 @@ def test_full_fine_tuning_leaves_the_same_model_in_transformers(
 ) -> None:
     base = make_base("llama", tied=True)
     config = TrainConfig(
-        data=str(_write_chats(tmp_path / "chats.jsonl", 4)),
+        data=str(write_chats(tmp_path / "chats.jsonl", 4, seed=5, turns=2, words=_WORDS)),
         model=str(base),
         out=str(tmp_path / "run"),
         method="full",

@@ -20,7 +20,6 @@ from mlx_sft.convert.trained import FORMS, finished_folder, trained_edits
 from mlx_sft.convert.verify import Verification, verify_export
 from mlx_sft.disk import folder_bytes, refuse_full_disk
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.methods import Parameters
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.runs import RunFolder, write_folder
 
@@ -77,8 +76,9 @@ def export(
         _export_adapter(folder, config, target, format, verify)
         return ExportResult(target, format, None)
     checkpoint = Checkpoint.open(base)
-    refuse_full_disk(target, checkpoint.size(), "this export", _ROOM)
-    with write_folder(target, checkpoint.size()) as temporary:
+    needed = checkpoint.size()
+    refuse_full_disk(target, needed, "this export", _ROOM)
+    with write_folder(target, needed) as temporary:
         merge(checkpoint, trained_edits(folder, config.method, checkpoint), temporary)
         verification = None
         if verify:
@@ -97,20 +97,14 @@ def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, format: F
     with write_folder(target) as temporary:
         write(temporary, settings, parameters, name_elsewhere(config.model))
         if verify:
-            scale, again = _read_back(temporary, format)
+            # mlx-lm's files say of the settings what matters to them.
+            expected = settings.scale if format == "mlx-lm" else settings
+            written, again = mlx_lm.read_adapter(temporary) if format == "mlx-lm" else peft.read_adapter(temporary)
             equal = again.keys() == parameters.keys() and all(
                 bool(mx.array_equal(again[name], parameters[name])) for name in again
             )
-            if not equal or scale != settings.scale:
+            if not equal or written != expected:
                 raise UserError("the adapter was not written as it is", where=str(target))
-
-
-def _read_back(folder: Path, format: Format) -> tuple[float, Parameters]:
-    """The scale and the parameters of an adapter that was written in this format."""
-    if format == "mlx-lm":
-        return mlx_lm.read_adapter(folder)
-    settings, parameters = peft.read_adapter(folder)
-    return settings.scale, parameters
 
 
 def _check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path:

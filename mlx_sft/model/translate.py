@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,7 @@ def family_code(settings: dict[str, Any], path: Path) -> Any:
     return family
 
 
+@cache
 def _own_code(file: Path) -> Any:
     spec = importlib.util.spec_from_file_location("custom_model", file)
     if spec is None or spec.loader is None or not file.is_file():

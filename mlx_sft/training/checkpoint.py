@@ -57,7 +57,7 @@ class Progress:
         evaluation_tokens: The budget of evaluations since memory ran out in one.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: Annotated[int, Field(ge=0)] = 0
     metrics_bytes: Annotated[int, Field(ge=0)] = 0

@@ -20,7 +20,7 @@ from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.mappings import read_json
 from mlx_sft.model.load import checkpoint_fingerprint
-from mlx_sft.runs import RunFolder, to_json, user_path
+from mlx_sft.runs import RunFolder, to_json, user_path, write_file
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
 _NEW_RUN = "start a new run with `mlx-sft train --config` on its config.yaml"
@@ -50,9 +50,7 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
         before, now = getattr(saved, field), getattr(full, field)
         if field == "chat_template_kwargs":
             now = before | now  # the run added the day on which it began
-        if field == "on_divergence" or (field in _MAY_GROW and before is not None and now >= before):
-            continue
-        if now != before and now not in ("auto", None):
+        if now not in ("auto", None) and not _agrees(field, before, now):
             raise UserError(
                 f"{option_name(field)} {now} differs from the run's {before}",
                 where=str(run.config),
@@ -62,9 +60,9 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
     if given.out is not None and user_path(given.out).resolve() != run.path.resolve():
         what = "--out names another folder than --resume"
         raise UserError(what, where=given.out, hint="leave it out to resume", exit_code=USAGE)
-    sometimes = {"keep", "data_workers", "data_cache"} | REVISED
-    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & sometimes)
-    return saved.model_copy(update={name: getattr(given, name) for name in names} | computed_anew(given))
+    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & {"keep", "data_workers", "data_cache"})
+    revised = {name: value for name in REVISED & given.model_fields_set if (value := getattr(given, name)) is not None}
+    return saved.model_copy(update={name: getattr(given, name) for name in names} | revised | computed_anew(given))
 
 
 def record_revision(run: RunFolder, config: TrainConfig) -> None:
@@ -75,11 +73,11 @@ def record_revision(run: RunFolder, config: TrainConfig) -> None:
     saved = TrainConfig.resolve(run.config)
     news = {name: getattr(config, name) for name in REVISED}
     if any(getattr(saved, name) != value for name, value in news.items()):
-        run.write_config(saved.model_copy(update=news).to_yaml(CONFIG_HEADER))
+        write_file(run.config, saved.model_copy(update=news).to_yaml(CONFIG_HEADER))
     began = read_json(run.environment, hint=_NEW_RUN)
     settings = began.get("settings", {}) | news
     if settings != began.get("settings"):
-        run.write_environment(to_json(began | {"settings": settings}))
+        write_file(run.environment, to_json(began | {"settings": settings}))
 
 
 def computed_anew(given: TrainConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.config import TrainConfig, option_name
 from mlx_sft.console import Console
@@ -121,16 +122,7 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     if run is None and config.out is not None:
         RunFolder.new(config.out)  # before the work, not after it
     path = resolve_checkpoint(config.model)
-    read_config(path)  # first, because the tokenizer would take the blame
-    tokenizer = load_tokenizer(path)
-    if run is None:
-        pinned = todays_variables(tokenizer) | config.chat_template_kwargs
-        config = config.model_copy(update={"chat_template_kwargs": pinned})
-    with console.reading() as reading:
-        data = prepare(config, tokenizer, reading)
-    if config.early_stop and not data.valid:
-        hint = "give --valid FILE or --valid-fraction 0.05"
-        raise UserError("--early-stop needs validation rows", hint=hint, exit_code=USAGE)
+    config, tokenizer, data = _read_data(config, path, console, new=run is None)
     machine = allowed_machine(config)
     refuse_too_large(config, path, machine)
     base = load_model(config.model, config.dtype, tokenizer)
@@ -163,11 +155,12 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
         progress, parameters = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
         progress = _gone_on(progress, plan)
         fit, progress = _resumed(fit, progress, anew)
-        record_revision(run, config)
     predicted = fit.largest(plan, data.train)
     disk = DiskNeed.of_run(parameters, config, plan)
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
-    if run is None:
+    if run:
+        record_revision(run, config)
+    else:
         environment = describe_environment(config, identity) | {"memory": fit.describe(predicted)}
         run = _create(config, data, environment, held)
     hold_to(machine, predicted)
@@ -177,6 +170,23 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
         config, run, base, split, method, learner, plan, data,
         parameters, optimizer, identity, progress, console, fit, predicted, disk,
     )  # fmt: skip
+
+
+def _read_data(
+    config: TrainConfig, path: Path, console: Console, *, new: bool
+) -> tuple[TrainConfig, PreTrainedTokenizerBase, PreparedData]:
+    """The tokenizer of a checkpoint folder, and the rows as it writes them; a new run pins the day on which it begins."""
+    read_config(path)  # first, because the tokenizer would take the blame
+    tokenizer = load_tokenizer(path)
+    if new:
+        pinned = todays_variables(tokenizer) | config.chat_template_kwargs
+        config = config.model_copy(update={"chat_template_kwargs": pinned})
+    with console.reading() as reading:
+        data = prepare(config, tokenizer, reading)
+    if config.early_stop and not data.valid:
+        hint = "give --valid FILE or --valid-fraction 0.05"
+        raise UserError("--early-stop needs validation rows", hint=hint, exit_code=USAGE)
+    return config, tokenizer, data
 
 
 def _attach(config: TrainConfig, base: LoadedModel, *, begun: bool) -> tuple[TrainConfig, Method, Parameters]:

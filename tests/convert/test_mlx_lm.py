@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,27 @@ def test_the_command_writes_it(settings: dict[str, Any], cli: Callable[..., Any]
     result = cli("export", "--run", settings["out"], "--to", tmp_path / "a", "--format", "mlx-lm")
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'a'}\n")
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["model"] == settings["model"]
+
+
+@pytest.mark.parametrize(("form", "change"), [("peft", {"lora_dropout": 0.5}), ("mlx-lm", {"scale": 7.0})])
+def test_settings_that_were_written_otherwise_are_noticed(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any, change: dict[str, Any]
+) -> None:
+    train(TrainConfig(**settings | {"max_steps": 1}))
+    module = import_module(f"mlx_sft.convert.{form.replace('-', '_')}")
+    real = module.write_adapter
+
+    def otherwise(folder: Path, *arguments: Any) -> None:
+        real(folder, *arguments)
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text())
+        (config.get("lora_parameters") or config).update(change)
+        file.write_text(json.dumps(config))
+
+    monkeypatch.setattr(module, "write_adapter", otherwise)
+    with pytest.raises(UserError, match="not written as it is"):
+        export(settings["out"], tmp_path / "a", format=form)
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_is_outside_of_the_layers_is_refused(tmp_path: Path) -> None:

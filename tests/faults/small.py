@@ -1,4 +1,4 @@
-"""A model of 150,000 parameters, a few conversations: a run of twelve steps takes half a second.
+"""A model of 150,000 parameters: a run of twelve steps on a few conversations takes half a second.
 
 The tokenizer and the chat template are the embedded model's.
 """
@@ -56,15 +56,3 @@ def _shapes(vocabulary: int, layers: int) -> Iterator[tuple[str, tuple[int, ...]
             yield f"{feed}{name}.weight", (_WIDTH, _WIDTH)
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{norm}{name}.weight", (_WIDTH,)
-
-
-def write_chats(path: Path, rows: int) -> Path:
-    """Short conversations of different lengths, one a line."""
-    random = np.random.default_rng(1)
-    words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog"]
-    with path.open("w") as file:
-        for _ in range(rows):
-            said = [" ".join(random.choice(words, random.integers(1, 7))) for _ in range(2)]
-            messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path

@@ -20,9 +20,9 @@ from typing import Any
 import mlx.core as mx
 import psutil
 
+from tests.chats import write_chats
 from tests.faults.children import Child
 from tests.faults.layer import Call, watched
-from tests.faults.small import write_chats
 from tests.faults.trial import NotSurvived, check_done, compare
 from tests.processes import options_of
 from tests.run_folders import outcome
@@ -100,7 +100,7 @@ def _last_line(path: Path) -> dict[str, Any]:
 def soak(folder: Path, steps: int = STEPS) -> bool:
     """Both runs at once; print what they take, and whether memory is flat and the bytes are the same."""
     folder.mkdir(parents=True)
-    chats = write_chats(folder / "chats.jsonl", rows=64)
+    chats = write_chats(folder / "chats.jsonl", 64, seed=1)
     options = _OPTIONS | {"data": chats, "max_steps": steps}
     every = max(1, steps // 6)
     alone, samples = folder / "alone", folder / "samples"

@@ -22,9 +22,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tests.chats import write_chats
 from tests.faults.children import Child, Ended
 from tests.faults.injected import Clock, Fault, Record
-from tests.faults.small import make_model, write_chats
+from tests.faults.small import make_model
 from tests.processes import options_of
 from tests.run_folders import outcome
 
@@ -99,7 +100,7 @@ def make_lab(folder: Path, names: Sequence[str] = tuple(SETTINGS)) -> Lab:
     plain, dated = make_model(folder / "model"), make_model(folder / "dated-model")
     template = dated / "chat_template.jinja"
     template.write_text(_DATED + template.read_text())
-    chats = write_chats(folder / "chats.jsonl", rows=24)
+    chats = write_chats(folder / "chats.jsonl", 24, seed=1)
     check_done(
         Child(["--version"], folder, folder, {}).wait()
     )  # so that what follows is not timed with the first one's imports

@@ -21,7 +21,7 @@ from mlx_sft.data.prepare import prepare
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.safetensors_file import open_safetensors, read_bytes
-from tests.faults.small import write_chats
+from tests.chats import write_chats
 from tests.fuzz.mutators import PIECES, any_value, as_json, changed, changed_bytes, changed_json
 from tests.fuzz.parser import Files, Materials, Parser, Wrong
 
@@ -286,7 +286,7 @@ def _parsed(content: bytes) -> Any:
 def _read_tokenizer(folder: Path, materials: Materials) -> None:
     try:
         tokenizer = load_tokenizer(folder)
-        chats = write_chats(folder / "chats.jsonl", rows=2)
+        chats = write_chats(folder / "chats.jsonl", 2, seed=1)
         prepared = prepare(TrainConfig(data=[str(chats)], data_cache=False), tokenizer)
     finally:
         check_canary(folder)

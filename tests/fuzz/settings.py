@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig, option_name, public_name
 from mlx_sft.errors import UserError
-from tests.faults.small import write_chats
+from tests.chats import write_chats
 from tests.fuzz.mutators import BOMBS, NUMBERS, STRINGS, any_value, as_yaml, changed, changed_bytes
 from tests.fuzz.parser import Files, Materials, Parser, Wrong
 
@@ -152,7 +152,7 @@ def _make_options(chance: random.Random, materials: Materials) -> Files:
 def _read_options(folder: Path, materials: Materials) -> None:
     good = {_MODEL: str(materials.folder / "model"), _RUN: str(materials.folder / "lora" / "disk" / "run")}
     words = [good.get(word, word) for word in json.loads((folder / "words.json").read_text())]
-    write_chats(folder / "chats.jsonl", rows=4)
+    write_chats(folder / "chats.jsonl", 4, seed=1)
     os.environ["MLX_SFT_CACHE"] = str(folder / "cache")
     os.chdir(folder)
     result = CliRunner().invoke(main, words)

@@ -320,3 +320,16 @@ def test_a_link_out_of_the_run_folder_is_not_written_through(cut_short: dict[str
     assert "a symbolic link out of the run folder" in error.what
     assert error.where == str(run.metrics)
     assert outside.read_bytes() == content
+
+
+def test_a_setting_of_none_is_not_given(settings: dict[str, Any]) -> None:
+    train(TrainConfig(**settings | {"max_steps": 2}))
+    assert resume(settings, max_steps=None) == 2
+
+
+def test_more_epochs_that_the_disk_has_no_room_for_change_nothing(
+    cut_short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 0))
+    assert "of disk" in refusal(cut_short, epochs=9).what
