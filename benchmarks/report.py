@@ -19,7 +19,7 @@ PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- results: begin (written by `make bench-report`) -->", "<!-- results: end -->"
 ORDER = (
     "equal-work", "pairs", "pairs-whole", "chats", "chats-whole", "sorted", "documents",
-    "lengths", "vocabulary", "ranks", "rows", "longest", "first-step",
+    "lengths", "vocabulary", "ranks", "rows", "longest", "first-step", "merge",
 )  # fmt: skip
 METRICS = (
     ("real tokens a second", "tokens_per_second", "{:,.1f}", 1.0),
@@ -55,12 +55,13 @@ def rank(result: dict[str, Any]) -> tuple[bool, str]:
 
 def section(result: dict[str, Any], plot: str = "", source: str = "") -> str:
     """One case in Markdown."""
-    writers = {"longest": longest_lines, "first-step": first_step_lines}
+    writers = {"longest": longest_lines, "first-step": first_step_lines, "merge": merge_lines}
     title = (
         result.get("title")
         or {
             "longest": "The longest row within so much memory",
             "first-step": "To the first step",
+            "merge": "A merge",
         }[result["case"]]
     )
     if result["case"] in writers:
@@ -234,6 +235,21 @@ def first_step_lines(result: dict[str, Any]) -> list[str]:
     rows = [(name, f"{seconds:,.2f}") for name, seconds in result["seconds_above_weights"].items()]
     said = f"{result['rows']:,} rows; the weights alone ({result['layers']} layers) take {result['weights_seconds']:.2f} s."
     return [said, "", *table(["", "seconds above the weights"], rows)]
+
+
+def merge_lines(result: dict[str, Any]) -> list[str]:
+    copied, merged = result["copy_seconds"], result["merge_seconds"]
+    said = (
+        f"A checkpoint of {result['checkpoint_bytes'] / 1e9:.2f} GB ({result['layers']} layers, float32), whose largest tensor has "
+        f"{result['largest_tensor_bytes'] / 1e9:.2f} GB, merged with an adapter of rank 16 on every linear layer, until the disk has it; "
+        f"{medians_of(len(result['rounds']))}."
+    )
+    rows = [
+        ("copied byte by byte", f"{copied:.1f}", ""),
+        ("merged", f"{merged:.1f}", f"{result['above_bytes'] / 1e9:.2f}"),
+    ]
+    speed = f"The merge has {copied / merged:.0%} of the speed of the copy."
+    return [said, "", *table(["", "seconds", "memory above the process before it, GB"], rows), "", speed]
 
 
 # The page

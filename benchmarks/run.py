@@ -19,13 +19,14 @@ from benchmarks.cases import Case, Point, measured_cases
 from benchmarks.first_step import measure_first_step
 from benchmarks.longest import measure_longest
 from benchmarks.machine import code_digest, environment, fast_blas
+from benchmarks.merging import measure_merge
 from benchmarks.point import WORK, Settings, measure_point
 from benchmarks.process import Broken
 from benchmarks.summary import summarize
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("mlx", "mlx-lm", "mlx-sft", "numpy", "torch", "transformers", "peft", "trl", "unsloth-zoo")
-SPECIAL = ("first-step", "longest")
+SPECIAL = ("first-step", "longest", "merge")
 """Cases that are no list of points."""
 
 
@@ -90,6 +91,8 @@ def measure_special(name: str, arguments: argparse.Namespace, settings: Settings
     if name == "first-step":
         repeat = settings.repeat or (1 if arguments.quick else 3)
         return measure_first_step(2000 if arguments.quick else 10_000, layers, replace(settings, repeat=repeat))
+    if name == "merge":
+        return measure_merge(layers, replace(settings, repeat=settings.repeat or 3))
     return measure_longest(arguments.memory * 1e9, layers, 1408, 0.04, settings)
 
 
@@ -108,7 +111,7 @@ def main() -> None:
     cases = chosen_cases(arguments)
     special = [name for name in SPECIAL if not arguments.cases or name in arguments.cases]
     if arguments.quick and not arguments.cases:
-        special.remove("longest")
+        special = [name for name in special if name == "first-step"]
     if arguments.list:
         print("\n".join([f"{case.name:12}{case.title}" for case in cases] + special))
         return

@@ -78,6 +78,12 @@ _trusting = click.option(
 )
 
 
+def _quantizing(help: str) -> Callable[[Command], Command]:
+    """`--quantize` of what is written, in the forms that `train` takes."""
+    forms = get_args(_without_none(TrainConfig.model_fields["quantize"].annotation))
+    return click.option("--quantize", type=click.Choice(forms), help=help)
+
+
 def _settings(*fields: str) -> Callable[[Command], Command]:
     """`--config` and an option for each of these fields of `TrainConfig`."""
 
@@ -102,7 +108,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _option(field: str) -> Callable[[Command], Command]:
     info = TrainConfig.model_fields[field]
-    kind = info.annotation
+    kind = _without_none(info.annotation)
     options: dict[str, Any] = {"default": None, "help": _help(field)}
     names = [option_name(field), field]
     if kind is bool:
@@ -122,11 +128,14 @@ def _option(field: str) -> Callable[[Command], Command]:
     return click.option(*names, **options)
 
 
+def _without_none(kind: Any) -> Any:
+    """`int` for `int | None`."""
+    kinds = [k for k in get_args(kind) if k is not NoneType] if get_origin(kind) in (Union, UnionType) else []
+    return kinds[0] if len(kinds) == 1 else kind
+
+
 def _click_type(kind: Any) -> type:
-    """`int` for `int | None`; text for a union that only the configuration can tell apart."""
-    if get_origin(kind) in (Union, UnionType):
-        kinds = [k for k in get_args(kind) if k is not NoneType]
-        return _click_type(kinds[0]) if len(kinds) == 1 else str
+    """Text for a union that only the configuration can tell apart."""
     return kind if kind in (int, float) else str
 
 
@@ -227,11 +236,21 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
 @click.option(
     "--format",
-    type=click.Choice(["merged", "peft", "mlx-lm"]),
+    type=click.Choice(["merged", "mlx", "peft", "mlx-lm"]),
     default="merged",
     show_default=True,
-    help="A whole checkpoint with the adapter merged in, or the adapter alone, as PEFT or as mlx-lm writes it.",
+    help="A whole checkpoint with the adapter merged in, for transformers or for mlx-lm, or the adapter alone for PEFT or for mlx-lm.",
 )
+@click.option(
+    "--base",
+    type=click.Choice(["original", "dequantized"]),
+    default="original",
+    show_default=True,
+    help="What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized weights stand for, "
+    "which keeps exactly what was trained.",
+)
+@click.option("--base-model", metavar="MODEL", help="The original of a base whose weights are quantized.")
+@_quantizing("With --format mlx: quantize after the merge.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that already holds something.")
 @click.option(
     "--verify/--no-verify",
@@ -240,7 +259,7 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     help="Reload what was written and compare its logits with the trained model's.",
 )
 @_trusting
-def export(run: str, to: str, format: Literal["merged", "peft", "mlx-lm"], overwrite: bool, verify: bool) -> None:
+def export(run: str, to: str, **options: Any) -> None:
     """Write a run as a folder that PyTorch or mlx-lm opens.
 
     The last line on stdout is the folder.
@@ -248,11 +267,34 @@ def export(run: str, to: str, format: Literal["merged", "peft", "mlx-lm"], overw
     from mlx_sft.console import Console
     from mlx_sft.convert.export import export
 
-    result = export(run, to, format=format, overwrite=overwrite, verify=verify)
     console = Console()
-    if result.verification is not None:
-        console.note(str(result.verification))
+    result = export(run, to, **options)
+    for line in result.describe():
+        console.note(line)
+    if warning := result.warning():
+        console.warn(warning)
     console.done(str(result.path))
+
+
+@main.command()
+@click.option("--model", required=True, metavar="MODEL", help="A checkpoint folder, a Hub id, or `tiny`.")
+@click.option("--to", required=True, metavar="DIR", help="The folder to write.")
+@_quantizing("Quantize the weights.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights; as they are stored where not given.",
+)
+@_trusting
+def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> None:
+    """Write a model as a folder for mlx-lm, quantized or not.
+
+    The last line on stdout is the folder.
+    """
+    from mlx_sft.console import Console
+    from mlx_sft.convert.mlx_folder import convert
+
+    Console().done(str(convert(model, to, quantize=quantize, dtype=dtype)))
 
 
 def _model_options(command: Command) -> Command:
@@ -263,6 +305,7 @@ def _model_options(command: Command) -> Command:
         click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True,
                      help="Longest answer."),
         click.option("--base", is_flag=True, help="The model as it was before training."),
+        click.option("--adapter", metavar="DIR", help="A PEFT adapter, on --model or on the base that it names."),
         click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
         click.option("--run", metavar="RUN", help="The run folder."),
     ):  # fmt: skip
@@ -270,15 +313,17 @@ def _model_options(command: Command) -> Command:
     return command
 
 
-def _load(run: str | None, model: str | None, base: bool) -> Any:
-    from mlx_sft.convert.adapted import load_run
+def _load(run: str | None, model: str | None, adapter: str | None, base: bool) -> Any:
+    from mlx_sft.convert.adapted import load_adapter, load_run
     from mlx_sft.model.load import load_model
 
-    if (run is None) == (model is None):
+    if (run is None) == (model is None and adapter is None):
         hint = "mlx-sft generate --run runs/... --prompt ..."
-        raise UserError("give either --run or --model", hint=hint, exit_code=USAGE)
+        raise UserError("give either --run, or --model or --adapter, or both of these", hint=hint, exit_code=USAGE)
     if base and run is None:
         raise UserError("--base goes with --run", hint="a model alone is its own base", exit_code=USAGE)
+    if adapter is not None:
+        return load_adapter(adapter, model)
     return load_run(run, base=base) if run is not None else load_model(str(model))
 
 
@@ -286,10 +331,16 @@ def _load(run: str | None, model: str | None, base: bool) -> Any:
 @_model_options
 @click.option("--prompt", metavar="TEXT", help="What to ask; read from standard input where not given.")
 def generate(
-    run: str | None, model: str | None, base: bool, max_tokens: int, temperature: float, prompt: str | None
+    run: str | None,
+    model: str | None,
+    adapter: str | None,
+    base: bool,
+    max_tokens: int,
+    temperature: float,
+    prompt: str | None,
 ) -> None:
     """Answer one prompt."""
-    loaded = _load(run, model, base)
+    loaded = _load(run, model, adapter, base)
     from mlx_sft.generate import stream_text
 
     prompt = prompt if prompt is not None else sys.stdin.read()
@@ -300,20 +351,48 @@ def generate(
 
 @main.command()
 @_model_options
-def chat(run: str | None, model: str | None, base: bool, max_tokens: int, temperature: float) -> None:
-    """Talk with a model; an empty line or Ctrl-D ends the conversation."""
-    loaded = _load(run, model, base)
-    from mlx_sft.generate import stream_text
+def chat(
+    run: str | None, model: str | None, adapter: str | None, base: bool, max_tokens: int, temperature: float
+) -> None:
+    """Talk with a model; an empty line or Ctrl-D ends the conversation.
 
-    messages: list[dict[str, Any]] = []
+    A line `/adapter DIR` changes the adapter for what follows, `/adapter` alone takes it off.
+    """
+    from mlx_sft.generate import Talk
+
+    talk = Talk(_load(run, model, adapter, base), max_tokens=max_tokens, temperature=temperature)
     while text := read_line():
-        messages.append({"role": "user", "content": text})
-        answer = ""
-        for piece in stream_text(loaded, messages, max_tokens=max_tokens, temperature=temperature):
-            answer += piece
+        for piece in talk.say(text):
             write_text(piece)
         write_text("\n")
-        messages.append({"role": "assistant", "content": answer})
+
+
+@main.group()
+def adapters() -> None:
+    """Work on adapters without a model."""
+
+
+@adapters.command(name="merge")
+@click.argument("adapters", nargs=-1, required=True, metavar="DIR[:WEIGHT]...")
+@click.option("--to", required=True, metavar="DIR", help="The folder to write.")
+@click.option(
+    "--method",
+    type=click.Choice(["linear", "cat", "svd"]),
+    default="linear",
+    show_default=True,
+    help="linear adds up the matrices of equal ranks, as PEFT does; cat is the exact sum, whose rank is the sum of theirs; "
+    "svd is the nearest to that with --rank.",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="For svd; the largest of theirs where not given.")
+def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "svd"], rank: int | None) -> None:
+    """Compose adapters of one base into one: A:0.7 B:0.3.
+
+    The last line on stdout is the folder.
+    """
+    from mlx_sft.console import Console
+    from mlx_sft.convert.compose import merge_adapters
+
+    Console().done(str(merge_adapters(adapters, to, method=method, rank=rank)))
 
 
 @main.command(name="eval")

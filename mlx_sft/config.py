@@ -94,6 +94,8 @@ class TrainConfig(BaseModel):
     """A Hugging Face checkpoint folder, a Hub id, or `tiny` for the embedded model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base model; auto is bfloat16 on Metal and CUDA, float32 on the CPU."""
+    quantize: Literal["4", "8", "mxfp4"] | None = None
+    """Quantize the frozen base when it is loaded (QLoRA): to 4 or 8 bits in groups of 64, or to 4 bits as mxfp4, in groups of 32."""
     init_adapter: str | None = None
     """Start from this PEFT adapter folder."""
 
@@ -110,6 +112,12 @@ class TrainConfig(BaseModel):
     """Dropout on the adapters' input."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
+    dora: bool = False
+    """Learn the norm of each row of a weight apart from its direction (DoRA)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Other ranks for single modules, by the ends of their names: down_proj=32,layers.0.self_attn.q_proj=8. The first that fits counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """The same for alpha."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts: Kaiming-uniform, as PEFT does by default, or gaussian with deviation 1 / rank. B starts at zero."""
 
@@ -184,6 +192,12 @@ class TrainConfig(BaseModel):
             raise ValueError("yes and no, true and false are no value of it")
         return _writable(value, endless=True)  # of which pydantic speaks better
 
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _bits(cls, value: Any) -> Any:
+        """YAML's 4 is a number."""
+        return str(value) if type(value) is int else value
+
     @field_validator("data", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
@@ -198,19 +212,20 @@ class TrainConfig(BaseModel):
             parse_bytes(value)
         return value
 
-    @field_validator("columns", mode="before")
+    @field_validator("columns", "rank_pattern", "alpha_pattern", mode="before")
     @classmethod
-    def _split_columns(cls, value: Any) -> Any:
+    def _split_pairs(cls, value: Any, info: ValidationInfo) -> Any:
         """`user=question,assistant=answer` → a mapping."""
         if not isinstance(value, str):
             return value
         pairs = [pair.partition("=") for pair in value.split(",")]
-        if not all(part.strip() for name, equals, column in pairs for part in (name, equals, column)):
-            raise ValueError("write user=question,assistant=answer")
+        if not all(part.strip() for name, equals, value in pairs for part in (name, equals, value)):
+            example = "user=question,assistant=answer" if info.field_name == "columns" else "down_proj=32,q_proj=8"
+            raise ValueError(f"write {example}")
         names = [name.strip() for name, _, _ in pairs]
         if len(set(names)) < len(names):
             raise ValueError("names a part twice")
-        return {name.strip(): column.strip() for name, _, column in pairs}
+        return {name.strip(): part.strip() for name, _, part in pairs}
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod
@@ -238,6 +253,8 @@ class TrainConfig(BaseModel):
             raise ValueError("valid and valid_fraction exclude each other; give one")
         if self.method == "full" and self.init_adapter is not None:
             raise ValueError("init_adapter: --method full trains no adapter")
+        if self.method == "full" and self.quantize is not None:
+            raise ValueError("quantize: --method full trains the weights themselves; quantize them with --method lora")
         return self
 
     @classmethod

@@ -9,10 +9,11 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_sft.convert.adapted import AdaptedModel
+from mlx_sft.convert.adapted import AdaptedModel, put_adapter
 from mlx_sft.data.formats import Conversation
 from mlx_sft.data.mask.reference import Reference
 from mlx_sft.data.tokenizer import generation_ends
+from mlx_sft.errors import UserError
 from mlx_sft.model.load import LoadedModel
 
 Prompt = str | list[dict[str, Any]]
@@ -41,6 +42,38 @@ def stream_text(
         sampler=make_sampler(temp=temperature),
     ):
         yield response.text
+
+
+class Talk:
+    """A conversation with a model whose adapter can be changed in the middle of it: `/adapter DIR`, or `/adapter` for none."""
+
+    def __init__(self, loaded: LoadedModel, *, max_tokens: int = 256, temperature: float = 0.0) -> None:
+        self._loaded = loaded
+        self._max_tokens = max_tokens
+        self._temperature = temperature
+        self.messages: list[dict[str, Any]] = []
+
+    def say(self, text: str) -> Iterator[str]:
+        """The answer to what a user says, piece by piece."""
+        command, _, argument = text.partition(" ")
+        if command == "/adapter":
+            yield self._changed(argument.strip())
+            return
+        self.messages.append({"role": "user", "content": text})
+        answer = ""
+        for piece in stream_text(
+            self._loaded, self.messages, max_tokens=self._max_tokens, temperature=self._temperature
+        ):
+            answer += piece
+            yield piece
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def _changed(self, folder: str) -> str:
+        try:
+            put_adapter(self._loaded.model, folder or None)
+        except UserError as error:
+            return f"{error}; the adapter is as it was"
+        return f"from here on with {folder}" if folder else "from here on without an adapter"
 
 
 def generate_text(loaded: LoadedModel, prompt: Prompt, *, max_tokens: int = 256, temperature: float = 0.0) -> str:

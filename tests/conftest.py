@@ -18,10 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from mlx_sft.cli import main
@@ -34,6 +31,7 @@ from mlx_sft.model.load import load_model
 from mlx_sft.runs import RunFolder
 from mlx_sft.training.fit import memory_limit_restored
 from tests.chats import write_chats
+from tests.torch_families import TORCH_FAMILIES
 
 VOCABULARY = 264
 
@@ -121,10 +119,10 @@ def _make_base(
 ) -> Path:
     key = (family, tied, dtype, shard, form, json.dumps(settings, sort_keys=True))
     if key not in made:
-        kind = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}[family]
         torch.manual_seed(0)
-        config = kind(**(_SHAPE | {"tie_word_embeddings": tied} | settings))
-        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        shape = _SHAPE | {"tie_word_embeddings": tied} | TORCH_FAMILIES[family] | settings
+        config = AutoConfig.for_model(family, **shape)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
         with torch.no_grad():  # transformers starts norms at one and biases at zero, which would hide a mistake in them
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -178,7 +176,8 @@ def random_adapter(base: Path, settings: LoraSettings) -> dict[str, mx.array]:
     model = load_model(str(base), "float32").model
     start = Lora(settings).attach(model, seed=1)
     random = np.random.default_rng(2)
-    return {name: mx.array(random.normal(0, 0.1, value.shape).astype(np.float32)) for name, value in start.items()}
+    drawn = {name: mx.array(random.normal(0, 0.1, value.shape).astype(np.float32)) for name, value in start.items()}
+    return {name: start[name] * (1 + value) if "magnitude" in name else value for name, value in drawn.items()}
 
 
 @pytest.fixture(scope="session")
@@ -228,7 +227,7 @@ def torch_model() -> Callable[[Path], torch.nn.Module]:
 
     def load(folder: Path) -> torch.nn.Module:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, attn_implementation="eager"
         )
         assert not report["missing_keys"]
         assert not report["unexpected_keys"]

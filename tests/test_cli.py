@@ -29,6 +29,9 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "eval_every": (["7"], 7),
     "save_every": (["epoch"], "epoch"),
     "memory_limit": (["12GB"], "12GB"),
+    "quantize": (["mxfp4"], "mxfp4"),
+    "rank_pattern": (["down_proj=32,q_proj=8"], {"down_proj": 32, "q_proj": 8}),
+    "alpha_pattern": (["down_proj=0.5"], {"down_proj": 0.5}),
     "betas": (["0.5", "0.6"], (0.5, 0.6)),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
 }

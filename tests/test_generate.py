@@ -10,7 +10,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_sft import TrainConfig, UserError, load_run, train
-from mlx_sft.generate import end_tokens, generate_text, prompt_tokens, stream_text
+from mlx_sft.convert.adapted import load_adapter
+from mlx_sft.generate import Talk, end_tokens, generate_text, prompt_tokens, stream_text
 from mlx_sft.model.load import LoadedModel, load_model
 
 
@@ -76,3 +77,39 @@ def test_every_end_token_of_the_checkpoint_ends_a_turn(base: LoadedModel, tmp_pa
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     loaded = dataclasses.replace(base, path=tmp_path, config={"eos_token_id": 7})
     assert set(end_tokens(loaded)) == {3, 5, 7, base.tokenizer.eos_token_id}
+
+
+def test_an_adapter_is_loaded_on_the_base_that_it_names_and_changed_in_the_middle_of_a_talk(
+    settings: dict[str, Any], base: LoadedModel, tmp_path: Path
+) -> None:
+    run = train(TrainConfig(**settings | {"lr": 0.3})).run_dir
+    adapter = str(run / "adapter")
+    learnt, plain = generate_text(load_run(run), "the cat", max_tokens=6), generate_text(base, "the cat", max_tokens=6)
+    assert learnt != plain
+    assert generate_text(load_adapter(adapter), "the cat", max_tokens=6) == learnt
+    assert generate_text(load_adapter(adapter, settings["model"]), "the cat", max_tokens=6) == learnt
+
+    def answer(*commands: str) -> str:
+        talk = Talk(loaded, max_tokens=6)
+        for command in commands:
+            said = "".join(talk.say(command))
+            assert command.partition(" ")[2] in said
+        return "".join(talk.say("the cat"))
+
+    loaded = load_model(settings["model"])
+    assert answer() == plain
+    assert answer(f"/adapter {adapter}") == learnt
+    wrong = "".join(Talk(loaded).say(f"/adapter {tmp_path / 'none'}"))
+    assert "not an adapter folder" in wrong
+    assert wrong.endswith("the adapter is as it was")
+    assert answer() == learnt
+    assert answer("/adapter") == plain
+
+
+def test_an_adapter_that_names_no_base_asks_for_one(settings: dict[str, Any]) -> None:
+    run = train(TrainConfig(**settings | {"max_steps": 1})).run_dir
+    file = run / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(UserError, match="names no base model") as caught:
+        load_adapter(run / "adapter")
+    assert "--model" in caught.value.hint

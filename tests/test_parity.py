@@ -19,16 +19,13 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.peft import our_name, write_adapter
-from mlx_sft.data.batches import collate, cut
 from mlx_sft.data.prepare import prepare
 from mlx_sft.data.store import Examples
-from mlx_sft.methods import Full, Lora, LoraSettings, Parameters
-from mlx_sft.model.head import SplitModel
+from mlx_sft.methods import Full, Lora, LoraSettings
 from mlx_sft.model.load import load_model
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.shapes import padded_shape
-from mlx_sft.training.step import Learner
 from tests.chats import write_chats
+from tests.parity import assert_close, loss_and_gradients
 
 # PEFT asks a transformers model in a way that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
@@ -69,31 +66,6 @@ def _rope(kind: str) -> dict[str, object]:
     return {"rope_type": kind.split()[0], **ROPE[kind]}
 
 
-def _assert_close(ours: object, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """The largest difference is small against the largest value."""
-    expected = theirs.detach().numpy()
-    np.testing.assert_allclose(np.array(ours), expected, rtol=0, atol=tolerance * np.abs(expected).max())
-
-
-def _loss_and_gradients(
-    base: Path,
-    method: Lora | Full,
-    parameters: Parameters | None,
-    examples: Examples,
-    *,
-    mode: Mode = "off",
-    compiled: bool = False,
-) -> Any:
-    """By the code that training runs, in several micro-batches."""
-    split = SplitModel(load_model(str(base), "float32").model)
-    start = method.attach(split.model, seed=0)
-    micro_batches = cut(range(len(examples)), examples.needed_lengths, token_budget=40)
-    assert len(micro_batches) > 1
-    batches = [collate(examples, micro_batch) for micro_batch in micro_batches]
-    shapes = [padded_shape(batch) for batch in batches] if compiled else []
-    return Learner(split, method, 264, recompute=mode, compiled=shapes).gradient(parameters or start, batches)
-
-
 @pytest.mark.parametrize("form", [4, 5])
 @pytest.mark.parametrize("kind", ROPE)
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
@@ -113,7 +85,7 @@ def test_logits_are_those_of_transformers(
 
     theirs = torch_logits(torch_model(base), token_ids)
 
-    _assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), torch.tensor(theirs))
+    assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), torch.tensor(theirs))
     # Another rotation would have been noticed.
     family_default = make_base(family, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
     others = torch_logits(torch_model(family_default), token_ids)
@@ -132,7 +104,7 @@ def test_logits_of_other_settings_are_those_of_transformers(
     settings = {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3, "head_dim": 32}
     base = make_base("llama", tied=tied, **settings)
     theirs = torch_logits(torch_model(base), token_ids)
-    _assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), torch.tensor(theirs))
+    assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), torch.tensor(theirs))
 
 
 @pytest.fixture
@@ -147,10 +119,10 @@ def assert_pefts(
         adapted = peft.PeftModel.from_pretrained(torch_model(base), tmp_path, is_trainable=True)
         expected = torch_loss(adapted, examples)
         expected.backward()
-        loss, gradients = _loss_and_gradients(base, Lora(settings), parameters, examples, **speed)
+        loss, gradients = loss_and_gradients(base, Lora(settings), parameters, examples, **speed)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         trainable = {
-            our_name(name.replace(".default", "")): parameter.grad
+            our_name(name.replace(".default.weight" if "magnitude" in name else ".default", "")): parameter.grad
             for name, parameter in adapted.named_parameters()
             if parameter.requires_grad
         }
@@ -158,7 +130,7 @@ def assert_pefts(
         for name, gradient in gradients.items():
             assert gradient.dtype == mx.float32
             assert trainable[name].abs().max() > 0
-            _assert_close(gradient, trainable[name])
+            assert_close(gradient, trainable[name])
 
     return check
 
@@ -171,6 +143,9 @@ def assert_pefts(
         ("llama", _settings(rank=4, alpha=8.0)),
         ("llama", _settings(rank=3, alpha=5.0, rslora=True, target="qv")),
         ("qwen3", _settings(rank=2, alpha=5.0, target=["down_proj", "lm_head"])),
+        ("qwen2", _settings(rank=4, alpha=8.0, dora=True)),
+        ("qwen3", _settings(rank=4, alpha=8.0, dora=True, target=["v_proj", "lm_head"])),
+        ("llama", _settings(rank=4, alpha=8.0, rank_pattern={"up_proj": 2}, alpha_pattern={"1.self_attn.q_proj": 3.0})),
     ],
 )
 def test_loss_and_every_lora_gradient_are_pefts(
@@ -211,13 +186,13 @@ def test_weights_of_messages_make_a_weighted_mean(
     expected = (torch.cat(losses) * torch.cat(weights)).sum() / torch.cat(weights).sum()
     expected.backward()
 
-    loss, gradients = _loss_and_gradients(base, Full(), None, Examples.of(weighted))
+    loss, gradients = loss_and_gradients(base, Full(), None, Examples.of(weighted))
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    unweighted, _ = _loss_and_gradients(base, Full(), None, examples)
+    unweighted, _ = loss_and_gradients(base, Full(), None, examples)
     assert abs(unweighted.item() - loss.item()) > 1e-3
     for name, parameter in model.named_parameters():
-        _assert_close(gradients[name], parameter.grad)
+        assert_close(gradients[name], parameter.grad)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -235,14 +210,14 @@ def test_loss_and_the_gradient_of_every_weight_are_transformers(
     expected = torch_loss(model, examples)
     expected.backward()
 
-    loss, gradients = _loss_and_gradients(base, Full(), None, examples)
+    loss, gradients = loss_and_gradients(base, Full(), None, examples)
 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     weights = dict(model.named_parameters())
     assert gradients.keys() == weights.keys()
     assert ("lm_head.weight" in gradients) is not tied
     for name, gradient in gradients.items():
-        _assert_close(gradient, weights[name].grad)
+        assert_close(gradient, weights[name].grad)
 
 
 @pytest.fixture
@@ -286,6 +261,7 @@ def _adapted(config: TrainConfig) -> peft.PeftModel:
     [
         ("qwen3", _settings(rank=4, alpha=8.0), {"grad_checkpoint": "off"}),
         ("qwen3", _settings(rank=4, alpha=8.0), {"grad_checkpoint": "light"}),
+        ("qwen3", _settings(rank=4, alpha=8.0, dora=True), {"grad_checkpoint": "light"}),
         ("llama", _settings(rank=4, alpha=6.0, rslora=True, target="qv"), {"grad_checkpoint": "on"}),
         ("llama", _settings(rank=4, alpha=6.0), {"grad_checkpoint": "blocks"}),
     ],
@@ -346,7 +322,7 @@ def test_what_a_run_leaves_is_the_same_model_in_peft_and_in_transformers(
 
     assert np.abs(ours - before).max() > 0.1 * np.abs(before).max()
     for model in (adapted, merged):
-        _assert_close(ours, torch.tensor(torch_logits(model, token_ids)))
+        assert_close(ours, torch.tensor(torch_logits(model, token_ids)))
 
 
 def test_full_fine_tuning_leaves_the_same_model_in_transformers(
@@ -379,7 +355,7 @@ def test_full_fine_tuning_leaves_the_same_model_in_transformers(
 
     ours = mlx_logits(load_run(result.run_dir, dtype="float32").model, token_ids)
     merged = torch_logits(torch_model(export(result.run_dir, tmp_path / "merged").path), token_ids)
-    _assert_close(ours, torch.tensor(merged))
+    assert_close(ours, torch.tensor(merged))
     model, examples = torch_model(base), prepare(config, tokenizer).train
     groups = [[p for p in model.parameters() if p.ndim == dimensions] for dimensions in (1, 2)]
     decays = [{"params": g, "weight_decay": d} for g, d in zip(groups, (0.0, 0.1), strict=True)]

@@ -9,10 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.convert.peft import base_model_name, read_adapter
 from mlx_sft.convert.trained import finished_folder, load_trained
-from mlx_sft.errors import UserError
-from mlx_sft.methods import Method, Parameters
-from mlx_sft.model.load import LoadedModel, load_model
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.methods import Lora, Method, Parameters
+from mlx_sft.methods.lora import detach, put_back
+from mlx_sft.model.load import LoadedModel, cast, load_model
 from mlx_sft.runs import RunFolder
 
 
@@ -43,13 +45,55 @@ def load_run(run: str | Path, *, base: bool = False, dtype: str | None = None) -
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
     trained = None if base else load_trained(folder, config.method)
-    loaded = load_model(config.model, dtype or config.dtype)
+    # A base that training quantized is quantized from the same numbers.
+    loaded = load_model(
+        config.model, config.dtype if config.quantize else dtype or config.dtype, quantize=config.quantize
+    )
+    cast(loaded.model, dtype or config.dtype)
     if trained is not None:
         method, parameters = trained
         attach_trained(loaded.model, method, parameters, finished_folder(folder, config.method))
         mx.eval(loaded.model.parameters())
     known = {field.name: getattr(loaded, field.name) for field in fields(LoadedModel)}
     return AdaptedModel(**known, run=folder, train_config=config)
+
+
+def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "auto") -> LoadedModel:
+    """Load a base model with an adapter of PEFT's on it.
+
+    Args:
+        folder: The adapter, trained here or elsewhere.
+        model: The base; the one that the adapter names where not given.
+        dtype: As for `load_model`.
+
+    Raises:
+        UserError: If the adapter is missing or damaged, names no base, or does not fit it; the message says what differs.
+    """
+    name = model or base_model_name(folder)
+    if not name:
+        raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
+    loaded = load_model(name, dtype)
+    put_adapter(loaded.model, folder)
+    return loaded
+
+
+def put_adapter(model: nn.Module, folder: str | Path | None) -> None:
+    """Put an adapter on a model, in place of the one that is on it; with None, none.
+
+    Raises:
+        UserError: If it is damaged, or for another model; then the model is as it was.
+    """
+    trained = None if folder is None else read_adapter(folder)
+    before = detach(model)
+    if trained is None:
+        return
+    settings, parameters = trained
+    try:
+        attach_trained(model, Lora(settings), parameters, Path(str(folder)))
+    except UserError:
+        detach(model)
+        put_back(model, before)
+        raise
 
 
 def attach_trained(model: nn.Module, method: Method, trained: Parameters, where: Path) -> Parameters:

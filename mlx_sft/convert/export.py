@@ -5,7 +5,7 @@ Knows neither how a checkpoint is merged nor how it is compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,17 +13,23 @@ import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert import mlx_lm, peft
+from mlx_sft.convert.adapted import load_run
+from mlx_sft.convert.dequantize import dequantized_edits, on_top_of, say_unpacked, unpacked
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.merge import merge
+from mlx_sft.convert.merge import Edit, merge
+from mlx_sft.convert.mlx_folder import LOST_LIMIT, to_mlx
 from mlx_sft.convert.sample import sample_rows
 from mlx_sft.convert.trained import FORMS, finished_folder, trained_edits
-from mlx_sft.convert.verify import Verification, verify_export
+from mlx_sft.convert.verify import Merging, Verification, verify_export
 from mlx_sft.disk import folder_bytes, refuse_full_disk
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
+from mlx_sft.model.linears import linear_modules
+from mlx_sft.model.load import is_packed, name_elsewhere, resolve_checkpoint
+from mlx_sft.model.outline import outline
 from mlx_sft.runs import RunFolder, write_folder
 
-Format = Literal["merged", "peft", "mlx-lm"]
+Format = Literal["merged", "mlx", "peft", "mlx-lm"]
+Base = Literal["original", "dequantized"]
 
 _ROOM = "remove what is not needed, or give --to on another disk"
 
@@ -34,14 +40,34 @@ class ExportResult:
 
     Attributes:
         path: The folder.
-        format: `merged` (a whole checkpoint), `peft` or `mlx-lm` (the adapter alone).
+        format: `merged` or `mlx` (a whole checkpoint), `peft` or `mlx-lm` (the adapter alone).
         verification: How it compares with the trained model; None where that was not asked for, and for an adapter alone, which
             is compared number by number with the run's.
+        lost: For weights that were quantized after the merge, by name: how far this moved what training did to each, in parts of that.
     """
 
     path: Path
     format: Format
     verification: Verification | None
+    lost: dict[str, float] = field(default_factory=dict)
+
+    def describe(self) -> list[str]:
+        """For a person: the comparison, and what quantizing took of each weight."""
+        lines = [str(self.verification)] if self.verification else []
+        if self.lost:
+            lines.append("quantizing moved each weight by so many times what training did:")
+            lines += [f"  {name.removesuffix('.weight')} {ratio:.2f}" for name, ratio in self.lost.items()]
+        return lines
+
+    def warning(self) -> str:
+        """What is wrong with it, and the way out; an empty string where nothing is."""
+        over = sum(ratio > LOST_LIMIT for ratio in self.lost.values())
+        if not over:
+            return ""
+        return (
+            f"quantizing moved {over} of {len(self.lost)} trained weights by more than training did; "
+            "give more bits (--quantize 8), or keep the adapter apart (--format mlx-lm)"
+        )
 
 
 def export(
@@ -49,16 +75,23 @@ def export(
     to: str | Path,
     *,
     format: Format = "merged",
+    base: Base = "original",
+    base_model: str | None = None,
+    quantize: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
 ) -> ExportResult:
-    """Write what a run trained as a folder for PyTorch.
+    """Write what a run trained as a folder for PyTorch or mlx-lm.
 
     Args:
         run: The folder that `train` made.
         to: The folder to write; it appears when it is whole and verified, and not before.
-        format: `merged`: a Hugging Face checkpoint laid out as the base's. `peft`: the adapter alone, in PEFT's files. `mlx-lm`:
-            the adapter alone, in mlx-lm's.
+        format: `merged`: a Hugging Face checkpoint laid out as the base's. `mlx`: the same as mlx-lm writes it. `peft`: the adapter
+            alone, in PEFT's files. `mlx-lm`: the adapter alone, in mlx-lm's.
+        base: What a run on a quantized base is merged into: the `original` in full precision, or the numbers that the quantized weights
+            stand for, `dequantized`, which keeps exactly the function that was trained.
+        base_model: The original, where the run's own base is a folder of quantized weights.
+        quantize: A name of `QUANTIZATIONS`, for `mlx`: quantize after the merge.
         overwrite: Replace a folder that already holds something.
         verify: Reload what was written and compare it with the trained model.
 
@@ -68,43 +101,97 @@ def export(
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
     if format not in get_args(Format):
-        raise UserError(f"no such format: {format}", hint="merged, peft or mlx-lm", exit_code=USAGE)
-    # The adapter alone needs no base, so that one that is gone is no hindrance.
-    base = resolve_checkpoint(config.model) if format == "merged" else Path(config.model)
-    target = _check_target(Path(to), folder, base, overwrite)
-    if format != "merged":
-        _export_adapter(folder, config, target, format, verify)
+        raise UserError(f"no such format: {format}", hint="merged, mlx, peft or mlx-lm", exit_code=USAGE)
+    _refuse_unused(format, base, base_model, quantize)
+    whole = format in ("merged", "mlx")
+    # PEFT's form of the adapter needs no base, so that one that is gone is no hindrance; mlx-lm's needs its names.
+    source = Path(config.model) if format == "peft" else resolve_checkpoint(base_model or config.model, weights=whole)
+    target = _check_target(Path(to), folder, source, overwrite)
+    if not whole:
+        _export_adapter(folder, config, target, None if format == "peft" else source, verify)
         return ExportResult(target, format, None)
-    checkpoint = Checkpoint.open(base)
-    needed = checkpoint.size()
-    refuse_full_disk(target, needed, "this export", _ROOM)
+    merging = Merging(folder, Checkpoint.open(source), base_model, dequantized=base == "dequantized")
+    needed = merging.checkpoint.size()
+    refuse_full_disk(target, 2 * needed if format == "mlx" else needed, "this export", _ROOM)
     with write_folder(target, needed) as temporary:
-        merge(checkpoint, trained_edits(folder, config.method, checkpoint), temporary)
-        verification = None
-        if verify:
-            verification = verify_export(folder, temporary, *sample_rows(config, base))
-    return ExportResult(target, format, verification)
+        merging = _merge(merging, config, temporary)
+        verification = verify_export(merging, temporary, *sample_rows(config, source)) if verify else None
+        lost = to_mlx(temporary, merging, quantize) if format == "mlx" else {}
+    return ExportResult(target, format, verification, lost)
 
 
-def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, format: Format, verify: bool) -> None:
+def _merge(merging: Merging, config: TrainConfig, folder: Path) -> Merging:
+    """Write the merged checkpoint; returns what was merged into, as it is written."""
+    checkpoint = merging.checkpoint
+    edits: dict[str, Edit] = {}
+    packed = is_packed(checkpoint.path)
+    if merging.dequantized and not (packed or config.quantize):
+        hint = "leave --base out"
+        raise UserError("--base dequantized is for a run on a quantized base", hint=hint, exit_code=USAGE)
+    if packed and not merging.dequantized:
+        raise UserError(
+            "the weights of this run's base are quantized, which an adapter cannot be added to",
+            where=str(checkpoint.path),
+            hint="give the original with --base-model, or --base dequantized for the numbers that they stand for",
+            exit_code=USAGE,
+        )
+    if merging.dequantized:
+        model = load_run(merging.run.path, base=True, dtype="float32").model
+        if packed:
+            checkpoint, edits = unpacked(checkpoint, model)
+        else:
+            edits = dequantized_edits(checkpoint, model)
+    merge(checkpoint, on_top_of(edits, trained_edits(merging.run, config.method, checkpoint)), folder)
+    if packed:
+        say_unpacked(checkpoint, folder)
+    return replace(merging, checkpoint=checkpoint)
+
+
+def _refuse_unused(format: Format, base: Base, base_model: str | None, quantize: str | None) -> None:
+    """An option that this format does not read, or that contradicts another, is a mistake."""
+    if format not in ("merged", "mlx") and (base != "original" or base_model is not None):
+        what = f"--format {format} writes the adapter alone, without any base"
+        raise UserError(what, hint="leave --base and --base-model out", exit_code=USAGE)
+    if base == "dequantized" and base_model is not None:
+        what = "--base dequantized writes the base that was trained, and no other"
+        raise UserError(what, hint="leave one of --base and --base-model out", exit_code=USAGE)
+    if quantize is not None and format != "mlx":
+        raise UserError("--quantize goes with --format mlx", hint="give --format mlx", exit_code=USAGE)
+
+
+def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, for_mlx_lm: Path | None, verify: bool) -> None:
+    """Write PEFT's files, or mlx-lm's for this base model."""
     result = finished_folder(run, config.method)
     if result != run.adapter:
         what, hint = f"a run of --method {config.method} has no adapter", "export it with --format merged"
         raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
     refuse_full_disk(target, folder_bytes(result), "this export", _ROOM)
     settings, parameters = peft.read_adapter(result)
-    write = mlx_lm.write_adapter if format == "mlx-lm" else peft.write_adapter
+    name = name_elsewhere(config.model)
+    written: object
+    expected: object = settings
     with write_folder(target) as temporary:
-        write(temporary, settings, parameters, name_elsewhere(config.model))
-        if verify:
-            # mlx-lm's files say of the settings what matters to them.
-            expected = settings.scale if format == "mlx-lm" else settings
-            written, again = mlx_lm.read_adapter(temporary) if format == "mlx-lm" else peft.read_adapter(temporary)
-            equal = again.keys() == parameters.keys() and all(
-                bool(mx.array_equal(again[name], parameters[name])) for name in again
-            )
-            if not equal or written != expected:
-                raise UserError("the adapter was not written as it is", where=str(target))
+        if for_mlx_lm is None:
+            peft.write_adapter(temporary, settings, parameters, name)
+            written, again = peft.read_adapter(temporary)
+        else:
+            paths = _paths(for_mlx_lm)
+            mlx_lm.write_adapter(temporary, settings, parameters, name, paths)
+            written, again = mlx_lm.read_adapter(temporary, paths)
+            expected = settings.scale_of(
+                next(iter(parameters)).rpartition(".")[0]
+            )  # what mlx-lm's files say of the settings
+        equal = again.keys() == parameters.keys() and all(
+            bool(mx.array_equal(again[name], parameters[name])) for name in again
+        )
+        if verify and (not equal or written != expected):
+            raise UserError("the adapter was not written as it is", where=str(target))
+
+
+def _paths(base: Path) -> dict[str, str]:
+    """mlx-lm's name of each linear module of a checkpoint, by its name in transformers."""
+    modules = linear_modules(outline(base, "float32").model)
+    return {name: path for name, (path, _) in modules.items()}
 
 
 def _check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import LICENCE_FILES, MODEL_FILES
+from mlx_sft.model.names import transformers_name
 from mlx_sft.model.weights import INDEX, SINGLE, missing_shards, no_weights, read_index, weight_files
 from mlx_sft.safetensors_file import (
     SafetensorsFile,
@@ -26,12 +27,19 @@ SIDE_FILES = (*MODEL_FILES, *LICENCE_FILES)
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint folder on disk: `files` are its shards, `tensors` every tensor by name."""
+    """A checkpoint folder on disk.
+
+    Attributes:
+        files: Its shards.
+        tensors: Every tensor by its name in the files.
+        named: Every tensor by its name in transformers, which differs where the folder is mlx-lm's, or the model can do more.
+    """
 
     path: Path
     files: tuple[SafetensorsFile, ...]
     index: Path | None
     tensors: dict[str, StoredTensor]
+    named: dict[str, StoredTensor]
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -69,7 +77,8 @@ class Checkpoint:
                         where=str(file.path),
                     )
                 tensors[tensor.name] = tensor
-        return cls(folder, tuple(files), index, tensors)
+        named = {transformers_name(name): tensor for name, tensor in tensors.items()}
+        return cls(folder, tuple(files), index, tensors, named)
 
     def size(self) -> int:
         """The bytes that `write` writes, near enough."""

@@ -5,8 +5,8 @@ W + scale · B · A is summed in float32 and rounded once, to the tensor's own d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Method, Parameters
-from mlx_sft.methods.lora import LoraSettings
+from mlx_sft.methods.lora import HALVES, MAGNITUDE, LoraSettings
+from mlx_sft.model.names import EXPERTS, expert_name
 from mlx_sft.safetensors_file import (
     SafetensorsFile,
     StoredTensor,
@@ -37,6 +38,9 @@ _NOT_EXPORTABLE = (
     "leave it out with --method lora and --target, or train another model"
 )
 
+_ROUNDED, _QUANTIZED = 1e-2, 0.5
+"""How far a number of a row may be from the checkpoint's, in parts of the largest: loaded in another precision, and in 4 bits."""
+
 
 class Edit(Protocol):
     """What a tensor becomes."""
@@ -47,43 +51,61 @@ class Edit(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LowRankUpdate:
-    """W → W + scale · B · A."""
+    """W → W + scale · B · A, of a matrix, or of each of a stack; with magnitudes its rows have these norms (DoRA).
+
+    W is the checkpoint's, or what another edit makes of it.
+    """
 
     lora_A: NDArray[np.float32]
     lora_B: NDArray[np.float32]
     scale: float
+    magnitudes: NDArray[np.float32] | None = None
+    base: Edit | None = None
 
     def rows(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32]:
-        update = self.lora_B[start:stop] @ self.lora_A
+        update = self.lora_B[start:stop] @ (self.lora_A if self.lora_A.ndim == 2 else self.lora_A[start:stop])
         update *= np.float32(self.scale)
-        update += read_rows(tensor, start, stop)
+        update += read_rows(tensor, start, stop) if self.base is None else self.base.rows(tensor, start, stop)
+        if self.magnitudes is not None:
+            update *= (self.magnitudes[start:stop] / np.linalg.norm(update, axis=1))[:, None]
         return update
 
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """W → the trained weight."""
+    """W → the trained weight, from a row of it on."""
 
     trained: StoredTensor
+    first: int = 0
 
     def rows(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32]:
-        return read_rows(self.trained, start, stop)
+        return read_rows(self.trained, self.first + start, self.first + stop)
 
 
 def adapter_edits(checkpoint: Checkpoint, settings: LoraSettings, parameters: dict[str, mx.array]) -> dict[str, Edit]:
-    """The updates of a LoRA adapter by tensor name; `parameters` are `<module>.lora_A` [r, in] and `.lora_B` [out, r].
+    """The updates of a LoRA adapter by tensor name.
 
-    Raises `UserError` naming the module that the checkpoint does not have, or has in another shape.
+    Args:
+        parameters: `<module>.lora_A` [r, in] and `.lora_B` [out, r]; of experts [experts, r, in] and [experts, out, r]; with DoRA
+            `.lora_magnitude_vector` [out].
+
+    Raises:
+        UserError: Naming the module that the checkpoint does not have, or has in another shape.
     """
     edits: dict[str, Edit] = {}
     for name in parameters:
         module, half = name.rsplit(".", 1)
         if half != "lora_A":
             continue
-        lora_A, lora_B = parameters[name], parameters[f"{module}.lora_B"]
-        shape = (lora_B.shape[0], lora_A.shape[1])
-        tensor = _fitting(checkpoint, f"{module}.weight", shape, "the adapter")
-        edits[tensor.name] = LowRankUpdate(np.array(lora_A, np.float32), np.array(lora_B, np.float32), settings.scale)
+        lora_A, lora_B = (np.array(parameters[f"{module}.{half}"], np.float32) for half in HALVES)
+        shape = (*lora_B.shape[:-1], lora_A.shape[-1])
+        tensors = stored_parts(checkpoint, f"{module}.weight", shape, "the adapter")
+        norms = parameters.get(f"{module}.{MAGNITUDE}")
+        magnitudes = None if norms is None else np.array(norms, np.float32)
+        each = lora_A.ndim > len(tensors[0].shape)
+        halves = zip(lora_A, lora_B, strict=True) if each else [(lora_A, lora_B)]
+        for tensor, (one_A, one_B) in zip(tensors, halves, strict=True):
+            edits[tensor.name] = LowRankUpdate(one_A, one_B, settings.scale_of(module), magnitudes)
     return edits
 
 
@@ -94,8 +116,10 @@ def weight_edits(checkpoint: Checkpoint, weights: SafetensorsFile) -> dict[str, 
     """
     edits: dict[str, Edit] = {}
     for trained in weights.tensors:
-        tensor = _fitting(checkpoint, trained.name, trained.shape, "the run")
-        edits[tensor.name] = Replacement(trained)
+        tensors = stored_parts(checkpoint, trained.name, trained.shape, "the run")
+        for number, tensor in enumerate(tensors):
+            rows = replace(trained, shape=(len(tensors) * tensor.rows, *tensor.shape[1:]))
+            edits[tensor.name] = Replacement(rows, number * tensor.rows)
     # A checkpoint may store a tied head besides the embeddings; a stale copy would no longer be tied.
     embeddings, head = edits.get("model.embed_tokens.weight"), "lm_head.weight"
     if head in checkpoint.tensors and head not in edits and embeddings is not None:
@@ -103,14 +127,32 @@ def weight_edits(checkpoint: Checkpoint, weights: SafetensorsFile) -> dict[str, 
     return edits
 
 
-def check_exportable(path: Path, method: Method, parameters: Parameters) -> None:
-    """See from the headers of a checkpoint folder, before training, that what will be trained can be merged into it.
+def check_exportable(path: Path, method: Method, parameters: Parameters, weights: Mapping[str, mx.array]) -> None:
+    """See from a checkpoint folder, before training, that what will be trained can be merged into it.
 
-    Raises `UserError` naming the weight that the checkpoint does not have, has in another shape, or holds no plain numbers of.
+    A row of each weight that will be trained is compared with the checkpoint's: so a family whose weights mlx-lm turns or shifts
+    while it reads them is found out. Of a folder that holds quantized weights nothing is asked: it is not what is merged into.
+
+    Args:
+        parameters: What the method trains.
+        weights: The model's before training, by their names in transformers; of quantized ones the numbers that they stand for.
+
+    Raises:
+        UserError: Naming the weight that the checkpoint does not have, has otherwise, or holds no plain numbers of.
     """
     checkpoint = Checkpoint.open(path)
     for name, shape in method.changed_shapes(parameters).items():
-        _fitting(checkpoint, name, shape, "training", _NOT_EXPORTABLE)
+        scales = f"{name.removesuffix('.weight')}.scales"
+        if scales in checkpoint.named:
+            continue
+        tensors = stored_parts(checkpoint, name, shape, "training", _NOT_EXPORTABLE)
+        stored = read_rows(tensors[-1], 0, 1)
+        loaded = np.array(weights[name].reshape(len(tensors), -1, *tensors[0].shape[1:])[-1, :1].astype(mx.float32))
+        largest = np.abs(stored).max(initial=0)
+        tolerance = largest * (_QUANTIZED if scales in weights else _ROUNDED)
+        if not np.allclose(loaded.reshape(stored.shape), stored, rtol=0, atol=tolerance, equal_nan=True):
+            what = f"mlx-lm computes with another {name} than the checkpoint has"
+            raise UserError(what, where=str(checkpoint.path), hint=_NOT_EXPORTABLE)
 
 
 def merge(checkpoint: Checkpoint, edits: dict[str, Edit], folder: Path) -> None:
@@ -148,11 +190,23 @@ def _finite(rounded: NDArray[np.generic], dtype: str) -> bool:
     return bool(np.all(np.isfinite(rounded)))
 
 
-def _fitting(
+def stored_parts(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str, hint: str = _ANOTHER_MODEL
-) -> StoredTensor:
+) -> list[StoredTensor]:
+    """The checkpoint's tensors that make a weight of this name and shape: one, or one for each expert of a stack.
+
+    Raises `UserError` naming the tensor that is not there, or has another shape.
+    """
+    if len(shape) > 2 and EXPERTS in name and name not in checkpoint.named:
+        names = [(expert_name(name, expert), shape[1:]) for expert in range(shape[0])]
+    else:
+        names = [(name, shape)]
+    return [_fitting(checkpoint, *one, source, hint) for one in names]
+
+
+def _fitting(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str, hint: str) -> StoredTensor:
     """The checkpoint's tensor of this name and shape."""
-    tensor = checkpoint.tensors.get(name)
+    tensor = checkpoint.named.get(name)
     if tensor is None:
         what = f"this checkpoint has no tensor {name}, which {source} would change"
         raise UserError(what, where=str(checkpoint.path), hint=hint)

@@ -6,7 +6,8 @@ Two comparisons, both in float32 whatever the checkpoint's dtype, so that nothin
    The same function in the same arithmetic, so a wrong scale, a lost module or a damaged file shows, however small the
    adapter's effect and however coarse the dtype.
 2. *written* with *trained*: the base plus the unrounded adapter. The difference is what the dtype costs; this is what is
-   reported, and the dtype's bound on the divergence says when the cost is too high.
+   reported, and the dtype's bound on the divergence says when the cost is too high. Where the base was quantized for training and is
+   not in the checkpoint, the difference is also what quantizing took; then it is reported alone.
 
 One model is in memory at a time. Knows nothing of how the checkpoint was written.
 """
@@ -20,14 +21,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import dequantize_model
 from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.adapted import load_run
+from mlx_sft.convert.dequantize import quantized_modules
 from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.convert.merge import stored_parts
 from mlx_sft.convert.trained import load_trained
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import load_model
+from mlx_sft.model.names import mlx_names
 from mlx_sft.runs import RunFolder
 
 Logits = list[NDArray[np.float32]]
@@ -62,7 +67,7 @@ class Verification:
         max_difference: Largest absolute difference of a logit.
         mean_difference: Mean absolute difference of the logits.
         kl: Divergence of the written model's distribution from the trained one's, mean over positions, in nats.
-        kl_limit: Most that is accepted for the dtype.
+        kl_limit: Most that is accepted for the dtype; None where the base of the checkpoint is not the quantized one that was trained.
         top1_agreement: Share of positions at which both give the same likeliest token.
     """
 
@@ -72,23 +77,50 @@ class Verification:
     max_difference: float
     mean_difference: float
     kl: float
-    kl_limit: float
+    kl_limit: float | None
     top1_agreement: float
 
     def __str__(self) -> str:
         """Two lines for a person."""
+        limit = (
+            f"limit {self.kl_limit:.2g} for {self.dtype}"
+            if self.kl_limit
+            else "from the quantized model that was trained"
+        )
         return (
             f"verified on {self.positions} tokens of {self.rows}: logits differ by at most {self.max_difference:.2g} "
-            f"(mean {self.mean_difference:.2g}),\nKL {self.kl:.2g} nats (limit {self.kl_limit:.2g} for {self.dtype}), "
-            f"same top token at {self.top1_agreement:.1%}"
+            f"(mean {self.mean_difference:.2g}),\nKL {self.kl:.2g} nats ({limit}), same top token at {self.top1_agreement:.1%}"
         )
 
 
-def verify_export(run: RunFolder, folder: Path, rows: list[list[int]], source: str) -> Verification:
-    """Compare the checkpoint in `folder` with what `run` trained.
+@dataclass(frozen=True, slots=True)
+class Merging:
+    """What was merged into what.
+
+    Attributes:
+        run: The run that was exported.
+        checkpoint: The tensors that were merged into.
+        base: The model whose checkpoint that is; None where it is the run's own.
+        dequantized: Whether each weight that was quantized for training is written as the numbers that it stood for.
+    """
+
+    run: RunFolder
+    checkpoint: Checkpoint
+    base: str | None = None
+    dequantized: bool = False
+
+    @property
+    def of_what_was_trained(self) -> bool:
+        """Whether the checkpoint's base is the one that was trained, to the rounding."""
+        config = TrainConfig.resolve(self.run.config)
+        return self.dequantized or (self.base is None and config.quantize is None)
+
+
+def verify_export(merging: Merging, folder: Path, rows: list[list[int]], source: str) -> Verification:
+    """Compare the checkpoint in `folder` with what a run trained.
 
     Args:
-        run: The run that was exported.
+        merging: What was written into the folder.
         folder: The written checkpoint.
         rows: Token ids; of at most 4 rows the last 32 tokens are used.
         source: Where the rows are from, for the report.
@@ -98,15 +130,16 @@ def verify_export(run: RunFolder, folder: Path, rows: list[list[int]], source: s
     """
     rows = [row[-MOST_TOKENS:] for row in rows[:MOST_ROWS]]
     written = _logits(load_model(str(folder), "float32").model, rows)
-    intended, dtype = _intended_logits(run, rows)
+    intended, dtype = _intended_logits(merging, rows)
     _check_match(written, intended)
     del intended
-    trained = _logits(load_run(run.path, dtype="float32").model, rows)
-    result = _compare(trained, written, dtype, source)
-    if not result.kl <= result.kl_limit:
+    trained = _logits(load_run(merging.run.path, dtype="float32").model, rows)
+    limit = KL_LIMITS[dtype] if merging.of_what_was_trained else None
+    result = _compare(trained, written, dtype, limit, source)
+    if limit is not None and not result.kl <= limit:
         raise UserError(
             f"the exported model is not the trained one: a divergence of {result.kl:.2g} nats a token, "
-            f"where {result.kl_limit:.2g} is the limit for {dtype}; nothing was written",
+            f"where {limit:.2g} is the limit for {dtype}; nothing was written",
             hint="the checkpoint's dtype is too coarse for this model: export `--format peft`, "
             "or train from a float32 checkpoint",
         )
@@ -118,22 +151,30 @@ def _logits(model: nn.Module, rows: list[list[int]]) -> Logits:
     return [np.array(model(mx.array([row]))[0].astype(mx.float32)) for row in rows]
 
 
-def _intended_logits(run: RunFolder, rows: list[list[int]]) -> tuple[Logits, str]:
-    """Logits of the base with its trained weights in place, and the coarsest dtype that these were rounded to."""
-    config = TrainConfig.resolve(run.config)
-    loaded = load_model(config.model, "float32")
-    stored = Checkpoint.open(loaded.path).tensors
-    method, parameters = load_trained(run, config.method)
-    weights = dict(tree_flatten(loaded.model.parameters()))
+def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, str]:
+    """Logits of the base with its changed weights in place, and the coarsest dtype that these were rounded to."""
+    config = TrainConfig.resolve(merging.run.config)
+    quantized: list[str] = []
+    if merging.dequantized:
+        model = load_run(merging.run.path, base=True, dtype="float32").model
+        quantized = [name for name, _ in quantized_modules(model)]
+        model = dequantize_model(model)
+    else:
+        model = load_model(merging.base or config.model, "float32").model
+    method, parameters = load_trained(merging.run, config.method)
+    weights = dict(tree_flatten(model.parameters()))
+    paths = mlx_names(weights)
+    changed = method.changed_shapes(parameters)
     dtypes = set()
-    for name in method.changed_shapes(parameters):
-        dtype = stored[name].dtype
+    for name in dict.fromkeys([*changed, *(f"{module}.weight" for module in quantized)]):
+        weight = weights.pop(paths[name])
+        dtype = stored_parts(merging.checkpoint, name, weight.shape, "the run")[0].dtype  # that of every expert
         dtypes.add(dtype)
-        changed = method.changed_weight(name, weights.pop(name), parameters)
-        rounded = changed.astype(_MLX_DTYPES[dtype]).astype(mx.float32)
+        weight = method.changed_weight(name, weight, parameters) if name in changed else weight
+        rounded = weight.astype(_MLX_DTYPES[dtype]).astype(mx.float32)
         mx.eval(rounded)  # at once, so that the weight before it is let go
-        loaded.model.update(tree_unflatten([(name, rounded)]))
-    return _logits(loaded.model, rows), max(dtypes, key=KL_LIMITS.__getitem__)
+        model.update(tree_unflatten([(paths[name], rounded)]))
+    return _logits(model, rows), max(dtypes, key=KL_LIMITS.__getitem__)
 
 
 def _check_match(written: Logits, intended: Logits) -> None:
@@ -148,7 +189,7 @@ def _check_match(written: Logits, intended: Logits) -> None:
         )
 
 
-def _compare(trained: Logits, written: Logits, dtype: str, source: str) -> Verification:
+def _compare(trained: Logits, written: Logits, dtype: str, limit: float | None, source: str) -> Verification:
     largest, total, divergence, agreeing, count = 0.0, 0.0, 0.0, 0, 0
     for reference, other in zip(trained, written, strict=True):
         difference = np.abs(reference - other)
@@ -164,7 +205,7 @@ def _compare(trained: Logits, written: Logits, dtype: str, source: str) -> Verif
         max_difference=largest,
         mean_difference=total / count,
         kl=divergence / count,
-        kl_limit=KL_LIMITS[dtype],
+        kl_limit=limit,
         top1_agreement=agreeing / count,
     )
 

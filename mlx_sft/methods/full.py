@@ -13,15 +13,16 @@ from mlx.utils import tree_unflatten
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.model.head import floating_weights
+from mlx_sft.model.names import transformers_name
 
 
 class Full:
-    """The method `full`. Parameters: every floating weight under its MLX name, such as `model.norm.weight`."""
+    """The method `full`. Parameters: every floating weight under its name in transformers, such as `model.norm.weight`."""
 
     name: ClassVar = "full"
 
     def __init__(self) -> None:
-        self._dtypes: dict[str, mx.Dtype] = {}
+        self._places: dict[str, tuple[str, mx.Dtype]] = {}
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Full:
@@ -31,12 +32,12 @@ class Full:
         """Return float32 masters of the weights; nothing here is random."""
         model.unfreeze()
         weights = floating_weights(model)
-        self._dtypes = {name: weight.dtype for name, weight in weights.items()}
-        return {name: weight.astype(mx.float32) for name, weight in weights.items()}
+        self._places = {transformers_name(path): (path, weight.dtype) for path, weight in weights.items()}
+        return {transformers_name(path): weight.astype(mx.float32) for path, weight in weights.items()}
 
     def bind(self, model: nn.Module, parameters: dict[str, mx.array], key: mx.array | None = None) -> None:
-        cast = [(name, value.astype(self._dtypes[name])) for name, value in parameters.items()]
-        model.update(tree_unflatten(cast))
+        places = [(*self._places[name], value) for name, value in parameters.items()]
+        model.update(tree_unflatten([(path, value.astype(dtype)) for path, dtype, value in places]))
 
     def decayed(self, name: str) -> bool:
         """As transformers' Trainer: weight decay for matrices, not for norms and biases."""

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.model.blocks import Block
+from mlx_sft.model.linears import weight_shape
 from mlx_sft.operations.attention import causal_attention
 from mlx_sft.operations.gated import silu_product
 
@@ -46,8 +47,7 @@ def _same(block: Block, core: Core, arguments: tuple[Any, ...]) -> bool:
 
 
 def _width(product: Any) -> int:
-    weight: mx.array = getattr(product, "linear", product).weight
-    return weight.shape[0]
+    return weight_shape(getattr(product, "linear", product))[0]
 
 
 def _gated(projected: list[mx.array], x: mx.array) -> mx.array:

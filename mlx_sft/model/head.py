@@ -17,6 +17,9 @@ from mlx.utils import tree_flatten
 
 _BODY_NAMES = ("model", "transformer", "backbone")
 
+_NESTED = "language_model"
+"""What a model that can do more calls its language model."""
+
 
 class _StandIn:
     """Stands where the body stood: answers any call with the given hidden states, anything else as the body does."""
@@ -43,6 +46,8 @@ class SplitModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        # Where it is nested, the whole has a property for the body, which nothing can stand in for.
+        self._owner: nn.Module = model.get(_NESTED, model)
         self.body_name = next((name for name in _BODY_NAMES if self._is_body(name)), None)
         if self.body_name is not None and not self._holds_on_probe():
             self.body_name = None
@@ -50,18 +55,18 @@ class SplitModel:
     @property
     def layers(self) -> list[nn.Module]:
         """The repeated layers, as the list that the model itself goes through."""
-        owner = self.model if self.body_name is None else getattr(self.model, self.body_name)
+        owner = self._owner if self.body_name is None else self._body
         layers: list[nn.Module] = owner.layers
         return layers
 
     @property
     def layers_prefix(self) -> str:
-        """What the names of the layers' parameters begin with, such as `model.layers.`."""
+        """What the names of the layers' parameters begin with in transformers, such as `model.layers.`."""
         return f"{self.body_name}.layers." if self.body_name else ""
 
     def hidden_states(self, token_ids: mx.array) -> mx.array:
         """[rows, width] → [rows, width, hidden]."""
-        body = self.model if self.body_name is None else getattr(self.model, self.body_name)
+        body = self.model if self.body_name is None else self._body
         states: mx.array = body(token_ids)
         return states
 
@@ -70,17 +75,21 @@ class SplitModel:
         if self.body_name is None:
             return hidden_states
         states = hidden_states[None]
-        stand_in = _StandIn(getattr(self.model, self.body_name), states)
         # An instance attribute comes before a Module's children, which live in its dictionary.
-        object.__setattr__(self.model, self.body_name, stand_in)
+        object.__setattr__(self._owner, self.body_name, _StandIn(self._body, states))
         try:
-            logits: mx.array = self.model(mx.zeros(states.shape[:2], mx.int32))
+            logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
         finally:
-            object.__delattr__(self.model, self.body_name)
+            object.__delattr__(self._owner, self.body_name)
         return logits[0]
 
+    @property
+    def _body(self) -> nn.Module:
+        body: nn.Module = self._owner[self.body_name]
+        return body
+
     def _is_body(self, name: str) -> bool:
-        body = getattr(self.model, name, None)
+        body = self._owner.get(name)
         return isinstance(body, nn.Module) and isinstance(getattr(body, "layers", None), list)
 
     def _holds_on_probe(self) -> bool:

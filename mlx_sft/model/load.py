@@ -19,6 +19,9 @@ from mlx_lm import utils as mlx_lm_utils
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.model.quantize import quantize as quantize_model
+from mlx_sft.model.quantize import stored_quantization
+from mlx_sft.model.rope import settle_ropes
 from mlx_sft.model.translate import read_config, translate_config
 from mlx_sft.model.weights import INDEX, SINGLE, check_weights, weight_files
 from mlx_sft.runs import user_path
@@ -71,13 +74,20 @@ class LoadedModel:
     config: dict[str, Any]
 
 
-def load_model(name: str, dtype: str = "auto", tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
-    """Load a checkpoint with every weight cast to `dtype`.
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    quantize: str | None = None,
+) -> LoadedModel:
+    """Load a checkpoint with every floating weight cast to `dtype`.
 
     Args:
         name: `tiny`, a checkpoint folder, or a Hub id.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on Metal and CUDA, float32 on the CPU.
         tokenizer: The checkpoint's, where it is loaded already.
+        quantize: A name of `QUANTIZATIONS`: quantize the weights, from this precision, as `mlx_lm.convert` would.
 
     Raises:
         UserError: If the checkpoint is missing, incomplete, or has a setting that nothing would read.
@@ -85,23 +95,42 @@ def load_model(name: str, dtype: str = "auto", tokenizer: PreTrainedTokenizerBas
     path = resolve_checkpoint(name)
     config = read_config(path)
     check_weights(path)
-    quantized = "quantization" in config or "quantization_config" in config
-    if quantized or (path / "hf_quant_config.json").is_file():  # NVIDIA's way to say it
-        raise UserError(
-            "this checkpoint is quantized, which cannot be trained yet",
-            where=str(path),
-            hint="give the original checkpoint in bfloat16, float16 or float32",
-        )
-    target = getattr(mx, resolve_dtype(dtype))
+    refuse_other_forms(path, config, quantize)
     settings = translate_config(path)
     trusted = may_run_code_of(path)
     with blamed_on(path, "cannot load this checkpoint", "if it should be whole, copy or download it again"):
         model, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=settings, trust_remote_code=trusted)
-        model.update(tree_map(lambda p: _cast(p, target), model.parameters()))
+        settle_ropes(model, settings)
+        cast(model, dtype)
+        if quantize is not None:
+            quantize_model(model, quantize)
         mx.eval(model.parameters())
         model(mx.zeros((1, 2), mx.int32))  # whose result is never computed: that it can be is enough
     model.freeze()
     return LoadedModel(model, tokenizer or load_tokenizer(path), path, name, config)
+
+
+def cast(model: nn.Module, dtype: str) -> None:
+    """Give every floating weight this precision; of a quantized one, its scales."""
+    target = getattr(mx, resolve_dtype(dtype))
+    model.update(tree_map(lambda p: p.astype(target) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
+
+
+def refuse_other_forms(path: Path, config: dict[str, Any], quantize: str | None) -> dict[str, Any] | None:
+    """How the checkpoint is quantized, where it is; raises `UserError` for forms that are not MLX's, and for twice."""
+    where = str(path)
+    if (path / "hf_quant_config.json").is_file():  # NVIDIA's way to say it
+        config = config | {"quantization_config": {"quant_method": "modelopt"}}
+    stored = stored_quantization(config, where)
+    if stored is not None and quantize is not None:
+        what = f"this checkpoint is quantized already, to {stored['bits']} bits"
+        raise UserError(what, where=where, hint="leave --quantize out", exit_code=USAGE)
+    return stored
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a checkpoint folder holds weights that are quantized in MLX's form; raises `UserError` for other forms."""
+    return refuse_other_forms(path, read_config(path), None) is not None
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -237,8 +266,3 @@ def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:
 
 def _has_tokenizer(path: Path) -> bool:
     return any(file.is_file() for pattern in _TOKENIZER_FILES for file in path.glob(pattern))
-
-
-def _cast(parameter: mx.array, dtype: mx.Dtype) -> mx.array:
-    floating = mx.issubdtype(parameter.dtype, mx.floating)
-    return parameter.astype(dtype) if floating else parameter

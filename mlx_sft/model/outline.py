@@ -12,7 +12,11 @@ import mlx.nn as nn
 
 from mlx_sft.errors import blamed_on
 from mlx_sft.model.head import SplitModel
-from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, translate_config
+from mlx_sft.model.load import refuse_other_forms
+from mlx_sft.model.quantize import quantize as quantize_model
+from mlx_sft.model.quantize import quantize_as_stored
+from mlx_sft.model.rope import settle_ropes
+from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config
 
 
 class _Unproved(SplitModel):
@@ -22,20 +26,27 @@ class _Unproved(SplitModel):
         return True
 
 
-def outline(path: Path, dtype: str) -> SplitModel:
+def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     """The model of a checkpoint folder as training splits it, frozen, every weight an array that stands for its shape.
 
     Args:
         dtype: As which the weights would be loaded.
+        quantize: As which they would be quantized, as for `load_model`.
 
     Raises:
         UserError: For a configuration that cannot be trained.
     """
+    stored = refuse_other_forms(path, read_config(path), quantize)
     settings = translate_config(path)
     family = family_code(settings, path)
     with blamed_on(path / "config.json", "no model can be made of it", DOWNLOAD_AGAIN):
         model: nn.Module = family.Model(family.ModelArgs.from_dict(settings))
+        settle_ropes(model, settings)
     target: mx.Dtype = getattr(mx, dtype)
     model.apply(lambda weight: mx.ones(weight.shape, target) if mx.issubdtype(weight.dtype, mx.floating) else weight)
+    if stored is not None:
+        quantize_as_stored(model, stored)
+    elif quantize is not None:
+        quantize_model(model, quantize)
     model.freeze()
     return _Unproved(model)

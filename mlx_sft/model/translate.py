@@ -10,7 +10,8 @@ import importlib
 import importlib.util
 import inspect
 import re
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +20,23 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.mappings import read_json
+from mlx_sft.model.rope import translate_rope
+from mlx_sft.model.windows import layer_pattern, same_windows
 from mlx_sft.trust import may_run_code_of, model_code
-
-_ROPE_SETTINGS = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-    },
-    "longrope": {"original_max_position_embeddings", "long_factor"},
-}
-"""Per RoPE type, the settings that mlx-lm's `initialize_rope` reads. It takes `long_factor` for short rows, too."""
 
 DOWNLOAD_AGAIN = "copy or download the checkpoint again"
 
 _MOST_LAYERS = 1000
 """Several times as many as any model has; a number without end would be made layer by layer."""
+
+_NESTED = "text_config"
+"""Where a model that can do more keeps the settings of its language model."""
+
+_TEXT_ARGUMENTS = "TextModelArgs"
+"""What mlx-lm's code of such a family calls what it reads of them."""
+
+_SAME_AS = {"block_dim": "hidden_size", "num_experts": "num_local_experts"}
+"""Settings that mlx-lm's code asks for and transformers 5 does not write, because others say the same."""
 
 _ARITHMETIC = (
     "attention_bias",
@@ -67,6 +57,23 @@ _ARITHMETIC = (
 """Settings that change what a model computes; one that differs from its family's default must be read by someone."""
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What a checkpoint says of its language model, and what is read of it.
+
+    Attributes:
+        whole: `config.json` with what transformers fills in.
+        text: The language model's: a part of it where the model can do more, else all of it.
+        defaults: Those of its family in transformers; none where it does not know it.
+        fields: What mlx-lm's code for it reads, with the defaults.
+    """
+
+    whole: dict[str, Any]
+    text: dict[str, Any]
+    defaults: dict[str, Any]
+    fields: dict[str, Any]
+
+
 def translate_config(path: Path) -> dict[str, Any]:
     """The settings of `config.json`, whichever transformers wrote it, in the form that the family's code in mlx-lm reads.
 
@@ -75,39 +82,45 @@ def translate_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: If a setting that changes the arithmetic is one that the family's code does not read.
     """
-    settings, defaults = _settings_and_defaults(path)
-    fields = _fields_read(settings, path)
-    if isinstance(settings.get("text_config"), dict):
-        raise UserError(
-            f"the settings of {settings['model_type']}'s language model are nested in text_config, which is not read yet",
-            where=str(path / "config.json"),
-            hint="give the text-only checkpoint of this family",
-        )
-    settings = settings | _translate_rope(settings, fields, path)
+    known = _settings(path)
+    text, fields = known.text, known.fields
+    unread = partial(_unread, path)
+    pattern = layer_pattern(text, fields)
+    if "full_attention_interval" in fields and text.get("layer_types") and not pattern:
+        raise unread("layer_types", text["layer_types"])
+    translated = text | translate_rope(text, fields, unread) | pattern
+    for name, other in _SAME_AS.items():
+        if name in fields and name not in text and other in text:
+            translated[name] = text[other]
     for name in _ARITHMETIC:
-        value = settings.get(name)
-        if value is not None and name not in fields and value != defaults.get(name, value):
-            raise _unread(name, value, path)
-    return settings
+        value = translated.get(name)
+        if value is not None and name not in fields and value != known.defaults.get(name, value):
+            raise unread(name, value)
+    if known.text is not known.whole:
+        translated = known.whole | {"text_config": translated}
+    return translated | {"model_type": _family(known.whole["model_type"])}
 
 
 def exact_length(path: Path) -> int | None:
     """The longest row, in tokens, for which mlx-lm's code computes what the checkpoint says; None for no limit.
 
     mlx-lm runs the sliding windows of several families (Mistral, Phi 3, Gemma 2, Starcoder 2) as full attention, which is
-    the same up to the window. Dynamic RoPE beyond the model's length goes by the width of the padded row, so that the
-    result would depend on the row's neighbours.
+    the same up to the window. Dynamic RoPE and LongRoPE beyond the length that the model was first trained with go by the width of
+    the padded row, so that the result would depend on the row's neighbours.
     """
-    settings, defaults = _settings_and_defaults(path)
+    known = _settings(path)
+    settings = known.text
     limits = []
     window = settings.get("sliding_window")
-    if window and settings.get("use_sliding_window", True):
-        meant = _windowed_layers_meant(settings, defaults)
-        if meant != _windowed_layers_computed(settings, _fields_read(settings, path)):
-            limits.append(int(window))
+    if window and settings.get("use_sliding_window", True) and not same_windows(settings, known.defaults, known.fields):
+        limits.append(int(window))
     rope = dict(settings.get("rope_scaling") or {}) | dict(settings.get("rope_parameters") or {})
-    if "dynamic" in (rope.get("rope_type"), rope.get("type")) and settings.get("max_position_embeddings"):
+    kinds = (rope.get("rope_type"), rope.get("type"))
+    if "dynamic" in kinds and settings.get("max_position_embeddings"):
         limits.append(int(settings["max_position_embeddings"]))
+    if "longrope" in kinds:
+        original = rope.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
+        limits.append(int(original or settings["max_position_embeddings"]))
     return min(limits, default=None)
 
 
@@ -128,8 +141,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _settings_and_defaults(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`config.json` with what transformers fills in, and the defaults of its family; none where it does not know it."""
+def _settings(path: Path) -> _Settings:
     raw = read_config(path)
     with blamed_on(path / "config.json", "transformers does not take it", DOWNLOAD_AGAIN):
         try:
@@ -137,72 +149,23 @@ def _settings_and_defaults(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         except (ValueError, OSError):
             if raw["model_type"] in CONFIG_MAPPING:
                 raise
-            return raw, {}  # a family that it does not know
-        # transformers may take it for another family; mlx-lm goes by the type that the file names.
-        filled = {k: v for k, v in full.to_dict().items() if v is not None} | {"model_type": raw["model_type"]}
-        return raw | filled, type(full)().to_dict()
+            whole, defaults = raw, {}  # a family that it does not know
+        else:
+            # transformers may take it for another family; mlx-lm goes by the type that the file names.
+            filled = _given(full.to_dict())
+            if _NESTED not in raw:
+                filled.pop(_NESTED, None)  # of a text alone, written under the name of the whole
+            whole = raw | filled | {"model_type": raw["model_type"]}
+            defaults = type(full)().to_dict()
+    text = whole.get(_NESTED)
+    if not isinstance(text, dict):
+        return _Settings(whole, whole, defaults, _fields_read(whole, path))
+    text = dict(raw.get(_NESTED) or {}) | _given(text)
+    return _Settings(whole, text, dict(defaults.get(_NESTED) or {}), _fields_read(whole, path))
 
 
-def _windowed_layers_meant(settings: dict[str, Any], defaults: dict[str, Any]) -> list[bool]:
-    """Which layers of the checkpoint have the sliding window: those that it names, where its family has types of layers."""
-    layers = settings["num_hidden_layers"]
-    if defaults and "sliding_window" not in defaults:  # transformers would not read it
-        return [False] * layers
-    if not defaults or "layer_types" in defaults:
-        types = settings.get("layer_types") or ["sliding_attention"] * layers
-        return [kind == "sliding_attention" for kind in types]
-    return [True] * layers
-
-
-def _windowed_layers_computed(settings: dict[str, Any], fields: dict[str, Any]) -> list[bool] | None:
-    """Which layers have it in mlx-lm's code; None where the code goes by something else than is known here."""
-    layers = settings["num_hidden_layers"]
-    if "sliding_window" not in fields:
-        return [False] * layers
-    if "layer_types" in fields:
-        types = settings.get("layer_types") or ["full_attention"] * layers
-        return [kind == "sliding_attention" for kind in types]
-    pattern = settings.get("sliding_window_pattern", fields.get("sliding_window_pattern"))
-    if isinstance(pattern, str):
-        return [pattern[layer % len(pattern)] == "L" for layer in range(layers)]
-    if isinstance(pattern, int):
-        return [(layer + 1) % pattern != 0 for layer in range(layers)]
-    return None
-
-
-def _translate_rope(settings: dict[str, Any], fields: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` (transformers 4) from either form, with every setting known to be read."""
-    rope = dict(settings.get("rope_scaling") or {}) | dict(settings.get("rope_parameters") or {})
-    if any(isinstance(value, dict) for value in rope.values()):  # a set for each type of layer
-        if "rope_parameters" in fields:
-            return {}
-        raise _unread("rope_parameters", rope, path)
-    theta = rope.pop("rope_theta", settings.get("rope_theta"))
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    partial = rope.pop("partial_rotary_factor", settings.get("partial_rotary_factor"))
-    if theta is not None and not fields.keys() & {"rope_theta", "rope_parameters"}:
-        raise _unread("rope_theta", theta, path)
-    if partial not in (None, 1.0) and "partial_rotary_factor" not in fields:
-        raise _unread("partial_rotary_factor", partial, path)
-    for name, value in rope.items():
-        if value is not None and name not in _ROPE_SETTINGS.get(kind, ()):
-            raise _unread(f"{name} (of RoPE type {kind})", value, path)
-    if kind == "yarn":
-        for name, other in (("mscale", "mscale_all_dim"), ("mscale_all_dim", "mscale")):
-            if rope.get(name) and not rope.get(other):  # transformers goes by both or neither
-                raise _unread(f"{name} without {other}", rope[name], path)
-        rope.setdefault("original_max_position_embeddings", settings["max_position_embeddings"])
-    scaling = None if kind == "default" else {"type": kind, "rope_type": kind} | rope
-    if scaling and not fields.keys() & {"rope_scaling", "rope_parameters"}:
-        raise _unread("rope_scaling", scaling, path)
-    parameters = (scaling or {"type": "default", "rope_type": "default"}) | {"rope_theta": theta}
-    translated: dict[str, Any] = {"rope_scaling": scaling, "rope_parameters": parameters}
-    if theta is not None:
-        translated["rope_theta"] = theta
-    if partial is not None:
-        translated["partial_rotary_factor"] = partial
-    return translated
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def family_code(settings: dict[str, Any], path: Path) -> Any:
@@ -213,11 +176,8 @@ def family_code(settings: dict[str, Any], path: Path) -> Any:
     """
     if model_code(path, settings):
         return _own_code(path / settings["model_file"])
-    kind = mlx_lm_utils.MODEL_REMAPPING.get(settings["model_type"], settings["model_type"])
-    try:
-        family = importlib.import_module(f"mlx_lm.models.{kind}") if re.fullmatch(r"\w[\w-]*", kind) else None
-    except ImportError:
-        family = None
+    kind = _family(settings["model_type"])
+    family = _module(mlx_lm_utils.MODEL_REMAPPING.get(kind, kind))
     if not hasattr(family, "Model") or not hasattr(family, "ModelArgs"):
         hint = "mlx-lm defines the models that can be trained; a newer mlx-lm may know this one"
         raise UserError(f"mlx-lm has no model of type {kind}", where=str(path), hint=hint)
@@ -234,13 +194,37 @@ def _own_code(file: Path) -> Any:
     return module
 
 
+def _family(kind: str) -> str:
+    """The type by which mlx-lm knows a family: `qwen3_5_text` is the text alone of `qwen3_5`, and has no code of its own there."""
+    whole = kind.removesuffix("_text")
+    return whole if _module(kind) is None and hasattr(_module(whole), _TEXT_ARGUMENTS) else kind
+
+
+@cache
+def _module(kind: str) -> Any:
+    try:
+        return importlib.import_module(f"mlx_lm.models.{kind}") if re.fullmatch(r"\w[\w-]*", kind) else None
+    except ImportError:
+        return None
+
+
 def _fields_read(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings that the family's code reads, and their defaults."""
-    arguments = inspect.signature(family_code(settings, path).ModelArgs).parameters
-    return {name: field.default for name, field in arguments.items()}
+    """The settings of the language model that the family's code reads, and their defaults."""
+    family = family_code(settings, path)
+    arguments = getattr(family, _TEXT_ARGUMENTS, family.ModelArgs)
+    if arguments is family.ModelArgs and isinstance(settings.get(_NESTED), dict):
+        inner = _module(str(settings[_NESTED].get("model_type")))
+        if not hasattr(inner, "ModelArgs"):
+            raise UserError(
+                f"the settings of {settings['model_type']}'s language model are nested in {_NESTED}, which is not read yet",
+                where=str(path / "config.json"),
+                hint="give the text-only checkpoint of this family",
+            )
+        arguments = inner.ModelArgs
+    return {name: field.default for name, field in inspect.signature(arguments).parameters.items()}
 
 
-def _unread(name: str, value: Any, path: Path) -> UserError:
+def _unread(path: Path, name: str, value: Any) -> UserError:
     return UserError(
         f"mlx-lm's code for this family does not read {name} = {value!r}; the model would be another one",
         where=str(path / "config.json"),

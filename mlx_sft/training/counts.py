@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_sft.model.blocks import Block, find_blocks, is_linear
 from mlx_sft.model.fast import fast_core
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.linears import weight_shape
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool) -> LayerCoun
     # A norm keeps its input, and where it is made of several operations, a multiple of it; its result too where its own weight is trained.
     widths = {id(norm): int(norm.weight.shape[-1]) for norm in norms}
     light = sum(widths[id(norm)] * ((1 if fused else 2) + (1 if _trains(norm) else 0)) for norm in norms)
-    light += sum(product.lora_A.shape[0] for product in products if "lora_A" in product)
+    light += sum(product.lora_A.shape[-2] for product in products if "lora_A" in product)
     off, scores, attended = light, 0, 0
     inside: set[int] = set()
     for block in blocks.values():
@@ -98,7 +99,7 @@ def _products(module: nn.Module) -> Iterator[Any]:
     """The modules inside that multiply with weights, those with an adapter beside them as one."""
     for child in module.children().values():
         for part in child if isinstance(child, list) else [child]:
-            if is_linear(part) or getattr(getattr(part, "weight", None), "ndim", 0) == 3:
+            if is_linear(part) or getattr(getattr(getattr(part, "linear", part), "weight", None), "ndim", 0) == 3:
                 yield part
             elif isinstance(part, nn.Module):
                 yield from _products(part)
@@ -106,8 +107,7 @@ def _products(module: nn.Module) -> Iterator[Any]:
 
 def _widths(product: Any) -> tuple[int, int]:
     """In and out; of several experts' matrices, those that one token goes through are taken for one."""
-    weight: mx.array = getattr(product, "linear", product).weight
-    outputs, inputs = weight.shape[-2:]
+    outputs, inputs = weight_shape(getattr(product, "linear", product))[-2:]
     return inputs, outputs
 
 

@@ -142,7 +142,7 @@ def within(machine: Machine, config: TrainConfig) -> Machine:
 
 def refuse_too_large(config: TrainConfig, path: Path, machine: Machine) -> None:
     """Raise `UserError` where the weights alone would not fit, before any of them is read."""
-    split = outline(path, resolve_dtype(config.dtype))
+    split = outline(path, resolve_dtype(config.dtype), config.quantize)
     weights = weight_bytes(split)
     if weights > machine.memory:
         raise UserError(

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.names import transformers_name
 from mlx_sft.training.counts import LayerCounts, count_layers
 from mlx_sft.training.loss import chunk_rows, even_chunk
 from mlx_sft.training.recompute import Mode
@@ -129,7 +130,8 @@ class Footprint:
             fused: Whether the device computes attention and norms in one piece, as GPUs do.
             accumulates: Whether a step may have several micro-batches.
         """
-        held: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
+        weights: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
+        held = {transformers_name(path): weight for path, weight in weights.items()}
         # Parameters of the model's own precision are not there twice.
         shared = sum(held[name].nbytes for name in parameters if name in held and held[name].dtype == mx.float32)
         layers = count_layers(split, fused=fused)

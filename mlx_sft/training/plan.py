@@ -205,7 +205,8 @@ def _with_adapter(config: TrainConfig) -> TrainConfig:
     if config.init_adapter is None:
         return config
     settings, _ = read_adapter(config.init_adapter)
-    return config.model_copy(update={"rank": settings.rank, "target": list(settings.targets)})
+    shape = {"rank": settings.rank, "rank_pattern": dict(settings.rank_pattern), "dora": settings.dora}
+    return config.model_copy(update=shape | {"target": list(settings.targets)})
 
 
 def _data(config: TrainConfig, path: Path, progress: Progress | None) -> PreparedData | None:
@@ -217,7 +218,7 @@ def _data(config: TrainConfig, path: Path, progress: Progress | None) -> Prepare
 
 
 def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
-    split = outline(path, dtype)
+    split = outline(path, dtype, config.quantize)
     parameters = make_method(config).attach(split.model, config.seed)
     vocabulary = vocabulary_size(split.model, read_config(path))
     return Footprint.of(split, parameters, vocabulary, fused=fused, accumulates=config.batch_size > 1)

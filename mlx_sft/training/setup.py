@@ -26,6 +26,7 @@ from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import LoraSettings, Method, Parameters, make_method
 from mlx_sft.methods.lora import resolve_targets
+from mlx_sft.model.families import untested_note
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import (
     LoadedModel,
@@ -35,6 +36,7 @@ from mlx_sft.model.load import (
     resolve_dtype,
     vocabulary_size,
 )
+from mlx_sft.model.quantize import weights_by_name
 from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.runs import RunFolder, to_json
 from mlx_sft.training import checkpoint
@@ -125,15 +127,16 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     config, tokenizer, data = _read_data(config, path, console, new=run is None)
     machine = allowed_machine(config)
     refuse_too_large(config, path, machine)
-    base = load_model(config.model, config.dtype, tokenizer)
+    base = load_model(config.model, config.dtype, tokenizer, quantize=config.quantize)
+    if note := untested_note(base.config):
+        console.note(note)
     vocabulary = vocabulary_size(base.model, base.config)
     for part in (data.train, data.valid):
         check_vocabulary(part, vocabulary)
         _refuse_inexact_length(part, path)
     split = SplitModel(base.model)
     begun = run is not None and bool(run.checkpoint_steps())
-    config, method, parameters = _attach(config, base, begun=begun)
-    check_exportable(path, method, parameters)
+    config, method, parameters = _attach_exportable(config, base, begun=begun)
     _refuse_dropout_outside_layers(config, split, parameters)
     learner = Learner(split, method, vocabulary, recompute=asked_for(config)[0])
     fit = fit_to_machine(
@@ -189,6 +192,16 @@ def _read_data(
     return config, tokenizer, data
 
 
+def _attach_exportable(
+    config: TrainConfig, base: LoadedModel, *, begun: bool
+) -> tuple[TrainConfig, Method, Parameters]:
+    """As `_attach`, once it is sure that what will be trained can be merged into the checkpoint."""
+    weights = weights_by_name(base.model)
+    config, method, parameters = _attach(config, base, begun=begun)
+    check_exportable(base.path, method, parameters, weights)
+    return config, method, parameters
+
+
 def _attach(config: TrainConfig, base: LoadedModel, *, begun: bool) -> tuple[TrainConfig, Method, Parameters]:
     """The method and its parameters at the start; an initial adapter decides over its own shape.
 
@@ -203,6 +216,9 @@ def _attach(config: TrainConfig, base: LoadedModel, *, begun: bool) -> tuple[Tra
         "rank": settings.rank,
         "alpha": settings.alpha,
         "rslora": settings.rslora,
+        "dora": settings.dora,
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": dict(settings.alpha_pattern),
         "target": list(settings.targets),
     }
     wanted = LoraSettings.from_config(config).targets

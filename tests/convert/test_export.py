@@ -118,7 +118,7 @@ def test_a_half_precision_checkpoint_is_merged_in_float32_and_rounded_once(
             assert torch.equal(weight, before[name]), name
             continue
         lora_B = np.array(parameters[name.removesuffix("weight") + "lora_B"], np.float64)
-        exact = before[name].double() + torch.tensor(settings.scale * lora_B @ np.array(lora_A, np.float64))
+        exact = before[name].double() + torch.tensor(settings.scale_of("") * lora_B @ np.array(lora_A, np.float64))
         # Half a unit in the last place, and a little for the float32 sum at a tie.
         unit = torch.finfo(dtype).eps
         assert ((weight.double() - exact).abs() <= (0.5 * unit + 1e-6) * exact.abs() + 1e-7).all(), name

@@ -18,7 +18,7 @@ from mlx_sft.convert.mlx_lm import read_adapter, write_adapter
 from mlx_sft.methods.lora import LoraSettings
 
 
-@pytest.mark.parametrize("changes", [{}, {"target": "qv"}, {"rslora": True, "alpha": 3.0, "rank": 4}])
+@pytest.mark.parametrize("changes", [{}, {"target": "qv"}, {"dora": True}, {"rslora": True, "alpha": 3.0, "rank": 4}])
 @pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2"])
 def test_mlx_lm_computes_what_was_trained(
     settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path, family: str, changes: dict[str, Any]
@@ -67,7 +67,7 @@ def test_what_is_outside_of_the_layers_is_refused(tmp_path: Path) -> None:
     settings = LoraSettings(2, 4.0, 0.0, False, ("lm_head",), "kaiming")
     parameters = {"lm_head.lora_A": mx.zeros((2, 3)), "lm_head.lora_B": mx.zeros((5, 2))}
     with pytest.raises(UserError, match="no place for an adapter on lm_head") as caught:
-        write_adapter(tmp_path, settings, parameters, "base")
+        write_adapter(tmp_path, settings, parameters, "base", {})
     assert "--format peft" in caught.value.hint
 
 
@@ -79,10 +79,21 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
         for name in names
         for half, shape in (("lora_A", (2, 3)), ("lora_B", (5, 2)))
     }
-    write_adapter(tmp_path, settings, parameters, "base")
-    scale, read = read_adapter(tmp_path)
+    write_adapter(tmp_path, settings, parameters, "base", {})
+    scale, read = read_adapter(tmp_path, {})
     assert scale == 1.5
     assert read.keys() == parameters.keys()
     assert all(mx.array_equal(read[name], parameters[name]) for name in read)
     keys = json.loads((tmp_path / "adapter_config.json").read_text())["lora_parameters"]["keys"]
     assert keys == ["mlp.experts.3.up", "mlp.up"]
+
+
+def test_ranks_of_single_modules_are_refused(tmp_path: Path) -> None:
+    settings = LoraSettings(2, 4.0, 0.0, False, ("up", "down"), "kaiming", rank_pattern={"down": 3})
+    parameters = {
+        f"layers.0.{name}.{half}": mx.zeros(shape)
+        for name, rank in (("up", 2), ("down", 3))
+        for half, shape in (("lora_A", (rank, 3)), ("lora_B", (5, rank)))
+    }
+    with pytest.raises(UserError, match="one rank and one scale for all modules"):
+        write_adapter(tmp_path, settings, parameters, "base", {})

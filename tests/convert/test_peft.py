@@ -129,6 +129,19 @@ def test_pefts_model_with_our_adapter_gives_our_logits(
         {"target_modules": "all-linear", "use_rslora": True},
         {"target_modules": r".*\.1\.mlp\.\w+_proj"},
         {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "use_dora": True},
+        {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "use_rslora": True},
+        {
+            "target_modules": ["q_proj", "up_proj", "v_proj"],
+            "rank_pattern": {"up_proj": 5, "layers.1.self_attn.q_proj": 2},
+            "alpha_pattern": {"q_proj": 7},
+        },
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "rank_pattern": {r"model\.layers\.\d\.mlp\..*": 5},
+            "alpha_pattern": {"(q_proj|k_proj)": 7, "layers.0.*": 2},
+            "use_dora": True,
+        },
     ],
 )
 def test_an_adapter_made_by_peft_gives_pefts_logits(
@@ -148,6 +161,8 @@ def test_an_adapter_made_by_peft_gives_pefts_logits(
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.2 * torch.randn_like(parameter)
     adapted.save_pretrained(run.path / "adapter")
 
     ours = mlx_logits(load_run(run.path, dtype="float32").model, token_ids)
@@ -170,9 +185,6 @@ def test_a_bfloat16_adapter_becomes_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("use_dora", True),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("lora_bias", True),
@@ -204,6 +216,13 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, name: str, va
         ("lora_alpha", 10**400),
         ("lora_dropout", 1.0),
         ("use_rslora", "yes"),
+        ("use_dora", 1),
+        ("rank_pattern", [8]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": "8"}),
+        ("alpha_pattern", {"(a+)+b": 8}),
+        ("alpha_pattern", {".*.*.*.*x": 8}),
+        ("alpha_pattern", {"[": 8}),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, name: str, value: object) -> None:
@@ -219,6 +238,7 @@ def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, name: str, value: o
         ({"lora_embedding_A": (2, 8)}, "unknown tensor"),
         ({f"base_model.model.{NAME}.lora_magnitude_vector.weight": (2,)}, "unknown tensor"),
         ({"model.layers.0.self_attn.q_proj.lora_A.weight": (2, 8)}, "unknown tensor"),
+        ({peft_name(f"{NAME}.lora_magnitude_vector"): (6,)}, "is of DoRA, and use_dora is not set"),
         ({peft_name(f"{NAME}.lora_A"): (3, 8)}, r"lora_A.weight is \[3, 8\], and rank 2"),
         ({peft_name(f"{NAME}.lora_B"): (2, 6)}, r"lora_B.weight is \[2, 6\], and rank 2"),
         ({peft_name(f"{NAME}.lora_B"): (12,)}, "and rank 2"),
@@ -292,3 +312,33 @@ def test_an_adapter_that_lacks_a_layer_is_refused(make_base: Callable[..., Path]
     write_adapter(run.path / "adapter", _settings(rank=2, target="q_proj"), parameters, "m")
     with pytest.raises(UserError, match=r"not in it, such as model.layers.1.self_attn.q_proj"):
         load_run(run.path, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("expert", "shape", "message"),
+    [(2, (2, 8), r"experts\.1\.up_proj\.lora_A\.weight is missing"), (1, (2, 9), "matrices of several shapes")],
+)
+def test_experts_must_be_whole(tmp_path: Path, expert: int, shape: tuple[int, ...], message: str) -> None:
+    name = "model.layers.0.mlp.experts.{}.up_proj"
+    parameters = {
+        f"{name.format(number)}.{half}": mx.ones(of)
+        for number, form in ((0, (2, 8)), (expert, shape))
+        for half, of in (("lora_A", form), ("lora_B", (6, 2)))
+    }
+    settings = LoraSettings(2, 4.0, 0.0, False, ("up_proj",), "kaiming")
+    write_adapter(tmp_path, settings, parameters, "m")
+    with pytest.raises(UserError, match=message):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [(None, "vector is missing"), ((5,), r"is \[5\], where lora_B asks for \[6\]")]
+)
+def test_dora_needs_the_norm_of_every_row(tmp_path: Path, shape: tuple[int, ...] | None, message: str) -> None:
+    parameters = {f"{NAME}.lora_A": mx.ones((2, 8)), f"{NAME}.lora_B": mx.ones((6, 2))}
+    if shape is not None:
+        parameters[f"{NAME}.lora_magnitude_vector"] = mx.ones(shape)
+    settings = LoraSettings(2, 4.0, 0.0, False, ("q_proj",), "kaiming", dora=True)
+    write_adapter(tmp_path, settings, parameters, "m")
+    with pytest.raises(UserError, match=message):
+        read_adapter(tmp_path)

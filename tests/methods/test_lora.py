@@ -18,7 +18,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.peft import our_name
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Lora, LoraSettings, make_method
-from mlx_sft.methods.lora import LoraLinear, resolve_targets
+from mlx_sft.methods.lora import LoraLinear, detach, put_back, resolve_targets
 from mlx_sft.model.load import load_model
 
 # PEFT asks a transformers model in a way that transformers has renamed.
@@ -137,10 +137,10 @@ def test_a_seed_decides_the_start_and_no_two_modules_share_it(make_base: Callabl
 def test_the_update_is_scaled(rslora: bool, scale: float) -> None:
     settings = _lora(rank=4, alpha=8.0, rslora=rslora).settings
     linear = nn.Linear(6, 3)
-    module = LoraLinear(linear, settings)
+    module = LoraLinear(linear, 4, settings.scale_of("model.x"), 0.0)
     x, lora_A, lora_B = (mx.random.normal(shape, key=mx.random.key(1)) for shape in ((2, 6), (4, 6), (3, 4)))
     module.lora_A, module.lora_B = lora_A, lora_B
-    assert settings.scale == scale
+    assert settings.scale_of("") == scale
     expected = linear(x) + scale * (x @ lora_A.T) @ lora_B.T
     assert mx.allclose(module(x), expected, rtol=1e-5, atol=1e-5).item()
 
@@ -148,7 +148,7 @@ def test_the_update_is_scaled(rslora: bool, scale: float) -> None:
 def test_the_output_keeps_the_precision_of_the_base() -> None:
     linear = nn.Linear(6, 3)
     linear.set_dtype(mx.bfloat16)
-    module = LoraLinear(linear, _lora(rank=2).settings)
+    module = LoraLinear(linear, 2, 1.0, 0.0)
     assert module(mx.ones((1, 6), mx.bfloat16)).dtype == mx.bfloat16
     assert module.lora_A.dtype == mx.float32
 
@@ -219,3 +219,44 @@ def test_what_it_changes_is_what_its_model_computes_with(model: nn.Module) -> No
         module.linear.weight = changed
     method.bind(model, {name: mx.zeros_like(value) for name, value in parameters.items()})
     assert mx.allclose(model(token_ids), adapted, rtol=1e-5, atol=1e-5).item()
+
+
+def test_single_modules_may_have_a_rank_and_a_scale_of_their_own(model: nn.Module) -> None:
+    method = _lora(
+        rank=4,
+        alpha=8.0,
+        target="all-linear",
+        rank_pattern={"layers.1.mlp.up_proj": 2, "up_proj": 6},
+        alpha_pattern={"q_proj": 1.0},
+    )
+    parameters = method.attach(model, seed=0)
+    ranks = {name: value.shape[0] for name, value in parameters.items() if name.endswith("lora_A")}
+    assert ranks["model.layers.0.mlp.up_proj.lora_A"] == 6
+    assert ranks["model.layers.1.mlp.up_proj.lora_A"] == 2
+    assert ranks["model.layers.1.mlp.down_proj.lora_A"] == 4
+    assert method.modules["model.layers.0.self_attn.q_proj"]._scale == 1 / 4
+    assert method.modules["model.layers.1.mlp.up_proj"]._scale == 8 / 2
+
+
+def test_dora_starts_as_the_base(model: nn.Module) -> None:
+    token_ids = mx.array([[3, 1, 4, 1, 5]])
+    before = model(token_ids)
+    parameters = _lora(rank=2, dora=True, target="all-linear").attach(model, seed=0)
+    assert mx.abs(model(token_ids) - before).max() <= 1e-5 * mx.abs(before).max()
+    norms = parameters["model.layers.0.self_attn.q_proj.lora_magnitude_vector"]
+    weight = model.layers[0].self_attn.q_proj.linear.weight
+    np.testing.assert_allclose(np.array(norms), np.linalg.norm(np.array(weight), axis=1), rtol=1e-5)
+
+
+def test_what_was_taken_off_can_be_put_back(model: nn.Module) -> None:
+    token_ids = mx.array([[3, 1, 4, 1, 5]])
+    before = model(token_ids)
+    method = _lora(rank=2, target="all-linear")
+    parameters = method.attach(model, seed=0)
+    method.bind(model, {name: mx.ones(value.shape) for name, value in parameters.items()})
+    adapted = model(token_ids)
+    taken = detach(model)
+    assert len(taken) == 14
+    assert mx.array_equal(model(token_ids), before)
+    put_back(model, taken)
+    assert mx.array_equal(model(token_ids), adapted)

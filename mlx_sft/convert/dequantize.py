@@ -1,0 +1,133 @@
+"""A base that was trained in quantized form, written as plain numbers: the ones that its quantized weights stand for.
+
+So a merged checkpoint computes exactly what was trained, at the price of what quantizing took from the original. Knows nothing of
+adapters; what it gives are edits, on which theirs can stand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.convert.merge import Edit, LowRankUpdate, stored_parts
+from mlx_sft.errors import UserError
+from mlx_sft.mappings import read_json
+from mlx_sft.model.linears import is_quantized, weight_shape
+from mlx_sft.model.names import expert_name, transformers_name
+from mlx_sft.model.weights import INDEX
+from mlx_sft.runs import to_json
+from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor
+
+_ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """W → the numbers that a quantized matrix stands for; its arrays are [out, ...]."""
+
+    packed: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    settings: dict[str, Any]
+
+    def rows(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32]:
+        packed, scales = self.packed[start:stop], self.scales[start:stop]
+        biases = None if self.biases is None else self.biases[start:stop]
+        numbers: mx.array = mx.dequantize(packed, scales, biases, **self.settings)
+        return np.array(numbers.astype(mx.float32))
+
+
+def dequantized_edits(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Edit]:
+    """For a checkpoint in full precision and the same model quantized: what each quantized tensor becomes, by its name."""
+    edits: dict[str, Edit] = {}
+    for name, module in quantized_modules(model):
+        tensors = stored_parts(checkpoint, f"{name}.weight", weight_shape(module), "the run")
+        for tensor, edit in zip(tensors, _parts(module, len(tensors)), strict=True):
+            edits[tensor.name] = edit
+    return edits
+
+
+def on_top_of(edits: dict[str, Edit], updates: dict[str, Edit]) -> dict[str, Edit]:
+    """The updates of an adapter, made to what the edits give."""
+    return edits | {
+        name: replace(update, base=edits.get(name)) if isinstance(update, LowRankUpdate) else update
+        for name, update in updates.items()
+    }
+
+
+def unpacked(checkpoint: Checkpoint, model: nn.Module) -> tuple[Checkpoint, dict[str, Edit]]:
+    """A checkpoint that mlx-lm quantized, as one of plain tensors under transformers' names, and the edits that fill it.
+
+    Raises:
+        UserError: For a family whose weights mlx-lm turns while it reads them, which cannot be turned back.
+    """
+    if turned := [name for name in checkpoint.tensors if name.endswith("conv1d.weight") or ".conv." in name]:
+        what = f"mlx-lm has turned {turned[0]}, so that this folder cannot be written as a checkpoint of transformers"
+        raise UserError(what, where=str(checkpoint.path), hint="give the original with --base-model")
+    edits: dict[str, Edit] = {}
+    made: dict[str, list[StoredTensor]] = {}
+    for name, module in quantized_modules(model):
+        stored = checkpoint.named[f"{name}.weight"]
+        *experts, out_features, in_features = weight_shape(module)
+        scales = checkpoint.named[f"{name}.scales"].dtype
+        dtype = scales if scales in _ITEMSIZE else "BF16"  # mxfp4 has scales of eight bits
+        shape, size = (out_features, in_features), out_features * in_features * _ITEMSIZE[dtype]
+        for number, edit in enumerate(_parts(module, experts[0] if experts else 1)):
+            part = f"{expert_name(name, number) if experts else name}.weight"
+            tensor = StoredTensor(part, stored.file, dtype, shape, stored.offset, size)
+            made.setdefault(stored.name, []).append(tensor)
+            edits[part] = edit
+    files = tuple(replace(file, tensors=tuple(_plain(file, made))) for file in checkpoint.files)
+    tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+    return Checkpoint(checkpoint.path, files, checkpoint.index, tensors, tensors), edits
+
+
+def say_unpacked(checkpoint: Checkpoint, folder: Path) -> None:
+    """Make a written folder say that its weights are plain numbers: in `config.json`, and in the index of its shards."""
+    config = read_json(folder / "config.json")
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(to_json(config))
+    if checkpoint.index is not None:
+        size = sum(tensor.size for tensor in checkpoint.tensors.values())
+        weight_map = {name: tensor.file.name for name, tensor in sorted(checkpoint.tensors.items())}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module with a quantized weight, by its name in transformers."""
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            yield transformers_name(path), module
+
+
+def _parts(module: Any, count: int) -> list[Dequantized]:
+    """Of a stack of experts one each, where there are so many tensors for it."""
+    settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+    packed, scales, biases = module.weight, module.scales, module.get("biases")
+    if count == 1:
+        return [Dequantized(packed, scales, biases, settings)]
+    return [
+        Dequantized(packed[expert], scales[expert], None if biases is None else biases[expert], settings)
+        for expert in range(count)
+    ]
+
+
+def _plain(file: SafetensorsFile, made: dict[str, list[StoredTensor]]) -> Iterator[StoredTensor]:
+    packed = {name.removesuffix(".weight") for name in made}
+    for tensor in file.tensors:
+        module, _, part = tensor.name.rpartition(".")
+        if tensor.name in made:
+            yield from made[tensor.name]
+        elif not (module in packed and part in ("scales", "biases")):
+            yield replace(tensor, name=transformers_name(tensor.name))

@@ -1,0 +1,136 @@
+"""A model as a folder that mlx-lm opens, quantized or not. Knows nothing of training; what quantizing takes, it tells.
+
+`config.json` says each setting in the form that mlx-lm reads, and in transformers'.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.utils import save_config, save_model
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.convert.hf import Checkpoint, copy_side_files
+from mlx_sft.convert.merge import stored_parts
+from mlx_sft.convert.trained import load_trained
+from mlx_sft.convert.verify import Merging
+from mlx_sft.disk import refuse_full_disk
+from mlx_sft.errors import UserError
+from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
+from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip
+from mlx_sft.model.translate import read_config, translate_config
+from mlx_sft.runs import write_folder
+from mlx_sft.safetensors_file import read_float32
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+LOST_LIMIT = 1.0
+"""Where quantizing moves a weight by more than training did, what training did to it is no longer told from noise."""
+
+
+def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: str | None = None) -> Path:
+    """Write a model as a folder for mlx-lm.
+
+    Args:
+        model: As for `load_model`.
+        to: The folder to write; it appears when it is whole.
+        quantize: A name of `QUANTIZATIONS`.
+        dtype: Of the weights, or of the scales of quantized ones; without one, the checkpoint's.
+
+    Raises:
+        UserError: If the model cannot be loaded, or the folder cannot be.
+    """
+    target = Path(to).expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError("this folder already holds something", where=str(to), hint="give another --to")
+    path = resolve_checkpoint(model)
+    needed = Checkpoint.open(path).size()
+    refuse_full_disk(target, needed, "this folder", "remove what is not needed, or give --to on another disk")
+    with write_folder(target, needed) as temporary:
+        _write(load_model(model, dtype or stored_dtype(path)), temporary, quantize)
+    return target
+
+
+def to_mlx(folder: Path, merging: Merging, quantization: str | None) -> dict[str, float]:
+    """Turn a merged checkpoint into a folder for mlx-lm, in its place.
+
+    Returns:
+        Where it is quantized, for each weight that training changed: the norm of what quantizing moved it by, beside that of what
+        training did. Both are compared with the base as quantized in the same way.
+    """
+    merged = folder / "merged"
+    inside = list(folder.iterdir())
+    merged.mkdir()
+    for file in inside:
+        file.rename(merged / file.name)
+    _write(load_model(str(merged), stored_dtype(merged)), folder, quantization)
+    shutil.rmtree(merged)
+    return {} if quantization is None else _lost(merging, QUANTIZATIONS[quantization])
+
+
+def stored_dtype(path: Path) -> str:
+    """The precision that a checkpoint says its weights have; bfloat16 where it says none of those that MLX knows."""
+    config = read_config(path)
+    text = config.get("text_config") or {}
+    named = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
+    return str(named) if named in DTYPES else "bfloat16"
+
+
+def _write(loaded: LoadedModel, folder: Path, quantization: str | None) -> None:
+    config = config_for_both(loaded.config, translate_config(loaded.path))
+    if quantization is not None:
+        config["quantization"] = quantize(loaded.model, quantization)
+    copy_side_files(loaded.path, folder)
+    save_model(folder, loaded.model, donate_model=True)
+    save_config(config, folder / "config.json")
+
+
+def config_for_both(stored: dict[str, Any], translated: dict[str, Any]) -> dict[str, Any]:
+    """Settings that mlx-lm reads, and transformers too.
+
+    Args:
+        stored: `config.json` of the checkpoint.
+        translated: The same as mlx-lm's code reads it.
+    """
+    kind = translated["model_type"]
+    if kind != stored["model_type"]:  # of a text alone, for which mlx-lm has no name
+        text = config_for_both(stored, translated | {"model_type": stored["model_type"]})
+        shared = {name: stored[name] for name in _OF_THE_WHOLE if name in stored}
+        return shared | {"model_type": kind, "text_config": text}
+    config = stored | {name: value for name, value in translated.items() if value is not None}
+    by_type = stored.get("rope_parameters")
+    if isinstance(by_type, dict) and any(isinstance(value, dict) for value in by_type.values()):
+        config["rope_parameters"] = by_type  # mlx-lm has other names for what it says
+    return config
+
+
+_OF_THE_WHOLE = (
+    "vocab_size",
+    "tie_word_embeddings",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+)
+
+
+def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
+    method, parameters = load_trained(merging.run, TrainConfig.resolve(merging.run.config).method)
+    lost: dict[str, float] = {}
+    for name, shape in method.changed_shapes(parameters).items():
+        if shape[-1] % quantization.group_size:
+            continue  # too narrow to be quantized
+        tensors = stored_parts(merging.checkpoint, name, shape, "the run")
+        before = mx.stack([mx.array(read_float32(tensor)) for tensor in tensors]).reshape(shape)
+        after = method.changed_weight(name, before, parameters)
+        moved = round_trip(after, quantization) - round_trip(before, quantization)
+        update = after - before
+        size, error = (np.linalg.norm(np.array(change)) for change in (update, moved - update))
+        if size:
+            lost[name] = float(error / size)
+    return lost

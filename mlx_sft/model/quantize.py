@@ -1,0 +1,115 @@
+"""Quantized weights of a frozen base, in MLX's own forms: groups of a row share a scale. Knows nothing of what is trained beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_sft.errors import UserError
+from mlx_sft.model.head import floating_weights
+from mlx_sft.model.linears import is_quantized
+from mlx_sft.model.names import transformers_name
+
+
+class Quantization(NamedTuple):
+    """How numbers are quantized: `bits` each, in groups of `group_size` along a row, in the way that MLX calls `mode`."""
+
+    group_size: int
+    bits: int
+    mode: str
+
+
+QUANTIZATIONS = {
+    "4": Quantization(64, 4, "affine"),
+    "8": Quantization(64, 8, "affine"),
+    "mxfp4": Quantization(32, 4, "mxfp4"),
+}
+"""By the name that `--quantize` takes."""
+
+
+def quantize(model: nn.Module, name: str) -> dict[str, Any]:
+    """Quantize every weight that `mlx_lm.convert` would, embeddings and head included.
+
+    Returns:
+        What mlx-lm writes into `config.json` of such a model as `quantization`.
+    """
+    stated: dict[str, Any] = QUANTIZATIONS[name]._asdict()
+    of_family = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+
+    def how(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        chosen: bool | dict[str, Any] = of_family(path, module)
+        if isinstance(chosen, dict):
+            stated[path] = chosen
+        return chosen
+
+    _quantize(model, QUANTIZATIONS[name], how)
+    return stated
+
+
+def stored_quantization(config: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """How a checkpoint's weights are quantized in MLX's own form; None where they are not.
+
+    Raises:
+        UserError: If they are in another form.
+    """
+    stated = config.get("quantization")
+    if stated is None and "quantization_config" not in config:
+        return None
+    if not isinstance(stated, dict) or not all(type(stated.get(name)) is int for name in ("group_size", "bits")):
+        kind = (config.get("quantization_config") or {}).get("quant_method", "unknown")
+        raise UserError(
+            f"this checkpoint is quantized by another library ({kind}), which cannot be trained exactly",
+            where=where,
+            hint="give the original in bfloat16, float16 or float32, with --quantize 4 where memory is short, "
+            "or a checkpoint that mlx-lm quantized",
+        )
+    return stated
+
+
+def quantize_as_stored(model: nn.Module, stated: dict[str, Any]) -> None:
+    """Give a model whose weights do not matter the shapes of a checkpoint that mlx-lm quantized."""
+    quantization = Quantization(stated["group_size"], stated["bits"], stated.get("mode", "affine"))
+    _quantize(model, quantization, lambda path, _: stated.get(path, True))
+
+
+def _quantize(
+    model: nn.Module, quantization: Quantization, how: Callable[[str, nn.Module], bool | dict[str, Any]]
+) -> None:
+    """Weights whose rows are whole groups, where and as `how` says of a path and a module."""
+    group_size, bits, mode = quantization
+
+    def chosen(path: str, module: Any) -> bool | dict[str, Any]:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0 and how(path, module)
+
+    nn.quantize(model, group_size, bits, mode=mode, class_predicate=chosen)
+
+
+def dequantized(module: Any) -> mx.array:
+    """The weight that a quantized module multiplies with, as a matrix of numbers in the precision of its scales."""
+    weight: mx.array = mx.dequantize(
+        module.weight, module.scales, module.get("biases"), module.group_size, module.bits, mode=module.mode
+    )
+    return weight
+
+
+def round_trip(weight: mx.array, quantization: Quantization) -> mx.array:
+    """What is left of a weight once it is quantized, in its own precision; rows are independent of each other."""
+    group_size, bits, mode = quantization
+    packed, scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
+    back: mx.array = mx.dequantize(packed, scales, biases[0] if biases else None, group_size, bits, mode=mode)
+    return back.astype(weight.dtype)
+
+
+def weights_by_name(model: nn.Module) -> dict[str, mx.array]:
+    """Every floating weight by its name in transformers; for a quantized one its scales, and the numbers that it stands for, not yet
+    computed.
+    """
+    weights = {transformers_name(path): weight for path, weight in floating_weights(model).items()}
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            name = transformers_name(path)
+            weights |= {f"{name}.weight": dequantized(module), f"{name}.scales": module.scales}
+    return weights

@@ -1,0 +1,43 @@
+"""How what is computed here is compared with what PyTorch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlx_sft.data.batches import collate, cut
+from mlx_sft.data.store import Examples
+from mlx_sft.methods import Full, Lora, Parameters
+from mlx_sft.model.head import SplitModel
+from mlx_sft.model.load import load_model
+from mlx_sft.training.recompute import Mode
+from mlx_sft.training.shapes import padded_shape
+from mlx_sft.training.step import Learner
+
+
+def assert_close(ours: object, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """The largest difference is small against the largest value."""
+    expected = theirs.detach().numpy()
+    np.testing.assert_allclose(np.array(ours), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def loss_and_gradients(
+    base: Path,
+    method: Lora | Full,
+    parameters: Parameters | None,
+    examples: Examples,
+    *,
+    mode: Mode = "off",
+    compiled: bool = False,
+) -> Any:
+    """By the code that training runs, in several micro-batches."""
+    split = SplitModel(load_model(str(base), "float32").model)
+    start = method.attach(split.model, seed=0)
+    micro_batches = cut(range(len(examples)), examples.needed_lengths, token_budget=40)
+    assert len(micro_batches) > 1
+    batches = [collate(examples, micro_batch) for micro_batch in micro_batches]
+    shapes = [padded_shape(batch) for batch in batches] if compiled else []
+    return Learner(split, method, 264, recompute=mode, compiled=shapes).gradient(parameters or start, batches)

@@ -1,0 +1,227 @@
+"""Every family that docs/models.md names computes, learns and exports what transformers and PEFT do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from mlx_lm.utils import load as load_of_mlx_lm
+
+from mlx_sft import export, load_run, train
+from mlx_sft.config import TrainConfig
+from mlx_sft.convert.mlx_folder import convert
+from mlx_sft.data.store import Examples
+from mlx_sft.methods import Lora, LoraSettings, Parameters
+from mlx_sft.model.families import TESTED
+from mlx_sft.model.head import SplitModel
+from mlx_sft.model.load import load_model
+from tests.conftest import Run
+from tests.parity import assert_close, loss_and_gradients
+from tests.torch_families import TORCH_FAMILIES
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning"),
+    # PEFT asks for matrices of experts that there are none of in the first of its two passes.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+]
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = LoraSettings.from_config(TrainConfig(data="-", rank=4, alpha=8.0))
+
+# transformers computes the recurrence of Qwen3.5 in chunks, and MLX one position at a time.
+TOLERANCE = {"qwen3_5_text": 1e-4}
+
+# PEFT puts experts' adapters together for transformers 5 in the families that are like Qwen 2 MoE, but not in that one.
+_READ_BY_PEFT = {"qwen2_moe": {"target": ["q_proj", "o_proj", "shared_expert.up_proj", "shared_expert_gate"]}}
+
+DISTILLED = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "use_sliding_window": False}
+ROPES: list[tuple[str, dict[str, Any]]] = [
+    ("phi3", {"rope_type": "longrope", "short_factor": 8 * [1.1], "long_factor": 8 * [3.0], "factor": 4.0}),
+    ("phi3", {"rope_type": "longrope", "short_factor": 6 * [1.1], "long_factor": 6 * [3.0], "partial_rotary_factor": 0.75}),
+    ("phi3", {"rope_type": "default", "partial_rotary_factor": 0.5}),
+    ("qwen3_moe", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    ("mixtral", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                 "original_max_position_embeddings": 64}),
+    ("qwen2_moe", {"rope_type": "linear", "factor": 2.0}),
+    ("gemma2", {"rope_type": "linear", "factor": 2.0}),
+    ("glm4", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5}),
+    ("qwen3_5_text", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+                      "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}),
+    ("mistral", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+    ("smollm3", {"rope_type": "linear", "factor": 2.0}),
+    ("olmo2", {"rope_type": "linear", "factor": 2.0}),
+    ("granite", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                 "original_max_position_embeddings": 64}),
+]  # fmt: skip
+
+
+@pytest.fixture(params=TORCH_FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def base(family: str, make_base: Callable[..., Path]) -> Path:
+    return make_base(family, tied=family in ("gemma2", "gemma3_text", "lfm2"))
+
+
+def _weight_and_half(name: str) -> tuple[str, int | None]:
+    """Which of transformers 5's weights is of this name: all of it, or the first or the second half of its rows."""
+    name = name.replace(".block_sparse_moe.", ".mlp.")
+    for theirs, ours in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        name = re.sub(rf"(\.experts)\.{theirs}$", rf"\1.{ours}", name)
+    match re.fullmatch(r"(.*\.experts)\.(gate|up|down)_proj", name):
+        case None:
+            return f"{name}.weight", None
+        case found if found[2] == "down":
+            return f"{found[1]}.down_proj", None
+        case found:
+            return f"{found[1]}.gate_up_proj", int(found[2] == "up")
+
+
+def _adapted_weights(model: torch.nn.Module, adapter: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    """W + scale · B · A, for every weight that an adapter is beside."""
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for name, lora_A in adapter.items():
+        if name.endswith(".lora_A"):
+            module = name.removesuffix(".lora_A")
+            place, half = _weight_and_half(module)
+            update = scale * adapter[f"{module}.lora_B"] @ lora_A
+            if half is not None:
+                nothing = torch.zeros_like(update)
+                update = torch.cat([nothing, update] if half else [update, nothing], dim=-2)
+            weights[place] = weights[place] + update
+    return weights
+
+
+@pytest.fixture
+def parameters(base: Path, make_adapter: Callable[..., Parameters]) -> Parameters:
+    return make_adapter(base, SETTINGS)
+
+
+def test_logits_are_those_of_transformers(
+    family: str, base: Path, torch_model: Callable, torch_logits: Callable, mlx_logits: Callable, token_ids: list
+) -> None:
+    theirs = torch.tensor(torch_logits(torch_model(base), token_ids))
+    model = load_model(str(base), "float32").model
+    assert_close(mlx_logits(model, token_ids), theirs, TOLERANCE.get(family, 1e-5))
+    assert SplitModel(model).body_name is not None
+
+
+def test_loss_and_every_gradient_of_an_adapter_are_those_of_torch(
+    family: str,
+    base: Path,
+    parameters: Parameters,
+    examples: Examples,
+    torch_model: Callable,
+    torch_loss: Callable,
+) -> None:
+    model = torch_model(base)
+    adapter = {name: torch.tensor(np.array(value), requires_grad=True) for name, value in parameters.items()}
+    weights = _adapted_weights(model, adapter, SETTINGS.scale_of(""))
+
+    def adapted(**inputs: Any) -> Any:
+        return torch.func.functional_call(model, weights, kwargs=inputs)
+
+    expected = torch_loss(adapted, examples)
+    expected.backward()
+
+    loss, gradients = loss_and_gradients(base, Lora(SETTINGS), parameters, examples)
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert gradients.keys() == adapter.keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, adapter[name].grad, 10 * TOLERANCE.get(family, 1e-5))
+
+
+def test_peft_opens_the_adapter_and_transformers_the_merged_checkpoint(
+    family: str,
+    base: Path,
+    make_run: Callable[..., Run],
+    tmp_path: Path,
+    torch_model: Callable,
+    torch_logits: Callable,
+    mlx_logits: Callable,
+    token_ids: list,
+) -> None:
+    run = make_run(base, **_READ_BY_PEFT.get(family, {}))
+    ours = mlx_logits(load_run(run.path, dtype="float32").model, token_ids)
+    before = torch_logits(torch_model(base), token_ids)
+    assert np.abs(ours - before).max() > 1e-2 * np.abs(before).max()
+
+    merged = export(run.path, tmp_path / "merged").path
+    assert {p.name for p in merged.iterdir()} == {p.name for p in base.iterdir()}
+    assert_close(ours, torch.tensor(torch_logits(torch_model(merged), token_ids)), TOLERANCE.get(family, 1e-5))
+
+    adapted = peft.PeftModel.from_pretrained(torch_model(base), run.path / "adapter").eval()
+    assert_close(ours, torch.tensor(torch_logits(adapted, token_ids)), TOLERANCE.get(family, 1e-5))
+
+
+def test_mlx_lm_opens_the_adapter_on_a_converted_base(
+    family: str, base: Path, make_run: Callable[..., Run], tmp_path: Path, mlx_logits: Callable, token_ids: list
+) -> None:
+    run = make_run(base)
+    folder = export(run.path, tmp_path / "adapter", format="mlx-lm").path
+    model, _ = load_of_mlx_lm(str(convert(str(base), tmp_path / "base")), adapter_path=str(folder))
+    ours = mlx_logits(load_run(run.path, dtype="float32").model, token_ids)
+    assert_close(mlx_logits(model, token_ids), torch.tensor(ours))
+
+
+@pytest.mark.parametrize(("kind", "rope"), ROPES)
+def test_rotary_positions_of_every_type_are_those_of_transformers(
+    kind: str,
+    rope: dict[str, Any],
+    make_base: Callable[..., Path],
+    torch_model: Callable,
+    torch_logits: Callable,
+    mlx_logits: Callable,
+    token_ids: list,
+    tmp_path: Path,
+) -> None:
+    base = make_base(kind, tied=kind == "gemma2", rope_parameters={"rope_theta": 3_000.0} | rope)
+    theirs = torch.tensor(torch_logits(torch_model(base), token_ids))
+    ours = mlx_logits(load_model(str(base), "float32").model, token_ids)
+    assert_close(ours, theirs, TOLERANCE.get(kind, 1e-5))
+    again = load_model(str(convert(str(base), tmp_path / "mlx")), "float32").model
+    assert_close(mlx_logits(again, token_ids), torch.tensor(ours))
+
+
+def test_the_shape_of_a_distilled_qwen_is_transformers(
+    make_base: Callable[..., Path], torch_model: Callable, torch_logits: Callable, mlx_logits: Callable, token_ids: list
+) -> None:
+    base = make_base("qwen2", tied=False, **DISTILLED)
+    theirs = torch.tensor(torch_logits(torch_model(base), token_ids))
+    assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), theirs)
+
+
+def _rows_of_the_table() -> Iterator[str]:
+    for line in (ROOT / "docs" / "models.md").read_text().splitlines():
+        found = re.match(r"\|[^|]*\| `(\w+)` \|", line)
+        if found and found[1] != "model_type":
+            yield found[1]
+
+
+def test_the_table_of_the_documentation_and_the_note_at_the_start_go_by_these_families() -> None:
+    assert set(_rows_of_the_table()) == set(TORCH_FAMILIES) == TESTED
+
+
+def test_a_family_that_is_not_tested_is_noted_and_trained(
+    settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(make_base("llama"), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "seed_oss", "head_dim": 16}))
+    train(TrainConfig(**settings | {"model": str(base), "max_steps": 1, "quiet": False}))
+    assert "models of type seed_oss have not been compared" in " ".join(capfd.readouterr().err.split())
+    train(TrainConfig(**settings | {"out": str(tmp_path / "tested"), "max_steps": 1, "quiet": False}))
+    assert "have not been compared" not in capfd.readouterr().err

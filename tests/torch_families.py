@@ -1,0 +1,56 @@
+"""Settings of tiny models of the families that are tested against transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+
+_NO_PADDING = {"pad_token_id": None}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+_OF_GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "pad_token_id": None}
+
+TORCH_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "gemma2": _OF_GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "sliding_window": 64},
+    "gemma3_text": _OF_GEMMA
+    | {
+        "num_hidden_layers": 4,
+        "sliding_window": 8,
+        "layer_types": [SLIDING, FULL, SLIDING, FULL],
+        "rope_parameters": {
+            SLIDING: {"rope_type": "default", "rope_theta": 3_000.0},
+            FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 50_000.0},
+        },
+    },
+    "phi3": _NO_PADDING | {"original_max_position_embeddings": 512},
+    "smollm3": _NO_PADDING | {"no_rope_layer_interval": 2},
+    "olmo2": _NO_PADDING,
+    "granite": _NO_PADDING
+    | {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "glm4": _NO_PADDING | {"rope_parameters": {"rope_theta": 50_000.0, "partial_rotary_factor": 0.5}},
+    "lfm2": _NO_PADDING
+    | {
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", FULL, "conv", FULL],
+        "block_auto_adjust_ff_dim": False,
+    },
+    "qwen3_5_text": _NO_PADDING
+    | {
+        "num_hidden_layers": 4,
+        "layer_types": [LINEAR, FULL, LINEAR, FULL],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "rope_parameters": {"rope_theta": 50_000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+    },
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 40, "norm_topk_prob": False},
+    "qwen3_moe": _EXPERTS,
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+"""By type of model: what is not as in the other families."""
