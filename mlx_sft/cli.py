@@ -199,7 +199,9 @@ def inspect(
 
 
 @main.command(cls=_Sectioned, context_settings={"max_content_width": 100})
-@_settings(*(field for field in TrainConfig.model_fields if field not in ("out", "resume", "json_lines")))
+@_settings(
+    *(field for field in TrainConfig.model_fields if field not in ("out", "resume", "resume_from_peft", "json_lines"))
+)
 @click.option("--machine", metavar="MAC", help="Plan for this Mac instead, such as 'M2 16GB', 'M3 Max 64GB' or 16GB.")
 @click.option("--json", "as_json", is_flag=True, help="Write all of it as a line of JSON.")
 @_trusting
@@ -227,10 +229,11 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
 @click.option(
     "--format",
-    type=click.Choice(["merged", "peft", "mlx-lm"]),
+    type=click.Choice(["merged", "peft", "mlx-lm", "trl"]),
     default="merged",
     show_default=True,
-    help="A whole checkpoint with the adapter merged in, or the adapter alone, as PEFT or as mlx-lm writes it.",
+    help="A whole checkpoint with the adapter merged in; the adapter alone, as PEFT or as mlx-lm writes it; or the run itself, as "
+    "a script for TRL, its rows and its start.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a folder that already holds something.")
 @click.option(
@@ -240,12 +243,20 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     help="Reload what was written and compare its logits with the trained model's.",
 )
 @_trusting
-def export(run: str, to: str, format: Literal["merged", "peft", "mlx-lm"], overwrite: bool, verify: bool) -> None:
+def export(
+    run: str, to: str, format: Literal["merged", "peft", "mlx-lm", "trl"], overwrite: bool, verify: bool
+) -> None:
     """Write a run as a folder that PyTorch or mlx-lm opens.
 
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
+
+    if format == "trl":
+        from mlx_sft.training.twin.export import export_twin
+
+        Console().done(str(export_twin(run, to, overwrite=overwrite, verify=verify)))
+        return
     from mlx_sft.convert.export import export
 
     result = export(run, to, format=format, overwrite=overwrite, verify=verify)

@@ -71,7 +71,7 @@ def export(
         raise UserError(f"no such format: {format}", hint="merged, peft or mlx-lm", exit_code=USAGE)
     # The adapter alone needs no base, so that one that is gone is no hindrance.
     base = resolve_checkpoint(config.model) if format == "merged" else Path(config.model)
-    target = _check_target(Path(to), folder, base, overwrite)
+    target = check_target(Path(to), folder, base, overwrite)
     if format != "merged":
         _export_adapter(folder, config, target, format, verify)
         return ExportResult(target, format, None)
@@ -107,7 +107,7 @@ def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, format: F
                 raise UserError("the adapter was not written as it is", where=str(target))
 
 
-def _check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path:
+def check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path:
     """The folder to write, resolved; refused where writing it would replace what a person did not mean."""
     target = to.expanduser().resolve()
     kept = {
