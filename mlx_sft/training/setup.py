@@ -60,7 +60,7 @@ from mlx_sft.training.machine import prepare_device
 from mlx_sft.training.memory import Footprint, Prediction
 from mlx_sft.training.optim import AdamW, learning_rate
 from mlx_sft.training.shapes import compiled_shapes
-from mlx_sft.training.start import new_config, starting_parameters, starting_progress
+from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import Learner
 from mlx_sft.training.stopping import StopRequest
 
@@ -109,7 +109,7 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     prepare_device()
     mx.reset_peak_memory()
     held = ExitStack() if held is None else held
-    run = RunFolder.open(config.resume) if config.resume else None
+    run = resumed_run(config.resume) if config.resume else None
     if run:
         held.enter_context(run.locked())
         for damage in checkpoint.set_aside_damaged(run):

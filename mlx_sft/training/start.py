@@ -17,11 +17,19 @@ from mlx_sft.convert.peft import read_adapter
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import LoraSettings, Method, Parameters, make_method
 from mlx_sft.methods.lora import resolve_targets
-from mlx_sft.runs import user_path
+from mlx_sft.runs import RunFolder, user_path
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.identity import continued_config, with_full_paths
 from mlx_sft.training.optim import AdamW
 from mlx_sft.training.twin.folder import FIRST, SECOND, TwinFolder
+
+
+def resumed_run(path: str) -> RunFolder:
+    """The run that `--resume` names; raises `UserError` for a folder that is none, and for a twin, which has no checkpoints."""
+    if TwinFolder.find(path) is not None:
+        hint = f"go on from what its train.py left with: mlx-sft train --resume-from-peft {path}"
+        raise UserError("this is a twin, and has no checkpoints", where=path, hint=hint, exit_code=USAGE)
+    return RunFolder.open(path)
 
 
 def new_config(given: TrainConfig, console: Console) -> TrainConfig:

@@ -172,6 +172,12 @@ def test_any_other_adapter_is_a_start_and_that_is_said(
     assert train(TrainConfig(resume=str(tmp_path / "from"), quiet=True)).steps == 6
 
 
+def test_a_twin_is_not_resumed_as_a_run(half_trained: Path) -> None:
+    with pytest.raises(UserError, match="this is a twin") as caught:
+        train(TrainConfig(resume=str(half_trained), quiet=True))
+    assert caught.value.hint.endswith(f"--resume-from-peft {half_trained}")
+
+
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         assert "neither a twin nor an adapter" in refusal(folder, tmp_path / "run").what
