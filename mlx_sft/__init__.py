@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_sft.generate import generate_text, stream_text
     from mlx_sft.model.load import load_model
     from mlx_sft.training.loop import TrainResult, train
+    from mlx_sft.training.twin.export import export_twin
 
 __all__ = [
     "TrainConfig",
@@ -28,6 +29,7 @@ __all__ = [
     "UserError",
     "evaluate_run",
     "export",
+    "export_twin",
     "generate_text",
     "load_model",
     "load_run",
@@ -39,6 +41,7 @@ _HOMES = {
     "TrainResult": "mlx_sft.training.loop",
     "evaluate_run": "mlx_sft.evaluate",
     "export": "mlx_sft.convert.export",
+    "export_twin": "mlx_sft.training.twin.export",
     "generate_text": "mlx_sft.generate",
     "load_model": "mlx_sft.model.load",
     "load_run": "mlx_sft.convert.adapted",

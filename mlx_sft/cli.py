@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 
 from mlx_sft.config import TrainConfig, option_name, public_name, sections
 from mlx_sft.console import print_error, read_line, write_text
@@ -104,6 +105,16 @@ def _resolved(config_file: str | None, options: dict[str, Any]) -> TrainConfig:
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, by their public names."""
     return {public_name(field): value for field, value in options.items() if value not in (None, ())}
+
+
+def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Those of a command's options that this use of it reads; any other must not have been given."""
+    context = click.get_current_context()
+    for name in options:
+        if name not in (*names, "format") and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} does not go with this format", hint=f"leave {option} out", exit_code=USAGE)
+    return {name: options[name] for name in names}
 
 
 def _option(field: str) -> Callable[[Command], Command]:
@@ -208,7 +219,9 @@ def inspect(
 
 
 @main.command(cls=_Sectioned, context_settings={"max_content_width": 100})
-@_settings(*(field for field in TrainConfig.model_fields if field not in ("out", "resume", "json_lines")))
+@_settings(
+    *(field for field in TrainConfig.model_fields if field not in ("out", "resume", "resume_from_peft", "json_lines"))
+)
 @click.option("--machine", metavar="MAC", help="Plan for this Mac instead, such as 'M2 16GB', 'M3 Max 64GB' or 16GB.")
 @click.option("--json", "as_json", is_flag=True, help="Write all of it as a line of JSON.")
 @_trusting
@@ -236,10 +249,11 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
 @click.option(
     "--format",
-    type=click.Choice(["merged", "mlx", "peft", "mlx-lm"]),
+    type=click.Choice(["merged", "mlx", "peft", "mlx-lm", "trl"]),
     default="merged",
     show_default=True,
-    help="A whole checkpoint with the adapter merged in, for transformers or for mlx-lm, or the adapter alone for PEFT or for mlx-lm.",
+    help="A whole checkpoint with the adapter merged in, for transformers or mlx-lm; the adapter alone, as PEFT or as mlx-lm writes it; "
+    "or the run itself, as a script for TRL, its rows and its start.",
 )
 @click.option(
     "--base",
@@ -265,9 +279,15 @@ def export(run: str, to: str, **options: Any) -> None:
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
-    from mlx_sft.convert.export import export
 
     console = Console()
+    if options["format"] == "trl":
+        from mlx_sft.training.twin.export import export_twin
+
+        console.done(str(export_twin(run, to, **_only(options, "overwrite", "verify"))))
+        return
+    from mlx_sft.convert.export import export
+
     result = export(run, to, **options)
     for line in result.describe():
         console.note(line)

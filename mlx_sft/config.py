@@ -175,6 +175,9 @@ class TrainConfig(BaseModel):
     """The run folder; runs/<model>-<time> where not given."""
     resume: str | None = None
     """Continue this run exactly where its newest checkpoint left it."""
+    resume_from_peft: str | None = None
+    """Go on from what CUDA trained: a twin (export --format trl) with its optimizer, step and settings, or any other PEFT adapter
+    folder, with a new optimizer."""
 
     # what is shown
     quiet: bool = False
@@ -247,7 +250,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
-        if not self.data and self.resume is None:
+        if not self.data and self.resume is None and self.resume_from_peft is None:
             raise ValueError("data: nothing to train on; give --data FILE (or --resume RUN)")
         if self.valid is not None and self.valid_fraction > 0:
             raise ValueError("valid and valid_fraction exclude each other; give one")
@@ -255,6 +258,10 @@ class TrainConfig(BaseModel):
             raise ValueError("init_adapter: --method full trains no adapter")
         if self.method == "full" and self.quantize is not None:
             raise ValueError("quantize: --method full trains the weights themselves; quantize them with --method lora")
+        if self.method == "full" and self.resume_from_peft is not None:
+            raise ValueError("resume_from_peft: --method full trains no adapter")
+        if self.init_adapter is not None and self.resume_from_peft is not None:
+            raise ValueError("init_adapter and resume_from_peft exclude each other; give one")
         return self
 
     @classmethod

@@ -22,7 +22,7 @@ Cli = Callable[..., Any]
 
 SPECIAL: dict[str, tuple[list[str], Any]] = {
     "data": (["x"], ["x"]),
-    **{name: (["x"], "x") for name in ("valid", "model", "init_adapter", "out", "resume")},
+    **{name: (["x"], "x") for name in ("valid", "model", "init_adapter", "out", "resume", "resume_from_peft")},
     **{name: (["0.5"], 0.5) for name in ("valid_fraction", "warmup", "dropout")},
     "columns": (["user=question, assistant=answer"], {"user": "question", "assistant": "answer"}),
     "target": (["q_proj,v_proj"], ["q_proj", "v_proj"]),

@@ -101,6 +101,8 @@ def test_every_problem_is_reported_at_once_and_a_misspelt_key_gets_its_likeness(
         ({}, "nothing to train on"),
         ({"data": "x", "valid": "y", "valid_fraction": 0.1}, "exclude each other"),
         ({"data": "x", "method": "full", "init_adapter": "y"}, "trains no adapter"),
+        ({"data": "x", "method": "full", "resume_from_peft": "y"}, "trains no adapter"),
+        ({"data": "x", "init_adapter": "y", "resume_from_peft": "z"}, "exclude each other"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -106,7 +106,7 @@ def export(
     whole = format in ("merged", "mlx")
     # PEFT's form of the adapter needs no base, so that one that is gone is no hindrance; mlx-lm's needs its names.
     source = Path(config.model) if format == "peft" else resolve_checkpoint(base_model or config.model, weights=whole)
-    target = _check_target(Path(to), folder, source, overwrite)
+    target = check_target(Path(to), folder, source, overwrite)
     if not whole:
         _export_adapter(folder, config, target, None if format == "peft" else source, verify)
         return ExportResult(target, format, None)
@@ -178,9 +178,8 @@ def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, for_mlx_l
             paths = _paths(for_mlx_lm)
             mlx_lm.write_adapter(temporary, settings, parameters, name, paths)
             written, again = mlx_lm.read_adapter(temporary, paths)
-            expected = settings.scale_of(
-                next(iter(parameters)).rpartition(".")[0]
-            )  # what mlx-lm's files say of the settings
+            # What mlx-lm's files say of the settings.
+            expected = settings.scale_of(next(iter(parameters)).rpartition(".")[0])
         equal = again.keys() == parameters.keys() and all(
             bool(mx.array_equal(again[name], parameters[name])) for name in again
         )
@@ -194,7 +193,7 @@ def _paths(base: Path) -> dict[str, str]:
     return {name: path for name, (path, _) in modules.items()}
 
 
-def _check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path:
+def check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path:
     """The folder to write, resolved; refused where writing it would replace what a person did not mean."""
     target = to.expanduser().resolve()
     kept = {

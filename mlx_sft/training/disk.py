@@ -32,7 +32,8 @@ class DiskNeed:
         every = config.save_every
         between = every if isinstance(every, int) else plan.steps_per_epoch
         saves = math.ceil(plan.total_steps / between)
-        at_the_start = 1 if config.init_adapter or config.on_divergence == "rollback" else 0
+        started_elsewhere = config.init_adapter or config.resume_from_peft
+        at_the_start = 1 if started_elsewhere or config.on_divergence == "rollback" else 0
         from_before_divergence = 1 if config.on_divergence == "rollback" else 0
         kept = min(config.keep + 1, saves + at_the_start) + from_before_divergence
         return cls(checkpoint=3 * trained, checkpoints=kept, results=3 * trained)

@@ -65,6 +65,13 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
     return saved.model_copy(update={name: getattr(given, name) for name in names} | revised | computed_anew(given))
 
 
+def continued_config(given: TrainConfig, twin: RunFolder) -> TrainConfig:
+    """The configuration of a new run that goes on where a twin stopped; as for a resumed one, others given must agree with it."""
+    asked = given.model_copy(update={"out": None, "resume_from_peft": None})
+    place = {"out": given.out, "resume_from_peft": str(twin.path), "init_adapter": None}
+    return resumed_config(asked, twin).model_copy(update=place)
+
+
 def record_revision(run: RunFolder, config: TrainConfig) -> None:
     """Have the run folder say what was given anew, so that the next continuation need not be told.
 
@@ -89,7 +96,7 @@ def computed_anew(given: TrainConfig) -> dict[str, Any]:
 
 def with_full_paths(config: TrainConfig) -> TrainConfig:
     """What lies on disk by its full path, so that the run folder can be used from anywhere."""
-    names = ("valid", "model", "init_adapter")
+    names = ("valid", "model", "init_adapter", "resume_from_peft")
     given = {name: getattr(config, name) for name in names}
     full: dict[str, Any] = {
         name: _full_path(value) for name, value in given.items() if value is not None and value != "tiny"

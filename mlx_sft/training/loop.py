@@ -106,7 +106,8 @@ def _take_steps_from_here(job: Job, console: Console, metrics: Metrics) -> float
 
 def _begins_with_a_checkpoint(config: TrainConfig) -> bool:
     """Where a resumed run must not depend on a folder that others may change, or there must be something to go back to."""
-    return config.init_adapter is not None or config.on_divergence == "rollback"
+    started_elsewhere = config.init_adapter is not None or config.resume_from_peft is not None
+    return started_elsewhere or config.on_divergence == "rollback"
 
 
 def _steps_left(job: Job) -> StepFeed:

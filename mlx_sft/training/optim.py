@@ -63,6 +63,13 @@ class AdamW:
                 mx.eval([updated[name] for name in part])
         return {name: updated[name] for name in parameters}
 
+    def take_up(self, first: Arrays, second: Arrays, steps: int) -> None:
+        """Go on with the two moments of another AdamW that has taken so many steps with these parameters."""
+        for names, optimizer in self._groups:
+            optimizer.state["step"] = mx.array(steps, mx.uint64)
+            for name in names:
+                optimizer.state[name] = {"m": first[name], "v": second[name]}
+
     @property
     def state(self) -> list[dict[str, Any]]:
         return [optimizer.state for _, optimizer in self._groups]

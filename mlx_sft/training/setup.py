@@ -14,18 +14,15 @@ from typing import Any
 import mlx.core as mx
 from transformers import PreTrainedTokenizerBase
 
-from mlx_sft.config import TrainConfig, option_name
+from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
-from mlx_sft.convert.adapted import attach_trained
 from mlx_sft.convert.merge import check_exportable
-from mlx_sft.convert.peft import read_adapter
 from mlx_sft.data.batches import Plan, Step
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.methods import LoraSettings, Method, Parameters, make_method
-from mlx_sft.methods.lora import resolve_targets
+from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.families import untested_note
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import (
@@ -60,12 +57,12 @@ from mlx_sft.training.identity import (
     record_revision,
     refuse_changes,
     resumed_config,
-    with_full_paths,
 )
 from mlx_sft.training.machine import prepare_device
 from mlx_sft.training.memory import Footprint, Prediction
 from mlx_sft.training.optim import AdamW, learning_rate
 from mlx_sft.training.shapes import compiled_shapes
+from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import Learner
 from mlx_sft.training.stopping import StopRequest
 
@@ -114,13 +111,13 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     prepare_device()
     mx.reset_peak_memory()
     held = ExitStack() if held is None else held
-    run = RunFolder.open(config.resume) if config.resume else None
+    run = resumed_run(config.resume) if config.resume else None
     if run:
         held.enter_context(run.locked())
         for damage in checkpoint.set_aside_damaged(run):
             console.warn(damage)
     anew = computed_anew(config) if run else {}
-    config = resumed_config(config, run) if run else with_full_paths(config)
+    config = resumed_config(config, run) if run else new_config(config, console)
     if run is None and config.out is not None:
         RunFolder.new(config.out)  # before the work, not after it
     path = resolve_checkpoint(config.model)
@@ -152,12 +149,14 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     plan = planned_steps(config, data)
     optimizer = AdamW(config, parameters, method.decayed)
     identity = identity_of(config, data, path)
-    progress = Progress()
     if run:
         refuse_changes(run, config, data, identity)
+    if run and begun:
         progress, parameters = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
-        progress = _gone_on(progress, plan)
-        fit, progress = _resumed(fit, progress, anew)
+    else:
+        progress = starting_progress(config, parameters, optimizer, identity, plan.total_steps)
+    if run:
+        fit, progress = _resumed(fit, _gone_on(progress, plan), anew)
     predicted = fit.largest(plan, data.train)
     disk = DiskNeed.of_run(parameters, config, plan)
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
@@ -195,52 +194,11 @@ def _read_data(
 def _attach_exportable(
     config: TrainConfig, base: LoadedModel, *, begun: bool
 ) -> tuple[TrainConfig, Method, Parameters]:
-    """As `_attach`, once it is sure that what will be trained can be merged into the checkpoint."""
+    """As `starting_parameters`, once it is sure that what will be trained can be merged into the checkpoint."""
     weights = weights_by_name(base.model)
-    config, method, parameters = _attach(config, base, begun=begun)
+    config, method, parameters = starting_parameters(config, base.model, begun=begun)
     check_exportable(base.path, method, parameters, weights)
     return config, method, parameters
-
-
-def _attach(config: TrainConfig, base: LoadedModel, *, begun: bool) -> tuple[TrainConfig, Method, Parameters]:
-    """The method and its parameters at the start; an initial adapter decides over its own shape.
-
-    A run that has begun has its parameters in a checkpoint, and needs the initial adapter no more.
-    """
-    where = config.init_adapter
-    if where is None or begun:
-        method = make_method(config)
-        return config, method, method.attach(base.model, config.seed)
-    settings, trained = read_adapter(where)
-    decided = {
-        "rank": settings.rank,
-        "alpha": settings.alpha,
-        "rslora": settings.rslora,
-        "dora": settings.dora,
-        "rank_pattern": dict(settings.rank_pattern),
-        "alpha_pattern": dict(settings.alpha_pattern),
-        "target": list(settings.targets),
-    }
-    wanted = LoraSettings.from_config(config).targets
-    for name, value in decided.items():
-        given = getattr(config, name)
-        if name == "target" and given != value and _same_modules(base, wanted, settings.targets):
-            given = value  # `all-linear` is these names
-        if name in config.model_fields_set and given != value:
-            raise UserError(
-                f"{option_name(name)} {given} differs from the adapter's {value}",
-                where=where,
-                hint="leave it out; the adapter decides over its own shape",
-                exit_code=USAGE,
-            )
-    config = config.model_copy(update=decided)
-    method = make_method(config)
-    return config, method, attach_trained(base.model, method, trained, Path(where))
-
-
-def _same_modules(base: LoadedModel, *targets: tuple[str, ...]) -> bool:
-    one, other = (resolve_targets(base.model, names) for names in targets)
-    return one == other
 
 
 def _refuse_dropout_outside_layers(config: TrainConfig, split: SplitModel, parameters: Parameters) -> None:

@@ -1,0 +1,109 @@
+"""A twin's folder: the one place that knows its file names, and the reader of what its train.py left.
+
+Knows neither how it is made nor how it is trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_sft.convert.peft import our_name
+from mlx_sft.errors import UserError
+from mlx_sft.mappings import read_json
+from mlx_sft.methods import Parameters
+from mlx_sft.runs import RunFolder, user_path
+from mlx_sft.safetensors_file import open_safetensors, read_float32
+
+FIRST, SECOND = "exp_avg", "exp_avg_sq"
+"""What torch calls AdamW's two moments."""
+
+_AGAIN = "run its train.py again, or copy the whole folder once more"
+
+
+class TwinFolder(RunFolder):
+    """A run folder whose steps another machine takes; `eval`, `generate` and `export` treat it as any other.
+
+    ```
+    twin/
+      train.py            the script
+      requirements.txt    what it needs
+      trl.json            what it does, in TRL's words; hashes of data and model
+      rows.jsonl          a row a line: its token ids and labels
+      steps.jsonl         an optimizer step a line: its rows
+      initial_adapter/    PEFT's files, as training starts
+      config.yaml         the run's configuration
+      README.md
+      adapter/            left by train.py: PEFT's files, AdamW's moments (optimizer.safetensors), the step (progress.json)
+      metrics.jsonl       left by train.py: a line an optimizer step
+    ```
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.script = self.path / "train.py"
+        self.requirements = self.path / "requirements.txt"
+        self.trl = self.path / "trl.json"
+        self.rows = self.path / "rows.jsonl"
+        self.steps = self.path / "steps.jsonl"
+        self.initial_adapter = self.path / "initial_adapter"
+        self.moments = self.adapter / "optimizer.safetensors"
+        self.progress = self.adapter / "progress.json"
+
+    @classmethod
+    def find(cls, path: str | Path) -> TwinFolder | None:
+        """The twin that a folder is, or that it is the trained adapter of; None for any other folder."""
+        given = user_path(path).resolve()
+        twins = [cls(folder) for folder in (given, given.parent)]
+        return next((twin for twin in twins if twin.trl.is_file() and given in (twin.path, twin.adapter)), None)
+
+    @classmethod
+    def trained(cls, path: str | Path) -> TwinFolder:
+        """The twin in a folder; raises `UserError` where there is none, or its train.py has left nothing yet."""
+        twin = cls.find(path)
+        if twin is None:
+            raise UserError(f"not a twin: it has no {cls(path).trl.name}", where=str(path), hint=_AGAIN)
+        if not twin.progress.is_file():
+            what = f"this twin has not been trained: it has no {twin.progress.relative_to(twin.path)}"
+            raise UserError(what, where=str(twin.path), hint="run its train.py, and copy the folder back")
+        return twin
+
+    def refuse_changes(self, identity: dict[str, str]) -> None:
+        """Raise `UserError` where data or model are not those that the twin was made of."""
+        made_of = read_json(self.trl, hint=_AGAIN).get("identity")
+        for name in ("data", "model"):
+            if not isinstance(made_of, dict) or made_of.get(name) != identity[name]:
+                hint = "put it back as it was, or go on from the adapter alone with --init-adapter"
+                raise UserError(f"the {name} changed since this twin was exported", where=str(self.path), hint=hint)
+
+    def read_step(self, total_steps: int) -> int:
+        """How many of the run's steps have been taken."""
+        step = read_json(self.progress, hint=_AGAIN).get("step")
+        if type(step) is not int or not 0 < step <= total_steps:
+            what = f"its step is {step!r}, and must be from 1 to {total_steps}"
+            raise UserError(what, where=str(self.progress), hint=_AGAIN)
+        return step
+
+    def read_moments(self, parameters: Parameters) -> dict[str, Parameters]:
+        """AdamW's two moments (`FIRST`, `SECOND`) of every parameter, float32; raises `UserError` where they are of others."""
+        moments: dict[str, Parameters] = {FIRST: {}, SECOND: {}}
+        for tensor in open_safetensors(self.moments).tensors:
+            name, _, kind = tensor.name.rpartition(".")
+            if kind not in moments:
+                raise self._damaged(f"unknown tensor {tensor.name}")
+            try:
+                moments[kind][our_name(name)] = mx.array(read_float32(tensor))
+            except ValueError:
+                raise self._damaged(f"unknown tensor {tensor.name}") from None
+        if any(_shapes(moment) != _shapes(parameters) for moment in moments.values()):
+            raise self._damaged("its moments are not those of the adapter beside it")
+        return moments
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(what, where=str(self.moments), hint=_AGAIN)
+
+
+def _shapes(arrays: Parameters) -> dict[str, Any]:
+    return {name: array.shape for name, array in arrays.items()}
