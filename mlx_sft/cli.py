@@ -227,11 +227,18 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
 @click.option(
     "--format",
-    type=click.Choice(["merged", "peft", "mlx-lm"]),
+    type=click.Choice(["merged", "peft", "mlx-lm", "gguf"]),
     default="merged",
     show_default=True,
-    help="A whole checkpoint with the adapter merged in, or the adapter alone, as PEFT or as mlx-lm writes it.",
+    help="A whole checkpoint with the adapter merged in; the adapter alone, as PEFT or as mlx-lm writes it; or the whole as "
+    "one file for llama.cpp, by its own converter.",
 )
+@click.option(
+    "--llama-cpp",
+    metavar="DIR",
+    help="The folder of llama.cpp, for gguf.  [default: where it is on PATH, $LLAMA_CPP_DIR or ~/llama.cpp]",
+)
+@click.option("--ollama", is_flag=True, help="Write a Modelfile beside the gguf, for `ollama create`.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that already holds something.")
 @click.option(
     "--verify/--no-verify",
@@ -240,18 +247,28 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     help="Reload what was written and compare its logits with the trained model's.",
 )
 @_trusting
-def export(run: str, to: str, format: Literal["merged", "peft", "mlx-lm"], overwrite: bool, verify: bool) -> None:
-    """Write a run as a folder that PyTorch or mlx-lm opens.
+def export(
+    run: str,
+    to: str,
+    format: Literal["merged", "peft", "mlx-lm", "gguf"],
+    llama_cpp: str | None,
+    ollama: bool,
+    overwrite: bool,
+    verify: bool,
+) -> None:
+    """Write a run as a folder that PyTorch, mlx-lm or llama.cpp opens.
 
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
     from mlx_sft.convert.export import export
 
-    result = export(run, to, format=format, overwrite=overwrite, verify=verify)
+    result = export(run, to, format=format, overwrite=overwrite, verify=verify, llama_cpp=llama_cpp, ollama=ollama)
     console = Console()
     if result.verification is not None:
         console.note(str(result.verification))
+    for note in result.notes:
+        console.note(note)
     console.done(str(result.path))
 
 

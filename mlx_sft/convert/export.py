@@ -14,16 +14,16 @@ import mlx.core as mx
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert import mlx_lm, peft
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.merge import merge
-from mlx_sft.convert.sample import sample_rows
-from mlx_sft.convert.trained import FORMS, finished_folder, trained_edits
-from mlx_sft.convert.verify import Verification, verify_export
+from mlx_sft.convert.merged import write_merged
+from mlx_sft.convert.to_gguf import export_gguf
+from mlx_sft.convert.trained import FORMS, finished_folder
+from mlx_sft.convert.verify import Verification
 from mlx_sft.disk import folder_bytes, refuse_full_disk
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.runs import RunFolder, write_folder
 
-Format = Literal["merged", "peft", "mlx-lm"]
+Format = Literal["merged", "peft", "mlx-lm", "gguf"]
 
 _ROOM = "remove what is not needed, or give --to on another disk"
 
@@ -34,14 +34,16 @@ class ExportResult:
 
     Attributes:
         path: The folder.
-        format: `merged` (a whole checkpoint), `peft` or `mlx-lm` (the adapter alone).
+        format: `merged` (a whole checkpoint), `gguf` (the same for llama.cpp), `peft` or `mlx-lm` (the adapter alone).
         verification: How it compares with the trained model; None where that was not asked for, and for an adapter alone, which
             is compared number by number with the run's.
+        notes: What else a person should know of it.
     """
 
     path: Path
     format: Format
     verification: Verification | None
+    notes: tuple[str, ...] = ()
 
 
 def export(
@@ -51,16 +53,20 @@ def export(
     format: Format = "merged",
     overwrite: bool = False,
     verify: bool = True,
+    llama_cpp: str | Path | None = None,
+    ollama: bool = False,
 ) -> ExportResult:
-    """Write what a run trained as a folder for PyTorch.
+    """Write what a run trained as a folder for PyTorch, mlx-lm or llama.cpp.
 
     Args:
         run: The folder that `train` made.
         to: The folder to write; it appears when it is whole and verified, and not before.
         format: `merged`: a Hugging Face checkpoint laid out as the base's. `peft`: the adapter alone, in PEFT's files. `mlx-lm`:
-            the adapter alone, in mlx-lm's.
+            the adapter alone, in mlx-lm's. `gguf`: a file for llama.cpp, by its own converter.
         overwrite: Replace a folder that already holds something.
         verify: Reload what was written and compare it with the trained model.
+        llama_cpp: With `gguf`, the folder of llama.cpp where that is not on PATH, in $LLAMA_CPP_DIR or in ~/llama.cpp.
+        ollama: With `gguf`, write a Modelfile beside it, whose template writes what the tokenizer's writes.
 
     Raises:
         UserError: If the run has not finished, `to` cannot be, the base does not fit, or the written differs from the trained.
@@ -68,21 +74,27 @@ def export(
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
     if format not in get_args(Format):
-        raise UserError(f"no such format: {format}", hint="merged, peft or mlx-lm", exit_code=USAGE)
+        raise UserError(f"no such format: {format}", hint="merged, peft, mlx-lm or gguf", exit_code=USAGE)
+    if format != "gguf" and (ollama or llama_cpp is not None):
+        option = "--ollama" if ollama else "--llama-cpp"
+        raise UserError(f"{option} goes with --format gguf", exit_code=USAGE)
     # The adapter alone needs no base, so that one that is gone is no hindrance.
-    base = resolve_checkpoint(config.model) if format == "merged" else Path(config.model)
+    whole = format in ("merged", "gguf")
+    base = resolve_checkpoint(config.model) if whole else Path(config.model)
     target = _check_target(Path(to), folder, base, overwrite)
-    if format != "merged":
+    if not whole:
         _export_adapter(folder, config, target, format, verify)
         return ExportResult(target, format, None)
     checkpoint = Checkpoint.open(base)
+    if format == "gguf":
+        found = export_gguf(
+            folder, config, checkpoint, target, verify=verify, llama_cpp=llama_cpp, ollama=ollama, room=_ROOM
+        )
+        return ExportResult(target, format, *found)
     needed = checkpoint.size()
     refuse_full_disk(target, needed, "this export", _ROOM)
     with write_folder(target, needed) as temporary:
-        merge(checkpoint, trained_edits(folder, config.method, checkpoint), temporary)
-        verification = None
-        if verify:
-            verification = verify_export(folder, temporary, *sample_rows(config, base))
+        verification = write_merged(folder, config, checkpoint, temporary, verify)
     return ExportResult(target, format, verification)
 
 
