@@ -8,6 +8,7 @@ looked at. Knows nothing of who wrote the file.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _LEAST_SHARE = 0.8
 _DAMAGED = "the disk or llama.cpp may be at fault: update llama.cpp, and export again"
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _SUFFIXES = (".weight", ".bias")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def check_gguf(path: Path, checkpoint: Checkpoint, *, numbers: bool = True) -> G
     names = gguf.get_tensor_name_map(known[architecture], layers)
     compared = _compare(reader, path, checkpoint, lambda name: names.get_name(name, try_suffixes=_SUFFIXES), numbers)
     adds_bos = _setting(reader, "tokenizer.ggml.add_bos_token")
-    said = f"{path.name}: {architecture}, {layers} layers, {compared} of its {len(reader.tensors)} tensors compared with the checkpoint's"
+    said = f"{path.name}: {architecture} of {layers} layers, {compared} of its {len(reader.tensors)} tensors compared with the checkpoint's"
     return GgufFacts(said, adds_bos if isinstance(adds_bos, bool) else None)
 
 
@@ -107,32 +109,31 @@ def _compare(
 ) -> int:
     """The number of tensors that are in both; raises `UserError` naming the first that differs."""
     written = {tensor.name: tensor for tensor in reader.tensors}
-    compared = 0
-    expected: dict[str, StoredTensor] = {}
+    expected: dict[str, list[StoredTensor]] = {}
     for tensor in checkpoint.tensors.values():
-        name = name_of(tensor.name) if tensor.name.endswith(_SUFFIXES) else None
+        # All experts of a layer are one tensor there.
+        name = name_of(_EXPERT.sub(".experts.", tensor.name)) if tensor.name.endswith(_SUFFIXES) else None
         if name is not None and (name in written or name != "output.weight"):
-            expected[name] = tensor
+            expected.setdefault(name, []).append(tensor)
     for name, stored in expected.items():
         if name not in written:
-            raise UserError(
-                f"it lacks {name}, which is {stored.name} in the checkpoint", where=str(path), hint=_DAMAGED
-            )
+            what = f"it lacks {name}, which is {stored[0].name} in the checkpoint"
+            raise UserError(what, where=str(path), hint=_DAMAGED)
         _check_shape(written[name], stored, path)
-        compared += 1
     _check_vocabulary(reader, written, path)
     for name, found in written.items() if numbers else ():
-        _check_numbers(found, expected.get(name), path)
-    return compared
+        _check_numbers(found, expected.get(name, []), path)
+    return len(expected)
 
 
-def _check_shape(tensor: ReaderTensor, stored: StoredTensor, path: Path) -> None:
-    shape = tuple(int(length) for length in reversed(tensor.shape))
-    same = shape == stored.shape if len(shape) == 2 else math.prod(shape) == math.prod(stored.shape)
-    if tensor.name in _EMBEDDINGS and shape[1:] == stored.shape[1:]:
-        same = shape[0] <= stored.shape[0]
+def _check_shape(tensor: ReaderTensor, stored: list[StoredTensor], path: Path) -> None:
+    shape, first = tuple(int(length) for length in reversed(tensor.shape)), stored[0].shape
+    same = shape == first if len(shape) == 2 else math.prod(shape) == sum(math.prod(one.shape) for one in stored)
+    if tensor.name in _EMBEDDINGS and shape[1:] == first[1:]:
+        same = shape[0] <= first[0]
     if not same:
-        what = f"{tensor.name} is {list(shape)}, and {list(stored.shape)} in the checkpoint"
+        many = f"{len(stored)} times " if len(stored) > 1 else ""
+        what = f"{tensor.name} is {list(shape)}, and {many}{list(first)} in the checkpoint"
         raise UserError(what, where=str(path), hint=_DAMAGED)
 
 
@@ -145,23 +146,21 @@ def _check_vocabulary(reader: GGUFReader, written: dict[str, ReaderTensor], path
         raise UserError(what, where=str(path), hint=_DAMAGED)
 
 
-def _check_numbers(tensor: ReaderTensor, stored: StoredTensor | None, path: Path) -> None:
+def _check_numbers(tensor: ReaderTensor, stored: list[StoredTensor], path: Path) -> None:
     dtype = tensor.tensor_type.name
     if dtype not in STORED_AS:
         return
     total, squares = _sums(_blocks(tensor.data, dtype))
     if not math.isfinite(squares):
         raise UserError(f"{tensor.name} has numbers that are not finite", where=str(path), hint=_DAMAGED)
-    is_matrix = stored is not None and len(stored.shape) == 2 and tensor.n_elements == math.prod(stored.shape)
-    if stored is None or not is_matrix or stored.dtype not in STORED_AS:
+    comparable = all(len(one.shape) == 2 and one.dtype in STORED_AS for one in stored)
+    if not comparable or tensor.n_elements != sum(math.prod(one.shape) for one in stored):
         return
-    step = max(1, _BLOCK // max(1, stored.row_elements))
-    starts = range(0, stored.rows, step)
-    expected = _sums(read_rows(stored, start, min(start + step, stored.rows)) for start in starts)
-    tolerance = _SAME if dtype == stored.dtype else _ROUNDED
+    expected = _sums(block for one in stored for block in _stored_blocks(one))
+    tolerance = _SAME if {one.dtype for one in stored} == {dtype} else _ROUNDED
     size = math.sqrt(tensor.n_elements * expected[1])  # no sum of these numbers is larger
     if abs(squares - expected[1]) > tolerance * expected[1] or abs(total - expected[0]) > tolerance * size:
-        what = f"{tensor.name} does not hold the numbers of {stored.name}"
+        what = f"{tensor.name} does not hold the numbers of {stored[0].name}"
         raise UserError(what, where=str(path), hint=_DAMAGED)
 
 
@@ -169,6 +168,12 @@ def _blocks(data: NDArray[Any], dtype: str) -> Iterator[NDArray[np.float32]]:
     stored = data.reshape(-1).view(STORED_AS[dtype])
     for start in range(0, len(stored), _BLOCK):
         yield to_float32(stored[start : start + _BLOCK], dtype)
+
+
+def _stored_blocks(tensor: StoredTensor) -> Iterator[NDArray[np.float32]]:
+    step = max(1, _BLOCK // max(1, tensor.row_elements))
+    for start in range(0, tensor.rows, step):
+        yield read_rows(tensor, start, min(start + step, tensor.rows))
 
 
 def _sums(blocks: Iterator[NDArray[np.float32]]) -> tuple[float, float]:

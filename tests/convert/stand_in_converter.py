@@ -13,7 +13,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from safetensors import safe_open
+
+from mlx_sft.safetensors_file import open_safetensors, read_float32
 
 MODE: str = globals().get("MODE", "")
 
@@ -41,15 +42,14 @@ def tensors(folder: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
     names = gguf.get_tensor_name_map(_architecture(config), config["num_hidden_layers"])
     found: dict[str, np.ndarray] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (it is no mapping)
-                if name == "lm_head.weight" and config["tie_word_embeddings"]:
-                    continue
-                values = weights.get_tensor(name).float().numpy()
-                if config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-                    heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-                    values = permuted(values, heads)
-                found[names.get_name(name, try_suffixes=(".weight", ".bias"))] = values
+        for tensor in open_safetensors(file).tensors:
+            name, values = tensor.name, read_float32(tensor)
+            if name == "lm_head.weight" and config["tie_word_embeddings"]:
+                continue
+            if config["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+                heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+                values = permuted(values, heads)
+            found[names.get_name(name, try_suffixes=(".weight", ".bias"))] = values
     return found
 
 

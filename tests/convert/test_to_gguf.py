@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,19 @@ import torch
 
 from mlx_sft import UserError, export
 from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.convert.ollama.rendering import rendered
 from mlx_sft.safetensors_file import read_float32, to_float32
 
 MakeLlamaCpp = Callable[..., Path]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def changed(base: Path, folder: Path, **settings: Any) -> Path:
+    """A copy of a checkpoint with other settings of its tokenizer."""
+    shutil.copytree(base, folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
 
 
 def numbers(tensor: gguf.ReaderTensor) -> np.ndarray:
@@ -54,7 +65,7 @@ def test_the_file_is_the_merged_checkpoint(
     written = {tensor.name: tensor for tensor in reader.tensors}
     assert len(written) == len(merged.tensors)
     assert result.notes == (
-        f"model.gguf: {family}, 2 layers, {len(written)} of its {len(written)} tensors compared with the checkpoint's",
+        f"model.gguf: {family} of 2 layers, {len(written)} of its {len(written)} tensors compared with the checkpoint's",
     )
     down = written["blk.1.ffn_down.weight"]
     assert down.tensor_type.name == dtype
@@ -104,7 +115,7 @@ def test_packages_that_the_converter_lacks_are_said_with_the_command_that_instal
 def test_without_the_package_the_header_and_the_size_are_checked_and_that_is_said(
     tmp_path: Path, make_base: Any, make_run: Any, make_llama_cpp: MakeLlamaCpp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     run = make_run(make_base())
     result = export(run.path, tmp_path / "out", format="gguf", llama_cpp=make_llama_cpp("swapped"), verify=False)
     assert result.notes == (
@@ -181,13 +192,7 @@ def test_options_that_cannot_be_are_usage_errors(
 def test_code_of_a_model_is_not_handed_to_the_converter(
     tmp_path: Path, make_base: Any, make_run: Any, make_llama_cpp: MakeLlamaCpp
 ) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in make_base().iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
-    run = make_run(base)
-    settings = json.loads((base / "tokenizer_config.json").read_text())
-    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": ["x.Y", None]}}))
+    run = make_run(changed(make_base(), tmp_path / "base", auto_map={"AutoTokenizer": ["x.Y", None]}))
     with pytest.raises(UserError, match="names Python code of its own") as caught:
         export(run.path, tmp_path / "out", format="gguf", llama_cpp=make_llama_cpp(), verify=False)
     assert "--trust-remote-code" in caught.value.hint
@@ -213,13 +218,22 @@ def test_ollama_gets_a_modelfile_beside_it(
     )
 
 
+def test_the_file_says_whether_ollama_begins_a_prompt_by_itself(
+    tmp_path: Path, make_base: Any, make_run: Any, make_llama_cpp: MakeLlamaCpp
+) -> None:
+    run = make_run(changed(make_base(), tmp_path / "base", bos_token="<|im_start|>"))
+    for mode, beginning in (("bos", ""), ("", "<|im_start|>")):
+        llama_cpp = make_llama_cpp(mode, name=f"llama.cpp {mode}")
+        to = tmp_path / f"out {mode}"
+        export(run.path, to, format="gguf", llama_cpp=llama_cpp, ollama=True, verify=False)
+        written = rendered((to / "Modelfile").read_text(), [{"role": "user", "content": "Hi"}])
+        assert written == f"{beginning}user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
 def test_a_template_that_ollama_cannot_follow_is_refused_before_anything_is_merged(
     tmp_path: Path, make_base: Any, make_run: Any, make_llama_cpp: MakeLlamaCpp
 ) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in make_base().iterdir():
-        (base / file.name).write_bytes(file.read_bytes())
+    base = changed(make_base(), tmp_path / "base")
     (base / "chat_template.jinja").write_text(
         "{% for message in messages %}<{{ message.role }}:{{ loop.index }}>{{ message.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -53,7 +53,7 @@ def make_modelfile(
     today = todays_variables(tokenizer)
     if adds_bos is None:
         adds_bos = begins_with_bos(tokenizer)
-    bos = str(tokenizer.bos_token) if adds_bos else ""
+    bos = str(tokenizer.bos_token) if adds_bos and tokenizer.bos_token else ""
     chat = Chat(tokenizer, today | variables, left_out=bos)
     try:
         pieces = watch(chat)
