@@ -84,9 +84,7 @@ class Converter:
 
     def _failure(self, code: int, said: str) -> UserError:
         tail = "\n".join(line.rstrip() for line in said.splitlines()[-_LINES_SHOWN:])
-        hint = (
-            "the model's family may be one that this llama.cpp does not know: update it, or export with --format merged"
-        )
+        hint = "this llama.cpp may not know the model's family or tokenizer: update it, or export with --format merged"
         if "ModuleNotFoundError" in said or "ImportError" in said:
             packages = self.script.parent / _PACKAGES
             hint = f"give its Python what it needs: {shlex.join([self.interpreter, '-m', 'pip', 'install', '-r', str(packages)])}"

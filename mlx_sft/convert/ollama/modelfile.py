@@ -48,8 +48,10 @@ def make_modelfile(
             where it is not said.
 
     Raises:
-        UserError: If the chat template cannot be put in Ollama's form exactly.
+        UserError: If there is no chat template, or it cannot be put in Ollama's form exactly.
     """
+    if not tokenizer.chat_template:
+        raise UserError("this tokenizer has no chat template", where=tokenizer.name_or_path, hint="leave out --ollama")
     today = todays_variables(tokenizer)
     if adds_bos is None:
         adds_bos = begins_with_bos(tokenizer)

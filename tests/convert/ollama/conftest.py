@@ -47,8 +47,18 @@ def make_tokenizer() -> MakeTokenizer:
 @pytest.fixture(scope="session")
 def public_template() -> Callable[[str], str]:
     """A family's template as it is published, from trl's collection: `public_template("qwen3")`."""
+    return lambda name: (_public_templates() / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def public_names() -> list[str]:
+    """The names of those that are not made for training."""
+    names = (path.stem for path in _public_templates().glob("*.jinja"))
+    return sorted(name for name in names if not name.endswith("_training"))
+
+
+def _public_templates() -> Path:
     spec = importlib.util.find_spec("trl")
     assert spec is not None
     assert spec.origin is not None
-    folder = Path(spec.origin).parent / "chat_templates"
-    return lambda name: (folder / f"{name}.jinja").read_text(encoding="utf-8")
+    return Path(spec.origin).parent / "chat_templates"

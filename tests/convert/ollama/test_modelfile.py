@@ -226,3 +226,29 @@ def test_a_template_that_cannot_be_followed_is_refused_with_the_reason(
     assert reason in caught.value.what
     assert caught.value.where == "a model"
     assert "leave out --ollama" in caught.value.hint
+
+
+def test_every_public_template_is_followed_exactly_or_refused(
+    make_tokenizer: MakeTokenizer, public_names: list[str], public_template: Callable[[str], str]
+) -> None:
+    followed, refusals = set(), set()
+    for name in public_names:
+        tokenizer = make_tokenizer(public_template(name), bos="<s>")
+        try:
+            modelfile = make_modelfile(tokenizer, {}, "./model.gguf")
+        except UserError as error:
+            refusals.add(error.what.partition(":")[0])
+            continue
+        followed.add(name)
+        for talk in TALKS.values():
+            if any("takes no system message" in note for note in modelfile.notes) and talk[0] is SYSTEM:
+                continue
+            assert rendered(modelfile.text, talk) == expected(tokenizer, talk, False), name
+    assert followed >= {"cohere", "deepseekv3", "glm4moe", "gptoss", "lfm2", "nemotron_3_ultra", "phi3_5", "qwen3_8"}
+    assert refusals == {"this chat template cannot be put in Ollama's form exactly"}
+
+
+def test_a_tokenizer_without_a_chat_template_is_told_so(make_tokenizer: MakeTokenizer) -> None:
+    with pytest.raises(UserError, match="has no chat template") as caught:
+        make_modelfile(make_tokenizer(""), {}, "./model.gguf")
+    assert "leave out --ollama" in caught.value.hint
