@@ -249,11 +249,11 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
 @click.option(
     "--format",
-    type=click.Choice(["merged", "mlx", "peft", "mlx-lm", "trl"]),
+    type=click.Choice(["merged", "mlx", "peft", "mlx-lm", "gguf", "trl"]),
     default="merged",
     show_default=True,
     help="A whole checkpoint with the adapter merged in, for transformers or mlx-lm; the adapter alone, as PEFT or as mlx-lm writes it; "
-    "or the run itself, as a script for TRL, its rows and its start.",
+    "the whole as one file for llama.cpp, by its own converter; or the run itself, as a script for TRL, its rows and its start.",
 )
 @click.option(
     "--base",
@@ -265,6 +265,12 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 )
 @click.option("--base-model", metavar="MODEL", help="The original of a base whose weights are quantized.")
 @_quantizing("With --format mlx: quantize after the merge.")
+@click.option(
+    "--llama-cpp",
+    metavar="DIR",
+    help="The folder of llama.cpp, for gguf.  [default: where it is on PATH, $LLAMA_CPP_DIR or ~/llama.cpp]",
+)
+@click.option("--ollama", is_flag=True, help="Write a Modelfile beside the gguf, for `ollama create`.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that already holds something.")
 @click.option(
     "--verify/--no-verify",
@@ -274,7 +280,7 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 )
 @_trusting
 def export(run: str, to: str, **options: Any) -> None:
-    """Write a run as a folder that PyTorch or mlx-lm opens.
+    """Write a run as a folder that PyTorch, mlx-lm or llama.cpp opens.
 
     The last line on stdout is the folder.
     """

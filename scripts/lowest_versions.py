@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent / "pyproject.toml"
-TESTED = ("data",)
+TESTED = ("data", "gguf")
 """Extras whose bounds hold for users, too."""
 
 _LOWEST = re.compile(r"^(?P<name>[\w.-]+)(\[[\w,-]+\])?>=(?P<version>[\d.]+)[^;]*(?P<marker>;.*)?$")

@@ -108,7 +108,7 @@ def test_only_the_public_module_and_the_command_line_import_the_package_itself(p
 
 def test_what_is_imported_is_declared() -> None:
     declared = {canonicalize_name(r.name) for r in requirements("dependencies")}
-    optional = {canonicalize_name(r.name) for r in requirements("data")}
+    optional = {canonicalize_name(r.name) for group in ("data", "gguf") for r in requirements(group)}
     distributions = packages_distributions()
     for path in MODULES:
         for module, _ in imports(parse(path)):
@@ -145,7 +145,7 @@ def test_mlx_comes_with_a_backend_everywhere() -> None:
 
 def test_torch_is_pinned_for_development_and_absent_otherwise() -> None:
     assert "torch==2.13.0" in {str(r) for r in requirements("dev")}
-    others = [*requirements("dependencies"), *requirements("data"), *requirements("cuda")]
+    others = [r for group in ("dependencies", "data", "gguf", "cuda") for r in requirements(group)]
     assert not {r.name for r in others} & {"torch", "peft", "trl"}
 
 

@@ -5,7 +5,7 @@ Knows neither how a checkpoint is merged nor how it is compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,23 +13,24 @@ import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert import mlx_lm, peft
-from mlx_sft.convert.adapted import load_run
-from mlx_sft.convert.dequantize import dequantized_edits, on_top_of, say_unpacked, unpacked
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.merge import Edit, merge
+from mlx_sft.convert.merged import write_merged
 from mlx_sft.convert.mlx_folder import LOST_LIMIT, to_mlx
-from mlx_sft.convert.sample import sample_rows
-from mlx_sft.convert.trained import FORMS, finished_folder, trained_edits
-from mlx_sft.convert.verify import Merging, Verification, verify_export
+from mlx_sft.convert.to_gguf import export_gguf
+from mlx_sft.convert.trained import FORMS, finished_folder
+from mlx_sft.convert.verify import Merging, Verification
 from mlx_sft.disk import folder_bytes, refuse_full_disk
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.model.linears import linear_modules
-from mlx_sft.model.load import is_packed, name_elsewhere, resolve_checkpoint
+from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.model.outline import outline
 from mlx_sft.runs import RunFolder, write_folder
 
-Format = Literal["merged", "mlx", "peft", "mlx-lm"]
+Format = Literal["merged", "mlx", "peft", "mlx-lm", "gguf"]
 Base = Literal["original", "dequantized"]
+
+_WHOLE = ("merged", "mlx", "gguf")
+"""The formats that have the base in them."""
 
 _ROOM = "remove what is not needed, or give --to on another disk"
 
@@ -40,20 +41,22 @@ class ExportResult:
 
     Attributes:
         path: The folder.
-        format: `merged` or `mlx` (a whole checkpoint), `peft` or `mlx-lm` (the adapter alone).
+        format: `merged` or `mlx` (a whole checkpoint), `gguf` (the same for llama.cpp), `peft` or `mlx-lm` (the adapter alone).
         verification: How it compares with the trained model; None where that was not asked for, and for an adapter alone, which
             is compared number by number with the run's.
         lost: For weights that were quantized after the merge, by name: how far this moved what training did to each, in parts of that.
+        notes: What else a person should know of it.
     """
 
     path: Path
     format: Format
     verification: Verification | None
     lost: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
-        """For a person: the comparison, and what quantizing took of each weight."""
-        lines = [str(self.verification)] if self.verification else []
+        """For a person: the comparison, the notes, and what quantizing took of each weight."""
+        lines = [*([str(self.verification)] if self.verification else []), *self.notes]
         if self.lost:
             lines.append("quantizing moved each weight by so many times what training did:")
             lines += [f"  {name.removesuffix('.weight')} {ratio:.2f}" for name, ratio in self.lost.items()]
@@ -80,20 +83,24 @@ def export(
     quantize: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    llama_cpp: str | Path | None = None,
+    ollama: bool = False,
 ) -> ExportResult:
-    """Write what a run trained as a folder for PyTorch or mlx-lm.
+    """Write what a run trained as a folder for PyTorch, mlx-lm or llama.cpp.
 
     Args:
         run: The folder that `train` made.
         to: The folder to write; it appears when it is whole and verified, and not before.
         format: `merged`: a Hugging Face checkpoint laid out as the base's. `mlx`: the same as mlx-lm writes it. `peft`: the adapter
-            alone, in PEFT's files. `mlx-lm`: the adapter alone, in mlx-lm's.
+            alone, in PEFT's files. `mlx-lm`: the adapter alone, in mlx-lm's. `gguf`: a file for llama.cpp, by its own converter.
         base: What a run on a quantized base is merged into: the `original` in full precision, or the numbers that the quantized weights
             stand for, `dequantized`, which keeps exactly the function that was trained.
         base_model: The original, where the run's own base is a folder of quantized weights.
         quantize: A name of `QUANTIZATIONS`, for `mlx`: quantize after the merge.
         overwrite: Replace a folder that already holds something.
         verify: Reload what was written and compare it with the trained model.
+        llama_cpp: With `gguf`, the folder of llama.cpp where that is not on PATH, in $LLAMA_CPP_DIR or in ~/llama.cpp.
+        ollama: With `gguf`, write a Modelfile beside it, whose template writes what the tokenizer's writes.
 
     Raises:
         UserError: If the run has not finished, `to` cannot be, the base does not fit, or the written differs from the trained.
@@ -101,9 +108,9 @@ def export(
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
     if format not in get_args(Format):
-        raise UserError(f"no such format: {format}", hint="merged, mlx, peft or mlx-lm", exit_code=USAGE)
-    _refuse_unused(format, base, base_model, quantize)
-    whole = format in ("merged", "mlx")
+        raise UserError(f"no such format: {format}", hint=f"{', '.join(get_args(Format))}", exit_code=USAGE)
+    _refuse_unused(format, base, base_model, quantize, ollama=ollama, llama_cpp=llama_cpp)
+    whole = format in _WHOLE
     # PEFT's form of the adapter needs no base, so that one that is gone is no hindrance; mlx-lm's needs its names.
     source = Path(config.model) if format == "peft" else resolve_checkpoint(base_model or config.model, weights=whole)
     target = check_target(Path(to), folder, source, overwrite)
@@ -111,45 +118,31 @@ def export(
         _export_adapter(folder, config, target, None if format == "peft" else source, verify)
         return ExportResult(target, format, None)
     merging = Merging(folder, Checkpoint.open(source), base_model, dequantized=base == "dequantized")
+    if format == "gguf":
+        found = export_gguf(merging, config, target, verify=verify, llama_cpp=llama_cpp, ollama=ollama, room=_ROOM)
+        return ExportResult(target, format, found[0], notes=found[1])
     needed = merging.checkpoint.size()
     refuse_full_disk(target, 2 * needed if format == "mlx" else needed, "this export", _ROOM)
     with write_folder(target, needed) as temporary:
-        merging = _merge(merging, config, temporary)
-        verification = verify_export(merging, temporary, *sample_rows(config, source)) if verify else None
+        merging, verification = write_merged(merging, config, temporary, verify)
         lost = to_mlx(temporary, merging, quantize) if format == "mlx" else {}
     return ExportResult(target, format, verification, lost)
 
 
-def _merge(merging: Merging, config: TrainConfig, folder: Path) -> Merging:
-    """Write the merged checkpoint; returns what was merged into, as it is written."""
-    checkpoint = merging.checkpoint
-    edits: dict[str, Edit] = {}
-    packed = is_packed(checkpoint.path)
-    if merging.dequantized and not (packed or config.quantize):
-        hint = "leave --base out"
-        raise UserError("--base dequantized is for a run on a quantized base", hint=hint, exit_code=USAGE)
-    if packed and not merging.dequantized:
-        raise UserError(
-            "the weights of this run's base are quantized, which an adapter cannot be added to",
-            where=str(checkpoint.path),
-            hint="give the original with --base-model, or --base dequantized for the numbers that they stand for",
-            exit_code=USAGE,
-        )
-    if merging.dequantized:
-        model = load_run(merging.run.path, base=True, dtype="float32").model
-        if packed:
-            checkpoint, edits = unpacked(checkpoint, model)
-        else:
-            edits = dequantized_edits(checkpoint, model)
-    merge(checkpoint, on_top_of(edits, trained_edits(merging.run, config.method, checkpoint)), folder)
-    if packed:
-        say_unpacked(checkpoint, folder)
-    return replace(merging, checkpoint=checkpoint)
-
-
-def _refuse_unused(format: Format, base: Base, base_model: str | None, quantize: str | None) -> None:
+def _refuse_unused(
+    format: Format,
+    base: Base,
+    base_model: str | None,
+    quantize: str | None,
+    *,
+    ollama: bool,
+    llama_cpp: str | Path | None,
+) -> None:
     """An option that this format does not read, or that contradicts another, is a mistake."""
-    if format not in ("merged", "mlx") and (base != "original" or base_model is not None):
+    if format != "gguf" and (ollama or llama_cpp is not None):
+        option = "--ollama" if ollama else "--llama-cpp"
+        raise UserError(f"{option} goes with --format gguf", hint="give --format gguf", exit_code=USAGE)
+    if format not in _WHOLE and (base != "original" or base_model is not None):
         what = f"--format {format} writes the adapter alone, without any base"
         raise UserError(what, hint="leave --base and --base-model out", exit_code=USAGE)
     if base == "dequantized" and base_model is not None:

@@ -1,0 +1,191 @@
+"""A GGUF file, read by llama.cpp's own package and compared with the checkpoint that it was made from.
+
+Each tensor that has a name in both is there in its shape; each matrix holds the same numbers, in whatever order the file keeps them;
+every number is finite; the vocabulary has a row of the embeddings for each token. Without the package, its header and size alone are
+looked at. Knows nothing of who wrote the file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.errors import UserError, blamed_on
+from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_rows, to_float32
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+_MAGIC, _VERSIONS = b"GGUF", (2, 3)
+_HEAD = struct.Struct("<4sIQQ")
+"""Magic, version, number of tensors, number of settings."""
+
+_BLOCK = 1 << 20
+_SAME, _ROUNDED = 1e-9, 1e-2
+"""How far sums may be apart, relative to their numbers' size: added up in another order, or rounded to another dtype."""
+
+_LEAST_SHARE = 0.8
+"""Of a checkpoint's bytes that its GGUF file has: some converters cut off rows of the embeddings that stand for no token."""
+
+_DAMAGED = "the disk or llama.cpp may be at fault: update llama.cpp, and export again"
+_EMBEDDINGS = ("token_embd.weight", "output.weight")
+_SUFFIXES = (".weight", ".bias")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFacts:
+    """What a GGUF file was found to be.
+
+    Attributes:
+        said: For a person: what was compared.
+        adds_bos: Whether it has prompts begin with the beginning-of-sequence token; None where it does not say so.
+    """
+
+    said: str
+    adds_bos: bool | None = None
+
+
+def check_gguf(path: Path, checkpoint: Checkpoint, *, numbers: bool = True) -> GgufFacts:
+    """Compare a GGUF file with the checkpoint that it was made from.
+
+    Args:
+        path: The file.
+        checkpoint: The checkpoint.
+        numbers: Whether the numbers are compared, or the header and the size of the file alone.
+
+    Raises:
+        UserError: If they differ, or the file is cut short.
+    """
+    _check_head(path, checkpoint)
+    try:
+        import gguf
+    except ImportError:
+        hint = "pip install 'mlx-sft[gguf]' has each tensor compared"
+        return GgufFacts(f"{path.name}: only its header and size were checked; {hint}")
+    with blamed_on(path, "llama.cpp's own package cannot read what its converter wrote", _DAMAGED):
+        reader = gguf.GGUFReader(path)
+    architecture = _setting(reader, "general.architecture")
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        return GgufFacts(
+            f"{path.name}: its tensors were not compared; the installed gguf does not know {architecture!r}"
+        )
+    layers = _setting(reader, f"{architecture}.block_count")
+    if not isinstance(layers, int):
+        raise UserError("it does not say how many layers it has", where=str(path), hint=_DAMAGED)
+    names = gguf.get_tensor_name_map(known[architecture], layers)
+    compared = _compare(reader, path, checkpoint, lambda name: names.get_name(name, try_suffixes=_SUFFIXES), numbers)
+    adds_bos = _setting(reader, "tokenizer.ggml.add_bos_token")
+    said = f"{path.name}: {architecture} of {layers} layers, {compared} of its {len(reader.tensors)} tensors compared with the checkpoint's"
+    return GgufFacts(said, adds_bos if isinstance(adds_bos, bool) else None)
+
+
+def _check_head(path: Path, checkpoint: Checkpoint) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_HEAD.size)
+    magic, version, tensors, _ = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0, 0, 0)
+    if magic != _MAGIC or version not in _VERSIONS or not tensors:
+        raise UserError("what llama.cpp's converter wrote is not a GGUF file", where=str(path), hint=_DAMAGED)
+    # A tied head that is stored besides the embeddings is left out.
+    least = _LEAST_SHARE * sum(t.size for t in checkpoint.tensors.values() if t.name != "lm_head.weight")
+    if size < least:
+        what = f"it has {size:,} bytes, too few for the checkpoint that it was made from"
+        raise UserError(what, where=str(path), hint=_DAMAGED)
+
+
+def _compare(
+    reader: GGUFReader, path: Path, checkpoint: Checkpoint, name_of: Callable[[str], str | None], numbers: bool
+) -> int:
+    """The number of tensors that are in both; raises `UserError` naming the first that differs."""
+    written = {tensor.name: tensor for tensor in reader.tensors}
+    expected: dict[str, list[StoredTensor]] = {}
+    for tensor in checkpoint.tensors.values():
+        # All experts of a layer are one tensor there.
+        name = name_of(_EXPERT.sub(".experts.", tensor.name)) if tensor.name.endswith(_SUFFIXES) else None
+        if name is not None and (name in written or name != "output.weight"):
+            expected.setdefault(name, []).append(tensor)
+    for name, stored in expected.items():
+        if name not in written:
+            what = f"it lacks {name}, which is {stored[0].name} in the checkpoint"
+            raise UserError(what, where=str(path), hint=_DAMAGED)
+        _check_shape(written[name], stored, path)
+    _check_vocabulary(reader, written, path)
+    for name, found in written.items() if numbers else ():
+        _check_numbers(found, expected.get(name, []), path)
+    return len(expected)
+
+
+def _check_shape(tensor: ReaderTensor, stored: list[StoredTensor], path: Path) -> None:
+    shape, first = tuple(int(length) for length in reversed(tensor.shape)), stored[0].shape
+    same = shape == first if len(shape) == 2 else math.prod(shape) == sum(math.prod(one.shape) for one in stored)
+    if tensor.name in _EMBEDDINGS and shape[1:] == first[1:]:
+        same = shape[0] <= first[0]
+    if not same:
+        many = f"{len(stored)} times " if len(stored) > 1 else ""
+        what = f"{tensor.name} is {list(shape)}, and {many}{list(first)} in the checkpoint"
+        raise UserError(what, where=str(path), hint=_DAMAGED)
+
+
+def _check_vocabulary(reader: GGUFReader, written: dict[str, ReaderTensor], path: Path) -> None:
+    field, embeddings = reader.get_field("tokenizer.ggml.tokens"), written.get("token_embd.weight")
+    tokens = 0 if field is None else len(field.data)
+    rows = tokens if embeddings is None else int(embeddings.shape[-1])
+    if not tokens or tokens != rows:
+        what = f"it has {tokens:,} tokens, and embeddings of {rows:,}"
+        raise UserError(what, where=str(path), hint=_DAMAGED)
+
+
+def _check_numbers(tensor: ReaderTensor, stored: list[StoredTensor], path: Path) -> None:
+    dtype = tensor.tensor_type.name
+    if dtype not in STORED_AS:
+        return
+    total, squares = _sums(_blocks(tensor.data, dtype))
+    if not math.isfinite(squares):
+        raise UserError(f"{tensor.name} has numbers that are not finite", where=str(path), hint=_DAMAGED)
+    comparable = all(len(one.shape) == 2 and one.dtype in STORED_AS for one in stored)
+    if not comparable or tensor.n_elements != sum(math.prod(one.shape) for one in stored):
+        return
+    expected = _sums(block for one in stored for block in _stored_blocks(one))
+    tolerance = _SAME if {one.dtype for one in stored} == {dtype} else _ROUNDED
+    size = math.sqrt(tensor.n_elements * expected[1])  # no sum of these numbers is larger
+    if abs(squares - expected[1]) > tolerance * expected[1] or abs(total - expected[0]) > tolerance * size:
+        what = f"{tensor.name} does not hold the numbers of {stored[0].name}"
+        raise UserError(what, where=str(path), hint=_DAMAGED)
+
+
+def _blocks(data: NDArray[Any], dtype: str) -> Iterator[NDArray[np.float32]]:
+    stored = data.reshape(-1).view(STORED_AS[dtype])
+    for start in range(0, len(stored), _BLOCK):
+        yield to_float32(stored[start : start + _BLOCK], dtype)
+
+
+def _stored_blocks(tensor: StoredTensor) -> Iterator[NDArray[np.float32]]:
+    step = max(1, _BLOCK // max(1, tensor.row_elements))
+    for start in range(0, tensor.rows, step):
+        yield read_rows(tensor, start, min(start + step, tensor.rows))
+
+
+def _sums(blocks: Iterator[NDArray[np.float32]]) -> tuple[float, float]:
+    """Of the numbers and of their squares: the same in any order of them, but for the last digits."""
+    total = squares = 0.0
+    for block in blocks:
+        exact = block.astype(np.float64)
+        total += float(exact.sum())
+        squares += float(np.square(exact).sum())
+    return total, squares
+
+
+def _setting(reader: GGUFReader, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()

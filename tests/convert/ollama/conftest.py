@@ -1,0 +1,64 @@
+"""Tokenizers with the special tokens of several families, in which every byte is a token; and their public templates."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<s>", "</s>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+]
+
+MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> MakeTokenizer:
+    """`make_tokenizer(template, eos=, bos=, adds_bos=)`."""
+
+    def make(
+        template: str, eos: str = "<|im_end|>", bos: str | None = None, adds_bos: bool = False
+    ) -> PreTrainedTokenizerFast:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        backend = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens(SPECIAL_TOKENS)
+        if adds_bos:
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+            )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, bos_token=bos)
+        tokenizer.chat_template = template
+        tokenizer.name_or_path = "a model"
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def public_template() -> Callable[[str], str]:
+    """A family's template as it is published, from trl's collection: `public_template("qwen3")`."""
+    return lambda name: (_public_templates() / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def public_names() -> list[str]:
+    """The names of those that are not made for training."""
+    names = (path.stem for path in _public_templates().glob("*.jinja"))
+    return sorted(name for name in names if not name.endswith("_training"))
+
+
+def _public_templates() -> Path:
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "chat_templates"
