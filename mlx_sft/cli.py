@@ -255,6 +255,44 @@ def export(run: str, to: str, format: Literal["merged", "peft", "mlx-lm"], overw
     console.done(str(result.path))
 
 
+@main.command()
+@click.argument("run")
+@click.option("--repo", required=True, metavar="OWNER/NAME", help="The repository; it is made where there is none.")
+@click.option(
+    "--adapter-only", is_flag=True, help="The adapter alone, instead of a whole checkpoint with it merged in."
+)
+@click.option("--private", is_flag=True, help="For its members only; a public repository is refused.")
+@click.option("--overwrite", is_flag=True, help="Replace what the repository already holds; its history keeps that.")
+@click.option(
+    "--dry-run", is_flag=True, help="Make and verify all of it, show it, and upload nothing; needs no network."
+)
+@_trusting
+def push(run: str, repo: str, adapter_only: bool, private: bool, overwrite: bool, dry_run: bool) -> None:
+    """Publish a run on the Hugging Face Hub, with a model card.
+
+    RUN is the run folder. The last line on stdout is the address. The token is that of `hf auth login`, or HF_TOKEN.
+    """
+    from mlx_sft.console import Console
+    from mlx_sft.convert.push import push
+
+    console = Console()
+    result = push(
+        run,
+        repo,
+        adapter_only=adapter_only,
+        private=private,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        note=console.note,
+    )
+    if result.verification is not None:
+        console.note(str(result.verification))
+    if result.url is None:
+        write_text(str(result))
+    else:
+        console.done(result.url)
+
+
 def _model_options(command: Command) -> Command:
     for option in (
         _trusting,
