@@ -94,7 +94,7 @@ def _base_rows(base: Base) -> dict[str, str]:
 
 
 def _data_rows(data: Data) -> dict[str, str]:
-    named = [f"{_code(source.public_name)} ({source.rows:,} rows)" for source in data.sources[:_MOST_SOURCES]]
+    named = [f"{_code(source.public_name)} (rows: {source.rows:,})" for source in data.sources[:_MOST_SOURCES]]
     further = len(data.sources) - len(named)
     totals, train, valid = data.totals, data.train, data.valid
     rows = {
@@ -148,16 +148,14 @@ def _use(base: Base, published: Published | None) -> list[str]:
             "It is a whole checkpoint: with transformers",
             _fenced(_TRANSFORMERS.format(repository=published.repository, question=_QUESTION)),
             "or with mlx-lm",
-            _fenced(_MLX_LM.format(load=f'"{published.repository}"', question=_QUESTION)),
+            _fenced(_MLX_LM.format(repository=published.repository, question=_QUESTION)),
         ]
     name, revision = _in_code(base)
     values = {"repository": published.repository, "base": name, "revision": revision, "question": _QUESTION}
     shown = ["## Use", *([] if base.on_hub else [_NOT_ON_THE_HUB]), "With transformers and PEFT"]
     shown.append(_fenced(_PEFT.format(**values)))
     if published.mlx_lm:
-        adapter = _MLX_LM_ADAPTER.format(repository=published.repository, folder=published.mlx_lm)
-        load = f'"{name}"{revision}, adapter_path=f"{{files}}/{published.mlx_lm}"'
-        shown += ["or with mlx-lm", _fenced(adapter + _MLX_LM.format(load=load, question=_QUESTION))]
+        shown += ["or with mlx-lm", _fenced(_MLX_LM_ADAPTER.format(**values, folder=published.mlx_lm))]
     return shown
 
 
@@ -199,19 +197,30 @@ tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})
     + _ANSWER
 )
 
-_MLX_LM_ADAPTER = """\
-from huggingface_hub import snapshot_download
-
-files = snapshot_download("{repository}", allow_patterns="{folder}/*")
-"""
-
-_MLX_LM = """\
-from mlx_lm import generate, load
-
-model, tokenizer = load({load})
+_MLX_LM_ANSWER = """
 prompt = tokenizer.apply_chat_template({question}, add_generation_prompt=True)
 print(generate(model, tokenizer, prompt, max_tokens=256))
 """
+
+_MLX_LM = (
+    """\
+from mlx_lm import generate, load
+
+model, tokenizer = load("{repository}")
+"""
+    + _MLX_LM_ANSWER
+)
+
+_MLX_LM_ADAPTER = (
+    """\
+from huggingface_hub import snapshot_download
+from mlx_lm import generate, load
+
+files = snapshot_download("{repository}", allow_patterns="{folder}/*")
+model, tokenizer = load("{base}"{revision}, adapter_path=f"{{files}}/{folder}")
+"""
+    + _MLX_LM_ANSWER
+)
 
 
 def _fenced(code: str) -> str:

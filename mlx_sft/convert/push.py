@@ -93,6 +93,8 @@ def push(
     if not dry_run:
         target.check()
     facts = read_facts(folder)
+    if not facts.base.licence:
+        _say(note, "the licence of the base is not known here; name it in the card (`license:`) once it is on the Hub")
     with _workplace(folder, _needed_bytes(folder, config, adapter_only)) as work:
         _say(note, "writing and verifying what is to be uploaded")
         written, verification = _write(folder, facts, work / "model", adapter_only)

@@ -80,7 +80,7 @@ def test_a_card_says_what_it_is_made_of_and_how_it_did(settings: dict[str, Any])
         "4 steps of 4 examples, 2 epochs",
         f"8 examples, {report['tokens']} tokens, {report['supervised_tokens']} of them supervised",
         "10 read: 10 kept",
-        "`chats.jsonl` (10 rows)",
+        "`chats.jsonl` (rows: 10)",
         f"| Training loss | {lines[-2]['loss']:.4f} |",
         f"| Validation loss | {best['loss']:.4f}, the lowest |",
         f"| Validation perplexity | {best['perplexity']:.4g} |",
@@ -106,7 +106,7 @@ def test_a_card_holds_no_row_of_the_data_and_no_path(settings: dict[str, Any], t
     assert secret not in text
     assert str(tmp_path) not in text
     assert str(Path(settings["model"]).parent) not in text
-    assert "`private.jsonl` (1 rows)" in text
+    assert "`private.jsonl` (rows: 1)" in text
 
 
 # --- of what is published ---------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_the_hub_is_told_what_it_is(published: Published, relation: str, library
     }
     assert text.startswith("\n# me/model\n")
     assert f"`{'c' * 40}`" in text
-    assert "`chats.jsonl` (8 rows), `hf:ours/rows:train` (4 rows)" in text
+    assert "`chats.jsonl` (rows: 8), `hf:ours/rows:train` (rows: 4)" in text
     assert "12 read: 9 kept (2 of them truncated), 2 dropped, 1 that could not be used" in text
     assert "`mlx-sft 0.1.0`, `mlx 0.32.4`" in text
     assert "jane" not in text
@@ -147,7 +147,7 @@ def test_many_sources_are_counted() -> None:
     sources = [{"name": f"{number}.jsonl", "rows": 1} for number in range(1500)]
     data = Data.model_validate(FACTS.data.model_dump() | {"sources": sources})
     _, text = parts(model_card(replace(FACTS, data=data), MERGED))
-    assert "`19.jsonl` (1 rows), and 1,480 more |" in text
+    assert "`19.jsonl` (rows: 1), and 1,480 more |" in text
 
 
 def test_an_adapter_without_files_for_mlx_lm_does_not_speak_of_them() -> None:

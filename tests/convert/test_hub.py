@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_sft.convert.hub import Repository, files_of, is_hub_id
 from mlx_sft.errors import USAGE, UserError
-from tests.hub import TOKEN, Hub, Stored
+from tests.hub import TOKEN, Asked, Hub, Stored
 
 # huggingface_hub sends files in a way that its HTTP library has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -143,6 +144,20 @@ def test_a_refusal_is_told_and_publishes_nothing(
     assert error.where == "me/model"
     assert TOKEN not in str(error)
     assert all(held(stored) == {} for stored in hub.repositories.values())
+
+
+def test_a_repository_that_another_changes_meanwhile_is_left_to_them(hub: Hub, folder: Path) -> None:
+    hub.repositories["me/model"] = stored = Stored(private=False)
+    answer = hub.answer
+
+    def busy(asked: Asked) -> tuple[int, Any]:
+        if "preupload" in asked.path:
+            stored.commits.append("another's")
+        return answer(asked)
+
+    hub.answer = busy  # type: ignore[method-assign]
+    assert "it was changed meanwhile (412: A commit has happened since)" in refused(Repository("me/model"), folder).what
+    assert held(stored) == {}
 
 
 def test_the_hubs_own_words_are_shown_up_to_a_length(hub: Hub, folder: Path) -> None:

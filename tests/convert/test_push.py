@@ -75,6 +75,7 @@ def test_a_merged_checkpoint_arrives_as_it_is_exported(hub: Hub, cli: Cli, run: 
     result = cli("push", run, "--repo", "me/model")
     assert (result.exit_code, result.stdout) == (0, f"{hub.url}/me/model\n")
     assert "verified on " in result.stderr
+    assert "the licence of the base is not known here" in result.stderr
     exported = tree(export(run, tmp_path / "exported").path)
     files = arrived(hub)
     card = files.pop("README.md")
