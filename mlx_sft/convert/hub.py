@@ -32,7 +32,7 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name.count("/") == 1 and name.isascii() and name.isprintable()
+    return name.count("/") == 1 and name.isascii() and name.isprintable()  # which older versions do not check
 
 
 def files_of(folder: Path) -> dict[str, Path]:
