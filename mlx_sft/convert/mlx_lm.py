@@ -10,7 +10,6 @@ mlx-lm puts an adapter on the modules that `keys` names, in the last `num_layers
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,6 @@ _HALVES = {"lora_A": "lora_a", "lora_B": "lora_b"}
 _IN_A_LAYER = re.compile(r"(?:.*?\.)?\d+\.(?P<key>.+)")
 
 _EVERY_LAYER = -1
-
-
-def has_place(parameters: Iterable[str]) -> bool:
-    """Whether mlx-lm can put all of an adapter's parameters, by their names, where they belong."""
-    return all(_IN_A_LAYER.fullmatch(name.rpartition(".")[0]) for name in parameters)
 
 
 def write_adapter(folder: Path, settings: LoraSettings, parameters: dict[str, mx.array], base_model: str) -> None:

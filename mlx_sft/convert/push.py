@@ -29,6 +29,9 @@ from mlx_sft.mappings import read_json
 from mlx_sft.model.load import CARD, resolve_checkpoint
 from mlx_sft.runs import RunFolder, disk_errors, to_json, write_file
 
+Note = Callable[[str], None]
+"""Who is told, in a sentence, what a person may want to know."""
+
 _MLX_LM = "mlx-lm"
 """The folder of a repository that holds the adapter in mlx-lm's files, whose names are partly PEFT's."""
 
@@ -70,7 +73,7 @@ def push(
     private: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-    note: Callable[[str], None] | None = None,
+    note: Note | None = None,
 ) -> PushResult:
     """Publish what a run trained on the Hugging Face Hub.
 
@@ -81,11 +84,12 @@ def push(
         private: That only its members may see it; a public repository is refused then.
         overwrite: Replace what the repository already holds.
         dry_run: Make and verify everything, upload nothing, and ask no network.
-        note: Told what is done now.
+        note: Told what is done now, and what is missing.
 
     Raises:
         UserError: If the run has not finished, the written differs from the trained, or the Hub refuses it.
     """
+    note = note or _in_silence
     target = Repository(repository, private=private, overwrite=overwrite)
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
@@ -94,10 +98,14 @@ def push(
         target.check()
     facts = read_facts(folder)
     if not facts.base.licence:
-        _say(note, "the licence of the base is not known here; name it in the card (`license:`) once it is on the Hub")
+        note("the licence of the base is not known here; name it in the card (`license:`) once it is on the Hub")
     with _workplace(folder, _needed_bytes(folder, config, adapter_only)) as work:
-        _say(note, "writing and verifying what is to be uploaded")
-        written, verification = _write(folder, facts, work / "model", adapter_only)
+        note("writing and verifying what is to be uploaded")
+        written, verification = work / "model", None
+        if adapter_only:
+            _write_adapter(folder, facts, written, note)
+        else:
+            verification = export(folder.path, written).verification
         published = Published(repository, not adapter_only, _MLX_LM if (written / _MLX_LM).is_dir() else "")
         card = model_card(facts, published)
         write_file(written / CARD, card)
@@ -105,14 +113,13 @@ def push(
         files = {path: file.stat().st_size for path, file in files_of(written).items()}
         url = None
         if not dry_run:
-            _say(note, f"uploading {size(sum(files.values()))} to {repository}")
+            note(f"uploading {size(sum(files.values()))} to {repository}")
             url = target.upload(written)
     return PushResult(repository, private, files, card, verification, url)
 
 
-def _say(note: Callable[[str], None] | None, message: str) -> None:
-    if note is not None:
-        note(message)
+def _in_silence(message: str) -> None:
+    pass
 
 
 def _refuse_unfinished(run: RunFolder, config: TrainConfig, adapter_only: bool) -> None:
@@ -147,17 +154,16 @@ def _workplace(run: RunFolder, needed: int) -> Iterator[Path]:
         yield Path(name)
 
 
-def _write(run: RunFolder, facts: Facts, folder: Path, adapter_only: bool) -> tuple[Path, Verification | None]:
-    if not adapter_only:
-        result = export(run.path, folder)
-        return result.path, result.verification
-    _, parameters = peft.read_adapter(run.adapter)
-    written = export(run.path, folder, format="peft").path
-    _name_base(written / peft.CONFIG, "base_model_name_or_path", facts.base.name)
-    if mlx_lm.has_place(parameters):
-        beside = export(run.path, written / _MLX_LM, format="mlx-lm").path
-        _name_base(beside / mlx_lm.CONFIG, "model", facts.base.name)
-    return written, None
+def _write_adapter(run: RunFolder, facts: Facts, folder: Path, note: Note) -> None:
+    """PEFT's files, and mlx-lm's beside them where its form can hold this adapter."""
+    export(run.path, folder, format="peft")
+    _name_base(folder / peft.CONFIG, "base_model_name_or_path", facts.base.name)
+    try:
+        export(run.path, folder / _MLX_LM, format="mlx-lm")
+    except UserError as error:
+        note(f"there will be no files for mlx-lm: {error.what}")
+    else:
+        _name_base(folder / _MLX_LM / mlx_lm.CONFIG, "model", facts.base.name)
 
 
 def _name_base(file: Path, key: str, name: str) -> None:

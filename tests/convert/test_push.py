@@ -125,7 +125,9 @@ def test_an_adapter_that_mlx_lm_has_no_place_for_is_pefts_alone(
 ) -> None:
     base = str(make_base("qwen3"))
     run = train(TrainConfig(**settings | {"model": base, "target": ["q_proj", "lm_head"], "max_steps": 1})).run_dir
-    push(run, "me/model", adapter_only=True)
+    told: list[str] = []
+    push(run, "me/model", adapter_only=True, note=told.append)
+    assert "there will be no files for mlx-lm: mlx-lm has no place for an adapter on lm_head" in told
     assert arrived(hub).keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert b"mlx_lm" not in arrived(hub)["README.md"]
 
