@@ -85,6 +85,18 @@ def _quantizing(help: str) -> Callable[[Command], Command]:
     return click.option("--quantize", type=click.Choice(forms), help=help)
 
 
+def _merging(command: Command) -> Command:
+    """What a run on a quantized base is merged into."""
+    for option in (
+        click.option("--base-model", metavar="MODEL", help="The original of a base whose weights are quantized."),
+        click.option("--base", type=click.Choice(["original", "dequantized"]), default="original", show_default=True,
+                     help="What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized "
+                     "weights stand for, which keeps exactly what was trained."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def _settings(*fields: str) -> Callable[[Command], Command]:
     """`--config` and an option for each of these fields of `TrainConfig`."""
 
@@ -255,15 +267,7 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     help="A whole checkpoint with the adapter merged in, for transformers or mlx-lm; the adapter alone, as PEFT or as mlx-lm writes it; "
     "the whole as one file for llama.cpp, by its own converter; or the run itself, as a script for TRL, its rows and its start.",
 )
-@click.option(
-    "--base",
-    type=click.Choice(["original", "dequantized"]),
-    default="original",
-    show_default=True,
-    help="What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized weights stand for, "
-    "which keeps exactly what was trained.",
-)
-@click.option("--base-model", metavar="MODEL", help="The original of a base whose weights are quantized.")
+@_merging
 @_quantizing("With --format mlx: quantize after the merge.")
 @click.option(
     "--llama-cpp",
@@ -321,6 +325,37 @@ def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> Non
     from mlx_sft.convert.mlx_folder import convert
 
     Console().done(str(convert(model, to, quantize=quantize, dtype=dtype)))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--repo", required=True, metavar="OWNER/NAME", help="The repository; it is made where there is none.")
+@click.option(
+    "--adapter-only", is_flag=True, help="The adapter alone, instead of a whole checkpoint with it merged in."
+)
+@_merging
+@click.option("--private", is_flag=True, help="For its members only; a public repository is refused.")
+@click.option("--overwrite", is_flag=True, help="Replace what the repository already holds; its history keeps that.")
+@click.option(
+    "--dry-run", is_flag=True, help="Make and verify all of it, show it, and upload nothing; needs no network."
+)
+@_trusting
+def push(run: str, repo: str, **options: Any) -> None:
+    """Publish a run on the Hugging Face Hub, with a model card.
+
+    RUN is the run folder. The last line on stdout is the address. The token is that of `hf auth login`, or HF_TOKEN.
+    """
+    from mlx_sft.console import Console
+    from mlx_sft.convert.push import push
+
+    console = Console()
+    result = push(run, repo, note=console.note, **options)
+    if result.verification is not None:
+        console.note(str(result.verification))
+    if result.url is None:
+        write_text(str(result))
+    else:
+        console.done(result.url)
 
 
 def _model_options(command: Command) -> Command:

@@ -41,7 +41,7 @@ class UserError(Exception):
 def blamed_on(where: object, what: str, hint: str = "") -> Iterator[None]:
     """Whatever another library raises inside of the block is the fault of the input that it was given there.
 
-    Only for calls whose input is a file that anyone may have written: their libraries raise what they like.
+    Only for calls whose input is a file that anyone may have written, or what a server answers: their libraries raise what they like.
     """
     try:
         yield

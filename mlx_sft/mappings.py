@@ -7,6 +7,7 @@ what the values mean.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ MOST_YAML_DEPTH = 20
 
 _YAML_HINT = "write one `name: value` a line, as in configs/qwen3-0.6b-lora.yaml"
 
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?(\n.*?\n)---[ \t]*\r?(?:\n|$)", re.DOTALL)
+"""The new line before the metadata is part of it, so that the lines of errors are the file's."""
 
-def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
-    """The object that a JSON file holds; raises `UserError` for anything else."""
-    text = _text(path, MOST_JSON_BYTES, hint, FAILURE)
+
+def read_json(path: Path, *, hint: str = "", most: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """The object that a JSON file of up to `most` bytes holds; raises `UserError` for anything else."""
+    text = _text(path, most, hint, FAILURE)
     try:
         found = json.loads(text)
     except RecursionError as error:
@@ -40,7 +44,16 @@ def read_json(path: Path, *, hint: str = "") -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; raises `UserError` for anything else."""
-    text = _text(path, MOST_YAML_BYTES, _YAML_HINT, USAGE)
+    return _yaml_mapping(_text(path, MOST_YAML_BYTES, _YAML_HINT, USAGE), path)
+
+
+def read_front_matter(path: Path) -> dict[str, Any]:
+    """The metadata that a Markdown file begins with, between two lines of `---`; raises `UserError` as `read_yaml` does."""
+    found = _FRONT_MATTER.match(_text(path, MOST_YAML_BYTES, "", FAILURE))
+    return _yaml_mapping(found[1], path) if found and found[1].strip() else {}
+
+
+def _yaml_mapping(text: str, path: Path) -> dict[str, Any]:
     try:
         found = yaml.load(text, _BoundedLoader)  # noqa: S506 (a SafeLoader, with bounds)
     except (ValueError, RecursionError) as error:  # a date or a number that cannot be

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.mappings import MOST_JSON_BYTES, MOST_YAML_BYTES, MOST_YAML_DEPTH, read_json, read_yaml
+from mlx_sft.mappings import MOST_JSON_BYTES, MOST_YAML_BYTES, MOST_YAML_DEPTH, read_front_matter, read_json, read_yaml
 
 LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
@@ -90,3 +90,39 @@ def test_an_object_is_read_as_it_is(tmp_path: Path) -> None:
     value = {"ä": [1, 2.5, None, {"b": "\n"}]}
     (tmp_path / "c.json").write_text(json.dumps(value))
     assert read_json(tmp_path / "c.json") == value
+
+
+def test_a_larger_file_is_read_where_that_is_allowed(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"a": "x" * 100}))
+    with pytest.raises(UserError, match="more than 0 MiB"):
+        read_json(file, most=100)
+    assert read_json(file, most=200) == {"a": "x" * 100}
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("---\na: 1\nb: [x]\n---\n# Title\n", {"a": 1, "b": ["x"]}),
+        ("---\r\na: 1\r\n---\r\n", {"a": 1}),
+        ("---\na: 1\n---", {"a": 1}),
+        ("---\na: b---c\n---\nx: 2\n---\n", {"a": "b---c"}),
+        ("---\n\n---\n", {}),
+        ("---\n---\n", {}),
+        ("# Title\n\n---\na: 1\n---\n", {}),
+        ("", {}),
+    ],
+)
+def test_the_metadata_before_a_text_is_read(tmp_path: Path, content: str, found: object) -> None:
+    file = tmp_path / "README.md"
+    file.write_bytes(content.encode())
+    assert read_front_matter(file) == found
+
+
+@pytest.mark.parametrize(("content", "line"), [("---\na: 1\na: 2\n---\n", 3), (f"---\n{LAUGHS}---\n", 6)])
+def test_metadata_that_is_out_of_bounds_is_refused_at_its_line(tmp_path: Path, content: str, line: int) -> None:
+    file = tmp_path / "README.md"
+    file.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_front_matter(file)
+    assert caught.value.where == f"{file}:{line}"

@@ -52,7 +52,10 @@ MODEL_FILES = (
 
 LICENCE_FILES = ("LICENSE*", "NOTICE*")
 
-_DOWNLOADED = [*MODEL_FILES, "model*.safetensors", INDEX, *LICENCE_FILES]
+CARD = "README.md"
+"""The model card, which names the licence."""
+
+_DOWNLOADED = [*MODEL_FILES, "model*.safetensors", INDEX, *LICENCE_FILES, CARD]
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,19 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     except HFValidationError as error:
         raise UserError(f"not a Hub id: {error}", where=name, exit_code=USAGE) from error
     return _download(name, weights=weights) if _missing(cached, weights=weights) else cached
+
+
+def local_checkpoint(name: str) -> Path | None:
+    """As `resolve_checkpoint`, of what there is on disk, whole or not; None where there is nothing."""
+    if name == "tiny":
+        return TINY
+    folder = user_path(name)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def name_elsewhere(name: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from mlx_sft.convert.card import model_card
+from mlx_sft.convert.facts import run_facts
 from mlx_sft.convert.trained import save_trained, trained_folder
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import name_elsewhere
 from mlx_sft.runs import disk_errors, write_file
 from mlx_sft.training import checkpoint
-from mlx_sft.training.card import model_card
 from mlx_sft.training.records import Metrics
 from mlx_sft.training.setup import Job
 
@@ -49,7 +50,8 @@ def finish(job: Job) -> None:
     elif job.run.last.exists():  # of when the run was shorter
         with disk_errors(job.run.last):
             shutil.rmtree(job.run.last)
-    write_file(job.run.card, model_card(job.config, job.base.config, job.data.report, job.progress))
+    facts = run_facts(job.run, job.config, job.data.report.to_json())
+    write_file(job.run.card, model_card(facts))
 
 
 def _save_trained(job: Job, folder: Path) -> None:

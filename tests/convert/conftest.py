@@ -1,12 +1,15 @@
-"""A stand-in for llama.cpp, where it is needed."""
+"""Stand-ins for llama.cpp and for the Hub, where they are needed."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+
+from tests.hub import TOKEN, Hub, serve
 
 
 @pytest.fixture
@@ -34,3 +37,23 @@ def no_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path / "home"))
     monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+
+
+@pytest.fixture
+def logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No token, wherever huggingface_hub would look for one."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+
+
+@pytest.fixture
+def hub(logged_out: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The Hub as huggingface_hub finds it, as HF_ENDPOINT, HF_HUB_DISABLE_XET and HF_TOKEN would have it from the start."""
+    with serve() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+        huggingface_hub.close_session()

@@ -277,6 +277,7 @@ def test_only_what_makes_the_model_is_downloaded(cache: Callable[..., Path], dow
         INDEX,
         "qwen.tiktoken",
         "LICENSE",
+        "README.md",
     ]
     others = [
         "consolidated.safetensors",

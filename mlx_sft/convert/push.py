@@ -1,0 +1,187 @@
+"""The verb: a finished run → a model repository on the Hub, with a card that says what it is.
+
+What is uploaded is what `export` writes and verifies, in a folder that is gone afterwards. Knows neither how the Hub is spoken to nor
+what a card says.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.console import size
+from mlx_sft.convert import mlx_lm, peft
+from mlx_sft.convert.card import Published, model_card
+from mlx_sft.convert.export import Base, export
+from mlx_sft.convert.facts import Facts, read_facts
+from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.convert.hub import Repository, files_of
+from mlx_sft.convert.trained import finished_folder
+from mlx_sft.convert.verify import Verification
+from mlx_sft.disk import folder_bytes, free_bytes, refuse_full_disk
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.mappings import read_json
+from mlx_sft.model.load import CARD, resolve_checkpoint
+from mlx_sft.runs import RunFolder, disk_errors, to_json, write_file
+
+Note = Callable[[str], None]
+"""Who is told, in a sentence, what a person may want to know."""
+
+_MLX_LM = "mlx-lm"
+"""The folder of a repository that holds the adapter in mlx-lm's files, whose names are partly PEFT's."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """What was uploaded, or would be.
+
+    Attributes:
+        repository: `owner/name`.
+        private: That only its members may see it.
+        files: The bytes of each file, by its path in the repository.
+        card: The model card.
+        verification: How a merged checkpoint compares with the trained model; None for an adapter, which is compared number by number.
+        url: Where it is; None where nothing was uploaded.
+    """
+
+    repository: str
+    private: bool
+    files: dict[str, int]
+    card: str
+    verification: Verification | None
+    url: str | None
+
+    def __str__(self) -> str:
+        """For a person: the repository, its files, and the card."""
+        kind = "private" if self.private else "public"
+        width = max(map(len, self.files))
+        files = "".join(f"  {name:{width}}  {number:>14,} bytes\n" for name, number in self.files.items())
+        total = f"{len(self.files)} files, {size(sum(self.files.values()))}"
+        return f"{self.repository} ({kind}): {total}\n{files}\n{CARD}:\n\n{self.card}"
+
+
+def push(
+    run: str | Path,
+    repository: str,
+    *,
+    adapter_only: bool = False,
+    base: Base = "original",
+    base_model: str | None = None,
+    private: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    note: Note | None = None,
+) -> PushResult:
+    """Publish what a run trained on the Hugging Face Hub.
+
+    Args:
+        run: The folder that `train` made.
+        repository: `owner/name`; made where there is none.
+        adapter_only: The adapter, in PEFT's files and in mlx-lm's, instead of a whole checkpoint with the adapter merged in.
+        base: What a run on a quantized base is merged into, as for `export`.
+        base_model: The original, where the run's own base is a folder of quantized weights.
+        private: That only its members may see it; a public repository is refused then.
+        overwrite: Replace what the repository already holds.
+        dry_run: Make and verify everything, upload nothing, and ask no network.
+        note: Told what is done now, and what is missing.
+
+    Raises:
+        UserError: If the run has not finished, the written differs from the trained, or the Hub refuses it.
+    """
+    note = note or _in_silence
+    target = Repository(repository, private=private, overwrite=overwrite)
+    folder = RunFolder.open(run)
+    config = TrainConfig.resolve(folder.config)
+    _refuse_unfinished(folder, config, adapter_only)
+    if adapter_only and (base != "original" or base_model is not None):
+        what = "--adapter-only uploads no base"
+        raise UserError(what, hint="leave --base and --base-model out", exit_code=USAGE)
+    if not dry_run:
+        target.check()
+    facts = read_facts(folder)
+    if not facts.base.licence:
+        note("the licence of the base is not known here; name it in the card (`license:`) once it is on the Hub")
+    with _workplace(folder, _needed_bytes(folder, base_model or config.model, adapter_only)) as work:
+        note("writing and verifying what is to be uploaded")
+        written, verification = work / "model", None
+        if adapter_only:
+            _write_adapter(folder, facts, written, note)
+        else:
+            verification = export(folder.path, written, base=base, base_model=base_model).verification
+        published = Published(repository, not adapter_only, _MLX_LM if (written / _MLX_LM).is_dir() else "")
+        card = model_card(facts, published)
+        write_file(written / CARD, card)
+        _refuse_home(written)
+        files = {path: file.stat().st_size for path, file in files_of(written).items()}
+        url = None
+        if not dry_run:
+            note(f"uploading {size(sum(files.values()))} to {repository}")
+            url = target.upload(written)
+    return PushResult(repository, private, files, card, verification, url)
+
+
+def _in_silence(message: str) -> None:
+    pass
+
+
+def _refuse_unfinished(run: RunFolder, config: TrainConfig, adapter_only: bool) -> None:
+    result = finished_folder(run, config.method)
+    if adapter_only and result != run.adapter:
+        what, hint = f"a run of --method {config.method} has no adapter", "leave --adapter-only out"
+        raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
+    if not run.card.is_file():  # which is written last
+        raise UserError(
+            f"this run has not finished: what it has in {result.name}/ is of its newest checkpoint",
+            where=str(run.path),
+            hint=f"finish it with `mlx-sft train --resume {run.path}`",
+        )
+
+
+def _needed_bytes(run: RunFolder, model: str, adapter_only: bool) -> int:
+    """What the folder takes; an adapter is there twice."""
+    if adapter_only:
+        return 2 * folder_bytes(run.adapter)
+    return Checkpoint.open(resolve_checkpoint(model)).size()
+
+
+@contextmanager
+def _workplace(run: RunFolder, needed: int) -> Iterator[Path]:
+    """A temporary folder with room for so many bytes: beside the run, else where the system has such folders."""
+    places = [run.path.resolve().parent, Path(tempfile.gettempdir())]
+    place = next((place for place in places if os.access(place, os.W_OK) and free_bytes(place) >= needed), places[-1])
+    refuse_full_disk(place, needed, "this push", "remove what is not needed, or set TMPDIR to a folder on another disk")
+    with disk_errors(place):
+        work = tempfile.TemporaryDirectory(prefix=".mlx-sft-push-", dir=place)
+    with work as name:
+        yield Path(name)
+
+
+def _write_adapter(run: RunFolder, facts: Facts, folder: Path, note: Note) -> None:
+    """PEFT's files, and mlx-lm's beside them where its form can hold this adapter."""
+    export(run.path, folder, format="peft")
+    _name_base(folder / peft.CONFIG, "base_model_name_or_path", facts.base.name)
+    try:
+        export(run.path, folder / _MLX_LM, format="mlx-lm")
+    except UserError as error:
+        note(f"there will be no files for mlx-lm: {error.what}")
+    else:
+        _name_base(folder / _MLX_LM / mlx_lm.CONFIG, "model", facts.base.name)
+
+
+def _name_base(file: Path, key: str, name: str) -> None:
+    """Where an adapter names the folder of its base, which is on this machine, it names the base as others know it."""
+    write_file(file, to_json(read_json(file) | {key: name}))
+
+
+def _refuse_home(folder: Path) -> None:
+    """Raise `UserError` where a file of settings, which may be the base's, names a folder of this person's."""
+    home = f"{Path.home()}{os.sep}"
+    for file in sorted(folder.rglob("*config.json")):
+        if home in file.read_text(encoding="utf-8", errors="replace"):
+            hint = f"take the path out of the base's {file.name}, and push again"
+            raise UserError(f"{file.name} would tell that there is a folder in {home}", hint=hint)
