@@ -80,7 +80,13 @@ def _memory_limit_restored() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(tokenizer_of_bases: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return tokenizer_of_bases
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of_bases() -> PreTrainedTokenizerFast:
+    """The one in every base, also for tests that have another `tokenizer`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,12 +103,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def make_base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+def make_base(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_of_bases: PreTrainedTokenizerFast
+) -> Callable[..., Path]:
     """`make_base(family, tied=, dtype=, shard=, form=, **settings of its config)` → a folder, made once a session.
 
     `form` is the version of transformers, 4 or 5, whose way of writing config.json is followed.
     """
-    return partial(_make_base, {}, tmp_path_factory, tokenizer)
+    return partial(_make_base, {}, tmp_path_factory, tokenizer_of_bases)
 
 
 def _make_base(
