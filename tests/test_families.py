@@ -14,6 +14,8 @@ import peft
 import pytest
 import torch
 from mlx_lm.utils import load as load_of_mlx_lm
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
@@ -201,6 +203,61 @@ def test_the_shape_of_a_distilled_qwen_is_transformers(
     base = make_base("qwen2", tied=False, **DISTILLED)
     theirs = torch.tensor(torch_logits(torch_model(base), token_ids))
     assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), theirs)
+
+
+_SEES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "text"), [("qwen3_5", "qwen3_5_text"), ("gemma3", "gemma3_text")])
+def test_the_language_model_inside_of_one_that_sees_is_trained_and_exported(
+    kind: str,
+    text: str,
+    make_base: Callable[..., Path],
+    make_run: Callable[..., Run],
+    tmp_path: Path,
+    mlx_logits: Callable,
+    token_ids: list,
+) -> None:
+    alone = make_base(text, tied=kind == "gemma3")
+    settings = AutoConfig.from_pretrained(alone).to_dict()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, text_config=settings, vision_config=_SEES, tie_word_embeddings=kind == "gemma3")
+    base = tmp_path / "base"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(base)
+    for file in (*alone.glob("*token*"), *alone.glob("*.jinja")):
+        shutil.copy(file, base)
+
+    def theirs(folder: Path) -> torch.Tensor:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=torch.tensor(token_ids)).logits
+        return logits
+
+    assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), theirs(base), TOLERANCE.get(text, 1e-5))
+    run = make_run(base)
+    merged = export(run.path, tmp_path / "merged").path
+    ours = mlx_logits(load_run(run.path, dtype="float32").model, token_ids)
+    assert np.abs(ours - theirs(base).numpy()).max() > 1e-3
+    assert_close(ours, theirs(merged), TOLERANCE.get(text, 1e-5))
+    before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
+    seeing = [name for name in before if "vis" in name]
+    assert seeing
+    assert all(torch.equal(before[name], after[name]) for name in seeing)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gemma3_text", "qwen3_moe", "granite", "glm4", "olmo2", "smollm3", "phi3", "mistral", "gemma2"]
+)
+def test_a_configuration_of_transformers_4_is_the_same_model(
+    kind: str, make_base: Callable[..., Path], mlx_logits: Callable, token_ids: list
+) -> None:
+    tied = kind in ("gemma2", "gemma3_text")
+    new, old = (load_model(str(make_base(kind, tied=tied, form=form)), "float32").model for form in (5, 4))
+    assert "rope_parameters" not in (make_base(kind, tied=tied, form=4) / "config.json").read_text()
+    assert np.array_equal(mlx_logits(new, token_ids), mlx_logits(old, token_ids))
 
 
 def _rows_of_the_table() -> Iterator[str]:

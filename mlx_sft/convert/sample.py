@@ -17,7 +17,7 @@ from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.files import Source, locate, split_weight
 from mlx_sft.data.formats import RowReader
 from mlx_sft.errors import UserError
-from mlx_sft.model.load import load_tokenizer
+from mlx_sft.model.load import load_tokenizer, stated_vocabulary
 from mlx_sft.model.translate import read_config
 
 
@@ -38,7 +38,7 @@ def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
             raise UserError("none of its rows can be used", where=source.name)
     except UserError as error:
         # The data may have moved since; that is no reason not to export.
-        below = min(len(tokenizer), int(read_config(base).get("vocab_size") or len(tokenizer)))
+        below = min(len(tokenizer), stated_vocabulary(read_config(base)) or len(tokenizer))
         random = np.random.default_rng(0).integers(0, below, (MOST_ROWS, MOST_TOKENS))
         return random.tolist(), f"random tokens, because the data cannot be read again ({error.what})"
     return rows, description

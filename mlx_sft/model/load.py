@@ -272,12 +272,18 @@ def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:
         UserError: If the model has no embedding to tell it by.
     """
     rows = {module.weight.shape[0] for module in model.modules() if isinstance(module, nn.Embedding)}
-    stated: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    stated = stated_vocabulary(config)
     if stated is not None and (stated in rows or not rows):
         return stated
     if not rows:
         raise UserError("neither the model nor its config.json tells how many tokens it knows")
     return max(rows)
+
+
+def stated_vocabulary(config: dict[str, Any]) -> int | None:
+    """How many tokens a `config.json` says that its language model knows."""
+    stated: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return stated
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -97,7 +97,10 @@ def translate_config(path: Path) -> dict[str, Any]:
         if value is not None and name not in fields and value != known.defaults.get(name, value):
             raise unread(name, value)
     if known.text is not known.whole:
-        translated = known.whole | {"text_config": translated}
+        # mlx-lm's code takes some of them from the whole, which need not say them.
+        outer = inspect.signature(family_code(known.whole, path).ModelArgs).parameters.keys() - {"model_type", _NESTED}
+        said = {name: text[name] for name in outer if name in text}
+        translated = known.whole | said | {_NESTED: translated}
     return translated | {"model_type": _family(known.whole["model_type"])}
 
 

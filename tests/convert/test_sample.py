@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,13 @@ def test_without_rows_the_tokens_are_random_ones_that_the_model_knows(
     rows, source = sample_rows(TrainConfig(data=str(data)), base)
     assert source.startswith("random tokens, because the data cannot be read again (")
     assert 150 < max(map(max, rows)) < 200
+
+
+def test_a_language_model_inside_of_another_says_its_vocabulary_there(
+    make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(make_base(), base)
+    (base / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": {"vocab_size": 150}}))
+    rows, _ = sample_rows(TrainConfig(data=str(tmp_path / "none.jsonl")), base)
+    assert 100 < max(map(max, rows)) < 150
