@@ -165,3 +165,14 @@ def test_lines_are_seconds_a_step_and_gigabytes() -> None:
     assert plots.lines(sweep, "peak_bytes")["ours"][0] == (256, pytest.approx(1e-7))
     failed = result(point([{"ours": run(40, 400), "trl": FAILED}], 512), axis="tokens")
     assert plots.failures(failed) == {"trl": [(512, pytest.approx(22.0, abs=1e-6))]}
+
+
+def test_a_merge_is_told_beside_a_copy() -> None:
+    result = {
+        "layers": 28, "checkpoint_bytes": 2.4e9, "largest_tensor_bytes": 6e8, "rounds": [{}, {}, {}],
+        "copy_seconds": 6.0, "merge_seconds": 8.0, "above_bytes": 7e7,
+    }  # fmt: skip
+    text = "\n".join(report.merge_lines(result))
+    assert "2.40 GB (28 layers" in text
+    assert "75% of the speed" in text
+    assert "| merged | 8.0 | 0.07 |" in text
