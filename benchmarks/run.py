@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="only these")
     parser.add_argument("--trainers", nargs="+", metavar="NAME", help="only these: ours mlx-lm trl unsloth")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers in every case")
+    parser.add_argument("--up-to", type=float, help="leave out the points of a sweep beyond this")
     parser.add_argument("--repeat", type=int, help="rounds of each point (default 3, the quick run's sweeps 1)")
     parser.add_argument(
         "--timeout", type=float, default=3600, help="seconds after which a run is given up (default 3600)"
@@ -63,6 +64,11 @@ def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
         cases = [case for case in cases if case.name in arguments.cases]
     if arguments.trainers:
         cases = [replace(case, trainers=tuple(n for n in case.trainers if n in arguments.trainers)) for case in cases]
+    if arguments.up_to:
+        cases = [
+            replace(case, points=tuple(p for p in case.points if not case.axis or p.x <= arguments.up_to))
+            for case in cases
+        ]
     if arguments.layers:
         cases = [replace(case, points=cut(case, arguments.layers)) for case in cases]
     return cases

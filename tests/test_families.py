@@ -25,6 +25,7 @@ from mlx_sft.methods import Lora, LoraSettings, Parameters
 from mlx_sft.model.families import TESTED
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
+from mlx_sft.model.outline import outline
 from tests.conftest import Run
 from tests.parity import assert_close, loss_and_gradients
 from tests.torch_families import TORCH_FAMILIES
@@ -195,6 +196,20 @@ def test_rotary_positions_of_every_type_are_those_of_transformers(
     assert_close(ours, theirs, TOLERANCE.get(kind, 1e-5))
     again = load_model(str(convert(str(base), tmp_path / "mlx")), "float32").model
     assert_close(mlx_logits(again, token_ids), torch.tensor(ours))
+
+
+def test_layers_that_are_meant_to_turn_without_scaling_do(tmp_path: Path) -> None:
+    """OLMo 3 scales where attention is full, and not where it has a window."""
+    kinds = 2 * ["sliding_attention", "full_attention"]
+    settings = {
+        "model_type": "olmo3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 64, "layer_types": kinds, "sliding_window": 8, "rope_theta": 1e4,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, "max_position_embeddings": 256,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    layers = outline(tmp_path, "float32").layers
+    turns = [type(layer.self_attn.rope).__name__ for layer in layers]
+    assert turns == 2 * ["RoPE", "YarnRoPE"]
 
 
 def test_the_shape_of_a_distilled_qwen_is_transformers(

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.utils import save_config, save_model
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.convert.adapted import load_run
 from mlx_sft.convert.hf import Checkpoint, copy_side_files
 from mlx_sft.convert.merge import stored_parts
 from mlx_sft.convert.trained import load_trained
@@ -21,7 +22,7 @@ from mlx_sft.convert.verify import Merging
 from mlx_sft.disk import refuse_full_disk
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
-from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip
+from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
 from mlx_sft.model.translate import read_config, translate_config
 from mlx_sft.runs import write_folder
 from mlx_sft.safetensors_file import read_float32
@@ -122,11 +123,12 @@ _OF_THE_WHOLE = (
 def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
     method, parameters = load_trained(merging.run, TrainConfig.resolve(merging.run.config).method)
     lost: dict[str, float] = {}
+    trained_on = load_run(merging.run.path, base=True, dtype="float32").model if merging.dequantized else None
+    weights = weights_by_name(trained_on) if trained_on is not None else {}
     for name, shape in method.changed_shapes(parameters).items():
         if shape[-1] % quantization.group_size:
             continue  # too narrow to be quantized
-        tensors = stored_parts(merging.checkpoint, name, shape, "the run")
-        before = mx.stack([mx.array(read_float32(tensor)) for tensor in tensors]).reshape(shape)
+        before = weights[name] if weights else _stored(merging.checkpoint, name, shape)
         after = method.changed_weight(name, before, parameters)
         moved = round_trip(after, quantization) - round_trip(before, quantization)
         update = after - before
@@ -134,3 +136,8 @@ def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
         if size:
             lost[name] = float(error / size)
     return lost
+
+
+def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> mx.array:
+    tensors = stored_parts(checkpoint, name, shape, "the run")
+    return mx.stack([mx.array(read_float32(tensor)) for tensor in tensors]).reshape(shape)

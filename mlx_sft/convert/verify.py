@@ -31,7 +31,7 @@ from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import stored_parts
 from mlx_sft.convert.trained import load_trained
 from mlx_sft.errors import UserError
-from mlx_sft.model.load import load_model
+from mlx_sft.model.load import is_packed, load_model, resolve_checkpoint
 from mlx_sft.model.names import mlx_names
 from mlx_sft.runs import RunFolder
 
@@ -111,9 +111,9 @@ class Merging:
 
     @property
     def of_what_was_trained(self) -> bool:
-        """Whether the checkpoint's base is the one that was trained, to the rounding."""
+        """Whether the checkpoint's base is the one that was trained, to the rounding: no quantizing lies between them."""
         config = TrainConfig.resolve(self.run.config)
-        return self.dequantized or (self.base is None and config.quantize is None)
+        return self.dequantized or not (config.quantize or is_packed(resolve_checkpoint(config.model)))
 
 
 def verify_export(merging: Merging, folder: Path, rows: list[list[int]], source: str) -> Verification:

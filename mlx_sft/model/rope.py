@@ -124,27 +124,30 @@ class LongRope(nn.Module):
 def settle_ropes(model: nn.Module, settings: dict[str, Any]) -> None:
     """Give each layer the rotation that its checkpoint means, where mlx-lm's code gives it another.
 
-    Several families' code takes `rope_scaling` and does not look at it.
+    Several families' code takes `rope_scaling` and does not look at it. One whose layers have it in part (OLMo 3) knows which.
 
     Args:
         model: Made from `settings`, translated.
 
     Raises:
-        ValueError: If there is a scaling, and no module of the model that can be seen to do it.
+        ValueError: If there is a scaling, and nothing of the model can be seen to do it.
     """
     settings = settings.get("text_config") or settings
     scaling = settings.get("rope_scaling")
     if scaling is None or "rope_local_base_freq" in settings:  # by type of layer: such code reads it
         return
-    done = 0
-    for module in model.modules():
-        for name, child in module.children().items():
-            if isinstance(child, _ROPES):
-                done += 1
-                if type(child) is nn.RoPE or isinstance(child, SuScaledRoPE):
-                    module[name] = _right(child, scaling, settings)
-    if not done:
+    places = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.children().items()
+        if isinstance(child, (nn.RoPE, *_SCALED))
+    ]
+    if not places and getattr(getattr(model, "args", None), "rope_scaling", None) is None:
         raise ValueError(f"mlx-lm's code for this family does not read rope_scaling = {scaling}")
+    unread = all(type(child) is nn.RoPE and child.scale == 1 for _, _, child in places)
+    for module, name, child in places:
+        if unread or isinstance(child, SuScaledRoPE):
+            module[name] = _right(child, scaling, settings)
 
 
 def _right(rope: Any, scaling: dict[str, Any], settings: dict[str, Any]) -> nn.Module:
@@ -156,4 +159,4 @@ def _right(rope: Any, scaling: dict[str, Any], settings: dict[str, Any]) -> nn.M
     return made
 
 
-_ROPES = (nn.RoPE, SuScaledRoPE, Llama3RoPE, YarnRoPE, DynamicNTKScalingRoPE)
+_SCALED = (SuScaledRoPE, Llama3RoPE, YarnRoPE, DynamicNTKScalingRoPE)

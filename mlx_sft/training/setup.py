@@ -25,6 +25,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.families import untested_note
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.load import (
     LoadedModel,
     load_model,
@@ -195,6 +196,11 @@ def _attach_exportable(
     config: TrainConfig, base: LoadedModel, *, begun: bool
 ) -> tuple[TrainConfig, Method, Parameters]:
     """As `starting_parameters`, once it is sure that what will be trained can be merged into the checkpoint."""
+    if config.method == "full" and any(is_quantized(module) for module in base.model.modules()):
+        hint = "train adapters on it with --method lora, or give the original"
+        raise UserError(
+            "the weights of this model are quantized, and cannot be trained", where=str(base.path), hint=hint
+        )
     weights = weights_by_name(base.model)
     config, method, parameters = starting_parameters(config, base.model, begun=begun)
     check_exportable(base.path, method, parameters, weights)

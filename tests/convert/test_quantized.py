@@ -150,6 +150,8 @@ def test_a_folder_of_quantized_weights_is_merged_into_its_original_or_written_as
         torch_logits(torch_model(plain.path), token_ids), trained, atol=1e-4 * np.abs(trained).max()
     )
     assert "quantization" not in json.loads((plain.path / "config.json").read_text())
+    again = export(folder, tmp_path / "again", base="dequantized", format="mlx", quantize="4")
+    assert all(0 < lost < 100 for lost in again.lost.values())
     original = export(folder, tmp_path / "original", base_model=str(base))
     assert original.verification is not None
     assert original.verification.kl_limit is None
@@ -235,3 +237,20 @@ def test_other_libraries_forms_are_refused(method: str, base: Path, tmp_path: Pa
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(UserError, match=f"by another library .{method}."):
         load_model(str(folder))
+
+
+def test_another_model_in_place_of_the_base_is_refused(
+    base: Path, run: Callable[..., Path], make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = run()
+    other = make_base("qwen3", tied=True, intermediate_size=128, rms_norm_eps=0.5)
+    with pytest.raises(UserError, match="not the trained one"):
+        export(folder, tmp_path / "none", base_model=str(other))
+    shutil.copytree(base, tmp_path / "moved")
+    assert export(folder, tmp_path / "merged", base_model=str(tmp_path / "moved")).verification is not None
+
+
+def test_quantized_weights_are_not_trained_themselves(base: Path, run: Callable[..., Path], tmp_path: Path) -> None:
+    quantized = _quantized(tmp_path / "quantized", base)
+    with pytest.raises(UserError, match="quantized, and cannot be trained"):
+        run(model=str(quantized), method="full", rank=16)
