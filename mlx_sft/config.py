@@ -256,6 +256,8 @@ class TrainConfig(BaseModel):
             raise ValueError("valid and valid_fraction exclude each other; give one")
         if self.method == "full" and self.init_adapter is not None:
             raise ValueError("init_adapter: --method full trains no adapter")
+        if self.method == "full" and (of_adapters := self._set_of_adapters()):
+            raise ValueError(f"{of_adapters}: --method full trains no adapter")
         if self.method == "full" and self.quantize is not None:
             raise ValueError("quantize: --method full trains the weights themselves; quantize them with --method lora")
         if self.method == "full" and self.resume_from_peft is not None:
@@ -263,6 +265,10 @@ class TrainConfig(BaseModel):
         if self.init_adapter is not None and self.resume_from_peft is not None:
             raise ValueError("init_adapter and resume_from_peft exclude each other; give one")
         return self
+
+    def _set_of_adapters(self) -> str:
+        """A setting that shapes adapters alone and is not its default; an empty string where there is none."""
+        return next((name for name in ("dora", "rank_pattern", "alpha_pattern") if getattr(self, name)), "")
 
     @classmethod
     def resolve(cls, file: str | Path | None = None, **options: Any) -> TrainConfig:

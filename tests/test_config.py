@@ -175,3 +175,8 @@ def test_an_option_is_named_as_its_field() -> None:
     assert option_name("max_grad_norm") == "--max-grad-norm"
     assert option_name("json_lines") == "--json"
     assert get_args(TrainConfig.model_fields["method"].annotation) == ("lora", "full")
+
+
+@pytest.mark.parametrize("setting", [{"dora": True}, {"rank_pattern": "q_proj=3"}, {"alpha_pattern": {"q_proj": 2.0}}])
+def test_full_fine_tuning_has_no_shape_of_an_adapter(setting: dict[str, Any]) -> None:
+    assert "--method full trains no adapter" in refusal(data="x", method="full", **setting).what

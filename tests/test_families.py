@@ -13,19 +13,22 @@ import numpy as np
 import peft
 import pytest
 import torch
+from mlx_lm.models import olmo3
 from mlx_lm.utils import load as load_of_mlx_lm
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
+from mlx_sft.convert.adapted import load_adapter
+from mlx_sft.convert.compose import merge_adapters
 from mlx_sft.convert.mlx_folder import convert
 from mlx_sft.data.store import Examples
 from mlx_sft.methods import Lora, LoraSettings, Parameters
 from mlx_sft.model.families import TESTED
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
-from mlx_sft.model.outline import outline
+from mlx_sft.model.rope import settle_ropes
 from tests.conftest import Run
 from tests.parity import assert_close, loss_and_gradients
 from tests.torch_families import TORCH_FAMILIES
@@ -198,18 +201,17 @@ def test_rotary_positions_of_every_type_are_those_of_transformers(
     assert_close(mlx_logits(again, token_ids), torch.tensor(ours))
 
 
-def test_layers_that_are_meant_to_turn_without_scaling_do(tmp_path: Path) -> None:
-    """OLMo 3 scales where attention is full, and not where it has a window."""
-    kinds = 2 * ["sliding_attention", "full_attention"]
+def test_layers_that_are_meant_to_turn_without_scaling_do() -> None:
+    """mlx-lm's code for OLMo 3 scales where attention is full, and not where it has a window."""
+    scaling = {"type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     settings = {
         "model_type": "olmo3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "vocab_size": 64, "layer_types": kinds, "sliding_window": 8, "rope_theta": 1e4,
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, "max_position_embeddings": 256,
+        "num_key_value_heads": 2, "vocab_size": 64, "layer_types": 2 * ["sliding_attention", "full_attention"], "sliding_window": 8,
+        "rope_theta": 1e4, "rope_scaling": scaling, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    layers = outline(tmp_path, "float32").layers
-    turns = [type(layer.self_attn.rope).__name__ for layer in layers]
-    assert turns == 2 * ["RoPE", "YarnRoPE"]
+    model = olmo3.Model(olmo3.ModelArgs.from_dict(settings))
+    settle_ropes(model, settings)
+    assert [type(layer.self_attn.rope).__name__ for layer in model.layers] == 2 * ["RoPE", "YarnRoPE"]
 
 
 def test_the_shape_of_a_distilled_qwen_is_transformers(
@@ -297,3 +299,32 @@ def test_a_family_that_is_not_tested_is_noted_and_trained(
     assert "models of type seed_oss have not been compared" in " ".join(capfd.readouterr().err.split())
     train(TrainConfig(**settings | {"out": str(tmp_path / "tested"), "max_steps": 1, "quiet": False}))
     assert "have not been compared" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"target": ["experts.up_proj"]},
+        {
+            "target": ["experts.up_proj", "o_proj"],
+            "rank_pattern": {"experts.up_proj": 6},
+            "alpha_pattern": {"o_proj": 3.0},
+        },
+    ],
+)
+def test_adapters_on_experts_alone_are_read_again(
+    shape: dict[str, Any], settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path, mlx_logits: Callable,
+    token_ids: list, torch_model: Callable, torch_logits: Callable,
+) -> None:  # fmt: skip
+    base = make_base("qwen3_moe")
+    run = train(TrainConfig(**settings | {"model": str(base), "lr": 0.1, "dtype": "float32"} | shape)).run_dir
+    ours = mlx_logits(load_run(run).model, token_ids)
+    merged = export(run, tmp_path / "merged").path
+    assert_close(ours, torch.tensor(torch_logits(torch_model(merged), token_ids)))
+    again = train(
+        TrainConfig(**settings | {"model": str(base), "out": str(tmp_path / "again"), "max_steps": 1, "lr": 0.0, "dtype": "float32",
+                                  "init_adapter": str(run / "adapter")} | {"rank": 2})
+    ).run_dir  # fmt: skip
+    assert_close(mlx_logits(load_run(again).model, token_ids), torch.tensor(ours))
+    both = merge_adapters([str(run), str(run)], tmp_path / "both", method="cat")
+    assert load_adapter(both, str(base), "float32").model is not None

@@ -90,7 +90,7 @@ def put_adapter(model: nn.Module, folder: str | Path | None) -> None:
     settings, parameters = trained
     try:
         attach_trained(model, Lora(settings), parameters, Path(str(folder)))
-    except UserError:
+    except BaseException:
         detach(model)
         put_back(model, before)
         raise

@@ -19,6 +19,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.methods.lora import HALVES, MAGNITUDE, LoraSettings
 from mlx_sft.model.names import EXPERTS, expert_name
+from mlx_sft.model.quantize import WeightRow
 from mlx_sft.safetensors_file import (
     SafetensorsFile,
     StoredTensor,
@@ -67,7 +68,8 @@ class LowRankUpdate:
         update *= np.float32(self.scale)
         update += read_rows(tensor, start, stop) if self.base is None else self.base.rows(tensor, start, stop)
         if self.magnitudes is not None:
-            update *= (self.magnitudes[start:stop] / np.linalg.norm(update, axis=1))[:, None]
+            norms = np.linalg.norm(update, axis=1)
+            update *= (self.magnitudes[start:stop] / np.where(norms == 0, 1, norms))[:, None]
         return update
 
 
@@ -127,15 +129,23 @@ def weight_edits(checkpoint: Checkpoint, weights: SafetensorsFile) -> dict[str, 
     return edits
 
 
-def check_exportable(path: Path, method: Method, parameters: Parameters, weights: Mapping[str, mx.array]) -> None:
+def check_exportable(
+    path: Path,
+    method: Method,
+    parameters: Parameters,
+    rows: Mapping[str, WeightRow],
+    hint: str = _NOT_EXPORTABLE,
+) -> None:
     """See from a checkpoint folder, before training, that what will be trained can be merged into it.
 
-    A row of each weight that will be trained is compared with the checkpoint's: so a family whose weights mlx-lm turns or shifts
-    while it reads them is found out. Of a folder that holds quantized weights nothing is asked: it is not what is merged into.
+    The first row of each weight that will be trained, of experts of the last one, is compared with the checkpoint's: so a family
+    whose weights mlx-lm turns or shifts while it reads them is found out. Of a folder that holds quantized weights nothing is asked: it is
+    not what is merged into.
 
     Args:
         parameters: What the method trains.
-        weights: The model's before training, by their names in transformers; of quantized ones the numbers that they stand for.
+        rows: Of the model before training, by the weights' names in transformers.
+        hint: What to do where they differ.
 
     Raises:
         UserError: Naming the weight that the checkpoint does not have, has otherwise, or holds no plain numbers of.
@@ -145,14 +155,19 @@ def check_exportable(path: Path, method: Method, parameters: Parameters, weights
         scales = f"{name.removesuffix('.weight')}.scales"
         if scales in checkpoint.named:
             continue
-        tensors = stored_parts(checkpoint, name, shape, "training", _NOT_EXPORTABLE)
-        stored = read_rows(tensors[-1], 0, 1)
-        loaded = np.array(weights[name].reshape(len(tensors), -1, *tensors[0].shape[1:])[-1, :1].astype(mx.float32))
-        largest = np.abs(stored).max(initial=0)
-        tolerance = largest * (_QUANTIZED if scales in weights else _ROUNDED)
-        if not np.allclose(loaded.reshape(stored.shape), stored, rtol=0, atol=tolerance, equal_nan=True):
+        tensors = stored_parts(checkpoint, name, shape, "training", hint)
+        last = (
+            read_rows(tensors[-1], 0, 1)
+            if len(tensors) > 1 or len(shape) < 3
+            else read_rows(tensors[0], shape[0] - 1, shape[0])
+        )
+        row = rows[name]
+        loaded = np.array(row.numbers.astype(mx.float32)).ravel()
+        stored = last.ravel()[: loaded.size]
+        tolerance = np.abs(stored).max(initial=0) * (_QUANTIZED if row.quantized else _ROUNDED)
+        if not np.allclose(loaded, stored, rtol=0, atol=tolerance, equal_nan=True):
             what = f"mlx-lm computes with another {name} than the checkpoint has"
-            raise UserError(what, where=str(checkpoint.path), hint=_NOT_EXPORTABLE)
+            raise UserError(what, where=str(checkpoint.path), hint=hint)
 
 
 def merge(checkpoint: Checkpoint, edits: dict[str, Edit], folder: Path) -> None:

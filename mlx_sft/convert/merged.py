@@ -8,12 +8,15 @@ from pathlib import Path
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.adapted import load_run
 from mlx_sft.convert.dequantize import dequantized_edits, on_top_of, say_unpacked, unpacked
-from mlx_sft.convert.merge import Edit, merge
+from mlx_sft.convert.merge import Edit, check_exportable, merge
 from mlx_sft.convert.sample import sample_rows
-from mlx_sft.convert.trained import trained_edits
+from mlx_sft.convert.trained import load_trained, trained_edits
 from mlx_sft.convert.verify import Merging, Verification, verify_export
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.model.load import is_packed
+from mlx_sft.model.load import is_packed, resolve_checkpoint
+from mlx_sft.model.quantize import first_rows
+
+_ANOTHER = "give with --base-model the model that was quantized, and no other"
 
 
 def write_merged(
@@ -47,6 +50,10 @@ def _merge(merging: Merging, config: TrainConfig, folder: Path) -> Merging:
             hint="give the original with --base-model, or --base dequantized for the numbers that they stand for",
             exit_code=USAGE,
         )
+    if merging.base is not None and is_packed(resolve_checkpoint(config.model)):
+        method, parameters = load_trained(merging.run, config.method)
+        trained_on = load_run(merging.run.path, base=True).model
+        check_exportable(checkpoint.path, method, parameters, first_rows(trained_on), _ANOTHER)
     if merging.dequantized:
         model = load_run(merging.run.path, base=True, dtype="float32").model
         if packed:

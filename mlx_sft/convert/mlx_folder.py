@@ -23,11 +23,9 @@ from mlx_sft.disk import refuse_full_disk
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
-from mlx_sft.model.translate import read_config, translate_config
+from mlx_sft.model.translate import translate_config
 from mlx_sft.runs import write_folder
 from mlx_sft.safetensors_file import read_float32
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 LOST_LIMIT = 1.0
 """Where quantizing moves a weight by more than training did, what training did to it is no longer told from noise."""
@@ -52,7 +50,7 @@ def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: s
     needed = Checkpoint.open(path).size()
     refuse_full_disk(target, needed, "this folder", "remove what is not needed, or give --to on another disk")
     with write_folder(target, needed) as temporary:
-        _write(load_model(model, dtype or stored_dtype(path)), temporary, quantize)
+        _write(load_model(model, dtype or "stored"), temporary, quantize)
     return target
 
 
@@ -68,17 +66,9 @@ def to_mlx(folder: Path, merging: Merging, quantization: str | None) -> dict[str
     merged.mkdir()
     for file in inside:
         file.rename(merged / file.name)
-    _write(load_model(str(merged), stored_dtype(merged)), folder, quantization)
+    _write(load_model(str(merged), "stored"), folder, quantization)
     shutil.rmtree(merged)
     return {} if quantization is None else _lost(merging, QUANTIZATIONS[quantization])
-
-
-def stored_dtype(path: Path) -> str:
-    """The precision that a checkpoint says its weights have; bfloat16 where it says none of those that MLX knows."""
-    config = read_config(path)
-    text = config.get("text_config") or {}
-    named = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
-    return str(named) if named in DTYPES else "bfloat16"
 
 
 def _write(loaded: LoadedModel, folder: Path, quantization: str | None) -> None:
@@ -128,7 +118,7 @@ def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
     for name, shape in method.changed_shapes(parameters).items():
         if shape[-1] % quantization.group_size:
             continue  # too narrow to be quantized
-        before = weights[name] if weights else _stored(merging.checkpoint, name, shape)
+        before = weights.pop(name) if weights else _stored(merging.checkpoint, name, shape)
         after = method.changed_weight(name, before, parameters)
         moved = round_trip(after, quantization) - round_trip(before, quantization)
         update = after - before

@@ -24,7 +24,7 @@ from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.errors import UserError
 from mlx_sft.mappings import read_json
 from mlx_sft.methods.lora import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
-from mlx_sft.model.names import expert_name, split_expert
+from mlx_sft.model.names import EXPERTS, expert_name, split_expert
 from mlx_sft.runs import to_json, write_file, write_file_with
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 
@@ -52,6 +52,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (False, None),
 }
 """PEFT's settings that change what an adapter computes, with the values that mean LoRA or DoRA."""
+
+_MOST_FEATURES, _LONGEST_NAME = 2**31, 300
 
 _MOST_REPETITIONS = 3
 """In a pattern of names that is a regular expression: more of them, or one of a group, could take longer than a life."""
@@ -103,8 +105,10 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
         except ValueError:
             hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules are read"
             raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
+        if max(tensor.shape, default=0) >= _MOST_FEATURES or len(name) > _LONGEST_NAME:
+            raise UserError(f"{tensor.name[:_LONGEST_NAME]} is larger than any module of a model", where=str(file.path))
         parameters[name] = mx.array(read_float32(tensor))
-    settings = _to_settings(config, parameters, folder / CONFIG)
+    settings = _to_settings(config, sorted({name.rpartition(".")[0] for name in parameters}), folder / CONFIG)
     _check_shapes(settings, parameters, file.path)
     return settings, _stacked(parameters, file.path)
 
@@ -162,8 +166,8 @@ def _to_config(settings: LoraSettings, modules: list[str], base_model: str) -> d
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": None,
-        "rank_pattern": dict(settings.rank_pattern),
-        "alpha_pattern": dict(settings.alpha_pattern),
+        "rank_pattern": {_for_each_expert(name): rank for name, rank in settings.rank_pattern.items()},
+        "alpha_pattern": {_for_each_expert(name): alpha for name, alpha in settings.alpha_pattern.items()},
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
@@ -173,13 +177,15 @@ def _to_config(settings: LoraSettings, modules: list[str], base_model: str) -> d
 
 def _target_modules(settings: LoraSettings, modules: list[str]) -> list[str]:
     """Names as PEFT matches them, by the end of a module's path; a group becomes the names of its modules."""
-    names = {target for target in settings.targets if target not in GROUPS}
+    # Of experts the last part alone: they have numbers in PEFT's names, or are put together there.
+    names = {t.rpartition(".")[2] if EXPERTS in f".{t}" else t for t in settings.targets if t not in GROUPS}
     if len(names) < len(settings.targets):
         names |= {module.rpartition(".")[2] for module in modules if not _ends(module, names)}
     return sorted(names)
 
 
-def _to_settings(config: dict[str, Any], parameters: dict[str, mx.array], where: Path) -> LoraSettings:
+def _to_settings(config: dict[str, Any], modules: list[str], where: Path) -> LoraSettings:
+    """Of modules as the file names them, each expert's apart."""
     alpha, dropout = _number(config.get("lora_alpha")), _number(config.get("lora_dropout", 0.0))
     if alpha is None:
         what = f"lora_alpha is {config.get('lora_alpha')!r}, and must be a number"
@@ -187,13 +193,12 @@ def _to_settings(config: dict[str, Any], parameters: dict[str, mx.array], where:
     if dropout is None or not 0 <= dropout < 1:
         what = f"lora_dropout is {config['lora_dropout']!r}, and must be from 0 to below 1"
         raise UserError(what, where=str(where))
-    modules = sorted({name.rpartition(".")[0] for name in parameters})
     return LoraSettings(
         rank=_rank(config.get("r"), "r", where),
         alpha=alpha,
         dropout=dropout,
         rslora=_truth(config, "use_rslora", where),
-        targets=_targets(config, modules),
+        targets=_targets(config, sorted({_together(module) for module in modules})),
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         dora=_truth(config, "use_dora", where),
         rank_pattern=_pattern(config, "rank_pattern", modules, _rank, where),
@@ -233,21 +238,34 @@ def _pattern(
         raise UserError(f"{name} is {stated!r}, and must be a mapping from modules", where=str(where))
     values = {key: read(value, f"{name} of {key}", where) for key, value in stated.items()}
     if all(re.fullmatch(r"[\w.-]+", key) for key in values):
-        return values
+        together = {_together(module) for module in modules}
+        return {key: value for key, value in values.items() if any(is_named(module, key) for module in together)}
     patterns = {_compiled(key, name, where): value for key, value in values.items()}
     fitting = ((module, next((v for p, v in patterns.items() if p.fullmatch(module)), None)) for module in modules)
-    return {module: value for module, value in fitting if value is not None}
+    return {_together(module): value for module, value in fitting if value is not None}
 
 
 def _compiled(key: str, name: str, where: Path) -> re.Pattern[str]:
     """As PEFT matches it: a regular expression for the end of a module's name."""
-    repetitions = len(re.findall(r"[*+{]", key))
-    if repetitions > _MOST_REPETITIONS or re.search(r"\)[*+{]", key):
-        raise UserError(f"{name} has {key!r}, which may take too long to match", where=str(where))
+    repetitions = len(re.findall(r"[*+?{]", key))
+    if len(key) > _LONGEST_NAME or repetitions > _MOST_REPETITIONS or re.search(r"\)[*+?{]", key):
+        raise UserError(f"{name} has {key[:_LONGEST_NAME]!r}, which may take too long to match", where=str(where))
     try:
         return re.compile(rf"(.*\.)?({key})")
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{name} has {key!r}, which is no regular expression ({error})", where=str(where)) from error
+
+
+def _together(module: str) -> str:
+    """The name of an expert's module without its number; any other as it is."""
+    found = split_expert(module)
+    return found[0] if found else module
+
+
+def _for_each_expert(name: str) -> str:
+    """A name of experts' modules together, as PEFT's expression for each of them."""
+    before, experts, after = f".{name}".rpartition(EXPERTS)
+    return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
 
 
 def _number(value: Any) -> float | None:
@@ -264,7 +282,12 @@ def _targets(config: dict[str, Any], modules: list[str]) -> tuple[str, ...]:
     """The config's list of names where it says all, else the paths of the modules that the file has."""
     names = config.get("target_modules")
     partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
-    if partial or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if (
+        partial
+        or any(EXPERTS in module for module in modules)
+        or not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
+    ):
         return tuple(modules)
     exact = all(_ends(module, set(names)) for module in modules) and all(
         any(_ends(module, {name}) for module in modules) for name in names
@@ -322,7 +345,7 @@ def _check_shapes(settings: LoraSettings, parameters: dict[str, mx.array], where
         if part == MAGNITUDE:
             _check_magnitude(settings, name, value, parameters[f"{module}.lora_B"], where)
             continue
-        rank = settings.rank_of(module)
+        rank = settings.rank_of(_together(module))
         if value.ndim != 2 or value.shape[HALVES.index(part)] != rank:
             form = f"[{rank}, in]" if part == "lora_A" else f"[out, {rank}]"
             what = f"{peft_name(name)} is {list(value.shape)}, and rank {rank} asks for {form}"

@@ -136,10 +136,10 @@ def verify_export(merging: Merging, folder: Path, rows: list[list[int]], source:
     trained = _logits(load_run(merging.run.path, dtype="float32").model, rows)
     limit = KL_LIMITS[dtype] if merging.of_what_was_trained else None
     result = _compare(trained, written, dtype, limit, source)
-    if limit is not None and not result.kl <= limit:
+    if not result.kl <= (np.finfo(np.float64).max if limit is None else limit):
         raise UserError(
             f"the exported model is not the trained one: a divergence of {result.kl:.2g} nats a token, "
-            f"where {limit:.2g} is the limit for {dtype}; nothing was written",
+            f"where {limit or 0:.2g} is the limit for {dtype}; nothing was written",
             hint="the checkpoint's dtype is too coarse for this model: export `--format peft`, "
             "or train from a float32 checkpoint",
         )

@@ -146,7 +146,8 @@ class DoraLinear(LoraLinear):
         lora_A, lora_B = self.lora_A, self.lora_B
         mixed = (lora_B * self._frozen(lora_A).astype(mx.float32).T).sum(axis=1)
         updates = (lora_B * (lora_B @ (lora_A @ lora_A.T))).sum(axis=1)
-        return mx.sqrt(mx.maximum(self._squares + 2 * self._scale * mixed + self._scale**2 * updates, 0))
+        squares = self._squares + 2 * self._scale * mixed + self._scale**2 * updates
+        return mx.where(squares > 0, mx.sqrt(mx.maximum(squares, 0)), 1)  # a row of zeros stays one
 
     def _frozen(self, x: mx.array) -> mx.array:
         """W x, without the bias."""
@@ -193,9 +194,21 @@ class Lora:
         linears = linear_modules(model)
         chosen = _chosen(list(linears), self.settings.targets)
         widest = max(max(weight_shape(linears[name][1])[-2:]) for name in chosen)
-        if self.settings.rank > widest:
-            what = f"{self.settings.rank} is more than the widest of these modules has features, {widest}"
+        if (most := max(self.settings.rank_of(name) for name in chosen)) > widest:
+            what = f"{most} is more than the widest of these modules has features, {widest}"
             raise UserError(what, where="rank", hint="8 to 64 are usual")
+        for where, pattern in (
+            ("rank_pattern", self.settings.rank_pattern),
+            ("alpha_pattern", self.settings.alpha_pattern),
+        ):
+            for key in pattern:
+                if not any(is_named(name, key) for name in chosen):
+                    what = f"no module that is trained is named {key}"
+                    raise UserError(
+                        what,
+                        where=where,
+                        hint=f"these are: {', '.join(sorted({n.rpartition('.')[2] for n in chosen}))}",
+                    )
         self.modules = {}
         for name in chosen:
             path, linear = linears[name]
@@ -233,7 +246,8 @@ class Lora:
         magnitudes = parameters.get(f"{module}.{MAGNITUDE}")
         if magnitudes is None:
             return changed
-        return changed * (magnitudes / mx.linalg.norm(changed, axis=1))[:, None]
+        norms = mx.linalg.norm(changed, axis=1)
+        return changed * (magnitudes / mx.where(norms == 0, 1, norms))[:, None]
 
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:
         experts = isinstance(linear, EXPERTS)

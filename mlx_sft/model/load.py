@@ -88,7 +88,8 @@ def load_model(
 
     Args:
         name: `tiny`, a checkpoint folder, or a Hub id.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on Metal and CUDA, float32 on the CPU.
+        dtype: `float32`, `bfloat16`, `float16`, `stored` for each as it is in the files, or `auto`: bfloat16 on Metal and CUDA,
+            float32 on the CPU.
         tokenizer: The checkpoint's, where it is loaded already.
         quantize: A name of `QUANTIZATIONS`: quantize the weights, from this precision, as `mlx_lm.convert` would.
 
@@ -114,7 +115,9 @@ def load_model(
 
 
 def cast(model: nn.Module, dtype: str) -> None:
-    """Give every floating weight this precision; of a quantized one, its scales."""
+    """Give every floating weight this precision; of a quantized one, its scales. With `stored` each keeps its own."""
+    if dtype == "stored":
+        return
     target = getattr(mx, resolve_dtype(dtype))
     model.update(tree_map(lambda p: p.astype(target) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
 

@@ -17,6 +17,8 @@ from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import quantize_as_stored
 from mlx_sft.model.rope import settle_ropes
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config
+from mlx_sft.model.weights import weight_files
+from mlx_sft.safetensors_file import open_safetensors
 
 
 class _Unproved(SplitModel):
@@ -42,11 +44,20 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     with blamed_on(path / "config.json", "no model can be made of it", DOWNLOAD_AGAIN):
         model: nn.Module = family.Model(family.ModelArgs.from_dict(settings))
         settle_ropes(model, settings)
+        if stored is not None:
+            quantize_as_stored(model, stored, _packed_modules(path))
     target: mx.Dtype = getattr(mx, dtype)
     model.apply(lambda weight: mx.ones(weight.shape, target) if mx.issubdtype(weight.dtype, mx.floating) else weight)
-    if stored is not None:
-        quantize_as_stored(model, stored)
-    elif quantize is not None:
+    if quantize is not None:
         quantize_model(model, quantize)
     model.freeze()
     return _Unproved(model)
+
+
+def _packed_modules(path: Path) -> set[str] | None:
+    """The modules whose weights are quantized, by what the files hold; None where these are not on disk."""
+    files = weight_files(path)
+    if not files or not all(file.is_file() for file in files):
+        return None
+    names = (tensor.name for file in files for tensor in open_safetensors(file).tensors)
+    return {name.removesuffix(".scales") for name in names if name.endswith(".scales")}

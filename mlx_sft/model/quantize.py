@@ -69,10 +69,15 @@ def stored_quantization(config: dict[str, Any], where: str) -> dict[str, Any] | 
     return stated
 
 
-def quantize_as_stored(model: nn.Module, stated: dict[str, Any]) -> None:
-    """Give a model whose weights do not matter the shapes of a checkpoint that mlx-lm quantized."""
+def quantize_as_stored(model: nn.Module, stated: dict[str, Any], packed: set[str] | None) -> None:
+    """Give a model whose weights do not matter the shapes of a checkpoint that mlx-lm quantized.
+
+    Args:
+        stated: What its `config.json` says.
+        packed: The modules that are; None where that is not known, and all that can be are taken to be.
+    """
     quantization = Quantization(stated["group_size"], stated["bits"], stated.get("mode", "affine"))
-    _quantize(model, quantization, lambda path, _: stated.get(path, True))
+    _quantize(model, quantization, lambda path, _: (packed is None or path in packed) and stated.get(path, True))
 
 
 def _quantize(
@@ -101,6 +106,38 @@ def round_trip(weight: mx.array, quantization: Quantization) -> mx.array:
     packed, scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
     back: mx.array = mx.dequantize(packed, scales, biases[0] if biases else None, group_size, bits, mode=mode)
     return back.astype(weight.dtype)
+
+
+class WeightRow(NamedTuple):
+    """The first row of a weight, of a stack the first of its last matrix; of a quantized one the numbers that it stands for."""
+
+    numbers: mx.array
+    quantized: bool
+
+
+def first_rows(model: nn.Module) -> dict[str, WeightRow]:
+    """Of every floating or quantized weight, by its name in transformers; nothing is computed yet."""
+    rows = {
+        transformers_name(path): WeightRow(_first(weight), False) for path, weight in floating_weights(model).items()
+    }
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            biases = module.get("biases")
+            packed, scales = _first(module.weight), _first(module.scales)
+            numbers = mx.dequantize(
+                packed,
+                scales,
+                None if biases is None else _first(biases),
+                module.group_size,
+                module.bits,
+                mode=module.mode,
+            )
+            rows[f"{transformers_name(path)}.weight"] = WeightRow(numbers, True)
+    return rows
+
+
+def _first(weight: mx.array) -> mx.array:
+    return weight[-1, :1] if weight.ndim > 2 else weight[:1]
 
 
 def weights_by_name(model: nn.Module) -> dict[str, mx.array]:

@@ -45,6 +45,8 @@ def translate_rope(settings: dict[str, Any], fields: dict[str, Any], unread: Unr
     theta = rope.pop("rope_theta", settings.get("rope_theta"))
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
+    if not isinstance(kind, str):
+        raise unread("rope_type", kind)
     partial = rope.pop("partial_rotary_factor", settings.get("partial_rotary_factor"))
     if theta is not None and not fields.keys() & {"rope_theta", "rope_parameters"}:
         raise unread("rope_theta", theta)
@@ -52,7 +54,8 @@ def translate_rope(settings: dict[str, Any], fields: dict[str, Any], unread: Unr
         raise unread("partial_rotary_factor", partial)
     rope = {name: value for name, value in rope.items() if value is not None and name not in _WITHOUT_EFFECT}
     for name, value in rope.items():
-        if name not in _SETTINGS.get(kind, ()):
+        positive = name != "factor" or (isinstance(value, int | float) and value > 0)
+        if name not in _SETTINGS.get(kind, ()) or not positive:
             raise unread(f"{name} (of RoPE type {kind})", value)
     if kind == "yarn":
         for name, other in (("mscale", "mscale_all_dim"), ("mscale_all_dim", "mscale")):
@@ -95,6 +98,8 @@ class LongRope(nn.Module):
     def __init__(self, dims: int, settings: dict[str, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         rope: dict[str, Any] = settings["rope_scaling"]
+        if {len(rope["short_factor"]), len(rope["long_factor"])} != {dims // 2}:
+            raise ValueError(f"LongRoPE needs {dims // 2} factors")
         frequencies = settings["rope_theta"] ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
         self._dims = dims
         self._short = mx.array(rope["short_factor"], mx.float32) * frequencies

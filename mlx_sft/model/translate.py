@@ -134,10 +134,11 @@ def read_config(path: Path) -> dict[str, Any]:
         hint = "give a Hugging Face checkpoint folder"
         raise UserError("not a model folder: no config.json", where=str(path), hint=hint)
     config = read_json(file, hint=DOWNLOAD_AGAIN)
-    layers = config.get("num_hidden_layers", 1)
-    if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:
-        what = f"num_hidden_layers is {layers!r}, where a model has 1 to {_MOST_LAYERS}"
-        raise UserError(what, where=str(file), hint=DOWNLOAD_AGAIN)
+    for part in (config, config.get(_NESTED)):
+        layers = part.get("num_hidden_layers", 1) if isinstance(part, dict) else 1
+        if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:
+            what = f"num_hidden_layers is {layers!r}, where a model has 1 to {_MOST_LAYERS}"
+            raise UserError(what, where=str(file), hint=DOWNLOAD_AGAIN)
     if not isinstance(config.get("model_type"), str):
         hint = "give a Hugging Face checkpoint folder"
         raise UserError("names no model_type", where=str(file), hint=hint)

@@ -65,6 +65,7 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool) -> LayerCoun
     widths = {id(norm): int(norm.weight.shape[-1]) for norm in norms}
     light = sum(widths[id(norm)] * ((1 if fused else 2) + (1 if _trains(norm) else 0)) for norm in norms)
     light += sum(product.lora_A.shape[-2] for product in products if "lora_A" in product)
+    light += sum(_widths(product)[1] for product in products if "lora_magnitude_vector" in product)
     off, scores, attended = light, 0, 0
     inside: set[int] = set()
     for block in blocks.values():

@@ -169,10 +169,6 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
     here = machine_name is None
     machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
     path = resolve_checkpoint(config.model, weights=False)
-    settings = read_config(path)
-    if "quantization" in settings or "quantization_config" in settings:
-        hint = "give the original checkpoint in bfloat16, float16 or float32"
-        raise UserError("this checkpoint is quantized, which cannot be trained yet", where=str(path), hint=hint)
     config = _with_adapter(config)
     data = _data(config, path, progress)
     dtype = machine.dtype if config.dtype == "auto" else config.dtype

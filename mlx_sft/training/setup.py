@@ -34,7 +34,7 @@ from mlx_sft.model.load import (
     resolve_dtype,
     vocabulary_size,
 )
-from mlx_sft.model.quantize import weights_by_name
+from mlx_sft.model.quantize import first_rows
 from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.runs import RunFolder, to_json
 from mlx_sft.training import checkpoint
@@ -201,9 +201,11 @@ def _attach_exportable(
         raise UserError(
             "the weights of this model are quantized, and cannot be trained", where=str(base.path), hint=hint
         )
-    weights = weights_by_name(base.model)
+    rows = first_rows(base.model)
     config, method, parameters = starting_parameters(config, base.model, begun=begun)
-    check_exportable(base.path, method, parameters, weights)
+    check_exportable(base.path, method, parameters, rows)
+    for value in parameters.values():
+        mx.eval(value)  # one after another: what they are computed from may be as large as the model
     return config, method, parameters
 
 

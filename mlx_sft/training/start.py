@@ -73,6 +73,10 @@ def starting_parameters(
         method = make_method(config)
         return config, method, method.attach(model, config.seed)
     settings, trained = read_adapter(where)
+    if min(settings.alpha, *settings.alpha_pattern.values(), 1.0) <= 0:
+        raise UserError(
+            "its alpha is not above 0, so that it could not learn", where=str(where), hint="start from another adapter"
+        )
     decided = {
         "rank": settings.rank,
         "alpha": settings.alpha,

@@ -223,6 +223,9 @@ def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, name: str, va
         ("alpha_pattern", {"(a+)+b": 8}),
         ("alpha_pattern", {".*.*.*.*x": 8}),
         ("alpha_pattern", {"[": 8}),
+        ("alpha_pattern", {".?" * 30 + "X": 8}),
+        ("rank_pattern", {"a{99999999999999999999}": 8}),
+        ("rank_pattern", {"(" * 5000 + ")" * 5000: 8}),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(tmp_path: Path, name: str, value: object) -> None:

@@ -152,6 +152,14 @@ def test_a_folder_of_quantized_weights_is_merged_into_its_original_or_written_as
     assert "quantization" not in json.loads((plain.path / "config.json").read_text())
     again = export(folder, tmp_path / "again", base="dequantized", format="mlx", quantize="4")
     assert all(0 < lost < 100 for lost in again.lost.values())
+    torch.manual_seed(1)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    shuffled = {name: w[torch.randperm(len(w))] for name, w in load_file(base / "model.safetensors").items()}
+    save_file(shuffled, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="computes with another") as caught:
+        export(folder, tmp_path / "none", base_model=str(other))
+    assert "--base-model" in caught.value.hint
     original = export(folder, tmp_path / "original", base_model=str(base))
     assert original.verification is not None
     assert original.verification.kl_limit is None
@@ -226,6 +234,15 @@ def test_what_contradicts_itself_is_refused(base: Path, run: Callable[..., Path]
         load_model(str(quantized), quantize="8")
     with pytest.raises(UserError, match="--method full trains the weights themselves"):
         TrainConfig.resolve(data="x", method="full", quantize=4)
+
+
+def test_each_number_of_a_converted_model_keeps_its_precision(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(make_base("qwen3"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name != "dtype"}))
+    weights = mx.load(str(convert(str(model), tmp_path / "mlx") / "model.safetensors"))
+    assert {w.dtype for w in weights.values()} == {mx.float32}
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "fp8"])

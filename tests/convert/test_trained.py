@@ -21,7 +21,7 @@ from mlx_sft.convert.trained import FORMS, save_trained, trained_folder
 from mlx_sft.errors import UserError
 from mlx_sft.methods import METHODS, Method, Parameters, make_method
 from mlx_sft.model.load import load_model
-from mlx_sft.model.quantize import weights_by_name
+from mlx_sft.model.quantize import WeightRow, first_rows
 from mlx_sft.runs import RunFolder
 
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -79,8 +79,8 @@ def test_what_a_method_changes_is_what_is_merged(
         np.testing.assert_allclose(merged, np.array(computed), rtol=1e-6, atol=1e-6)
 
 
-def _weights(base: Path) -> dict[str, mx.array]:
-    return weights_by_name(load_model(str(base), "float32").model)
+def _rows(base: Path) -> dict[str, WeightRow]:
+    return first_rows(load_model(str(base), "float32").model)
 
 
 @each_method
@@ -98,7 +98,7 @@ def test_what_can_be_exported_is_known_from_a_row_of_each_weight(
         return read(*arguments, count=count, **options)
 
     monkeypatch.setattr(np, "fromfile", counted)
-    check_exportable(base, method, parameters, _weights(base))
+    check_exportable(base, method, parameters, _rows(base))
     assert 0 < max(most) <= 96
 
 
@@ -107,8 +107,8 @@ def test_a_weight_that_is_loaded_as_another_than_is_stored_is_refused(
     name: str, make_base: Callable[..., Path]
 ) -> None:
     base = make_base()
-    weights = _weights(base)
-    weights["model.layers.0.self_attn.k_proj.weight"] = weights["model.layers.0.self_attn.k_proj.weight"][::-1]
+    weights = _rows(base)
+    weights["model.layers.0.self_attn.k_proj.weight"] = weights["model.layers.1.self_attn.k_proj.weight"]
     with pytest.raises(UserError, match=r"another model\.layers\.0\.self_attn\.k_proj\.weight than the checkpoint"):
         check_exportable(base, *_attached(base, name), weights)
 
@@ -134,7 +134,7 @@ def test_what_could_not_be_exported_is_refused_before_training(
     save_file(weights | ({} if change is None else {tensor: change}), base / "model.safetensors")
 
     with pytest.raises(UserError, match=problem.format(tensor)) as error:
-        check_exportable(base, method, parameters, _weights(make_base()))
+        check_exportable(base, method, parameters, _rows(make_base()))
 
     assert error.value.where.startswith(str(base))
     assert error.value.hint
@@ -146,4 +146,4 @@ def test_what_is_not_trained_need_not_be_exportable(tmp_path: Path, make_base: C
     weights = load_file(base / "model.safetensors")
     del weights["model.layers.1.self_attn.o_proj.weight"]
     save_file(weights, base / "model.safetensors")
-    check_exportable(base, *_attached(make_base(), "lora", target="qv"), _weights(make_base()))
+    check_exportable(base, *_attached(make_base(), "lora", target="qv"), _rows(make_base()))

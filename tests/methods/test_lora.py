@@ -18,7 +18,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.peft import our_name
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Lora, LoraSettings, make_method
-from mlx_sft.methods.lora import LoraLinear, detach, put_back, resolve_targets
+from mlx_sft.methods.lora import DoraLinear, LoraLinear, detach, put_back, resolve_targets
 from mlx_sft.model.load import load_model
 
 # PEFT asks a transformers model in a way that transformers has renamed.
@@ -260,3 +260,21 @@ def test_what_was_taken_off_can_be_put_back(model: nn.Module) -> None:
     assert mx.array_equal(model(token_ids), before)
     put_back(model, taken)
     assert mx.array_equal(model(token_ids), adapted)
+
+
+@pytest.mark.parametrize("pattern", [{"rank_pattern": {"dwn_proj": 3}}, {"alpha_pattern": {"foo": 1.0}}])
+def test_a_pattern_that_names_nothing_is_refused(model: nn.Module, pattern: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="no module that is trained is named") as caught:
+        _lora(rank=2, target="all-linear", **pattern).attach(model, seed=0)
+    assert "down_proj" in caught.value.hint
+
+
+def test_a_rank_of_one_module_is_bounded_too(model: nn.Module) -> None:
+    with pytest.raises(UserError, match="more than the widest"):
+        _lora(rank=2, rank_pattern={"q_proj": 10**11}).attach(model, seed=0)
+
+
+def test_a_row_of_zeros_stays_one_under_dora() -> None:
+    linear = nn.Linear(4, 3, bias=False)
+    linear.weight = mx.array([[1.0, 2, 3, 4], [0, 0, 0, 0], [1, 0, 0, 0]])
+    assert mx.allclose(DoraLinear(linear, 2, 1.0, 0.0)(mx.ones((1, 4))), linear(mx.ones((1, 4))))

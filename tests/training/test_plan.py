@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.convert.mlx_folder import convert
 from mlx_sft.runs import RunFolder
 from mlx_sft.training.arithmetic import Work, operations
 from mlx_sft.training.machine import COMMON_MACS
@@ -185,8 +186,25 @@ def test_a_configuration_file_may_leave_out_the_data(cli: Cli, no_weights: Path,
     assert "1 epoch of" in cli("plan", "--config", file, "--machine", "M2 16GB").stdout
 
 
-def test_a_quantized_checkpoint_is_refused_as_train_refuses_it(no_weights: Path) -> None:
+def test_what_a_quantized_base_takes_is_planned(
+    no_weights: Path, make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, packed = make_base("qwen3", tied=True), tmp_path / "packed"
+    convert(str(base), packed, quantize="4")
+    whole, quantized, stored = (
+        plan_of(model=str(folder), **more).predicted.weights
+        for folder, more in ((base, {}), (base, {"quantize": "4"}), (packed, {}))
+    )
+    assert quantized == stored < whole / 2
     config = json.loads((no_weights / "config.json").read_text())
     (no_weights / "config.json").write_text(json.dumps(config | {"quantization": {"bits": 4, "group_size": 64}}))
-    with pytest.raises(UserError, match="quantized"):
+    assert plan_of(model=str(no_weights)).predicted.weights > 0
+
+
+@pytest.mark.parametrize("stated", [{"group_size": 0}, {"bits": 7}, {"mode": "zz"}, {"mode": [1]}, {"model.embed_tokens": 5}])
+def test_a_quantization_that_cannot_be_is_told(no_weights: Path, stated: dict[str, Any]) -> None:
+    config = json.loads((no_weights / "config.json").read_text())
+    quantization = {"bits": 4, "group_size": 64} | stated
+    (no_weights / "config.json").write_text(json.dumps(config | {"quantization": quantization}))
+    with pytest.raises(UserError):
         plan_of(model=str(no_weights))
