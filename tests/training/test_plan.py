@@ -201,7 +201,9 @@ def test_what_a_quantized_base_takes_is_planned(
     assert plan_of(model=str(no_weights)).predicted.weights > 0
 
 
-@pytest.mark.parametrize("stated", [{"group_size": 0}, {"bits": 7}, {"mode": "zz"}, {"mode": [1]}, {"model.embed_tokens": 5}])
+@pytest.mark.parametrize(
+    "stated", [{"group_size": 0}, {"bits": 7}, {"mode": "zz"}, {"mode": [1]}, {"model.embed_tokens": 5}]
+)
 def test_a_quantization_that_cannot_be_is_told(no_weights: Path, stated: dict[str, Any]) -> None:
     config = json.loads((no_weights / "config.json").read_text())
     quantization = {"bits": 4, "group_size": 64} | stated
