@@ -169,6 +169,13 @@ def run_facts(run: RunFolder, config: TrainConfig, report: Mapping[str, Any]) ->
     )
 
 
+def base_revision(run: RunFolder, config: TrainConfig) -> str | None:
+    """The commit of the base on the Hub, where the one that is on this disk is certainly the one that was trained on."""
+    if not run.environment.is_file():
+        return None
+    return _base(config.model, _words(read_json(run.environment), "identity").get("model")).revision
+
+
 def _words(content: Mapping[str, Any], key: str) -> dict[str, str]:
     """Of a mapping in a file, what is text."""
     found = content.get(key)

@@ -72,7 +72,13 @@ def our_name(name: str) -> str:
     return ours
 
 
-def write_adapter(folder: Path, settings: LoraSettings, parameters: dict[str, mx.array], base_model: str) -> None:
+def write_adapter(
+    folder: Path,
+    settings: LoraSettings,
+    parameters: dict[str, mx.array],
+    base_model: str,
+    revision: str | None = None,
+) -> None:
     """Write an adapter.
 
     Args:
@@ -81,11 +87,12 @@ def write_adapter(folder: Path, settings: LoraSettings, parameters: dict[str, mx
         parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]; of experts [experts, r, in] and [experts, out, r]; with
             DoRA `<module>.lora_magnitude_vector` [out].
         base_model: Name or path of the base model, for PEFT to find it.
+        revision: The base model's commit on the Hub, where it is known.
     """
     arrays = {peft_name(name): value for name, value in _unstacked(parameters).items()}
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
     modules = sorted({name.rpartition(".")[0] for name in parameters})
-    config = _to_config(settings, modules, base_model)
+    config = _to_config(settings, modules, base_model) | {"revision": revision}
     write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
 
 
@@ -153,7 +160,6 @@ def _to_config(settings: LoraSettings, modules: list[str], base_model: str) -> d
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "revision": None,
         "inference_mode": True,
         "r": settings.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlx_sft import TrainConfig, UserError, train
+from mlx_sft import TrainConfig, UserError, export, train
 from mlx_sft.convert.facts import Facts, read_facts
 from mlx_sft.runs import RunFolder, to_json
 
@@ -58,6 +58,21 @@ def test_a_base_from_the_hub_is_named_with_its_commit_and_licence(settings: dict
         "license_name": "qwen",
         "license_link": "https://huggingface.co/some/base/blob/main/LICENSE",
     }
+
+
+def test_an_exported_adapter_names_the_commit_of_its_base(
+    settings: dict[str, Any], cached: Path, tmp_path: Path
+) -> None:
+    run, _ = base_of(settings, "some/base")
+
+    def revision(to: str) -> str | None:
+        written = export(run.path, tmp_path / to, format="peft").path / "adapter_config.json"
+        named: str | None = json.loads(written.read_text())["revision"]
+        return named
+
+    assert revision("adapter") == COMMIT
+    edit(cached / "generation_config.json", temperature=0.7)
+    assert revision("later") is None
 
 
 def test_a_folder_of_the_cache_is_its_model_on_the_hub(settings: dict[str, Any], cached: Path) -> None:
