@@ -94,6 +94,14 @@ def write_file_with(path: Path, write: Callable[[Path], None]) -> None:
         sync_path(path.parent)
 
 
+def free_folder(to: str | Path) -> Path:
+    """A folder to write, resolved; raises `UserError` where it already holds something."""
+    target = Path(to).expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError("this folder already holds something", where=str(to), hint="give another --to")
+    return target
+
+
 @contextmanager
 def write_folder(path: Path, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` when the block ends well, remove it when not.

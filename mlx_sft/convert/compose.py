@@ -20,7 +20,7 @@ from mlx_sft.convert.peft import base_model_name, read_adapter, write_adapter
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import LoraSettings, Parameters
 from mlx_sft.methods.lora import HALVES
-from mlx_sft.runs import RunFolder, write_folder
+from mlx_sft.runs import RunFolder, free_folder, write_folder
 
 Method = Literal["linear", "cat", "svd"]
 Array = NDArray[np.float32]
@@ -86,9 +86,7 @@ def merge_adapters(
         for half, value in zip(HALVES, composed, strict=True):
             parameters[f"{module}.{half}"] = mx.array(value)
     settings = _settings(parameters, modules)
-    target = Path(to).expanduser().resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("this folder already holds something", where=str(to), hint="give another --to")
+    target = free_folder(to)
     with write_folder(target) as temporary:
         write_adapter(temporary, settings, parameters, read[0].base_model)
     return target

@@ -21,8 +21,9 @@ from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import Edit, LowRankUpdate, stored_parts
 from mlx_sft.errors import UserError
 from mlx_sft.mappings import read_json
-from mlx_sft.model.linears import is_quantized, weight_shape
+from mlx_sft.model.linears import quantized_modules, weight_shape
 from mlx_sft.model.names import expert_name, transformers_name
+from mlx_sft.model.quantize import dequantized
 from mlx_sft.model.weights import INDEX
 from mlx_sft.runs import to_json
 from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor
@@ -32,18 +33,16 @@ _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class Dequantized:
-    """W → the numbers that a quantized matrix stands for; its arrays are [out, ...]."""
+    """W → the numbers that a quantized module's weight stands for; of a stack of experts', one expert's."""
 
-    packed: mx.array
-    scales: mx.array
-    biases: mx.array | None
-    settings: dict[str, Any]
+    module: Any
+    expert: int | None = None
 
     def rows(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32]:
-        packed, scales = self.packed[start:stop], self.scales[start:stop]
-        biases = None if self.biases is None else self.biases[start:stop]
-        numbers: mx.array = mx.dequantize(packed, scales, biases, **self.settings)
-        return np.array(numbers.astype(mx.float32))
+        def part(array: mx.array) -> mx.array:
+            return (array if self.expert is None else array[self.expert])[start:stop]
+
+        return np.array(dequantized(self.module, part).astype(mx.float32))
 
 
 def dequantized_edits(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Edit]:
@@ -104,23 +103,9 @@ def say_unpacked(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every module with a quantized weight, by its name in transformers."""
-    for path, module in model.named_modules():
-        if is_quantized(module):
-            yield transformers_name(path), module
-
-
 def _parts(module: Any, count: int) -> list[Dequantized]:
     """Of a stack of experts one each, where there are so many tensors for it."""
-    settings = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    packed, scales, biases = module.weight, module.scales, module.get("biases")
-    if count == 1:
-        return [Dequantized(packed, scales, biases, settings)]
-    return [
-        Dequantized(packed[expert], scales[expert], None if biases is None else biases[expert], settings)
-        for expert in range(count)
-    ]
+    return [Dequantized(module)] if count == 1 else [Dequantized(module, expert) for expert in range(count)]
 
 
 def _plain(file: SafetensorsFile, made: dict[str, list[StoredTensor]]) -> Iterator[StoredTensor]:

@@ -18,7 +18,7 @@ from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.methods.lora import HALVES, MAGNITUDE, LoraSettings
-from mlx_sft.model.names import EXPERTS, expert_name
+from mlx_sft.model.names import EXPERTS_PART, expert_name
 from mlx_sft.model.quantize import WeightRow
 from mlx_sft.safetensors_file import (
     SafetensorsFile,
@@ -212,7 +212,7 @@ def stored_parts(
 
     Raises `UserError` naming the tensor that is not there, or has another shape.
     """
-    if len(shape) > 2 and EXPERTS in name and name not in checkpoint.named:
+    if len(shape) > 2 and EXPERTS_PART in name and name not in checkpoint.named:
         names = [(expert_name(name, expert), shape[1:]) for expert in range(shape[0])]
     else:
         names = [(name, shape)]

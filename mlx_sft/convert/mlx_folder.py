@@ -20,11 +20,10 @@ from mlx_sft.convert.merge import stored_parts
 from mlx_sft.convert.trained import load_trained
 from mlx_sft.convert.verify import Merging
 from mlx_sft.disk import refuse_full_disk
-from mlx_sft.errors import UserError
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
 from mlx_sft.model.translate import translate_config
-from mlx_sft.runs import write_folder
+from mlx_sft.runs import free_folder, write_folder
 from mlx_sft.safetensors_file import read_float32
 
 LOST_LIMIT = 1.0
@@ -43,9 +42,7 @@ def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: s
     Raises:
         UserError: If the model cannot be loaded, or the folder cannot be.
     """
-    target = Path(to).expanduser().resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("this folder already holds something", where=str(to), hint="give another --to")
+    target = free_folder(to)
     path = resolve_checkpoint(model)
     needed = Checkpoint.open(path).size()
     refuse_full_disk(target, needed, "this folder", "remove what is not needed, or give --to on another disk")

@@ -24,7 +24,7 @@ from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.errors import UserError
 from mlx_sft.mappings import read_json
 from mlx_sft.methods.lora import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
-from mlx_sft.model.names import EXPERTS, expert_name, split_expert
+from mlx_sft.model.names import EXPERTS_PART, expert_name, split_expert
 from mlx_sft.runs import to_json, write_file, write_file_with
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 
@@ -92,7 +92,7 @@ def write_adapter(
     arrays = {peft_name(name): value for name, value in _unstacked(parameters).items()}
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
     modules = sorted({name.rpartition(".")[0] for name in parameters})
-    config = _to_config(settings, modules, base_model) | {"revision": revision}
+    config = _to_config(settings, modules, base_model, revision)
     write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
 
 
@@ -154,12 +154,13 @@ def _stacked(parameters: dict[str, mx.array], where: Path) -> dict[str, mx.array
     return stacked
 
 
-def _to_config(settings: LoraSettings, modules: list[str], base_model: str) -> dict[str, Any]:
+def _to_config(settings: LoraSettings, modules: list[str], base_model: str, revision: str | None) -> dict[str, Any]:
     alpha = float(settings.alpha)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "inference_mode": True,
         "r": settings.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
@@ -184,7 +185,7 @@ def _to_config(settings: LoraSettings, modules: list[str], base_model: str) -> d
 def _target_modules(settings: LoraSettings, modules: list[str]) -> list[str]:
     """Names as PEFT matches them, by the end of a module's path; a group becomes the names of its modules."""
     # Of experts the last part alone: they have numbers in PEFT's names, or are put together there.
-    names = {t.rpartition(".")[2] if EXPERTS in f".{t}" else t for t in settings.targets if t not in GROUPS}
+    names = {t.rpartition(".")[2] if EXPERTS_PART in f".{t}" else t for t in settings.targets if t not in GROUPS}
     if len(names) < len(settings.targets):
         names |= {module.rpartition(".")[2] for module in modules if not _ends(module, names)}
     return sorted(names)
@@ -270,7 +271,7 @@ def _together(module: str) -> str:
 
 def _for_each_expert(name: str) -> str:
     """A name of experts' modules together, as PEFT's expression for each of them."""
-    before, experts, after = f".{name}".rpartition(EXPERTS)
+    before, experts, after = f".{name}".rpartition(EXPERTS_PART)
     return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
 
 
@@ -290,7 +291,7 @@ def _targets(config: dict[str, Any], modules: list[str]) -> tuple[str, ...]:
     partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if (
         partial
-        or any(EXPERTS in module for module in modules)
+        or any(EXPERTS_PART in module for module in modules)
         or not isinstance(names, list)
         or not all(isinstance(name, str) for name in names)
     ):

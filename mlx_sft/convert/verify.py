@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.adapted import load_run
-from mlx_sft.convert.dequantize import quantized_modules
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import stored_parts
 from mlx_sft.convert.trained import load_trained
 from mlx_sft.errors import UserError
+from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.load import is_packed, load_model, resolve_checkpoint
 from mlx_sft.model.names import mlx_names
 from mlx_sft.runs import RunFolder

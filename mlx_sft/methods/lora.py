@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.model.linears import EXPERTS, is_quantized, linear_modules, weight_shape
-from mlx_sft.model.names import EXPERTS as EXPERTS_PART
+from mlx_sft.model.names import EXPERTS_PART
 from mlx_sft.model.quantize import dequantized
 
 HALVES = ("lora_A", "lora_B")
@@ -197,18 +197,7 @@ class Lora:
         if (most := max(self.settings.rank_of(name) for name in chosen)) > widest:
             what = f"{most} is more than the widest of these modules has features, {widest}"
             raise UserError(what, where="rank", hint="8 to 64 are usual")
-        for where, pattern in (
-            ("rank_pattern", self.settings.rank_pattern),
-            ("alpha_pattern", self.settings.alpha_pattern),
-        ):
-            for key in pattern:
-                if not any(is_named(name, key) for name in chosen):
-                    what = f"no module that is trained is named {key}"
-                    raise UserError(
-                        what,
-                        where=where,
-                        hint=f"these are: {', '.join(sorted({n.rpartition('.')[2] for n in chosen}))}",
-                    )
+        _check_patterns(self.settings, chosen)
         self.modules = {}
         for name in chosen:
             path, linear = linears[name]
@@ -286,6 +275,15 @@ def put_back(model: nn.Module, modules: dict[str, LoraLinear]) -> None:
     """The inverse of `detach`."""
     for path, module in modules.items():
         _replace(model, path, module)
+
+
+def _check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
+    """Raise `UserError` for a rank or an alpha of a module that is not trained."""
+    for where in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(settings, where):
+            if not any(is_named(name, key) for name in chosen):
+                hint = f"these are: {', '.join(sorted({name.rpartition('.')[2] for name in chosen}))}"
+                raise UserError(f"no module that is trained is named {key}", where=where, hint=hint)
 
 
 def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.nn as nn
@@ -24,6 +25,13 @@ def weight_shape(linear: Any) -> tuple[int, ...]:
     """[out, in] of a linear module or an embedding, [experts, out, in] of a layer's experts."""
     shape: tuple[int, ...] = linear.weight.shape
     return (*shape[:-1], linear.scales.shape[-1] * linear.group_size) if is_quantized(linear) else shape
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module with a quantized weight, by its name in transformers."""
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            yield transformers_name(path), module
 
 
 def is_quantized(module: Any) -> bool:

@@ -29,7 +29,7 @@ _PARTS = (
 )
 """The first that a name holds is written otherwise."""
 
-EXPERTS = ".experts."
+EXPERTS_PART = ".experts."
 """What stands before the number of an expert."""
 
 
@@ -51,13 +51,13 @@ def mlx_names(names: Iterable[str]) -> dict[str, str]:
 
 def expert_name(name: str, expert: int) -> str:
     """`model.layers.0.mlp.experts.up_proj` and 3 → `model.layers.0.mlp.experts.3.up_proj`."""
-    before, experts, after = name.rpartition(EXPERTS)
+    before, experts, after = name.rpartition(EXPERTS_PART)
     return f"{before}{experts}{expert}.{after}"
 
 
 def split_expert(name: str) -> tuple[str, int] | None:
     """The inverse of `expert_name`; None for a name that has no number of an expert."""
-    before, experts, after = name.rpartition(EXPERTS)
+    before, experts, after = name.rpartition(EXPERTS_PART)
     number, _, rest = after.partition(".")
     if not experts or not number.isdecimal() or not rest or len(number) > _MOST_DIGITS:
         return None

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_sft.errors import UserError
 from mlx_sft.model.head import floating_weights
-from mlx_sft.model.linears import is_quantized
+from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.names import transformers_name
 
 
@@ -92,12 +92,18 @@ def _quantize(
     nn.quantize(model, group_size, bits, mode=mode, class_predicate=chosen)
 
 
-def dequantized(module: Any) -> mx.array:
-    """The weight that a quantized module multiplies with, as a matrix of numbers in the precision of its scales."""
-    weight: mx.array = mx.dequantize(
-        module.weight, module.scales, module.get("biases"), module.group_size, module.bits, mode=module.mode
+def dequantized(module: Any, part: Callable[[mx.array], mx.array] = lambda array: array) -> mx.array:
+    """The numbers that a quantized weight, or this part of its rows, stands for, in the precision of its scales."""
+    biases = module.get("biases")
+    numbers: mx.array = mx.dequantize(
+        part(module.weight),
+        part(module.scales),
+        None if biases is None else part(biases),
+        module.group_size,
+        module.bits,
+        mode=module.mode,
     )
-    return weight
+    return numbers
 
 
 def round_trip(weight: mx.array, quantization: Quantization) -> mx.array:
@@ -117,23 +123,10 @@ class WeightRow(NamedTuple):
 
 def first_rows(model: nn.Module) -> dict[str, WeightRow]:
     """Of every floating or quantized weight, by its name in transformers; nothing is computed yet."""
-    rows = {
-        transformers_name(path): WeightRow(_first(weight), False) for path, weight in floating_weights(model).items()
-    }
-    for path, module in model.named_modules():
-        if is_quantized(module):
-            biases = module.get("biases")
-            packed, scales = _first(module.weight), _first(module.scales)
-            numbers = mx.dequantize(
-                packed,
-                scales,
-                None if biases is None else _first(biases),
-                module.group_size,
-                module.bits,
-                mode=module.mode,
-            )
-            rows[f"{transformers_name(path)}.weight"] = WeightRow(numbers, True)
-    return rows
+    floating = {transformers_name(path): weight for path, weight in floating_weights(model).items()}
+    rows = {name: WeightRow(_first(weight), False) for name, weight in floating.items()}
+    packed = {f"{name}.weight": module for name, module in quantized_modules(model)}
+    return rows | {name: WeightRow(dequantized(module, _first), True) for name, module in packed.items()}
 
 
 def _first(weight: mx.array) -> mx.array:
@@ -141,12 +134,6 @@ def _first(weight: mx.array) -> mx.array:
 
 
 def weights_by_name(model: nn.Module) -> dict[str, mx.array]:
-    """Every floating weight by its name in transformers; for a quantized one its scales, and the numbers that it stands for, not yet
-    computed.
-    """
+    """Every floating weight by its name in transformers; for a quantized one the numbers that it stands for, not yet computed."""
     weights = {transformers_name(path): weight for path, weight in floating_weights(model).items()}
-    for path, module in model.named_modules():
-        if is_quantized(module):
-            name = transformers_name(path)
-            weights |= {f"{name}.weight": dequantized(module), f"{name}.scales": module.scales}
-    return weights
+    return weights | {f"{name}.weight": dequantized(module) for name, module in quantized_modules(model)}

@@ -23,7 +23,7 @@ from mlx_sft.data.store import Examples
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Lora, Parameters
 from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
-from mlx_sft.model.names import EXPERTS
+from mlx_sft.model.names import EXPERTS_PART
 from mlx_sft.model.outline import outline
 from mlx_sft.runs import RunFolder, to_json, write_file, write_folder
 from mlx_sft.training.fit import planned_steps
@@ -103,7 +103,7 @@ def _start(config: TrainConfig, path: Path) -> tuple[Lora, Parameters]:
             module = name.rpartition(".")[0]
             what = f"TRL trains no adapter on {module}, which is outside the repeated layers"
             raise UserError(what, where="target", hint=f"a run without {module} in its --target has a twin")
-        if EXPERTS in name:
+        if EXPERTS_PART in name:
             what = "PEFT puts the adapters of experts together, so that their moments would be others"
             raise UserError(what, where="target", hint="a run with --target attention has a twin")
     return method, parameters
