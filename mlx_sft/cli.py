@@ -1,37 +1,18 @@
-"""The command line: parse, call one library function, print. No logic, and the only module that knows click.
-
-The options of `train` are generated from the fields of `TrainConfig`, so that none can fail to reach it.
-"""
+"""The command line: parse, call one library function, print. No logic; what the settings of a run become is in `options.py`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
 
-from mlx_sft.config import TrainConfig, option_name, public_name, sections
+from mlx_sft.config import TrainConfig, sections
 from mlx_sft.console import print_error, read_line, write_text
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
-
-Command = Callable[..., None]
-
-
-class _Sectioned(click.Command):
-    """A command whose help lists the settings of a run under their sections."""
-
-    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        section_of = {field: title for title, fields in sections().items() for field in fields}
-        listed: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for parameter in self.get_params(context):
-            if record := parameter.get_help_record(context):
-                listed.setdefault(section_of.get(str(parameter.name), "Options"), []).append(record)
-        for title, records in listed.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+from mlx_sft.options import Command, Sectioned, choices, given, resolved, settings
 
 
 class _Commands(click.Group):
@@ -81,8 +62,7 @@ _trusting = click.option(
 
 def _quantizing(help: str) -> Callable[[Command], Command]:
     """`--quantize` of what is written, in the forms that `train` takes."""
-    forms = get_args(_without_none(TrainConfig.model_fields["quantize"].annotation))
-    return click.option("--quantize", type=click.Choice(forms), help=help)
+    return click.option("--quantize", type=choices("quantize"), help=help)
 
 
 def _merging(command: Command) -> Command:
@@ -97,28 +77,6 @@ def _merging(command: Command) -> Command:
     return command
 
 
-def _settings(*fields: str) -> Callable[[Command], Command]:
-    """`--config` and an option for each of these fields of `TrainConfig`."""
-
-    def decorate(command: Command) -> Command:
-        for field in reversed(fields):
-            command = _option(field)(command)
-        return click.option("--config", "config_file", metavar="FILE", help="YAML file with settings of a run.")(
-            command
-        )
-
-    return decorate
-
-
-def _resolved(config_file: str | None, options: dict[str, Any]) -> TrainConfig:
-    return TrainConfig.resolve(config_file, **_given(options))
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, by their public names."""
-    return {public_name(field): value for field, value in options.items() if value not in (None, ())}
-
-
 def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:
     """Those of a command's options that this use of it reads; any other must not have been given."""
     context = click.get_current_context()
@@ -129,59 +87,15 @@ def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: options[name] for name in names}
 
 
-def _option(field: str) -> Callable[[Command], Command]:
-    info = TrainConfig.model_fields[field]
-    kind = _without_none(info.annotation)
-    options: dict[str, Any] = {"default": None, "help": _help(field)}
-    names = [option_name(field), field]
-    if kind is bool:
-        if info.default:
-            names[0] = f"{option_name(field)}/--no-{public_name(field).replace('_', '-')}"
-        else:
-            options["is_flag"] = True
-            options["flag_value"] = True
-    elif get_origin(kind) is Literal:
-        options["type"] = click.Choice([str(value) for value in get_args(kind)])
-    elif get_origin(kind) is tuple:
-        options |= {"type": float, "nargs": len(get_args(kind))}
-    elif get_origin(kind) is list:
-        options |= {"multiple": True}
-    else:
-        options["type"] = _click_type(kind)
-    return click.option(*names, **options)
-
-
-def _without_none(kind: Any) -> Any:
-    """`int` for `int | None`."""
-    kinds = [k for k in get_args(kind) if k is not NoneType] if get_origin(kind) in (Union, UnionType) else []
-    return kinds[0] if len(kinds) == 1 else kind
-
-
-def _click_type(kind: Any) -> type:
-    """Text for a union that only the configuration can tell apart."""
-    return kind if kind in (int, float) else str
-
-
-def _help(field: str) -> str:
-    info = TrainConfig.model_fields[field]
-    text = (info.description or "").strip()
-    default = info.default
-    if default is None or default is False or info.default_factory is not None:
-        return text
-    if isinstance(default, tuple):
-        default = " ".join(map(str, default))
-    return f"{text}  [default: {str(default).lower() if default is True else default}]"
-
-
-@main.command(cls=_Sectioned, context_settings={"max_content_width": 100})
-@_settings(*TrainConfig.model_fields)
+@main.command(cls=Sectioned, context_settings={"max_content_width": 100})
+@settings(*TrainConfig.model_fields)
 @_trusting
 def train(config_file: str | None, **options: Any) -> None:
     """Fine-tune a model on chats.
 
     Options override the settings of --config. The last line on stdout is the run folder.
     """
-    config = _resolved(config_file, options)
+    config = resolved(config_file, options)
     from mlx_sft.console import Console
     from mlx_sft.training.loop import train
 
@@ -189,8 +103,8 @@ def train(config_file: str | None, **options: Any) -> None:
     Console(quiet=config.quiet, json_lines=config.json_lines).done(str(result.run_dir))
 
 
-@main.command(cls=_Sectioned, context_settings={"max_content_width": 100})
-@_settings(*sections()["Data"], "model", "seed", "quiet")
+@main.command(cls=Sectioned, context_settings={"max_content_width": 100})
+@settings(*sections()["Data"], "model", "seed", "quiet")
 @click.option("--row", metavar="N", help="One row, whole: its line or index as messages name it, 17 or chats.jsonl:17.")
 @click.option(
     "--only", metavar="KIND", help="Only rows of a kind: kept, truncated, dropped, bad, suspicious, duplicate, ..."
@@ -215,7 +129,7 @@ def inspect(
     if html is not None and (row is not None or only is not None or as_json):
         hint = "leave them out; the page has a search and a filter"
         raise UserError("--row, --only and --json do not go with --html", hint=hint, exit_code=USAGE)
-    config = _resolved(config_file, options)
+    config = resolved(config_file, options)
     from mlx_sft.console import Console
     from mlx_sft.inspection import inspect
 
@@ -230,8 +144,8 @@ def inspect(
         found.show(console)
 
 
-@main.command(cls=_Sectioned, context_settings={"max_content_width": 100})
-@_settings(
+@main.command(cls=Sectioned, context_settings={"max_content_width": 100})
+@settings(
     *(field for field in TrainConfig.model_fields if field not in ("out", "resume", "resume_from_peft", "json_lines"))
 )
 @click.option("--machine", metavar="MAC", help="Plan for this Mac instead, such as 'M2 16GB', 'M3 Max 64GB' or 16GB.")
@@ -246,7 +160,7 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     from mlx_sft.training.plan import make_plan, planned_config
     from mlx_sft.training.plan_text import plan_pieces
 
-    config = planned_config(config_file, _given(options))
+    config = planned_config(config_file, given(options))
     console = Console(quiet=config.quiet)
     with console.reading() as progress:
         found = make_plan(config, machine, progress)

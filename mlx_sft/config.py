@@ -131,7 +131,7 @@ class TrainConfig(BaseModel):
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Padded tokens computed at once; chosen from the memory where not given. It does not change the result."""
     head_chunk: int | None = Field(default=None, ge=1)
-    """Positions whose logits exist at once; chosen from the memory where not given. It does not change the result."""
+    """Positions that go through the head at once; chosen from the memory where not given. It does not change the result."""
     lr: float = Field(default=2e-4, ge=0)
     """Peak learning rate."""
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"

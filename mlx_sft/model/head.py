@@ -9,6 +9,7 @@ Knows nothing of losses.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 _BODY_NAMES = ("model", "transformer", "backbone")
+
+_OUTPUT_NAME = "lm_head"
+_EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embeddings")
+"""Of the embedding in a body, which is the output matrix too where there is no other."""
 
 _NESTED = "language_model"
 """What a model that can do more calls its language model."""
@@ -64,6 +69,10 @@ class SplitModel:
         """What the names of the layers' parameters begin with in transformers, such as `model.layers.`."""
         return f"{self.body_name}.layers." if self.body_name else ""
 
+    def outside_layers(self, parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Those of trained parameters that are in none of the repeated layers; the head may use them."""
+        return {name: value for name, value in parameters.items() if not name.startswith(self.layers_prefix)}
+
     def hidden_states(self, token_ids: mx.array) -> mx.array:
         """[rows, width] → [rows, width, hidden]."""
         body = self.model if self.body_name is None else self._body
@@ -82,6 +91,13 @@ class SplitModel:
         finally:
             object.__delattr__(self._owner, self.body_name)
         return logits[0]
+
+    def output_matrix(self) -> tuple[nn.Module, str] | None:
+        """The module that holds the matrix which gives the logits, and its name there; None where neither is known by its name."""
+        if self.body_name is None:
+            return None
+        places = ((self._owner, _OUTPUT_NAME), *((self._body, name) for name in _EMBEDDING_NAMES))
+        return next(((holder, name) for holder, name in places if name in holder), None)
 
     @property
     def _body(self) -> nn.Module:

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.operations.exponential import exponential
+from mlx_sft.operations.sums import row_sums
 
 _BLOCK_ROWS = 64
 _FEWEST_ROWS = 32
@@ -82,7 +83,7 @@ def _forward(queries: mx.array, keys: mx.array, values: mx.array, scale: float, 
         scores = _scores(block, keys[:, :, :end], start, end)
         highest = scores.max(axis=-1, keepdims=True)
         exponentials = exponential(scores - highest)
-        total = _row_sums(exponentials)
+        total = row_sums(exponentials)
         result = _by_head(exponentials @ values[:, :, :end] / total, heads)
         results.append(result.astype(queries.dtype).swapaxes(1, 2))
         log_sums.append(_by_head(highest + mx.log(total), heads))
@@ -116,7 +117,7 @@ def _backward(
         scores = _scores(block, keys[:, :, :end], start, end)
         probabilities = exponential(scores - _grouped(log_sums[rows], kv_heads))
         for_scores = for_block @ values[:, :, :end].swapaxes(-1, -2)
-        for_scores = (for_scores - _row_sums(for_scores * probabilities)) * probabilities
+        for_scores = (for_scores - row_sums(for_scores * probabilities)) * probabilities
         products = [for_scores.swapaxes(-1, -2) @ block, probabilities.swapaxes(-1, -2) @ for_block]
         sums = (
             [product + later[:, :, :end] for product, later in zip(products, sums, strict=True)] if sums else products
@@ -138,11 +139,6 @@ def _scores(queries: mx.array, keys: mx.array, start: int, end: int) -> mx.array
     seen = mx.arange(end)[None] <= mx.arange(start, end)[:, None]
     by_group = scores.reshape(*scores.shape[:2], -1, *seen.shape)
     return (by_group + mx.where(seen, 0.0, -math.inf)).reshape(scores.shape)
-
-
-def _row_sums(x: mx.array) -> mx.array:
-    """Σ over the last axis, which stays. As a product: `sum` takes several times as long on the CPU."""
-    return x @ mx.ones((x.shape[-1], 1))
 
 
 def _grouped(x: mx.array, kv_heads: int) -> mx.array:

@@ -53,7 +53,7 @@ class Progress:
         micro_batch_tokens: The budget since memory ran out in a step, or since it was given with `--resume`; None while it is
             the configured one.
         recompute: The recomputation since then.
-        head_chunk: Positions whose logits exist at once, since then.
+        head_chunk: Positions that go through the head at once, since then.
         evaluation_tokens: The budget of evaluations since memory ran out in one.
     """
 

@@ -92,7 +92,7 @@ def choose(
         micro_batch_tokens, head_chunk: As configured; None to choose.
         most: As many tokens at once as pay off.
     """
-    chunks = chunk_choices(footprint.vocabulary) if head_chunk is None else (head_chunk,)
+    chunks = chunk_choices(footprint.columns) if head_chunk is None else (head_chunk,)
     least = max(longest, micro_batch_tokens or 0)
     options = [
         Choice(most_tokens(footprint, m, limit, max(least, most), chunk), m, chunk) for m in modes for chunk in chunks
@@ -132,7 +132,7 @@ def most_tokens(
     Args:
         head_chunk: The smallest that would be chosen where None.
     """
-    chunk = chunk_choices(footprint.vocabulary)[-1] if head_chunk is None else head_chunk
+    chunk = chunk_choices(footprint.columns)[-1] if head_chunk is None else head_chunk
     return footprint.most_tokens(mode, int(_MARGIN * limit), most, chunk)
 
 

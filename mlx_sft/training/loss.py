@@ -1,19 +1,24 @@
 """Cross-entropy over supervised positions only, in chunks, with its gradient computed in the forward pass.
 
-    hidden_states [positions, hidden] ─► a hundred rows at a time ─► head ─► logits [chunk, vocabulary] ─► loss, dL/dh
+    hidden_states [positions, hidden] ─► some rows at a time ─► head ─► logits [chunk, vocabulary] ─► loss, dL/dh
 
 No positions × vocabulary tensor ever exists: a chunk's logits become its loss and its gradient at once, and backward is one
-multiplication. Knows nothing of the body, or of where the positions come from.
+multiplication. Where the head is frozen and can be computed in tiles of the vocabulary, there are not even the logits of a chunk, but
+those of a tile: the softmax runs along as in FlashAttention (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models",
+https://arxiv.org/abs/2411.09009). Knows nothing of the body, or of where the positions come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_sft.model.tiles import TiledHead
 from mlx_sft.operations.exponential import exponential
+from mlx_sft.operations.sums import row_sums
 
 HeadParameters = dict[str, mx.array]
 
@@ -23,14 +28,18 @@ Head = Callable[[HeadParameters, mx.array], mx.array]
 _CHUNK_BYTES = 128 * 2**20
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows whose float32 logits fit 128 MiB, at least 64: 220 for a vocabulary of 152k. More of them are multiplied no faster."""
-    return max(64, min(1024, _CHUNK_BYTES // (4 * vocabulary)))
+def chunk_rows(columns: int) -> int:
+    """Rows whose float32 logits fit 128 MiB, from 64 to 1,024: 220 for 152k logits a row. More of them are multiplied no faster.
+
+    Args:
+        columns: Logits of a row that exist at once, of a tile or of the whole vocabulary.
+    """
+    return max(64, min(1024, _CHUNK_BYTES // (4 * columns)))
 
 
-def chunk_choices(vocabulary: int) -> tuple[int, int, int]:
+def chunk_choices(columns: int) -> tuple[int, int, int]:
     """Chunks to choose among: the one that is as fast as any, and smaller ones, with which the head's weights are read more often."""
-    rows = chunk_rows(vocabulary)
+    rows = chunk_rows(columns)
     return rows, rows // 2, rows // 8
 
 
@@ -40,7 +49,7 @@ def even_chunk(positions: int, chunk: int) -> int:
 
 
 def cross_entropy_sum(
-    head: Head,
+    head: Head | TiledHead,
     parameters: HeadParameters,
     hidden_states: mx.array,
     targets: mx.array,
@@ -50,7 +59,7 @@ def cross_entropy_sum(
     """Σ weights · (log Σ exp(logits) − logits[target]), differentiable in the hidden states and the head's parameters.
 
     Args:
-        head: Hidden states to logits.
+        head: Hidden states to logits; one in tiles must be frozen.
         parameters: The trainable arrays that the head uses; empty where it is frozen.
         hidden_states: [positions, hidden], those that predict a supervised token; at least one.
         targets: [positions], the tokens that they predict.
@@ -62,6 +71,7 @@ def cross_entropy_sum(
     """
 
     chunk = even_chunk(targets.shape[0], chunk)
+    of_chunk = partial(_by_tiles, head) if isinstance(head, TiledHead) else partial(_at_once, head)
 
     # Every array comes in as an argument: a closure over a traced array breaks `mx.compile`.
     @mx.custom_function
@@ -74,9 +84,7 @@ def cross_entropy_sum(
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
             states = _after([loss, *for_parameters.values(), *for_hidden[-1:]], hidden_states[rows])
-            chunk_loss, chunk_parameters, chunk_hidden = _chunk_loss_and_gradients(
-                head, parameters, states, targets[rows], weights[rows]
-            )
+            chunk_loss, chunk_parameters, chunk_hidden = of_chunk(parameters, states, targets[rows], weights[rows])
             loss = loss + chunk_loss
             for name, gradient in chunk_parameters.items():
                 for_parameters[name] = for_parameters[name] + gradient
@@ -98,7 +106,7 @@ def cross_entropy_sum(
     return loss
 
 
-def _chunk_loss_and_gradients(
+def _at_once(
     head: Head,
     parameters: HeadParameters,
     hidden_states: mx.array,
@@ -122,19 +130,79 @@ def _chunk_loss_and_gradients(
     return (weights * losses).sum(), dict(zip(names, for_values, strict=True)), for_hidden
 
 
+def _by_tiles(
+    head: TiledHead,
+    parameters: HeadParameters,
+    hidden_states: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+) -> tuple[mx.array, HeadParameters, mx.array]:
+    """The same, with Σe and (e W) added up over tiles; both shrink where a later tile has a higher logit."""
+    highest, total = _before_any(targets)
+    for_hidden = mx.zeros(hidden_states.shape)
+    for tile in head.tiles:
+        of_tile = partial(head.logits, tile=tile)
+        states = _after([total, for_hidden], hidden_states)
+        logits = of_tile(states)
+        before, (highest, exponentials) = highest, _exponentials(logits, highest)
+        _, (gradient,) = mx.vjp(of_tile, [states], [exponentials.astype(logits.dtype)])
+        shrunk = exponential(before - highest)
+        total = shrunk * total + row_sums(exponentials)
+        for_hidden = shrunk * for_hidden + gradient
+    of_targets = partial(head.target_logits, targets=targets)
+    ones = mx.ones((targets.shape[0], 1), hidden_states.dtype)
+    (target_logits,), (for_targets,) = mx.vjp(of_targets, [hidden_states], [ones])
+    losses = (mx.log(total) + highest - target_logits)[:, 0]
+    gradients = weights[:, None] * (for_hidden / total - for_targets)
+    return (weights * losses).sum(), {}, gradients.astype(hidden_states.dtype)
+
+
+def _before_any(targets: mx.array) -> tuple[mx.array, mx.array]:
+    """The highest logit and Σe of each position, [positions, 1], before any tile; finite, so that a tile of −∞ leaves them as they are."""
+    positions = (targets.shape[0], 1)
+    return mx.full(positions, mx.finfo(mx.float32).min), mx.zeros(positions)
+
+
+def _exponentials(logits: mx.array, highest: mx.array) -> tuple[mx.array, mx.array]:
+    """The highest logit so far, and e = exp(l − that) of a tile, in float32."""
+    precise = logits.astype(mx.float32)
+    highest = mx.maximum(highest, precise.max(axis=-1, keepdims=True))
+    return highest, exponential(precise - highest)
+
+
 def evaluate_positions(
-    head: Head, hidden_states: mx.array, targets: mx.array, weights: mx.array, chunk: int
+    head: Head | TiledHead, hidden_states: mx.array, targets: mx.array, weights: mx.array, chunk: int
 ) -> tuple[mx.array, mx.array]:
     """The weighted sum of losses, and the weighted count of positions whose likeliest token is the target; no gradients."""
     loss, correct = mx.array(0.0), mx.array(0.0)
     chunk = even_chunk(targets.shape[0], chunk)
+    of_chunk = partial(_evaluate_by_tiles, head) if isinstance(head, TiledHead) else partial(_evaluate_at_once, head)
     for start in range(0, targets.shape[0], chunk):
         rows = slice(start, start + chunk)
-        logits = head({}, _after([loss, correct], hidden_states[rows])).astype(mx.float32)
-        losses, _, _ = _losses(logits, targets[rows])
+        losses, likeliest = of_chunk(_after([loss, correct], hidden_states[rows]), targets[rows])
         loss = loss + (weights[rows] * losses).sum()
-        correct = correct + (weights[rows] * (logits.argmax(-1) == targets[rows])).sum()
+        correct = correct + (weights[rows] * (likeliest == targets[rows])).sum()
     return loss, correct
+
+
+def _evaluate_at_once(head: Head, hidden_states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Losses and likeliest tokens, [positions]."""
+    logits = head({}, hidden_states).astype(mx.float32)
+    losses, _, _ = _losses(logits, targets)
+    return losses, logits.argmax(-1)
+
+
+def _evaluate_by_tiles(head: TiledHead, hidden_states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """The same; of tokens that are equally likely, the first."""
+    highest, total = _before_any(targets)
+    likeliest = mx.zeros(targets.shape, mx.uint32)
+    for tile in head.tiles:
+        logits = head.logits(_after([total, likeliest], hidden_states), tile)
+        before, (highest, exponentials) = highest, _exponentials(logits, highest)
+        total = exponential(before - highest) * total + row_sums(exponentials)
+        likeliest = mx.where((highest > before)[:, 0], logits.argmax(-1) + tile.start, likeliest)
+    target_logits = head.target_logits(hidden_states, targets)
+    return (mx.log(total) + highest - target_logits)[:, 0], likeliest
 
 
 def _after(results: list[mx.array], hidden_states: mx.array) -> mx.array:

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.names import transformers_name
+from mlx_sft.model.tiles import COLUMNS
 from mlx_sft.training.counts import LayerCounts, count_layers
 from mlx_sft.training.loss import chunk_rows, even_chunk
 from mlx_sft.training.recompute import Mode
@@ -32,13 +33,16 @@ _OPTIMIZER_BYTES = 12
 _STATES_A_POSITION = 3.0
 """Hidden states of supervised positions: gathered, and their gradients, chunk by chunk and put together."""
 
+_SUMS_A_POSITION = 2.0
+"""In float32: their gradients as they run along from tile to tile."""
+
 
 @dataclass(frozen=True)
 class _Passing:
     """How many arrays exist at once at the highest points.
 
     Attributes:
-        chunk: Of the size of a chunk's logits.
+        chunk: Of the size of a chunk's logits, or those of a tile of it.
         next_chunk: Of the one after it.
         features: In a layer's backward pass, for each of its features.
         again: The same where the layer is computed again for it.
@@ -68,7 +72,7 @@ class Prediction:
         weights: Of the model, but for those that are trained as they are.
         trained: Parameters, the optimizer's state, and gradients that are added up.
         kept: Until the backward pass has used it.
-        passing: The head's chunk or a layer's backward pass, whichever is larger.
+        passing: The head's logits or a layer's backward pass, whichever is larger.
     """
 
     weights: int
@@ -97,6 +101,8 @@ class Footprint:
         trainable: Numbers that are trained.
         itemsize: Bytes of a number in the model's precision.
         hidden: Width of its hidden states.
+        vocabulary: Width of its logits.
+        columns: Of a position's logits, those that exist at once.
         accumulates: Whether a step may have several micro-batches, whose gradients are added up.
         held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
         correction: What a measurement found what grows with the tokens to be, beside what is counted.
@@ -109,6 +115,7 @@ class Footprint:
     itemsize: int
     hidden: int
     vocabulary: int
+    columns: int
     accumulates: bool = True
     held: bool = True
     correction: float = 1.0
@@ -120,6 +127,7 @@ class Footprint:
         parameters: Mapping[str, mx.array],
         vocabulary: int,
         *,
+        tiled: bool,
         fused: bool,
         accumulates: bool = True,
     ) -> Footprint:
@@ -127,6 +135,7 @@ class Footprint:
 
         Args:
             parameters: The trainable arrays by name.
+            tiled: Whether the head can be had in tiles of the vocabulary; it is where nothing but layers is trained.
             fused: Whether the device computes attention and norms in one piece, as GPUs do.
             accumulates: Whether a step may have several micro-batches.
         """
@@ -136,7 +145,8 @@ class Footprint:
         shared = sum(held[name].nbytes for name in parameters if name in held and held[name].dtype == mx.float32)
         layers = count_layers(split, fused=fused)
         lowest = next((index for index, layer in enumerate(layers) if layer.trained), len(layers))
-        if any(not name.startswith(split.layers_prefix) and "embed" in name for name in parameters):
+        outside = split.outside_layers(parameters)
+        if any("embed" in name for name in outside):
             lowest = 0
         return cls(
             layers=tuple(layers[lowest:]),
@@ -146,6 +156,7 @@ class Footprint:
             itemsize=split.model_dtype().size,
             hidden=max((layer.states for layer in layers), default=0) if split.body_name else vocabulary,
             vocabulary=vocabulary,
+            columns=min(COLUMNS, vocabulary) if tiled and not outside else vocabulary,
             accumulates=accumulates,
             held=not fused,
         )
@@ -169,18 +180,20 @@ class Footprint:
             width: Of a row; all tokens in one where None.
             supervised: Positions that predict a supervised token; where None, all and in chunks of the full size, so that more
                 tokens never take less.
-            head_chunk: Positions whose logits exist at once; as many as are fast where None.
+            head_chunk: Positions that go through the head at once; as many as are fast where None.
         """
         kept, work = self._of_layers(mode, tokens, tokens if width is None else width)
-        rows = head_chunk or chunk_rows(self.vocabulary)
+        rows = head_chunk or chunk_rows(self.columns)
         if supervised is None:
             positions, chunk = tokens, min(tokens, rows)
         else:
             positions, chunk = supervised, even_chunk(supervised, rows)
         states = (tokens + _STATES_A_POSITION * positions) * self.hidden * self.itemsize
         arrays = self._passing
-        logits = arrays.chunk * chunk + arrays.next_chunk * min(positions - chunk, chunk)
-        passing = max(states + logits * 4 * self.vocabulary, work)
+        at_once = chunk * self.columns
+        logits = arrays.chunk * at_once + arrays.next_chunk * min(positions * self.vocabulary - at_once, at_once)
+        sums = _SUMS_A_POSITION * chunk * self.hidden if self.columns < self.vocabulary else 0
+        passing = max(states + 4 * (logits + sums), work)
         # The gradient comes to be while what was kept goes.
         kept = max(kept * self.correction, 4 * self.trainable)
         trained = (_OPTIMIZER_BYTES + (4 if self.accumulates else 0)) * self.trainable

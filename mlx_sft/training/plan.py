@@ -23,6 +23,7 @@ from mlx_sft.mappings import read_yaml
 from mlx_sft.methods import make_method
 from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_size
 from mlx_sft.model.outline import outline
+from mlx_sft.model.tiles import expected_tiles
 from mlx_sft.model.translate import read_config
 from mlx_sft.training.arithmetic import REACHED, Work, operations, seconds
 from mlx_sft.training.choice import (
@@ -217,7 +218,8 @@ def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> F
     split = outline(path, dtype, config.quantize)
     parameters = make_method(config).attach(split.model, config.seed)
     vocabulary = vocabulary_size(split.model, read_config(path))
-    return Footprint.of(split, parameters, vocabulary, fused=fused, accumulates=config.batch_size > 1)
+    tiled = expected_tiles(split) is not None
+    return Footprint.of(split, parameters, vocabulary, tiled=tiled, fused=fused, accumulates=config.batch_size > 1)
 
 
 def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:

@@ -33,7 +33,7 @@ def _facts(plan: RunPlan) -> Pieces:
             f"{size(parts.trained)} for {count(plan.footprint.trainable)} parameters: value, gradient and two moments",
         ),
         ("kept", f"{size(parts.kept)} for the backward pass"),
-        ("passing", f"{size(parts.passing)} for a layer's backward pass, or a chunk of logits"),
+        ("passing", f"{size(parts.passing)} for a layer's backward pass, or the logits of a tile"),
         ("peak", f"{size(parts.peak)} predicted"),
         ("longest row", f"{plan.longest.tokens:,} tokens ({plan.longest.origin})"),
     ]

@@ -20,7 +20,7 @@ PROBE_TOKENS = 256
 """Enough for what grows with the tokens to stand out from what does not."""
 
 _SUPERVISED = 16
-"""So few that the layers are measured, and not a chunk of logits."""
+"""So few that the layers are measured, and not the logits."""
 
 _TRUSTED = (0.9, 1.5)
 """A small step that takes less than was counted says little of a large one; one that takes much more measured something else."""

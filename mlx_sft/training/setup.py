@@ -112,26 +112,13 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     prepare_device()
     mx.reset_peak_memory()
     held = ExitStack() if held is None else held
-    run = resumed_run(config.resume) if config.resume else None
-    if run:
-        held.enter_context(run.locked())
-        for damage in checkpoint.set_aside_damaged(run):
-            console.warn(damage)
-    anew = computed_anew(config) if run else {}
-    config = resumed_config(config, run) if run else new_config(config, console)
-    if run is None and config.out is not None:
-        RunFolder.new(config.out)  # before the work, not after it
+    anew = computed_anew(config)
+    config, run = _opened(config, console, held)
     path = resolve_checkpoint(config.model)
     config, tokenizer, data = _read_data(config, path, console, new=run is None)
     machine = allowed_machine(config)
     refuse_too_large(config, path, machine)
-    base = load_model(config.model, config.dtype, tokenizer, quantize=config.quantize)
-    if note := untested_note(base.config):
-        console.note(note)
-    vocabulary = vocabulary_size(base.model, base.config)
-    for part in (data.train, data.valid):
-        check_vocabulary(part, vocabulary)
-        _refuse_inexact_length(part, path)
+    base, vocabulary = _load_base(config, tokenizer, data, console)
     split = SplitModel(base.model)
     begun = run is not None and bool(run.checkpoint_steps())
     config, method, parameters = _attach_exportable(config, base, begun=begun)
@@ -140,7 +127,14 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     fit = fit_to_machine(
         config,
         machine,
-        Footprint.of(split, parameters, vocabulary, fused=machine.fused, accumulates=config.batch_size > 1),
+        Footprint.of(
+            split,
+            parameters,
+            vocabulary,
+            tiled=learner.tiled_head is not None,
+            fused=machine.fused,
+            accumulates=config.batch_size > 1,
+        ),
         data.train,
         learner,
         parameters,
@@ -175,6 +169,20 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     )  # fmt: skip
 
 
+def _opened(config: TrainConfig, console: Console, held: ExitStack) -> tuple[TrainConfig, RunFolder | None]:
+    """The settings of a run that begins, or of one that goes on, and then its folder, locked and without damaged checkpoints."""
+    if not config.resume:
+        config = new_config(config, console)
+        if config.out is not None:
+            RunFolder.new(config.out)  # before the work, not after it
+        return config, None
+    run = resumed_run(config.resume)
+    held.enter_context(run.locked())
+    for damage in checkpoint.set_aside_damaged(run):
+        console.warn(damage)
+    return resumed_config(config, run), run
+
+
 def _read_data(
     config: TrainConfig, path: Path, console: Console, *, new: bool
 ) -> tuple[TrainConfig, PreTrainedTokenizerBase, PreparedData]:
@@ -190,6 +198,20 @@ def _read_data(
         hint = "give --valid FILE or --valid-fraction 0.05"
         raise UserError("--early-stop needs validation rows", hint=hint, exit_code=USAGE)
     return config, tokenizer, data
+
+
+def _load_base(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: PreparedData, console: Console
+) -> tuple[LoadedModel, int]:
+    """The model before training and its vocabulary, once it is sure that it can compute every row."""
+    base = load_model(config.model, config.dtype, tokenizer, quantize=config.quantize)
+    if note := untested_note(base.config):
+        console.note(note)
+    vocabulary = vocabulary_size(base.model, base.config)
+    for part in (data.train, data.valid):
+        check_vocabulary(part, vocabulary)
+        _refuse_inexact_length(part, base.path)
+    return base, vocabulary
 
 
 def _attach_exportable(
@@ -211,9 +233,9 @@ def _attach_exportable(
 
 def _refuse_dropout_outside_layers(config: TrainConfig, split: SplitModel, parameters: Parameters) -> None:
     """The head is computed chunk by chunk, where one random mask for all chunks would not be dropout."""
-    outside = [name for name in parameters if not name.startswith(split.layers_prefix)]
+    outside = split.outside_layers(parameters)
     if config.dropout and outside:
-        module = outside[0].rpartition(".")[0]
+        module = next(iter(outside)).rpartition(".")[0]
         raise UserError(
             f"dropout cannot be trained on {module}, which is outside the repeated layers",
             where="target",

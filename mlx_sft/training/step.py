@@ -17,7 +17,8 @@ import numpy as np
 from mlx_sft.data.batches import Batch
 from mlx_sft.methods import Binder, Parameters
 from mlx_sft.model.head import SplitModel
-from mlx_sft.training.loss import chunk_rows, cross_entropy_sum, evaluate_positions
+from mlx_sft.model.tiles import TiledHead, tiled_head
+from mlx_sft.training.loss import Head, chunk_rows, cross_entropy_sum, evaluate_positions
 from mlx_sft.training.recompute import Mode, Recomputed
 from mlx_sft.training.shapes import Shape, padded_shape
 from mlx_sft.training.shortage import shortage_noticed
@@ -46,9 +47,10 @@ class Learner:
     Args:
         recompute: What the backward pass computes again.
         compiled: Shapes whose micro-step is compiled; others run as they are.
-        head_chunk: Positions whose logits exist at once; where None, as many as are fast.
+        head_chunk: Positions that go through the head at once; where None, as many as are fast.
 
     Attributes:
+        tiled_head: The head in tiles of the vocabulary; None where it cannot be had so.
         trace_seconds: What the first run of each compiled shape took, in which it is traced; one for each trace.
     """
 
@@ -64,7 +66,9 @@ class Learner:
     ) -> None:
         self._split = split
         self._method = method
-        self._chunk = chunk_rows(vocabulary)
+        self._vocabulary = vocabulary
+        self.tiled_head = tiled_head(split)
+        self._head_chunk: int | None = None
         self.mode = recompute
         self._recomputed = Recomputed(split, recompute)
         self.trace_seconds: list[float] = []
@@ -74,7 +78,7 @@ class Learner:
         """From now on compute in this mode, compile these shapes, and have so many logits at once, or as many as before."""
         if recompute != self.mode:
             self.mode, self._recomputed = recompute, Recomputed(self._split, recompute)
-        self._chunk = head_chunk or self._chunk
+        self._head_chunk = head_chunk or self._head_chunk
         self.compiled = frozenset(compiled)
         self._traced: set[Shape] = set()
         self._gradient: _Gradient = mx.value_and_grad(self._loss)
@@ -131,19 +135,15 @@ class Learner:
             OutOfMemory: If one of them does not fit.
         """
         self._method.bind(self._split.model, parameters)
+        head = self._head_for(parameters)
         loss, correct, weight, tokens, supervised = 0.0, 0.0, 0.0, 0, 0
         for batch in batches:
             with shortage_noticed(batch):
                 self._recomputed.rows.spans = batch.spans
                 with self._recomputed.standing_in():
                     hidden_states = self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
-                sums = evaluate_positions(
-                    self._head,
-                    hidden_states,
-                    mx.array(batch.targets),
-                    mx.array(batch.weights),
-                    self._chunk,
-                )
+                targets, weights = mx.array(batch.targets), mx.array(batch.weights)
+                sums = evaluate_positions(head, hidden_states, targets, weights, self._chunk(head))
                 mx.eval(sums)
             loss += to_float(sums[0])
             correct += to_float(sums[1])
@@ -191,25 +191,27 @@ class Learner:
         self._method.bind(self._split.model, parameters, key)
         with self._recomputed.standing_in():
             hidden_states = self._supervised_states(token_ids, positions)
+        head = self._head_for(parameters)
         return cross_entropy_sum(
-            self._head,
-            self._head_parameters(parameters),
+            head,
+            self._split.outside_layers(parameters),
             hidden_states,
             targets,
             weights,
-            self._chunk,
+            self._chunk(head),
         )
 
     def _supervised_states(self, token_ids: mx.array, positions: mx.array) -> mx.array:
         hidden_states = self._split.hidden_states(token_ids)
         return hidden_states.reshape(-1, hidden_states.shape[-1])[positions]
 
-    def _head_parameters(self, parameters: Parameters) -> Parameters:
-        """Those outside the repeated layers; the head may use them."""
-        prefix = self._split.layers_prefix
-        if not prefix:
-            return {}
-        return {name: value for name, value in parameters.items() if not name.startswith(prefix)}
+    def _head_for(self, parameters: Parameters) -> Head | TiledHead:
+        """In tiles where it can be, which is where it is frozen."""
+        frozen = not self._split.outside_layers(parameters)
+        return self.tiled_head if frozen and self.tiled_head is not None else self._head
+
+    def _chunk(self, head: Head | TiledHead) -> int:
+        return self._head_chunk or chunk_rows(head.columns if isinstance(head, TiledHead) else self._vocabulary)
 
     def _head(self, parameters: Parameters, hidden_states: mx.array) -> mx.array:
         if parameters:

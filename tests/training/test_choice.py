@@ -28,7 +28,9 @@ from mlx_sft.training.recompute import Mode
 LAYER = LayerCounts(
     states=100, light=1000, off=2000, features=1000, norms=0, scores=0, weights=1, attended=100, trained=True
 )
-FOOTPRINT = Footprint((LAYER,) * 25, (), weights=10**6, trainable=1000, itemsize=4, hidden=100, vocabulary=100)
+FOOTPRINT = Footprint(
+    (LAYER,) * 25, (), weights=10**6, trainable=1000, itemsize=4, hidden=100, vocabulary=100, columns=100
+)
 CHUNK = chunk_rows(100)
 
 
@@ -75,8 +77,8 @@ def test_a_person_decides() -> None:
 
 
 def test_fewer_logits_at_once_come_before_a_stronger_mode() -> None:
-    footprint = replace(FOOTPRINT, vocabulary=151_936)
-    chunks = chunk_choices(footprint.vocabulary)
+    footprint = replace(FOOTPRINT, vocabulary=151_936, columns=151_936)
+    chunks = chunk_choices(footprint.columns)
     assert chunks == (220, 110, 27)
 
     def limit(mode: Mode, head_chunk: int) -> int:
@@ -105,7 +107,7 @@ def test_settings_and_modes_have_each_others_names(setting: Any, modes: tuple[Mo
 
 def test_a_refusal_names_the_row_what_fits_and_the_ways_out() -> None:
     machine = mac("M2 8GB", 8)
-    footprint = Footprint((LAYER,) * 25, (), 10**9, 10**6, 4, 100, 100)
+    footprint = Footprint((LAYER,) * 25, (), 10**9, 10**6, 4, 100, 100, 100)
     row = LongestRow(10**7, "chats.jsonl:17")
     error = no_room(footprint, machine, row, MODES, TrainConfig(data="x"))
     fits = most_tokens(footprint, "blocks", machine.memory)
@@ -120,7 +122,7 @@ def test_a_refusal_names_the_row_what_fits_and_the_ways_out() -> None:
 
 
 def test_a_model_that_leaves_no_room_for_a_token_is_said_to() -> None:
-    footprint = Footprint((LAYER,) * 25, (), 10**12, 10**6, 2, 100, 100)
+    footprint = Footprint((LAYER,) * 25, (), 10**12, 10**6, 2, 100, 100, 100)
     error = no_room(footprint, mac("", 8), LongestRow(10, "a:1"), MODES, TrainConfig(data="x", method="full"))
     assert "before any row" in error.what
     assert "a smaller model" in error.hint

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.training.loss import chunk_rows, cross_entropy_sum, evaluate_positions, even_chunk
 
 HIDDEN, VOCABULARY = 5, 11
@@ -257,3 +258,118 @@ def test_chunks_are_as_few_as_can_be_and_even(positions: int, chunk: int) -> Non
     assert len(sizes) == math.ceil(positions / chunk)
     assert max(sizes) <= chunk
     assert max(sizes) - min(sizes) < len(sizes)
+
+
+class _Model(nn.Module):
+    """Soft-capped logits of so many tokens."""
+
+    def __init__(self, vocabulary: int = VOCABULARY) -> None:
+        super().__init__()
+        self.model = _Body()
+        self.lm_head = nn.Linear(HIDDEN, vocabulary, bias=False)
+        self.lm_head.weight = 3 * mx.random.normal((vocabulary, HIDDEN), key=mx.random.key(1))
+
+    def __call__(self, token_ids: mx.array) -> mx.array:
+        return 20 * mx.tanh(self.lm_head(self.model(token_ids)) / 20)
+
+
+class _Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(12, HIDDEN)
+        self.layers = [nn.Linear(HIDDEN, HIDDEN)]
+
+    def __call__(self, token_ids: mx.array) -> mx.array:
+        return self.layers[0](self.embed_tokens(token_ids))
+
+
+def _in_tiles(columns: int, model: _Model) -> tuple[SplitModel, TiledHead]:
+    split = SplitModel(model)
+    head = tiled_head(split)
+    assert head is not None
+    head.columns = columns
+    return split, head
+
+
+@pytest.mark.parametrize("columns", [1, 3, 5, 10, 11, 12])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_edges_of_tiles_leave_no_trace(columns: int, dtype: mx.Dtype) -> None:
+    model = _Model()
+    model.set_dtype(dtype)
+    split, head = _in_tiles(columns, model)
+    states = mx.array(_random(VOCABULARY, HIDDEN)).astype(dtype)
+    targets, weights = mx.arange(VOCABULARY), mx.linspace(0, 1, VOCABULARY)
+
+    def whole(states: mx.array) -> mx.array:
+        return (weights * nn.losses.cross_entropy(split.logits(states).astype(mx.float32), targets)).sum()
+
+    def tiled(states: mx.array) -> mx.array:
+        return cross_entropy_sum(head, {}, states, targets, weights, chunk=4)
+
+    (expected, expected_gradient), *found = (mx.value_and_grad(f)(states) for f in (whole, tiled, mx.compile(tiled)))
+    tolerance = 1e-5 if dtype == mx.float32 else 2e-2
+    for loss, gradient in found:
+        assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+        assert gradient.dtype == dtype
+        difference = mx.abs(gradient.astype(mx.float32) - expected_gradient.astype(mx.float32)).max()
+        assert difference.item() <= tolerance * mx.abs(expected_gradient).max().item()
+
+
+class _Uncapped(_Model):
+    def __call__(self, token_ids: mx.array) -> mx.array:
+        return self.lm_head(self.model(token_ids))
+
+
+@pytest.mark.parametrize("highest_first", [False, True])
+def test_far_logits_overflow_in_no_tile(highest_first: bool) -> None:
+    """Those whose exponential is no float32 come in the first tile or in the last."""
+    model = _Uncapped()
+    split, head = _in_tiles(3, model)
+    weight = mx.linspace(-90, 90, VOCABULARY * HIDDEN).reshape(VOCABULARY, HIDDEN)
+    model.lm_head.weight = -weight if highest_first else weight
+    states, targets, weights = mx.ones((VOCABULARY, HIDDEN)), mx.arange(VOCABULARY), mx.ones(VOCABULARY)
+
+    def tiled(states: mx.array) -> mx.array:
+        return cross_entropy_sum(head, {}, states, targets, weights, chunk=4)
+
+    loss, gradient = mx.value_and_grad(tiled)(states)
+    logits = split.logits(states)
+    assert logits.max().item() > 400
+    assert loss.item() == pytest.approx(nn.losses.cross_entropy(logits, targets).sum().item())
+    assert mx.isfinite(gradient).all().item()
+
+
+def test_tokens_that_cannot_be_make_no_difference() -> None:
+    """A tile of −∞ alone, before and after others."""
+    model = _Uncapped()
+    split, head = _in_tiles(2, model)
+    model.lm_head.bias = mx.array([-math.inf] * 4 + [0.0] * 3 + [-math.inf] * 4)
+    states, targets, weights = mx.array(_random(3, HIDDEN)).astype(mx.float32), mx.array([4, 5, 6]), mx.ones(3)
+    loss, gradient = mx.value_and_grad(lambda s: cross_entropy_sum(head, {}, s, targets, weights, 4))(states)
+    expected = nn.losses.cross_entropy(split.logits(states)[:, 4:7], targets - 4).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert mx.isfinite(gradient).all().item()
+    assert mx.allclose(mx.stack(evaluate_positions(head, states, targets, weights, 4))[0], expected).item()
+
+
+@pytest.mark.parametrize("columns", [1, 4, 11])
+def test_an_evaluation_in_tiles_is_that_of_the_whole(columns: int) -> None:
+    model = _Model()
+    weight = model.lm_head.weight
+    model.lm_head.weight = mx.where(
+        mx.arange(VOCABULARY)[:, None] == 7, weight[2], weight
+    )  # two that are equally likely
+    split, head = _in_tiles(columns, model)
+    states = mx.concatenate([mx.array(_random(20, HIDDEN)).astype(mx.float32), 9 * weight[2:3], 9 * weight[2:3]])
+    likeliest = split.logits(states).argmax(-1)
+    assert likeliest[-1].item() == 2
+    targets = mx.where(mx.arange(22) % 3 == 0, (likeliest + 1) % VOCABULARY, likeliest)
+    targets[-2:] = mx.array([2, 7])
+    weights = mx.linspace(0.5, 1, 22)
+
+    found = evaluate_positions(head, states, targets, weights, chunk=6)
+    expected = evaluate_positions(lambda _, states: split.logits(states), states, targets, weights, chunk=6)
+
+    assert 0 < expected[1].item() < weights.sum().item()
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert found[1].item() == pytest.approx(expected[1].item(), rel=1e-6)

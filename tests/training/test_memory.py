@@ -39,7 +39,7 @@ def trained(make_base: Callable[..., Path]) -> Callable[..., Trained]:
         method = make_method(TrainConfig(data="-", **settings))
         parameters = method.attach(split.model, seed=0)
         vocabulary = shape.get("vocab_size", VOCABULARY)
-        footprint = Footprint.of(split, parameters, vocabulary, fused=False)
+        footprint = Footprint.of(split, parameters, vocabulary, tiled=True, fused=False)
         return split, Learner(split, method, vocabulary, recompute=mode), parameters, footprint
 
     return make

@@ -341,3 +341,25 @@ def test_an_update_takes_parameters_gradients_moments_and_a_part_more(
     state = optimizer.flat_state()
     assert sum(array.nbytes for array in state.values()) == pytest.approx(2 * size, rel=0.01)
     assert {str(array.dtype) for name, array in state.items() if name[-1] in "mv"} == {"mlx.core.float32"}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "granite"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_size_of_tiles_leaves_no_trace(
+    family: str, tied: bool, make_subject: Callable[..., Subject], examples: Examples
+) -> None:
+    subject = make_subject(_lora(rank=4), family=family, tied=tied)
+    cut_once = cut(range(len(examples)), examples.lengths, 4096)
+    assert subject.learner.tiled_head is not None
+    expected, evaluated = None, None
+    for columns in (4096, 100, 1):
+        subject.learner.tiled_head.columns = columns
+        subject.learner.configure(subject.learner.mode)
+        found = subject.gradient(examples, cut_once)
+        result = subject.learner.evaluate(subject.parameters, collated(examples, cut_once))
+        expected, evaluated = expected or found, evaluated or result
+        _assert_equal(found, expected, tolerance=1e-5)
+        assert result.loss == pytest.approx(evaluated.loss, rel=1e-5)
+        assert result.token_accuracy == pytest.approx(evaluated.token_accuracy, rel=1e-6)
+    subject.learner.tiled_head = None  # the head as a whole
+    _assert_equal(subject.gradient(examples, cut_once), expected, tolerance=1e-5)
