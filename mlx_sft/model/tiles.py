@@ -24,6 +24,8 @@ from mlx_sft.model.quantize import dequantized
 COLUMNS = 4096
 """Logits of a position that exist at once: products of so many columns are as fast as any, and 500 positions of them stay in a cache."""
 
+_PROBED = 8
+
 _OUTPUTS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 
 
@@ -57,14 +59,15 @@ class TiledHead:
         """[positions, hidden], [positions] → [positions, 1]: of each position the logit of its target alone."""
         return self._through(partial(_row_by_row, _rows_of(self._output, targets)), hidden_states)
 
-    def holds(self, hidden_states: mx.array) -> bool:
-        """Whether tiles of these [positions, hidden] are what the whole head gives."""
+    def holds(self) -> bool:
+        """Whether tiles are what the whole head gives, for a few random hidden states."""
+        vocabulary, width = weight_shape(self._output)
+        hidden_states = mx.random.normal((_PROBED, width), self._split.model_dtype(), key=mx.random.key(0))
         whole = self._split.logits(hidden_states)
-        vocabulary = whole.shape[-1]
-        if vocabulary != weight_shape(self._output)[0]:
+        if whole.shape[-1] != vocabulary:
             return False
         cuts = [0, vocabulary // 3, vocabulary // 2, vocabulary]
-        targets = mx.arange(hidden_states.shape[0]) * 7919 % vocabulary
+        targets = mx.arange(_PROBED) * 7919 % vocabulary
         tiles = [self.logits(hidden_states, slice(a, b)) for a, b in pairwise(cuts)]
         alone = self.target_logits(hidden_states, targets)
         of_targets = mx.take_along_axis(whole, targets[:, None], axis=-1)
@@ -91,9 +94,8 @@ def tiled_head(split: SplitModel) -> TiledHead | None:
     head = expected_tiles(split)
     if head is None:
         return None
-    probe = split.hidden_states(mx.array([[3, 1, 4, 1, 5, 9, 2, 6]]))
     try:
-        return head if head.holds(probe.reshape(-1, probe.shape[-1])) else None
+        return head if head.holds() else None
     except (AttributeError, TypeError, ValueError):
         return None
 
