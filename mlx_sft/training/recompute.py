@@ -34,6 +34,8 @@ Mode = Literal["off", "light", "layers", "blocks"]
 
 _PROBE = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 _SPANS: Spans = ((0, 3), (3, 8))
+_ROWS = mx.array([[3, 1, 4, 0, 0], [1, 5, 9, 2, 6]])
+"""A probe, where two rows lie in it, and these rows side by side."""
 
 
 class Recomputed:
@@ -66,7 +68,8 @@ class Recomputed:
 
     def keeps_rows_apart(self) -> bool:
         """Whether rows that lie end to end are computed as each is alone; it is tried on two short ones."""
-        alone = [self._split.hidden_states(_PROBE[:, start:end]) for start, end in _SPANS]
+        padded = self._split.hidden_states(_ROWS)
+        alone = [padded[row : row + 1, : end - start] for row, (start, end) in enumerate(_SPANS)]
         self.rows.spans = _SPANS
         with self.standing_in():
             joined = self._split.hidden_states(_PROBE)
