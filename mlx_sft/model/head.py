@@ -121,9 +121,13 @@ class SplitModel:
             return False
         if parts.size != whole.size:
             return False
-        whole, parts = whole.astype(mx.float32), parts.reshape(whole.shape).astype(mx.float32)
+        return self.agree(parts.reshape(whole.shape), whole)
+
+    def agree(self, found: mx.array, expected: mx.array) -> bool:
+        """Whether two ways to compute something are the same, but for the model's precision."""
+        found, expected = found.astype(mx.float32), expected.astype(mx.float32)
         tolerance = 1e-4 if self.model_dtype() == mx.float32 else 2e-2
-        return bool((mx.abs(whole - parts).max() <= tolerance * mx.abs(whole).max()).item())
+        return bool((mx.abs(found - expected).max() <= tolerance * mx.abs(expected).max()).item())
 
     def model_dtype(self) -> mx.Dtype:
         """The precision of the model's first floating weight; `load_model` gives all of them the same."""

@@ -12,12 +12,12 @@ own attention builds and keeps the square. Knows nothing of padding, of position
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_sft.operations.exponential import exponential
+from mlx_sft.operations.order import after
 from mlx_sft.operations.sums import row_sums
 
 _BLOCK_ROWS = 64
@@ -79,7 +79,7 @@ def _forward(queries: mx.array, keys: mx.array, values: mx.array, scale: float, 
     log_sums: list[mx.array] = []
     for start in range(0, length, size):
         end = min(start + size, length)
-        block = _after([*results[-1:], *log_sums[-1:]], _grouped(queries[:, :, start:end], kv_heads) * scale)
+        block = after([*results[-1:], *log_sums[-1:]], _grouped(queries[:, :, start:end], kv_heads) * scale)
         scores = _scores(block, keys[:, :, :end], start, end)
         highest = scores.max(axis=-1, keepdims=True)
         exponentials = exponential(scores - highest)
@@ -112,7 +112,7 @@ def _backward(
         end = min(start + size, length)
         rows = (slice(None), slice(None), slice(start, end))
         done = [*sums, *for_queries[-1:], *for_keys[-1:], *for_values[-1:]]
-        block = _after(done, _grouped(queries[rows], kv_heads) * scale)
+        block = after(done, _grouped(queries[rows], kv_heads) * scale)
         for_block = _grouped(cotangent[rows], kv_heads)
         scores = _scores(block, keys[:, :, :end], start, end)
         probabilities = exponential(scores - _grouped(log_sums[rows], kv_heads))
@@ -158,9 +158,3 @@ def _joined(blocks: list[mx.array]) -> mx.array:
 
 def _precise(x: mx.array) -> mx.array:
     return x.astype(mx.float32)
-
-
-def _after(results: Sequence[mx.array], block: mx.array) -> mx.array:
-    """The block, once the results of the block before are there: left to itself, MLX computes many side by side."""
-    blocks: list[mx.array] = mx.depends([block], list(results)) if results else [block]
-    return blocks[0]

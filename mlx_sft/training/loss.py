@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from mlx_sft.model.tiles import TiledHead
 from mlx_sft.operations.exponential import exponential
+from mlx_sft.operations.order import after
 from mlx_sft.operations.sums import row_sums
 
 HeadParameters = dict[str, mx.array]
@@ -83,7 +84,7 @@ def cross_entropy_sum(
         for_hidden: list[mx.array] = []
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
-            states = _after([loss, *for_parameters.values(), *for_hidden[-1:]], hidden_states[rows])
+            states = after([loss, *for_parameters.values(), *for_hidden[-1:]], hidden_states[rows])
             chunk_loss, chunk_parameters, chunk_hidden = of_chunk(parameters, states, targets[rows], weights[rows])
             loss = loss + chunk_loss
             for name, gradient in chunk_parameters.items():
@@ -142,7 +143,7 @@ def _by_tiles(
     for_hidden = mx.zeros(hidden_states.shape)
     for tile in head.tiles:
         of_tile = partial(head.logits, tile=tile)
-        states = _after([total, for_hidden], hidden_states)
+        states = after([total, for_hidden], hidden_states)
         logits = of_tile(states)
         before, (highest, exponentials) = highest, _exponentials(logits, highest)
         _, (gradient,) = mx.vjp(of_tile, [states], [exponentials.astype(logits.dtype)])
@@ -179,7 +180,7 @@ def evaluate_positions(
     of_chunk = partial(_evaluate_by_tiles, head) if isinstance(head, TiledHead) else partial(_evaluate_at_once, head)
     for start in range(0, targets.shape[0], chunk):
         rows = slice(start, start + chunk)
-        losses, likeliest = of_chunk(_after([loss, correct], hidden_states[rows]), targets[rows])
+        losses, likeliest = of_chunk(after([loss, correct], hidden_states[rows]), targets[rows])
         loss = loss + (weights[rows] * losses).sum()
         correct = correct + (weights[rows] * (likeliest == targets[rows])).sum()
     return loss, correct
@@ -197,18 +198,12 @@ def _evaluate_by_tiles(head: TiledHead, hidden_states: mx.array, targets: mx.arr
     highest, total = _before_any(targets)
     likeliest = mx.zeros(targets.shape, mx.uint32)
     for tile in head.tiles:
-        logits = head.logits(_after([total, likeliest], hidden_states), tile)
+        logits = head.logits(after([total, likeliest], hidden_states), tile)
         before, (highest, exponentials) = highest, _exponentials(logits, highest)
         total = exponential(before - highest) * total + row_sums(exponentials)
         likeliest = mx.where((highest > before)[:, 0], logits.argmax(-1) + tile.start, likeliest)
     target_logits = head.target_logits(hidden_states, targets)
     return (mx.log(total) + highest - target_logits)[:, 0], likeliest
-
-
-def _after(results: list[mx.array], hidden_states: mx.array) -> mx.array:
-    """The hidden states, once the results of the chunk before are there: left to itself, MLX computes many side by side."""
-    states: list[mx.array] = mx.depends([hidden_states], results)
-    return states[0]
 
 
 def _losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:

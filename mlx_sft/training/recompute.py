@@ -74,18 +74,13 @@ class Recomputed:
         with self.standing_in():
             joined = self._split.hidden_states(_PROBE)
         self.rows.spans = ()
-        return self._equal(joined, mx.concatenate(alone, axis=1))
+        return self._split.agree(joined, mx.concatenate(alone, axis=1))
 
     def _reproduces(self, split: SplitModel) -> bool:
         """Whether the model computes the same with its stand-ins."""
         plain = split.hidden_states(_PROBE)
         with self.standing_in():
-            return self._equal(split.hidden_states(_PROBE), plain)
-
-    def _equal(self, states: mx.array, plain: mx.array) -> bool:
-        states, plain = states.astype(mx.float32), plain.astype(mx.float32)
-        tolerance = 1e-4 if self._split.model_dtype() == mx.float32 else 2e-2
-        return bool((mx.abs(states - plain).max() <= tolerance * mx.abs(plain).max()).item())
+            return split.agree(split.hidden_states(_PROBE), plain)
 
 
 @dataclass

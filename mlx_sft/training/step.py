@@ -75,7 +75,7 @@ class Learner:
         self.configure(recompute, compiled, head_chunk)
 
     def configure(self, recompute: Mode, compiled: Collection[Shape] = (), head_chunk: int | None = None) -> None:
-        """From now on compute in this mode, compile these shapes, and have so many logits at once, or as many as before."""
+        """Compute from now on in this mode, compile these shapes, and take so many positions through the head at once (None: as before)."""
         if recompute != self.mode:
             self.mode, self._recomputed = recompute, Recomputed(self._split, recompute)
         self._head_chunk = head_chunk or self._head_chunk

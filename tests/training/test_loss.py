@@ -273,16 +273,6 @@ class _Model(nn.Module):
         return 20 * mx.tanh(self.lm_head(self.model(token_ids)) / 20)
 
 
-class _Body(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(12, HIDDEN)
-        self.layers = [nn.Linear(HIDDEN, HIDDEN)]
-
-    def __call__(self, token_ids: mx.array) -> mx.array:
-        return self.layers[0](self.embed_tokens(token_ids))
-
-
 def _in_tiles(columns: int, model: _Model) -> tuple[SplitModel, TiledHead]:
     split = SplitModel(model)
     head = tiled_head(split)
@@ -356,9 +346,8 @@ def test_tokens_that_cannot_be_make_no_difference() -> None:
 def test_an_evaluation_in_tiles_is_that_of_the_whole(columns: int) -> None:
     model = _Model()
     weight = model.lm_head.weight
-    model.lm_head.weight = mx.where(
-        mx.arange(VOCABULARY)[:, None] == 7, weight[2], weight
-    )  # two that are equally likely
+    equally_likely = mx.arange(VOCABULARY)[:, None] == 7
+    model.lm_head.weight = mx.where(equally_likely, weight[2], weight)
     split, head = _in_tiles(columns, model)
     states = mx.concatenate([mx.array(_random(20, HIDDEN)).astype(mx.float32), 9 * weight[2:3], 9 * weight[2:3]])
     likeliest = split.logits(states).argmax(-1)
