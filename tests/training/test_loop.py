@@ -402,10 +402,10 @@ def test_nothing_grows_from_step_to_step(settings: dict[str, Any], monkeypatch: 
 
     monkeypatch.setattr(loop, "take", watched)
     train(TrainConfig(**settings | {"epochs": 20, "save_every": 1000}))
+    _, objects, open_files, threads = zip(*(sizes[n - 1] for n in (20, 40, 60)), strict=True)
     # The least of twenty steps, but for what an array may hold besides its own bytes: MLX lets it take over a buffer that much larger.
-    least = [map(min, zip(*sizes[n - 20 : n], strict=True)) for n in (20, 40, 60)]
-    memory, objects, open_files, threads = zip(*least, strict=True)
-    assert max(memory) - memory[0] < 16_384
+    memory = [min(held for held, *_ in sizes[n - 20 : n]) for n in (20, 40, 60)]
+    assert max(memory) - min(memory) < 16_384
     assert objects[2] - objects[1] < 100
     assert len(set(open_files)) == len(set(threads)) == 1
 
