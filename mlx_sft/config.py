@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from mlx_sft.errors import USAGE, UserError, did_you_mean
-from mlx_sft.mappings import read_yaml
+from mlx_sft.files import read_yaml
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 

@@ -13,7 +13,7 @@ from mlx_sft import TrainConfig, UserError, export, train
 from mlx_sft.config import TrainConfig as Config
 from mlx_sft.data.batches import Plan
 from mlx_sft.disk import folder_bytes, free_bytes, refuse_full_disk
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors
 from mlx_sft.training.disk import DiskNeed
 
@@ -57,16 +57,16 @@ def test_a_run_that_does_not_fit_is_refused_before_its_folder_is_made(
 
 def test_a_run_takes_no_more_than_was_said(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked at whenever a file has been made durable, which is before anything is removed."""
-    from mlx_sft import runs
+    from mlx_sft import run_folder
 
-    run, most, real = Path(settings["out"]), [0], runs.sync_path
+    run, most, real = Path(settings["out"]), [0], run_folder.sync_path
 
     def looking(path: Path) -> None:
         real(path)
         taken = sum(file.stat().st_size for file in run.rglob("*.safetensors"))
         most[0] = max(most[0], taken)
 
-    monkeypatch.setattr(runs, "sync_path", looking)
+    monkeypatch.setattr(run_folder, "sync_path", looking)
     config = TrainConfig(**settings | {"save_every": 1, "keep": 2, "valid_fraction": 0.2})
     train(config)
     newest = RunFolder(run).checkpoint(RunFolder(run).checkpoint_steps()[-1])

@@ -15,7 +15,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Lora, Method, Parameters
 from mlx_sft.methods.lora import detach, put_back
 from mlx_sft.model.load import LoadedModel, cast, load_model
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

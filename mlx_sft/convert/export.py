@@ -25,7 +25,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.model.outline import outline
-from mlx_sft.runs import RunFolder, write_folder
+from mlx_sft.run_folder import RunFolder, write_folder
 
 Format = Literal["merged", "mlx", "peft", "mlx-lm", "gguf"]
 Base = Literal["original", "dequantized"]

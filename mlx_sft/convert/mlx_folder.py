@@ -23,7 +23,7 @@ from mlx_sft.disk import refuse_full_disk
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
 from mlx_sft.model.translate import translate_config
-from mlx_sft.runs import free_folder, write_folder
+from mlx_sft.run_folder import free_folder, write_folder
 from mlx_sft.safetensors_file import read_float32
 
 LOST_LIMIT = 1.0

@@ -25,9 +25,9 @@ from mlx_sft.convert.trained import finished_folder
 from mlx_sft.convert.verify import Verification
 from mlx_sft.disk import folder_bytes, free_bytes, refuse_full_disk
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json
 from mlx_sft.model.load import CARD, resolve_checkpoint
-from mlx_sft.runs import RunFolder, disk_errors, to_json, write_file
+from mlx_sft.run_folder import RunFolder, disk_errors, to_json, write_file
 
 Note = Callable[[str], None]
 """Who is told, in a sentence, what a person may want to know."""

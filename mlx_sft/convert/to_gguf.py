@@ -24,7 +24,7 @@ from mlx_sft.convert.verify import Merging, Verification
 from mlx_sft.disk import refuse_full_disk
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import LICENCE_FILES, load_tokenizer
-from mlx_sft.runs import write_folder
+from mlx_sft.run_folder import write_folder
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 MODELFILE = "Modelfile"

@@ -16,7 +16,7 @@ from mlx_sft.convert.merge import Edit, adapter_edits, weight_edits
 from mlx_sft.convert.peft import read_adapter, write_adapter
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Full, Lora, Method, Parameters
-from mlx_sft.runs import RunFolder, write_file_with
+from mlx_sft.run_folder import RunFolder, write_file_with
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 
 WEIGHTS_FILE = "model.safetensors"

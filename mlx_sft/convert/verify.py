@@ -33,7 +33,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.load import is_packed, load_model, resolve_checkpoint
 from mlx_sft.model.names import mlx_names
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 Logits = list[NDArray[np.float32]]
 """For each row, [positions, vocabulary]."""

@@ -23,7 +23,7 @@ from mlx_sft.inspection.choice import ONLY, Group, Wanted, first_rows, notable_r
 from mlx_sft.inspection.page import Page
 from mlx_sft.inspection.rows import Fate, ShownExample, ShownRow, raw_json
 from mlx_sft.inspection.table import table
-from mlx_sft.runs import user_path, write_file
+from mlx_sft.run_folder import user_path, write_file
 
 __all__ = ["ONLY", "Inspection", "inspect"]
 

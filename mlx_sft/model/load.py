@@ -24,7 +24,7 @@ from mlx_sft.model.quantize import stored_quantization
 from mlx_sft.model.rope import settle_ropes
 from mlx_sft.model.translate import read_config, translate_config
 from mlx_sft.model.weights import INDEX, SINGLE, check_weights, weight_files
-from mlx_sft.runs import user_path
+from mlx_sft.run_folder import user_path
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 TINY = Path(__file__).parent / "tiny"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json
 from mlx_sft.safetensors_file import open_safetensors
 
 SINGLE = "model.safetensors"

@@ -36,7 +36,7 @@ from mlx_sft.model.load import (
 )
 from mlx_sft.model.quantize import first_rows
 from mlx_sft.model.translate import exact_length, read_config
-from mlx_sft.runs import RunFolder, to_json
+from mlx_sft.run_folder import RunFolder, to_json
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.choice import Choice, asked_for, configured

@@ -26,7 +26,7 @@ from mlx_sft.convert.trained import save_trained
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Full
 from mlx_sft.model.load import load_model
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import StoredTensor, read_rows
 
 # PEFT asks a transformers model in a way that transformers has renamed.

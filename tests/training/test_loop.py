@@ -23,7 +23,7 @@ from mlx_sft.data.feed import PreparedStep
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.errors import FAILURE
 from mlx_sft.model.load import load_tokenizer
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_safetensors
 from mlx_sft.training import loop, setup
 from mlx_sft.training.machine import Machine

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.mappings import MOST_JSON_BYTES, MOST_YAML_BYTES, MOST_YAML_DEPTH, read_front_matter, read_json, read_yaml
+from mlx_sft.files import MOST_JSON_BYTES, MOST_YAML_BYTES, MOST_YAML_DEPTH, read_front_matter, read_json, read_yaml
 
 LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.runs import RunFolder, disk_errors, user_path, write_file, write_file_with, write_folder
+from mlx_sft.run_folder import RunFolder, disk_errors, user_path, write_file, write_file_with, write_folder
 
 
 def names(folder: Path) -> list[str]:
