@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from mlx_sft.convert.peft import base_model_name, read_adapter, write_adapter
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import free_folder, write_folder
 from mlx_sft.methods import LoraSettings, Parameters
 from mlx_sft.methods.lora import HALVES
-from mlx_sft.run_folder import RunFolder, free_folder, write_folder
+from mlx_sft.run_folder import RunFolder
 
 Method = Literal["linear", "cat", "svd"]
 Array = NDArray[np.float32]

@@ -20,12 +20,12 @@ from mlx_sft.convert.mlx_folder import LOST_LIMIT, to_mlx
 from mlx_sft.convert.to_gguf import export_gguf
 from mlx_sft.convert.trained import FORMS, finished_folder
 from mlx_sft.convert.verify import Merging, Verification
-from mlx_sft.disk import folder_bytes, refuse_full_disk
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import folder_bytes, refuse_full_disk, write_folder
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.model.outline import outline
-from mlx_sft.run_folder import RunFolder, write_folder
+from mlx_sft.run_folder import RunFolder
 
 Format = Literal["merged", "mlx", "peft", "mlx-lm", "gguf"]
 Base = Literal["original", "dequantized"]

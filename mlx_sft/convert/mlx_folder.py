@@ -19,11 +19,10 @@ from mlx_sft.convert.hf import Checkpoint, copy_side_files
 from mlx_sft.convert.merge import stored_parts
 from mlx_sft.convert.trained import load_trained
 from mlx_sft.convert.verify import Merging
-from mlx_sft.disk import refuse_full_disk
+from mlx_sft.files import free_folder, refuse_full_disk, write_folder
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
 from mlx_sft.model.translate import translate_config
-from mlx_sft.run_folder import free_folder, write_folder
 from mlx_sft.safetensors_file import read_float32
 
 LOST_LIMIT = 1.0

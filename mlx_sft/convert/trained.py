@@ -10,14 +10,14 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
-from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import Edit, adapter_edits, weight_edits
 from mlx_sft.convert.peft import read_adapter, write_adapter
 from mlx_sft.errors import UserError
+from mlx_sft.files import write_file_with
 from mlx_sft.methods import Full, Lora, Method, Parameters
-from mlx_sft.run_folder import RunFolder, write_file_with
-from mlx_sft.safetensors_file import open_safetensors, read_float32
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
 WEIGHTS_FILE = "model.safetensors"
 

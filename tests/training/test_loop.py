@@ -230,7 +230,7 @@ def poisoned(settings: dict[str, Any], make_base: Callable[..., Path], tmp_path:
     content = {tensor.name: read_float32(tensor) for tensor in file.tensors}
     content["model.embed_tokens.weight"] = content["model.embed_tokens.weight"].copy()
     content["model.embed_tokens.weight"][token_id] = np.inf
-    described = [(tensor.name, "F32", tensor.shape) for tensor in file.tensors]
+    described = [(tensor.name, "F32", tensor.shape, tensor.size) for tensor in file.tensors]
     pieces = ([content[tensor.name].tobytes()] for tensor in file.tensors)
     write_safetensors(base / "model.safetensors", described, pieces, file.metadata)
     changes = {
