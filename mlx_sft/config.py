@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, ValidationInfo, create_model, field
 from pydantic.fields import FieldInfo
 
 from mlx_sft.errors import USAGE, UserError, did_you_mean
-from mlx_sft.mappings import read_yaml
+from mlx_sft.files import read_yaml
 from mlx_sft.registry import CALLBACKS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Registry
 from mlx_sft.settings import OnResume, Settings, parse_bytes, split_pairs, writable
 

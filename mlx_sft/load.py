@@ -13,7 +13,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method, Parameters, attach_trained, method_in
 from mlx_sft.model.load import LoadedModel, cast, load_model
 from mlx_sft.registry import METHODS
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.stored import stored_parts
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json, to_json
 from mlx_sft.methods import Rows
 from mlx_sft.model.linears import quantized_modules, weight_shape
 from mlx_sft.model.names import expert_name, transformers_name
 from mlx_sft.model.quantize import dequantized
 from mlx_sft.model.weights import INDEX
-from mlx_sft.runs import to_json
 from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor
 
 _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}

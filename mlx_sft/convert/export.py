@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.targets import Export, Target
 from mlx_sft.convert.verify import Verification
-from mlx_sft.disk import refuse_full_disk
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import refuse_full_disk, write_folder
 from mlx_sft.registry import METHODS, TARGETS
-from mlx_sft.runs import RunFolder, write_folder
+from mlx_sft.run_folder import RunFolder
 
 LOST_LIMIT = 1.0
 """Where quantizing moves a weight by more than training did, what training did to it is no longer told from noise."""

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.dequantize import dequantized_edits, say_unpacked, unpacked
@@ -25,8 +24,8 @@ from mlx_sft.methods import Method, Rows, WeightEdit
 from mlx_sft.model.load import is_packed, resolve_checkpoint
 from mlx_sft.model.quantize import first_rows
 from mlx_sft.registry import METHODS
-from mlx_sft.runs import RunFolder
-from mlx_sft.safetensors_file import StoredTensor, from_float32, read_bytes, read_rows, stored_dtype
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.safetensors_file import StoredTensor, from_float32, read_bytes, read_rows
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in cache from the product to the rounding."""
@@ -147,17 +146,11 @@ def _merged(tensor: StoredTensor, new_rows: Rows) -> Iterator[memoryview]:
         with np.errstate(over="ignore", invalid="ignore"):
             rows = new_rows(start, min(start + block, tensor.rows))
         rounded = from_float32(rows, tensor.dtype)
-        if not _finite(rounded, tensor.dtype):
+        if not np.isfinite(rounded).all():
             raise UserError(
                 f"{tensor.name} is not finite in {tensor.dtype} once it is merged",
                 where=str(tensor.file),
                 hint="train from a float32 or bfloat16 checkpoint, or with a lower --lr; "
                 "`--format peft` gives the adapter alone",
             )
-        yield rounded.astype(stored_dtype(tensor), copy=False).data.cast("B")
-
-
-def _finite(rounded: NDArray[np.generic], dtype: str) -> bool:
-    if dtype == "BF16":  # all exponent bits set: infinite or NaN
-        return not bool(np.any((rounded.view(np.uint16) & 0x7F80) == 0x7F80))
-    return bool(np.all(np.isfinite(rounded)))
+        yield rounded.view(np.uint8).data

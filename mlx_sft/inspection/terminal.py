@@ -72,8 +72,8 @@ def _example_pieces(example: ShownExample, whole: bool) -> Pieces:
 def _look(example: ShownExample, index: int) -> Look:
     learnt = example.weights[index] != 0 and index < example.cut_at
     if example.special[index]:
-        return "learnt special" if learnt else "special"
-    return "learnt" if learnt else "context"
+        return "supervised special" if learnt else "special"
+    return "supervised" if learnt else "context"
 
 
 def _tokens(tokens: int, supervised: int) -> str:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
-from mlx_sft.model.arrays import load_arrays, write_arrays
+from mlx_sft.files import read_json, write_file, write_file_with
+from mlx_sft.model.weights import load_arrays
 from mlx_sft.registry import METHODS
-from mlx_sft.runs import write_file, write_file_with
+from mlx_sft.safetensors_file import write_arrays
 from mlx_sft.settings import Settings as NoSettings
 
 ENTRIES = {

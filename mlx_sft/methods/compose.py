@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import free_folder, write_folder
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.lora_settings import HALVES, LoraSettings
 from mlx_sft.methods.peft_files import base_model_name, read_adapter, write_adapter
-from mlx_sft.runs import RunFolder, free_folder, write_folder
+from mlx_sft.run_folder import RunFolder
 
 Method = Literal["linear", "cat", "svd"]
 Array = NDArray[np.float32]

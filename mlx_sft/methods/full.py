@@ -16,13 +16,12 @@ from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError
+from mlx_sft.files import write_file_with
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
-from mlx_sft.model.arrays import write_arrays
 from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.names import transformers_name
-from mlx_sft.runs import write_file_with
-from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_float32, read_rows
+from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_float32, read_rows, write_arrays
 
 WEIGHTS_FILE = "model.safetensors"
 

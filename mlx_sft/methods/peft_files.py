@@ -21,12 +21,10 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json, to_json, write_file, write_file_with
 from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
-from mlx_sft.model.arrays import write_arrays
 from mlx_sft.model.names import EXPERTS_PART, expert_name, split_expert
-from mlx_sft.runs import to_json, write_file, write_file_with
-from mlx_sft.safetensors_file import open_safetensors, read_float32
+from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

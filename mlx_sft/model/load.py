@@ -19,12 +19,12 @@ from mlx_lm import utils as mlx_lm_utils
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.files import user_path
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import stored_quantization
 from mlx_sft.model.rope import settle_ropes
 from mlx_sft.model.translate import read_config, translate_config
 from mlx_sft.model.weights import INDEX, SINGLE, check_weights, weight_files
-from mlx_sft.runs import user_path
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 TINY = Path(__file__).parent / "tiny"

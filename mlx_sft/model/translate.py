@@ -19,7 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from mlx_sft.errors import UserError, blamed_on
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json
 from mlx_sft.model.rope import translate_rope
 from mlx_sft.model.windows import layer_pattern, same_windows
 from mlx_sft.trust import may_run_code_of, model_code

@@ -17,7 +17,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method
 from mlx_sft.model.load import resolve_checkpoint
 from mlx_sft.registry import METHODS
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.settings import Settings as NoSettings
 
 ENTRIES = {

@@ -19,12 +19,11 @@ from mlx_sft.convert.stored import stored_parts
 from mlx_sft.convert.targets import MergeSettings
 from mlx_sft.convert.targets.merged import Merged
 from mlx_sft.convert.verify import Verification
-from mlx_sft.disk import refuse_full_disk
+from mlx_sft.files import free_folder, refuse_full_disk, write_folder
 from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
 from mlx_sft.model.translate import translate_config
-from mlx_sft.runs import free_folder, write_folder
 from mlx_sft.safetensors_file import read_float32
 
 

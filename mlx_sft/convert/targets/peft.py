@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from mlx_sft.convert.model_card import base_revision
 from mlx_sft.convert.targets import Target
-from mlx_sft.disk import folder_bytes
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import folder_bytes
 from mlx_sft.load import finished_folder, load_trained
 from mlx_sft.methods import Parameters
 from mlx_sft.model.load import name_elsewhere
