@@ -203,15 +203,13 @@ def test_continuous_integration_runs_the_linters_then_the_readmes_test_command_i
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & stat.S_IXUSR
     text = script.read_text(encoding="utf-8")
-    lint, clone, test, rest = (
-        text.index(step)
-        for step in (
-            "\nmake lint\n",
-            "\ngit clone ",
-            ' make -C "$empty/mlx-sft" test ',
-            '\nmake test WORKERS=0 ARGS="-m neighbours"',
-        )
+    steps = (
+        "make lint\n",
+        "git clone ",
+        "    PYTHONPATH=$PWD make test VENV=",
+        'make test WORKERS=0 ARGS="-m neighbours"',
     )
+    lint, clone, test, rest = (text.index(f"\n{step}") for step in steps)
     assert lint < clone < test < rest
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     job = workflow["jobs"]["check"]
