@@ -31,6 +31,7 @@ from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.fit import memory_limit_restored
 from tests.chats import write_chats
+from tests.neighbours import find_neighbour
 from tests.torch_families import TORCH_FAMILIES
 
 VOCABULARY = 264
@@ -62,6 +63,19 @@ class Run:
 
     base: Path
     path: Path
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "neighbour" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.neighbours)
+
+
+@pytest.fixture(scope="session")
+def neighbour() -> Callable[[str], Path]:
+    """`neighbour("tokenizers/qwen3")` → what lies beside the project; the test is skipped where it does not."""
+    return find_neighbour
 
 
 @pytest.fixture(scope="session", autouse=True)
