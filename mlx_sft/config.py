@@ -240,7 +240,7 @@ class TrainConfig(Settings):
             raise ValueError(f"not JSON: {error}") from error
 
     @model_validator(mode="after")
-    def _agree(self) -> TrainConfig:
+    def _common_settings_agree(self) -> TrainConfig:
         if self.valid is not None and self.valid_fraction > 0:
             raise ValueError("valid and valid_fraction exclude each other; give one")
         if not METHODS[self.method].frozen_base:
@@ -307,11 +307,23 @@ def composed(chosen: dict[str, Any]) -> type[TrainConfig]:
 @cache
 def _joined(*owners: type[Settings]) -> type[TrainConfig]:
     taken: dict[str, type[Settings]] = dict.fromkeys(TrainConfig.model_fields, TrainConfig)
+    validators = _validators(TrainConfig)
     for owner in owners:
         if clash := next((name for name in owner.model_fields if name in taken), None):
             raise TypeError(f"{owner.__name__} and {taken[clash].__name__} both have a setting named {clash}")
+        if lost := _validators(owner) & validators:
+            raise TypeError(
+                f"{owner.__name__} needs another name for its validator {lost.pop()}: another class has one of this name"
+            )
         taken |= dict.fromkeys(owner.model_fields, owner)
+        validators |= _validators(owner)
     return create_model("TrainConfig", __base__=(TrainConfig, *owners), __module__=__name__)
+
+
+def _validators(owner: type[Settings]) -> set[str]:
+    """The names of the validators that a class defines itself."""
+    found = owner.__pydantic_decorators__
+    return {*found.field_validators, *found.model_validators} & vars(owner).keys()
 
 
 def _choices_of(run: Any) -> dict[str, Any]:
