@@ -24,8 +24,8 @@ from transformers import (
 from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.peft import write_adapter
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import IGNORED, Example
-from mlx_sft.data.store import Examples
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.load import load_model
 from mlx_sft.runs import RunFolder

@@ -14,8 +14,8 @@ import numpy as np
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.verify import MOST_ROWS, MOST_TOKENS
 from mlx_sft.data.encode import Encoder, EncodeSettings
-from mlx_sft.data.files import Source, locate, split_weight
 from mlx_sft.data.formats import RowReader
+from mlx_sft.data.sources import Source, locate, split_weight
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import load_tokenizer, stated_vocabulary
 from mlx_sft.model.translate import read_config

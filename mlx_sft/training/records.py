@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.data.batches import Batch, Step
-from mlx_sft.data.store import Examples
+from mlx_sft.data.dataset import Examples
 from mlx_sft.runs import disk_errors, sync
 from mlx_sft.training.step import Evaluation
 

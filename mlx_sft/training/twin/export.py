@@ -17,9 +17,9 @@ from mlx_sft.console import printable
 from mlx_sft.convert.export import check_target
 from mlx_sft.convert.peft import read_adapter, write_adapter
 from mlx_sft.data.batches import Plan, Step
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.data.prepare import PreparedData, prepare
-from mlx_sft.data.store import Examples
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Lora, Parameters
 from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
