@@ -15,7 +15,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
-    from mlx_sft.convert.adapted import load_run
+    from mlx_sft.load import load_run
     from mlx_sft.convert.export import export
     from mlx_sft.convert.push import push
     from mlx_sft.evaluate import evaluate_run
@@ -46,7 +46,7 @@ _HOMES = {
     "export_twin": "mlx_sft.training.twin.export",
     "generate_text": "mlx_sft.generate",
     "load_model": "mlx_sft.model.load",
-    "load_run": "mlx_sft.convert.adapted",
+    "load_run": "mlx_sft.load",
     "push": "mlx_sft.convert.push",
     "stream_text": "mlx_sft.generate",
     "train": "mlx_sft.training.loop",

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sft import TrainConfig, UserError, load_run, train
-from mlx_sft.convert.adapted import load_adapter
+from mlx_sft.load import load_adapter
 from mlx_sft.generate import Talk, end_tokens, generate_text, prompt_tokens, stream_text
 from mlx_sft.model.load import LoadedModel, load_model
 

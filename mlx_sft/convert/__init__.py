@@ -5,7 +5,7 @@ Knows nothing of training.
 
 from __future__ import annotations
 
-from mlx_sft.convert.adapted import AdaptedModel, attach_trained, load_run
+from mlx_sft.load import AdaptedModel, attach_trained, load_run
 from mlx_sft.convert.export import ExportResult, export
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.push import PushResult, push

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.hub import is_hub_id
-from mlx_sft.data.files import HUB_PREFIX
+from mlx_sft.data.sources import HUB_PREFIX
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_front_matter, read_json
 from mlx_sft.model.load import CARD, checkpoint_fingerprint, local_checkpoint

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_sft.data.messages import REASONING_KEYS, nearest, shown, take_weights
-from mlx_sft.data.reading.readers import Row
-from mlx_sft.data.shapes import SHAPES, Conversation, Document, Item, Shape, Tokens
+from mlx_sft.data.readers import Row
+from mlx_sft.data.row_formats import SHAPES, Conversation, Document, Item, Shape, Tokens
 from mlx_sft.errors import USAGE, UserError
 
 __all__ = [

@@ -15,10 +15,10 @@ from mlx_sft.data.checks import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.example import Example
 from mlx_sft.data.formats import MixedShapes, RowReader
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.readers import Row
 from mlx_sft.data.report import Note
+from mlx_sft.data.row_formats import Conversation, Item
 from mlx_sft.data.sandbox import TemplateStopped
-from mlx_sft.data.shapes import Conversation, Item
 from mlx_sft.errors import UserError
 
 SpecialInContent = Literal["error", "drop", "keep"]

@@ -20,7 +20,7 @@ from mlx_sft.data.lengths import histogram, length_summary
 from mlx_sft.data.template import NO_FACTS, Facts
 
 if TYPE_CHECKING:
-    from mlx_sft.data.store import Examples
+    from mlx_sft.data.dataset import Examples
 
 Fate = Literal["truncated", "dropped", "bad"]
 

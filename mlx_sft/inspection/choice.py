@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.checks import SIGNS
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.report import Note, SourceReport
-from mlx_sft.data.store import Examples
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.inspection.rows import Part
 from mlx_sft.inspection.table import first_of_equals

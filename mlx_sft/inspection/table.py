@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from mlx_sft.data.checks import SIGN_MEANINGS
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.lengths import histogram, length_summary
 from mlx_sft.data.report import ORIGINS_NAMED, DataReport, PartReport, reasons
-from mlx_sft.data.store import Examples
 
 
 def table(report: DataReport, whole: Sequence[Examples], parts: Sequence[Examples], max_length: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
 from mlx_sft.data.batches import Layout, padded_width
-from mlx_sft.data.store import Examples
+from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.training.loss import chunk_choices
 from mlx_sft.training.machine import Machine

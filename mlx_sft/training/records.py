@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 from mlx_sft.data.batches import Batch, Step
-from mlx_sft.data.store import Examples
+from mlx_sft.data.dataset import Examples
 from mlx_sft.training.callbacks import Record
 from mlx_sft.training.step import Evaluation
 

@@ -18,8 +18,8 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.data.batches import Plan, Step
+from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
-from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
@@ -51,7 +51,7 @@ from mlx_sft.training.fit import (
     planned_steps,
     refuse_too_large,
 )
-from mlx_sft.training.identity import (
+from mlx_sft.training.resume import (
     CONFIG_HEADER,
     computed_anew,
     describe_environment,

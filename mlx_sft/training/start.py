@@ -16,7 +16,7 @@ from mlx_sft.optimizers import Optimizer
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.checkpoint import Progress
-from mlx_sft.training.identity import continued_config, with_full_paths
+from mlx_sft.training.resume import continued_config, with_full_paths
 
 
 def resumed_run(path: str) -> RunFolder:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlx_sft.convert import merge
-from mlx_sft.convert.adapted import load_run
+from mlx_sft.load import load_run
 from mlx_sft.convert.export import export
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.methods.peft_files import read_adapter

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import attach_trained
+from mlx_sft.load import attach_trained
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.trained import FORMS, save_trained, trained_folder

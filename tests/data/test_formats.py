@@ -17,7 +17,7 @@ from mlx_sft.data.formats import (
     Tokens,
     take_weights,
 )
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.readers import Row
 from mlx_sft.errors import USAGE, UserError
 
 USER = {"role": "user", "content": "Hi"}

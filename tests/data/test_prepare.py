@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data import Examples, PreparedData, prepare, prepare_file, survey
+from mlx_sft.data.dataset import Store
 from mlx_sft.data.example import IGNORED, Example
+from mlx_sft.data.packing import PackedRow, pack
 from mlx_sft.data.split import split
-from mlx_sft.data.store.examples import Store
-from mlx_sft.data.store.packing import PackedRow, pack
 from mlx_sft.errors import USAGE, UserError
 
 WriteRows = Callable[..., str]

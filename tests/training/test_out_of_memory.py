@@ -17,7 +17,7 @@ import pytest
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.console import Console
 from mlx_sft.data.batches import Batch, MicroBatch, collate, cut
-from mlx_sft.data.store import Examples
+from mlx_sft.data.dataset import Examples
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 from mlx_sft.training import relief

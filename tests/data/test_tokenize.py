@@ -13,12 +13,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mlx_sft.data.reading.readers import Row
-from mlx_sft.data.store import Examples, workers
+import pytest
+
+from mlx_sft.data import tokenize as workers
+from mlx_sft.data.dataset import Examples
+from mlx_sft.data.readers import Row
 from mlx_sft.errors import UserError
 
 WriteRows = Callable[..., str]
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def texts(result: Any) -> list[str]:

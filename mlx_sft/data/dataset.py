@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlx_sft.data.example import Example
-from mlx_sft.data.store.packing import FACTS, TABLE, Block, PackedRow, needed_length, origin_from, pack, weights_of
+from mlx_sft.data.packing import FACTS, TABLE, Block, PackedRow, needed_length, origin_from, pack, weights_of
 from mlx_sft.data.template import Facts
 from mlx_sft.errors import UserError
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_sft.data.reading.json_text import LONGEST_ROW, BrokenJsonError, NotRowsError, kind, list_elements, parse_json
-from mlx_sft.data.reading.lines import first_character, first_lines, text_chunks, text_lines
-from mlx_sft.data.reading.streams import COMPRESSIONS, INSTALL_HINT, OnBytes, refuse_other_kinds
+from mlx_sft.data.json_text import LONGEST_ROW, BrokenJsonError, NotRowsError, kind, list_elements, parse_json
+from mlx_sft.data.lines import first_character, first_lines, text_chunks, text_lines
+from mlx_sft.data.streams import COMPRESSIONS, INSTALL_HINT, OnBytes, refuse_other_kinds
 from mlx_sft.errors import UserError
 
 _JSON_LINES_HINT = 'write one JSON object a line, such as {"messages": [...]}'

@@ -11,9 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_sft.data.files import Source
-from mlx_sft.data.pipeline import Pipeline, Progress
-from mlx_sft.data.store.cache import (
+from mlx_sft.data.cache import (
     Entry,
     Writer,
     cache_folder,
@@ -24,8 +22,10 @@ from mlx_sft.data.store.cache import (
     write_errors,
     writing,
 )
-from mlx_sft.data.store.key import content_of, entry_key, file_state
-from mlx_sft.data.store.workers import LostRow, Reading, workers_for
+from mlx_sft.data.key import content_of, entry_key, file_state
+from mlx_sft.data.pipeline import Pipeline, Progress
+from mlx_sft.data.sources import Source
+from mlx_sft.data.tokenize import LostRow, Reading, workers_for
 from mlx_sft.errors import UserError
 
 OnLost = Callable[[LostRow], None]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from mlx_sft.data.reading.readers import READERS, Rows, first_line, reader_of, table_row
-from mlx_sft.data.reading.streams import COMPRESSIONS, INSTALL_HINT, OnBytes
+from mlx_sft.data.readers import READERS, Rows, first_line, reader_of, table_row
+from mlx_sft.data.streams import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import user_path
 

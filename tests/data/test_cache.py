@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data.store import Examples, cache
-from mlx_sft.data.store import key as cache_key
+from mlx_sft.data import cache
+from mlx_sft.data import key as cache_key
+from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import UserError
 
 WriteRows = Callable[..., str]
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("folder")
 FILES = ["token_ids", "spans", "table", "origins", "lost.jsonl"]
 
 
@@ -307,7 +309,7 @@ def test_whoever_comes_second_takes_the_first_ones(
             stand_in.read(rows)
         return cache.publish(written, home, name)
 
-    monkeypatch.setattr("mlx_sft.data.store.tokenized.publish", publish_late)
+    monkeypatch.setattr("mlx_sft.data.tokenized.publish", publish_late)
     assert len(texts(stand_in.read(rows))) == 300
     assert len(entries(folder)) == 1
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from mlx_sft.data.reading.json_text import LONGEST_ROW
-from mlx_sft.data.reading.streams import DamagedError, OnBytes, open_bytes
+from mlx_sft.data.json_text import LONGEST_ROW
+from mlx_sft.data.streams import DamagedError, OnBytes, open_bytes
 from mlx_sft.errors import UserError
 
 _DAMAGED_HINT = "fetch or compress the file anew"

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.data.checks import SIGNS
-from mlx_sft.data.files import Source
+from mlx_sft.data.packing import TABLE
 from mlx_sft.data.pipeline import Pipeline
-from mlx_sft.data.reading.streams import COMPRESSIONS
-from mlx_sft.data.store.packing import TABLE
+from mlx_sft.data.sources import Source
+from mlx_sft.data.streams import COMPRESSIONS
 
 _PACKAGES = ("mlx-sft", "transformers", "tokenizers", "jinja2")
 _REMEMBERED_FROM = 256_000_000
@@ -101,7 +101,7 @@ def _day(template: str, template_kwargs: Mapping[str, Any]) -> str | None:
 def _code() -> str:
     """SHA-256 of the code of the data room, of which any line may matter."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mlx_sft.data.json_text import kind
 from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, parsed, read_messages, shown, take_weights
-from mlx_sft.data.reading.json_text import kind
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.readers import Row
 
 IGNORED_LABEL = -100
 

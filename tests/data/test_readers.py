@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data.files import FileSource, locate
-from mlx_sft.data.reading import json_text, lines
-from mlx_sft.data.reading.json_text import BrokenJsonError, NotRowsError, list_elements, parse_json
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data import json_text, lines
+from mlx_sft.data.json_text import BrokenJsonError, NotRowsError, list_elements, parse_json
+from mlx_sft.data.readers import Row
+from mlx_sft.data.sources import FileSource, locate
 from mlx_sft.errors import UserError
 
 Compress = Callable[[bytes], bytes]

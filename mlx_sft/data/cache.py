@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_sft.data.dataset import Store
+from mlx_sft.data.packing import SPAN, TABLE, moved
 from mlx_sft.data.report import Note
-from mlx_sft.data.store.examples import Store
-from mlx_sft.data.store.packing import SPAN, TABLE, moved
-from mlx_sft.data.store.workers import LostRow, Processed
+from mlx_sft.data.tokenize import LostRow, Processed
 from mlx_sft.errors import UserError
 from mlx_sft.files import sync, sync_path
 

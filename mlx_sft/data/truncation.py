@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.report import Note
-from mlx_sft.data.store import Examples
 from mlx_sft.errors import UserError
 
 Overlong = Literal["truncate", "drop", "error"]

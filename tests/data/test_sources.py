@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data.files import FileSource, locate, split_weight
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.readers import Row
+from mlx_sft.data.sources import FileSource, locate, split_weight
 from mlx_sft.errors import USAGE, UserError
 
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+from mlx_sft.data.packing import Block, PackedRow, pack
 from mlx_sft.data.pipeline import Outcome, Pipeline, Progress
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.readers import Row
 from mlx_sft.data.report import Note
-from mlx_sft.data.store.packing import Block, PackedRow, pack
 from mlx_sft.errors import USAGE, UserError
 
 ROWS_AT_ONCE = 128

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_sft.data.batches import needed_length
+from mlx_sft.data.dataset import Examples, Store
 from mlx_sft.data.example import Example
-from mlx_sft.data.store.examples import Examples, Store
-from mlx_sft.data.store.packing import PackedRow, pack, spans_of, weights_of
+from mlx_sft.data.packing import PackedRow, pack, spans_of, weights_of
 from mlx_sft.data.template import Facts
 
 WEIGHTS = st.lists(st.sampled_from([0.0, 0.0, 1.0, 0.5, 3.0]), max_size=30)
