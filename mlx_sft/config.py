@@ -367,17 +367,24 @@ def sections(config: TrainConfig | None = None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     listed: set[str] = set()
     owned = list(entry_settings())
-    for field in TrainConfig.model_fields:
-        if field in SECTIONS:
-            title = SECTIONS[field]
-        found.setdefault(title, []).append(field)
-        for owner in (owner for kind, _, owner in owned if kind == field):
-            for own in owner.model_fields:
+    for title, fields in common_sections().items():
+        found[title] = fields
+        for kind, _, owner in owned:
+            for own in owner.model_fields if kind in fields else ():
                 if own in listed or (config is not None and own not in type(config).model_fields):
                     continue
                 names = ", ".join(name for _, name, other in owned if own in other.model_fields)
-                found.setdefault(title if field == "callbacks" else f"{title}: {names}", []).append(own)
+                found.setdefault(title if kind == "callbacks" else f"{title}: {names}", []).append(own)
                 listed.add(own)
+    return found
+
+
+def common_sections() -> dict[str, list[str]]:
+    """The settings that every run has, by section."""
+    found: dict[str, list[str]] = {}
+    for field in TrainConfig.model_fields:
+        title = SECTIONS.get(field) or next(reversed(found))
+        found.setdefault(title, []).append(field)
     return found
 
 

@@ -10,7 +10,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft.load import AdaptedModel, put_adapter
-from mlx_sft.data.formats import Conversation
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reference import Reference
 from mlx_sft.data.tokenizer import generation_ends
 from mlx_sft.errors import UserError

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_sft.data.formats import REASONING_KEYS, Conversation, Document, Item
+from mlx_sft.data.conversation import Conversation, Document, Item
 from mlx_sft.data.mask.reference import Reference
+from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.prose import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.tokenizer import unwrapped

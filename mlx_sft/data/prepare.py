@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_sft.config import TrainConfig, sections
+from mlx_sft.config import TrainConfig, common_sections
 from mlx_sft.data.batches import shares
 from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.dataset import Examples
@@ -30,7 +30,7 @@ SHOWN_BAD_ROWS = 10
 """So many bad rows are named in one error."""
 MOST_LOST = 0.5
 """The share of the rows that may be dropped or bad."""
-_SETTINGS = {*sections()["Data"], "seed"} - {"data", "valid", "data_workers", "data_cache"}
+_SETTINGS = {*common_sections()["Data"], "seed"} - {"data", "valid", "data_workers", "data_cache"}
 """What of the configuration shapes the data, beside the data itself."""
 
 

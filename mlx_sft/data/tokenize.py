@@ -86,7 +86,7 @@ class Reading:
 
     @property
     def shape(self) -> str | None:
-        return self._pipeline.reader.shape
+        return self._pipeline.reader.format_name
 
     def blocks(self, workers: int, progress: Progress) -> Generator[Processed]:
         """Every row's outcome, a chunk of rows at a time, in order."""
@@ -106,7 +106,7 @@ class Reading:
                     if error.exit_code == USAGE:
                         raise  # a column that was asked for is not there
                     reader = None
-                if reader is not None and reader.shape is not None:
+                if reader is not None and reader.format_name is not None:
                     self._pipeline = replace(self._pipeline, reader=reader)
                     self._rows = chain([row], self._rows)
                     return

@@ -10,7 +10,8 @@ from typing import Any
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.data.checks import SIGNS, SPECIAL_SIGN, signs_of
-from mlx_sft.data.formats import Conversation, RowReader
+from mlx_sft.data.conversation import Conversation
+from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.pipeline import Pipeline, Progress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.readers import Row

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_sft.data.encode import View
-from mlx_sft.data.formats import Conversation, Document, Item
+from mlx_sft.data.conversation import Conversation, Document, Item
 from mlx_sft.data.mask.turns import NOBODY
 
 Fate = Literal["kept", "truncated", "dropped", "bad"]

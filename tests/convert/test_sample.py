@@ -14,7 +14,8 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert import sample
 from mlx_sft.convert.verify import sample_rows
 from mlx_sft.convert.verify import MOST_ROWS
-from mlx_sft.data.formats import Item, RowReader
+from mlx_sft.data.conversation import Item
+from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.readers import Row
 from mlx_sft.model.load import load_tokenizer

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from mlx_sft.data.conversation import Document
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import EncodeSettings
 from mlx_sft.data.example import Example
-from mlx_sft.data.formats import RowReader
 from mlx_sft.data.pipeline import Pipeline, SpecialInContent
-from mlx_sft.data.row_formats import Document
+from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.sources import FileSource
 from mlx_sft.data.template import Facts
 from mlx_sft.data.tokenized import Tokenized, tokenized

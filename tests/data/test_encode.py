@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.alignment import Alignment
+from mlx_sft.data.conversation import Conversation, Document, Tokens
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.encode import (
     IGNORED,
@@ -24,7 +25,6 @@ from mlx_sft.data.encode import (
     decoded_segments,
     encode_conversation,
 )
-from mlx_sft.data.formats import Conversation, Document, Tokens
 from mlx_sft.data.template import Facts, todays_variables
 from mlx_sft.data.tokenizer import end_tokens
 from mlx_sft.errors import UserError

@@ -58,7 +58,7 @@ def test_bad_rows_are_all_named_in_one_error(tokenizer: PreTrainedTokenizerFast,
     assert caught.value.what.splitlines() == [
         "3 rows cannot be used:",
         f"  {data}:2: not JSON: Expecting value in column 1",
-        f"  {data}:3: a row without a known shape: it has 'a'",
+        f"  {data}:3: a row without a known format: it has 'a'",
         f"  {data}:5: a conversation with nothing to learn: every assistant turn is empty",
     ]
     assert "--skip-bad-rows" in caught.value.hint
