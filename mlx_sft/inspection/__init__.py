@@ -3,6 +3,6 @@
 look ─► choice ─► rows ─► terminal, page;   table sums up
 """
 
-from mlx_sft.inspection.look import ONLY, Inspection, inspect
+from mlx_sft.inspection.inspector import ONLY, Inspection, inspect
 
 __all__ = ["ONLY", "Inspection", "inspect"]

@@ -19,7 +19,7 @@ from mlx_sft.data.report import SourceReport
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.inspection import terminal
-from mlx_sft.inspection.choice import ONLY, Group, Wanted, first_rows, notable_rows, row_named, rows_of_kind
+from mlx_sft.inspection.selection import ONLY, Group, Wanted, first_rows, notable_rows, row_named, rows_of_kind
 from mlx_sft.inspection.page import Page
 from mlx_sft.inspection.rows import Fate, ShownExample, ShownRow, raw_json
 from mlx_sft.inspection.table import table
