@@ -28,15 +28,15 @@ _PLAIN_EVERY = 10
 _ROWS_BETWEEN_LINES = 100_000
 """Rows read between two plain lines, where there is no live one."""
 
-Look = Literal["plain", "learnt", "context", "special", "learnt special", "title", "faint", "warning", "bad"]
+Look = Literal["plain", "supervised", "context", "special", "supervised special", "title", "faint", "warning", "bad"]
 """How a piece of text is to look."""
 
 _STYLES: dict[Look, str] = {
     "plain": "",
-    "learnt": "green",
+    "supervised": "green",
     "context": "dim",
     "special": "magenta dim",
-    "learnt special": "green reverse",
+    "supervised special": "green reverse",
     "title": "bold",
     "faint": "dim",
     "warning": "yellow",
@@ -125,17 +125,17 @@ class Console:
                 bar.stop()
 
     def data(self, pieces: Iterable[tuple[str, Look]]) -> None:
-        """Text for stdout; where there is no colour, what is learnt stands between ⟦ ⟧."""
+        """Text for stdout; where there is no colour, what is supervised stands between ⟦ ⟧."""
         screen = RichConsole(highlight=False, soft_wrap=True)
         coloured = _has_colours(screen)
-        text, learning = Text(), False
+        text, inside = Text(), False
         for part, look in pieces:
-            learnt = look.startswith("learnt")
-            if not coloured and learnt != learning:
-                text.append("⟦" if learnt else "⟧")
-                learning = learnt
+            supervised = look.startswith("supervised")
+            if not coloured and supervised != inside:
+                text.append("⟦" if supervised else "⟧")
+                inside = supervised
             text.append(printable(part), style=_STYLES[look] if coloured else "")
-        if learning:
+        if inside:
             text.append("⟧")
         screen.print(text, end="")
 

@@ -188,9 +188,9 @@ def test_numbers_are_short() -> None:
 # Data, and its reading
 
 
-def test_data_goes_to_stdout_with_what_is_learnt_between_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_goes_to_stdout_with_what_is_supervised_between_brackets(capsys: pytest.CaptureFixture[str]) -> None:
     Console(quiet=True).data(
-        [("a", "context"), ("b", "learnt"), ("</s>", "learnt special"), ("\n", "plain"), ("c", "learnt")]
+        [("a", "context"), ("b", "supervised"), ("</s>", "supervised special"), ("\n", "plain"), ("c", "supervised")]
     )
     assert capsys.readouterr() == ("a⟦b</s>⟧\n⟦c⟧", "")
 

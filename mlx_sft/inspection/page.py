@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,6 @@ class Page:
             "data": list(self.data),
             "model": self.model,
             "table": self.table,
-            "of": self.table["rows"]["rows"],
             "rows": [_row(row, longest) for row in self.rows],
         }
 
@@ -99,45 +97,14 @@ def _longest_shown(examples: Sequence[ShownExample]) -> int:
 
 
 def _row(row: ShownRow, longest: int) -> dict[str, Any]:
-    return {
-        "origin": row.origin,
-        "part": row.part,
-        "fate": row.fate,
-        "reason": row.reason,
-        "hint": row.hint,
-        "signs": list(row.signs),
-        "duplicate_of": row.duplicate_of,
-        "left_out": row.left_out,
-        "tokens": row.tokens,
-        "learnt": row.supervised_tokens,
-        "raw": row.raw,
-        "snippet": _snippet(row),
-        "examples": [_example(example, longest) for example in row.examples],
-    }
+    """A row's machine form, with what the list says of it, and of each example no more tokens than are shown."""
+    return row.to_json() | {"snippet": _snippet(row), "examples": [_example(one, longest) for one in row.examples]}
 
 
 def _example(example: ShownExample, longest: int) -> dict[str, Any]:
-    shown = slice(0, longest)
-    return {
-        "origin": example.origin,
-        "tokens": len(example.token_ids),
-        "learnt": sum(weight != 0 for weight in example.weights),
-        "cut_at": example.cut_at,
-        "pieces": example.pieces[shown],
-        "ids": example.token_ids[shown],
-        "weights": [[len(list(run)), weight] for weight, run in groupby(example.weights[shown])],
-        "special": [index for index, special in enumerate(example.special[shown]) if special],
-        "turns": [
-            {
-                "role": turn.role,
-                "message": turn.message,
-                "start": turn.start,
-                "end": turn.end,
-                "learnt": turn.supervised_tokens,
-            }
-            for turn in example.turns
-        ],
-    }
+    record = example.to_json()
+    shown = {name: record[name][:longest] for name in ("pieces", "token_ids", "weights")}
+    return record | shown | {"special": [i for i, special in enumerate(example.special[:longest]) if special]}
 
 
 def _snippet(row: ShownRow) -> str:

@@ -1,4 +1,4 @@
-"""Rows and table as pieces of text, each with its look. Knows words and layout; knows nothing of terminals or colours."""
+"""Rows and table as pieces of text, each with its look; `Console.data` gives the looks their colours."""
 
 from __future__ import annotations
 
@@ -70,15 +70,14 @@ def _example_pieces(example: ShownExample, whole: bool) -> Pieces:
 
 
 def _look(example: ShownExample, index: int) -> Look:
-    learnt = example.weights[index] != 0 and index < example.cut_at
+    supervised = example.weights[index] != 0 and index < example.cut_at
     if example.special[index]:
-        return "learnt special" if learnt else "special"
-    return "learnt" if learnt else "context"
+        return "supervised special" if supervised else "special"
+    return "supervised" if supervised else "context"
 
 
 def _tokens(tokens: int, supervised: int) -> str:
-    learnt = f", {supervised:,} learnt" if supervised else ""
-    return f"{_many(tokens, 'token')}{learnt}"
+    return _many(tokens, "token") + (f", {supervised:,} supervised" if supervised else "")
 
 
 def _many(number: int, thing: str) -> str:
@@ -122,7 +121,7 @@ def _facts(table: dict[str, Any]) -> Pieces:
     train, valid, lengths = table["train"], table["valid"], table["lengths"]
     one = "example" if train["examples"] + valid["examples"] > table["rows"]["kept"] else "row"
     shown = {
-        "to learn from": f"{_many(train['examples'], one)}, {_many(train['tokens'], 'token')}, "
+        "to train on": f"{_many(train['examples'], one)}, {_many(train['tokens'], 'token')}, "
         f"{train['supervised_share']:.0%} supervised",
         "held out": f"{_many(valid['examples'], one)}, {_many(valid['tokens'], 'token')}" if valid["examples"] else "",
         "lengths": "  ".join(f"{_percent(name)} {value:,}" for name, value in lengths.items()),
