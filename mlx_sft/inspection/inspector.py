@@ -100,7 +100,9 @@ class Inspection:
         self.table = table
 
     def __repr__(self) -> str:
-        return f"<Inspection of {', '.join(self._config.data)}: {len(self.rows)} of {self.table['rows']['rows']:,} rows>"
+        return (
+            f"<Inspection of {', '.join(self._config.data)}: {len(self.rows)} of {self.table['rows']['rows']:,} rows>"
+        )
 
     def show(self, console: Console) -> None:
         """Rows and table on stdout, for a person; of a row that was asked for, the row alone."""

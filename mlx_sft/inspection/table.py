@@ -13,12 +13,9 @@ import numpy as np
 
 from mlx_sft.data.checks import SIGN_MEANINGS
 from mlx_sft.data.lengths import histogram, length_summary
-from mlx_sft.data.report import ORIGINS_NAMED, DataReport, PartReport, reasons
+from mlx_sft.data.report import ORIGINS_NAMED, DataReport, PartReport, fates, reasons
 from mlx_sft.data.store import Examples
 from mlx_sft.inspection.selection import SurveyedRows
-
-
-_FATES = ("rows", "kept", "truncated", "dropped", "bad")
 
 
 def table(report: DataReport, whole: Sequence[Examples], rows: SurveyedRows, max_length: int) -> dict[str, Any]:
@@ -34,11 +31,8 @@ def table(report: DataReport, whole: Sequence[Examples], rows: SurveyedRows, max
     tokens, supervised_tokens = int(lengths.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64))
     train, valid = report.train, report.valid
     return {
-        "rows": {fate: getattr(report, fate) for fate in _FATES},
-        "sources": [
-            {"name": source.name, "format": source.format} | {fate: getattr(source, fate) for fate in _FATES}
-            for source in report.sources
-        ],
+        "rows": fates(report),
+        "sources": [{"name": source.name, "format": source.format} | fates(source) for source in report.sources],
         "train": _part(train),
         "valid": _part(valid),
         "validation_rows_also_in_train": report.shared,

@@ -61,7 +61,9 @@ def test_colour_can_be_refused(look: Look, monkeypatch: pytest.MonkeyPatch) -> N
     assert "⟦sat<|im_end|>⟧" in terminal.getvalue()
 
 
-def test_what_is_supervised_is_marked_in_a_terminal_without_colours(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_supervised_is_marked_in_a_terminal_without_colours(
+    look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "dumb")
     terminal = Terminal()
