@@ -333,9 +333,9 @@ def chat(
 
     A line `/adapter DIR` changes the adapter for what follows, `/adapter` alone takes it off.
     """
-    from mlx_sft.generate import Talk
+    from mlx_sft.generate import Chat
 
-    talk = Talk(_load(run, model, adapter, base), max_tokens=max_tokens, temperature=temperature)
+    talk = Chat(_load(run, model, adapter, base), max_tokens=max_tokens, temperature=temperature)
     while text := read_line():
         for piece in talk.say(text):
             write_text(piece)

@@ -1,4 +1,4 @@
-"""The verb `eval`: a run's loss on a file. Knows nothing of the terminal."""
+"""`eval`: a run's loss on a file."""
 
 from __future__ import annotations
 
@@ -26,30 +26,61 @@ from mlx_sft.training.step import Evaluation, Learner
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """An evaluation, and what became of the rows it was asked for."""
+    """A run's loss on a data source, and what became of the rows.
+
+    Attributes:
+        evaluation: The figures, which this class gives by name too.
+        report: How many rows were used, truncated, dropped or bad, and why.
+    """
 
     evaluation: Evaluation
     report: SourceReport
 
+    @property
+    def loss(self) -> float:
+        """Weighted mean over supervised tokens, in nats."""
+        return self.evaluation.loss
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), up to a loss of 700, beyond which it is not a number of float64."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of the supervised tokens that the model finds the likeliest, weighted as in the loss."""
+        return self.evaluation.token_accuracy
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of all examples."""
+        return self.evaluation.tokens
+
+    @property
+    def supervised_tokens(self) -> int:
+        """The number of those that are in the loss."""
+        return self.evaluation.supervised_tokens
+
+    def __repr__(self) -> str:
+        return f"EvaluationResult({self.describe()})"
+
     def describe(self, *, as_json: bool = False) -> str:
         """A line for a person, or of JSON."""
-        result = self.evaluation
         report = self.report
         fates = {"rows": report.kept, "truncated": report.truncated, "dropped": report.dropped, "bad": report.bad}
-        perplexity = math.exp(min(result.loss, 700.0))
         if as_json:
-            record = asdict(result) | {"perplexity": perplexity} | fates
+            record = asdict(self.evaluation) | {"perplexity": self.perplexity} | fates
             finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
             return json.dumps(finite, allow_nan=False)
         counts = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number or fate == "rows")
         return (
-            f"loss {result.loss:.4f}  perplexity {perplexity:.2f}  token accuracy {result.token_accuracy:.1%}  "
-            f"({counts}, {result.supervised_tokens} supervised tokens)"
+            f"loss {self.loss:.4f}  perplexity {self.perplexity:.2f}  token accuracy {self.token_accuracy:.1%}  "
+            f"({counts}, {self.supervised_tokens} supervised tokens)"
         )
 
 
-class _Untouched:
-    """No method: the model is evaluated as it stands."""
+class _NoMethod:
+    """The model is evaluated as it stands, without parameters that are put into it."""
 
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         pass
@@ -60,8 +91,8 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
 
     Args:
         run: The folder that `train` made.
-        data: In any form that `train` takes.
-        base: Evaluate the model as it was before training.
+        data: A file or dataset, in any form that `train` takes.
+        base: Evaluate the base model, as it was before training.
 
     Raises:
         UserError: If the run or the data cannot be used.
@@ -71,7 +102,7 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
     examples, report = prepare_file(data, config, loaded.tokenizer)
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)
-    learner = Learner(SplitModel(loaded.model), _Untouched(), vocabulary, head_chunk=config.head_chunk)
+    learner = Learner(SplitModel(loaded.model), _NoMethod(), vocabulary, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
     evaluation, _ = evaluate_in_memory(learner, {}, examples, budget, layout_on(this_machine(), learner))
     return EvaluationResult(evaluation, report)

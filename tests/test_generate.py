@@ -11,7 +11,7 @@ import pytest
 
 from mlx_sft import TrainConfig, UserError, load_run, train
 from mlx_sft.convert.adapted import load_adapter
-from mlx_sft.generate import Talk, end_tokens, generate_text, prompt_tokens, stream_text
+from mlx_sft.generate import Chat, end_tokens, generate_text, prompt_tokens, stream_text
 from mlx_sft.model.load import LoadedModel, load_model
 
 
@@ -90,7 +90,7 @@ def test_an_adapter_is_loaded_on_the_base_that_it_names_and_changed_in_the_middl
     assert generate_text(load_adapter(adapter, settings["model"]), "the cat", max_tokens=6) == learnt
 
     def answer(*commands: str) -> str:
-        talk = Talk(loaded, max_tokens=6)
+        talk = Chat(loaded, max_tokens=6)
         for command in commands:
             said = "".join(talk.say(command))
             assert command.partition(" ")[2] in said
@@ -99,7 +99,7 @@ def test_an_adapter_is_loaded_on_the_base_that_it_names_and_changed_in_the_middl
     loaded = load_model(settings["model"])
     assert answer() == plain
     assert answer(f"/adapter {adapter}") == learnt
-    wrong = "".join(Talk(loaded).say(f"/adapter {tmp_path / 'none'}"))
+    wrong = "".join(Chat(loaded).say(f"/adapter {tmp_path / 'none'}"))
     assert "not an adapter folder" in wrong
     assert wrong.endswith("the adapter is as it was")
     assert answer() == learnt
@@ -113,3 +113,15 @@ def test_an_adapter_that_names_no_base_asks_for_one(settings: dict[str, Any]) ->
     with pytest.raises(UserError, match="names no base model") as caught:
         load_adapter(run / "adapter")
     assert "--model" in caught.value.hint
+
+
+def test_what_is_loaded_is_shown_in_one_line(settings: dict[str, Any], base: LoadedModel) -> None:
+    run = train(TrainConfig(**settings | {"max_steps": 1})).run_dir
+    shown = repr(base)
+    assert shown.startswith(f"LoadedModel({settings['model']}: qwen3, ")
+    assert shown.endswith("parameters, float32)")
+    inside = shown.removeprefix("LoadedModel").removesuffix(")")
+    assert repr(load_run(run)) == f"AdaptedModel{inside}, with lora from {run})"
+    assert repr(load_run(run, base=True)) == f"AdaptedModel{inside})"
+    assert repr(load_adapter(run / "adapter")).endswith(f", with the adapter {run / 'adapter'})")
+    assert repr(load_model(settings["model"], quantize="8")).endswith(", float32, quantized to 8 bits)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from mlx_sft.model.load import LoadedModel, cast, load_model
 from mlx_sft.runs import RunFolder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class AdaptedModel(LoadedModel):
     """A loaded model with a run's adapter or weights in it.
 
@@ -55,7 +55,8 @@ def load_run(run: str | Path, *, base: bool = False, dtype: str | None = None) -
         attach_trained(loaded.model, method, parameters, finished_folder(folder, config.method))
         mx.eval(loaded.model.parameters())
     known = {field.name: getattr(loaded, field.name) for field in fields(LoadedModel)}
-    return AdaptedModel(**known, run=folder, train_config=config)
+    adapter = f"{config.method} from {folder.path}" if trained else ""
+    return AdaptedModel(**known | {"adapter": adapter}, run=folder, train_config=config)
 
 
 def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "auto") -> LoadedModel:
@@ -74,7 +75,7 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
         raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
     loaded = load_model(name, dtype)
     put_adapter(loaded.model, folder)
-    return loaded
+    return replace(loaded, adapter=f"the adapter {folder}")
 
 
 def put_adapter(model: nn.Module, folder: str | Path | None) -> None:

@@ -64,6 +64,9 @@ class SourceReport:
     signs: Counter[str] = field(default_factory=Counter)
     notes: list[Note] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"SourceReport({self.name}: {_in_words(self)})"
+
     @property
     def truncated(self) -> int:
         return self._count("truncated")
@@ -176,6 +179,9 @@ class DataReport:
     valid: PartReport
     shared: int
     settings: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"DataReport({_in_words(self)})"
 
     @property
     def rows(self) -> int:
@@ -305,6 +311,10 @@ class DataReport:
 def fates(report: SourceReport | DataReport) -> dict[str, int]:
     """How many rows there are, and how many of them are kept, truncated, dropped and bad."""
     return {fate: getattr(report, fate) for fate in ("rows", "kept", "truncated", "dropped", "bad")}
+
+
+def _in_words(report: SourceReport | DataReport) -> str:
+    return ", ".join(f"{number:,} {fate}" for fate, number in fates(report).items())
 
 
 def reasons(notes: Iterable[Note]) -> list[dict[str, Any]]:

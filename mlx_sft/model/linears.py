@@ -1,4 +1,4 @@
-"""The modules of a model that multiply with a matrix of weights: plain or quantized, one or one for each expert."""
+"""The linear modules of a model: plain or quantized, single or one for each expert."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LINEAR = (nn.Linear, nn.QuantizedLinear, *EXPERTS)
 
 
 def linear_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """Every linear module by its name in transformers, with its path in the model; in the model's order."""
+    """Every linear module's path in the model and the module, by its name in transformers, in the model's order."""
     found = [(path, module) for path, module in model.named_modules() if type(module) in _LINEAR]
     return {transformers_name(path): (path, module) for path, module in sorted(found, key=lambda one: _natural(one[0]))}
 

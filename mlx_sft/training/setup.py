@@ -23,7 +23,6 @@ from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method, Parameters
-from mlx_sft.model.families import untested_note
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.load import (
@@ -32,6 +31,7 @@ from mlx_sft.model.load import (
     load_tokenizer,
     resolve_checkpoint,
     resolve_dtype,
+    untested_note,
     vocabulary_size,
 )
 from mlx_sft.model.quantize import first_rows

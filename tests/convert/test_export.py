@@ -72,6 +72,7 @@ def test_transformers_computes_what_peft_computes(
     run = make_run(make_base(family, tied=tied, shard=shard))
 
     result = export(run.path, tmp_path / "merged")
+    assert repr(result) == f"ExportResult(merged in {tmp_path / 'merged'}, verified)"
 
     merged = torch_logits(torch_model(result.path), token_ids)
     adapted = _peft_logits(run, token_ids, torch_logits)

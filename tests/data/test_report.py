@@ -61,6 +61,12 @@ def test_every_row_is_accounted_for() -> None:
     assert totals == {"rows": 6, "kept": 4, "truncated": 1, "dropped": 1, "bad": 1}
 
 
+def test_a_report_is_shown_in_one_line_without_its_notes() -> None:
+    told = report(notes=[Note("c:1", "bad", "x")])
+    assert repr(told) == "DataReport(5 rows, 4 kept, 0 truncated, 0 dropped, 1 bad)"
+    assert repr(told.sources[0]) == "SourceReport(chats.jsonl: 5 rows, 4 kept, 0 truncated, 0 dropped, 1 bad)"
+
+
 def test_the_machine_form_is_json_and_holds_every_note() -> None:
     whole = json.loads(json.dumps(report(notes=[Note("c:1", "bad", "x", "do y")], signs=Counter(echo=2)).to_json()))
     assert whole["sources"][0]["not_simply_kept"] == [{"origin": "c:1", "fate": "bad", "reason": "x", "hint": "do y"}]

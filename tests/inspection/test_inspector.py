@@ -268,6 +268,10 @@ def test_the_machine_form_is_json_with_the_documented_keys(look: Look) -> None:
     assert len(example["pieces"]) == len(example["token_ids"]) == len(example["weights"]) == example["tokens"]
 
 
+def test_a_result_is_shown_in_one_line(look: Look, data: Path) -> None:
+    assert repr(look(limit=2)) == f"<Inspection of {data}: 2 of 9 rows>"
+
+
 def test_the_machine_form_can_be_written_whatever_is_in_a_row(look: Look, tmp_path: Path) -> None:
     path = tmp_path / "half.jsonl"
     path.write_text('{"\\ud83d": 1}\n{"text": "whole"}\n')
