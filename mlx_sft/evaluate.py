@@ -11,10 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import load_run
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.store import check_vocabulary
+from mlx_sft.load import load_run
 from mlx_sft.methods import Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import vocabulary_size

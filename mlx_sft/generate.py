@@ -9,11 +9,11 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_sft.convert.adapted import AdaptedModel, put_adapter
 from mlx_sft.data.formats import Conversation
 from mlx_sft.data.mask.reference import Reference
 from mlx_sft.data.tokenizer import generation_ends
 from mlx_sft.errors import UserError
+from mlx_sft.load import AdaptedModel, put_adapter
 from mlx_sft.model.load import LoadedModel
 
 Prompt = str | list[dict[str, Any]]
@@ -88,7 +88,9 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     # The chat template gets the variables that it had in training.
-    variables = loaded.train_config.chat_template_kwargs if isinstance(loaded, AdaptedModel) else {}
+    variables = (
+        loaded.train_config.chat_template_kwargs if isinstance(loaded, AdaptedModel) and loaded.train_config else {}
+    )
     text = Reference(tokenizer, Conversation("", messages, template_kwargs=variables)).prompted
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

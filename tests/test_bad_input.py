@@ -16,7 +16,7 @@ import pytest
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.config import option_name
 from mlx_sft.errors import FAILURE, USAGE
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 Fails = Callable[..., str]
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.evaluate import evaluate_run
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 
 @pytest.fixture

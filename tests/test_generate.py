@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sft import TrainConfig, UserError, load_run, train
-from mlx_sft.convert.adapted import load_adapter
+from mlx_sft.load import load_adapter
 from mlx_sft.generate import Chat, end_tokens, generate_text, prompt_tokens, stream_text
 from mlx_sft.model.load import LoadedModel, load_model
 
@@ -123,5 +123,5 @@ def test_what_is_loaded_is_shown_in_one_line(settings: dict[str, Any], base: Loa
     inside = shown.removeprefix("LoadedModel").removesuffix(")")
     assert repr(load_run(run)) == f"AdaptedModel{inside}, with lora from {run})"
     assert repr(load_run(run, base=True)) == f"AdaptedModel{inside})"
-    assert repr(load_adapter(run / "adapter")).endswith(f", with the adapter {run / 'adapter'})")
+    assert repr(load_adapter(run / "adapter")).endswith(" parameters, float32, with lora)")
     assert repr(load_model(settings["model"], quantize="8")).endswith(", float32, quantized to 8 bits)")

@@ -19,10 +19,10 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.hub import is_hub_id
 from mlx_sft.data.files import HUB_PREFIX
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_front_matter, read_json
+from mlx_sft.files import read_front_matter, read_json
 from mlx_sft.model.load import CARD, checkpoint_fingerprint, local_checkpoint
 from mlx_sft.model.translate import read_config
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 _MOST_REPORT_BYTES = 256 * 2**20
 """A report has a line for each row that was not simply kept: room for a million of them."""

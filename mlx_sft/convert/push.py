@@ -23,11 +23,10 @@ from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.hub import Repository, files_of
 from mlx_sft.convert.trained import finished_folder
 from mlx_sft.convert.verify import Verification
-from mlx_sft.disk import folder_bytes, free_bytes, refuse_full_disk
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import disk_errors, folder_bytes, free_bytes, read_json, refuse_full_disk, to_json, write_file
 from mlx_sft.model.load import CARD, resolve_checkpoint
-from mlx_sft.runs import RunFolder, disk_errors, to_json, write_file
+from mlx_sft.run_folder import RunFolder
 
 Note = Callable[[str], None]
 """Who is told, in a sentence, what a person may want to know."""

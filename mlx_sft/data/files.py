@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol
 from mlx_sft.data.reading.readers import READERS, Rows, first_line, reader_of, table_row
 from mlx_sft.data.reading.streams import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.errors import USAGE, UserError, did_you_mean
-from mlx_sft.runs import user_path
+from mlx_sft.files import user_path
 
 HUB_PREFIX = "hf:"
 SPLIT_FILES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}

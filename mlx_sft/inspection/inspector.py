@@ -13,12 +13,12 @@ from mlx_sft.data.pipeline import Progress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import user_path, write_file
 from mlx_sft.inspection import terminal
 from mlx_sft.inspection.page import Page
 from mlx_sft.inspection.rows import RowViewer, ShownRow
 from mlx_sft.inspection.selection import ONLY, SurveyedRows, first_rows, notable_rows, row_named, rows_of_kind
 from mlx_sft.inspection.table import table
-from mlx_sft.runs import user_path, write_file
 
 __all__ = ["ONLY", "Inspection", "inspect"]
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_sft.console import count
 from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.files import user_path
 from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.quantize import quantize as quantize_model
@@ -24,7 +25,6 @@ from mlx_sft.model.quantize import stored_quantization
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.translate import read_config, translate_config
 from mlx_sft.model.weights import INDEX, SINGLE, check_weights, weight_files
-from mlx_sft.runs import user_path
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 TINY = Path(__file__).parent / "tiny"
@@ -74,7 +74,6 @@ class LoadedModel:
         path: The checkpoint folder on disk.
         name: The model as the user named it.
         config: `config.json` as it stands in the checkpoint.
-        adapter: What was put into the model after loading, in words; empty for a base model.
     """
 
     model: nn.Module
@@ -82,16 +81,14 @@ class LoadedModel:
     path: Path
     name: str
     config: dict[str, Any]
-    adapter: str = ""
 
     def __repr__(self) -> str:
-        """One line: a notebook shows it, and the model and its tokenizer would fill pages."""
-        family = self.config.get("model_type", "unknown family")
-        adapter = f", with {self.adapter}" if self.adapter else ""
-        return f"{type(self).__name__}({self.name}: {family}, {self._size()} parameters, {self._precision()}{adapter})"
+        return f"{type(self).__name__}({self.describe()})"
 
-    def _size(self) -> str:
-        return count(mlx_lm_utils.get_total_parameters(self.model))
+    def describe(self) -> str:
+        """Its name, family, size and precision, on one line: the model itself would fill pages of a notebook."""
+        size = count(mlx_lm_utils.get_total_parameters(self.model))
+        return f"{self.name}: {self.config['model_type']}, {size} parameters, {self._precision()}"
 
     def _precision(self) -> str:
         dtype = str(next(iter(floating_weights(self.model).values())).dtype).removeprefix("mlx.core.")

@@ -19,7 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from mlx_sft.errors import UserError, blamed_on
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json
 from mlx_sft.model.rope import translate_rope
 from mlx_sft.trust import may_run_code_of, model_code
 
@@ -118,7 +118,11 @@ def exact_length(path: Path) -> int | None:
     settings = known.text
     limits = []
     window = settings.get("sliding_window")
-    if window and settings.get("use_sliding_window", True) and not _same_windows(settings, known.defaults, known.fields):
+    if (
+        window
+        and settings.get("use_sliding_window", True)
+        and not _same_windows(settings, known.defaults, known.fields)
+    ):
         limits.append(int(window))
     rope = dict(settings.get("rope_scaling") or {}) | dict(settings.get("rope_parameters") or {})
     kinds = (rope.get("rope_type"), rope.get("type"))

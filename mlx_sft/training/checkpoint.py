@@ -21,12 +21,11 @@ from typing import Annotated, Any
 import mlx.core as mx
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import disk_errors, read_json, to_json, write_folder
 from mlx_sft.methods import Parameters
-from mlx_sft.runs import RunFolder, disk_errors, to_json, write_folder
-from mlx_sft.safetensors_file import open_safetensors
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.safetensors_file import open_safetensors, write_arrays
 from mlx_sft.training.optim import AdamW
 from mlx_sft.training.recompute import Mode
 

@@ -18,9 +18,9 @@ from mlx_sft.config import TrainConfig, option_name, public_name
 from mlx_sft.data.files import split_weight
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json, to_json, user_path, write_file
 from mlx_sft.model.load import checkpoint_fingerprint
-from mlx_sft.runs import RunFolder, to_json, user_path, write_file
+from mlx_sft.run_folder import RunFolder
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
 _NEW_RUN = "start a new run with `mlx-sft train --config` on its config.yaml"

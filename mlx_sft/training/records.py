@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlx_sft.data.batches import Batch, Step
 from mlx_sft.data.store import Examples
-from mlx_sft.runs import disk_errors, sync
+from mlx_sft.files import disk_errors, sync
 from mlx_sft.training.step import Evaluation
 
 Record = dict[str, Any]

@@ -9,8 +9,8 @@ from mlx_sft.convert.card import model_card
 from mlx_sft.convert.facts import run_facts
 from mlx_sft.convert.trained import save_trained, trained_folder
 from mlx_sft.errors import UserError
+from mlx_sft.files import disk_errors, write_file
 from mlx_sft.model.load import name_elsewhere
-from mlx_sft.runs import disk_errors, write_file
 from mlx_sft.training import checkpoint
 from mlx_sft.training.records import Metrics
 from mlx_sft.training.setup import Job

@@ -22,6 +22,7 @@ from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import to_json
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import is_quantized
@@ -36,7 +37,7 @@ from mlx_sft.model.load import (
 )
 from mlx_sft.model.quantize import first_rows
 from mlx_sft.model.translate import exact_length, read_config
-from mlx_sft.runs import RunFolder, to_json
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.choice import Choice, asked_for, configured

@@ -12,7 +12,8 @@ import pytest
 
 from mlx_sft import TrainConfig, UserError, export, train
 from mlx_sft.convert.facts import Facts, read_facts
-from mlx_sft.runs import RunFolder, to_json
+from mlx_sft.files import to_json
+from mlx_sft.run_folder import RunFolder
 
 COMMIT = "abc0" * 10
 

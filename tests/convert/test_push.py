@@ -18,7 +18,7 @@ import yaml
 
 from mlx_sft import TrainConfig, UserError, export, push, train
 from mlx_sft.errors import USAGE
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from tests.hub import TOKEN, Hub
 
 # PEFT asks a transformers model, and huggingface_hub sends files, in a way that has been renamed.

@@ -22,7 +22,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods import METHODS, Method, Parameters, make_method
 from mlx_sft.model.load import load_model
 from mlx_sft.model.quantize import WeightRow, first_rows
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 each_method = pytest.mark.parametrize("name", METHODS)
 

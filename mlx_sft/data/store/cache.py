@@ -31,7 +31,7 @@ from mlx_sft.data.store.examples import Store
 from mlx_sft.data.store.packing import SPAN, TABLE, moved
 from mlx_sft.data.store.workers import LostRow, Processed
 from mlx_sft.errors import UserError
-from mlx_sft.runs import sync, sync_path
+from mlx_sft.files import sync, sync_path
 
 UNUSED_DAYS = 30
 _META, _LOCK, _LOST = "meta.json", "lock", "lost.jsonl"

@@ -16,12 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
-from mlx_sft.methods.lora import MAGNITUDE, LoraSettings
-from mlx_sft.runs import to_json, write_file, write_file_with
-from mlx_sft.safetensors_file import open_safetensors, read_float32
+from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.methods.lora_settings import MAGNITUDE, LoraSettings
+from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"

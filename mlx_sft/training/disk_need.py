@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import Plan
-from mlx_sft.disk import folder_bytes, refuse_full_disk
+from mlx_sft.files import folder_bytes, refuse_full_disk
 from mlx_sft.methods import Parameters
 
 

@@ -1,124 +1,23 @@
+"""A run folder is made, opened and locked as a whole, or not at all."""
+
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.runs import RunFolder, disk_errors, user_path, write_file, write_file_with, write_folder
+from mlx_sft.files import user_path
+from mlx_sft.run_folder import RunFolder
+from tests.disks import a_full_disk
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def a_full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        yield
-
-
-def test_a_file_is_written_with_the_folders_above_it(tmp_path: Path) -> None:
-    write_file(tmp_path / "a" / "b" / "text", "grüße\n")
-    write_file(tmp_path / "a" / "b" / "bytes", b"\x00\xff")
-    assert (tmp_path / "a" / "b" / "text").read_bytes() == "grüße\n".encode()
-    assert (tmp_path / "a" / "b" / "bytes").read_bytes() == b"\x00\xff"
-    assert names(tmp_path / "a" / "b") == ["bytes", "text"]
-
-
-def test_what_is_needed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        a_full_disk(monkeypatch),
-        pytest.raises(UserError) as caught,
-        write_folder(tmp_path / "x", 12 * 10**8) as folder,
-    ):
-        (folder / "file").write_text("x")
-    assert caught.value.hint.startswith("free 1.20 GB")
-
-
-def test_a_file_whose_writing_fails_is_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_file(tmp_path / "file", "old")
-    with a_full_disk(monkeypatch), pytest.raises(UserError, match="the disk is full") as caught:
-        write_file(tmp_path / "file", "new")
-    assert caught.value.where == str(tmp_path / "file")
-    assert "--resume" in caught.value.hint
-    assert (tmp_path / "file").read_text() == "old"
-    assert names(tmp_path) == ["file"]
-
-
-def test_a_writer_gets_a_name_with_the_files_suffix(tmp_path: Path) -> None:
-    def write(path: Path) -> None:
-        assert path != tmp_path / "x.safetensors"
-        assert path.suffix == ".safetensors"
-        path.write_text("x")
-
-    write_file_with(tmp_path / "x.safetensors", write)
-    assert names(tmp_path) == ["x.safetensors"]
-
-
-def test_a_folder_appears_whole_and_replaces_the_one_before(tmp_path: Path) -> None:
-    for content in ("old", "new"):
-        with write_folder(tmp_path / "folder") as temporary:
-            (temporary / "deep").mkdir()
-            (temporary / "deep" / content).write_text(content)
-            assert content not in names(tmp_path)
-        assert names(tmp_path) == ["folder"]
-        assert names(tmp_path / "folder" / "deep") == [content]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_folder_whose_writing_fails_is_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
-    with write_folder(tmp_path / "folder") as temporary:
-        (temporary / "file").write_text("old")
-
-    def fail() -> None:
-        with write_folder(tmp_path / "folder") as temporary:
-            (temporary / "file").write_text("new")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert (tmp_path / "folder" / "file").read_text() == "old"
-    assert names(tmp_path) == ["folder"]
-
-
-def test_what_a_killed_writer_left_is_no_obstacle(tmp_path: Path) -> None:
-    for left in (".writing-folder", ".replaced-folder"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "torn").touch()
-    for content in ("first", "second"):
-        with write_folder(tmp_path / "folder") as temporary:
-            (temporary / "file").write_text(content)
-    assert (tmp_path / "folder" / "file").read_text() == "second"
-    assert names(tmp_path) == ["folder"]
-    assert names(tmp_path / "folder") == ["file"]
-
-
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (errno.ENOSPC, "the disk is full"),
-        (errno.EDQUOT, "the disk is full"),
-        (errno.EACCES, "no permission to write here"),
-        (errno.EROFS, "no permission to write here"),
-        (errno.EIO, "cannot write: Input/output error"),
-    ],
-)
-def test_a_failed_write_says_where_and_what_to_do(number: int, message: str) -> None:
-    with pytest.raises(UserError) as caught, disk_errors(Path("runs/x")):
-        raise OSError(number, os.strerror(number))
-    assert caught.value.what == message
-    assert caught.value.where == "runs/x"
-    assert caught.value.hint
 
 
 def test_a_run_is_made_in_a_folder_that_is_new_or_empty(tmp_path: Path) -> None:
@@ -225,19 +124,6 @@ def test_a_run_is_written_by_one_at_a_time(tmp_path: Path) -> None:
         assert caught.value.where == str(run.path)
     with RunFolder(run.path).locked():
         assert list(run.path.iterdir()) == before
-
-
-def test_a_folder_that_a_killed_process_was_replacing_is_back_in_its_place(tmp_path: Path) -> None:
-    (tmp_path / ".replaced-folder").mkdir()
-    (tmp_path / ".replaced-folder" / "file").write_text("old")
-    with pytest.raises(UserError), write_folder(tmp_path / "folder"):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-    assert (tmp_path / "folder" / "file").read_text() == "old"
-    (tmp_path / ".replaced-folder").mkdir()
-    with write_folder(tmp_path / "folder") as temporary:
-        (temporary / "file").write_text("new")
-    assert (tmp_path / "folder" / "file").read_text() == "new"
-    assert names(tmp_path) == ["folder"]
 
 
 def test_a_head_that_can_be_neither_written_nor_removed_ends_in_words(

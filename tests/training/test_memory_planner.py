@@ -14,7 +14,7 @@ import yaml
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.console import Console
 from mlx_sft.errors import USAGE
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import probe
 from mlx_sft.training.choice import configured
 from mlx_sft.training.memory import MODES, Footprint

@@ -18,7 +18,7 @@ from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.console import Console
 from mlx_sft.data.batches import Batch, MicroBatch, collate, cut
 from mlx_sft.data.store import Examples
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 from mlx_sft.training import relief
 from mlx_sft.training.optim import AdamW
