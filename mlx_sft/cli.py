@@ -122,7 +122,7 @@ def inspect(
     html: str | None,
     **options: Any,
 ) -> None:
-    """Look at data as training would see it: what is learnt, what is lost, what is suspicious.
+    """Look at data as training would see it: what is supervised, what is lost, what is suspicious.
 
     It takes the settings of `train` that shape the data, and trains nothing.
     """
