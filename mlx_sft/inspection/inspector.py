@@ -15,7 +15,7 @@ from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path, write_file
 from mlx_sft.inspection import terminal
-from mlx_sft.inspection.page import Page
+from mlx_sft.inspection.page import page_html
 from mlx_sft.inspection.rows import RowViewer, ShownRow
 from mlx_sft.inspection.selection import ONLY, SurveyedRows, first_rows, notable_rows, row_named, rows_of_kind
 from mlx_sft.inspection.table import table
@@ -132,5 +132,5 @@ class Inspection:
             hint = "name a file, such as data.html"
             raise UserError("this is a folder", where=str(target), hint=hint, exit_code=USAGE)
         rows = list(self._viewer.read(notable_rows(self._viewer.surveyed, most_rows)))
-        write_file(target, Page(self._config.data, self._config.model, self.table, rows).html())
+        write_file(target, page_html(self._config.data, self._config.model, self.table, rows))
         return target
