@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.store import check_vocabulary
 from mlx_sft.load import load_run
-from mlx_sft.methods import Parameters
+from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import vocabulary_size
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.fit import layout_on
 from mlx_sft.training.machine import this_machine
-from mlx_sft.training.relief import evaluate_in_memory
+from mlx_sft.training.out_of_memory import evaluate_in_memory
 from mlx_sft.training.step import Evaluation, Learner
 
 
@@ -79,11 +81,17 @@ class EvaluationResult:
         )
 
 
-class _NoMethod:
-    """The model is evaluated as it stands, without parameters that are put into it."""
+class _Bound:
+    """A method whose parameters are in the model already; without a method, the model runs as it stands."""
+
+    def __init__(self, method: Method | None) -> None:
+        self._method = method
 
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         pass
+
+    def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
+        return self._method.run_body(body, token_ids) if self._method else body(token_ids)
 
 
 def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> EvaluationResult:
@@ -97,12 +105,12 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
     Raises:
         UserError: If the run or the data cannot be used.
     """
+    config = TrainConfig.resolve(RunFolder.open(run).config)
     loaded = load_run(run, base=base)
-    config: TrainConfig = loaded.train_config
     examples, report = prepare_file(data, config, loaded.tokenizer)
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)
-    learner = Learner(SplitModel(loaded.model), _NoMethod(), vocabulary, head_chunk=config.head_chunk)
+    learner = Learner(SplitModel(loaded.model), _Bound(loaded.method), vocabulary, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
     evaluation, _ = evaluate_in_memory(learner, {}, examples, budget, layout_on(this_machine(), learner))
     return EvaluationResult(evaluation, report)

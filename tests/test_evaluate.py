@@ -14,7 +14,7 @@ from mlx_sft.run_folder import RunFolder
 
 @pytest.fixture
 def run(settings: dict[str, Any], chats: Path) -> RunFolder:
-    """A run that was validated on what it learnt from."""
+    """A run that was validated on what it was trained on."""
     return RunFolder(train(TrainConfig(**settings, valid=str(chats))).run_dir)
 
 

@@ -84,10 +84,10 @@ def test_an_adapter_is_loaded_on_the_base_that_it_names_and_changed_in_the_middl
 ) -> None:
     run = train(TrainConfig(**settings | {"lr": 0.3})).run_dir
     adapter = str(run / "adapter")
-    learnt, plain = generate_text(load_run(run), "the cat", max_tokens=6), generate_text(base, "the cat", max_tokens=6)
-    assert learnt != plain
-    assert generate_text(load_adapter(adapter), "the cat", max_tokens=6) == learnt
-    assert generate_text(load_adapter(adapter, settings["model"]), "the cat", max_tokens=6) == learnt
+    trained, plain = generate_text(load_run(run), "the cat", max_tokens=6), generate_text(base, "the cat", max_tokens=6)
+    assert trained != plain
+    assert generate_text(load_adapter(adapter), "the cat", max_tokens=6) == trained
+    assert generate_text(load_adapter(adapter, settings["model"]), "the cat", max_tokens=6) == trained
 
     def answer(*commands: str) -> str:
         talk = Chat(loaded, max_tokens=6)
@@ -98,11 +98,11 @@ def test_an_adapter_is_loaded_on_the_base_that_it_names_and_changed_in_the_middl
 
     loaded = load_model(settings["model"])
     assert answer() == plain
-    assert answer(f"/adapter {adapter}") == learnt
+    assert answer(f"/adapter {adapter}") == trained
     wrong = "".join(Chat(loaded).say(f"/adapter {tmp_path / 'none'}"))
     assert "not an adapter folder" in wrong
     assert wrong.endswith("the adapter is as it was")
-    assert answer() == learnt
+    assert answer() == trained
     assert answer("/adapter") == plain
 
 
