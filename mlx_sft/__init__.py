@@ -15,11 +15,11 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
-    from mlx_sft.load import load_run
     from mlx_sft.convert.export import export
     from mlx_sft.convert.push import push
     from mlx_sft.evaluate import evaluate_run
     from mlx_sft.generate import generate_text, stream_text
+    from mlx_sft.load import load_run
     from mlx_sft.model.load import load_model
     from mlx_sft.training.loop import TrainResult, train
     from mlx_sft.training.twin.export import export_twin

@@ -93,7 +93,7 @@ def inspect(
     html: str | None,
     **options: Any,
 ) -> None:
-    """Look at data as training would see it: what is learnt, what is lost, what is suspicious.
+    """Look at data as training would see it: what is supervised, what is lost, what is suspicious.
 
     It takes the settings of `train` that shape the data, and trains nothing.
     """
@@ -288,9 +288,9 @@ def chat(
 
     A line `/adapter DIR` changes the adapter for what follows, `/adapter` alone takes it off.
     """
-    from mlx_sft.generate import Talk
+    from mlx_sft.generate import Chat
 
-    talk = Talk(_load(run, model, adapter, base), max_tokens=max_tokens, temperature=temperature)
+    talk = Chat(_load(run, model, adapter, base), max_tokens=max_tokens, temperature=temperature)
     while text := read_line():
         for piece in talk.say(text):
             write_text(piece)

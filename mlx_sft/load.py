@@ -30,6 +30,11 @@ class AdaptedModel(LoadedModel):
     run: RunFolder | None = None
     train_config: TrainConfig | None = None
 
+    def describe(self) -> str:
+        """As of a loaded model, with what was put into it."""
+        run = f" from {self.run.path}" if self.run else ""
+        return super().describe() + (f", with {self.method.name}{run}" if self.method else "")
+
 
 def load_run(run: str | Path, *, base: bool = False, dtype: str | None = None) -> AdaptedModel:
     """Load a run's base model and put what the run trained into it.

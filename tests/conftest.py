@@ -23,10 +23,10 @@ from transformers import (
 
 from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
-from mlx_sft.methods.peft_files import write_adapter
-from mlx_sft.data.encode import IGNORED, Example
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.encode import IGNORED, Example
 from mlx_sft.methods.lora import Lora, LoraSettings
+from mlx_sft.methods.peft_files import write_adapter
 from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.fit import memory_limit_restored

@@ -5,10 +5,10 @@ Knows nothing of training.
 
 from __future__ import annotations
 
-from mlx_sft.load import AdaptedModel, attach_trained, load_run
 from mlx_sft.convert.export import ExportResult, export
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.push import PushResult, push
+from mlx_sft.load import AdaptedModel, attach_trained, load_run
 from mlx_sft.methods.peft_files import read_adapter, write_adapter
 
 __all__ = [

@@ -41,6 +41,9 @@ class ExportResult:
     lost: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"ExportResult({self.format} in {self.path}{', verified' if self.verification else ''})"
+
     def describe(self) -> list[str]:
         """For a person: the comparison, the notes, and what quantizing took of each weight."""
         lines = [*([str(self.verification)] if self.verification else []), *self.notes]

@@ -55,6 +55,9 @@ class PushResult:
     verification: Verification | None
     url: str | None
 
+    def __repr__(self) -> str:
+        return f"PushResult({self.repository}: {len(self.files)} files, {self.url or 'not uploaded'})"
+
     def __str__(self) -> str:
         """For a person: the repository, its files, and the card."""
         kind = "private" if self.private else "public"

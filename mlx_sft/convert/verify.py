@@ -30,8 +30,8 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import Merging
 from mlx_sft.convert.stored import stored_parts
 from mlx_sft.data.encode import Encoder, EncodeSettings
-from mlx_sft.data.sources import Source, locate, split_weight
 from mlx_sft.data.row_reader import RowReader
+from mlx_sft.data.sources import Source, locate, split_weight
 from mlx_sft.errors import UserError
 from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.linears import quantized_modules

@@ -33,7 +33,7 @@ SIGNS: tuple[str, ...] = (
 """Names of suspicious things; the order is that of the bits in a stored mask, so that a new one goes to the end."""
 
 SIGN_MEANINGS: dict[str, str] = {
-    "empty-reply": "an assistant turn to be learnt says nothing",
+    "empty-reply": "a supervised assistant turn says nothing",
     "user-marker": "a reply goes on with the user's next turn, such as `Human:`",
     "mojibake": "text that was decoded wrongly, such as â€™ for ’, or a lost character",
     "cut-off": "a reply breaks off mid-sentence, or leaves a code block open",

@@ -1,4 +1,4 @@
-"""The modules of a model that multiply with a matrix of weights: plain or quantized, one or one for each expert."""
+"""The linear modules of a model: plain or quantized, single or one for each expert."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def is_experts(module: Any) -> bool:
 
 
 def linear_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """Every linear module by its name in transformers, with its path in the model; in the model's order."""
+    """Every linear module's path in the model and the module, by its name in transformers, in the model's order."""
     found = [
         (path, module)
         for path, module in model.named_modules()

@@ -1,7 +1,7 @@
-"""The weights of a checkpoint folder: which files hold them, and whether these are whole before anything maps them.
+"""The weight files of a checkpoint folder: which they are, and whether all are there and complete.
 
 They are `model.safetensors`, else the shards that `model.safetensors.index.json` names, else, where there is no index, every
-`model*.safetensors`. Knows nothing of what the tensors are.
+`model*.safetensors`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def check_weights(path: Path) -> None:
-    """Every weight file of the checkpoint must be there and whole, and mlx-lm must read these and no others.
+    """Check that every weight file of the checkpoint is there and complete, and that mlx-lm will read these and no others.
 
     Raises:
-        UserError: Naming what is missing, damaged or too many.
+        UserError: Naming the files that are missing, damaged or not of this model.
     """
     files = weight_files(path)
     if not files:

@@ -22,8 +22,8 @@ from mlx_sft.settings import Settings as NoSettings
 
 if TYPE_CHECKING:  # the data room takes a second to import, and the settings of an objective are asked for before it
     from mlx_sft.data.batches import Batch
-    from mlx_sft.data.example import Example
     from mlx_sft.data.conversation import Item
+    from mlx_sft.data.example import Example
 
 ENTRIES = {
     "sft": "mlx_sft.objectives.sft:SFT",

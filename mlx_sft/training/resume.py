@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.config import TrainConfig, option_name, owners_of, public_name
-from mlx_sft.data.sources import split_weight
 from mlx_sft.data.prepare import PreparedData
+from mlx_sft.data.sources import split_weight
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json, to_json, user_path, write_file
 from mlx_sft.model.load import checkpoint_fingerprint

@@ -24,7 +24,6 @@ from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
 from mlx_sft.methods import Method, Parameters
-from mlx_sft.model.families import untested_note
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.load import (
@@ -33,6 +32,7 @@ from mlx_sft.model.load import (
     load_tokenizer,
     resolve_checkpoint,
     resolve_dtype,
+    untested_note,
     vocabulary_size,
 )
 from mlx_sft.model.quantize import first_rows
@@ -51,6 +51,9 @@ from mlx_sft.training.fit import (
     planned_steps,
     refuse_too_large,
 )
+from mlx_sft.training.machine import prepare_device
+from mlx_sft.training.memory import Footprint, Prediction
+from mlx_sft.training.optim import AdamW, learning_rate
 from mlx_sft.training.resume import (
     CONFIG_HEADER,
     computed_anew,
@@ -60,9 +63,6 @@ from mlx_sft.training.resume import (
     refuse_changes,
     resumed_config,
 )
-from mlx_sft.training.machine import prepare_device
-from mlx_sft.training.memory import Footprint, Prediction
-from mlx_sft.training.optim import AdamW, learning_rate
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import Learner

@@ -103,7 +103,9 @@ def test_an_adapter_arrives_for_peft_and_for_mlx_lm(hub: Hub, cli: Cli, run: Pat
 
 def test_a_full_run_is_a_checkpoint(hub: Hub, settings: dict[str, Any]) -> None:
     run = train(TrainConfig(**settings | {"method": "full", "max_steps": 1})).run_dir
-    assert push(run, "me/model").url == f"{hub.url}/me/model"
+    result = push(run, "me/model")
+    assert result.url == f"{hub.url}/me/model"
+    assert repr(result) == f"PushResult(me/model: {len(result.files)} files, {result.url})"
     assert "every weight was trained" in arrived(hub)["README.md"].decode()
 
 

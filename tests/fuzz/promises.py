@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
-from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.messages import ROLES
 from mlx_sft.data.readers import Row
+from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.sources import FileSource
 from mlx_sft.errors import UserError
 

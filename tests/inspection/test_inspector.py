@@ -27,11 +27,11 @@ def test_every_row_is_there_in_order_with_what_became_of_it(look: Look) -> None:
     assert inspection.table["rows"] == {"rows": 9, "kept": 7, "truncated": 1, "dropped": 0, "bad": 2}
 
 
-def test_an_example_is_shown_by_its_tokens_with_what_is_learnt_of_them(look: Look) -> None:
+def test_an_example_is_shown_by_its_tokens_with_what_is_supervised_of_them(look: Look) -> None:
     (example,) = look().rows[1].examples
     assert "".join(example.pieces) == "<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\nsat<|im_end|>\n"
-    learnt = [piece for piece, weight in zip(example.pieces, example.weights, strict=True) if weight]
-    assert "".join(learnt) == "sat<|im_end|>"
+    supervised = [piece for piece, weight in zip(example.pieces, example.weights, strict=True) if weight]
+    assert "".join(supervised) == "sat<|im_end|>"
     assert {piece for piece, special in zip(example.pieces, example.special, strict=True) if special} == {
         "<|im_start|>",
         "<|im_end|>",
@@ -266,6 +266,10 @@ def test_the_machine_form_is_json_with_the_documented_keys(look: Look) -> None:
     }
     (example,) = row["examples"]
     assert len(example["pieces"]) == len(example["token_ids"]) == len(example["weights"]) == example["tokens"]
+
+
+def test_a_result_is_shown_in_one_line(look: Look, data: Path) -> None:
+    assert repr(look(limit=2)) == f"<Inspection of {data}: 2 of 9 rows>"
 
 
 def test_the_machine_form_can_be_written_whatever_is_in_a_row(look: Look, tmp_path: Path) -> None:
