@@ -9,7 +9,7 @@ from mlx_sft.convert.adapted import AdaptedModel, attach_trained, load_run
 from mlx_sft.convert.export import ExportResult, export
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.peft import read_adapter, write_adapter
-from mlx_sft.convert.push import PushResult, push
+from mlx_sft.convert.publish import PushResult, push
 
 __all__ = [
     "AdaptedModel",

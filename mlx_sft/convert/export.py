@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert import mlx_lm, peft
-from mlx_sft.convert.facts import base_revision
+from mlx_sft.convert.base_info import base_revision
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merged import write_merged
 from mlx_sft.convert.mlx_folder import LOST_LIMIT, to_mlx

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mlx_sft.convert.card import model_card
-from mlx_sft.convert.facts import run_facts
+from mlx_sft.convert.base_info import run_facts
+from mlx_sft.convert.model_card import model_card
 from mlx_sft.convert.trained import save_trained, trained_folder
 from mlx_sft.errors import UserError
 from mlx_sft.files import disk_errors, write_file

@@ -16,11 +16,11 @@ from pathlib import Path
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
 from mlx_sft.convert import mlx_lm, peft
-from mlx_sft.convert.card import Published, model_card
+from mlx_sft.convert.base_info import Facts, read_facts
 from mlx_sft.convert.export import Base, export
-from mlx_sft.convert.facts import Facts, read_facts
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.hub import Repository, files_of
+from mlx_sft.convert.model_card import Published, model_card
 from mlx_sft.convert.trained import finished_folder
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlx_sft import TrainConfig, UserError, export, train
-from mlx_sft.convert.facts import Facts, read_facts
+from mlx_sft.convert.base_info import Facts, read_facts
 from mlx_sft.files import to_json
 from mlx_sft.run_folder import RunFolder
 

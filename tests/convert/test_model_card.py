@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from mlx_sft import TrainConfig, train
-from mlx_sft.convert.card import Published, model_card
-from mlx_sft.convert.facts import Base, Data, Facts, Outcome
+from mlx_sft.convert.base_info import Base, Data, Facts, Outcome
+from mlx_sft.convert.model_card import Published, model_card
 
 NUMBERS = {"rows": 12, "kept": 9, "truncated": 2, "dropped": 2, "bad": 1}
 

@@ -13,7 +13,7 @@ import yaml
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import printable
-from mlx_sft.convert.facts import Base, Data, Facts, Outcome
+from mlx_sft.convert.base_info import Base, Data, Facts, Outcome
 
 _MOST_SOURCES = 20
 """So many files and datasets are named."""
