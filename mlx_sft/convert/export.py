@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert import mlx_lm, peft
-from mlx_sft.convert.base_info import base_revision
+from mlx_sft.convert.base_info import base_info
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merged import write_merged
 from mlx_sft.convert.mlx_folder import LOST_LIMIT, to_mlx
@@ -166,7 +166,7 @@ def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, for_mlx_l
     expected: object = settings
     with write_folder(target) as temporary:
         if for_mlx_lm is None:
-            peft.write_adapter(temporary, settings, parameters, name, base_revision(run, config))
+            peft.write_adapter(temporary, settings, parameters, name, base_info(run, config).revision)
             written, again = peft.read_adapter(temporary)
         else:
             paths = _paths(for_mlx_lm)

@@ -1,24 +1,223 @@
-"""The model card of a run: its facts as Markdown, with the metadata that the Hub reads, and code that loads what lies beside it.
+"""The model card of a run: what its folder says that others may know, filled into `model_card.md.jinja`.
 
-Names may be anyone's: they stand in spans of code, where neither Markdown nor HTML means anything. Knows nothing of how a run was trained.
+No row of the data is in it and no path of this machine: of a file there is the name, of a folder nothing. The run folder may be
+anyone's, so the kind of each value that is read is checked, and names stand in spans of code, where Markdown and HTML mean nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import printable
-from mlx_sft.convert.base_info import Base, Data, Facts, Outcome
+from mlx_sft.convert.base_info import BaseInfo, base_info
+from mlx_sft.convert.hub import is_hub_id
+from mlx_sft.data.files import HUB_PREFIX
+from mlx_sft.errors import UserError
+from mlx_sft.files import read_json
+from mlx_sft.run_folder import RunFolder
 
+_MOST_REPORT_BYTES = 256 * 2**20
+"""A report has a line for each row that was not simply kept: room for a million of them."""
+_LONGEST_LINE = 2**20
+"""Bytes of a line of metrics, which names the rows of a step that was skipped."""
 _MOST_SOURCES = 20
-"""So many files and datasets are named."""
+"""How many files and datasets are named."""
 
-_QUESTION = '[{"role": "user", "content": "Why is the sky blue?"}]'
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+# --- what a run folder says -------------------------------------------------------------------------------------------------------
+
+
+class _Checked(BaseModel):
+    """The fields that are needed of something in a file; others are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class RowTotals(_Checked):
+    """Rows of all sources together; a truncated row is kept."""
+
+    rows: Count
+    kept: Count
+    truncated: Count
+    dropped: Count
+    bad: Count
+
+
+class ExampleTotals(_Checked):
+    """The examples that are trained on, or those that are held out."""
+
+    rows: Count
+    tokens: Count
+    supervised_tokens: Count
+
+
+class DataSource(_Checked):
+    """A file or a dataset, by the name that the run knows it by."""
+
+    name: str
+    rows: Count
+
+    @property
+    def public_name(self) -> str:
+        """The name of a file without its folder; of a dataset all of it."""
+        return self.name if self.name.startswith(HUB_PREFIX) else Path(self.name).name
+
+    @property
+    def dataset(self) -> str | None:
+        """The Hub id of a dataset, where it is one."""
+        parts = self.name.removeprefix(HUB_PREFIX).partition(":")[0].split("/")
+        identifier = "/".join(parts[:2])
+        return identifier if self.name.startswith(HUB_PREFIX) and is_hub_id(identifier) else None
+
+
+class DataSummary(_Checked):
+    """The numbers of `data_report.json`."""
+
+    totals: RowTotals
+    train: ExampleTotals
+    valid: ExampleTotals
+    sources: list[DataSource]
+
+
+class MetricsRecord(_Checked):
+    """The fields of a line of `metrics.jsonl` that a card shows."""
+
+    kind: str
+    step: Count = 0
+    epoch: Finite = 0.0
+    loss: Finite | None = None
+    perplexity: Finite | None = None
+    token_accuracy: Finite | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run went.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        epochs: Passes over the data that they make.
+        step: The step after which the result was taken: the best by validation loss, else the last.
+        loss: Training loss of that step, or of the last one before it that was not skipped.
+        evaluation: The best evaluation; None without validation rows.
+    """
+
+    steps: int
+    epochs: float
+    step: int
+    loss: float | None
+    evaluation: MetricsRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What others may know of a run. `versions` are those of the packages with which it began, by name."""
+
+    config: TrainConfig
+    base: BaseInfo
+    data: DataSummary
+    result: RunResult
+    versions: Mapping[str, str]
+
+
+def read_run_summary(run: RunFolder) -> RunSummary:
+    """Summarize a finished run; raises `UserError` naming the file that cannot be read."""
+    return run_summary(run, TrainConfig.resolve(run.config), read_json(run.data_report, most=_MOST_REPORT_BYTES))
+
+
+def run_summary(run: RunFolder, config: TrainConfig, report: Mapping[str, Any]) -> RunSummary:
+    """As `read_run_summary`, where the configuration and the content of `data_report.json` are at hand."""
+    packages = read_json(run.environment).get("packages")
+    versions = packages if isinstance(packages, dict) else {}
+    return RunSummary(
+        config=config,
+        base=base_info(run, config),
+        data=_data_summary(report, run.data_report),
+        result=_run_result(run.metrics),
+        versions={name: version for name, version in versions.items() if isinstance(version, str)},
+    )
+
+
+def _data_summary(report: Mapping[str, Any], where: Path) -> DataSummary:
+    try:
+        return DataSummary.model_validate(report)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        what = f"{'.'.join(map(str, problem['loc']))} is not what a run writes there: {problem['msg']}"
+        raise UserError(what, where=str(where), hint="put the file back as it was") from error
+
+
+def _run_result(metrics: Path) -> RunResult:
+    last = MetricsRecord(kind="train")
+    best: MetricsRecord | None = None
+    loss: float | None = None
+    loss_at_best: float | None = None
+    for record in _records(metrics):
+        if record.kind == "train":
+            last, loss = record, loss if record.loss is None else record.loss
+        elif record.kind == "evaluation" and record.best:
+            best, loss_at_best = record, loss
+    if best is None:
+        return RunResult(last.step, last.epoch, last.step, loss, None)
+    return RunResult(last.step, last.epoch, best.step, loss_at_best, best)
+
+
+def _records(metrics: Path) -> Iterator[MetricsRecord]:
+    try:
+        with metrics.open("rb") as file:
+            while line := file.readline(_LONGEST_LINE):
+                with suppress(ValidationError):  # a damaged line is no reason to have no card
+                    yield MetricsRecord.model_validate_json(line)
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+        raise UserError(what, where=str(metrics), hint="check the path") from error
+
+
+# --- what a card says of the method -----------------------------------------------------------------------------------------------
+
+
+def _trains_a_checkpoint(config: TrainConfig) -> bool:
+    """Whether the result of the method is itself a whole checkpoint, and no adapter."""
+    return config.method == "full"
+
+
+def _method_row(config: TrainConfig) -> str:
+    """The method and its settings, for the table."""
+    if config.method == "full":
+        return "every weight"
+    targets = [config.target] if isinstance(config.target, str) else config.target
+    stabilized = ", rank-stabilized" if config.rslora else ""
+    own = "; modules with ranks or alphas of their own" if config.rank_pattern or config.alpha_pattern else ""
+    shape = f"rank {config.rank}, alpha {config.alpha:g}{stabilized}"
+    return f"{_adapter_kind(config)}, {shape}, on {', '.join(map(_code, targets))}{own}"
+
+
+def _summary_line(config: TrainConfig, base: str, whole: bool) -> str:
+    """One sentence: what lies beside the card, a checkpoint (`whole`) or an adapter."""
+    if not whole:
+        return f"A {_adapter_kind(config)} adapter for {base}, trained on conversations."
+    if config.method == "full":
+        return f"{base}, fine-tuned on conversations: every weight was trained."
+    return f"{base}, fine-tuned on conversations: a {_adapter_kind(config)} adapter, merged into its weights."
+
+
+def _adapter_kind(config: TrainConfig) -> str:
+    return "DoRA" if config.dora else "LoRA"
+
+
+# --- the card -----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,59 +235,47 @@ class Published:
     mlx_lm: str = ""
 
 
-def model_card(facts: Facts, published: Published | None = None) -> str:
-    """A `README.md`; where nothing is published, that of the run folder itself. It holds no row of the data, and no path."""
-    whole = facts.config.method == "full" if published is None else published.merged
-    parts = [
-        f"---\n{yaml.safe_dump(_metadata(facts, whole), sort_keys=False)}---",
-        f"# {published.repository if published else f'A fine-tuned {_code(facts.base.name)}'}",
-        _summary(facts, whole),
-        _table(_base_rows(facts.base)),
-        "## Data",
-        _table(_data_rows(facts.data)),
-        "## Training",
-        _table(_training_rows(facts)),
-        "## Results",
-        _table(_result_rows(facts.outcome)),
-        *_use(facts.base, published),
-        f"Made with {', '.join(_code(f'{name} {version}') for name, version in facts.versions.items())}.",
-    ]
-    return "\n\n".join(parts) + "\n"
+def model_card(summary: RunSummary, published: Published | None = None) -> str:
+    """The content of a `README.md`: of what is published, or of the run folder itself."""
+    base = summary.base
+    whole = _trains_a_checkpoint(summary.config) if published is None else published.merged
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    card = ModelCard.from_template(
+        _metadata(summary, whole),
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        title=published.repository if published else f"A fine-tuned {_code(base.name)}",
+        summary=_summary_line(summary.config, _linked(base), whole),
+        base_rows=_base_rows(base),
+        data_rows=_data_rows(summary.data),
+        training_rows=_training_rows(summary.config, summary.result),
+        result_rows=_result_rows(summary.result),
+        published=published,
+        base_on_hub=base.on_hub,
+        base_arguments=f'"{base.name}"{revision}' if base.on_hub else '"path/to/the/base"',
+        versions=", ".join(_code(f"{name} {version}") for name, version in summary.versions.items()),
+    )
+    return f"{card}\n"
 
 
-def _metadata(facts: Facts, whole: bool) -> dict[str, Any]:
-    metadata: dict[str, Any] = {}
-    if facts.base.on_hub:
-        metadata |= {
-            "base_model": facts.base.name,
-            "base_model_relation": "finetune" if whole else "adapter",
-        }
-    metadata |= facts.base.licence
-    metadata |= {
-        "library_name": "transformers" if whole else "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["mlx-sft", "sft", facts.config.method],
-    }
-    datasets = [source.dataset for source in facts.data.sources if source.dataset]
-    if datasets:
-        metadata["datasets"] = list(dict.fromkeys(datasets))
-    return metadata
+def _metadata(summary: RunSummary, whole: bool) -> ModelCardData:
+    """What the Hub reads of a card."""
+    base = summary.base
+    relation = "finetune" if whole else "adapter"
+    datasets = dict.fromkeys(source.dataset for source in summary.data.sources if source.dataset)
+    return ModelCardData(
+        base_model=base.name if base.on_hub else None,
+        base_model_relation=relation if base.on_hub else None,
+        license=base.licence.get("license"),
+        license_name=base.licence.get("license_name"),
+        license_link=base.licence.get("license_link"),
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        tags=["mlx-sft", "sft", summary.config.method],
+        datasets=list(datasets) or None,
+    )
 
 
-def _summary(facts: Facts, whole: bool) -> str:
-    base, kind = _linked(facts.base), _kind(facts.config)
-    if not whole:
-        return f"A {kind} adapter for {base}, trained on conversations."
-    if facts.config.method == "full":
-        return f"{base}, fine-tuned on conversations: every weight was trained."
-    return f"{base}, fine-tuned on conversations: a {kind} adapter, merged into its weights."
-
-
-def _kind(config: TrainConfig) -> str:
-    return "DoRA" if config.dora else "LoRA"
-
-
-def _base_rows(base: Base) -> dict[str, str]:
+def _base_rows(base: BaseInfo) -> dict[str, str]:
     rows = {"Base model": _linked(base)}
     if base.family:
         rows["Architecture"] = _code(base.family)
@@ -98,7 +285,7 @@ def _base_rows(base: Base) -> dict[str, str]:
     return rows
 
 
-def _data_rows(data: Data) -> dict[str, str]:
+def _data_rows(data: DataSummary) -> dict[str, str]:
     named = [f"{_code(source.public_name)} (rows: {source.rows:,})" for source in data.sources[:_MOST_SOURCES]]
     further = len(data.sources) - len(named)
     totals, train, valid = data.totals, data.train, data.valid
@@ -106,27 +293,17 @@ def _data_rows(data: Data) -> dict[str, str]:
         "Sources": ", ".join(named) + (f", and {further:,} more" if further else ""),
         "Rows": f"{totals.rows:,} read: {totals.kept:,} kept ({totals.truncated:,} of them truncated), "
         f"{totals.dropped:,} dropped, {totals.bad:,} that could not be used",
-        "Learnt from": f"{train.rows:,} examples, {train.tokens:,} tokens, {train.supervised_tokens:,} of them supervised",
+        "Trained on": f"{train.rows:,} examples, {train.tokens:,} tokens, {train.supervised_tokens:,} of them supervised",
     }
     if valid.rows:
         rows["Held out"] = f"{valid.rows:,} examples, {valid.tokens:,} tokens"
     return rows
 
 
-def _training_rows(facts: Facts) -> dict[str, str]:
-    config, outcome = facts.config, facts.outcome
-    method = "every weight"
-    if config.method == "lora":
-        targets = [config.target] if isinstance(config.target, str) else config.target
-        stabilized = ", rank-stabilized" if config.rslora else ""
-        own = "; modules with ranks or alphas of their own" if config.rank_pattern or config.alpha_pattern else ""
-        kind = "DoRA" if config.dora else "LoRA"
-        method = (
-            f"{kind}, rank {config.rank}, alpha {config.alpha:g}{stabilized}, on {', '.join(map(_code, targets))}{own}"
-        )
+def _training_rows(config: TrainConfig, result: RunResult) -> dict[str, str]:
     return {
-        "Method": method,
-        "Length": f"{outcome.steps:,} steps of {config.batch_size:,} examples, {outcome.epochs:.3g} epochs, "
+        "Method": _method_row(config),
+        "Length": f"{result.steps:,} steps of {config.batch_size:,} examples, {result.epochs:.3g} epochs, "
         f"up to {config.max_length:,} tokens an example",
         "Learning rate": f"{config.lr:g}, {config.scheduler} after a warm-up of {config.warmup:.0%} of the steps (AdamW)",
         "Seed": str(config.seed),
@@ -134,10 +311,10 @@ def _training_rows(facts: Facts) -> dict[str, str]:
     }
 
 
-def _result_rows(outcome: Outcome) -> dict[str, str]:
-    loss = "none that is finite" if outcome.loss is None else f"{outcome.loss:.4f}"
-    rows = {"Taken after step": f"{outcome.step:,} of {outcome.steps:,}", "Training loss": loss}
-    if (found := outcome.evaluation) is not None and found.loss is not None:
+def _result_rows(result: RunResult) -> dict[str, str]:
+    loss = "none that is finite" if result.loss is None else f"{result.loss:.4f}"
+    rows = {"Taken after step": f"{result.step:,} of {result.steps:,}", "Training loss": loss}
+    if (found := result.evaluation) is not None and found.loss is not None:
         rows["Validation loss"] = f"{found.loss:.4f}, the lowest"
         if found.perplexity is not None:
             rows["Validation perplexity"] = f"{found.perplexity:.4g}"
@@ -146,101 +323,7 @@ def _result_rows(outcome: Outcome) -> dict[str, str]:
     return rows
 
 
-def _use(base: Base, published: Published | None) -> list[str]:
-    """How to load it."""
-    if published is None:
-        run = "mlx-sft export --run . --to merged        # for transformers, vLLM and others\nmlx-sft push . --repo me/my-model"
-        return ["## Use", "`config.yaml` repeats the run.", f"```sh\n{run}\n```"]
-    if published.merged:
-        return [
-            "## Use",
-            "It is a whole checkpoint: with transformers",
-            _fenced(_TRANSFORMERS.format(repository=published.repository, question=_QUESTION)),
-            "or with mlx-lm",
-            _fenced(_MLX_LM.format(repository=published.repository, question=_QUESTION)),
-        ]
-    name, revision = _in_code(base)
-    values = {"repository": published.repository, "base": name, "revision": revision, "question": _QUESTION}
-    shown = ["## Use", *([] if base.on_hub else [_NOT_ON_THE_HUB]), "With transformers and PEFT"]
-    shown.append(_fenced(_PEFT.format(**values)))
-    if published.mlx_lm:
-        shown += ["or with mlx-lm", _fenced(_MLX_LM_ADAPTER.format(**values, folder=published.mlx_lm))]
-    return shown
-
-
-def _in_code(base: Base) -> tuple[str, str]:
-    """A base's name and, where it is known, the argument for its revision, as code has them."""
-    if not base.on_hub:
-        return "path/to/the/base", ""
-    return base.name, f', revision="{base.revision}"' if base.revision else ""
-
-
-_NOT_ON_THE_HUB = "The base model is not on the Hub: put its folder's path in the place of `path/to/the/base`."
-
-_ANSWER = """
-messages = {question}
-prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-answer = model.generate(**prompt, max_new_tokens=256)
-print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-"""
-
-_TRANSFORMERS = (
-    """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{repository}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repository}")
-"""
-    + _ANSWER
-)
-
-_PEFT = (
-    """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, dtype="auto")
-model = PeftModel.from_pretrained(base, "{repository}")
-tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})
-"""
-    + _ANSWER
-)
-
-_MLX_LM_ANSWER = """
-prompt = tokenizer.apply_chat_template({question}, add_generation_prompt=True)
-print(generate(model, tokenizer, prompt, max_tokens=256))
-"""
-
-_MLX_LM = (
-    """\
-from mlx_lm import generate, load
-
-model, tokenizer = load("{repository}")
-"""
-    + _MLX_LM_ANSWER
-)
-
-_MLX_LM_ADAPTER = (
-    """\
-from huggingface_hub import snapshot_download
-from mlx_lm import generate, load
-
-files = snapshot_download("{repository}", allow_patterns="{folder}/*")
-model, tokenizer = load("{base}"{revision}, adapter_path=f"{{files}}/{folder}")
-"""
-    + _MLX_LM_ANSWER
-)
-
-
-def _fenced(code: str) -> str:
-    return f"```python\n{code}```"
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-
-
-def _linked(base: Base) -> str:
+def _linked(base: BaseInfo) -> str:
     return f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else _code(base.name)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mlx_sft.convert.base_info import run_facts
-from mlx_sft.convert.model_card import model_card
+from mlx_sft.convert.model_card import model_card, run_summary
 from mlx_sft.convert.trained import save_trained, trained_folder
 from mlx_sft.errors import UserError
 from mlx_sft.files import disk_errors, write_file
@@ -50,8 +49,8 @@ def finish(job: Job) -> None:
     elif job.run.last.exists():  # of when the run was shorter
         with disk_errors(job.run.last):
             shutil.rmtree(job.run.last)
-    facts = run_facts(job.run, job.config, job.data.report.to_json())
-    write_file(job.run.card, model_card(facts))
+    summary = run_summary(job.run, job.config, job.data.report.to_json())
+    write_file(job.run.card, model_card(summary))
 
 
 def _save_trained(job: Job, folder: Path) -> None:
