@@ -236,7 +236,7 @@ def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> Non
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
-    from mlx_sft.convert.mlx_folder import convert
+    from mlx_sft.convert.targets.mlx import convert
 
     Console().done(str(convert(model, to, quantize=quantize, dtype=dtype)))
 
@@ -365,7 +365,7 @@ def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
-    from mlx_sft.convert.compose import merge_adapters
+    from mlx_sft.methods.compose import merge_adapters
 
     Console().done(str(merge_adapters(adapters, to, method=method, rank=rank)))
 

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.adapted import load_adapter
-from mlx_sft.convert.compose import merge_adapters
-from mlx_sft.convert.mlx_folder import convert
+from mlx_sft.methods.compose import merge_adapters
+from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.data.store import Examples
 from mlx_sft.methods import Lora, LoraSettings, Parameters
 from mlx_sft.model.families import TESTED

@@ -8,8 +8,8 @@ from __future__ import annotations
 from mlx_sft.convert.adapted import AdaptedModel, attach_trained, load_run
 from mlx_sft.convert.export import ExportResult, export
 from mlx_sft.convert.merge import check_exportable
-from mlx_sft.convert.peft import read_adapter, write_adapter
 from mlx_sft.convert.publish import PushResult, push
+from mlx_sft.methods.peft_files import read_adapter, write_adapter
 
 __all__ = [
     "AdaptedModel",

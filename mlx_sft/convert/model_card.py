@@ -6,6 +6,7 @@ anyone's, so the kind of each value that is read is checked, and names stand in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from mlx_sft.convert.hub import is_hub_id
 from mlx_sft.data.files import HUB_PREFIX
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json
+from mlx_sft.methods import Method, make_method
+from mlx_sft.registry import OPTIMIZERS
 from mlx_sft.run_folder import RunFolder
 
 _MOST_REPORT_BYTES = 256 * 2**20
@@ -185,38 +188,6 @@ def _records(metrics: Path) -> Iterator[MetricsRecord]:
         raise UserError(what, where=str(metrics), hint="check the path") from error
 
 
-# --- what a card says of the method -----------------------------------------------------------------------------------------------
-
-
-def _trains_a_checkpoint(config: TrainConfig) -> bool:
-    """Whether the result of the method is itself a whole checkpoint, and no adapter."""
-    return config.method == "full"
-
-
-def _method_row(config: TrainConfig) -> str:
-    """The method and its settings, for the table."""
-    if config.method == "full":
-        return "every weight"
-    targets = [config.target] if isinstance(config.target, str) else config.target
-    stabilized = ", rank-stabilized" if config.rslora else ""
-    own = "; modules with ranks or alphas of their own" if config.rank_pattern or config.alpha_pattern else ""
-    shape = f"rank {config.rank}, alpha {config.alpha:g}{stabilized}"
-    return f"{_adapter_kind(config)}, {shape}, on {', '.join(map(_code, targets))}{own}"
-
-
-def _summary_line(config: TrainConfig, base: str, whole: bool) -> str:
-    """One sentence: what lies beside the card, a checkpoint (`whole`) or an adapter."""
-    if not whole:
-        return f"A {_adapter_kind(config)} adapter for {base}, trained on conversations."
-    if config.method == "full":
-        return f"{base}, fine-tuned on conversations: every weight was trained."
-    return f"{base}, fine-tuned on conversations: a {_adapter_kind(config)} adapter, merged into its weights."
-
-
-def _adapter_kind(config: TrainConfig) -> str:
-    return "DoRA" if config.dora else "LoRA"
-
-
 # --- the card -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -237,17 +208,17 @@ class Published:
 
 def model_card(summary: RunSummary, published: Published | None = None) -> str:
     """The content of a `README.md`: of what is published, or of the run folder itself."""
-    base = summary.base
-    whole = _trains_a_checkpoint(summary.config) if published is None else published.merged
+    base, method = summary.base, make_method(summary.config)
+    whole = published.merged if published else not method.frozen_base
     revision = f', revision="{base.revision}"' if base.revision else ""
     card = ModelCard.from_template(
         _metadata(summary, whole),
         template_path=str(Path(__file__).with_name("model_card.md.jinja")),
         title=published.repository if published else f"A fine-tuned {_code(base.name)}",
-        summary=_summary_line(summary.config, _linked(base), whole),
+        summary=_summary_line(method, _linked(base), whole),
         base_rows=_base_rows(base),
         data_rows=_data_rows(summary.data),
-        training_rows=_training_rows(summary.config, summary.result),
+        training_rows=_training_rows(summary.config, method, summary.result),
         result_rows=_result_rows(summary.result),
         published=published,
         base_on_hub=base.on_hub,
@@ -270,9 +241,18 @@ def _metadata(summary: RunSummary, whole: bool) -> ModelCardData:
         license_link=base.licence.get("license_link"),
         library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation",
-        tags=["mlx-sft", "sft", summary.config.method],
+        tags=["mlx-sft", summary.config.objective, summary.config.method],
         datasets=list(datasets) or None,
     )
+
+
+def _summary_line(method: Method, base: str, whole: bool) -> str:
+    """One sentence: what lies beside the card, a checkpoint (`whole`) or what was trained alone."""
+    if not whole:
+        return f"A {method.title} adapter for {base}, trained on conversations."
+    if not method.frozen_base:
+        return f"{base}, fine-tuned on conversations: {method.describe()} was trained."
+    return f"{base}, fine-tuned on conversations: a {method.title} adapter, merged into its weights."
 
 
 def _base_rows(base: BaseInfo) -> dict[str, str]:
@@ -300,12 +280,13 @@ def _data_rows(data: DataSummary) -> dict[str, str]:
     return rows
 
 
-def _training_rows(config: TrainConfig, result: RunResult) -> dict[str, str]:
+def _training_rows(config: TrainConfig, method: Method, result: RunResult) -> dict[str, str]:
+    optimizer = OPTIMIZERS[config.optimizer].__name__
     return {
-        "Method": _method_row(config),
+        "Method": _marked(method.describe()),
         "Length": f"{result.steps:,} steps of {config.batch_size:,} examples, {result.epochs:.3g} epochs, "
         f"up to {config.max_length:,} tokens an example",
-        "Learning rate": f"{config.lr:g}, {config.scheduler} after a warm-up of {config.warmup:.0%} of the steps (AdamW)",
+        "Learning rate": f"{config.lr:g}, {config.scheduler} after a warm-up of {config.warmup:.0%} of the steps ({optimizer})",
         "Seed": str(config.seed),
         "Precision of the base": f"{config.dtype}, quantized ({config.quantize})" if config.quantize else config.dtype,
     }
@@ -325,6 +306,17 @@ def _result_rows(result: RunResult) -> dict[str, str]:
 
 def _linked(base: BaseInfo) -> str:
     return f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else _code(base.name)
+
+
+def _marked(text: str) -> str:
+    """A line in which names stand between backticks; a name that has a backtick itself does no harm."""
+    pieces = " ".join(printable(text).split()).split("`")
+    return "".join(_code(piece) if number % 2 else _escaped(piece) for number, piece in enumerate(pieces))
+
+
+def _escaped(text: str) -> str:
+    """Text in which no character is Markdown or HTML."""
+    return re.sub(r"([\\<>\[\]*_!|#&~])", r"\\\1", text)
 
 
 def _code(text: str) -> str:

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
-from mlx_sft.convert import mlx_lm, peft
-from mlx_sft.convert.export import Base, export
+from mlx_sft.convert.export import export
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.hub import Repository, files_of
 from mlx_sft.convert.model_card import Published, RunSummary, model_card, read_run_summary
-from mlx_sft.convert.trained import finished_folder
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import disk_errors, folder_bytes, free_bytes, read_json, refuse_full_disk, to_json, write_file
-from mlx_sft.model.load import CARD, resolve_checkpoint
+from mlx_sft.load import finished_folder
+from mlx_sft.methods import make_method
+from mlx_sft.model.load import CARD, name_elsewhere, resolve_checkpoint
 from mlx_sft.run_folder import RunFolder
 
 Note = Callable[[str], None]
@@ -67,7 +67,7 @@ def push(
     repository: str,
     *,
     adapter_only: bool = False,
-    base: Base = "original",
+    base: str = "original",
     base_model: str | None = None,
     private: bool = False,
     overwrite: bool = False,
@@ -103,7 +103,11 @@ def push(
     summary = read_run_summary(folder)
     if not summary.base.licence:
         note("the licence of the base is not known here; name it in the card (`license:`) once it is on the Hub")
-    with _workplace(folder, _needed_bytes(folder, base_model or config.model, adapter_only)) as work:
+    if adapter_only:
+        needed = 2 * folder_bytes(finished_folder(folder, config))  # PEFT's files and mlx-lm's
+    else:
+        needed = Checkpoint.open(resolve_checkpoint(base_model or config.model)).size()
+    with _workplace(folder, needed) as work:
         note("writing and verifying what is to be uploaded")
         written, verification = work / "model", None
         if adapter_only:
@@ -127,8 +131,8 @@ def _in_silence(message: str) -> None:
 
 
 def _refuse_unfinished(run: RunFolder, config: TrainConfig, adapter_only: bool) -> None:
-    result = finished_folder(run, config.method)
-    if adapter_only and result != run.adapter:
+    result = finished_folder(run, config)
+    if adapter_only and not make_method(config).frozen_base:
         what, hint = f"a run of --method {config.method} has no adapter", "leave --adapter-only out"
         raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
     if not run.card.is_file():  # which is written last
@@ -137,13 +141,6 @@ def _refuse_unfinished(run: RunFolder, config: TrainConfig, adapter_only: bool) 
             where=str(run.path),
             hint=f"finish it with `mlx-sft train --resume {run.path}`",
         )
-
-
-def _needed_bytes(run: RunFolder, model: str, adapter_only: bool) -> int:
-    """The size of what will be uploaded; an adapter is written twice."""
-    if adapter_only:
-        return 2 * folder_bytes(run.adapter)
-    return Checkpoint.open(resolve_checkpoint(model)).size()
 
 
 @contextmanager
@@ -161,18 +158,18 @@ def _workplace(run: RunFolder, needed: int) -> Iterator[Path]:
 def _write_adapter(run: RunFolder, summary: RunSummary, folder: Path, note: Note) -> None:
     """Write PEFT's files, and mlx-lm's beside them where its form can hold this adapter."""
     export(run.path, folder, format="peft")
-    _name_base(folder / peft.CONFIG, "base_model_name_or_path", summary.base.name)
     try:
         export(run.path, folder / _MLX_LM, format="mlx-lm")
     except UserError as error:
         note(f"there will be no files for mlx-lm: {error.what}")
-    else:
-        _name_base(folder / _MLX_LM / mlx_lm.CONFIG, "model", summary.base.name)
+    for file in folder.rglob("*.json"):
+        _name_base(file, name_elsewhere(summary.config.model), summary.base.name)
 
 
-def _name_base(file: Path, key: str, name: str) -> None:
-    """Replace the path of the base on this machine by the name that others know it by."""
-    write_file(file, to_json(read_json(file) | {key: name}))
+def _name_base(file: Path, path: str, name: str) -> None:
+    """Where a file of settings names the base by its path on this machine, replace that by the name that others know it by."""
+    settings = read_json(file)
+    write_file(file, to_json({key: name if value == path else value for key, value in settings.items()}))
 
 
 def _refuse_home(folder: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json
 from mlx_sft.safetensors_file import open_safetensors
@@ -97,3 +99,16 @@ def _is_name(name: object) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a file, evaluated; its header is checked before anything is mapped.
+
+    Raises `UserError` where the header is damaged, and `ValueError` or `RuntimeError` where the rest is.
+    """
+    open_safetensors(path)
+    arrays = mx.load(str(path))
+    if not isinstance(arrays, dict):
+        raise ValueError(f"{path.name} holds no named arrays")
+    mx.eval(arrays)
+    return arrays

@@ -12,12 +12,12 @@ import mlx.nn as nn
 from mlx_sft.config import TrainConfig, option_name
 from mlx_sft.console import Console
 from mlx_sft.convert.adapted import attach_trained
-from mlx_sft.convert.peft import CONFIG as ADAPTER_CONFIG
-from mlx_sft.convert.peft import read_adapter
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
 from mlx_sft.methods import LoraSettings, Method, Parameters, make_method
 from mlx_sft.methods.lora import resolve_targets
+from mlx_sft.methods.peft_files import CONFIG as ADAPTER_CONFIG
+from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.identity import continued_config, with_full_paths

@@ -21,7 +21,7 @@ from mlx_sft.convert import merge
 from mlx_sft.convert.adapted import load_run
 from mlx_sft.convert.export import export
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.peft import read_adapter
+from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.convert.trained import save_trained
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Full

@@ -14,7 +14,7 @@ import pytest
 from mlx_lm import load
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
-from mlx_sft.convert.mlx_lm import read_adapter, write_adapter
+from mlx_sft.methods.mlx_lm_files import read_adapter, write_adapter
 from mlx_sft.methods.lora import LoraSettings
 
 

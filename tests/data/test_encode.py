@@ -31,7 +31,6 @@ from mlx_sft.errors import UserError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 MESSAGES = [{"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Hé 👩‍👩‍👧‍👦"}]
-QWEN3 = Path(__file__).parents[2] / ".." / "shared" / "tokenizers" / "qwen3"
 
 
 def only(examples: list[Example]) -> Example:
@@ -196,9 +195,8 @@ def test_examples_are_equal_in_content_only_with_equal_tokens_and_weights() -> N
     assert len({example.digest() for example in different}) == 3
 
 
-@pytest.mark.skipif(not QWEN3.is_dir(), reason="the real Qwen 3 tokenizer is not here")
-def test_the_real_qwen3_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(QWEN3)
+def test_the_real_qwen3_tokenizer(neighbour: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"))
     token_ids, mask = encode_conversation(tokenizer, MESSAGES)
     assert token_ids == tokenizer.apply_chat_template(MESSAGES, return_dict=False)
     assert learnt(tokenizer, token_ids, mask) == "<think>\n\n</think>\n\nHé 👩‍👩‍👧‍👦<|im_end|>"

@@ -18,7 +18,6 @@ from mlx_sft.data.store.packing import PackedRow, pack
 from mlx_sft.errors import USAGE, UserError
 
 WriteRows = Callable[..., str]
-SHARED = Path(__file__).parents[2] / ".." / "shared"
 
 
 def chat(question: str, answer: str = "yes") -> dict[str, str]:
@@ -490,10 +489,9 @@ def test_the_report_adds_up_and_is_json(tokenizer: PreTrainedTokenizerFast, long
     assert len(report["sources"][0]["sha256"]) == 64
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows and the real Qwen 3 tokenizer are not here")
-def test_the_wwdc25_rows_under_the_real_qwen3_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3")
-    data = str(SHARED / "data" / "wwdc25-superbowl.jsonl")
+def test_the_wwdc25_rows_under_the_real_qwen3_tokenizer(neighbour: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"))
+    data = str(neighbour("data/wwdc25-superbowl.jsonl"))
     prepared = run(tokenizer, data)
     whole = prepared.report.train
     assert whole.rows == 1800

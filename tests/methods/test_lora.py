@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.peft import our_name
+from mlx_sft.methods.peft_files import our_name
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Lora, LoraSettings, make_method
 from mlx_sft.methods.lora import DoraLinear, LoraLinear, detach, put_back, resolve_targets

@@ -15,7 +15,6 @@ import mlx.core as mx
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import printable
 from mlx_sft.convert.export import check_target
-from mlx_sft.convert.peft import read_adapter, write_adapter
 from mlx_sft.data.batches import Plan, Step
 from mlx_sft.data.example import Example
 from mlx_sft.data.prepare import PreparedData, prepare
@@ -23,6 +22,7 @@ from mlx_sft.data.store import Examples
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json, write_file, write_folder
 from mlx_sft.methods import Lora, Parameters
+from mlx_sft.methods.peft_files import read_adapter, write_adapter
 from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
 from mlx_sft.model.names import EXPERTS_PART
 from mlx_sft.model.outline import outline

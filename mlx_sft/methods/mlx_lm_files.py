@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
-from mlx_sft.methods.lora import MAGNITUDE, LoraSettings
+from mlx_sft.methods.lora_settings import MAGNITUDE, LoraSettings
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
 CONFIG = "adapter_config.json"

@@ -16,11 +16,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.convert.peft import base_model_name, read_adapter, write_adapter
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import free_folder, write_folder
-from mlx_sft.methods import LoraSettings, Parameters
-from mlx_sft.methods.lora import HALVES
+from mlx_sft.methods import Parameters
+from mlx_sft.methods.lora_settings import HALVES, LoraSettings
+from mlx_sft.methods.peft_files import base_model_name, read_adapter, write_adapter
 from mlx_sft.run_folder import RunFolder
 
 Method = Literal["linear", "cat", "svd"]
@@ -167,10 +167,10 @@ def _settings(parameters: Parameters, modules: list[str]) -> LoraSettings:
     own = {module: rank for module, rank in ranks.items() if rank != usual}
     return LoraSettings(
         rank=usual,
-        alpha=usual,
+        alpha=float(usual),
         dropout=0.0,
         rslora=False,
-        targets=tuple(modules),
+        target=modules,
         init="kaiming",
         rank_pattern=own,
         alpha_pattern={module: float(rank) for module, rank in own.items()},

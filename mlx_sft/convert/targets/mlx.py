@@ -1,4 +1,4 @@
-"""A model as a folder that mlx-lm opens, quantized or not. Knows nothing of training; what quantizing takes, it tells.
+"""A model as a folder that mlx-lm opens, quantized or not; what quantizing takes from a trained weight is told.
 
 `config.json` says each setting in the form that mlx-lm reads, and in transformers'.
 """
@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import save_config, save_model
 
-from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import load_run
 from mlx_sft.convert.hf import Checkpoint, copy_side_files
-from mlx_sft.convert.merge import stored_parts
-from mlx_sft.convert.trained import load_trained
-from mlx_sft.convert.verify import Merging
+from mlx_sft.convert.merge import Merging
+from mlx_sft.convert.stored import stored_parts
+from mlx_sft.convert.targets import MergeSettings
+from mlx_sft.convert.targets.merged import Merged
+from mlx_sft.convert.verify import Verification
 from mlx_sft.files import free_folder, refuse_full_disk, write_folder
+from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
 from mlx_sft.model.translate import translate_config
 from mlx_sft.safetensors_file import read_float32
-
-LOST_LIMIT = 1.0
-"""Where quantizing moves a weight by more than training did, what training did to it is no longer told from noise."""
 
 
 def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: str | None = None) -> Path:
@@ -50,21 +48,40 @@ def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: s
     return target
 
 
-def to_mlx(folder: Path, merging: Merging, quantization: str | None) -> dict[str, float]:
-    """Turn a merged checkpoint into a folder for mlx-lm, in its place.
+class MlxSettings(MergeSettings):
+    """Options of the export format `mlx`."""
 
-    Returns:
-        Where it is quantized, for each weight that training changed: the norm of what quantizing moved it by, beside that of what
-        training did. Both are compared with the base as quantized in the same way.
-    """
-    merged = folder / "merged"
-    inside = list(folder.iterdir())
-    merged.mkdir()
-    for file in inside:
-        file.rename(merged / file.name)
-    _write(load_model(str(merged), "stored"), folder, quantization)
-    shutil.rmtree(merged)
-    return {} if quantization is None else _lost(merging, QUANTIZATIONS[quantization])
+    quantize: Literal["4", "8", "mxfp4"] | None = None
+    """Quantize after the merge."""
+
+
+class Mlx(Merged):
+    """The export format `mlx`: what is merged, as mlx-lm writes it."""
+
+    name: ClassVar = "mlx"
+    summary: ClassVar = "the same as mlx-lm writes it, quantized or not"
+    Settings: ClassVar = MlxSettings
+
+    def needed_bytes(self) -> int:
+        return 2 * super().needed_bytes()
+
+    def write(self, folder: Path) -> None:
+        """The merged checkpoint, compared with what was trained, and then written anew in mlx-lm's form in its place."""
+        super().write(folder)
+        self._verification = super().verify(folder) if self.export.verify else None
+        merged = folder / "merged"
+        inside = list(folder.iterdir())
+        merged.mkdir()
+        for file in inside:
+            file.rename(merged / file.name)
+        quantize = self.settings.quantize
+        _write(load_model(str(merged), "stored"), folder, quantize)
+        shutil.rmtree(merged)
+        if quantize is not None:
+            self.lost = _lost(self._written or self.merging(), QUANTIZATIONS[quantize])
+
+    def verify(self, folder: Path) -> Verification | None:  # type: ignore[override]
+        return self._verification
 
 
 def _write(loaded: LoadedModel, folder: Path, quantization: str | None) -> None:
@@ -107,7 +124,11 @@ _OF_THE_WHOLE = (
 
 
 def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
-    method, parameters = load_trained(merging.run, TrainConfig.resolve(merging.run.config).method)
+    """For each weight that training changed: the norm of what quantizing moved it by, beside that of what training did.
+
+    Both are compared with the base as quantized in the same way.
+    """
+    method, parameters = load_trained(merging.run, merging.config)
     lost: dict[str, float] = {}
     trained_on = load_run(merging.run.path, base=True, dtype="float32").model if merging.dequantized else None
     weights = weights_by_name(trained_on) if trained_on is not None else {}

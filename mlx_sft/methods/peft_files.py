@@ -6,7 +6,7 @@ adapter_model.safetensors   base_model.model.<module>.lora_A.weight [r, in] and 
                             .lora_magnitude_vector [out]
 ```
 Each expert of a layer has its own, as it has a module of its own in transformers 4; PEFT puts them together for transformers 5.
-Equal adapters give byte-identical files. Knows nothing of models: whether an adapter fits one is for others to say.
+Equal adapters give byte-identical files. Whether an adapter fits a model is for `attach_trained` to say.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
-from mlx_sft.methods.lora import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.model.names import EXPERTS_PART, expert_name, split_expert
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
@@ -198,12 +198,13 @@ def _to_settings(config: dict[str, Any], modules: list[str], where: Path) -> Lor
     if dropout is None or not 0 <= dropout < 1:
         what = f"lora_dropout is {config['lora_dropout']!r}, and must be from 0 to below 1"
         raise UserError(what, where=str(where))
-    return LoraSettings(
+    # Unchecked: what training would refuse (an alpha of 0) can still be read, merged and generated with.
+    return LoraSettings.model_construct(
         rank=_rank(config.get("r"), "r", where),
         alpha=alpha,
         dropout=dropout,
         rslora=_truth(config, "use_rslora", where),
-        targets=_targets(config, sorted({_together(module) for module in modules})),
+        target=list(_targets(config, sorted({_together(module) for module in modules}))),
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         dora=_truth(config, "use_dora", where),
         rank_pattern=_pattern(config, "rank_pattern", modules, _rank, where),
