@@ -88,6 +88,11 @@ class Method:
 
     # Training
 
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether `bind` is to be given a random key in training."""
+        return False
+
     def attach(self, model: nn.Module, seed: int) -> Parameters:
         """Prepare a frozen model and return the parameters as training starts with them; raises `UserError` where it cannot."""
         raise NotImplementedError
@@ -168,7 +173,7 @@ class Method:
         stated = read_json(folder / _SETTINGS).get("base_model")
         return stated if isinstance(stated, str) else ""
 
-    def decides(self) -> dict[str, Any]:
+    def decides(self, where: Path) -> dict[str, Any]:
         """The settings that a result on disk decides over when training starts from it; raises `UserError` where it cannot start."""
         return self.settings.model_dump()
 

@@ -73,6 +73,10 @@ class Lora(Method):
         super().__init__(settings)
         self.modules: dict[str, LoraLinear] = {}
 
+    @property
+    def uses_dropout(self) -> bool:
+        return self.settings.dropout > 0
+
     def attach(self, model: nn.Module, seed: int) -> Parameters:
         """Wrap the target modules; A starts random from `seed`, B at zero.
 
@@ -162,11 +166,10 @@ class Lora(Method):
     def base_model(cls, folder: Path) -> str:
         return base_model_name(folder)
 
-    def decides(self) -> dict[str, Any]:
+    def decides(self, where: Path) -> dict[str, Any]:
         if min(self.settings.alpha, *self.settings.alpha_pattern.values(), 1.0) <= 0:
-            raise UserError(
-                "its alpha is not above 0, so that it could not be trained", hint="start from another adapter"
-            )
+            what = "its alpha is not above 0, so that it could not be trained"
+            raise UserError(what, where=str(where), hint="start from another adapter")
         return self.settings.model_dump(exclude={"dropout", "init"})
 
     def agrees(self, model: nn.Module, name: str, given: Any) -> bool:

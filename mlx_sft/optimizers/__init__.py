@@ -10,6 +10,7 @@ import mlx.optimizers as optim
 from pydantic import Field
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.optimizers.gradients import Arrays, parts
 from mlx_sft.registry import OPTIMIZERS
 from mlx_sft.settings import Settings as NoSettings
@@ -94,6 +95,11 @@ class Optimizer:
                 mx.eval([optimizer.state[name] for name in part])  # first, so that the gradients are gone
                 mx.eval([updated[name] for name in part])
         return {name: updated[name] for name in parameters}
+
+    def take_up(self, first: Arrays, second: Arrays, steps: int) -> None:
+        """Go on with the two moments of an AdamW elsewhere; raises `UserError` for an optimizer that has others."""
+        what = f"--optimizer {self.name} cannot go on with the moments of AdamW"
+        raise UserError(what, hint="leave --optimizer out", exit_code=USAGE)
 
     @property
     def state(self) -> list[dict[str, Any]]:

@@ -69,36 +69,92 @@ from mlx_sft.training.step import Learner
 from mlx_sft.training.stopping import StopRequest
 
 
+@dataclass(frozen=True)
+class Given:
+    """What `train` was given beside the configuration; see there."""
+
+    data: Any = None
+    valid: Any = None
+    model: Any = None
+    tokenizer: Any = None
+    callbacks: tuple[Callback, ...] = ()
+
+
 @dataclass
 class Job:
-    """A run that is ready to take its next step."""
+    """A run that is ready to take its next step; callbacks see it as a `TrainingRun`."""
 
     config: TrainConfig
     run: RunFolder
     base: LoadedModel
     split: SplitModel
     method: Method
-    learner: Learner
+    gradient_computer: GradientComputer
     plan: Plan
     data: PreparedData
     parameters: Parameters
-    optimizer: AdamW
+    optimizer: Optimizer
+    callbacks: Callbacks
     identity: dict[str, str]
     progress: Progress
     console: Console
-    fit: Fit
+    memory: MemoryPlan
     predicted: Prediction
     disk: DiskNeed
     request: StopRequest = field(default_factory=StopRequest)
+    stop_reason: str | None = None
+    went_back: bool = False
 
     @property
-    def choice(self) -> Choice:
+    def settings(self) -> BatchSettings:
         """How its steps are computed now."""
-        return self.fit.choice
+        return self.memory.settings
 
     def learning_rate(self, step: Step) -> float:
         """That of the schedule, or what rollbacks have left of it."""
         return learning_rate(self.config, step.number, self.plan.total_steps) * self.progress.rate_factor
+
+    # As callbacks see it
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.run
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def total_steps(self) -> int:
+        return self.plan.total_steps
+
+    @property
+    def model(self) -> nn.Module:
+        return self.base.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.base.tokenizer
+
+    def emit(self, record: Record) -> None:
+        self.callbacks.emit(self, record)
+
+    def stop(self, reason: str) -> None:
+        self.stop_reason = reason
+        self.progress = self.progress.after(stopped_of=self.plan.total_steps)
+
+    def suspect(self, steps: int) -> None:
+        self.progress = self.progress.after(suspect=steps)
+
+    def go_back(self, step: int, *, rate_factor: float) -> None:
+        checkpoint.remove_after(self.run, step)
+        seed = self.config.seed
+        progress, self.parameters, states = checkpoint.load(
+            self.run, self.parameters, self.optimizer, self.identity, seed=seed
+        )
+        self.progress = progress.after(rate_factor=rate_factor)
+        self.callbacks.load_state(states)
+        self.went_back = True
 
 
 def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = None) -> Job:

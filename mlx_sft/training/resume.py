@@ -1,6 +1,6 @@
 """What makes a run the run that it is: its settings, data and model. A continuation with others is refused by name.
 
-Knows nothing of checkpoints or steps.
+Whether a setting may be given anew with `--resume` stands on its field (`OnResume`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.config import TrainConfig, option_name, owners_of, public_name
 from mlx_sft.data.files import split_weight
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json, to_json, user_path, write_file
 from mlx_sft.model.load import checkpoint_fingerprint
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.settings import OnResume, on_resume
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
 _NEW_RUN = "start a new run with `mlx-sft train --config` on its config.yaml"
@@ -29,47 +30,39 @@ _SHORTER = "a run can be given more of them, not fewer, and not one instead of t
 
 CONFIG_HEADER = "# mlx-sft train --config config.yaml\n"
 
-_HOW_COMPUTED = {"micro_batch_tokens", "grad_checkpoint", "head_chunk", "memory_limit"}
-"""Settings that change nothing but the last bits."""
-
-_MAY_GROW = ("epochs", "max_steps")
-REVISED = {*_MAY_GROW, "on_divergence"}
-"""Settings that a continuation may give anew; they change nothing of what was done before it."""
-
-_NOT_THE_RESULT = _HOW_COMPUTED | {
-    "out", "resume", "quiet", "json_lines", "keep", "data_workers", "data_cache", "allow_lost_rows",
-}  # fmt: skip
-"""Settings that may differ between a run and its continuation."""
-
-
 def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
     """The run's own configuration; whatever else was given must agree with it."""
     saved = TrainConfig.resolve(run.config)
     full = with_full_paths(given)
-    for field in sorted(given.model_fields_set - _NOT_THE_RESULT):
+    anew = _marked(given, OnResume.FREE)
+    for field in sorted(given.model_fields_set - anew - _marked(given, OnResume.COMPUTED)):
+        if field not in type(saved).model_fields:
+            what = f"{option_name(field)} is a setting of {_owners_said(field)}, which this run does not have"
+            raise UserError(what, where=str(run.config), hint="leave it out to resume", exit_code=USAGE)
         before, now = getattr(saved, field), getattr(full, field)
         if field == "chat_template_kwargs":
             now = before | now  # the run added the day on which it began
-        if now not in ("auto", None) and not _agrees(field, before, now):
+        if now not in ("auto", None) and not _agrees(saved, field, before, now):
             raise UserError(
                 f"{option_name(field)} {now} differs from the run's {before}",
                 where=str(run.config),
-                hint=_SHORTER if field in _MAY_GROW else "leave it out to resume, or start a new run",
+                hint=_SHORTER if field in _marked(saved, OnResume.GROWS) else "leave it out to resume, or start a new run",
                 exit_code=USAGE,
             )
     if given.out is not None and user_path(given.out).resolve() != run.path.resolve():
         what = "--out names another folder than --resume"
         raise UserError(what, where=given.out, hint="leave it out to resume", exit_code=USAGE)
-    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & {"keep", "data_workers", "data_cache"})
-    revised = {name: value for name in REVISED & given.model_fields_set if (value := getattr(given, name)) is not None}
+    names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & anew - {"out"})
+    revised = {name: getattr(given, name) for name in given.model_fields_set & _revised(given)}
+    revised = {name: value for name, value in revised.items() if value is not None}
     return saved.model_copy(update={name: getattr(given, name) for name in names} | revised | computed_anew(given))
 
 
-def continued_config(given: TrainConfig, twin: RunFolder) -> TrainConfig:
-    """The configuration of a new run that goes on where a twin stopped; as for a resumed one, others given must agree with it."""
+def continued_config(given: TrainConfig, trl: RunFolder) -> TrainConfig:
+    """The configuration of a new run that goes on where a TRL export stopped; as for a resumed one, others given must agree with it."""
     asked = given.model_copy(update={"out": None, "resume_from_peft": None})
-    place = {"out": given.out, "resume_from_peft": str(twin.path), "init_adapter": None}
-    return resumed_config(asked, twin).model_copy(update=place)
+    place = {"out": given.out, "resume_from_peft": str(trl.path), "init_adapter": None}
+    return resumed_config(asked, trl).model_copy(update=place)
 
 
 def record_revision(run: RunFolder, config: TrainConfig) -> None:
@@ -78,7 +71,7 @@ def record_revision(run: RunFolder, config: TrainConfig) -> None:
     `config.yaml` comes first: where a crash left it alone with the news, they are as if they had been given once more.
     """
     saved = TrainConfig.resolve(run.config)
-    news = {name: getattr(config, name) for name in REVISED}
+    news = {name: getattr(config, name) for name in sorted(_revised(config))}
     if any(getattr(saved, name) != value for name, value in news.items()):
         write_file(run.config, saved.model_copy(update=news).to_yaml(CONFIG_HEADER))
     began = read_json(run.environment, hint=_NEW_RUN)
@@ -89,7 +82,7 @@ def record_revision(run: RunFolder, config: TrainConfig) -> None:
 
 def computed_anew(given: TrainConfig) -> dict[str, Any]:
     """How a continuation is to be computed, where that is given with it; under another limit all of that is chosen anew."""
-    anew = {name: getattr(given, name) for name in _HOW_COMPUTED & given.model_fields_set}
+    anew = {name: getattr(given, name) for name in _marked(given, OnResume.COMPUTED) & given.model_fields_set}
     chosen = {"micro_batch_tokens": None, "grad_checkpoint": "auto", "head_chunk": None}
     return chosen | anew if "memory_limit" in anew else anew
 
@@ -112,7 +105,7 @@ def _full_path(name: str) -> str:
 
 def identity_of(config: TrainConfig, data: PreparedData, path: Path) -> dict[str, str]:
     """Hashes of what decides the result."""
-    lasting = {name: value for name, value in _result_settings(config).items() if name not in REVISED}
+    lasting = {name: value for name, value in _result_settings(config).items() if name not in _revised(config)}
     settings = json.dumps(lasting, sort_keys=True)
     return {
         "config": hashlib.sha256(settings.encode()).hexdigest(),
@@ -125,7 +118,7 @@ def refuse_changes(run: RunFolder, config: TrainConfig, data: PreparedData, iden
     """Raise `UserError` naming what is not as it was when the run began."""
     before, known = _as_it_began(run)
     settings = _result_settings(config)
-    changed = [public_name(name) for name in settings if not _agrees(name, before.get(name), settings[name])]
+    changed = [public_name(name) for name in settings if not _agrees(config, name, before.get(name), settings[name])]
     if changed:
         hint = "put it back as it was, or start a new run with `mlx-sft train --config`"
         what = f"{', '.join(changed)} changed since the run began"
@@ -151,11 +144,26 @@ def _as_it_began(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, identity
 
 
-def _agrees(name: str, before: Any, now: Any) -> bool:
+def _marked(config: TrainConfig, *marks: OnResume) -> set[str]:
+    """The settings of a configuration that a continuation may give anew in one of these ways."""
+    return {name for name, info in type(config).model_fields.items() if on_resume(info) in marks}
+
+
+def _revised(config: TrainConfig) -> set[str]:
+    """The settings that a continuation may give anew and that hold from then on; they change nothing of what was done before."""
+    return _marked(config, OnResume.GROWS, OnResume.REVISED)
+
+
+def _agrees(config: TrainConfig, name: str, before: Any, now: Any) -> bool:
     """Whether a setting is as it was, or is one that may have been given anew."""
-    if name in _MAY_GROW and isinstance(before, int) and isinstance(now, int):
+    mark = on_resume(type(config).model_fields[name])
+    if mark is OnResume.GROWS and isinstance(before, int) and isinstance(now, int):
         return now >= before
-    return name == "on_divergence" or now == before
+    return mark is OnResume.REVISED or now == before
+
+
+def _owners_said(field: str) -> str:
+    return " and ".join(f"{option_name(kind)} {name}" for kind, name in owners_of(field))
 
 
 def differences(run: RunFolder, config: TrainConfig) -> list[str]:
@@ -167,7 +175,7 @@ def differences(run: RunFolder, config: TrainConfig) -> list[str]:
     if began.get("device") != now["device"]:
         changed.append("the device")
     saved = TrainConfig.resolve(run.config)
-    for field in sorted(_HOW_COMPUTED):
+    for field in sorted(_marked(config, OnResume.COMPUTED)):
         if getattr(config, field) != getattr(saved, field):
             changed.append(f"{option_name(field)} {getattr(saved, field)} → {getattr(config, field)}")
     return changed
@@ -188,4 +196,4 @@ def _machine() -> dict[str, Any]:
 
 
 def _result_settings(config: TrainConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=_NOT_THE_RESULT)
+    return config.model_dump(mode="json", exclude=_marked(config, OnResume.FREE, OnResume.COMPUTED))
