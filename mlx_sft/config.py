@@ -180,8 +180,9 @@ class TrainConfig(Settings):
     @classmethod
     def _known_entry(cls, value: str, info: ValidationInfo) -> str:
         registry = FORMATS if info.field_name == "format" else _CHOOSING[str(info.field_name)]
-        if value not in registry and not (info.field_name == "format" and value == "auto"):
-            raise ValueError("; ".join(filter(None, [str(registry.unknown(value).what), registry.unknown(value).hint])))
+        known = registry.names() + (["auto"] if info.field_name == "format" else [])
+        if value not in known:
+            raise ValueError(f"there is {', '.join(known)}")
         return value
 
     @field_validator("quantize", mode="before")
@@ -239,7 +240,7 @@ class TrainConfig(Settings):
             raise ValueError(f"not JSON: {error}") from error
 
     @model_validator(mode="after")
-    def _agree(self) -> TrainConfig:
+    def _common_settings_agree(self) -> TrainConfig:
         if self.valid is not None and self.valid_fraction > 0:
             raise ValueError("valid and valid_fraction exclude each other; give one")
         if not METHODS[self.method].frozen_base:
@@ -257,6 +258,7 @@ class TrainConfig(Settings):
     def resolve(cls, file: str | Path | None = None, **options: Any) -> TrainConfig:
         """The configuration from a YAML file, overlaid with options; raises `UserError` for what cannot be."""
         settings = (read_yaml(Path(file)) if file else {}) | options
+        settings = _choices_of(settings.get("resume")) | settings
         try:
             config = cls(**settings)
             config.require_data()
@@ -305,11 +307,32 @@ def composed(chosen: dict[str, Any]) -> type[TrainConfig]:
 @cache
 def _joined(*owners: type[Settings]) -> type[TrainConfig]:
     taken: dict[str, type[Settings]] = dict.fromkeys(TrainConfig.model_fields, TrainConfig)
+    validators = _validators(TrainConfig)
     for owner in owners:
         if clash := next((name for name in owner.model_fields if name in taken), None):
             raise TypeError(f"{owner.__name__} and {taken[clash].__name__} both have a setting named {clash}")
+        if lost := _validators(owner) & validators:
+            raise TypeError(
+                f"{owner.__name__} needs another name for its validator {lost.pop()}: another class has one of this name"
+            )
         taken |= dict.fromkeys(owner.model_fields, owner)
+        validators |= _validators(owner)
     return create_model("TrainConfig", __base__=(TrainConfig, *owners), __module__=__name__)
+
+
+def _validators(owner: type[Settings]) -> set[str]:
+    """The names of the validators that a class defines itself."""
+    found = owner.__pydantic_decorators__
+    return {*found.field_validators, *found.model_validators} & vars(owner).keys()
+
+
+def _choices_of(run: Any) -> dict[str, Any]:
+    """The entries that a resumed run has chosen, so that their settings can be given with it; empty for a folder that is no run."""
+    file = Path(run) / "config.yaml" if isinstance(run, str) else None
+    if file is None or not file.is_file():
+        return {}
+    saved = read_yaml(file)
+    return {name: saved[name] for name in _CHOOSING if name in saved}
 
 
 def _rebuilt(settings: dict[str, Any], given: set[str]) -> TrainConfig:
@@ -343,17 +366,18 @@ def sections(config: TrainConfig | None = None) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     listed: set[str] = set()
+    owned = list(entry_settings())
     for field in TrainConfig.model_fields:
         if field in SECTIONS:
             title = SECTIONS[field]
         found.setdefault(title, []).append(field)
-        for kind, name, owner in entry_settings():
-            own = [
-                n for n in owner.model_fields if n not in listed and (config is None or n in type(config).model_fields)
-            ]
-            if kind == field and own:
-                found.setdefault(title if kind == "callbacks" else f"{title}: {name}", []).extend(own)
-                listed.update(own)
+        for owner in (owner for kind, _, owner in owned if kind == field):
+            for own in owner.model_fields:
+                if own in listed or (config is not None and own not in type(config).model_fields):
+                    continue
+                names = ", ".join(name for _, name, other in owned if own in other.model_fields)
+                found.setdefault(title if field == "callbacks" else f"{title}: {names}", []).append(own)
+                listed.add(own)
     return found
 
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.batches import Batch
-from mlx_sft.data.example import Example
-from mlx_sft.data.formats import Item
 from mlx_sft.registry import OBJECTIVES
 from mlx_sft.settings import Settings as NoSettings
+
+if TYPE_CHECKING:  # the data room takes a second to import, and the settings of an objective are asked for before it
+    from mlx_sft.data.batches import Batch
+    from mlx_sft.data.example import Example
+    from mlx_sft.data.formats import Item
 
 ENTRIES = {
     "sft": "mlx_sft.objectives.sft:SFT",

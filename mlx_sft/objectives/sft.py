@@ -6,12 +6,14 @@ The mean is over the step, not over micro-batches, so that a step's update is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mlx_sft.data.batches import Batch
 from mlx_sft.objectives import LogProbs, Objective, Weighting
+
+if TYPE_CHECKING:
+    from mlx_sft.data.batches import Batch
 
 
 class SFT(Objective):

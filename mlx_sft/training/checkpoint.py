@@ -25,7 +25,7 @@ from mlx_sft.methods import Parameters
 from mlx_sft.model.weights import load_arrays
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.safetensors_file import open_safetensors, write_arrays
+from mlx_sft.safetensors_file import write_arrays
 from mlx_sft.training.recompute import Mode
 
 _PARAMETERS = "parameters.safetensors"

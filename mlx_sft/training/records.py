@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from io import FileIO
-from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_sft.data.batches import Batch, Step
 from mlx_sft.data.store import Examples
-from mlx_sft.files import disk_errors, sync
 from mlx_sft.training.callbacks import Record
 from mlx_sft.training.step import Evaluation
+
 
 def step_record(
     step: Step,

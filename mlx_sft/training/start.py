@@ -17,7 +17,6 @@ from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.identity import continued_config, with_full_paths
-from mlx_sft.training.optim import AdamW
 
 
 def resumed_run(path: str) -> RunFolder:

@@ -14,7 +14,9 @@ from transformers import (
 from transformers.training_args import TrainingArguments
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.training.optim import AdamW, clip, global_norm, learning_rate
+from mlx_sft.optimizers import make_optimizer
+from mlx_sft.optimizers.gradients import clip, global_norm
+from mlx_sft.training.schedule import learning_rate
 
 SHAPES = {"a.weight": (4, 3), "norm.weight": (5,), "b.weight": (2, 2)}
 
@@ -66,7 +68,7 @@ def test_ten_steps_are_torchs_with_decay_for_some() -> None:
     ]
     theirs = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-6)
     parameters = _mlx(start)
-    ours = AdamW(config, parameters, _decayed)
+    ours = make_optimizer(config, parameters, _decayed)
     for step in range(1, 11):
         # Small gradients, too: there epsilon and the correction of the bias show.
         gradients = _arrays(step, scale=10.0 ** (-step))
@@ -87,20 +89,20 @@ def test_ten_steps_are_torchs_with_decay_for_some() -> None:
 def test_the_first_step_moves_by_the_rate() -> None:
     """With bias correction; without it, the first update would be three times as large."""
     parameters = {"w": mx.array([0.0, 0.0])}
-    updated = AdamW(_config(), parameters, _decayed).update(parameters, {"w": mx.array([1e-3, -1e3])}, 0.5)
+    updated = make_optimizer(_config(), parameters, _decayed).update(parameters, {"w": mx.array([1e-3, -1e3])}, 0.5)
     np.testing.assert_allclose(np.array(updated["w"]), [-0.5, 0.5], rtol=1e-4)
 
 
 def test_a_state_goes_into_a_file_and_comes_back() -> None:
     config = _config(weight_decay=0.1)
     parameters = _mlx(_arrays(0))
-    before = AdamW(config, parameters, _decayed)
+    before = make_optimizer(config, parameters, _decayed)
     for step in (1, 2, 3):
         parameters = before.update(parameters, _mlx(_arrays(step)), 0.1)
     flat = before.flat_state()
     assert {name for name, array in flat.items() if not isinstance(array, mx.array)} == set()
 
-    again = AdamW(config, _mlx(_arrays(9)), _decayed)
+    again = make_optimizer(config, _mlx(_arrays(9)), _decayed)
     again.load_flat_state(dict(flat))
 
     assert again.flat_state().keys() == flat.keys()
@@ -110,9 +112,9 @@ def test_a_state_goes_into_a_file_and_comes_back() -> None:
 
 def test_a_state_of_other_parameters_is_refused() -> None:
     config = _config()
-    state = AdamW(config, {"w": mx.ones(1)}, _decayed).flat_state()
+    state = make_optimizer(config, {"w": mx.ones(1)}, _decayed).flat_state()
     with pytest.raises(KeyError):
-        AdamW(config, {"v": mx.ones(1)}, _decayed).load_flat_state(state)
+        make_optimizer(config, {"v": mx.ones(1)}, _decayed).load_flat_state(state)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1.0, 1e6])
