@@ -16,7 +16,7 @@ from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_sft.convert.export import export
-    from mlx_sft.convert.push import push
+    from mlx_sft.convert.publish import push
     from mlx_sft.evaluate import evaluate_run
     from mlx_sft.generate import generate_text, stream_text
     from mlx_sft.load import load_run
@@ -47,7 +47,7 @@ _HOMES = {
     "generate_text": "mlx_sft.generate",
     "load_model": "mlx_sft.model.load",
     "load_run": "mlx_sft.load",
-    "push": "mlx_sft.convert.push",
+    "push": "mlx_sft.convert.publish",
     "stream_text": "mlx_sft.generate",
     "train": "mlx_sft.training.loop",
 }

@@ -215,7 +215,7 @@ def push(run: str, repo: str, **options: Any) -> None:
     RUN is the run folder. The last line on stdout is the address. The token is that of `hf auth login`, or HF_TOKEN.
     """
     from mlx_sft.console import Console
-    from mlx_sft.convert.push import push
+    from mlx_sft.convert.publish import push
 
     console = Console()
     result = push(run, repo, note=console.note, **options)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mlx_sft.convert.card import model_card
-from mlx_sft.convert.facts import run_facts
+from mlx_sft.convert.model_card import model_card, run_summary
 from mlx_sft.errors import UserError
 from mlx_sft.files import disk_errors, write_file
 from mlx_sft.model.load import name_elsewhere
@@ -49,8 +48,8 @@ def finish(job: Job) -> None:
     elif job.run.last.exists():  # of when the run was shorter
         with disk_errors(job.run.last):
             shutil.rmtree(job.run.last)
-    facts = run_facts(job.run, job.config, job.data.report.to_json())
-    write_file(job.run.card, model_card(facts))
+    summary = run_summary(job.run, job.config, job.data.report.to_json())
+    write_file(job.run.card, model_card(summary))
 
 
 def _result(job: Job) -> Path:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from mlx_sft.convert.model_card import base_revision
+from mlx_sft.convert.base_info import base_info
 from mlx_sft.convert.targets import Target
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import folder_bytes
@@ -38,7 +38,7 @@ class Peft(AdapterAlone):
     def write(self, folder: Path) -> None:
         run, config = self.export.run, self.export.config
         method, parameters = load_trained(run, config)
-        method.write(folder, parameters, name_elsewhere(config.model), base_revision(run, config))
+        method.write(folder, parameters, name_elsewhere(config.model), base_info(run, config).revision)
 
     def verify(self, folder: Path) -> None:
         method, parameters = load_trained(self.export.run, self.export.config)

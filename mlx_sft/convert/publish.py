@@ -1,7 +1,6 @@
-"""The verb: a finished run → a model repository on the Hub, with a card that says what it is.
+"""`mlx-sft push`: a finished run → a model repository on the Hub, with a model card.
 
-What is uploaded is what `export` writes and verifies, in a folder that is gone afterwards. Knows neither how the Hub is spoken to nor
-what a card says.
+What is uploaded is what `export` writes and verifies, in a temporary folder.
 """
 
 from __future__ import annotations
@@ -15,21 +14,20 @@ from pathlib import Path
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
-from mlx_sft.convert import mlx_lm, peft
-from mlx_sft.convert.card import Published, model_card
-from mlx_sft.convert.export import Base, export
-from mlx_sft.convert.facts import Facts, read_facts
+from mlx_sft.convert.export import export
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.hub import Repository, files_of
-from mlx_sft.convert.trained import finished_folder
+from mlx_sft.convert.model_card import Published, RunSummary, model_card, read_run_summary
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import disk_errors, folder_bytes, free_bytes, read_json, refuse_full_disk, to_json, write_file
-from mlx_sft.model.load import CARD, resolve_checkpoint
+from mlx_sft.load import finished_folder
+from mlx_sft.methods import make_method
+from mlx_sft.model.load import CARD, name_elsewhere, resolve_checkpoint
 from mlx_sft.run_folder import RunFolder
 
 Note = Callable[[str], None]
-"""Who is told, in a sentence, what a person may want to know."""
+"""Called with a sentence about what is done now, or what is missing."""
 
 _MLX_LM = "mlx-lm"
 """The folder of a repository that holds the adapter in mlx-lm's files, whose names are partly PEFT's."""
@@ -41,11 +39,11 @@ class PushResult:
 
     Attributes:
         repository: `owner/name`.
-        private: That only its members may see it.
-        files: The bytes of each file, by its path in the repository.
+        private: Whether only its members may see it.
+        files: The size of each file in bytes, by its path in the repository.
         card: The model card.
         verification: How a merged checkpoint compares with the trained model; None for an adapter, which is compared number by number.
-        url: Where it is; None where nothing was uploaded.
+        url: The address of the repository; None where nothing was uploaded.
     """
 
     repository: str
@@ -72,7 +70,7 @@ def push(
     repository: str,
     *,
     adapter_only: bool = False,
-    base: Base = "original",
+    base: str = "original",
     base_model: str | None = None,
     private: bool = False,
     overwrite: bool = False,
@@ -87,10 +85,10 @@ def push(
         adapter_only: The adapter, in PEFT's files and in mlx-lm's, instead of a whole checkpoint with the adapter merged in.
         base: What a run on a quantized base is merged into, as for `export`.
         base_model: The original, where the run's own base is a folder of quantized weights.
-        private: That only its members may see it; a public repository is refused then.
+        private: Only its members may see it; a repository that is public is refused.
         overwrite: Replace what the repository already holds.
-        dry_run: Make and verify everything, upload nothing, and ask no network.
-        note: Told what is done now, and what is missing.
+        dry_run: Make and verify everything, upload nothing, and use no network.
+        note: Called with what is done now, and what is missing.
 
     Raises:
         UserError: If the run has not finished, the written differs from the trained, or the Hub refuses it.
@@ -105,18 +103,22 @@ def push(
         raise UserError(what, hint="leave --base and --base-model out", exit_code=USAGE)
     if not dry_run:
         target.check()
-    facts = read_facts(folder)
-    if not facts.base.licence:
+    summary = read_run_summary(folder)
+    if not summary.base.licence:
         note("the licence of the base is not known here; name it in the card (`license:`) once it is on the Hub")
-    with _workplace(folder, _needed_bytes(folder, base_model or config.model, adapter_only)) as work:
+    if adapter_only:
+        needed = 2 * folder_bytes(finished_folder(folder, config))  # PEFT's files and mlx-lm's
+    else:
+        needed = Checkpoint.open(resolve_checkpoint(base_model or config.model)).size()
+    with _workplace(folder, needed) as work:
         note("writing and verifying what is to be uploaded")
         written, verification = work / "model", None
         if adapter_only:
-            _write_adapter(folder, facts, written, note)
+            _write_adapter(folder, summary, written, note)
         else:
             verification = export(folder.path, written, base=base, base_model=base_model).verification
         published = Published(repository, not adapter_only, _MLX_LM if (written / _MLX_LM).is_dir() else "")
-        card = model_card(facts, published)
+        card = model_card(summary, published)
         write_file(written / CARD, card)
         _refuse_home(written)
         files = {path: file.stat().st_size for path, file in files_of(written).items()}
@@ -132,8 +134,8 @@ def _in_silence(message: str) -> None:
 
 
 def _refuse_unfinished(run: RunFolder, config: TrainConfig, adapter_only: bool) -> None:
-    result = finished_folder(run, config.method)
-    if adapter_only and result != run.adapter:
+    result = finished_folder(run, config)
+    if adapter_only and not make_method(config).frozen_base:
         what, hint = f"a run of --method {config.method} has no adapter", "leave --adapter-only out"
         raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
     if not run.card.is_file():  # which is written last
@@ -142,13 +144,6 @@ def _refuse_unfinished(run: RunFolder, config: TrainConfig, adapter_only: bool) 
             where=str(run.path),
             hint=f"finish it with `mlx-sft train --resume {run.path}`",
         )
-
-
-def _needed_bytes(run: RunFolder, model: str, adapter_only: bool) -> int:
-    """What the folder takes; an adapter is there twice."""
-    if adapter_only:
-        return 2 * folder_bytes(run.adapter)
-    return Checkpoint.open(resolve_checkpoint(model)).size()
 
 
 @contextmanager
@@ -163,25 +158,25 @@ def _workplace(run: RunFolder, needed: int) -> Iterator[Path]:
         yield Path(name)
 
 
-def _write_adapter(run: RunFolder, facts: Facts, folder: Path, note: Note) -> None:
-    """PEFT's files, and mlx-lm's beside them where its form can hold this adapter."""
+def _write_adapter(run: RunFolder, summary: RunSummary, folder: Path, note: Note) -> None:
+    """Write PEFT's files, and mlx-lm's beside them where its form can hold this adapter."""
     export(run.path, folder, format="peft")
-    _name_base(folder / peft.CONFIG, "base_model_name_or_path", facts.base.name)
     try:
         export(run.path, folder / _MLX_LM, format="mlx-lm")
     except UserError as error:
         note(f"there will be no files for mlx-lm: {error.what}")
-    else:
-        _name_base(folder / _MLX_LM / mlx_lm.CONFIG, "model", facts.base.name)
+    for file in folder.rglob("*.json"):
+        _name_base(file, name_elsewhere(summary.config.model), summary.base.name)
 
 
-def _name_base(file: Path, key: str, name: str) -> None:
-    """Where an adapter names the folder of its base, which is on this machine, it names the base as others know it."""
-    write_file(file, to_json(read_json(file) | {key: name}))
+def _name_base(file: Path, path: str, name: str) -> None:
+    """Where a file of settings names the base by its path on this machine, replace that by the name that others know it by."""
+    settings = read_json(file)
+    write_file(file, to_json({key: name if value == path else value for key, value in settings.items()}))
 
 
 def _refuse_home(folder: Path) -> None:
-    """Raise `UserError` where a file of settings, which may be the base's, names a folder of this person's."""
+    """Raise `UserError` where a configuration file, which may be the base's, names a folder in this person's home."""
     home = f"{Path.home()}{os.sep}"
     for file in sorted(folder.rglob("*config.json")):
         if home in file.read_text(encoding="utf-8", errors="replace"):

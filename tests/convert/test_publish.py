@@ -203,7 +203,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def export(*arguments: object, **options: object) -> None:
         raise AssertionError("it has begun")
 
-    monkeypatch.setattr(import_module("mlx_sft.convert.push"), "export", export)
+    monkeypatch.setattr(import_module("mlx_sft.convert.publish"), "export", export)
 
 
 def test_without_a_token_no_work_is_done(logged_out: None, cli: Cli, run: Path, no_work: None) -> None:
@@ -293,7 +293,7 @@ def test_where_no_disk_has_room_it_is_told_before_the_work(
 def test_where_the_runs_disk_is_full_another_is_taken(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    module = import_module("mlx_sft.convert.push")
+    module = import_module("mlx_sft.convert.publish")
     monkeypatch.setattr(module, "free_bytes", lambda path: 0 if path == run.parent else 10**12)
     other = tmp_path / "other"
     other.mkdir()

@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import yaml
 
-from mlx_sft import TrainConfig, train
-from mlx_sft.convert.card import Published, model_card
-from mlx_sft.convert.facts import Base, Data, Facts, Outcome
+from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.convert.base_info import BaseInfo
+from mlx_sft.convert.model_card import DataSummary, Published, RunResult, RunSummary, model_card, read_run_summary
+from mlx_sft.files import to_json
+from mlx_sft.run_folder import RunFolder
 
 NUMBERS = {"rows": 12, "kept": 9, "truncated": 2, "dropped": 2, "bad": 1}
 
-FACTS = Facts(
+SUMMARY = RunSummary(
     config=TrainConfig(data="chats.jsonl", rank=8, alpha=16, seed=7),
-    base=Base("Qwen/Qwen3-0.6B", True, "c" * 40, "qwen3", {"license": "apache-2.0"}),
-    data=Data.model_validate(
+    base=BaseInfo("Qwen/Qwen3-0.6B", True, "c" * 40, "qwen3", {"license": "apache-2.0"}),
+    data=DataSummary.model_validate(
         {
             "totals": NUMBERS,
             "train": {"rows": 8, "tokens": 4321, "supervised_tokens": 1234},
@@ -33,7 +35,7 @@ FACTS = Facts(
             ],
         }
     ),
-    outcome=Outcome(40, 2.0, 30, 1.5, None),
+    result=RunResult(40, 2.0, 30, 1.5, None),
     versions={"mlx-sft": "0.1.0", "mlx": "0.32.4"},
 )
 
@@ -57,6 +59,16 @@ def base_named(base: Path, folder: Path) -> str:
     """A copy of a checkpoint with another name."""
     shutil.copytree(base, folder)
     return str(folder)
+
+
+@pytest.fixture
+def run(settings: dict[str, Any]) -> RunFolder:
+    """A finished run with validation."""
+    return RunFolder(train(TrainConfig(**settings, valid_fraction=0.2)).run_dir)
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(to_json(json.loads(file.read_text()) | changes))
 
 
 # --- of a run -------------------------------------------------------------------------------------------------------------------
@@ -116,7 +128,7 @@ def test_a_card_holds_no_row_of_the_data_and_no_path(settings: dict[str, Any], t
     ("published", "relation", "library"), [(MERGED, "finetune", "transformers"), (ADAPTER, "adapter", "peft")]
 )
 def test_the_hub_is_told_what_it_is(published: Published, relation: str, library: str) -> None:
-    metadata, text = parts(model_card(FACTS, published))
+    metadata, text = parts(model_card(SUMMARY, published))
     assert metadata == {
         "base_model": "Qwen/Qwen3-0.6B",
         "base_model_relation": relation,
@@ -135,8 +147,8 @@ def test_the_hub_is_told_what_it_is(published: Published, relation: str, library
 
 
 def test_a_base_that_is_not_on_the_hub_is_no_metadata() -> None:
-    facts = replace(FACTS, base=Base("my-model", False, None, None, {}))
-    metadata, text = parts(model_card(facts, ADAPTER))
+    summary = replace(SUMMARY, base=BaseInfo("my-model", False, None, None, {}))
+    metadata, text = parts(model_card(summary, ADAPTER))
     assert not metadata.keys() & {"base_model", "base_model_relation", "license"}
     assert "`my-model`" in text
     assert "path/to/the/base" in text
@@ -145,14 +157,14 @@ def test_a_base_that_is_not_on_the_hub_is_no_metadata() -> None:
 
 def test_many_sources_are_counted() -> None:
     sources = [{"name": f"{number}.jsonl", "rows": 1} for number in range(1500)]
-    data = Data.model_validate(FACTS.data.model_dump() | {"sources": sources})
-    _, text = parts(model_card(replace(FACTS, data=data), MERGED))
+    data = DataSummary.model_validate(SUMMARY.data.model_dump() | {"sources": sources})
+    _, text = parts(model_card(replace(SUMMARY, data=data), MERGED))
     assert "`19.jsonl` (rows: 1), and 1,480 more |" in text
 
 
 def test_an_adapter_without_files_for_mlx_lm_does_not_speak_of_them() -> None:
-    assert "mlx_lm" not in model_card(FACTS, replace(ADAPTER, mlx_lm=""))
-    assert "mlx_lm" in model_card(FACTS, ADAPTER)
+    assert "mlx_lm" not in model_card(SUMMARY, replace(ADAPTER, mlx_lm=""))
+    assert "mlx_lm" in model_card(SUMMARY, ADAPTER)
 
 
 # --- names that would do something --------------------------------------------------------------------------------------------------
@@ -164,15 +176,15 @@ HOSTILE = (
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
     markdown_it = pytest.importorskip("markdown_it")
-    facts = replace(
-        FACTS,
+    summary = replace(
+        SUMMARY,
         config=TrainConfig(data="x", target=[HOSTILE, "q_proj"]),
-        base=Base(HOSTILE, False, None, HOSTILE, {}),
-        data=Data.model_validate(FACTS.data.model_dump() | {"sources": [{"name": HOSTILE, "rows": 1}]}),
+        base=BaseInfo(HOSTILE, False, None, HOSTILE, {}),
+        data=DataSummary.model_validate(SUMMARY.data.model_dump() | {"sources": [{"name": HOSTILE, "rows": 1}]}),
         versions={HOSTILE: HOSTILE},
     )
     for published in (None, MERGED, ADAPTER):
-        card = model_card(facts, published)
+        card = model_card(summary, published)
         assert card.replace("\n", "").isprintable()
         metadata, text = parts(card)
         assert metadata["tags"] == ["mlx-sft", "sft", "lora"]
@@ -195,3 +207,94 @@ def test_a_run_of_hostile_names_has_a_card(
     assert "\x1b" not in text
     assert "\\x1b31m" in text
     assert str(tmp_path) not in text
+
+
+# --- what is read of the data ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "public", "dataset"),
+    [
+        ("/home/jane/rows/chats.jsonl", "chats.jsonl", None),
+        ("chats.jsonl", "chats.jsonl", None),
+        ("hf:owner/rows", "hf:owner/rows", "owner/rows"),
+        ("hf:owner/rows/en:train", "hf:owner/rows/en:train", "owner/rows"),
+        ("hf:owner", "hf:owner", None),
+        ("hf:o wner/x`y", "hf:o wner/x`y", None),
+        ("\udcff.jsonl", "\udcff.jsonl", None),
+    ],
+)
+def test_a_source_is_known_by_its_name_without_its_folder(
+    run: RunFolder, name: str, public: str, dataset: str | None
+) -> None:
+    report = json.loads(run.data_report.read_text())
+    run.data_report.write_text(json.dumps(report | {"sources": [{"name": name, "rows": 3}]}))
+    (source,) = read_run_summary(run).data.sources
+    assert (source.public_name, source.dataset) == (public, dataset)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"totals": {"rows": 1}}, "totals.kept"),
+        ({"train": None}, "train"),
+        ({"train": {"rows": "8`", "tokens": 1, "supervised_tokens": 1}}, "train.rows"),
+        ({"train": {"rows": -1, "tokens": 1, "supervised_tokens": 1}}, "train.rows"),
+        ({"train": {"rows": True, "tokens": 1, "supervised_tokens": 1}}, "train.rows"),
+        ({"sources": [{"name": ["x"], "rows": 1}]}, "sources.0.name"),
+        ({"sources": "x"}, "sources"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(run: RunFolder, changes: dict[str, Any], place: str) -> None:
+    edit(run.data_report, **changes)
+    with pytest.raises(UserError, match=f"^{run.data_report}: {place} is not what a run writes there") as caught:
+        read_run_summary(run)
+    assert caught.value.where == str(run.data_report)
+
+
+def test_a_file_that_is_missing_is_named(run: RunFolder) -> None:
+    run.metrics.unlink()
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        read_run_summary(run)
+    assert caught.value.where == str(run.metrics)
+
+
+# --- how it did -----------------------------------------------------------------------------------------------------------------
+
+
+def lines(run: RunFolder, *records: dict[str, Any] | str) -> RunSummary:
+    run.metrics.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return read_run_summary(run)
+
+
+def trained(step: int, loss: float | None) -> dict[str, Any]:
+    return {"kind": "train", "step": step, "epoch": step / 4, "loss": loss}
+
+
+def evaluated(step: int, loss: float | None, *, best: bool) -> dict[str, Any]:
+    return {"kind": "evaluation", "step": step, "epoch": step / 4, "loss": loss, "perplexity": 2.0, "best": best}
+
+
+def test_the_result_is_of_the_best_evaluation(run: RunFolder) -> None:
+    result = lines(
+        run, trained(1, 3.0), evaluated(1, 2.5, best=True), trained(2, 2.0), evaluated(2, 2.6, best=False)
+    ).result
+    assert (result.steps, result.epochs, result.step, result.loss) == (2, 0.5, 1, 3.0)
+    assert result.evaluation is not None
+    assert result.evaluation.loss == 2.5
+
+
+def test_without_validation_it_is_of_the_last_step(run: RunFolder) -> None:
+    result = lines(run, trained(1, 3.0), trained(2, 2.0), {"kind": "rollback", "step": 1}, trained(3, None)).result
+    assert (result.steps, result.step, result.loss, result.evaluation) == (3, 3, 2.0, None)
+
+
+def test_lines_that_are_none_are_passed_over(run: RunFolder) -> None:
+    hostile = {"kind": "train", "step": "9", "loss": "<script>"}
+    result = lines(run, trained(1, 3.0), "{", "\x00", hostile, '{"kind": "train", "loss": 1e999}').result
+    assert (result.steps, result.loss) == (1, 3.0)
+
+
+def test_versions_are_those_with_which_the_run_began(run: RunFolder) -> None:
+    edit(run.environment, packages={"mlx": "0.99", "x": 3}, identity=None)
+    assert read_run_summary(run).versions == {"mlx": "0.99"}
