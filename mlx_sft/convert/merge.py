@@ -124,24 +124,32 @@ def merge(
             not finite in the tensor's dtype.
     """
     new_rows = dict(bases or {})
+    at_once: set[str] = set()
     for name, edit in edits.items():
         if edit.optional and name not in checkpoint.named:
             continue
         tensors = stored_parts(checkpoint, name, edit.shape, "the run")
         for number, tensor in enumerate(tensors):
             base = new_rows.get(tensor.name, partial(read_rows, tensor))
-            expert = number if len(tensors) > 1 or len(edit.shape) > len(tensor.shape) else None
+            expert = number if edit.shape is not None and len(edit.shape) > len(tensor.shape) else None
             new_rows[tensor.name] = partial(edit.rows, base, expert=expert)
+            if edit.at_once:
+                at_once.add(tensor.name)
 
     def contents(tensor: StoredTensor) -> Iterator[bytes | memoryview]:
         rows = new_rows.get(tensor.name)
-        return read_bytes(tensor) if rows is None else _merged(tensor, rows)
+        if rows is None:
+            return read_bytes(tensor)
+        return _merged(tensor, rows, tensor.rows if tensor.name in at_once else _block(tensor))
 
     checkpoint.write(folder, contents)
 
 
-def _merged(tensor: StoredTensor, new_rows: Rows) -> Iterator[memoryview]:
-    block = max(1, BLOCK_ELEMENTS // max(1, tensor.row_elements))
+def _block(tensor: StoredTensor) -> int:
+    return max(1, BLOCK_ELEMENTS // max(1, tensor.row_elements))
+
+
+def _merged(tensor: StoredTensor, new_rows: Rows, block: int) -> Iterator[memoryview]:
     for start in range(0, tensor.rows, block):
         with np.errstate(over="ignore", invalid="ignore"):
             rows = new_rows(start, min(start + block, tensor.rows))

@@ -54,7 +54,7 @@ def check_exportable(
         tensors = stored_parts(checkpoint, name, shape, "training", hint)
         last = (
             read_rows(tensors[-1], 0, 1)
-            if len(tensors) > 1 or len(shape) < 3
+            if len(tensors) > 1 or shape is None or len(shape) < 3
             else read_rows(tensors[0], shape[0] - 1, shape[0])
         )
         row = rows[name]
@@ -67,26 +67,25 @@ def check_exportable(
 
 
 def stored_parts(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str, hint: str = _ANOTHER_MODEL
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None, source: str, hint: str = _ANOTHER_MODEL
 ) -> list[StoredTensor]:
-    """The checkpoint's tensors that make a weight of this name and shape: one, or one for each expert of a stack.
+    """The checkpoint's tensors that make a weight of this name and shape (None: the one that it has): one, or one for each expert of a stack.
 
     Raises `UserError` naming the tensor that is not there, or has another shape.
     """
-    if len(shape) > 2 and EXPERTS_PART in name and name not in checkpoint.named:
+    names: list[tuple[str, tuple[int, ...] | None]] = [(name, shape)]
+    if shape is not None and len(shape) > 2 and EXPERTS_PART in name and name not in checkpoint.named:
         names = [(expert_name(name, expert), shape[1:]) for expert in range(shape[0])]
-    else:
-        names = [(name, shape)]
     return [_fitting(checkpoint, *one, source, hint) for one in names]
 
 
-def _fitting(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str, hint: str) -> StoredTensor:
+def _fitting(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None, source: str, hint: str) -> StoredTensor:
     """The checkpoint's tensor of this name and shape."""
     tensor = checkpoint.named.get(name)
     if tensor is None:
         what = f"this checkpoint has no tensor {name}, which {source} would change"
         raise UserError(what, where=str(checkpoint.path), hint=hint)
-    if tensor.shape != shape:
+    if shape is not None and tensor.shape != shape:
         what = f"{name} is {list(tensor.shape)} here, and {list(shape)} in {source}"
         raise UserError(what, where=str(checkpoint.path), hint=hint)
     stored_dtype(tensor)

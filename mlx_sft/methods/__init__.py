@@ -6,7 +6,8 @@ A further method is one more file with a subclass of `Method`, and a line in `EN
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -41,15 +42,37 @@ class WeightEdit(Protocol):
     """What training made of one weight of the model, a few rows at a time, so that no whole weight need be in memory.
 
     Attributes:
-        shape: The weight's: [out, in], or [experts, out, in] for the experts of a layer.
+        shape: The weight's: [out, in], or [experts, out, in] for the experts of a layer; None for the one that the checkpoint has.
         optional: Whether a checkpoint may lack this weight, as it may a copy of tied embeddings.
+        at_once: Whether all rows are asked for at once.
     """
 
-    shape: tuple[int, ...]
-    optional: bool
+    @property
+    def shape(self) -> tuple[int, ...] | None: ...
+    @property
+    def optional(self) -> bool: ...
+    @property
+    def at_once(self) -> bool: ...
 
     def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
         """The new rows `start` to `stop`, float32; of one expert's matrix where the checkpoint has a tensor for each."""
+
+
+@dataclass(frozen=True)
+class WholeWeight:
+    """The edit of a method that says no more than `changed_weight`; the weight is in memory as a whole while it is written."""
+
+    method: Method
+    parameters: Parameters
+    name: str
+    shape: tuple[int, ...] | None
+    optional: bool = False
+    at_once: bool = True
+
+    def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
+        if expert is not None:
+            raise NotImplementedError("a method that changes experts has `edits` of its own")
+        return np.array(self.method.changed_weight(self.name, mx.array(base(start, stop)), self.parameters), np.float32)
 
 
 class Binder(Protocol):
@@ -124,8 +147,8 @@ class Method:
         """The key/value cache with which generation starts; None for an empty one."""
         return None
 
-    def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
-        """transformers' name and the shape of every weight of the model that the parameters change."""
+    def changed_shapes(self, parameters: Parameters) -> Mapping[str, tuple[int, ...] | None]:
+        """transformers' name of every weight of the model that the parameters change, and its shape; None where they do not tell it."""
         return {}
 
     def changed_weight(self, name: str, weight: mx.array, parameters: Parameters) -> mx.array:
@@ -135,7 +158,11 @@ class Method:
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
         """What the result in `folder` makes of the model's weights, by their names in transformers."""
-        return {}
+        method, parameters = cls.read(folder)
+        return {
+            name: WholeWeight(method, parameters, name, shape)
+            for name, shape in method.changed_shapes(parameters).items()
+        }
 
     # Files
 

@@ -34,6 +34,7 @@ class Replacement:
 
     trained: StoredTensor
     optional: bool = False
+    at_once: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

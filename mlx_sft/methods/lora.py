@@ -40,6 +40,7 @@ class LowRankUpdate:
     scale: float
     magnitudes: NDArray[np.float32] | None = None
     optional: bool = False
+    at_once: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

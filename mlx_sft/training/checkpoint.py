@@ -1,10 +1,10 @@
 """Checkpoints: everything that an exact resume needs, written whole or not at all.
 
-    checkpoints/step-00000050/
-      parameters.safetensors   the trained arrays, float32
-      optimizer.safetensors    the optimizer's state
-      state.json               position in the data, random state, best evaluation, callbacks' state, hashes of config, data and model
-      SHA256SUMS               of the three, as `sha256sum --check` reads it
+checkpoints/step-00000050/
+  parameters.safetensors   the trained arrays, float32
+  optimizer.safetensors    the optimizer's state
+  state.json               position in the data, random state, best evaluation, callbacks' state, hashes of config, data and model
+  SHA256SUMS               of the three, as `sha256sum --check` reads it
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ def train(
             loss = _take_steps(job)
             finish(job)
             best_loss = job.progress.best_loss
-            job.emit({"kind": "end", "step": job.step, "loss": loss, "best_loss": best_loss, "stopped": job.stop_reason})
+            job.emit(
+                {"kind": "end", "step": job.step, "loss": loss, "best_loss": best_loss, "stopped": job.stop_reason}
+            )
     if traces := job.gradient_computer.trace_seconds:
         shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
         console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")

@@ -30,6 +30,7 @@ _SHORTER = "a run can be given more of them, not fewer, and not one instead of t
 
 CONFIG_HEADER = "# mlx-sft train --config config.yaml\n"
 
+
 def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
     """The run's own configuration; whatever else was given must agree with it."""
     saved = TrainConfig.resolve(run.config)
@@ -46,7 +47,9 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
             raise UserError(
                 f"{option_name(field)} {now} differs from the run's {before}",
                 where=str(run.config),
-                hint=_SHORTER if field in _marked(saved, OnResume.GROWS) else "leave it out to resume, or start a new run",
+                hint=_SHORTER
+                if field in _marked(saved, OnResume.GROWS)
+                else "leave it out to resume, or start a new run",
                 exit_code=USAGE,
             )
     if given.out is not None and user_path(given.out).resolve() != run.path.resolve():

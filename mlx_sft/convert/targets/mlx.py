@@ -133,9 +133,9 @@ def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
     trained_on = load_run(merging.run.path, base=True, dtype="float32").model if merging.dequantized else None
     weights = weights_by_name(trained_on) if trained_on is not None else {}
     for name, shape in method.changed_shapes(parameters).items():
-        if shape[-1] % quantization.group_size:
-            continue  # too narrow to be quantized
         before = weights.pop(name) if weights else _stored(merging.checkpoint, name, shape)
+        if before.shape[-1] % quantization.group_size:
+            continue  # too narrow to be quantized
         after = method.changed_weight(name, before, parameters)
         moved = round_trip(after, quantization) - round_trip(before, quantization)
         update = after - before
@@ -145,6 +145,7 @@ def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
     return lost
 
 
-def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> mx.array:
+def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None) -> mx.array:
     tensors = stored_parts(checkpoint, name, shape, "the run")
-    return mx.stack([mx.array(read_float32(tensor)) for tensor in tensors]).reshape(shape)
+    stacked = mx.stack([mx.array(read_float32(tensor)) for tensor in tensors])
+    return stacked[0] if shape is None else stacked.reshape(shape)
