@@ -158,7 +158,7 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     """
     from mlx_sft.console import Console
     from mlx_sft.training.plan import make_plan, planned_config
-    from mlx_sft.training.plan_text import plan_pieces
+    from mlx_sft.training.plan import plan_pieces
 
     config = planned_config(config_file, given(options))
     console = Console(quiet=config.quiet)

@@ -18,10 +18,10 @@ from mlx_sft.data.store import check_vocabulary
 from mlx_sft.methods import Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import vocabulary_size
-from mlx_sft.training.fit import layout_on
+from mlx_sft.training.batch_settings import layout_on
 from mlx_sft.training.machine import this_machine
-from mlx_sft.training.relief import evaluate_in_memory
-from mlx_sft.training.step import Evaluation, Learner
+from mlx_sft.training.out_of_memory import evaluate_in_memory
+from mlx_sft.training.step import Evaluation, GradientComputer
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
     examples, report = prepare_file(data, config, loaded.tokenizer)
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)
-    learner = Learner(SplitModel(loaded.model), _Untouched(), vocabulary, head_chunk=config.head_chunk)
+    gradient_computer = GradientComputer(SplitModel(loaded.model), _Untouched(), vocabulary, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
-    evaluation, _ = evaluate_in_memory(learner, {}, examples, budget, layout_on(this_machine(), learner))
+    evaluation, _ = evaluate_in_memory(gradient_computer, {}, examples, budget, layout_on(this_machine(), gradient_computer))
     return EvaluationResult(evaluation, report)

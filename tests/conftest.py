@@ -29,7 +29,7 @@ from mlx_sft.data.store import Examples
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.load import load_model
 from mlx_sft.runs import RunFolder
-from mlx_sft.training.fit import memory_limit_restored
+from mlx_sft.training.machine import memory_limit_restored
 from tests.chats import write_chats
 from tests.torch_families import TORCH_FAMILIES
 

@@ -15,7 +15,7 @@ from mlx_sft.data.batches import Plan
 from mlx_sft.disk import folder_bytes, free_bytes, refuse_full_disk
 from mlx_sft.runs import RunFolder
 from mlx_sft.safetensors_file import open_safetensors
-from mlx_sft.training.disk import DiskNeed
+from mlx_sft.training.disk_need import DiskNeed
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from mlx_sft.console import Console
 from mlx_sft.data.batches import Step
 from mlx_sft.data.feed import StepFeed
 from mlx_sft.errors import UserError
-from mlx_sft.training.fit import memory_limit_restored
-from mlx_sft.training.optimizer_step import take
+from mlx_sft.training.machine import memory_limit_restored
+from mlx_sft.training.optimizer_step import train_step
 from mlx_sft.training.preview import show_plan
 from mlx_sft.training.records import Metrics
 from mlx_sft.training.results import finish, save
 from mlx_sft.training.rollback import answer_divergence
 from mlx_sft.training.setup import Job, prepare_job
-from mlx_sft.training.shortage import is_out_of_memory
+from mlx_sft.training.step import is_out_of_memory
 from mlx_sft.training.stopping import Stopped, stop_request
 from mlx_sft.training.validation import evaluate
 
@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> TrainResult:
         with stop_request() as job.request, _ended_in_words(job):
             loss = _take_steps(job, console)
             finish(job)
-    if traces := job.learner.trace_seconds:
+    if traces := job.gradient_computer.trace_seconds:
         shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
         console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")
     progress = job.progress
@@ -85,7 +85,7 @@ def _take_steps_from_here(job: Job, console: Console, metrics: Metrics) -> float
     with _steps_left(job) as steps:
         for prepared in steps:
             step = prepared.step
-            record = take(job, prepared, steps, metrics)
+            record = train_step(job, prepared, steps, metrics)
             loss = record["loss"]
             metrics.write(record)
             per_step = (time.perf_counter() - started) / (step.number - first)
@@ -115,8 +115,8 @@ def _steps_left(job: Job) -> StepFeed:
         job.plan,
         job.data.train,
         after=job.progress.step,
-        token_budget=job.choice.micro_batch_tokens,
-        layout=job.fit.layout,
+        token_budget=job.settings.micro_batch_tokens,
+        layout=job.settings.layout,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.training.allocator import keep_freed_memory
+from mlx_sft.cpu.allocator import keep_freed_memory
 
 Backend = Literal["metal", "cuda", "cpu"]
 

@@ -13,13 +13,13 @@ from mlx_sft.training import checkpoint
 from mlx_sft.training.divergence import observe
 from mlx_sft.training.optim import clip, global_norm
 from mlx_sft.training.records import Metrics, Record, step_record
-from mlx_sft.training.relief import relieve
+from mlx_sft.training.out_of_memory import recover
 from mlx_sft.training.setup import Job
-from mlx_sft.training.shortage import OutOfMemory
+from mlx_sft.training.step import OutOfMemory
 from mlx_sft.training.step import to_float
 
 
-def take(job: Job, prepared: PreparedStep, feed: StepFeed, metrics: Metrics) -> Record:
+def train_step(job: Job, prepared: PreparedStep, feed: StepFeed, metrics: Metrics) -> Record:
     """The job's parameters and progress move on; the record of the step is returned.
 
     A step without a finite gradient is left out, and says so. After a shortage of memory the step is repeated from its start,
@@ -27,7 +27,7 @@ def take(job: Job, prepared: PreparedStep, feed: StepFeed, metrics: Metrics) -> 
     """
     config, step = job.config, prepared.step
     started = time.perf_counter() - prepared.waited
-    traces_before = len(job.learner.trace_seconds)
+    traces_before = len(job.gradient_computer.trace_seconds)
     loss, gradients, prepared = _gradient(job, prepared, feed, metrics)
     norm = global_norm(gradients)
     finite = math.isfinite(to_float(loss)) and math.isfinite(to_float(norm))
@@ -45,7 +45,7 @@ def take(job: Job, prepared: PreparedStep, feed: StepFeed, metrics: Metrics) -> 
         grad_norm=to_float(norm) if finite else None,
         seconds=time.perf_counter() - started,
         data_wait_seconds=prepared.waited,
-        trace_seconds=job.learner.trace_seconds[traces_before:] if job.learner.compiled else None,
+        trace_seconds=job.gradient_computer.trace_seconds[traces_before:] if job.gradient_computer.compiled else None,
     )
     skipped = 0 if finite else 1
     if skipped:
@@ -69,8 +69,8 @@ def _gradient(
     key = checkpoint.dropout_key(job.config.seed, prepared.step.number) if job.config.dropout else None
     while True:
         try:
-            return *job.learner.gradient(job.parameters, prepared.batches, key, job.request.check), prepared
+            return *job.gradient_computer.gradient(job.parameters, prepared.batches, key, job.request.check), prepared
         except OutOfMemory as error:
-            shortage = error.shortage
-        relieve(job, shortage, metrics)  # out here, where the error and the arrays of its frames are gone
-        prepared = feed.again(job.choice.micro_batch_tokens)
+            shortage = error.too_large
+        recover(job, shortage, metrics)  # out here, where the error and the arrays of its frames are gone
+        prepared = feed.again(job.settings.micro_batch_tokens)

@@ -130,7 +130,7 @@ def evaluation_record(step: Step, result: Evaluation, *, best: bool, learning_ra
     }
 
 
-def shortage_record(step: int, *, rows: int, width: int, micro_batch_tokens: int, recompute: str) -> Record:
+def out_of_memory_record(step: int, *, rows: int, width: int, micro_batch_tokens: int, recompute: str) -> Record:
     """A line for a micro-batch that did not fit.
 
     Args:

@@ -39,9 +39,9 @@ from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.runs import RunFolder, to_json
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
-from mlx_sft.training.choice import Choice, asked_for, configured
-from mlx_sft.training.disk import DiskNeed
-from mlx_sft.training.fit import (
+from mlx_sft.training.batch_settings import Choice, asked_for, configured
+from mlx_sft.training.disk_need import DiskNeed
+from mlx_sft.training.batch_settings import (
     Fit,
     allowed_machine,
     fit_to_machine,
@@ -62,9 +62,9 @@ from mlx_sft.training.identity import (
 from mlx_sft.training.machine import prepare_device
 from mlx_sft.training.memory import Footprint, Prediction
 from mlx_sft.training.optim import AdamW, learning_rate
-from mlx_sft.training.shapes import compiled_shapes
+from mlx_sft.training.batch_settings import compiled_shapes
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
-from mlx_sft.training.step import Learner
+from mlx_sft.training.step import GradientComputer
 from mlx_sft.training.stopping import StopRequest
 
 
@@ -77,7 +77,7 @@ class Job:
     base: LoadedModel
     split: SplitModel
     method: Method
-    learner: Learner
+    gradient_computer: GradientComputer
     plan: Plan
     data: PreparedData
     parameters: Parameters
@@ -123,7 +123,7 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     begun = run is not None and bool(run.checkpoint_steps())
     config, method, parameters = _attach_exportable(config, base, begun=begun)
     _refuse_dropout_outside_layers(config, split, parameters)
-    learner = Learner(split, method, vocabulary, recompute=asked_for(config)[0])
+    gradient_computer = GradientComputer(split, method, vocabulary, recompute=asked_for(config)[0])
     fit = fit_to_machine(
         config,
         machine,
@@ -131,14 +131,14 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
             split,
             parameters,
             vocabulary,
-            tiled=learner.tiled_head is not None,
+            tiled=gradient_computer.tiled_head is not None,
             fused=machine.fused,
             accumulates=config.batch_size > 1,
         ),
         data.train,
-        learner,
+        gradient_computer,
         parameters,
-        layout_on(machine, learner),
+        layout_on(machine, gradient_computer),
     )
     config = _decided(config, fit.choice)
     plan = planned_steps(config, data)
@@ -162,9 +162,9 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
         run = _create(config, data, environment, held)
     hold_to(machine, predicted)
     compiled = compiled_shapes(machine, plan, data.train, fit.choice.micro_batch_tokens)
-    learner.configure(fit.choice.mode, compiled, fit.choice.head_chunk)
+    gradient_computer.configure(fit.choice.mode, compiled, fit.choice.head_chunk)
     return Job(
-        config, run, base, split, method, learner, plan, data,
+        config, run, base, split, method, gradient_computer, plan, data,
         parameters, optimizer, identity, progress, console, fit, predicted, disk,
     )  # fmt: skip
 

@@ -1,27 +1,32 @@
-"""The gradient of one micro-batch, and one optimizer step made of several: token-weighted, so that the cut cannot matter.
+"""The gradient of one micro-batch, and of a step made of several: token-weighted, so that the cut cannot matter.
 
     gradient of a step = Σ over its supervised tokens of weight · dL/dθ, divided by Σ weight, which the host knows beforehand
 
-Knows nothing of files, schedules or evaluation.
+A micro-batch for which the device has no memory raises `OutOfMemory`; `out_of_memory.py` says what is tried then.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_sft.data.batches import Batch
+from mlx_sft.data.batches import Batch, round_up
 from mlx_sft.methods import Binder, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.training.loss import Head, chunk_rows, cross_entropy_sum, evaluate_positions
-from mlx_sft.training.recompute import Mode, Recomputed
-from mlx_sft.training.shapes import Shape, padded_shape
-from mlx_sft.training.shortage import shortage_noticed
+from mlx_sft.training.recompute import Mode, Recomputation
+
+Shape = tuple[int, int, int]
+"""Rows, width and supervised positions of a micro-batch: what a compiled trace is for."""
+
+_OUT_OF_MEMORY = ("allocate", "insufficient memory", "out of memory", "bad_alloc")
+"""What MLX's errors say where there is no memory, on Metal and CUDA. On the CPU the system ends the process instead."""
 
 _Gradient = Callable[..., tuple[mx.array, Parameters]]
 
@@ -41,7 +46,48 @@ class Evaluation:
     supervised_tokens: int
 
 
-class Learner:
+@dataclass(frozen=True)
+class TooLarge:
+    """A micro-batch of `rows`, the longest of `width` tokens, did not fit, `tokens` in all; what was said about it."""
+
+    rows: int
+    width: int
+    tokens: int
+    message: str
+
+
+class OutOfMemory(Exception):
+    """A micro-batch did not fit. To keep the error would keep the arrays of the frames that it went through: keep its `too_large`."""
+
+    def __init__(self, too_large: TooLarge) -> None:
+        super().__init__(too_large.message)
+        self.too_large = too_large
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether MLX or Python ended for want of memory."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def out_of_memory_noticed(batch: Batch) -> Iterator[None]:
+    """Raise `OutOfMemory` where the block, which computes this micro-batch, has no memory for it."""
+    try:
+        yield
+        mx.synchronize()  # Metal may tell only then that a command failed, and its results are worth nothing
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(TooLarge(batch.rows, batch.longest, batch.token_ids.size, str(error))) from error
+
+
+def padded_shape(batch: Batch) -> Shape:
+    """The shape of a micro-batch with its supervised positions rounded up to the grid."""
+    rows, width = batch.token_ids.shape
+    return rows, width, round_up(len(batch.targets))
+
+
+class GradientComputer:
     """Losses and gradients of a split model under a method.
 
     Args:
@@ -70,14 +116,14 @@ class Learner:
         self.tiled_head = tiled_head(split)
         self._head_chunk: int | None = None
         self.mode = recompute
-        self._recomputed = Recomputed(split, recompute)
+        self._recomputation = Recomputation(split, recompute)
         self.trace_seconds: list[float] = []
         self.configure(recompute, compiled, head_chunk)
 
     def configure(self, recompute: Mode, compiled: Collection[Shape] = (), head_chunk: int | None = None) -> None:
         """Compute from now on in this mode, compile these shapes, and take so many positions through the head at once (None: as before)."""
         if recompute != self.mode:
-            self.mode, self._recomputed = recompute, Recomputed(self._split, recompute)
+            self.mode, self._recomputation = recompute, Recomputation(self._split, recompute)
         self._head_chunk = head_chunk or self._head_chunk
         self.compiled = frozenset(compiled)
         self._traced: set[Shape] = set()
@@ -113,7 +159,7 @@ class Learner:
             for batch, batch_key in zip(batches, keys, strict=False):
                 before_each()
                 started = time.perf_counter()
-                with shortage_noticed(batch):
+                with out_of_memory_noticed(batch):
                     batch_loss, gradients = self._micro_step(parameters, batch, total_weight, batch_key)
                     loss = loss + batch_loss
                     total = {name: total[name] + g if total else g for name, g in gradients.items()}
@@ -125,8 +171,8 @@ class Learner:
         return loss, total
 
     def keeps_rows_apart(self) -> bool:
-        """Whether the rows of a micro-batch may lie end to end."""
-        return self._recomputed.keeps_rows_apart()
+        """Whether the rows of a micro-batch may be joined, end to end."""
+        return self._recomputation.keeps_rows_apart()
 
     def evaluate(self, parameters: Parameters, batches: Iterable[Batch]) -> Evaluation:
         """Token-mean loss and accuracy over all micro-batches, without dropout or gradients.
@@ -138,9 +184,9 @@ class Learner:
         head = self._head_for(parameters)
         loss, correct, weight, tokens, supervised = 0.0, 0.0, 0.0, 0, 0
         for batch in batches:
-            with shortage_noticed(batch):
-                self._recomputed.rows.spans = batch.spans
-                with self._recomputed.standing_in():
+            with out_of_memory_noticed(batch):
+                self._recomputation.rows.spans = batch.spans
+                with self._recomputation.active():
                     hidden_states = self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
                 targets, weights = mx.array(batch.targets), mx.array(batch.weights)
                 sums = evaluate_positions(head, hidden_states, targets, weights, self._chunk(head))
@@ -156,7 +202,7 @@ class Learner:
         self, parameters: Parameters, batch: Batch, total_weight: float, key: mx.array | None
     ) -> tuple[mx.array, Parameters]:
         compiled = self._is_compiled(batch)
-        self._recomputed.rows.spans = batch.spans
+        self._recomputation.rows.spans = batch.spans
         padding = padded_shape(batch)[2] - len(batch.targets) if compiled else 0
         weights = (batch.weights / total_weight).astype(np.float32)
         function = self._compiled_gradient if compiled else self._gradient
@@ -189,7 +235,7 @@ class Learner:
         key: mx.array | None,
     ) -> mx.array:
         self._method.bind(self._split.model, parameters, key)
-        with self._recomputed.standing_in():
+        with self._recomputation.active():
             hidden_states = self._supervised_states(token_ids, positions)
         head = self._head_for(parameters)
         return cross_entropy_sum(

@@ -10,7 +10,7 @@ import time
 
 from mlx_sft.data.batches import Step
 from mlx_sft.training.records import Metrics, evaluation_record
-from mlx_sft.training.relief import evaluate_in_memory
+from mlx_sft.training.out_of_memory import evaluate_in_memory
 from mlx_sft.training.results import save_result
 from mlx_sft.training.setup import Job
 
@@ -18,9 +18,9 @@ from mlx_sft.training.setup import Job
 def evaluate(job: Job, step: Step, metrics: Metrics) -> None:
     """Loss over the whole validation set; the best parameters so far become the run's result."""
     started = time.perf_counter()
-    tokens = job.choice.micro_batch_tokens
+    tokens = job.settings.micro_batch_tokens
     budget = min(tokens, job.progress.evaluation_tokens or tokens)
-    result, fitting = evaluate_in_memory(job.learner, job.parameters, job.data.valid, budget, job.fit.layout)
+    result, fitting = evaluate_in_memory(job.gradient_computer, job.parameters, job.data.valid, budget, job.settings.layout)
     if fitting < budget:
         job.console.warn(
             f"out of memory in the evaluation after step {step.number}; evaluations take up to {fitting} tokens at once from now on"

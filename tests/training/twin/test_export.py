@@ -20,7 +20,7 @@ from mlx_sft.convert.peft import read_adapter
 from mlx_sft.data.prepare import prepare
 from mlx_sft.errors import USAGE
 from mlx_sft.runs import RunFolder
-from mlx_sft.training.fit import planned_steps
+from mlx_sft.training.batch_settings import planned_steps
 from tests.run_folders import outcome
 from tests.twins import STEPS, Pair
 
