@@ -27,6 +27,8 @@ from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoin
 from mlx_sft.model.names import EXPERTS_PART
 from mlx_sft.model.outline import outline
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.runs import RunFolder, to_json, write_file, write_folder
+from mlx_sft.training.batch_settings import planned_steps
 from mlx_sft.training.fit import planned_steps
 from mlx_sft.training.resume import CONFIG_HEADER, identity_of, refuse_changes
 from mlx_sft.training.start import starting_parameters
