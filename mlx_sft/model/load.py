@@ -173,8 +173,14 @@ def given_model(
         raise UserError(f"dtype is {dtype}, and the model in memory is {own}", hint=hint, exit_code=USAGE)
     is_quantized = next(quantized_modules(loaded), None) is not None
     if is_quantized != (quantize is not None or is_packed(path)):
-        what = "is quantized, and its checkpoint is not" if is_quantized else "is not quantized, as the configuration wants it"
-        raise UserError(f"the model in memory {what}", where=name, hint="let `train` load it, with --quantize", exit_code=USAGE)
+        what = (
+            "is quantized, and its checkpoint is not"
+            if is_quantized
+            else "is not quantized, as the configuration wants it"
+        )
+        raise UserError(
+            f"the model in memory {what}", where=name, hint="let `train` load it, with --quantize", exit_code=USAGE
+        )
     loaded.freeze()
     return LoadedModel(loaded, tokenizer, path, name, read_config(path))
 

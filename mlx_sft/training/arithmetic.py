@@ -1,8 +1,8 @@
 """How many operations a run takes, and from that how long: an estimate, made of the products alone.
 
-    a token     2 a weight forward, 2 backward for the layers that a gradient goes through, 2 more for weights that are trained themselves
-    attention   2 · width of a row · width of attention's result forward, 2.5 times that backward: half of the square, as it is causal
-    the head    4 a weight, for supervised positions alone
+a token     2 a weight forward, 2 backward for the layers that a gradient goes through, 2 more for weights that are trained themselves
+attention   2 · width of a row · width of attention's result forward, 2.5 times that backward: half of the square, as it is causal
+the head    4 a weight, for supervised positions alone
 """
 
 from __future__ import annotations

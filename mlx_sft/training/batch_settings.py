@@ -39,6 +39,7 @@ _MARGIN = 0.95
 
 _FARTHEST = 2**18
 
+
 @dataclass(frozen=True)
 class BatchSettings:
     """How a step is computed on a machine.

@@ -285,7 +285,12 @@ class Footprint:
     def _whole(self, layer: LayerCounts, width: int) -> float:
         """What a layer keeps and what passes, for each token, where the whole of it is recomputed."""
         scores = (1 + _SCORES_RECOMPUTED) * width * layer.scores
-        return layer.off + scores + self._passing.recomputed_multiplier * layer.features + self._passing.norms * layer.norms
+        return (
+            layer.off
+            + scores
+            + self._passing.recomputed_multiplier * layer.features
+            + self._passing.norms * layer.norms
+        )
 
 
 def weight_bytes(split: SplitModel) -> int:

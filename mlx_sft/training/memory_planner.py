@@ -1,6 +1,6 @@
 """The settings with which a run is predicted to fit its machine; where it is close, a small step is measured first.
 
-    footprint + machine + longest row ─► MemoryPlanner ─► MemoryPlan with its BatchSettings
+footprint + machine + longest row ─► MemoryPlanner ─► MemoryPlan with its BatchSettings
 """
 
 from __future__ import annotations
@@ -203,7 +203,9 @@ class MemoryPlanner:
         mode, memory = settings.mode if settings else asked_for(self.config)[-1], self.machine.memory
         if self.footprint.predict(mode, 1).peak > memory:
             raise self.refusal()
-        most = settings.micro_batch_tokens if settings else self.footprint.most_tokens(mode, memory, self.longest.tokens)
+        most = (
+            settings.micro_batch_tokens if settings else self.footprint.most_tokens(mode, memory, self.longest.tokens)
+        )
         try:
             gradient_computer.configure(mode)
             return probe(gradient_computer, parameters, self.footprint, max(1, most))

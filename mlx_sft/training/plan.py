@@ -1,6 +1,6 @@
 """The verb `plan`: what a run would take on a machine, and what would fit, before any weight is read.
 
-    config.json ─► outline ─► footprint ─► settings that `train` would choose, what fits at which length, on which Mac, how long
+config.json ─► outline ─► footprint ─► settings that `train` would choose, what fits at which length, on which Mac, how long
 """
 
 from __future__ import annotations

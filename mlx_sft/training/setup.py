@@ -186,9 +186,7 @@ def prepare_job(
     _refuse_dropout_outside_layers(method, split, parameters)
     computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
     optimizer_bytes = optimizer_state_bytes(config, parameters)
-    memory = _plan_memory(
-        config, machine, computer, split, method, parameters, vocabulary, data.train, optimizer_bytes
-    )
+    memory = _plan_memory(config, machine, computer, split, method, parameters, vocabulary, data.train, optimizer_bytes)
     config = _decided(config, memory.settings)
     plan = planned_steps(config, data)
     optimizer = make_optimizer(config, parameters, method.decayed)
@@ -198,7 +196,9 @@ def prepare_job(
     if run and begun:
         progress, parameters, states = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
         if untaken := callbacks.load_state(states):
-            console.warn(f"the checkpoint holds the state of {', '.join(untaken)}, a callback that this run does not have now")
+            console.warn(
+                f"the checkpoint holds the state of {', '.join(untaken)}, a callback that this run does not have now"
+            )
     else:
         progress = starting_progress(config, parameters, optimizer, identity, plan.total_steps)
     if run:

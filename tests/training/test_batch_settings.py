@@ -19,10 +19,9 @@ from mlx_sft.training.batch_settings import (
     most_tokens,
     no_room,
 )
-from mlx_sft.training.memory import LayerCounts
 from mlx_sft.training.loss import chunk_choices, chunk_rows
 from mlx_sft.training.machine import mac
-from mlx_sft.training.memory import MODES, Footprint
+from mlx_sft.training.memory import MODES, Footprint, LayerCounts
 from mlx_sft.training.recompute import Mode
 
 LAYER = LayerCounts(

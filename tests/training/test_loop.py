@@ -26,10 +26,10 @@ from mlx_sft.model.load import load_tokenizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_safetensors
 from mlx_sft.training import loop, setup
+from mlx_sft.training.batch_settings import frequent_shapes
 from mlx_sft.training.machine import Machine
 from mlx_sft.training.optimizer_step import train_step
 from mlx_sft.training.setup import Job, prepare_job
-from mlx_sft.training.batch_settings import frequent_shapes
 from mlx_sft.training.step import Evaluation, GradientComputer
 
 TRAIN_FIELDS = [

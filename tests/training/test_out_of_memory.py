@@ -24,8 +24,7 @@ from mlx_sft.training import relief
 from mlx_sft.training.optim import AdamW
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
-from mlx_sft.training.step import OutOfMemory, TooLarge, next_try, out_of_memory_noticed
-from mlx_sft.training.step import GradientComputer
+from mlx_sft.training.step import GradientComputer, OutOfMemory, TooLarge, next_try, out_of_memory_noticed
 from tests.run_folders import outcome
 
 METAL = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"

@@ -14,9 +14,9 @@ from mlx_sft.data.batches import MicroBatch, Plan, collate, cut, round_up
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
 from mlx_sft.training import shapes
+from mlx_sft.training.batch_settings import MOST_TRACES, compiled_shapes, frequent_shapes, padded_shape, planned_shape
 from mlx_sft.training.machine import Machine, mac
 from mlx_sft.training.setup import prepare_job
-from mlx_sft.training.batch_settings import MOST_TRACES, compiled_shapes, frequent_shapes, padded_shape, planned_shape
 
 
 def _rows(lengths: list[int]) -> Examples:

@@ -24,8 +24,7 @@ from mlx_sft.training import optim
 from mlx_sft.training.checkpoint import dropout_key
 from mlx_sft.training.optim import AdamW, clip, global_norm
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import padded_shape
-from mlx_sft.training.step import GradientComputer
+from mlx_sft.training.step import GradientComputer, padded_shape
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 DROPOUT = {"rank": 4, "alpha": 8.0, "dropout": 0.3}
