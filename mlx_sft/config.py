@@ -349,8 +349,10 @@ def entry_settings() -> Iterator[tuple[str, str, type[Settings]]]:
 
 def all_fields() -> dict[str, FieldInfo]:
     """Every setting of a run by its name: the common ones, and those of every entry."""
-    owned = {name: info for _, _, owner in entry_settings() for name, info in owner.model_fields.items()}
-    return owned | dict(TrainConfig.model_fields)
+    fields = dict(TrainConfig.model_fields)
+    for _, _, owner in entry_settings():
+        fields = dict(owner.model_fields) | fields
+    return fields
 
 
 def owners_of(field: str) -> list[tuple[str, str]]:

@@ -33,6 +33,7 @@ from mlx_sft.training.machine import memory_limit_restored
 from tests.chats import write_chats
 from tests.neighbours import find_neighbour
 from tests.torch_families import TORCH_FAMILIES
+from tests.trl_exports import half, half_trained, pair, trained  # noqa: F401  fixtures
 
 VOCABULARY = 264
 
@@ -188,11 +189,12 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
             for question, answer in turns
         ]
         data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-        config = TrainConfig(data=str(data), model=str(base), rank=4, alpha=8, **settings)
+        shape = {"rank": 4, "alpha": 8} if settings.get("method", "lora") == "lora" else {}
+        config = TrainConfig(data=str(data), model=str(base), **shape, **settings)
         run = RunFolder.create(tmp_path / "run")
         run.config.write_text(config.to_yaml())
         if config.method == "lora":
-            settings_of_lora = LoraSettings.from_config(config)
+            settings_of_lora = config.settings(LoraSettings)
             parameters = random_adapter(base, settings_of_lora)
             write_adapter(run.adapter, settings_of_lora, parameters, str(base))
         return Run(base, run.path)

@@ -40,7 +40,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = LoraSettings.from_config(TrainConfig(data="-", rank=4, alpha=8.0))
+SETTINGS = TrainConfig(data="-", rank=4, alpha=8.0).settings(LoraSettings)
 
 # transformers computes the recurrence of Qwen3.5 in chunks, and MLX one position at a time.
 TOLERANCE = {"qwen3_5_text": 1e-4}

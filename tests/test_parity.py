@@ -60,7 +60,7 @@ ROPE = {
 
 
 def _settings(**settings: Any) -> LoraSettings:
-    return LoraSettings.from_config(TrainConfig(data="-", **settings))
+    return TrainConfig(data="-", **settings).settings(LoraSettings)
 
 
 def _rope(kind: str) -> dict[str, object]:

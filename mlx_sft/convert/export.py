@@ -114,7 +114,8 @@ def target_kind(format: str) -> type[Target]:
 
 def _settings(kind: type[Target], options: dict[str, Any]) -> Any:
     """A format's own options; one that it does not have is a mistake, unless it is None, which stands for not given."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     for name in given:
         if name not in kind.Settings.model_fields:
             owners = [other for other, entry in TARGETS.items() if name in entry.Settings.model_fields]

@@ -19,6 +19,7 @@ import yaml
 from mlx_sft import TrainConfig, UserError, export, push, train
 from mlx_sft.errors import USAGE
 from mlx_sft.run_folder import RunFolder
+from tests.chosen import without_adapter
 from tests.hub import TOKEN, Hub
 
 # PEFT asks a transformers model, and huggingface_hub sends files, in a way that has been renamed.
@@ -102,7 +103,7 @@ def test_an_adapter_arrives_for_peft_and_for_mlx_lm(hub: Hub, cli: Cli, run: Pat
 
 
 def test_a_full_run_is_a_checkpoint(hub: Hub, settings: dict[str, Any]) -> None:
-    run = train(TrainConfig(**settings | {"method": "full", "max_steps": 1})).run_dir
+    run = train(TrainConfig(**without_adapter(settings) | {"method": "full", "max_steps": 1})).run_dir
     result = push(run, "me/model")
     assert result.url == f"{hub.url}/me/model"
     assert repr(result) == f"PushResult(me/model: {len(result.files)} files, {result.url})"
@@ -260,7 +261,7 @@ def test_a_run_that_has_not_finished_is_refused(cli: Cli, run: Path, no_work: No
 
 
 def test_a_full_run_has_no_adapter_to_publish(cli: Cli, settings: dict[str, Any], no_work: None) -> None:
-    run = train(TrainConfig(**settings | {"method": "full", "max_steps": 1})).run_dir
+    run = train(TrainConfig(**without_adapter(settings) | {"method": "full", "max_steps": 1})).run_dir
     result = cli("push", run, "--repo", "me/model", "--adapter-only", "--dry-run")
     assert result.exit_code == USAGE
     assert "a run of --method full has no adapter" in result.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert import sample
+from mlx_sft.convert import verify
 from mlx_sft.convert.verify import MOST_ROWS, sample_rows
 from mlx_sft.data.conversation import Item
 from mlx_sft.data.prepare import prepare_file
@@ -53,7 +53,7 @@ def test_no_more_rows_are_read_than_are_compared(
             read.append(row.origin)
             return super().read(row)
 
-    monkeypatch.setattr(sample, "RowReader", Recorded)
+    monkeypatch.setattr(verify, "RowReader", Recorded)
     assert sample_rows(TrainConfig(data=data), make_base()) == (expected, FIRST)
     assert len(read) == len(expected) == MOST_ROWS
 

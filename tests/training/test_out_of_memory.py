@@ -24,6 +24,7 @@ from mlx_sft.training import relief
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.step import GradientComputer, OutOfMemory, TooLarge, next_try, out_of_memory_noticed
+from tests.chosen import without_adapter
 from tests.run_folders import outcome
 
 METAL = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
@@ -222,7 +223,7 @@ def test_what_the_failed_step_had_computed_is_gone_before_the_next_try(
 
     monkeypatch.setattr(relief, "next_try", watched)
     small_device(fits)
-    train(TrainConfig(**settings | {"method": "full", "max_steps": 1, "batch_size": 10, "micro_batch_tokens": 50}))
+    train(TrainConfig(**without_adapter(settings) | {"method": "full", "max_steps": 1, "batch_size": 10, "micro_batch_tokens": 50}))
     before, after = active
     weights = 4 * sum(value.size for value in adapter_of_every_weight(settings).values())
     assert after - before < 0.3 * weights

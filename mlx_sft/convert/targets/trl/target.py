@@ -36,7 +36,7 @@ _OBJECTIVE, _OPTIMIZER = "sft", "adamw"
 """What the script does."""
 
 _DROPOUT = """\
-- Dropout: its random numbers are PyTorch's, so that losses agree on average and not step by step.
+- Dropout ({dropout:g}): its random numbers are PyTorch's, so that losses agree on average and not step by step.
 """
 
 
@@ -153,5 +153,5 @@ def _readme(config: TrainConfig, method: Method, plan: Plan) -> str:
         rows=config.batch_size,
         model=" ".join(printable(name_elsewhere(config.model)).split()),
         dtype=config.dtype,
-        dropout=_DROPOUT if method.uses_dropout else "",
+        dropout=_DROPOUT.format(dropout=config.settings(type(method).Settings).dropout) if method.uses_dropout else "",
     )  # fmt: skip

@@ -27,7 +27,7 @@ MODULE = "model.layers.0.self_attn.q_proj"
 def _adapter(
     folder: Path, rank: int = 2, base: str = "m", seed: int = 0, modules: tuple[str, ...] = (MODULE,), **more: Any
 ) -> str:
-    settings = LoraSettings(rank, 3.0, 0.0, False, ("q_proj",), "kaiming", **more)
+    settings = LoraSettings(rank=rank, alpha=3.0, dropout=0.0, rslora=False, target=["q_proj"], init="kaiming", **more)
     random = np.random.default_rng(seed)
     parameters = {
         f"{module}.{half}": mx.array(random.normal(size=shape).astype(np.float32))
@@ -55,7 +55,7 @@ def test_it_is_what_peft_composes(
     base = make_base()
     folders = {}
     for name, alpha in (("a", 8.0), ("b", 3.0)):
-        settings = LoraSettings(3, alpha, 0.0, False, ("all-linear",), "kaiming")
+        settings = LoraSettings(rank=3, alpha=alpha, dropout=0.0, rslora=False, target=["all-linear"], init="kaiming")
         parameters = make_adapter(base, settings)
         factor = 1 if name == "a" else -0.5
         write_adapter(tmp_path / name, settings, {n: factor * p[..., ::-1] for n, p in parameters.items()}, str(base))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from mlx_lm import load
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
+from mlx_sft.methods import lora, mlx_lm_files
 from mlx_sft.methods.lora import LoraSettings
 from mlx_sft.methods.mlx_lm_files import read_adapter, write_adapter
 
@@ -42,12 +42,13 @@ def test_the_command_writes_it(settings: dict[str, Any], cli: Callable[..., Any]
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["model"] == settings["model"]
 
 
-@pytest.mark.parametrize(("form", "change"), [("peft", {"lora_dropout": 0.5}), ("mlx-lm", {"scale": 7.0})])
+@pytest.mark.parametrize(
+    ("form", "module", "change"), [("peft", lora, {"lora_dropout": 0.5}), ("mlx-lm", mlx_lm_files, {"scale": 7.0})]
+)
 def test_settings_that_were_written_otherwise_are_noticed(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any, change: dict[str, Any]
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, module: Any, change: dict[str, Any]
 ) -> None:
     train(TrainConfig(**settings | {"max_steps": 1}))
-    module = import_module(f"mlx_sft.convert.{form.replace('-', '_')}")
     real = module.write_adapter
 
     def otherwise(folder: Path, *arguments: Any) -> None:
@@ -64,7 +65,7 @@ def test_settings_that_were_written_otherwise_are_noticed(
 
 
 def test_what_is_outside_of_the_layers_is_refused(tmp_path: Path) -> None:
-    settings = LoraSettings(2, 4.0, 0.0, False, ("lm_head",), "kaiming")
+    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, rslora=False, target=["lm_head"], init="kaiming")
     parameters = {"lm_head.lora_A": mx.zeros((2, 3)), "lm_head.lora_B": mx.zeros((5, 2))}
     with pytest.raises(UserError, match="no place for an adapter on lm_head") as caught:
         write_adapter(tmp_path, settings, parameters, "base", {})
@@ -72,7 +73,7 @@ def test_what_is_outside_of_the_layers_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
-    settings = LoraSettings(2, 3.0, 0.0, False, ("up",), "kaiming")
+    settings = LoraSettings(rank=2, alpha=3.0, dropout=0.0, rslora=False, target=["up"], init="kaiming")
     names = ("model.layers.7.mlp.up", "transformer.h.0.mlp.experts.3.up")
     parameters = {
         f"{name}.{half}": mx.random.normal(shape)
@@ -89,7 +90,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_ranks_of_single_modules_are_refused(tmp_path: Path) -> None:
-    settings = LoraSettings(2, 4.0, 0.0, False, ("up", "down"), "kaiming", rank_pattern={"down": 3})
+    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, rslora=False, target=["up", "down"], init="kaiming", rank_pattern={"down": 3})
     parameters = {
         f"layers.0.{name}.{half}": mx.zeros(shape)
         for name, rank in (("up", 2), ("down", 3))

@@ -30,7 +30,7 @@ NAME = "model.layers.0.self_attn.q_proj"
 
 
 def _settings(**settings: Any) -> LoraSettings:
-    return LoraSettings.from_config(TrainConfig(data="-", **settings))
+    return TrainConfig(data="-", **settings).settings(LoraSettings)
 
 
 def _adapter(folder: Path, targets: tuple[str, ...] = ("q_proj",)) -> LoraSettings:
@@ -53,7 +53,7 @@ def test_names_map_both_ways() -> None:
 
 def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    settings = LoraSettings(2, 3.5, 0.25, True, ("q_proj", "v_proj"), "gaussian")
+    settings = LoraSettings(rank=2, alpha=3.5, dropout=0.25, rslora=True, target=["q_proj", "v_proj"], init="gaussian")
     parameters = {
         f"model.layers.{layer}.self_attn.{module}.{half}": mx.array(
             random.normal(size=(2, 8) if half == "lora_A" else (6, 2)).astype(np.float32)
@@ -77,7 +77,7 @@ def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 def test_an_alpha_that_is_whole_is_written_as_peft_writes_it(tmp_path: Path) -> None:
     for alpha in (8, 8.0):
-        settings = LoraSettings(2, alpha, 0.0, False, ("q_proj",), "kaiming")
+        settings = LoraSettings(rank=2, alpha=alpha, dropout=0.0, rslora=False, target=["q_proj"], init="kaiming")
         write_adapter(tmp_path, settings, {f"{NAME}.lora_A": mx.ones((2, 8)), f"{NAME}.lora_B": mx.ones((6, 2))}, "m")
         assert '"lora_alpha": 8,' in (tmp_path / "adapter_config.json").read_text()
         assert read_adapter(tmp_path)[0] == settings
@@ -328,7 +328,7 @@ def test_experts_must_be_whole(tmp_path: Path, expert: int, shape: tuple[int, ..
         for number, form in ((0, (2, 8)), (expert, shape))
         for half, of in (("lora_A", form), ("lora_B", (6, 2)))
     }
-    settings = LoraSettings(2, 4.0, 0.0, False, ("up_proj",), "kaiming")
+    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, rslora=False, target=["up_proj"], init="kaiming")
     write_adapter(tmp_path, settings, parameters, "m")
     with pytest.raises(UserError, match=message):
         read_adapter(tmp_path)
@@ -341,7 +341,7 @@ def test_dora_needs_the_norm_of_every_row(tmp_path: Path, shape: tuple[int, ...]
     parameters = {f"{NAME}.lora_A": mx.ones((2, 8)), f"{NAME}.lora_B": mx.ones((6, 2))}
     if shape is not None:
         parameters[f"{NAME}.lora_magnitude_vector"] = mx.ones(shape)
-    settings = LoraSettings(2, 4.0, 0.0, False, ("q_proj",), "kaiming", dora=True)
+    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, rslora=False, target=["q_proj"], init="kaiming", dora=True)
     write_adapter(tmp_path, settings, parameters, "m")
     with pytest.raises(UserError, match=message):
         read_adapter(tmp_path)
