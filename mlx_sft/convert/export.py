@@ -17,7 +17,7 @@ from mlx_sft.convert.facts import base_revision
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merged import write_merged
 from mlx_sft.convert.mlx_folder import LOST_LIMIT, to_mlx
-from mlx_sft.convert.to_gguf import export_gguf
+from mlx_sft.convert.targets.gguf import export_gguf
 from mlx_sft.convert.trained import FORMS, finished_folder
 from mlx_sft.convert.verify import Merging, Verification
 from mlx_sft.disk import folder_bytes, refuse_full_disk

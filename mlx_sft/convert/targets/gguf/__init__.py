@@ -1,8 +1,5 @@
-"""A tokenizer's chat template → a Modelfile for Ollama, whose template writes the same text, or a refusal that says what differs.
+"""The export target `gguf`: one file for llama.cpp, written by llama.cpp's own converter, and a Modelfile for Ollama beside it."""
 
-pieces ─► modelfile ─► rendering + go_template (as Ollama reads it), compared with the chat template
-"""
+from mlx_sft.convert.targets.gguf.target import export_gguf
 
-from mlx_sft.convert.ollama.modelfile import Modelfile, make_modelfile
-
-__all__ = ["Modelfile", "make_modelfile"]
+__all__ = ["export_gguf"]

@@ -1,7 +1,7 @@
-"""The part of Go's text/template that our Modelfiles are written in: a template's text and its data → what it writes.
+"""The part of Go's text/template that the Modelfiles here are written in: a template and its data → the text that it writes.
 
-Text, `if`, `range` over a list, variables, and the functions below. Anything else is an error: nothing else is ever written here.
-Knows nothing of Ollama, nor of chats. The language: https://pkg.go.dev/text/template
+Text, `if`, `range` over a list, variables and six functions; anything else is a `ValueError`. The language is described at
+https://pkg.go.dev/text/template.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ _ACTION = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _WORD = re.compile(r'\s*("[^"\\]*"|:=|[=(),]|[$.\w]+)')
 
 Expression = str | tuple["Expression", ...]
-"""A word, or words in parentheses: a function and its arguments."""
+"""A word, or a function and its arguments."""
+
+Variables = ChainMap[str, Any]
+"""A map for each block that is open, the innermost first. `$` is the data."""
 
 
 def literal(text: str) -> str:
@@ -25,83 +28,25 @@ def literal(text: str) -> str:
 
 
 def render(source: str, data: dict[str, Any]) -> str:
-    """What a template writes.
-
-    Raises:
-        ValueError: Where the template has what is not known here.
-    """
+    """The text that a template writes; raises `ValueError` where it has what is not known here."""
     nodes, end = _block(_items(source))
     if end:
         raise ValueError(f"{' '.join(end)} without a beginning")
-    scope = _Scope(data, data, ChainMap())
-    return "".join(text for node in nodes for text in node.write(scope))
-
-
-@dataclass(frozen=True, slots=True)
-class _Scope:
-    """What a name means: `$` is the root, `.` the dot."""
-
-    root: Any
-    dot: Any
-    variables: ChainMap[str, Any]
-
-    def inner(self, dot: Any) -> _Scope:
-        return _Scope(self.root, dot, self.variables.new_child())
-
-    def value(self, expression: Expression) -> Any:
-        if isinstance(expression, str):
-            return self._word(expression)
-        if len(expression) == 1:
-            return self.value(expression[0])
-        function, *operands = expression
-        if not isinstance(function, str) or function not in _FUNCTIONS:
-            raise ValueError(f"no function {function}")
-        return _FUNCTIONS[function](*map(self.value, operands))
-
-    def _word(self, word: str) -> Any:
-        if word.startswith('"'):
-            return word[1:-1]
-        if word in _CONSTANTS:
-            return _CONSTANTS[word]
-        if word.isdecimal():
-            return int(word)
-        base, _, field = word.partition(".")
-        if base not in ("", "$") and not (base in self.variables and not field):
-            raise ValueError(f"no variable {word}")
-        if base and not field:
-            return self.variables[base]
-        return (self.root if base == "$" else self.dot)[field]
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    text: str
-
-    def write(self, scope: _Scope) -> Iterator[str]:
-        yield self.text
+    return _written(nodes, data, ChainMap({"$": data}))
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
     expression: Expression
 
-    def write(self, scope: _Scope) -> Iterator[str]:
-        yield str(scope.value(self.expression))
-
 
 @dataclass(frozen=True, slots=True)
 class _Assignment:
-    """`$name := value` declares a variable until the end of its block; `$name = value` changes the one that there is."""
+    """`$name := value` declares a variable until the end of its block; `$name = value` changes an existing one."""
 
     name: str
     expression: Expression
     declares: bool
-
-    def write(self, scope: _Scope) -> Iterator[str]:
-        maps = scope.variables.maps
-        home = maps[0] if self.declares else next(known for known in maps if self.name in known)
-        home[self.name] = scope.value(self.expression)
-        yield ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +54,6 @@ class _If:
     condition: Expression
     then: list[_Node]
     otherwise: list[_Node]
-
-    def write(self, scope: _Scope) -> Iterator[str]:
-        inner = scope.inner(scope.dot)
-        for node in self.then if scope.value(self.condition) else self.otherwise:
-            yield from node.write(inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +63,15 @@ class _Range:
     over: Expression
     body: list[_Node]
 
-    def write(self, scope: _Scope) -> Iterator[str]:
-        for index, element in enumerate(scope.value(self.over)):
-            inner = scope.inner(element)
-            inner.variables.update({self.index: index, self.element: element})
-            for node in self.body:
-                yield from node.write(inner)
 
-
-_Node = _Text | _Value | _Assignment | _If | _Range
+_Node = str | _Value | _Assignment | _If | _Range
 
 
 def _items(source: str) -> Iterator[str | list[str]]:
     """Texts, and the words of actions."""
     for number, item in enumerate(_ACTION.split(source)):
         if number % 2:
-            yield _words(item)
+            yield _words(item.rstrip())
         elif "{{" in item:
             raise ValueError("an action without an end")
         elif item:
@@ -147,7 +80,6 @@ def _items(source: str) -> Iterator[str | list[str]]:
 
 def _words(action: str) -> list[str]:
     words, position = [], 0
-    action = action.rstrip()
     while position < len(action):
         word = _WORD.match(action, position)
         if word is None:
@@ -158,22 +90,22 @@ def _words(action: str) -> list[str]:
 
 
 def _block(items: Iterator[str | list[str]]) -> tuple[list[_Node], list[str]]:
-    """The nodes up to an `end` or `else`, and that; up to the end of the template, nothing."""
+    """The nodes up to an `end` or `else`, and that action; nothing at the end of the template."""
     nodes: list[_Node] = []
     for item in items:
         match item:
             case str():
-                nodes.append(_Text(item))
+                nodes.append(item)
             case ["end"] | ["else", *_]:
                 return nodes, item
             case ["if", *condition]:
                 nodes.append(_if(condition, items))
             case ["range", index, ",", element, ":=", *over]:
-                nodes.append(_Range(index, element, _expression(over), _closed(items)))
+                nodes.append(_Range(index, element, _expression(iter(over)), _closed(items)))
             case [name, ":=" | "=" as sign, *value] if name.startswith("$"):
-                nodes.append(_Assignment(name, _expression(value), declares=sign == ":="))
+                nodes.append(_Assignment(name, _expression(iter(value)), declares=sign == ":="))
             case _:
-                nodes.append(_Value(_expression(item)))
+                nodes.append(_Value(_expression(iter(item))))
     return nodes, []
 
 
@@ -186,7 +118,7 @@ def _if(condition: list[str], items: Iterator[str | list[str]]) -> _If:
         otherwise = _closed(items)
     elif end != ["end"]:
         raise ValueError("an if without an end")
-    return _If(_expression(condition), then, otherwise)
+    return _If(_expression(iter(condition)), then, otherwise)
 
 
 def _closed(items: Iterator[str | list[str]]) -> list[_Node]:
@@ -196,36 +128,69 @@ def _closed(items: Iterator[str | list[str]]) -> list[_Node]:
     return nodes
 
 
-def _expression(words: list[str]) -> Expression:
-    expression, rest = _operands(words)
-    if rest or not expression:
-        raise ValueError(f"not understood: {' '.join(words)}")
-    return expression
-
-
-def _operands(words: list[str]) -> tuple[tuple[Expression, ...], list[str]]:
-    """Words up to the parenthesis that closes them, or to the end; and those that follow."""
+def _expression(words: Iterator[str], in_parentheses: bool = False) -> Expression:
+    """Words up to the parenthesis that closes them, or all of them."""
     operands: list[Expression] = []
-    while words and words[0] != ")":
-        word, *words = words
-        if word == "(":
-            inner, words = _operands(words)
-            operands.append(inner)
-            if not words:
-                raise ValueError("a parenthesis without an end")
-            words = words[1:]
-        else:
-            operands.append(word)
-    return tuple(operands), words
+    closed = False
+    for word in words:
+        if word == ")":
+            closed = True
+            break
+        operands.append(_expression(words, in_parentheses=True) if word == "(" else word)
+    if not operands or closed != in_parentheses:
+        raise ValueError("an action without words, or with parentheses that do not match")
+    return tuple(operands)
 
 
-def _and(*values: Any) -> Any:
-    return next((value for value in values if not value), values[-1])
+def _written(nodes: list[_Node], dot: Any, variables: Variables) -> str:
+    written: list[str] = []
+    for node in nodes:
+        match node:
+            case str():
+                written.append(node)
+            case _Value():
+                written.append(str(_value(node.expression, dot, variables)))
+            case _Assignment():
+                scopes = variables.maps[:1] if node.declares else [s for s in variables.maps if node.name in s]
+                scopes[0][node.name] = _value(node.expression, dot, variables)
+            case _If():
+                chosen = node.then if _value(node.condition, dot, variables) else node.otherwise
+                written.append(_written(chosen, dot, variables.new_child()))
+            case _Range():
+                for index, element in enumerate(_value(node.over, dot, variables)):
+                    inner = variables.new_child({node.index: index, node.element: element})
+                    written.append(_written(node.body, element, inner))
+    return "".join(written)
+
+
+def _value(expression: Expression, dot: Any, variables: Variables) -> Any:
+    match expression:
+        case str():
+            return _word(expression, dot, variables)
+        case (single,):
+            return _value(single, dot, variables)
+        case (function, *operands) if isinstance(function, str) and function in _FUNCTIONS:
+            return _FUNCTIONS[function](*(_value(operand, dot, variables) for operand in operands))
+    raise ValueError(f"no function {expression[0]}")
+
+
+def _word(word: str, dot: Any, variables: Variables) -> Any:
+    if word.startswith('"'):
+        return word[1:-1]
+    if word in _CONSTANTS:
+        return _CONSTANTS[word]
+    if word.isdecimal():
+        return int(word)
+    base, _, field = word.partition(".")  # `.Field` of the dot, `$.Field` of the data, `$name`
+    if base and base not in variables:
+        raise ValueError(f"no variable {word}")
+    value = variables[base] if base else dot
+    return value[field] if field else value
 
 
 _CONSTANTS = {"true": True, "false": False}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "and": _and,
+    "and": lambda *values: next((value for value in values if not value), values[-1]),
     "not": lambda value: not value,
     "eq": lambda one, other: one == other,
     "ne": lambda one, other: one != other,

@@ -1,7 +1,5 @@
 """A run → a GGUF file for llama.cpp, and a Modelfile for Ollama, by way of the merged checkpoint.
 
-Knows neither how a checkpoint is merged, converted or compared, nor how a Modelfile is made.
-
 ```
 model.gguf   the merged model, as llama.cpp's own converter writes it
 Modelfile    with --ollama: `ollama create NAME -f Modelfile`
@@ -15,11 +13,11 @@ import shutil
 from pathlib import Path
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.gguf import check_gguf
+from mlx_sft.convert.targets.gguf.comparison import GgufFacts, check_gguf
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.llama_cpp import OUTPUT, find_converter, no_converter
+from mlx_sft.convert.targets.gguf.converter import OUTPUT, find_converter, no_converter
 from mlx_sft.convert.merged import write_merged
-from mlx_sft.convert.ollama import Modelfile, make_modelfile
+from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
 from mlx_sft.convert.verify import Merging, Verification
 from mlx_sft.disk import refuse_full_disk
 from mlx_sft.errors import UserError
@@ -28,7 +26,6 @@ from mlx_sft.runs import write_folder
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 MODELFILE = "Modelfile"
-_SOURCE = f"./{OUTPUT}"
 
 
 def export_gguf(
@@ -41,7 +38,7 @@ def export_gguf(
     ollama: bool,
     room: str,
 ) -> tuple[Verification | None, tuple[str, ...]]:
-    """Write the folder; what cannot be is found before anything is merged, where it can be.
+    """Write the folder. What can be refused beforehand is refused before anything is merged.
 
     Args:
         merging: A finished run, and what it is merged into.
@@ -62,7 +59,8 @@ def export_gguf(
     if (files := code_files(base)) and not may_run_code_of(base):
         what = f"this model names Python code of its own ({', '.join(files)}), which llama.cpp's converter may run"
         raise UserError(what, where=str(base), hint=TRUST_HINT)
-    modelfile = _modelfile(config, base) if ollama else None
+    if ollama:
+        _modelfile(config, base)  # refused before anything is merged, where it has to be
     needed = 2 * checkpoint.size()
     refuse_full_disk(target, needed, "this export, with the merged checkpoint on its way,", room)
     with write_folder(target, needed) as temporary:
@@ -75,13 +73,18 @@ def export_gguf(
         shutil.rmtree(merged.parent)
         for file in (file for pattern in LICENCE_FILES for file in base.glob(pattern) if file.is_file()):
             shutil.copyfile(file, temporary / file.name)
-        if modelfile is None:
+        if not ollama:
             return verification, (facts.said,)
-        if facts.adds_bos is not None:
-            modelfile = _modelfile(config, base, facts.adds_bos)
+        modelfile = _modelfile(config, base, facts)
         (temporary / MODELFILE).write_text(modelfile.text, encoding="utf-8")
     return verification, (facts.said, *modelfile.notes)
 
 
-def _modelfile(config: TrainConfig, base: Path, adds_bos: bool | None = None) -> Modelfile:
-    return make_modelfile(load_tokenizer(base), config.chat_template_kwargs, _SOURCE, adds_bos)
+def _modelfile(config: TrainConfig, base: Path, facts: GgufFacts | None = None) -> Modelfile:
+    """The Modelfile for a GGUF file, where there is one already of what that was found to be."""
+    adds_bos, found = (None, None) if facts is None else (facts.adds_bos, facts.chat_template)
+    modelfile = make_modelfile(load_tokenizer(base), config.chat_template_kwargs, f"./{OUTPUT}", adds_bos)
+    if modelfile.chat_template is not None and found is not None and found != modelfile.chat_template:
+        what = f"the chat template in {OUTPUT}, which Ollama follows, is not the tokenizer's"
+        raise UserError(what, where=str(base), hint="leave out --ollama, or update llama.cpp")
+    return modelfile
