@@ -23,15 +23,17 @@ from transformers import (
 
 from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.peft import write_adapter
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import IGNORED, Example
-from mlx_sft.data.store import Examples
 from mlx_sft.methods.lora import Lora, LoraSettings
+from mlx_sft.methods.peft_files import write_adapter
 from mlx_sft.model.load import load_model
-from mlx_sft.runs import RunFolder
-from mlx_sft.training.fit import memory_limit_restored
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.training.machine import memory_limit_restored
 from tests.chats import write_chats
+from tests.neighbours import find_neighbour
 from tests.torch_families import TORCH_FAMILIES
+from tests.trl_exports import half, half_trained, pair, trained  # noqa: F401  fixtures
 
 VOCABULARY = 264
 
@@ -62,6 +64,19 @@ class Run:
 
     base: Path
     path: Path
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "neighbour" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.neighbours)
+
+
+@pytest.fixture(scope="session")
+def neighbour() -> Callable[[str], Path]:
+    """`neighbour("tokenizers/qwen3")` → what lies beside the project; the test is skipped where it does not."""
+    return find_neighbour
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -174,11 +189,12 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
             for question, answer in turns
         ]
         data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-        config = TrainConfig(data=str(data), model=str(base), rank=4, alpha=8, **settings)
+        shape = {"rank": 4, "alpha": 8} if settings.get("method", "lora") == "lora" else {}
+        config = TrainConfig(data=str(data), model=str(base), **shape, **settings)
         run = RunFolder.create(tmp_path / "run")
         run.config.write_text(config.to_yaml())
         if config.method == "lora":
-            settings_of_lora = LoraSettings.from_config(config)
+            settings_of_lora = config.settings(LoraSettings)
             parameters = random_adapter(base, settings_of_lora)
             write_adapter(run.adapter, settings_of_lora, parameters, str(base))
         return Run(base, run.path)

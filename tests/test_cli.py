@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 import mlx_sft
-from mlx_sft.config import TrainConfig, option_name
+from mlx_sft.config import TrainConfig, all_fields, option_name, owners_of
 from mlx_sft.data import encode_conversation
 from mlx_sft.errors import INTERRUPTED, USAGE
 from mlx_sft.training import loop
@@ -23,7 +23,11 @@ Cli = Callable[..., Any]
 SPECIAL: dict[str, tuple[list[str], Any]] = {
     "data": (["x"], ["x"]),
     **{name: (["x"], "x") for name in ("valid", "model", "init_adapter", "out", "resume", "resume_from_peft")},
-    **{name: (["0.5"], 0.5) for name in ("valid_fraction", "warmup", "dropout")},
+    **{name: (["0.5"], 0.5) for name in ("valid_fraction", "warmup", "dropout", "momentum", "beta1")},
+    "decay_rate": (["-0.7"], -0.7),
+    "format": (["text"], "text"),
+    "method": (["full"], "full"),
+    "optimizer": (["lion"], "lion"),
     "columns": (["user=question, assistant=answer"], {"user": "question", "assistant": "answer"}),
     "target": (["q_proj,v_proj"], ["q_proj", "v_proj"]),
     "eval_every": (["7"], 7),
@@ -38,9 +42,13 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
 """What to type for an option whose kind alone does not say it, and the value that it means."""
 
 
+HAVE_ONE_VALUE = ("objective", "callbacks")
+"""Without another package; what one adds is chosen in `test_extending.py`."""
+
+
 def typed(field: str) -> tuple[list[str], Any]:
     """What to type for a value of a field that is not its default, and the value."""
-    info = TrainConfig.model_fields[field]
+    info = all_fields()[field]
     if field in SPECIAL:
         words, value = SPECIAL[field]
         return [option_name(field), *words], value
@@ -67,16 +75,25 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     return given
 
 
-@pytest.mark.parametrize("field", TrainConfig.model_fields)
+@pytest.mark.parametrize("field", [name for name in all_fields() if name not in HAVE_ONE_VALUE])
 def test_every_setting_is_an_option_that_arrives(cli: Cli, resolved: list[TrainConfig], field: str) -> None:
     words, value = typed(field)
-    result = cli("train", *([] if field == "data" else ["--data", "x"]), *words)
+    choosing = [(kind, name) for kind, name in owners_of(field)[:1] if kind != "callbacks"]
+    chosen = [word for kind, name in choosing for word in (option_name(kind), name)]
+    also = ["--momentum", "0.5"] if field == "nesterov" else []
+    result = cli("train", *([] if field == "data" else ["--data", "x"]), *chosen, *words, *also)
     assert result.exit_code == 0, result.output
     arrived = getattr(resolved[0], field)
     assert arrived == value
-    assert arrived != TrainConfig.model_fields[field].default
-    others = resolved[0].model_fields_set - {field, "data"}
+    assert arrived != type(resolved[0]).model_fields[field].default
+    others = resolved[0].model_fields_set - {field, "data", "momentum", *(kind for kind, _ in choosing)}
     assert not others, "an option that was not given counts as given"
+
+
+def test_a_setting_of_what_is_not_chosen_is_an_error_that_names_its_owner(cli: Cli) -> None:
+    result = cli("train", "--data", "x", "--method", "full", "--rank", "4")
+    assert result.exit_code == USAGE
+    assert "rank: a setting of --method lora, and this run has --method full" in result.stderr
 
 
 def test_help_names_every_option_with_its_default(cli: Cli) -> None:
@@ -147,7 +164,7 @@ def test_train_ends_stdout_with_the_run_folder_and_says_the_rest_on_stderr(cli: 
     assert result.stdout == settings["out"] + "\n"
     said = result.stderr
     for part in (
-        "chats.jsonl:", "<|im_start|>assistant\n⟦", "<|im_end|>⟧", "8 to learn from, 2 held out", "% supervised",
+        "chats.jsonl:", "<|im_start|>assistant\n⟦", "<|im_end|>⟧", "8 to train on, 2 held out", "% supervised",
         "parameters (lora)", " 4 of 4 conversations", "step 4/4  loss ", "tokens/s", "validation loss", settings["out"],
     ):  # fmt: skip
         assert part in said

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.config import TrainConfig, _joined, option_name, public_name
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.mappings import read_yaml
+from mlx_sft.files import read_yaml
+from mlx_sft.methods.lora_settings import LoraSettings
 
 
 def refusal(file: Path | None = None, **options: Any) -> UserError:
@@ -51,7 +53,8 @@ def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None
     assert file.read_text().startswith("# header\n")
     assert TrainConfig.resolve(file) == given
     keys = set(yaml.safe_load(file.read_text()))
-    assert keys == {public_name(field) for field in TrainConfig.model_fields} - {"resume"}
+    assert keys == {public_name(field) for field in type(given).model_fields} - {"resume"}
+    assert {"rank", "betas", "early_stop", "on_divergence"} <= keys
 
 
 @pytest.mark.parametrize(
@@ -174,9 +177,52 @@ def test_a_configuration_does_not_change() -> None:
 def test_an_option_is_named_as_its_field() -> None:
     assert option_name("max_grad_norm") == "--max-grad-norm"
     assert option_name("json_lines") == "--json"
-    assert get_args(TrainConfig.model_fields["method"].annotation) == ("lora", "full")
 
 
-@pytest.mark.parametrize("setting", [{"dora": True}, {"rank_pattern": "q_proj=3"}, {"alpha_pattern": {"q_proj": 2.0}}])
-def test_full_fine_tuning_has_no_shape_of_an_adapter(setting: dict[str, Any]) -> None:
-    assert "--method full trains no adapter" in refusal(data="x", method="full", **setting).what
+@pytest.mark.parametrize(
+    ("settings", "key", "owner"),
+    [
+        *(
+            ({"method": "full", key: value}, key, "--method lora, and this run has --method full")
+            for key, value in {
+                "rank": 4, "target": "qv", "alpha": 2.0, "rslora": True, "init": "gaussian", "dropout": 0.1, "dora": True,
+                "rank_pattern": "q_proj=3", "alpha_pattern": {"q_proj": 2.0},
+            }.items()
+        ),
+        ({"betas": [0.9, 0.99], "optimizer": "sgd"}, "betas", "--optimizer adamw and lion, and this run has --optimizer sgd"),
+        ({"momentum": 0.9}, "momentum", "--optimizer muon and sgd, and this run has --optimizer adamw"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_what_was_not_chosen_names_its_owner(settings: dict[str, Any], key: str, owner: str) -> None:
+    error = refusal(data="x", **settings)
+    assert error.what == f"{key}: a setting of {owner}"
+    assert error.hint.startswith(f"leave {key} out, or choose ")
+
+
+def test_python_is_told_in_the_same_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match='did you mean "rank"') as caught:
+        TrainConfig(data="x", rnak=3)
+    assert caught.value.what == "rnak: no such setting"
+
+
+def test_rows_in_place_of_the_names_of_files_are_one_error() -> None:
+    rows = [{"messages": [{"role": "user", "content": "a" * 50}]}] * 1800
+    error = refusal(data=rows)
+    assert "train(config, data=rows)" in error.what
+    assert len(error.what) < 400
+
+
+def test_a_configuration_can_be_pickled() -> None:
+    config = TrainConfig(data="x", rank=3, optimizer="lion", betas=(0.8, 0.9))
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config
+    assert again.model_fields_set == config.model_fields_set
+
+
+def test_two_owners_may_not_have_one_setting() -> None:
+    class Greedy(LoraSettings):
+        lr: float = 1.0
+        """Taken."""
+
+    with pytest.raises(TypeError, match="Greedy and TrainConfig both have a setting named lr"):
+        _joined(Greedy)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_sft.data.formats import Conversation
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.headers import Headers
 from mlx_sft.data.mask.instrument import has_tags
 from mlx_sft.data.mask.prefix import by_beginnings

@@ -1,49 +1,94 @@
 """The verb `plan`: what a run would take on a machine, and what would fit, before any weight is read.
 
-    config.json ─► outline ─► footprint ─► settings that `train` would choose, what fits at which length, on which Mac, how long
-
-Knows how these are put together; `plan_text.py` knows how they look.
+config.json ─► outline ─► footprint ─► settings that `train` would choose, what fits at which length, on which Mac, how long
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.peft import read_adapter
+from mlx_sft.console import Look, count, duration, size
 from mlx_sft.data.batches import Layout, padded_width
 from mlx_sft.data.pipeline import Progress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_yaml
-from mlx_sft.methods import make_method
+from mlx_sft.files import read_yaml
+from mlx_sft.methods import Method, make_method
 from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_size
 from mlx_sft.model.outline import outline
 from mlx_sft.model.tiles import expected_tiles
 from mlx_sft.model.translate import read_config
-from mlx_sft.training.arithmetic import REACHED, Work, operations, seconds
-from mlx_sft.training.choice import (
-    Choice,
-    LongestRow,
-    asked_for,
-    choose,
-    choose_for,
-    configured,
-    most_tokens,
-    no_room,
-)
-from mlx_sft.training.fit import Fit, planned_steps, within
-from mlx_sft.training.machine import COMMON_MACS, Machine, mac, measured_teraflops, read_machine, this_machine
+from mlx_sft.registry import METHODS
+from mlx_sft.training.batch_settings import BatchSettings, asked_for, choose, configured, most_tokens
+from mlx_sft.training.machine import COMMON_MACS, Machine, mac, measured_teraflops, read_machine, this_machine, within
 from mlx_sft.training.memory import MODES, Footprint, Prediction
+from mlx_sft.training.memory_planner import LongestRow, MemoryPlan, MemoryPlanner, planned_steps
+from mlx_sft.training.recompute import Mode
+from mlx_sft.training.setup import optimizer_state_bytes
 
 NO_DATA = "(no data)"
 """Stands for the data of a configuration that names none: rows of `max_length` are assumed then."""
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+REACHED = 0.7
+"""The share of the speed of products that steps are taken to reach; norms, activations and the optimizer take the rest."""
+
+_FORWARDS_AGAIN: dict[Mode, int] = {"off": 0, "light": 0, "layers": 1, "blocks": 2}
+"""How often the backward pass computes a layer's products again."""
+
+_ATTENTION_AGAIN: dict[Mode, int] = {"off": 0, "light": 1, "layers": 1, "blocks": 2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed in an epoch.
+
+    Attributes:
+        tokens: Of all rows, those that go through the model.
+        squares: Σ length² of the rows.
+        supervised: Positions that the head computes.
+    """
+
+    tokens: int
+    squares: int
+    supervised: int
+
+    @classmethod
+    def of(cls, lengths: NDArray[Any], supervised: int) -> Work:
+        """Of rows of these lengths."""
+        long = lengths.astype(np.int64)
+        return cls(int(long.sum()), int((long * long).sum()), supervised)
+
+
+def operations(footprint: Footprint, mode: Mode, work: Work) -> float:
+    """Floating-point operations of an epoch."""
+    full = footprint.trains_weights
+    upper = sum(layer.weights for layer in footprint.layers)
+    lower = sum(layer.weights for layer in footprint.below)
+    a_token = 2 * (upper + lower) + (4 if full else 2) * upper + 2 * _FORWARDS_AGAIN[mode] * upper
+    if not full:
+        a_token += 6 * footprint.trainable
+    attended = sum(layer.attended for layer in footprint.layers)
+    only_forward = sum(layer.attended for layer in footprint.below)
+    a_square = 2 * only_forward + (7 + 2 * _ATTENTION_AGAIN[mode]) * attended
+    head = (6 if full else 4) * footprint.hidden * footprint.vocabulary
+    return float(a_token * work.tokens + a_square * work.squares + head * work.supervised)
+
+
+def seconds(operations: float, teraflops: float) -> float:
+    """At a machine's speed of products."""
+    return operations / (REACHED * teraflops * 1e12)
 
 
 @dataclass(frozen=True)
@@ -53,7 +98,7 @@ class RunPlan:
     Attributes:
         dtype: Precision of the model on this machine.
         longest: The row that must fit.
-        choice: The settings that `train` would choose; None where it would refuse, and `refusal` then says why.
+        settings: The settings that `train` would choose; None where it would refuse, and `refusal` then says why.
         predicted: The parts of the peak, with those settings; without, of the longest row in the mode that keeps least.
         work: Of an epoch; None without data.
         epochs: Passes over the data.
@@ -67,7 +112,7 @@ class RunPlan:
     footprint: Footprint
     macs: Footprint
     longest: LongestRow
-    choice: Choice | None
+    settings: BatchSettings | None
     refusal: UserError | None
     predicted: Prediction
     work: Work | None
@@ -96,13 +141,13 @@ class RunPlan:
         found = []
         for gigabytes in COMMON_MACS:
             limit = mac("", gigabytes).memory
-            choice = choose(self.macs, limit, self.longest.tokens)
+            settings = choose(self.macs, limit, self.longest.tokens)
             found.append(
                 {
                     "gigabytes": gigabytes,
                     "working_set_bytes": limit,
-                    "micro_batch_tokens": choice.micro_batch_tokens if choice else None,
-                    "grad_checkpoint": configured(choice.mode) if choice else None,
+                    "micro_batch_tokens": settings.micro_batch_tokens if settings else None,
+                    "grad_checkpoint": configured(settings.mode) if settings else None,
                     "longest_row": {configured(mode): most_tokens(self.macs, mode, limit) for mode in MODES},
                 }
             )
@@ -112,13 +157,13 @@ class RunPlan:
         """Of the whole run; None where speed or data is not known."""
         if self.work is None or self.teraflops is None:
             return None
-        mode = self.choice.mode if self.choice else MODES[-1]
-        full = self.config.method == "full"
-        return self.epochs * seconds(operations(self.footprint, mode, self.work, full=full), self.teraflops)
+        mode = self.settings.mode if self.settings else MODES[-1]
+        counted = operations(self.footprint, mode, self.work)
+        return self.epochs * seconds(counted, self.teraflops)
 
     def to_json(self) -> str:
         """All of it, for a machine."""
-        choice = self.choice
+        settings = self.settings
         return json.dumps(
             {
                 "model": self.config.model,
@@ -128,11 +173,11 @@ class RunPlan:
                 "machine": asdict(self.machine),
                 "predicted": asdict(self.predicted) | {"peak": self.predicted.peak},
                 "settings": {
-                    "micro_batch_tokens": choice.micro_batch_tokens,
-                    "grad_checkpoint": configured(choice.mode),
-                    "head_chunk": choice.head_chunk,
+                    "micro_batch_tokens": settings.micro_batch_tokens,
+                    "grad_checkpoint": configured(settings.mode),
+                    "head_chunk": settings.head_chunk,
                 }
-                if choice
+                if settings
                 else None,
                 "refusal": str(self.refusal) if self.refusal else None,
                 "longest_row": asdict(self.longest),
@@ -177,8 +222,9 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
     on_macs = _footprint(config, path, "bfloat16" if config.dtype == "auto" else dtype, fused=True)
     layout: Layout = "grid" if machine.compiles else "joined"
     longest = _longest(config, layout, data)
-    choice = choose_for(config, footprint, machine.memory, longest, layout)
-    refusal = None if choice else no_room(footprint, machine, longest, asked_for(config), config)
+    planner = MemoryPlanner(config, machine, footprint, longest, layout)
+    settings = planner.choose()
+    refusal = None if settings else planner.refusal()
     speed = measured_teraflops(dtype) if here else machine.teraflops
     return RunPlan(
         config=config,
@@ -187,9 +233,9 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
         footprint=footprint,
         macs=on_macs,
         longest=longest,
-        choice=choice,
+        settings=settings,
         refusal=refusal,
-        predicted=_predicted(config, machine, footprint, choice, layout, data, longest),
+        predicted=_predicted(config, machine, footprint, settings, data, longest),
         work=Work.of(data.train.needed_lengths, int(data.train.supervised_tokens.sum())) if data else None,
         epochs=_epochs(config, data),
         teraflops=speed,
@@ -198,12 +244,12 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
 
 
 def _with_adapter(config: TrainConfig) -> TrainConfig:
-    """An initial adapter decides over its own shape."""
+    """An existing adapter's settings override those of the configuration that shape it."""
     if config.init_adapter is None:
         return config
-    settings, _ = read_adapter(config.init_adapter)
-    shape = {"rank": settings.rank, "rank_pattern": dict(settings.rank_pattern), "dora": settings.dora}
-    return config.model_copy(update=shape | {"target": list(settings.targets)})
+    where = Path(config.init_adapter)
+    kind: type[Method] = METHODS[config.method]
+    return config.model_copy(update=kind.read(where)[0].decides(where))
 
 
 def _data(config: TrainConfig, path: Path, progress: Progress | None) -> PreparedData | None:
@@ -216,10 +262,20 @@ def _data(config: TrainConfig, path: Path, progress: Progress | None) -> Prepare
 
 def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
     split = outline(path, dtype, config.quantize)
-    parameters = make_method(config).attach(split.model, config.seed)
+    method = make_method(config)
+    parameters = method.attach(split.model, config.seed)
     vocabulary = vocabulary_size(split.model, read_config(path))
     tiled = expected_tiles(split) is not None
-    return Footprint.of(split, parameters, vocabulary, tiled=tiled, fused=fused, accumulates=config.batch_size > 1)
+    return Footprint.of(
+        split,
+        method,
+        parameters,
+        vocabulary,
+        optimizer_state_bytes=optimizer_state_bytes(config, parameters),
+        tiled=tiled,
+        fused=fused,
+        accumulates=config.batch_size > 1,
+    )
 
 
 def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:
@@ -232,17 +288,16 @@ def _predicted(
     config: TrainConfig,
     machine: Machine,
     footprint: Footprint,
-    choice: Choice | None,
-    layout: Layout,
+    settings: BatchSettings | None,
     data: PreparedData | None,
     longest: LongestRow,
 ) -> Prediction:
-    if choice is None:
+    if settings is None:
         return footprint.predict(asked_for(config)[-1], longest.tokens)
     if data is None:
-        tokens = max(longest.tokens, choice.micro_batch_tokens)
-        return footprint.predict(choice.mode, tokens, width=longest.tokens, head_chunk=choice.head_chunk)
-    return Fit(machine, footprint, choice, layout).largest(planned_steps(config, data), data.train)
+        tokens = max(longest.tokens, settings.micro_batch_tokens)
+        return footprint.predict(settings.mode, tokens, width=longest.tokens, head_chunk=settings.head_chunk)
+    return MemoryPlan(machine, footprint, settings).largest(planned_steps(config, data), data.train)
 
 
 def _epochs(config: TrainConfig, data: PreparedData | None) -> float:
@@ -250,3 +305,91 @@ def _epochs(config: TrainConfig, data: PreparedData | None) -> float:
         return float(config.epochs)
     steps = planned_steps(config, data)
     return steps.total_steps / steps.steps_per_epoch
+
+
+Pieces = Iterator[tuple[str, Look]]
+
+_MODES = [configured(mode) for mode in MODES]
+
+
+def plan_pieces(plan: RunPlan) -> Pieces:
+    """What each part takes, what `train` would choose, what fits here and on common Macs."""
+    yield from _facts(plan)
+    yield from _lengths(plan)
+    yield from _macs(plan)
+
+
+def _facts(plan: RunPlan) -> Pieces:
+    config, machine, parts, chosen = plan.config, plan.machine, plan.predicted, plan.settings
+    yield f"{config.model} on {machine.name}\n", "title"
+    rows = [
+        ("may take", f"{size(machine.memory)} ({machine.basis})"),
+        ("weights", f"{size(parts.weights)} in {plan.dtype}"),
+        (
+            "trained",
+            f"{size(parts.trained)} for {count(plan.footprint.trainable)} parameters: value, gradient and two moments",
+        ),
+        ("kept", f"{size(parts.kept)} for the backward pass"),
+        ("passing", f"{size(parts.passing)} for a layer's backward pass, or the logits of a tile"),
+        ("peak", f"{size(parts.peak)} predicted"),
+        ("longest row", f"{plan.longest.tokens:,} tokens ({plan.longest.origin})"),
+    ]
+    if chosen is not None:
+        settings = f"--micro-batch-tokens {chosen.micro_batch_tokens} --grad-checkpoint {configured(chosen.mode)}"
+        rows.append(("settings", f"{settings} --dtype {plan.dtype}"))
+    rows += _time(plan)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        yield f"  {name:{width}}  ", "faint"
+        yield f"{value}\n", "plain"
+    if plan.refusal is not None:
+        yield f"  train would refuse: {plan.refusal}\n", "bad"
+    yield "\n", "plain"
+
+
+def _time(plan: RunPlan) -> list[tuple[str, str]]:
+    if plan.work is None:
+        return [("time", "give --data for an estimate")]
+    taken = plan.seconds()
+    if taken is None:
+        return [("time", "no estimate: this chip's speed is not known; name it, as in --machine 'M2 16GB'")]
+    source = "measured now" if plan.measured else "from a table"
+    basis = f"products at {plan.teraflops:.2g} TFLOP/s ({source}), of which steps reach {REACHED:.0%}"
+    epochs = f"{plan.epochs:.3g} epoch{'' if plan.epochs == 1 else 's'}"
+    tokens = f"{epochs} of {count(plan.work.tokens)} tokens"
+    return [("time", f"about {duration(taken)} for {tokens}: an estimate from {basis}")]
+
+
+def _lengths(plan: RunPlan) -> Pieces:
+    yield f"Rows that fit at once on {plan.machine.name}, by their length and --grad-checkpoint\n", "title"
+    head = ["tokens", *_MODES]
+    rows = [
+        [f"{found['length']:,}", *(f"{found[mode]['rows']:,}" if found[mode]["rows"] else "-" for mode in _MODES)]
+        for found in plan.lengths()
+    ]
+    yield from _table(head, rows)
+
+
+def _macs(plan: RunPlan) -> Pieces:
+    yield "Common Macs: settings for the longest row, and the longest row that fits, by --grad-checkpoint\n", "title"
+    head = ["memory", "may take", "settings", *_MODES]
+    rows = []
+    for found in plan.common_macs():
+        settings = f"{found['micro_batch_tokens']} tokens, {found['grad_checkpoint']}"
+        rows.append(
+            [
+                f"{found['gigabytes']} GB",
+                size(found["working_set_bytes"]),
+                settings if found["grad_checkpoint"] else "does not fit",
+                *(f"{tokens:,}" if tokens else "-" for tokens in found["longest_row"].values()),
+            ]
+        )
+    yield from _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Pieces:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for line, look in [(head, "faint"), *((row, "plain") for row in rows)]:
+        text = "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        yield f"  {text}\n", "faint" if look == "faint" else "plain"
+    yield "\n", "plain"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,17 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mlx_sft.convert import merge
-from mlx_sft.convert.adapted import load_run
 from mlx_sft.convert.export import export
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.peft import read_adapter
-from mlx_sft.convert.trained import save_trained
 from mlx_sft.errors import UserError
-from mlx_sft.methods import Full
+from mlx_sft.load import load_run
+from mlx_sft.methods.full import Full
+from mlx_sft.methods.lora import LowRankUpdate
+from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.load import load_model
-from mlx_sft.runs import RunFolder
-from mlx_sft.safetensors_file import StoredTensor, read_rows
 
 # PEFT asks a transformers model in a way that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
@@ -72,6 +70,7 @@ def test_transformers_computes_what_peft_computes(
     run = make_run(make_base(family, tied=tied, shard=shard))
 
     result = export(run.path, tmp_path / "merged")
+    assert repr(result) == f"ExportResult(merged in {tmp_path / 'merged'}, verified)"
 
     merged = torch_logits(torch_model(result.path), token_ids)
     adapted = _peft_logits(run, token_ids, torch_logits)
@@ -135,7 +134,7 @@ def test_a_merge_in_small_blocks_is_the_same(
 ) -> None:
     run = make_run(make_base())
     export(run.path, tmp_path / "whole", verify=False)
-    monkeypatch.setattr(merge, "BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr("mlx_sft.convert.merge.BLOCK_ELEMENTS", 200)
     export(run.path, tmp_path / "blocks", verify=False)
     whole, blocks = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "blocks"))
     for name, weight in whole.items():
@@ -152,7 +151,7 @@ def test_merged_metadata_says_pytorch(tmp_path: Path, make_base: Callable[..., P
 def _full_run(run: object, change: Callable[[mx.array], mx.array] = lambda w: w + 0.05) -> None:
     weights = dict(tree_flatten(load_model(str(run.base), "float32").model.parameters()))
     trained = {name: change(value) for name, value in weights.items()}
-    save_trained(RunFolder(run.path).weights, Full(), trained, str(run.base))
+    Full().write(run.path / "weights", trained, str(run.base))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -247,8 +246,8 @@ def test_data_that_is_gone_does_not_stop_an_export(
 
 
 def _without_last_layer(rows: Callable) -> Callable:
-    def changed(self: merge.LowRankUpdate, tensor: StoredTensor, *span: int) -> np.ndarray:
-        return read_rows(tensor, *span) if "layers.1" in tensor.name else rows(self, tensor, *span)
+    def changed(self: LowRankUpdate, base: partial, *span: int, expert: int | None = None) -> np.ndarray:
+        return base(*span) if "layers.1" in base.args[0].name else rows(self, base, *span, expert=expert)
 
     return changed
 
@@ -268,7 +267,7 @@ def test_a_wrong_merge_fails_and_leaves_what_was_there(
     adapter = run.path / "adapter" / "adapter_model.safetensors"
     # Small beside what bfloat16 rounds away, so that only a sharp comparison sees that it is lost.
     save_file({name: value / 4 for name, value in load_file(adapter).items()}, adapter)
-    monkeypatch.setattr(merge.LowRankUpdate, "rows", _without_last_layer(merge.LowRankUpdate.rows))
+    monkeypatch.setattr(LowRankUpdate, "rows", _without_last_layer(LowRankUpdate.rows))
 
     with pytest.raises(UserError, match="not the merged one"):
         export(run.path, target, overwrite=True)
@@ -288,10 +287,10 @@ def test_a_full_disk_leaves_what_was_there(
     export(run.path, target, verify=False)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
 
-    def full(*_: object) -> np.ndarray:
+    def full(*_: object, **__: object) -> np.ndarray:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(merge.LowRankUpdate, "rows", full)
+    monkeypatch.setattr(LowRankUpdate, "rows", full)
     with pytest.raises(UserError, match="disk is full"):
         export(run.path, target, overwrite=True)
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before

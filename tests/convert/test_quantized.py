@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.mlx_folder import convert
+from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.model.load import load_model
 from mlx_sft.model.outline import outline
 from mlx_sft.model.quantize import weights_by_name
@@ -222,7 +222,7 @@ def test_what_contradicts_itself_is_refused(base: Path, run: Callable[..., Path]
     for options, message in (
         ({"base": "dequantized"}, "for a run on a quantized base"),
         ({"base": "dequantized", "base_model": str(base)}, "leave one of"),
-        ({"format": "peft", "base": "dequantized"}, "the adapter alone"),
+        ({"format": "peft", "base": "dequantized"}, "--base goes with --format merged or mlx or gguf"),
         ({"quantize": "4"}, "goes with --format mlx"),
     ):
         with pytest.raises(UserError) as caught:
@@ -270,4 +270,4 @@ def test_another_model_in_place_of_the_base_is_refused(
 def test_quantized_weights_are_not_trained_themselves(base: Path, run: Callable[..., Path], tmp_path: Path) -> None:
     quantized = _quantized(tmp_path / "quantized", base)
     with pytest.raises(UserError, match="quantized, and cannot be trained"):
-        run(model=str(quantized), method="full", rank=16)
+        run(model=str(quantized), method="full", rank=None)

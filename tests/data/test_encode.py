@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.alignment import Alignment
+from mlx_sft.data.conversation import Conversation, Document, Tokens
+from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.encode import (
     IGNORED,
     Encoder,
@@ -23,15 +25,12 @@ from mlx_sft.data.encode import (
     decoded_segments,
     encode_conversation,
 )
-from mlx_sft.data.formats import Conversation, Document, Tokens
-from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import Facts, todays_variables
 from mlx_sft.data.tokenizer import end_tokens
 from mlx_sft.errors import UserError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 MESSAGES = [{"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Hé 👩‍👩‍👧‍👦"}]
-QWEN3 = Path(__file__).parents[2] / ".." / "shared" / "tokenizers" / "qwen3"
 
 
 def only(examples: list[Example]) -> Example:
@@ -196,9 +195,8 @@ def test_examples_are_equal_in_content_only_with_equal_tokens_and_weights() -> N
     assert len({example.digest() for example in different}) == 3
 
 
-@pytest.mark.skipif(not QWEN3.is_dir(), reason="the real Qwen 3 tokenizer is not here")
-def test_the_real_qwen3_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(QWEN3)
+def test_the_real_qwen3_tokenizer(neighbour: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"))
     token_ids, mask = encode_conversation(tokenizer, MESSAGES)
     assert token_ids == tokenizer.apply_chat_template(MESSAGES, return_dict=False)
     assert learnt(tokenizer, token_ids, mask) == "<think>\n\n</think>\n\nHé 👩‍👩‍👧‍👦<|im_end|>"

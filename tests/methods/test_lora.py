@@ -15,10 +15,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.peft import our_name
 from mlx_sft.errors import UserError
-from mlx_sft.methods import Lora, LoraSettings, make_method
-from mlx_sft.methods.lora import DoraLinear, LoraLinear, detach, put_back, resolve_targets
+from mlx_sft.methods import make_method
+from mlx_sft.methods.lora import DoraLinear, Lora, LoraLinear, LoraSettings, resolve_targets
+from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
 
 # PEFT asks a transformers model in a way that transformers has renamed.
@@ -29,7 +29,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def _lora(**settings: Any) -> Lora:
-    return Lora.from_config(TrainConfig(data="-", **settings))
+    return Lora(TrainConfig(data="-", **settings).settings(LoraSettings))
 
 
 @pytest.fixture
@@ -194,12 +194,12 @@ def test_binding_some_leaves_the_others_as_they_are(make_base: Callable[..., Pat
 
 def test_settings_come_from_the_configuration() -> None:
     config = TrainConfig(data="x", rank=3, alpha=5, dropout=0.1, rslora=True, target="q_proj,v_proj", init="gaussian")
-    expected = LoraSettings(3, 5.0, 0.1, True, ("q_proj", "v_proj"), "gaussian")
-    assert LoraSettings.from_config(config) == expected
+    expected = LoraSettings(rank=3, alpha=5.0, dropout=0.1, rslora=True, target=["q_proj", "v_proj"], init="gaussian")
+    assert config.settings(LoraSettings) == expected
     method = make_method(config)
     assert isinstance(method, Lora)
     assert method.settings == expected
-    assert LoraSettings.from_config(TrainConfig(data="x")).targets == ("all-linear",)
+    assert TrainConfig(data="x").settings(LoraSettings).targets == ("all-linear",)
 
 
 def test_what_it_changes_is_what_its_model_computes_with(model: nn.Module) -> None:
@@ -255,10 +255,11 @@ def test_what_was_taken_off_can_be_put_back(model: nn.Module) -> None:
     parameters = method.attach(model, seed=0)
     method.bind(model, {name: mx.ones(value.shape) for name, value in parameters.items()})
     adapted = model(token_ids)
-    taken = detach(model)
-    assert len(taken) == 14
+    assert sum(isinstance(module, LoraLinear) for module in model.modules()) == 14
+    put_back = Lora.detach(model)
+    assert not any(isinstance(module, LoraLinear) for module in model.modules())
     assert mx.array_equal(model(token_ids), before)
-    put_back(model, taken)
+    put_back()
     assert mx.array_equal(model(token_ids), adapted)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
-from mlx_sft.convert.peft import read_adapter
-from mlx_sft.runs import RunFolder
+from mlx_sft.methods.peft_files import read_adapter
+from mlx_sft.run_folder import RunFolder
+from tests.chosen import without_adapter
 
 
 def losses(run: Path) -> list[float]:
@@ -31,7 +32,7 @@ def test_a_rate_of_zero_changes_nothing(settings: dict[str, Any]) -> None:
 
 
 def test_a_rate_beyond_all_numbers_ends_the_run_in_words(settings: dict[str, Any]) -> None:
-    settings |= {"lr": 1e30, "warmup": 0, "method": "full", "max_grad_norm": 0, "epochs": 5}
+    settings = without_adapter(settings) | {"lr": 1e30, "warmup": 0, "method": "full", "max_grad_norm": 0, "epochs": 5}
     with pytest.raises(UserError, match="had no finite gradient") as caught:
         train(TrainConfig(**settings))
     assert "lower --lr" in caught.value.hint

@@ -23,14 +23,15 @@ from mlx_sft.data.feed import PreparedStep
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.errors import FAILURE
 from mlx_sft.model.load import load_tokenizer
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_safetensors
 from mlx_sft.training import loop, setup
+from mlx_sft.training.batch_settings import frequent_shapes
 from mlx_sft.training.machine import Machine
-from mlx_sft.training.optimizer_step import take
+from mlx_sft.training.optimizer_step import train_step
 from mlx_sft.training.setup import Job, prepare_job
-from mlx_sft.training.shapes import frequent_shapes
-from mlx_sft.training.step import Evaluation, Learner
+from mlx_sft.training.step import Evaluation, GradientComputer
+from tests.chosen import without_adapter
 
 TRAIN_FIELDS = [
     *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens"),
@@ -230,7 +231,7 @@ def poisoned(settings: dict[str, Any], make_base: Callable[..., Path], tmp_path:
     content = {tensor.name: read_float32(tensor) for tensor in file.tensors}
     content["model.embed_tokens.weight"] = content["model.embed_tokens.weight"].copy()
     content["model.embed_tokens.weight"][token_id] = np.inf
-    described = [(tensor.name, "F32", tensor.shape) for tensor in file.tensors]
+    described = [(tensor.name, "F32", tensor.shape, tensor.size) for tensor in file.tensors]
     pieces = ([content[tensor.name].tobytes()] for tensor in file.tensors)
     write_safetensors(base / "model.safetensors", described, pieces, file.metadata)
     changes = {
@@ -301,7 +302,7 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(poisoned: dict[s
 
 
 def test_a_run_of_every_weight_keeps_them_and_learns(settings: dict[str, Any]) -> None:
-    settings |= {"method": "full", "lr": 3e-3, "epochs": 4}
+    settings = without_adapter(settings) | {"method": "full", "lr": 3e-3, "epochs": 4}
     result = train(TrainConfig(**settings))
     lines = metrics(result.run_dir, "train")
     assert lines[-1]["loss"] < lines[0]["loss"] - 1
@@ -366,7 +367,7 @@ def test_padding_is_counted(settings: dict[str, Any]) -> None:
     train(TrainConfig(**settings | {"shuffle": False, "epochs": 1, "micro_batch_tokens": 100}))
     needed = job.data.train.needed_lengths
     for line, rows in zip(metrics(settings["out"], "train"), ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]), strict=True):
-        micro_batches = cut(rows, needed, 100, job.fit.layout)
+        micro_batches = cut(rows, needed, 100, job.settings.layout)
         assert line["computed_tokens"] == needed[rows].sum() < line["tokens"]
         assert line["padded_tokens"] == sum(micro.tokens for micro in micro_batches)
         assert line["micro_batches"] == len(micro_batches)
@@ -394,7 +395,7 @@ def test_nothing_grows_from_step_to_step(settings: dict[str, Any], monkeypatch: 
     sizes = []
 
     def watched(job: Job, prepared: PreparedStep, *further: Any) -> Any:
-        record = take(job, prepared, *further)
+        record = train_step(job, prepared, *further)
         gc.collect()
         open_files = len(list(Path("/dev/fd").iterdir()))
         sizes.append((mx.get_active_memory(), len(gc.get_objects()), open_files, threading.active_count()))
@@ -414,7 +415,7 @@ def test_a_better_loss_begins_the_count_of_an_early_stop_anew(
     settings: dict[str, Any], chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 4.0, 2.0, 2.5, 2.0, 1.0])
-    monkeypatch.setattr(Learner, "evaluate", lambda *_: Evaluation(next(losses), 0.5, 10, 5))
+    monkeypatch.setattr(GradientComputer, "evaluate", lambda *_: Evaluation(next(losses), 0.5, 10, 5))
     result = train(TrainConfig(**settings, valid=str(chats), eval_every=1, early_stop=2))
     assert [line["best"] for line in metrics(settings["out"], "evaluation")] == [True, False, True, False, False]
     assert (result.steps, result.best_loss) == (5, 2.0)

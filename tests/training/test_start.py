@@ -1,4 +1,4 @@
-"""`--resume-from-peft`: what a twin's script left goes on as if it had never been elsewhere; any other adapter is a start."""
+"""`--resume-from-peft`: what the script of a TRL export left goes on as if it had never been elsewhere; any other adapter is a start."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_sft import TrainConfig, UserError, export_twin, train
-from mlx_sft.convert.peft import read_adapter
+from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.errors import USAGE
-from mlx_sft.runs import RunFolder
-from tests.twins import STEPS, Pair
+from mlx_sft.methods.peft_files import read_adapter
+from mlx_sft.run_folder import RunFolder
+from tests.trl_exports import STEPS, Pair, export_trl
 
 HALF = STEPS // 2
 
 
-def go_on(twin: Path, to: Path, **further: Any) -> RunFolder:
-    return RunFolder(train(TrainConfig(resume_from_peft=str(twin), out=str(to), quiet=True, **further)).run_dir)
+def go_on(exported: Path, to: Path, **further: Any) -> RunFolder:
+    return RunFolder(train(TrainConfig(resume_from_peft=str(exported), out=str(to), quiet=True, **further)).run_dir)
 
 
-def refusal(twin: Path, to: Path, **further: Any) -> UserError:
+def refusal(exported: Path, to: Path, **further: Any) -> UserError:
     with pytest.raises(UserError) as caught:
-        go_on(twin, to, **further)
+        go_on(exported, to, **further)
     assert caught.value.hint
     assert not to.exists()
     return caught.value
@@ -40,14 +40,14 @@ def losses(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("part", [".", "adapter"])
-def test_a_twin_goes_on_as_the_undisturbed_run(pair: Pair, half_trained: Path, tmp_path: Path, part: str) -> None:
+def test_a_trl_export_goes_on_as_the_undisturbed_run(pair: Pair, half_trained: Path, tmp_path: Path, part: str) -> None:
     run = go_on(half_trained / part, tmp_path / "run")
     undisturbed, ours = losses(pair.run), losses(run.path)
     assert list(ours) == list(range(HALF + 1, STEPS + 1))
     for step, loss in ours.items():
         assert loss == pytest.approx(undisturbed[step], rel=1e-5)
     (settings, expected), (again, found) = read_adapter(pair.run / "adapter"), read_adapter(run.adapter)
-    _, start = read_adapter(pair.twin / "initial_adapter")
+    _, start = read_adapter(pair.exported / "initial_adapter")
     assert again == settings
     for name, value in expected.items():
         moved = float(mx.abs(value - start[name]).max())
@@ -95,7 +95,7 @@ def test_it_can_be_given_more_steps(half_trained: Path, tmp_path: Path) -> None:
     assert max(losses(run.path)) == STEPS + 2
 
 
-def test_a_finished_twin_leaves_nothing_to_do(trained: Path, tmp_path: Path) -> None:
+def test_a_finished_trl_export_leaves_nothing_to_do(trained: Path, tmp_path: Path) -> None:
     run = go_on(trained, tmp_path / "run")
     assert losses(run.path) == {}
     (_, theirs), (_, ours) = read_adapter(trained / "adapter"), read_adapter(run.adapter)
@@ -119,14 +119,14 @@ def test_another_setting_given_along_is_refused(
     assert error.exit_code == USAGE
 
 
-def test_a_twin_that_was_not_trained_is_refused(pair: Pair, tmp_path: Path) -> None:
-    error = refusal(pair.twin, tmp_path / "run")
+def test_a_trl_export_that_was_not_trained_is_refused(pair: Pair, tmp_path: Path) -> None:
+    error = refusal(pair.exported, tmp_path / "run")
     assert "has not been trained" in error.what
     assert "train.py" in error.hint
 
 
 @pytest.mark.parametrize("name", ["data", "model"])
-def test_a_twin_of_other_data_or_another_model_is_refused(half: Path, tmp_path: Path, name: str) -> None:
+def test_a_trl_export_of_other_data_or_another_model_is_refused(half: Path, tmp_path: Path, name: str) -> None:
     words = json.loads((half / "trl.json").read_text())
     words["identity"][name] = "another"
     (half / "trl.json").write_text(json.dumps(words))
@@ -172,15 +172,15 @@ def test_any_other_adapter_is_a_start_and_that_is_said(
     assert train(TrainConfig(resume=str(tmp_path / "from"), quiet=True)).steps == 6
 
 
-def test_a_twin_is_not_resumed_as_a_run(half_trained: Path) -> None:
-    with pytest.raises(UserError, match="this is a twin") as caught:
+def test_a_trl_export_is_not_resumed_as_a_run(half_trained: Path) -> None:
+    with pytest.raises(UserError, match="this is a TRL export") as caught:
         train(TrainConfig(resume=str(half_trained), quiet=True))
     assert caught.value.hint.endswith(f"--resume-from-peft {half_trained}")
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
-        assert "neither a twin nor an adapter" in refusal(folder, tmp_path / "run").what
+        assert "neither a TRL export nor an adapter" in refusal(folder, tmp_path / "run").what
 
 
 def test_any_other_adapter_needs_data(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_any_other_adapter_needs_data(settings: dict[str, Any], tmp_path: Path) 
     assert error.exit_code == USAGE
 
 
-def test_a_run_that_goes_on_from_a_twin_has_no_twin_of_its_own(half_trained: Path, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_from_a_trl_export_has_no_trl_export_of_its_own(half_trained: Path, tmp_path: Path) -> None:
     run = go_on(half_trained, tmp_path / "run")
     with pytest.raises(UserError, match="no start of its own") as caught:
-        export_twin(run.path, tmp_path / "twin")
+        export_trl(run.path, tmp_path / "trl")
     assert str(half_trained) in caught.value.hint

@@ -1,5 +1,5 @@
-"""The export target `gguf`: one file for llama.cpp, written by llama.cpp's own converter, and a Modelfile for Ollama beside it."""
+"""The export format `gguf`: one file for llama.cpp, written by llama.cpp's own converter, and a Modelfile for Ollama beside it."""
 
-from mlx_sft.convert.targets.gguf.target import export_gguf
+from mlx_sft.convert.targets.gguf.target import Gguf
 
-__all__ = ["export_gguf"]
+__all__ = ["Gguf"]

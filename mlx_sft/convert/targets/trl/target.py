@@ -1,6 +1,6 @@
-"""The verb `export --format trl`: a run → its twin, written beside its place and then renamed.
+"""The export format `trl`: rows, steps and start are made anew, by what made them for the run, and written beside a script.
 
-Rows, steps and start are made anew, by what made them for the run. Knows nothing of PyTorch.
+It is above `training` where the other export formats are below, because what it exports is a run before its first step.
 """
 
 from __future__ import annotations
@@ -8,115 +8,121 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
+from typing import Any, ClassVar
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import printable
-from mlx_sft.convert.export import check_target
-from mlx_sft.convert.peft import read_adapter, write_adapter
+from mlx_sft.convert.targets import Target
+from mlx_sft.convert.targets.peft import same
+from mlx_sft.convert.targets.trl.folder import TrlFolder
+from mlx_sft.convert.targets.trl.sft_config import sft_arguments
 from mlx_sft.data.batches import Plan, Step
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.data.prepare import PreparedData, prepare
-from mlx_sft.data.store import Examples
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.methods import Lora, Parameters
+from mlx_sft.files import to_json, write_file
+from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
 from mlx_sft.model.names import EXPERTS_PART
 from mlx_sft.model.outline import outline
-from mlx_sft.runs import RunFolder, to_json, write_file, write_folder
-from mlx_sft.training.fit import planned_steps
-from mlx_sft.training.identity import CONFIG_HEADER, identity_of, refuse_changes
+from mlx_sft.training.memory_planner import planned_steps
+from mlx_sft.training.resume import CONFIG_HEADER, identity_of, refuse_changes
 from mlx_sft.training.start import starting_parameters
-from mlx_sft.training.twin.folder import TwinFolder
-from mlx_sft.training.twin.words import sft_arguments
 
 _FILES = Path(__file__).parent / "files"
+
+_OBJECTIVE, _OPTIMIZER = "sft", "adamw"
+"""What the script does."""
 
 _DROPOUT = """\
 - Dropout ({dropout:g}): its random numbers are PyTorch's, so that losses agree on average and not step by step.
 """
 
 
-def export_twin(run: str | Path, to: str | Path, *, overwrite: bool = False, verify: bool = True) -> Path:
-    """Write a run as a folder with a script that repeats it with TRL and PEFT; it may have just begun.
+class Trl(Target):
+    """The export format `trl`; the run may have just begun."""
 
-    Args:
-        run: The folder that `train` made.
-        to: The folder to write; it appears when it is whole, and not before.
-        overwrite: Replace a folder that already holds something.
-        verify: Read the initial adapter again and compare it with the one that training starts from.
+    name: ClassVar = "trl"
+    summary: ClassVar = "the run itself, as a script for TRL, its rows and its start"
 
-    Returns:
-        The folder.
+    @property
+    def source(self) -> Path:
+        return resolve_checkpoint(self.export.config.model)
 
-    Raises:
-        UserError: If TRL cannot do what the run does, its data or model changed since it began, or `to` cannot be.
-    """
-    folder = RunFolder.open(run)
-    config = TrainConfig.resolve(folder.config)
-    _refuse_without_twin(config, folder)
-    path = resolve_checkpoint(config.model)
-    target = check_target(Path(to), folder, path, overwrite)
-    data = prepare(config, load_tokenizer(path))
-    identity = identity_of(config, data, path)
-    refuse_changes(folder, config, data, identity)
-    method, parameters = _start(config, path)
-    plan = planned_steps(config, data)
-    with write_folder(target) as temporary:
-        twin = TwinFolder(temporary)
-        _write_rows(twin, data.train, list(plan.steps()))
-        write_adapter(twin.initial_adapter, method.settings, parameters, name_elsewhere(config.model))
-        write_file(twin.trl, to_json(_in_trls_words(config, plan, data, identity)))
-        write_file(twin.config, config.to_yaml(CONFIG_HEADER))
-        write_file(twin.card, _readme(config, plan))
-        write_file(twin.script, (_FILES / "train.py.template").read_text(encoding="utf-8"))
-        write_file(twin.requirements, (_FILES / "requirements.txt").read_text(encoding="utf-8"))
-        if verify:
-            _verify_start(twin, parameters, target)
-    return target
+    def check(self) -> None:
+        """Raise `UserError` where TRL cannot do what the run does."""
+        run, config = self.export.run, self.export.config
+        if why := _not_for_trl(config, self.export.method):
+            hint = "--format peft gives the adapter alone, --format merged the whole"
+            raise UserError(f"this run cannot go on with TRL: {why}", where=str(run.path), hint=hint, exit_code=USAGE)
+        if config.resume_from_peft is not None:
+            hint = f"export the run that {config.resume_from_peft} was made of"
+            raise UserError(
+                "this run goes on from a TRL export, and has no start of its own", where=str(run.path), hint=hint
+            )
 
+    def write(self, folder: Path) -> None:
+        run, config, path = self.export.run, self.export.config, self.source
+        data = prepare(config, load_tokenizer(path))
+        identity = identity_of(config, data, path)
+        refuse_changes(run, config, data, identity)
+        method, parameters = _start(config, path)
+        plan = planned_steps(config, data)
+        export = TrlFolder(folder)
+        _write_rows(export, data.train, list(plan.steps()))
+        method.write(export.initial_adapter, parameters, name_elsewhere(config.model))
+        write_file(export.trl, to_json(_in_trls_words(config, plan, data, identity)))
+        write_file(export.config, config.to_yaml(CONFIG_HEADER))
+        write_file(export.card, _readme(config, method, plan))
+        write_file(export.script, (_FILES / "train.py.template").read_text(encoding="utf-8"))
+        write_file(export.requirements, (_FILES / "requirements.txt").read_text(encoding="utf-8"))
+        self._started = method, parameters
 
-def _refuse_without_twin(config: TrainConfig, run: RunFolder) -> None:
-    if config.method != Lora.name:
-        what = f"a run of --method {config.method} has no adapter, and so no twin"
-        hint = "only runs of --method lora can be exported with --format trl"
-        raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
-    if config.dora or config.quantize is not None:
-        what = "DoRA starts from the norms of the weights" if config.dora else "its base is quantized in MLX's own form"
-        hint = "runs without --dora and --quantize have a twin; --format peft gives the adapter alone"
-        raise UserError(f"this run has no twin: {what}", where=str(run.path), hint=hint, exit_code=USAGE)
-    if config.resume_from_peft is not None:
-        hint = f"export the run that {config.resume_from_peft} was made of"
-        raise UserError("this run goes on from a twin, and has no start of its own", where=str(run.path), hint=hint)
+    def verify(self, folder: Path) -> None:
+        """Read the initial adapter again, as PEFT's files are, and compare it with the one that training starts from."""
+        method, parameters = self._started
+        _, written = method.read(TrlFolder(folder).initial_adapter)
+        if not same(parameters, written):
+            raise UserError("the initial adapter was not written as it is", where=str(folder))
 
 
-def _start(config: TrainConfig, path: Path) -> tuple[Lora, Parameters]:
+def _not_for_trl(config: TrainConfig, method: type[Method]) -> str:
+    """What of a run the script cannot do; empty where it can do all of it."""
+    if config.objective != _OBJECTIVE:
+        return f"its --objective {config.objective} is not known to the script"
+    if config.optimizer != _OPTIMIZER:
+        return f"its --optimizer {config.optimizer} is not known to the script"
+    if not method.starts_in_trl:
+        return f"a run of --method {method.name} has no adapter that starts there as it does here"
+    if config.quantize is not None:
+        return "its base is quantized in MLX's own form"
+    return method(config.settings(method.Settings)).not_in_trl()
+
+
+def _start(config: TrainConfig, path: Path) -> tuple[Method, Parameters]:
     """The adapter as the run's training starts: it depends on the model's shapes, and on none of its weights."""
     split = outline(path, config.dtype)
     _, method, parameters = starting_parameters(config, split.model, begun=False)
-    if not isinstance(method, Lora):
-        raise TypeError(f"{method.name} leaves no adapter")
     for name in parameters:
         if not name.startswith(split.layers_prefix):
             module = name.rpartition(".")[0]
             what = f"TRL trains no adapter on {module}, which is outside the repeated layers"
-            raise UserError(what, where="target", hint=f"a run without {module} in its --target has a twin")
+            raise UserError(what, where="target", hint=f"a run without {module} in its --target can be exported")
         if EXPERTS_PART in name:
             what = "PEFT puts the adapters of experts together, so that their moments would be others"
-            raise UserError(what, where="target", hint="a run with --target attention has a twin")
+            raise UserError(what, where="target", hint="a run with --target attention can be exported")
     return method, parameters
 
 
-def _write_rows(twin: TwinFolder, examples: Examples, steps: Sequence[Step]) -> None:
-    """The rows that are learnt from, each once, and which of them each step has."""
+def _write_rows(export: TrlFolder, examples: Examples, steps: Sequence[Step]) -> None:
+    """The rows that are trained on, each once, and which of them each step has."""
     used = sorted({row for step in steps for row in step.rows})
-    with twin.rows.open("w") as file:
+    with export.rows.open("w") as file:
         for row in used:
             file.write(json.dumps(_row(examples[row])) + "\n")
     numbers = {row: number for number, row in enumerate(used)}
-    with twin.steps.open("w") as file:
+    with export.steps.open("w") as file:
         for step in steps:
             file.write(json.dumps({"step": step.number, "rows": [numbers[row] for row in step.rows]}) + "\n")
 
@@ -141,20 +147,11 @@ def _in_trls_words(config: TrainConfig, plan: Plan, data: PreparedData, identity
     }
 
 
-def _readme(config: TrainConfig, plan: Plan) -> str:
+def _readme(config: TrainConfig, method: Method, plan: Plan) -> str:
     return (_FILES / "README.md").read_text(encoding="utf-8").format(
         steps=plan.total_steps,
         rows=config.batch_size,
         model=" ".join(printable(name_elsewhere(config.model)).split()),
         dtype=config.dtype,
-        dropout=_DROPOUT.format(dropout=config.dropout) if config.dropout else "",
+        dropout=_DROPOUT.format(dropout=config.settings(type(method).Settings).dropout) if method.uses_dropout else "",
     )  # fmt: skip
-
-
-def _verify_start(twin: TwinFolder, parameters: Parameters, target: Path) -> None:
-    _, written = read_adapter(twin.initial_adapter)
-    equal = written.keys() == parameters.keys() and all(
-        bool(mx.array_equal(written[name], parameters[name])) for name in written
-    )
-    if not equal:
-        raise UserError("the initial adapter was not written as it is", where=str(target))

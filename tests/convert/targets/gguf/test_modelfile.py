@@ -14,7 +14,6 @@ from mlx_sft.convert.targets.gguf.ollama import parse_modelfile, rendered
 from mlx_sft.errors import UserError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
-REAL_QWEN3 = Path("/work/shared/tokenizers/qwen3")
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
@@ -169,9 +168,9 @@ def test_an_answer_that_is_the_last_message_goes_on(built: Callable[[str], Any])
     assert written == "<|im_start|>user\nWhere to?<|im_end|>\n<|im_start|>assistant\nHome"
 
 
-@pytest.mark.skipif(not REAL_QWEN3.is_dir(), reason="the real tokenizer of Qwen 3 is not on this machine")
-def test_the_real_qwen3() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(REAL_QWEN3, local_files_only=True)
+@pytest.mark.parametrize("talk", TALKS.values(), ids=TALKS)
+def test_the_real_qwen3(talk: list[dict[str, str]], neighbour: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"), local_files_only=True)
     modelfile = make_modelfile(tokenizer, {}, "./model.gguf")
     assert modelfile.text == (
         "# Made by mlx-sft. In this folder: ollama create NAME -f Modelfile\n"

@@ -1,4 +1,4 @@
-"""A twin's script, carried out by TRL and PEFT on the CPU, repeats the run that it was exported from."""
+"""The script of a TRL export, carried out by TRL and PEFT on the CPU, repeats the run that it was exported from."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from mlx_sft import TrainConfig, UserError, evaluate_run, export, export_twin, train
-from mlx_sft.convert.peft import read_adapter
+from mlx_sft import TrainConfig, UserError, evaluate_run, export, train
 from mlx_sft.data.prepare import prepare
 from mlx_sft.errors import USAGE
-from mlx_sft.runs import RunFolder
-from mlx_sft.training.fit import planned_steps
+from mlx_sft.methods import lora
+from mlx_sft.methods.peft_files import read_adapter
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.training.memory_planner import planned_steps
+from tests.chosen import without_adapter
 from tests.run_folders import outcome
-from tests.twins import STEPS, Pair
+from tests.trl_exports import STEPS, Pair, export_trl
 
 WRITTEN = {
     "train.py",
@@ -55,14 +57,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def refusal(run: Path, to: Path) -> UserError:
     with pytest.raises(UserError) as caught:
-        export_twin(run, to)
+        export_trl(run, to)
     assert caught.value.hint
     assert not to.exists()
     return caught.value
 
 
 def test_it_has_these_files(pair: Pair) -> None:
-    assert files(pair.twin) == WRITTEN
+    assert files(pair.exported) == WRITTEN
 
 
 def test_its_losses_rates_and_norms_are_the_runs(pair: Pair, trained: Path) -> None:
@@ -80,7 +82,7 @@ def test_its_losses_rates_and_norms_are_the_runs(pair: Pair, trained: Path) -> N
 def test_its_adapter_is_the_runs(pair: Pair, trained: Path) -> None:
     assert files(trained) == WRITTEN | LEFT_BY_THE_SCRIPT
     (settings, ours), (again, theirs) = read_adapter(pair.run / "adapter"), read_adapter(trained / "adapter")
-    _, start = read_adapter(pair.twin / "initial_adapter")
+    _, start = read_adapter(pair.exported / "initial_adapter")
     assert again == settings
     assert theirs.keys() == ours.keys() == start.keys()
     for name, our in ours.items():
@@ -98,7 +100,7 @@ def test_what_it_leaves_is_a_run_like_any_other(pair: Pair, trained: Path, tmp_p
 def test_its_steps_have_the_rows_of_the_plan_with_their_labels(pair: Pair, tokenizer: Any) -> None:
     config = TrainConfig.resolve(RunFolder(pair.run).config)
     data = prepare(config, tokenizer)
-    rows, steps = lines(pair.twin / "rows.jsonl"), lines(pair.twin / "steps.jsonl")
+    rows, steps = lines(pair.exported / "rows.jsonl"), lines(pair.exported / "steps.jsonl")
     plan = list(planned_steps(config, data).steps())
     assert [len(step["rows"]) for step in steps] == [4, 4, 3, 4, 4, 3, 4, 4, 3, 4]
     for step, planned in zip(steps, plan, strict=True):
@@ -110,9 +112,9 @@ def test_its_steps_have_the_rows_of_the_plan_with_their_labels(pair: Pair, token
 
 def test_rows_that_no_step_has_are_left_out(settings: dict[str, Any], tmp_path: Path) -> None:
     run = train(TrainConfig(**settings | {"epochs": 1, "max_steps": 1})).run_dir
-    twin = export_twin(run, tmp_path / "twin")
-    assert len(lines(twin / "rows.jsonl")) == 4
-    (step,) = lines(twin / "steps.jsonl")
+    exported = export_trl(run, tmp_path / "trl")
+    assert len(lines(exported / "rows.jsonl")) == 4
+    (step,) = lines(exported / "steps.jsonl")
     assert (step["step"], sorted(step["rows"])) == (1, [0, 1, 2, 3])
 
 
@@ -120,31 +122,31 @@ def test_rows_that_no_step_has_are_left_out(settings: dict[str, Any], tmp_path: 
 def test_its_start_is_the_runs(settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
     """A run with a learning rate of zero ends as it began."""
     run = train(TrainConfig(**settings | {"lr": 0.0, "seed": 5} | changes)).run_dir
-    twin = export_twin(run, tmp_path / "twin")
+    exported = export_trl(run, tmp_path / "trl")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (twin / "initial_adapter" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+        assert (exported / "initial_adapter" / name).read_bytes() == (run / "adapter" / name).read_bytes()
 
 
 def test_a_start_from_another_adapter_is_that_adapter(settings: dict[str, Any], tmp_path: Path) -> None:
     first = train(TrainConfig(**settings)).run_dir / "adapter"
     again = settings | {"init_adapter": str(first), "out": str(tmp_path / "again")}
-    twin = export_twin(train(TrainConfig(**again)).run_dir, tmp_path / "twin")
+    exported = export_trl(train(TrainConfig(**again)).run_dir, tmp_path / "trl")
     weights = "adapter_model.safetensors"
-    assert (twin / "initial_adapter" / weights).read_bytes() == (first / weights).read_bytes()
+    assert (exported / "initial_adapter" / weights).read_bytes() == (first / weights).read_bytes()
 
 
-def test_a_run_that_has_only_begun_has_the_same_twin(pair: Pair, tmp_path: Path) -> None:
+def test_a_run_that_has_only_begun_has_the_same_trl_export(pair: Pair, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     begun.mkdir()
     for name in ("config.yaml", "environment.json", "data_report.json"):
         shutil.copy(pair.run / name, begun)
-    assert outcome(export_twin(begun, tmp_path / "twin")) == outcome(pair.twin)
+    assert outcome(export_trl(begun, tmp_path / "trl")) == outcome(pair.exported)
 
 
 def test_the_command_writes_it(pair: Pair, cli: Callable[..., Any], tmp_path: Path) -> None:
-    command = ("export", "--run", pair.run, "--to", tmp_path / "twin", "--format", "trl")
+    command = ("export", "--run", pair.run, "--to", tmp_path / "trl", "--format", "trl")
     result = cli(*command)
-    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'twin'}\n")
+    assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'trl'}\n")
     again = cli(*command)
     assert again.exit_code == 1
     assert "--overwrite" in again.stderr
@@ -155,7 +157,7 @@ def test_its_readme_says_what_is_not_the_same(settings: dict[str, Any], tmp_path
     plain = train(TrainConfig(**settings | {"max_steps": 1})).run_dir
     dropping = train(TrainConfig(**settings | {"max_steps": 1, "dropout": 0.25, "out": str(tmp_path / "d")})).run_dir
     without, with_dropout = (
-        (export_twin(run, tmp_path / f"twin-{number}") / "README.md").read_text()
+        (export_trl(run, tmp_path / f"trl-{number}") / "README.md").read_text()
         for number, run in enumerate((plain, dropping))
     )
     assert "Dropout (0.25)" in with_dropout
@@ -165,14 +167,14 @@ def test_its_readme_says_what_is_not_the_same(settings: dict[str, Any], tmp_path
 
 
 def test_what_it_needs_is_what_it_was_tried_with(pair: Pair) -> None:
-    for line in (pair.twin / "requirements.txt").read_text().splitlines():
+    for line in (pair.exported / "requirements.txt").read_text().splitlines():
         requirement = Requirement(line)
         assert requirement.specifier.contains(version(requirement.name), prereleases=True)
 
 
-def test_full_fine_tuning_has_no_twin(settings: dict[str, Any], tmp_path: Path) -> None:
-    run = train(TrainConfig(**settings | {"method": "full", "max_steps": 1})).run_dir
-    error = refusal(run, tmp_path / "twin")
+def test_full_fine_tuning_has_no_trl_export(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = train(TrainConfig(**without_adapter(settings) | {"method": "full", "max_steps": 1})).run_dir
+    error = refusal(run, tmp_path / "trl")
     assert "--method full has no adapter" in error.what
     assert error.exit_code == USAGE
 
@@ -182,7 +184,7 @@ def test_weights_of_messages_are_refused_with_their_row(settings: dict[str, Any]
     messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat", "weight": 0.5}]
     data.write_text(json.dumps({"messages": messages}) + "\n")
     run = train(TrainConfig(**settings | {"data": str(data)})).run_dir
-    error = refusal(run, tmp_path / "twin")
+    error = refusal(run, tmp_path / "trl")
     assert error.where == f"{data}:1"
     assert "have weights" in error.what
 
@@ -191,27 +193,25 @@ def test_an_adapter_on_the_head_is_refused(
     settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     untied = {"model": str(make_base("qwen3")), "target": ["q_proj", "lm_head"], "max_steps": 1}
-    assert "lm_head" in refusal(train(TrainConfig(**settings | untied)).run_dir, tmp_path / "twin").what
+    assert "lm_head" in refusal(train(TrainConfig(**settings | untied)).run_dir, tmp_path / "trl").what
 
 
 def test_data_that_changed_since_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     data = shutil.copy(settings["data"], tmp_path / "chats.jsonl")
     run = train(TrainConfig(**settings | {"data": str(data), "max_steps": 1})).run_dir
     data.write_text(data.read_text().replace("cat", "dog", 1))
-    assert "the data changed" in refusal(run, tmp_path / "twin").what
+    assert "the data changed" in refusal(run, tmp_path / "trl").what
 
 
 def test_a_start_that_was_written_otherwise_is_noticed(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_sft.training.twin import export as module
+    def otherwise(folder: Path, settings: Any, parameters: dict[str, mx.array], *names: Any) -> None:
+        write(folder, settings, {name: value + 1 for name, value in parameters.items()}, *names)
 
-    def otherwise(folder: Path, settings: Any, parameters: dict[str, mx.array], base_model: str) -> None:
-        write(folder, settings, {name: value + 1 for name, value in parameters.items()}, base_model)
-
-    write = module.write_adapter
-    monkeypatch.setattr(module, "write_adapter", otherwise)
+    write = lora.write_adapter
+    monkeypatch.setattr(lora, "write_adapter", otherwise)
     with pytest.raises(UserError, match="not written as it is"):
-        export_twin(pair.run, tmp_path / "twin")
-    assert not (tmp_path / "twin").exists()
-    export_twin(pair.run, tmp_path / "twin", verify=False)
+        export_trl(pair.run, tmp_path / "trl")
+    assert not (tmp_path / "trl").exists()
+    export_trl(pair.run, tmp_path / "trl", verify=False)
