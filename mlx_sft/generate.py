@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft.convert.adapted import AdaptedModel, put_adapter
 from mlx_sft.data.formats import Conversation
-from mlx_sft.data.mask.reference import Reference
+from mlx_sft.data.mask.reference_rendering import Reference
 from mlx_sft.data.tokenizer import generation_ends
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import LoadedModel

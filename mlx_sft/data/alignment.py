@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.mask.turns import NOBODY, Integers, Span
+from mlx_sft.data.mask.assistant_spans import NOBODY, Integers, Span
 
 
 @dataclass(frozen=True, slots=True)

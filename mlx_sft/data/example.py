@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.mask.turns import Integers
+from mlx_sft.data.mask.assistant_spans import Integers
 from mlx_sft.data.template import NO_FACTS, Facts
 from mlx_sft.data.tokenizer import unwrapped
 

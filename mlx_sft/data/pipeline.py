@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.checks import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.example import Example
 from mlx_sft.data.formats import MixedShapes, RowReader
 from mlx_sft.data.reading.readers import Row
 from mlx_sft.data.report import Note
 from mlx_sft.data.sandbox import TemplateStopped
+from mlx_sft.data.screening import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.data.shapes import Conversation, Item
 from mlx_sft.errors import UserError
 

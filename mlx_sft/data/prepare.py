@@ -15,11 +15,11 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig, sections
 from mlx_sft.data.batches import shares
-from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.files import Source, locate, split_weight
 from mlx_sft.data.fit import Fitted, fit
 from mlx_sft.data.pipeline import Pipeline, Progress, Silence
 from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.split import split
 from mlx_sft.data.store import Examples
 from mlx_sft.data.store.tokenized import tokenized

@@ -29,13 +29,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlx_sft.data.formats import Conversation
+from mlx_sft.data.mask.assistant_spans import NOBODY, Integers, Refusal, Turn, Writing
+from mlx_sft.data.mask.generation_tags import tagged_turns, tracked
 from mlx_sft.data.mask.headers import Headers
-from mlx_sft.data.mask.instrument import has_tags
-from mlx_sft.data.mask.prefix import by_beginnings
-from mlx_sft.data.mask.reference import SYSTEM_ROLES, Reference
-from mlx_sft.data.mask.tags import tagged_turns, tracked
-from mlx_sft.data.mask.turns import NOBODY, Integers, Refusal, Turn, Writing
-from mlx_sft.data.mask.writing import writings
+from mlx_sft.data.mask.prefixes import by_beginnings
+from mlx_sft.data.mask.probe_renderings import writings
+from mlx_sft.data.mask.reference_rendering import SYSTEM_ROLES, Reference
+from mlx_sft.data.mask.traced_template import has_tags
 from mlx_sft.data.sandbox import compiled
 from mlx_sft.errors import UserError
 

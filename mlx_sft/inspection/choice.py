@@ -14,8 +14,8 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.report import Note, SourceReport
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.store import Examples
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.inspection.rows import Part

@@ -9,13 +9,13 @@ from typing import Any
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
-from mlx_sft.data.checks import SIGNS, SPECIAL_SIGN, signs_of
 from mlx_sft.data.files import locate
 from mlx_sft.data.formats import Conversation, RowReader
 from mlx_sft.data.pipeline import Pipeline, Progress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.reading.readers import Row
 from mlx_sft.data.report import SourceReport
+from mlx_sft.data.screening import SIGNS, SPECIAL_SIGN, signs_of
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.inspection import terminal

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_sft.data.encode import View
 from mlx_sft.data.formats import Conversation, Document, Item
-from mlx_sft.data.mask.turns import NOBODY
+from mlx_sft.data.mask.assistant_spans import NOBODY
 
 Fate = Literal["kept", "truncated", "dropped", "bad"]
 Part = Literal["train", "valid", ""]

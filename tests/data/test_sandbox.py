@@ -19,12 +19,12 @@ from transformers.utils import chat_template_utils
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data import prepare
-from mlx_sft.data.checks import SpecialTokens
 from mlx_sft.data.encode import encode_conversation
-from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference
+from mlx_sft.data.mask.reference_rendering import RENDERING_ERRORS, Reference
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.reading.readers import Row
 from mlx_sft.data.sandbox import CLOCK, TemplateStopped, compiled, limits
+from mlx_sft.data.screening import SpecialTokens
 from mlx_sft.data.shapes import Conversation
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mlx_sft.data.encode import IGNORED, Encoder, encode_conversation
 from mlx_sft.data.formats import Conversation
-from mlx_sft.data.mask.turns import assistant_messages
+from mlx_sft.data.mask.assistant_spans import assistant_messages
 from mlx_sft.data.template import Facts, Rendering, render
 from mlx_sft.errors import UserError
 

@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_sft.data.formats import Conversation
-from mlx_sft.data.mask.reference import Reference
-from mlx_sft.data.mask.turns import before_reasoning
+from mlx_sft.data.mask.assistant_spans import before_reasoning
+from mlx_sft.data.mask.reference_rendering import Reference
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.errors import UserError
 

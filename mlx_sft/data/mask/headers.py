@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlx_sft.data.mask.reference import Reference
-from mlx_sft.data.mask.turns import Refusal, before_no_reasoning, before_reasoning, without_opened_reasoning
+from mlx_sft.data.mask.assistant_spans import Refusal, before_no_reasoning, before_reasoning, without_opened_reasoning
+from mlx_sft.data.mask.reference_rendering import Reference
 
 _TELLING = 4
 """A shorter header than this (in characters other than white space at its ends) may stand anywhere by chance."""

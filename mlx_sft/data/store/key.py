@@ -18,10 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.files import Source
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.reading.streams import COMPRESSIONS
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.store.packing import TABLE
 
 _PACKAGES = ("mlx-sft", "transformers", "tokenizers", "jinja2")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Template, TemplateError
 
 from mlx_sft.data.formats import REASONING_KEYS, Conversation
-from mlx_sft.data.mask.turns import Messages, Span, before_reasoning
+from mlx_sft.data.mask.assistant_spans import Messages, Span, before_reasoning
 from mlx_sft.data.sandbox import CLOCK, Clock, compiled
 from mlx_sft.errors import UserError
 

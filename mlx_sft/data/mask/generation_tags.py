@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_sft.data.mask.headers import Headers
-from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference, reason_of
-from mlx_sft.data.mask.turns import (
+from mlx_sft.data.mask.assistant_spans import (
     NOBODY,
     Refusal,
     Span,
@@ -24,6 +22,8 @@ from mlx_sft.data.mask.turns import (
     ends_in_space,
     ends_pattern,
 )
+from mlx_sft.data.mask.headers import Headers
+from mlx_sft.data.mask.reference_rendering import RENDERING_ERRORS, Reference, reason_of
 
 
 def tagged_turns(

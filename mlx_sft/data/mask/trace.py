@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.mask import instrument
-from mlx_sft.data.mask.turns import NOBODY, Integers, Span
+from mlx_sft.data.mask import traced_template as instrument
+from mlx_sft.data.mask.assistant_spans import NOBODY, Integers, Span
 
 _PRIVATE_PLANES = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 

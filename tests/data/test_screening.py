@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_sft.data.checks import SIGN_MEANINGS, SIGNS, SpecialTokens, signs_of
 from mlx_sft.data.formats import Conversation, Document, Tokens
+from mlx_sft.data.screening import SIGN_MEANINGS, SIGNS, SpecialTokens, signs_of
 
 WWDC = Path(__file__).parents[2].parent / "shared" / "data" / "wwdc25-superbowl.jsonl"
 

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.formats import REASONING_KEYS
-from mlx_sft.data.mask.turns import NOBODY, Integers, Messages, called_functions
-from mlx_sft.data.mask.watch import Alphabet
+from mlx_sft.data.mask.assistant_spans import NOBODY, Integers, Messages, called_functions
+from mlx_sft.data.mask.trace import Alphabet
 
 COLOURED_KEYS = frozenset({"content", "text", "arguments", *REASONING_KEYS})
 """The parts of a message whose letters are its own words; the others (role, names, ids) steer the template."""

@@ -10,8 +10,8 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mlx_sft.data.mask.reference import Reference
-from mlx_sft.data.mask.turns import called_functions
+from mlx_sft.data.mask.assistant_spans import called_functions
+from mlx_sft.data.mask.reference_rendering import Reference
 from mlx_sft.data.reading.json_text import parse_json
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.shapes import Conversation

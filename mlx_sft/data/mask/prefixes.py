@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlx_sft.data.mask.colour import own_letters
-from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference, reason_of
-from mlx_sft.data.mask.turns import NOBODY, Integers, Refusal, Writing, assistant_messages
-from mlx_sft.data.mask.writing import colourings
+from mlx_sft.data.mask.assistant_spans import NOBODY, Integers, Refusal, Writing, assistant_messages
+from mlx_sft.data.mask.probe_letters import own_letters
+from mlx_sft.data.mask.probe_renderings import colourings
+from mlx_sft.data.mask.reference_rendering import RENDERING_ERRORS, Reference, reason_of
 
 
 def by_beginnings(reference: Reference) -> Writing:

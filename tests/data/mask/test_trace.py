@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data.mask.instrument import VARIANTS, Variant, instrumented
-from mlx_sft.data.mask.turns import NOBODY
-from mlx_sft.data.mask.watch import Alphabet, Watch
+from mlx_sft.data.mask.assistant_spans import NOBODY
+from mlx_sft.data.mask.trace import Alphabet, Watch
+from mlx_sft.data.mask.traced_template import VARIANTS, Variant, instrumented
 
 MESSAGES: list[dict[str, Any]] = [{"content": "a"}, {"content": "b", "calls": ["x", "y"]}, {"content": "a"}]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_sft.data.formats import REASONING_KEYS, Conversation, Document, Item
-from mlx_sft.data.mask.reference import Reference
-from mlx_sft.data.prose import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
+from mlx_sft.data.mask.reference_rendering import Reference
 from mlx_sft.data.sandbox import TemplateStopped
+from mlx_sft.data.suspicious_text import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
 from mlx_sft.data.tokenizer import unwrapped
 from mlx_sft.errors import UserError
 

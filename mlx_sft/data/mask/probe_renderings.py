@@ -10,11 +10,19 @@ from functools import lru_cache
 
 import numpy as np
 
-from mlx_sft.data.mask.colour import AsciiPhases, Colouring, Constants, PrivateColours, own_letters
-from mlx_sft.data.mask.instrument import VARIANTS, Variant, has_tags, instrumented, string_constants
-from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference, reason_of
-from mlx_sft.data.mask.turns import NOBODY, Integers, Messages, Refusal, Writing, assistant_messages, before_reasoning
-from mlx_sft.data.mask.watch import Alphabet, Watch, Watched
+from mlx_sft.data.mask.assistant_spans import (
+    NOBODY,
+    Integers,
+    Messages,
+    Refusal,
+    Writing,
+    assistant_messages,
+    before_reasoning,
+)
+from mlx_sft.data.mask.probe_letters import AsciiPhases, Colouring, Constants, PrivateColours, own_letters
+from mlx_sft.data.mask.reference_rendering import RENDERING_ERRORS, Reference, reason_of
+from mlx_sft.data.mask.trace import Alphabet, Watch, Watched
+from mlx_sft.data.mask.traced_template import VARIANTS, Variant, has_tags, instrumented, string_constants
 
 _MOST_STRINGS = 2000
 """A real template has a tenth; each is looked for at each place of each message."""
