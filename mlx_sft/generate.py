@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft.convert.adapted import AdaptedModel, put_adapter
 from mlx_sft.data.formats import Conversation
-from mlx_sft.data.mask.reference_rendering import Reference
+from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.tokenizer import generation_ends
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import LoadedModel
@@ -89,7 +89,7 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     # A run is asked in the context in which it was trained.
     variables = loaded.train_config.chat_template_kwargs if isinstance(loaded, AdaptedModel) else {}
-    text = Reference(tokenizer, Conversation("", messages, template_kwargs=variables)).prompted
+    text = ReferenceRendering(tokenizer, Conversation("", messages, template_kwargs=variables)).prompted
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

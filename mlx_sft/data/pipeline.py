@@ -56,7 +56,7 @@ class Outcome:
 
     Attributes:
         origin: The row's; those of its examples begin with it.
-        signs: Those of `checks.SIGNS` that it shows.
+        signs: Those of `screening.SIGNS` that it shows.
         mixed: Whether the note is that the row has another shape than its source.
     """
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_sft.data.encode import View
 from mlx_sft.data.formats import Conversation, Document, Item
-from mlx_sft.data.mask.assistant_spans import NOBODY
+from mlx_sft.data.mask.traced_rendering import NOBODY
 
 Fate = Literal["kept", "truncated", "dropped", "bad"]
 Part = Literal["train", "valid", ""]
@@ -109,7 +109,7 @@ class ShownRow:
 
     Attributes:
         number: Of the row among those of all sources read for the same part, from 0.
-        signs: What is suspicious about it, in the order of `checks.SIGNS`.
+        signs: What is suspicious about it, in the order of `screening.SIGNS`.
         duplicate_of: The origin of the first row with the same tokens and weights, or one example of them, where it is an
             earlier one.
         left_out: Turns of which the chat template leaves out words.
@@ -161,7 +161,7 @@ def _turns(view: View, item: Item) -> Iterator[Turn]:
     elsewhere = "text" if isinstance(item, Document) else "tokens"
     roles = [str(message["role"]) for message in item.messages] if isinstance(item, Conversation) else []
     learnt, start = view.example.loss_weights != 0, 0
-    for owner, tokens in groupby(view.owners.tolist()):
+    for owner, tokens in groupby(view.token_to_message.tolist()):
         end = start + len(list(tokens))
         if owner < 0 and not start and isinstance(item, Conversation):
             owner = _system_at_start("".join(view.pieces[:end]), item)

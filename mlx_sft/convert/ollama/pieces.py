@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_sft.data.formats import Conversation
-from mlx_sft.data.mask.assistant_spans import before_reasoning
-from mlx_sft.data.mask.reference_rendering import Reference
+from mlx_sft.data.mask.reasoning import before_reasoning
+from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.errors import UserError
 
@@ -107,7 +107,7 @@ class Chat:
 
     def _written(self, messages: list[Message], prompt: bool, variables: dict[str, Any]) -> str | None:
         asked = Conversation("", list(messages), template_kwargs=self.variables | variables)
-        reference = Reference(self.tokenizer, asked)
+        reference = ReferenceRendering(self.tokenizer, asked)
         try:
             text = reference.prompted if prompt else reference.text
         except TemplateStopped:

@@ -1,11 +1,9 @@
-"""Messages in colours: the letters by which each is known where a template writes them, and whether it does.
+"""Probe letters: every letter of a message is replaced by one by which the message is known where a template writes it.
 
-Knows the keys of a message; knows nothing of templates.
-
-    message       {"role": "user", "content": "Hi, you"}
-    as colours    {"role": "user", "content": "⬤⬤, ⬤⬤⬤"}          one private-use character a message
-    in phases     {"role": "user", "content": "Bb, bbb"}           where a template depends on letters: twice, in
-                  {"role": "user", "content": "Oo, ooo"}           other ones; what changes is the message's
+message             {"role": "user", "content": "Hi, you"}
+private letters     {"role": "user", "content": "⬤⬤, ⬤⬤⬤"}          one private-use character a message
+ASCII letters       {"role": "user", "content": "Bb, bbb"}           for templates that depend on letters: twice, in
+                    {"role": "user", "content": "Oo, ooo"}           different ones; what changes is the message's
 """
 
 from __future__ import annotations
@@ -20,17 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.formats import REASONING_KEYS
-from mlx_sft.data.mask.assistant_spans import NOBODY, Integers, Messages, called_functions
-from mlx_sft.data.mask.trace import Alphabet
+from mlx_sft.data.mask.trace import PrivateCharacters
+from mlx_sft.data.mask.traced_rendering import NOBODY, Integers, Messages, called_functions
 
-COLOURED_KEYS = frozenset({"content", "text", "arguments", *REASONING_KEYS})
+REPLACED_KEYS = frozenset({"content", "text", "arguments", *REASONING_KEYS})
 """The parts of a message whose letters are its own words; the others (role, names, ids) steer the template."""
 
 _LETTER = re.compile(r"[^\W_]")
 _ASCII_LETTER, _CAPITAL, _SMALL = re.compile("[A-Za-z]"), re.compile("[A-Z]"), re.compile("[a-z]")
 _LETTERS = 26
 _SHIFT = 13
-"""How far the second phase's letters are from the first's."""
+"""How far the letters of the second rendering are from those of the first."""
 
 
 class Constants:
@@ -54,120 +52,121 @@ class Constants:
         return [text[first:last] for first, last in pairwise([*bounds, len(text)])]
 
 
-class Colouring(Protocol):
-    """A way to colour messages, and to find the colours in what a template writes of them."""
+class ProbeLetters(Protocol):
+    """A way to put probe letters into messages, and to find them in what a template writes."""
 
-    def paint(self, messages: Messages) -> list[Messages]:
-        """The messages in each phase of the colouring; every text keeps its length."""
+    def replace_in(self, messages: Messages) -> list[Messages]:
+        """The messages with probe letters, once for each rendering that is needed; every text keeps its length."""
         ...
 
-    def read(self, written: Sequence[str], text: str, owners: Integers) -> Integers | None:
-        """Whose letter each character of the text is, `NOBODY` where it is nobody's.
+    def find(self, renderings: Sequence[str], text: str, char_to_message: Integers) -> Integers | None:
+        """The message whose letter each character of the text is, `NOBODY` where it is none's.
 
         Args:
-            written: What the template wrote of the messages of each phase.
-            text: What it writes of the plain messages.
-            owners: Who wrote each character: where a colour may stand for several messages, it is taken for theirs.
+            renderings: What the template wrote of the messages with probe letters.
+            text: What it writes of the messages as they are.
+            char_to_message: The message that each character was written for: where a letter may stand for several
+                messages, it is taken for this one's.
 
         Returns:
-            Shape (characters,); None where the texts differ in anything but coloured letters.
+            Shape (characters,); None where the texts differ in anything but probe letters.
         """
         ...
 
-    def count(self, painted: str, index: int) -> int:
-        """How many coloured letters are in a text of message `index`, as the first phase paints it."""
+    def count(self, probed: str, index: int) -> int:
+        """How many probe letters are in a text of message `index`, as it is first rendered."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class PrivateColours:
-    """One private-use character a message, in which all its letters are painted.
+class PrivateProbeLetters:
+    """One private-use character a message, which replaces all its letters.
 
     Args:
-        alphabet: Supplies the characters.
+        characters: Supplies the letters.
         constants: The strings that the template's code holds, which are kept, so that it finds in a message what it
             looks for (`</think>`).
     """
 
-    alphabet: Alphabet
+    characters: PrivateCharacters
     constants: Constants
 
-    def paint(self, messages: Messages) -> list[Messages]:
-        def painted(message: dict[str, Any], colour: str) -> Any:
-            return _painted(message, self.constants, lambda piece: _LETTER.sub(colour, piece))
+    def replace_in(self, messages: Messages) -> list[Messages]:
+        def probed(message: dict[str, Any], letter: str) -> Any:
+            return _replaced(message, self.constants, lambda piece: _LETTER.sub(letter, piece))
 
-        return [[painted(message, self.alphabet.colour(index)) for index, message in enumerate(messages)]]
+        return [[probed(message, self.characters.probe_letter(index)) for index, message in enumerate(messages)]]
 
-    def read(self, written: Sequence[str], text: str, owners: Integers) -> Integers | None:
-        characters, plain = _code_points(written[0]), _code_points(text)
-        colours = self.alphabet.colours(characters)
-        if len(characters) != len(plain) or ((characters != plain) & (colours == NOBODY)).any():
+    def find(self, renderings: Sequence[str], text: str, char_to_message: Integers) -> Integers | None:
+        written, plain = _code_points(renderings[0]), _code_points(text)
+        letters = self.characters.messages_of_letters(written)
+        if len(written) != len(plain) or ((written != plain) & (letters == NOBODY)).any():
             return None
-        return colours
+        return letters
 
-    def count(self, painted: str, index: int) -> int:
-        return painted.count(self.alphabet.colour(index))
+    def count(self, probed: str, index: int) -> int:
+        return probed.count(self.characters.probe_letter(index))
 
 
 @dataclass(frozen=True, slots=True)
-class AsciiPhases:
-    """A Latin letter a message, twice: only ASCII letters are painted, in their case, so that what escapes, measures or
-    asks for letters writes as much as before. Every 26th message has the same letter."""
+class AsciiProbeLetters:
+    """A Latin letter a message, another one in a second rendering: only ASCII letters are replaced, in their case, so that
+    what escapes, measures or asks for letters writes as much as before. Every 26th message has the same letter."""
 
     constants: Constants
 
-    def paint(self, messages: Messages) -> list[Messages]:
-        def painted(message: dict[str, Any], letter: int) -> Any:
+    def replace_in(self, messages: Messages) -> list[Messages]:
+        def probed(message: dict[str, Any], letter: int) -> Any:
             capital, small = chr(ord("A") + letter % _LETTERS), chr(ord("a") + letter % _LETTERS)
-            return _painted(message, self.constants, lambda piece: _SMALL.sub(small, _CAPITAL.sub(capital, piece)))
+            return _replaced(message, self.constants, lambda piece: _SMALL.sub(small, _CAPITAL.sub(capital, piece)))
 
-        return [[painted(message, index + shift) for index, message in enumerate(messages)] for shift in (0, _SHIFT)]
+        return [[probed(message, index + shift) for index, message in enumerate(messages)] for shift in (0, _SHIFT)]
 
-    def read(self, written: Sequence[str], text: str, owners: Integers) -> Integers | None:
-        first, second, plain = (_code_points(part) for part in (*written, text))
-        if not len(first) == len(second) == len(plain) == len(owners):
+    def find(self, renderings: Sequence[str], text: str, char_to_message: Integers) -> Integers | None:
+        first, second, plain = (_code_points(part) for part in (*renderings, text))
+        if not len(first) == len(second) == len(plain) == len(char_to_message):
             return None
         letter, shifted, own = (_letter_numbers(part) for part in (first, second, plain))
         changed = first != second
         known = changed & (own >= 0) & (letter >= 0) & (shifted == (letter + _SHIFT) % _LETTERS)
         if ((changed & ~known) | (~changed & (first != plain))).any():
             return None
-        nearest = owners - (owners - letter) % _LETTERS
+        nearest = char_to_message - (char_to_message - letter) % _LETTERS
         return np.where(known, np.where(nearest < 0, nearest + _LETTERS, nearest), NOBODY).astype(np.int32)
 
-    def count(self, painted: str, index: int) -> int:
-        return sum(len(_ASCII_LETTER.findall(piece)) for piece in self.constants.split(painted)[::2])
+    def count(self, probed: str, index: int) -> int:
+        return sum(len(_ASCII_LETTER.findall(piece)) for piece in self.constants.split(probed)[::2])
 
 
-def own_letters(message: dict[str, Any], index: int, colouring: Colouring) -> int:
-    """How many coloured letters of a painted message there are to write: content, reasoning, and calls' arguments."""
+def count_letters(message: dict[str, Any], index: int, letters: ProbeLetters) -> int:
+    """How many probe letters of a message are to be written: in its content, its reasoning, and its calls' arguments."""
     content = message.get("content")
     parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else [content]
     # The reasoning is in the message under several names, and is to be written once.
     reasoning = next((message[key] for key in REASONING_KEYS if key in message), None)
     arguments = [function.get("arguments") for function in called_functions(message)]
-    return sum(_letters(part, index, colouring) for part in (*parts, reasoning, *arguments))
+    return sum(_count(part, index, letters) for part in (*parts, reasoning, *arguments))
 
 
-def _painted(value: Any, constants: Constants, paint: Callable[[str], str], words: bool = False) -> Any:
-    """A copy of a message whose own words are painted, except the constants in them."""
+def _replaced(value: Any, constants: Constants, replace: Callable[[str], str], words: bool = False) -> Any:
+    """A copy of a message with other letters in its own words, except in the constants that they hold."""
     if isinstance(value, dict):
-        return {key: _painted(item, constants, paint, words or key in COLOURED_KEYS) for key, item in value.items()}
+        return {key: _replaced(item, constants, replace, words or key in REPLACED_KEYS) for key, item in value.items()}
     if isinstance(value, list):
-        return [_painted(item, constants, paint, words) for item in value]
+        return [_replaced(item, constants, replace, words) for item in value]
     if not words or not isinstance(value, str):
         return value
     pieces = constants.split(value)
-    pieces[::2] = [paint(piece) for piece in pieces[::2]]
+    pieces[::2] = [replace(piece) for piece in pieces[::2]]
     return "".join(pieces)
 
 
-def _letters(value: Any, index: int, colouring: Colouring) -> int:
+def _count(value: Any, index: int, letters: ProbeLetters) -> int:
     if isinstance(value, dict):
-        return sum(_letters(item, index, colouring) for item in value.values())
+        return sum(_count(item, index, letters) for item in value.values())
     if isinstance(value, list):
-        return sum(_letters(item, index, colouring) for item in value)
-    return colouring.count(value, index) if isinstance(value, str) else 0
+        return sum(_count(item, index, letters) for item in value)
+    return letters.count(value, index) if isinstance(value, str) else 0
 
 
 def _code_points(text: str) -> NDArray[np.uint32]:

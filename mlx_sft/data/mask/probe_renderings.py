@@ -1,6 +1,7 @@
-"""How a template writes a conversation: the first way of watching it that is free of contradictions.
+"""Renderings of a conversation by its traced template, with probe letters in place of the messages' own.
 
-Knows the ways of watching and of colouring, and what a contradiction is; knows nothing of what a turn is.
+Each way of tracing is tried, the plainest first; a rendering tells something where its text is the tokenizer's own but for the
+probe letters.
 """
 
 from __future__ import annotations
@@ -10,40 +11,62 @@ from functools import lru_cache
 
 import numpy as np
 
-from mlx_sft.data.mask.assistant_spans import (
-    NOBODY,
-    Integers,
-    Messages,
-    Refusal,
-    Writing,
-    assistant_messages,
-    before_reasoning,
+from mlx_sft.data.mask.probe_letters import (
+    AsciiProbeLetters,
+    Constants,
+    PrivateProbeLetters,
+    ProbeLetters,
+    count_letters,
 )
-from mlx_sft.data.mask.probe_letters import AsciiPhases, Colouring, Constants, PrivateColours, own_letters
-from mlx_sft.data.mask.reference_rendering import RENDERING_ERRORS, Reference, reason_of
-from mlx_sft.data.mask.trace import Alphabet, Watch, Watched
-from mlx_sft.data.mask.traced_template import VARIANTS, Variant, has_tags, instrumented, string_constants
+from mlx_sft.data.mask.reasoning import before_reasoning
+from mlx_sft.data.mask.reference_rendering import RENDERING_ERRORS, ReferenceRendering, reason_of
+from mlx_sft.data.mask.trace import PrivateCharacters, Trace, TracedText
+from mlx_sft.data.mask.traced_rendering import NOBODY, Integers, Messages, Refusal, TracedRendering, assistant_messages
+from mlx_sft.data.mask.traced_template import VARIANTS, Variant, has_tags, string_constants, traced
 
 _MOST_STRINGS = 2000
 """A real template has a tenth; each is looked for at each place of each message."""
 
 
-def colourings(reference: Reference) -> Iterator[tuple[Alphabet, Colouring]]:
-    """The ways to colour a conversation, and markers that its text does not hold.
+def traced_renderings(reference: ReferenceRendering) -> Iterator[TracedRendering | Refusal]:
+    """What each way of tracing shows, or why it shows nothing; the plainest first.
+
+    Where probe letters of one kind can be read, the next kind is not tried. Where the template's author tagged what is
+    generated, an assistant's letters may stand elsewhere too.
 
     Raises:
-        Refusal: where there are no such markers.
+        Refusal: where no private character is left for markers.
     """
-    alphabet = Alphabet.absent_from(reference.text, len(reference.messages))
-    if alphabet is None:
+    tagged = has_tags(reference.template)
+    for characters, letters in _probe_letters(reference):
+        probed = letters.replace_in(reference.messages)
+        is_read = False
+        for variant in VARIANTS:
+            try:
+                rendering = _traced_rendering(reference, variant, characters, letters, probed)
+                is_read = True
+                if not tagged:
+                    rendering.check()
+                yield rendering
+            except Refusal as refusal:
+                yield refusal
+        if is_read:
+            return
+
+
+def _probe_letters(reference: ReferenceRendering) -> Iterator[tuple[PrivateCharacters, ProbeLetters]]:
+    """The kinds of probe letters for a conversation, and markers that its text does not hold."""
+    characters = PrivateCharacters.absent_from(reference.text, len(reference.messages))
+    if characters is None:
         raise Refusal("the messages are too many, or hold every kind of private-use character")
-    private, phases = PrivateColours(alphabet, constants := _constants(reference.template)), AsciiPhases(constants)
-    yield alphabet, private
-    (painted,) = private.paint(reference.messages)
-    for index, (message, coloured) in enumerate(zip(reference.messages, painted, strict=True)):
-        if own_letters(coloured, index, private) and not own_letters(message, index, phases):
-            return  # its words would not be seen where they do not belong
-    yield alphabet, phases
+    constants = _constants(reference.template)
+    private, ascii_letters = PrivateProbeLetters(characters, constants), AsciiProbeLetters(constants)
+    yield characters, private
+    (probed,) = private.replace_in(reference.messages)
+    for index, (message, probe) in enumerate(zip(reference.messages, probed, strict=True)):
+        if count_letters(probe, index, private) and not count_letters(message, index, ascii_letters):
+            return  # its words have no ASCII letter, and would not be seen where they do not belong
+    yield characters, ascii_letters
 
 
 @lru_cache(maxsize=16)
@@ -54,81 +77,85 @@ def _constants(template: str) -> Constants:
     return Constants(strings)
 
 
-def writings(reference: Reference) -> Iterator[Writing | Refusal]:
-    """What each way of watching shows, or why it shows nothing; the plainest first.
+def _traced_rendering(
+    reference: ReferenceRendering,
+    variant: Variant,
+    characters: PrivateCharacters,
+    letters: ProbeLetters,
+    probed: list[Messages],
+) -> TracedRendering:
+    """Trace the template while it writes the messages with probe letters.
 
-    A colouring that can be read has said what there is to say: the next is for where none can be read. Where the
-    template's author tagged what is generated, its letters may stand elsewhere too.
+    Raises:
+        Refusal: where it fails, or its text differs from the reference in more than their letters.
     """
-    tagged = has_tags(reference.template)
-    for alphabet, colouring in colourings(reference):
-        phases = colouring.paint(reference.messages)
-        is_read = False
-        for variant in VARIANTS:
-            try:
-                writing = _watch(reference, variant, alphabet, colouring, phases)
-                is_read = True
-                if not tagged:
-                    writing.check()
-                yield writing
-            except Refusal as refusal:
-                yield refusal
-        if is_read:
-            return
-
-
-def _watch(
-    reference: Reference, variant: Variant, alphabet: Alphabet, colouring: Colouring, phases: list[Messages]
-) -> Writing:
-    """Watch the template write the coloured messages; its text must be the reference but for their letters."""
-    template = instrumented(reference.template, variant, reference.name)
-
-    def write(prompt: bool) -> list[Watched]:
-        try:
-            return [
-                alphabet.read(template.render(**reference.variables(messages, prompt), **watch.functions()))
-                for messages, watch in ((messages, Watch(messages, alphabet)) for messages in phases)
-            ]
-        except RENDERING_ERRORS as error:
-            raise Refusal(f"it fails when it is watched: {reason_of(error)}") from error
-
     text = reference.text
-    watched = write(prompt=True)
-    header = watched[0].text[len(text) :]
-    colours = _colours(watched, text, colouring)
-    if colours is None:
+    traces = _write(reference, variant, characters, probed, prompt=True)
+    header = traces[0].text[len(text) :]
+    letter_to_message = _found_letters(traces, text, letters)
+    if letter_to_message is None:
         # Some templates write an end token where they write no prompt: compare what follows the messages.
-        prompted = _after_messages(watched[0])
-        watched = write(prompt=False)
-        header = prompted.removeprefix(_after_messages(watched[0]))
-        colours = _colours(watched, text, colouring)
-    if colours is None:
-        raise Refusal("its writing depends on the letters of the messages, or on being watched")
-    painted = phases[0]
-    letters = [own_letters(message, index, colouring) for index, message in enumerate(painted)]
-    owners = _with_unwatched(reference, watched[0].owners[: len(text)])
-    return Writing(text, owners, colours, before_reasoning(header), painted, letters, watched[0].tags)
+        prompted = _after_messages(traces[0])
+        traces = _write(reference, variant, characters, probed, prompt=False)
+        header = prompted.removeprefix(_after_messages(traces[0]))
+        letter_to_message = _found_letters(traces, text, letters)
+    if letter_to_message is None:
+        raise Refusal("its writing depends on the letters of the messages, or on being traced")
+    char_to_message = _with_untraced(reference, variant, traces[0].char_to_message[: len(text)])
+    counts = [count_letters(message, index, letters) for index, message in enumerate(probed[0])]
+    return TracedRendering(
+        text, char_to_message, letter_to_message, before_reasoning(header), probed[0], counts, traces[0].tags
+    )
 
 
-def _with_unwatched(reference: Reference, owners: Integers) -> Integers:
-    """With the assistants' messages that are written outside loops, as the last is in some templates."""
+def _write(
+    reference: ReferenceRendering,
+    variant: Variant,
+    characters: PrivateCharacters,
+    probed: list[Messages],
+    prompt: bool,
+) -> list[TracedText]:
+    """What the traced template writes, with the generation prompt or without."""
+    template = traced(reference.template, variant, reference.name)
+    texts = []
+    for messages in probed:
+        functions = Trace(messages, characters).functions()
+        try:
+            marked = template.render(**reference.variables(messages, prompt), **functions)
+        except RENDERING_ERRORS as error:
+            raise Refusal(f"it fails when it is traced: {reason_of(error)}") from error
+        texts.append(characters.read(marked))
+    return texts
+
+
+def _with_untraced(reference: ReferenceRendering, variant: Variant, char_to_message: Integers) -> Integers:
+    """With the assistants' messages that are written outside of all that is traced, as the last is in some templates.
+
+    Such a message is what its rendering adds to the prompt before it, where both are exact prefixes of the whole text: where
+    the template has the extension property.
+
+    Raises:
+        Refusal: where nothing is traced, and the template does not have the property.
+    """
     for index in assistant_messages(reference.messages):
-        if (owners == index).any():
+        if (char_to_message == index).any():
             continue
         added = reference.added(index)
-        if added and (owners[slice(*added)] == NOBODY).all():
-            owners = owners.copy()
-            owners[slice(*added)] = index
-    return owners
+        if added is None and not variant.loops:
+            raise Refusal(f"it writes what comes up to message {index + 1} otherwise where more follows")
+        if added and (char_to_message[slice(*added)] == NOBODY).all():
+            char_to_message = char_to_message.copy()
+            char_to_message[slice(*added)] = index
+    return char_to_message
 
 
-def _colours(watched: list[Watched], text: str, colouring: Colouring) -> Integers | None:
-    owners = watched[0].owners[: len(text)]
-    if any(not np.array_equal(other.owners[: len(text)], owners) for other in watched[1:]):
+def _found_letters(traces: list[TracedText], text: str, letters: ProbeLetters) -> Integers | None:
+    char_to_message = traces[0].char_to_message[: len(text)]
+    if any(not np.array_equal(other.char_to_message[: len(text)], char_to_message) for other in traces[1:]):
         return None
-    return colouring.read([one.text[: len(text)] for one in watched], text, owners)
+    return letters.find([trace.text[: len(text)] for trace in traces], text, char_to_message)
 
 
-def _after_messages(watched: Watched) -> str:
-    owned = np.flatnonzero(watched.owners != NOBODY)
-    return watched.text[int(owned[-1]) + 1 :] if len(owned) else ""
+def _after_messages(trace: TracedText) -> str:
+    written = np.flatnonzero(trace.char_to_message != NOBODY)
+    return trace.text[int(written[-1]) + 1 :] if len(written) else ""

@@ -5,26 +5,26 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data.mask.assistant_spans import NOBODY
-from mlx_sft.data.mask.trace import Alphabet, Watch
-from mlx_sft.data.mask.traced_template import VARIANTS, Variant, instrumented
+from mlx_sft.data.mask.trace import PrivateCharacters, Trace
+from mlx_sft.data.mask.traced_rendering import NOBODY
+from mlx_sft.data.mask.traced_template import VARIANTS, Variant, traced
 
 MESSAGES: list[dict[str, Any]] = [{"content": "a"}, {"content": "b", "calls": ["x", "y"]}, {"content": "a"}]
 
 
-def owners(template: str, variant: Variant = VARIANTS[0], **variables: Any) -> list[tuple[str, int]]:
-    """The text in pieces of one owner."""
-    alphabet = Alphabet.absent_from("", len(MESSAGES))
-    assert alphabet is not None
-    watch = Watch(MESSAGES, alphabet)
-    marked = instrumented(template, variant).render(messages=MESSAGES, **variables, **watch.functions())
-    watched = alphabet.read(marked)
+def pieces_by_message(template: str, variant: Variant = VARIANTS[0], **variables: Any) -> list[tuple[str, int]]:
+    """The text in pieces that were written for one message."""
+    characters = PrivateCharacters.absent_from("", len(MESSAGES))
+    assert characters is not None
+    trace = Trace(MESSAGES, characters)
+    marked = traced(template, variant).render(messages=MESSAGES, **variables, **trace.functions())
+    read = characters.read(marked)
     pieces: list[tuple[str, int]] = []
-    for character, owner in zip(watched.text, watched.owners, strict=True):
-        if pieces and pieces[-1][1] == owner:
-            pieces[-1] = (pieces[-1][0] + character, owner)
+    for character, message in zip(read.text, read.char_to_message, strict=True):
+        if pieces and pieces[-1][1] == message:
+            pieces[-1] = (pieces[-1][0] + character, message)
         else:
-            pieces.append((character, int(owner)))
+            pieces.append((character, int(message)))
     return pieces
 
 
@@ -61,36 +61,36 @@ def owners(template: str, variant: Variant = VARIANTS[0], **variables: Any) -> l
 def test_characters_belong_to_the_innermost_item_that_is_a_message(
     template: str, expected: list[tuple[str, int]]
 ) -> None:
-    assert owners(template) == expected
+    assert pieces_by_message(template) == expected
 
 
-def test_the_second_variant_follows_assignments_inside_loops() -> None:
-    template = "{% for i in range(3) %}<{% set m = messages[i] %}{{ m.content }}>{% endfor %}"
-    assert owners(template) == [("<a><b><a>", NOBODY)]
-    assert owners(template, variant=Variant(assignments=True)) == [
+def test_assignments_inside_loops_are_followed_where_variables_are_traced() -> None:
+    template = "{% for i in [0, 1, 2] %}<{% set m = messages[i] %}{{ m.content }}>{% endfor %}"
+    assert pieces_by_message(template) == [("<a><b><a>", NOBODY)]
+    assert pieces_by_message(template, variant=Variant(variables=True)) == [
         *[("<", -1), ("a>", 0)],
         *[("<", -1), ("b>", 1)],
         *[("<", -1), ("a>", 2)],
     ]
     outside = "{% set m = messages[1] %}{{ m.content }}"
-    assert owners(outside, variant=Variant(assignments=True)) == [("b", NOBODY)]
+    assert pieces_by_message(outside, variant=Variant(variables=True)) == [("b", NOBODY)]
 
 
-def test_an_instrumented_template_keeps_its_white_space_control() -> None:
+def test_a_traced_template_keeps_its_white_space_control() -> None:
     template = "{%- for m in messages %}\n  {{- m.content }}\n{%- endfor -%}\n."
-    assert "".join(text for text, _ in owners(template)) == "aba."
+    assert "".join(text for text, _ in pieces_by_message(template)) == "aba."
 
 
-def test_an_alphabet_is_absent_from_the_text() -> None:
+def test_private_characters_are_absent_from_the_text() -> None:
     text = "".join(map(chr, range(0xF0000, 0xF0020)))
-    alphabet = Alphabet.absent_from(text, 3)
-    assert alphabet is not None
-    characters: list[Callable[[int], str]] = [alphabet.marker, alphabet.colour]
-    used = [character(index) for character in characters for index in range(3)] + [alphabet.marker(NOBODY)]
+    characters = PrivateCharacters.absent_from(text, 3)
+    assert characters is not None
+    kinds: list[Callable[[int], str]] = [characters.marker, characters.probe_letter]
+    used = [character(index) for character in kinds for index in range(3)] + [characters.marker(NOBODY)]
     assert len(set(used)) == 7
     assert not set(used) & set(text)
 
 
-def test_too_many_messages_have_no_alphabet() -> None:
-    assert Alphabet.absent_from("", 30_000) is not None
-    assert Alphabet.absent_from("", 40_000) is None
+def test_too_many_messages_have_no_private_characters() -> None:
+    assert PrivateCharacters.absent_from("", 30_000) is not None
+    assert PrivateCharacters.absent_from("", 40_000) is None
