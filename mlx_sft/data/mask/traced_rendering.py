@@ -1,9 +1,4 @@
-"""A conversation as its chat template wrote it, with the message that each character was written for.
-
-text                <|im_start|>user\\nHow?<|im_end|>\\n<|im_start|>assistant\\nSo.<|im_end|>\\n
-char_to_message     00000000000000000000000000000000001111111111111111111111111111111111111
-letter_to_message   ------------------000-----------------------------------11-------------
-"""
+"""A conversation as its chat template wrote it, with the message that each character was written for."""
 
 from __future__ import annotations
 
