@@ -15,11 +15,11 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
-    from mlx_sft.convert.adapted import load_run
     from mlx_sft.convert.export import export
-    from mlx_sft.convert.push import push
+    from mlx_sft.convert.publish import push
     from mlx_sft.evaluate import evaluate_run
     from mlx_sft.generate import generate_text, stream_text
+    from mlx_sft.load import load_run
     from mlx_sft.model.load import load_model
     from mlx_sft.training.loop import TrainResult, train
     from mlx_sft.training.twin.export import export_twin
@@ -46,8 +46,8 @@ _HOMES = {
     "export_twin": "mlx_sft.training.twin.export",
     "generate_text": "mlx_sft.generate",
     "load_model": "mlx_sft.model.load",
-    "load_run": "mlx_sft.convert.adapted",
-    "push": "mlx_sft.convert.push",
+    "load_run": "mlx_sft.load",
+    "push": "mlx_sft.convert.publish",
     "stream_text": "mlx_sft.generate",
     "train": "mlx_sft.training.loop",
 }

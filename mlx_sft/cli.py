@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any, Literal
 
 import click
-from click.core import ParameterSource
 
-from mlx_sft.config import TrainConfig, sections
+from mlx_sft.config import sections
 from mlx_sft.console import print_error, read_line, write_text
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
-from mlx_sft.options import Command, Sectioned, choices, given, resolved, settings
+from mlx_sft.options import Command, Sectioned, choices, export_options, given, resolved, settings
 
 
 class _Commands(click.Group):
@@ -60,35 +58,8 @@ _trusting = click.option(
 )
 
 
-def _quantizing(help: str) -> Callable[[Command], Command]:
-    """`--quantize` of what is written, in the forms that `train` takes."""
-    return click.option("--quantize", type=choices("quantize"), help=help)
-
-
-def _merging(command: Command) -> Command:
-    """What a run on a quantized base is merged into."""
-    for option in (
-        click.option("--base-model", metavar="MODEL", help="The original of a base whose weights are quantized."),
-        click.option("--base", type=click.Choice(["original", "dequantized"]), default="original", show_default=True,
-                     help="What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized "
-                     "weights stand for, which keeps exactly what was trained."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def _only(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Those of a command's options that this use of it reads; any other must not have been given."""
-    context = click.get_current_context()
-    for name in options:
-        if name not in (*names, "format") and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} does not go with this format", hint=f"leave {option} out", exit_code=USAGE)
-    return {name: options[name] for name in names}
-
-
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
-@settings(*TrainConfig.model_fields)
+@settings()
 @_trusting
 def train(config_file: str | None, **options: Any) -> None:
     """Fine-tune a model on chats.
@@ -104,7 +75,7 @@ def train(config_file: str | None, **options: Any) -> None:
 
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
-@settings(*sections()["Data"], "model", "seed", "quiet")
+@settings(only=(*sections()["Data"], "model", "seed", "quiet"))
 @click.option("--row", metavar="N", help="One row, whole: its line or index as messages name it, 17 or chats.jsonl:17.")
 @click.option(
     "--only", metavar="KIND", help="Only rows of a kind: kept, truncated, dropped, bad, suspicious, duplicate, ..."
@@ -122,7 +93,7 @@ def inspect(
     html: str | None,
     **options: Any,
 ) -> None:
-    """Look at data as training would see it: what is learnt, what is lost, what is suspicious.
+    """Look at data as training would see it: what is supervised, what is lost, what is suspicious.
 
     It takes the settings of `train` that shape the data, and trains nothing.
     """
@@ -145,9 +116,7 @@ def inspect(
 
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
-@settings(
-    *(field for field in TrainConfig.model_fields if field not in ("out", "resume", "resume_from_peft", "json_lines"))
-)
+@settings("out", "resume", "resume_from_peft", "json_lines", "callbacks")
 @click.option("--machine", metavar="MAC", help="Plan for this Mac instead, such as 'M2 16GB', 'M3 Max 64GB' or 16GB.")
 @click.option("--json", "as_json", is_flag=True, help="Write all of it as a line of JSON.")
 @_trusting
@@ -170,31 +139,16 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
         console.data(plan_pieces(found))
 
 
-@main.command()
+@main.command(context_settings={"max_content_width": 100})
 @click.option("--run", required=True, metavar="RUN", help="The run folder.")
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
-@click.option(
-    "--format",
-    type=click.Choice(["merged", "mlx", "peft", "mlx-lm", "gguf", "trl"]),
-    default="merged",
-    show_default=True,
-    help="A whole checkpoint with the adapter merged in, for transformers or mlx-lm; the adapter alone, as PEFT or as mlx-lm writes it; "
-    "the whole as one file for llama.cpp, by its own converter; or the run itself, as a script for TRL, its rows and its start.",
-)
-@_merging
-@_quantizing("With --format mlx: quantize after the merge.")
-@click.option(
-    "--llama-cpp",
-    metavar="DIR",
-    help="The folder of llama.cpp, for gguf.  [default: where it is on PATH, $LLAMA_CPP_DIR or ~/llama.cpp]",
-)
-@click.option("--ollama", is_flag=True, help="Write a Modelfile beside the gguf, for `ollama create`.")
+@export_options
 @click.option("--overwrite", is_flag=True, help="Replace a folder that already holds something.")
 @click.option(
     "--verify/--no-verify",
     default=True,
     show_default=True,
-    help="Reload what was written and compare its logits with the trained model's.",
+    help="Open what was written as its consumer does, and compare it with the trained model.",
 )
 @_trusting
 def export(run: str, to: str, **options: Any) -> None:
@@ -203,15 +157,9 @@ def export(run: str, to: str, **options: Any) -> None:
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
-
-    console = Console()
-    if options["format"] == "trl":
-        from mlx_sft.training.twin.export import export_twin
-
-        console.done(str(export_twin(run, to, **_only(options, "overwrite", "verify"))))
-        return
     from mlx_sft.convert.export import export
 
+    console = Console()
     result = export(run, to, **options)
     for line in result.describe():
         console.note(line)
@@ -223,7 +171,7 @@ def export(run: str, to: str, **options: Any) -> None:
 @main.command()
 @click.option("--model", required=True, metavar="MODEL", help="A checkpoint folder, a Hub id, or `tiny`.")
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
-@_quantizing("Quantize the weights.")
+@click.option("--quantize", type=choices("quantize"), help="Quantize the weights.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -236,7 +184,7 @@ def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> Non
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
-    from mlx_sft.convert.mlx_folder import convert
+    from mlx_sft.convert.targets.mlx import convert
 
     Console().done(str(convert(model, to, quantize=quantize, dtype=dtype)))
 
@@ -247,7 +195,14 @@ def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> Non
 @click.option(
     "--adapter-only", is_flag=True, help="The adapter alone, instead of a whole checkpoint with it merged in."
 )
-@_merging
+@click.option("--base-model", metavar="MODEL", help="The original of a base whose weights are quantized.")
+@click.option(
+    "--base",
+    type=click.Choice(["original", "dequantized"]),
+    default="original",
+    show_default=True,
+    help="What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized weights stand for.",
+)
 @click.option("--private", is_flag=True, help="For its members only; a public repository is refused.")
 @click.option("--overwrite", is_flag=True, help="Replace what the repository already holds; its history keeps that.")
 @click.option(
@@ -260,7 +215,7 @@ def push(run: str, repo: str, **options: Any) -> None:
     RUN is the run folder. The last line on stdout is the address. The token is that of `hf auth login`, or HF_TOKEN.
     """
     from mlx_sft.console import Console
-    from mlx_sft.convert.push import push
+    from mlx_sft.convert.publish import push
 
     console = Console()
     result = push(run, repo, note=console.note, **options)
@@ -289,7 +244,7 @@ def _model_options(command: Command) -> Command:
 
 
 def _load(run: str | None, model: str | None, adapter: str | None, base: bool) -> Any:
-    from mlx_sft.convert.adapted import load_adapter, load_run
+    from mlx_sft.load import load_adapter, load_run
     from mlx_sft.model.load import load_model
 
     if (run is None) == (model is None and adapter is None):
@@ -333,9 +288,9 @@ def chat(
 
     A line `/adapter DIR` changes the adapter for what follows, `/adapter` alone takes it off.
     """
-    from mlx_sft.generate import Talk
+    from mlx_sft.generate import Chat
 
-    talk = Talk(_load(run, model, adapter, base), max_tokens=max_tokens, temperature=temperature)
+    talk = Chat(_load(run, model, adapter, base), max_tokens=max_tokens, temperature=temperature)
     while text := read_line():
         for piece in talk.say(text):
             write_text(piece)
@@ -365,7 +320,7 @@ def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
-    from mlx_sft.convert.compose import merge_adapters
+    from mlx_sft.methods.compose import merge_adapters
 
     Console().done(str(merge_adapters(adapters, to, method=method, rank=rank)))
 

@@ -1,35 +1,38 @@
-"""Configuration: the only home of a default. YAML in, resolved YAML out; every option of `train` is a field here.
+"""Configuration: what every run has, joined with the settings of the method, objective and optimizer that it chooses.
 
-Knows nothing of models or data; it checks what can be checked without them.
+    TrainConfig(method="lora", rank=8) ─► a configuration that is a `TrainConfig` and a `LoraSettings` at once
+
+A setting is declared once, as a field of its owner, and is flat everywhere: `rank: 8` in YAML, `--rank 8`, `config.rank`. What can be
+checked without a model or data is checked here.
 """
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from mlx_sft.errors import USAGE, UserError, did_you_mean
-from mlx_sft.mappings import read_yaml
+from mlx_sft.files import read_yaml
+from mlx_sft.registry import CALLBACKS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Registry
+from mlx_sft.settings import OnResume, Settings, parse_bytes, split_pairs, writable
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
+
+IN_MEMORY = "(rows in memory)"
+"""What stands for rows that were given to `train(config, data=rows)` in the configuration of their run."""
 
 SECTIONS = {
     "data": "Data",
     "model": "Model",
     "method": "Method",
+    "objective": "Objective",
     "epochs": "Optimization",
     "eval_every": "Evaluation and saving",
     "quiet": "What is shown",
@@ -40,18 +43,14 @@ Every = Annotated[int, Field(ge=1)] | Literal["epoch"]
 """A number of optimizer steps, or the end of every epoch."""
 
 
-class TrainConfig(BaseModel):
-    """Everything that `mlx-sft train` can be told. Raises `pydantic.ValidationError` with every problem at once."""
+S = TypeVar("S", bound=Settings)
 
-    model_config = ConfigDict(
-        extra="forbid",
-        allow_inf_nan=False,
-        frozen=True,
-        use_attribute_docstrings=True,
-        validate_by_name=True,
-        validate_by_alias=True,
-        protected_namespaces=(),
-    )
+
+class TrainConfig(Settings):
+    """Everything that `mlx-sft train` can be told. Raises `UserError` that names every problem at once.
+
+    An instance also has the settings of the method, objective and optimizer that it names, and those of the callbacks.
+    """
 
     # data
     data: list[str] = Field(default_factory=list)
@@ -65,28 +64,28 @@ class TrainConfig(BaseModel):
     """Longest conversation, in tokens."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What becomes of a longer one."""
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokenized"] = "auto"
-    """What a row looks like; auto tells it by the first row's keys."""
+    format: str = "auto"
+    """The row format; auto tells it by the first row's keys."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Where a row keeps its parts: user=question,assistant=answer (and system=...), or other names for a format's own keys."""
     special_in_content: Literal["error", "drop", "keep"] = "error"
     """What becomes of a row whose text holds a special token of the tokenizer, such as <|im_end|>, which can forge a turn."""
     train_on: Literal["all", "last", "every-turn"] = "all"
-    """Learn every assistant turn, or only the last; every-turn makes each turn an example of its own, in the context in which
+    """Train on every assistant turn, or only on the last; every-turn makes each turn an example of its own, in the context in which
     the model would write it, for templates that rewrite history."""
     train_think_prefill: bool = True
-    """Learn an empty think block that the template puts before an answer, so that the tuned model does not start to think."""
+    """Train on an empty think block that the template puts before an answer, so that the tuned model does not start to think."""
     append_eos: bool = False
     """Put the end-of-sequence token after a conversation whose last turn the template leaves without one."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables for the chat template, as JSON: {"enable_thinking": false}. A row's own go before them."""
     skip_bad_rows: bool = False
     """Go on past rows that cannot be used, and report them."""
-    allow_lost_rows: bool = False
+    allow_lost_rows: Annotated[bool, OnResume.FREE] = False
     """Train although more than half of the rows are lost."""
-    data_workers: int | None = Field(default=None, ge=1)
+    data_workers: Annotated[int | None, OnResume.FREE] = Field(default=None, ge=1)
     """Processes that read and tokenize; chosen by the size of the data where not given. It does not change the result."""
-    data_cache: bool = True
+    data_cache: Annotated[bool, OnResume.FREE] = True
     """Keep the tokenized rows for the next run, in $MLX_SFT_CACHE or ~/.cache/mlx-sft."""
 
     # model
@@ -100,63 +99,39 @@ class TrainConfig(BaseModel):
     """Start from this PEFT adapter folder."""
 
     # method
-    method: Literal["lora", "full"] = "lora"
-    """What is trained: low-rank adapters, or every weight."""
-    target: str | list[str] = "all-linear"
-    """Modules that get an adapter: all-linear, attention, qv, or module names separated by commas."""
-    rank: int = Field(default=16, ge=1)
-    """Rank of the adapters."""
-    alpha: float = Field(default=32.0, gt=0)
-    """The adapters' update is scaled by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapters' input."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
-    dora: bool = False
-    """Learn the norm of each row of a weight apart from its direction (DoRA)."""
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    """Other ranks for single modules, by the ends of their names: down_proj=32,layers.0.self_attn.q_proj=8. The first that fits counts."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """The same for alpha."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A starts: Kaiming-uniform, as PEFT does by default, or gaussian with deviation 1 / rank. B starts at zero."""
+    method: str = "lora"
+    """What is trained: lora for low-rank adapters, full for every weight, or a method of another package."""
+
+    # objective
+    objective: str = "sft"
+    """What is minimized: sft for the cross-entropy of the supervised tokens."""
 
     # optimization
-    epochs: int = Field(default=1, ge=1)
+    epochs: Annotated[int, OnResume.GROWS] = Field(default=1, ge=1)
     """Passes over the data."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: Annotated[int | None, OnResume.GROWS] = Field(default=None, ge=1)
     """Optimizer steps, instead of --epochs."""
     batch_size: int = Field(default=8, ge=1)
     """Conversations an optimizer step."""
-    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    micro_batch_tokens: Annotated[int | None, OnResume.COMPUTED] = Field(default=None, ge=1)
     """Padded tokens computed at once; chosen from the memory where not given. It does not change the result."""
-    head_chunk: int | None = Field(default=None, ge=1)
+    head_chunk: Annotated[int | None, OnResume.COMPUTED] = Field(default=None, ge=1)
     """Positions that go through the head at once; chosen from the memory where not given. It does not change the result."""
+    optimizer: str = "adamw"
+    """What turns gradients into updates."""
     lr: float = Field(default=2e-4, ge=0)
     """Peak learning rate."""
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = Field(default=0.03, ge=0, le=1)
     """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay of AdamW; norms and biases are left out."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
-    )
-    """AdamW's decay rates of the two moments."""
-    eps: float = Field(default=1e-8, gt=0)
-    """AdamW's epsilon."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip gradients to this global norm; 0 does not clip."""
-    memory_limit: str | None = None
+    memory_limit: Annotated[str | None, OnResume.COMPUTED] = None
     """Memory that the run may take in all, such as 12GB; what the device recommends where not given."""
-    grad_checkpoint: Literal["auto", "off", "light", "on", "blocks"] = "auto"
+    grad_checkpoint: Annotated[Literal["auto", "off", "light", "on", "blocks"], OnResume.COMPUTED] = "auto"
     """What is computed again in the backward pass instead of being kept: nothing, all but the products with weights (light),
     every layer (on; a third more arithmetic), or blocks of layers and in them every layer (blocks). It does not change the result."""
-    on_divergence: Literal["ignore", "stop", "rollback"] = "ignore"
-    """Where the loss leaves a bound that moves with it: warn, stop the run, or go back to the checkpoint before and on with half
-    the learning rate."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the adapters' start, the order of the data, the split and dropout."""
     shuffle: bool = True
@@ -165,35 +140,50 @@ class TrainConfig(BaseModel):
     # evaluation and saving
     eval_every: Every = "epoch"
     """Evaluate every so many steps, or `epoch`."""
-    early_stop: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations without a better validation loss."""
     save_every: Every = 50
     """Write a checkpoint every so many steps, or `epoch`; one is always written at the end."""
-    keep: int = Field(default=3, ge=1)
+    keep: Annotated[int, OnResume.FREE] = Field(default=3, ge=1)
     """How many checkpoints to keep."""
-    out: str | None = None
+    out: Annotated[str | None, OnResume.FREE] = None
     """The run folder; runs/<model>-<time> where not given."""
-    resume: str | None = None
+    resume: Annotated[str | None, OnResume.FREE] = None
     """Continue this run exactly where its newest checkpoint left it."""
     resume_from_peft: str | None = None
-    """Go on from what CUDA trained: a twin (export --format trl) with its optimizer, step and settings, or any other PEFT adapter
-    folder, with a new optimizer."""
+    """Go on from what CUDA trained: a TRL export (export --format trl) with its optimizer, step and settings, or any other PEFT
+    adapter folder, with a new optimizer."""
+
+    callbacks: Annotated[list[str], OnResume.FREE] = Field(default_factory=list)
+    """Callbacks of other packages that hear of steps, evaluations and checkpoints, by name."""
 
     # what is shown
-    quiet: bool = False
+    quiet: Annotated[bool, OnResume.FREE] = False
     """Show warnings and errors only."""
-    json_lines: bool = Field(default=False, alias="json")
+    json_lines: Annotated[bool, OnResume.FREE] = Field(default=False, alias="json")
     """Write every event to stdout as a line of JSON."""
 
-    @field_validator("*", mode="before")
+    def __new__(cls, /, **settings: Any) -> TrainConfig:
+        """An instance of the class that has the settings of the chosen entries too."""
+        chosen = {name: settings.get(name) for name in (*_CHOOSING, "callbacks")}
+        return super().__new__(composed(chosen) if cls is TrainConfig else cls)
+
+    def __init__(self, /, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise _as_user_error(error, settings) from error
+
+    def __reduce__(self) -> Any:
+        """Pickled by its settings, because the joined class has no name of its own."""
+        return _rebuilt, ({name: getattr(self, name) for name in type(self).model_fields}, self.model_fields_set)
+
+    @field_validator("method", "objective", "optimizer", "format")
     @classmethod
-    def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """No truth for a number (YAML's `no` is false, which Python takes for 0), and nothing that YAML would give back otherwise."""
-        of_truth = cls.model_fields[str(info.field_name)].annotation is bool
-        parts = value if isinstance(value, list | tuple) else [value]
-        if not of_truth and any(isinstance(part, bool) for part in parts):
-            raise ValueError("yes and no, true and false are no value of it")
-        return _writable(value, endless=True)  # of which pydantic speaks better
+    def _known_entry(cls, value: str, info: ValidationInfo) -> str:
+        registry = FORMATS if info.field_name == "format" else _CHOOSING[str(info.field_name)]
+        known = registry.names() + (["auto"] if info.field_name == "format" else [])
+        if value not in known:
+            raise ValueError(f"there is {', '.join(known)}")
+        return value
 
     @field_validator("quantize", mode="before")
     @classmethod
@@ -206,7 +196,27 @@ class TrainConfig(BaseModel):
     def _one_or_several(cls, value: Any) -> Any:
         if isinstance(value, set | frozenset):
             raise ValueError("give a list, which has an order")
-        return [] if value is None else [value] if isinstance(value, str) else value
+        if value is None or isinstance(value, str):
+            return [] if value is None else [value]
+        if (
+            isinstance(value, dict)
+            or not isinstance(value, list | tuple)
+            or any(isinstance(row, dict) for row in value)
+        ):
+            raise ValueError("it names files; rows in memory go to train(config, data=rows)")
+        return value
+
+    @field_validator("callbacks", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError("give names of callbacks; objects go to train(config, callbacks=[...])")
+        parts = [part.strip() for name in names for part in name.split(",")]
+        for name in parts:
+            if name not in CALLBACKS:
+                raise ValueError(f"{CALLBACKS.unknown(name).what}; {CALLBACKS.unknown(name).hint}")
+        return parts
 
     @field_validator("memory_limit")
     @classmethod
@@ -215,101 +225,165 @@ class TrainConfig(BaseModel):
             parse_bytes(value)
         return value
 
-    @field_validator("columns", "rank_pattern", "alpha_pattern", mode="before")
+    @field_validator("columns", mode="before")
     @classmethod
-    def _split_pairs(cls, value: Any, info: ValidationInfo) -> Any:
-        """`user=question,assistant=answer` → a mapping."""
-        if not isinstance(value, str):
-            return value
-        pairs = [pair.partition("=") for pair in value.split(",")]
-        if not all(part.strip() for name, equals, value in pairs for part in (name, equals, value)):
-            example = "user=question,assistant=answer" if info.field_name == "columns" else "down_proj=32,q_proj=8"
-            raise ValueError(f"write {example}")
-        names = [name.strip() for name, _, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError("names a part twice")
-        return {name.strip(): part.strip() for name, _, part in pairs}
+    def _columns(cls, value: Any) -> Any:
+        return split_pairs(value, "user=question,assistant=answer")
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod
     def _parse_json(cls, value: Any) -> Any:
         try:
             variables = json.loads(value) if isinstance(value, str) else value
-            return _writable(variables, endless=False)
+            return writable(variables, endless=False)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON: {error}") from error
 
-    @field_validator("target")
-    @classmethod
-    def _split_target(cls, target: str | list[str]) -> str | list[str]:
-        names = target.split(",") if isinstance(target, str) else target
-        names = [name.strip() for name in names]
-        if not names or not all(names):
-            raise ValueError("names no module")
-        return names[0] if len(names) == 1 and isinstance(target, str) else names
-
     @model_validator(mode="after")
-    def _agree(self) -> TrainConfig:
-        if not self.data and self.resume is None and self.resume_from_peft is None:
-            raise ValueError("data: nothing to train on; give --data FILE (or --resume RUN)")
+    def _common_settings_agree(self) -> TrainConfig:
         if self.valid is not None and self.valid_fraction > 0:
             raise ValueError("valid and valid_fraction exclude each other; give one")
-        if self.method == "full" and self.init_adapter is not None:
-            raise ValueError("init_adapter: --method full trains no adapter")
-        if self.method == "full" and (of_adapters := self._set_of_adapters()):
-            raise ValueError(f"{of_adapters}: --method full trains no adapter")
-        if self.method == "full" and self.quantize is not None:
-            raise ValueError("quantize: --method full trains the weights themselves; quantize them with --method lora")
-        if self.method == "full" and self.resume_from_peft is not None:
-            raise ValueError("resume_from_peft: --method full trains no adapter")
+        if not METHODS[self.method].frozen_base:
+            for name in ("init_adapter", "resume_from_peft"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: --method {self.method} trains no adapter")
+            if self.quantize is not None:
+                what = f"quantize: --method {self.method} trains the weights themselves"
+                raise ValueError(f"{what}; quantize them with a method that leaves them frozen, such as --method lora")
         if self.init_adapter is not None and self.resume_from_peft is not None:
             raise ValueError("init_adapter and resume_from_peft exclude each other; give one")
         return self
-
-    def _set_of_adapters(self) -> str:
-        """A setting that shapes adapters alone and is not its default; an empty string where there is none."""
-        return next((name for name in ("dora", "rank_pattern", "alpha_pattern") if getattr(self, name)), "")
 
     @classmethod
     def resolve(cls, file: str | Path | None = None, **options: Any) -> TrainConfig:
         """The configuration from a YAML file, overlaid with options; raises `UserError` for what cannot be."""
         settings = (read_yaml(Path(file)) if file else {}) | options
-        where = str(file) if file else ""
+        settings = _choices_of(settings.get("resume")) | settings
         try:
-            return cls(**settings)
-        except ValidationError as error:
-            raise _as_user_error(error, where, settings) from error
+            config = cls(**settings)
+            config.require_data()
+        except UserError as error:
+            error.where = str(file) if file else ""
+            raise UserError(error.what, where=error.where, hint=error.hint, exit_code=error.exit_code) from error
+        return config
+
+    def require_data(self) -> None:
+        """Raise `UserError` where neither data nor a run that goes on is named."""
+        if not self.data and self.resume is None and self.resume_from_peft is None:
+            hint = "give --data FILE, or --resume RUN; from Python, rows in memory: train(config, data=rows)"
+            raise UserError("data: nothing to train on", hint=hint, exit_code=USAGE)
+
+    def settings(self, owner: type[S]) -> S:
+        """The settings of one owner, which the configuration has because the owner was chosen."""
+        return owner.model_construct(**{name: getattr(self, name) for name in owner.model_fields})
 
     def to_yaml(self, header: str = "") -> str:
-        """The resolved configuration, in the order of the fields."""
+        """The resolved configuration, in the order of the sections."""
         settings = self.model_dump(mode="json", by_alias=True, exclude={"resume"})
-        return header + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        order = [public_name(name) for names in sections(self).values() for name in names]
+        ordered = {name: settings[name] for name in order if name in settings}
+        return header + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
-def _writable(value: Any, *, endless: bool) -> Any:
-    """A value that YAML gives back as it is; `ValueError` for half a character (`\\ud800`), and for numbers without end.
+_CHOOSING: dict[str, Registry[Any]] = {"method": METHODS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS}
+"""The settings that choose an entry, which brings settings of its own."""
 
-    A byte of a file's name that is no UTF-8 stays what Python makes of it.
+
+def composed(chosen: dict[str, Any]) -> type[TrainConfig]:
+    """`TrainConfig` joined with the settings of the chosen entries; for a name that there is not, with those of the default one."""
+    names = {
+        kind: name if isinstance(name, str) and name in registry else str(TrainConfig.model_fields[kind].default)
+        for kind, registry in _CHOOSING.items()
+        for name in [chosen.get(kind)]
+    }
+    given = chosen.get("callbacks") or []
+    listed = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else []
+    further = [name.strip() for name in listed if isinstance(name, str) and name.strip() in CALLBACKS]
+    entries = [registry[names[kind]] for kind, registry in _CHOOSING.items()]
+    entries += [CALLBACKS[name] for name in dict.fromkeys((*CALLBACKS.built_in(), *further))]
+    return _joined(*dict.fromkeys(entry.Settings for entry in entries if entry.Settings.model_fields))
+
+
+@cache
+def _joined(*owners: type[Settings]) -> type[TrainConfig]:
+    taken: dict[str, type[Settings]] = dict.fromkeys(TrainConfig.model_fields, TrainConfig)
+    validators = _validators(TrainConfig)
+    for owner in owners:
+        if clash := next((name for name in owner.model_fields if name in taken), None):
+            raise TypeError(f"{owner.__name__} and {taken[clash].__name__} both have a setting named {clash}")
+        if lost := _validators(owner) & validators:
+            raise TypeError(
+                f"{owner.__name__} needs another name for its validator {lost.pop()}: another class has one of this name"
+            )
+        taken |= dict.fromkeys(owner.model_fields, owner)
+        validators |= _validators(owner)
+    return create_model("TrainConfig", __base__=(TrainConfig, *owners), __module__=__name__)
+
+
+def _validators(owner: type[Settings]) -> set[str]:
+    """The names of the validators that a class defines itself."""
+    found = owner.__pydantic_decorators__
+    return {*found.field_validators, *found.model_validators} & vars(owner).keys()
+
+
+def _choices_of(run: Any) -> dict[str, Any]:
+    """The entries that a resumed run has chosen, so that their settings can be given with it; empty for a folder that is no run."""
+    file = Path(run) / "config.yaml" if isinstance(run, str) else None
+    if file is None or not file.is_file():
+        return {}
+    saved = read_yaml(file)
+    return {name: saved[name] for name in _CHOOSING if name in saved}
+
+
+def _rebuilt(settings: dict[str, Any], given: set[str]) -> TrainConfig:
+    return composed(settings).model_construct(given, **settings)
+
+
+def entry_settings() -> Iterator[tuple[str, str, type[Settings]]]:
+    """The setting that chooses, the entry's name and its settings, for every entry that has some; callbacks come last."""
+    for kind, registry in (*_CHOOSING.items(), ("callbacks", CALLBACKS)):
+        for name, entry in registry.items():
+            if entry.Settings.model_fields:
+                yield kind, name, entry.Settings
+
+
+def all_fields() -> dict[str, FieldInfo]:
+    """Every setting of a run by its name: the common ones, and those of every entry."""
+    owned = {name: info for _, _, owner in entry_settings() for name, info in owner.model_fields.items()}
+    return owned | dict(TrainConfig.model_fields)
+
+
+def owners_of(field: str) -> list[tuple[str, str]]:
+    """Whose a setting is: the choosing setting and the entry's name of each; empty for a common one."""
+    return [(kind, name) for kind, name, owner in entry_settings() if field in owner.model_fields]
+
+
+def sections(config: TrainConfig | None = None) -> dict[str, list[str]]:
+    """The settings of each section, in order: those of a configuration, or all that there are.
+
+    The settings of an entry follow the section of the setting that chooses it, under a title that names it (`--method lora`); those of
+    callbacks are in the section of `callbacks`.
     """
-    json.dumps(value, ensure_ascii=False, allow_nan=endless, default=str).encode(errors="surrogateescape")
-    return value
+    found: dict[str, list[str]] = {}
+    listed: set[str] = set()
+    owned = list(entry_settings())
+    for title, fields in common_sections().items():
+        found[title] = fields
+        for kind, _, owner in owned:
+            for own in owner.model_fields if kind in fields else ():
+                if own in listed or (config is not None and own not in type(config).model_fields):
+                    continue
+                names = ", ".join(name for _, name, other in owned if own in other.model_fields)
+                found.setdefault(title if kind == "callbacks" else f"{title}: {names}", []).append(own)
+                listed.add(own)
+    return found
 
 
-def parse_bytes(text: str) -> int:
-    """`12GB` or `900 MB` → bytes, in powers of ten; `12GiB` in powers of two. Raises `ValueError` for anything else."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGT])(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise ValueError("write an amount of memory such as 12GB or 900MB")
-    power = " KMGT".index(match[2].upper())
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def sections() -> dict[str, list[str]]:
-    """The settings of each section, in order."""
+def common_sections() -> dict[str, list[str]]:
+    """The settings that every run has, by section."""
     found: dict[str, list[str]] = {}
     for field in TrainConfig.model_fields:
-        if field in SECTIONS:
-            title = SECTIONS[field]
+        title = SECTIONS.get(field) or next(reversed(found))
         found.setdefault(title, []).append(field)
     return found
 
@@ -320,25 +394,47 @@ def option_name(field: str) -> str:
 
 
 def public_name(field: str) -> str:
-    return TrainConfig.model_fields[field].alias or field
+    info = TrainConfig.model_fields.get(field)
+    return (info.alias if info else None) or field
 
 
-def _as_user_error(error: ValidationError, where: str, settings: dict[str, Any]) -> UserError:
-    known = [public_name(field) for field in TrainConfig.model_fields]
+def _as_user_error(error: ValidationError, settings: dict[str, Any]) -> UserError:
     hints: list[str] = []
     lines: list[str] = []
     wrong: dict[str, list[str]] = {}
     for problem in error.errors():
         key = str(problem["loc"][0]) if problem["loc"] else ""
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{key}: no such setting")
-            hints.append(did_you_mean(key, known))
+            what, hint = _stray(key, settings)
+            lines.append(what)
+            hints.append(hint)
         else:
             message = problem["msg"].removeprefix("Value error, ")
             wrong.setdefault(key, []).append(message[0].lower() + message[1:])
     for key, messages in wrong.items():
-        value = f", not {settings[key]!r}" if key in settings else ""
+        value = f", not {_shortened(settings[key])}" if key in settings else ""
         place = f"{key}: " if key else ""
         lines.append(f"{place}{' or '.join(dict.fromkeys(messages))}{value}")
     hint = next((h for h in hints if h), "`mlx-sft train --help` names every setting and its values")
-    return UserError("; ".join(lines), where=where, hint=hint, exit_code=USAGE)
+    return UserError("; ".join(lines), hint=hint, exit_code=USAGE)
+
+
+def _stray(key: str, settings: dict[str, Any]) -> tuple[str, str]:
+    """What is wrong with a key that the configuration has no setting for, and the way out."""
+    owners = owners_of(key)
+    if not owners:
+        return f"{key}: no such setting", did_you_mean(key, [public_name(name) for name in all_fields()])
+    kind = owners[0][0]
+    names = " and ".join(name for _, name in owners)
+    chosen = settings.get(kind, TrainConfig.model_fields[kind].get_default(call_default_factory=True))
+    has = f"this run has {option_name(kind)} {chosen}" if chosen else f"this run has no {option_name(kind)}"
+    return f"{key}: a setting of {option_name(kind)} {names}, and {has}", f"leave {key} out, or choose {names}"
+
+
+def _shortened(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+
+
+_MOST_SHOWN = 200
+"""Characters of a value that a message shows."""

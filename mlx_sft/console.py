@@ -1,6 +1,6 @@
 """Everything that a person sees in the terminal: progress and remarks on stderr, data on stdout.
 
-Knows how to show a number, not where it comes from. `NO_COLOR` is respected, and a stream that is no terminal gets plain lines.
+`NO_COLOR` is respected, and a stream that is no terminal gets plain lines.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _PLAIN_EVERY = 10
 _ROWS_BETWEEN_LINES = 100_000
 """Rows read between two plain lines, where there is no live one."""
 
-Look = Literal["plain", "learnt", "context", "special", "learnt special", "title", "faint", "warning", "bad"]
-"""How a piece of text is to look."""
+Look = Literal["plain", "supervised", "context", "special", "supervised special", "title", "faint", "warning", "bad"]
+"""What a piece of text is, which decides its colour."""
 
 _STYLES: dict[Look, str] = {
     "plain": "",
-    "learnt": "green",
+    "supervised": "green",
     "context": "dim",
     "special": "magenta dim",
-    "learnt special": "green reverse",
+    "supervised special": "green reverse",
     "title": "bold",
     "faint": "dim",
     "warning": "yellow",
@@ -45,7 +45,7 @@ _STYLES: dict[Look, str] = {
 
 
 class _Screen(RichConsole):
-    """A terminal, or a program that reads what is said; where that goes away, nothing more is said, and the run goes on."""
+    """A terminal, or a program at the other end of a pipe; when the reader goes away, nothing more is written and the run continues."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -88,7 +88,7 @@ class Console:
             self._screen.print(Text.assemble((f"{name:{width}}  ", "dim"), printable(value)))
 
     def conversation(self, title: str, segments: Iterable[tuple[str, bool]]) -> None:
-        """A conversation, with the text that the model learns to write in colour (or between ⟦ ⟧ where there is none)."""
+        """A conversation, with the supervised text in colour (or between ⟦ ⟧ where there is none)."""
         if not self._shown:
             return
         coloured = _has_colours(self._screen)
@@ -105,8 +105,8 @@ class Console:
         self._screen.print(text)
 
     @contextmanager
-    def reading(self) -> Iterator[Reading]:
-        """Yield who shows how the reading of data goes; a bar is gone when the block ends."""
+    def reading(self) -> Iterator[ReadingProgress]:
+        """Yield an object that shows how far the data is read; its bar disappears when the block ends."""
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -119,23 +119,23 @@ class Console:
         if live:
             bar.start()
         try:
-            yield Reading(self, bar if live else None)
+            yield ReadingProgress(self, bar if live else None)
         finally:
             if live:
                 bar.stop()
 
     def data(self, pieces: Iterable[tuple[str, Look]]) -> None:
-        """Text for stdout; where there is no colour, what is learnt stands between ⟦ ⟧."""
+        """Text for stdout; where there is no colour, supervised text stands between ⟦ ⟧."""
         screen = RichConsole(highlight=False, soft_wrap=True)
         coloured = _has_colours(screen)
-        text, learning = Text(), False
+        text, inside = Text(), False
         for part, look in pieces:
-            learnt = look.startswith("learnt")
-            if not coloured and learnt != learning:
-                text.append("⟦" if learnt else "⟧")
-                learning = learnt
+            supervised = look.startswith("supervised")
+            if not coloured and supervised != inside:
+                text.append("⟦" if supervised else "⟧")
+                inside = supervised
             text.append(printable(part), style=_STYLES[look] if coloured else "")
-        if learning:
+        if inside:
             text.append("⟧")
         screen.print(text, end="")
 
@@ -188,12 +188,12 @@ class Console:
             return
         try:
             write_text(json.dumps(record, ensure_ascii=False) + "\n")
-        except BrokenPipeError:  # whoever read the lines has ended; the run need not
+        except BrokenPipeError:  # the program that read the lines has ended; the run goes on
             self._read = False
 
 
-class Reading:
-    """Shows how the reading of data goes: a bar in a terminal, else a line now and then."""
+class ReadingProgress:
+    """Shows how far the data is read: a bar in a terminal, else a line now and then."""
 
     def __init__(self, console: Console, bar: Progress | None) -> None:
         self._console = console
@@ -202,7 +202,7 @@ class Reading:
         self._told = 0
 
     def reading(self, name: str, rows: int, bytes_done: int, bytes_total: int | None) -> None:
-        """So many rows and bytes of a source are read; the total is None where no one knows it."""
+        """Rows and bytes of a source read so far; `bytes_total` is None where it is not known."""
         if self._bar is not None:
             if name not in self._tasks:
                 self._tasks[name] = self._bar.add_task(printable(f"reading {name}"), total=bytes_total, rows=rows)
@@ -221,7 +221,7 @@ class Reading:
             self._console.note(f"{name}: {rows:,} rows, tokenized before")
 
     def note(self, message: str) -> None:
-        """Something that a person may want to know."""
+        """A remark of one line."""
         self._console.note(message)
 
 
@@ -288,7 +288,7 @@ def duration(seconds: float) -> str:
 
 
 def _has_colours(screen: RichConsole) -> bool:
-    """Not where they are refused, and not where the terminal has none, as with `TERM=dumb`."""
+    """Not with `NO_COLOR`, and not where the terminal has no colours, as with `TERM=dumb`."""
     return screen.is_terminal and screen.color_system is not None and not screen.no_color
 
 
@@ -299,10 +299,10 @@ def _labelled(label: str, colour: str, message: str) -> Text:
 def _step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
     loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
     rate = record["tokens_per_second"]
-    learnt = rate * record["supervised_tokens"] / max(1, record["tokens"])
+    supervised = rate * record["supervised_tokens"] / max(1, record["tokens"])
     return (
         f"step {record['step']}/{total_steps}  loss {loss}  "
         f"lr {record['learning_rate']:.2e}  "
-        f"{count(rate)} tokens/s ({count(learnt)} supervised)  "
+        f"{count(rate)} tokens/s ({count(supervised)} supervised)  "
         f"peak {size(record['peak_memory_bytes'])}  left {duration(seconds_left)}"
     )

@@ -1,9 +1,10 @@
-"""The verb `eval`: a run's loss on a file. Knows nothing of the terminal."""
+"""`eval`: a run's loss on a file."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,48 +12,86 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import load_run
+from mlx_sft.data.dataset import check_vocabulary
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.report import SourceReport
-from mlx_sft.data.store import check_vocabulary
-from mlx_sft.methods import Parameters
+from mlx_sft.load import load_run
+from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import vocabulary_size
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.fit import layout_on
 from mlx_sft.training.machine import this_machine
-from mlx_sft.training.relief import evaluate_in_memory
+from mlx_sft.training.out_of_memory import evaluate_in_memory
 from mlx_sft.training.step import Evaluation, Learner
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """An evaluation, and what became of the rows it was asked for."""
+    """A run's loss on a data source, and what became of the rows.
+
+    Attributes:
+        evaluation: The figures, which this class gives by name too.
+        report: How many rows were used, truncated, dropped or bad, and why.
+    """
 
     evaluation: Evaluation
     report: SourceReport
 
+    @property
+    def loss(self) -> float:
+        """Weighted mean over supervised tokens, in nats."""
+        return self.evaluation.loss
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), up to a loss of 700, beyond which it is not a number of float64."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def token_accuracy(self) -> float:
+        """Share of the supervised tokens that the model finds the likeliest, weighted as in the loss."""
+        return self.evaluation.token_accuracy
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of all examples."""
+        return self.evaluation.tokens
+
+    @property
+    def supervised_tokens(self) -> int:
+        """The number of those that are in the loss."""
+        return self.evaluation.supervised_tokens
+
+    def __repr__(self) -> str:
+        return f"EvaluationResult({self.describe()})"
+
     def describe(self, *, as_json: bool = False) -> str:
         """A line for a person, or of JSON."""
-        result = self.evaluation
         report = self.report
         fates = {"rows": report.kept, "truncated": report.truncated, "dropped": report.dropped, "bad": report.bad}
-        perplexity = math.exp(min(result.loss, 700.0))
         if as_json:
-            record = asdict(result) | {"perplexity": perplexity} | fates
+            record = asdict(self.evaluation) | {"perplexity": self.perplexity} | fates
             finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
             return json.dumps(finite, allow_nan=False)
         counts = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number or fate == "rows")
         return (
-            f"loss {result.loss:.4f}  perplexity {perplexity:.2f}  token accuracy {result.token_accuracy:.1%}  "
-            f"({counts}, {result.supervised_tokens} supervised tokens)"
+            f"loss {self.loss:.4f}  perplexity {self.perplexity:.2f}  token accuracy {self.token_accuracy:.1%}  "
+            f"({counts}, {self.supervised_tokens} supervised tokens)"
         )
 
 
-class _Untouched:
-    """No method: the model is evaluated as it stands."""
+class _Bound:
+    """A method whose parameters are in the model already; without a method, the model runs as it stands."""
+
+    def __init__(self, method: Method | None) -> None:
+        self._method = method
 
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         pass
+
+    def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
+        return self._method.run_body(body, token_ids) if self._method else body(token_ids)
 
 
 def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> EvaluationResult:
@@ -60,18 +99,18 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
 
     Args:
         run: The folder that `train` made.
-        data: In any form that `train` takes.
-        base: Evaluate the model as it was before training.
+        data: A file or dataset, in any form that `train` takes.
+        base: Evaluate the base model, as it was before training.
 
     Raises:
         UserError: If the run or the data cannot be used.
     """
+    config = TrainConfig.resolve(RunFolder.open(run).config)
     loaded = load_run(run, base=base)
-    config: TrainConfig = loaded.train_config
     examples, report = prepare_file(data, config, loaded.tokenizer)
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)
-    learner = Learner(SplitModel(loaded.model), _Untouched(), vocabulary, head_chunk=config.head_chunk)
+    learner = Learner(SplitModel(loaded.model), _Bound(loaded.method), vocabulary, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
     evaluation, _ = evaluate_in_memory(learner, {}, examples, budget, layout_on(this_machine(), learner))
     return EvaluationResult(evaluation, report)

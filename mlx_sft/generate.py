@@ -1,4 +1,4 @@
-"""Text from a model, through mlx-lm. Knows prompts and tokens; knows nothing of training or of the terminal."""
+"""Text from a model, through mlx-lm."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_sft.convert.adapted import AdaptedModel, put_adapter
-from mlx_sft.data.formats import Conversation
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.tokenizer import generation_ends
 from mlx_sft.errors import UserError
+from mlx_sft.load import AdaptedModel, put_adapter
 from mlx_sft.model.load import LoadedModel
 
 Prompt = str | list[dict[str, Any]]
-"""What a user says, or a conversation so far."""
+"""A user's message, or a list of messages."""
 
 
 def stream_text(
@@ -26,8 +26,8 @@ def stream_text(
     """The model's answer, piece by piece, up to its end of turn.
 
     Args:
-        prompt: Rendered with the tokenizer's chat template; as plain text where it has none.
-        max_tokens: The longest answer.
+        prompt: It is rendered with the tokenizer's chat template; where there is none, plain text is continued as it stands.
+        max_tokens: The most tokens that are generated.
         temperature: 0 takes the likeliest token each time.
 
     Raises:
@@ -44,8 +44,8 @@ def stream_text(
         yield response.text
 
 
-class Talk:
-    """A conversation with a model whose adapter can be changed in the middle of it: `/adapter DIR`, or `/adapter` for none."""
+class Chat:
+    """A conversation with a model. The message `/adapter DIR` puts another adapter on the model, `/adapter` takes it off."""
 
     def __init__(self, loaded: LoadedModel, *, max_tokens: int = 256, temperature: float = 0.0) -> None:
         self._loaded = loaded
@@ -54,7 +54,7 @@ class Talk:
         self.messages: list[dict[str, Any]] = []
 
     def say(self, text: str) -> Iterator[str]:
-        """The answer to what a user says, piece by piece."""
+        """The answer to a user's message, piece by piece."""
         command, _, argument = text.partition(" ")
         if command == "/adapter":
             yield self._changed(argument.strip())
@@ -82,19 +82,21 @@ def generate_text(loaded: LoadedModel, prompt: Prompt, *, max_tokens: int = 256,
 
 
 def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, with the header of the turn that the model is to write."""
+    """Token ids of a prompt, with the header that opens the assistant's turn."""
     tokenizer: Any = loaded.tokenizer
     if isinstance(prompt, str) and not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    # A run is asked in the context in which it was trained.
-    variables = loaded.train_config.chat_template_kwargs if isinstance(loaded, AdaptedModel) else {}
+    # The chat template gets the variables that it had in training.
+    variables = (
+        loaded.train_config.chat_template_kwargs if isinstance(loaded, AdaptedModel) and loaded.train_config else {}
+    )
     text = ReferenceRendering(tokenizer, Conversation("", messages, template_kwargs=variables)).prompted
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
-    """Every token that ends a turn: the tokenizer's, the config's and the generation config's."""
+    """Every token that ends a turn: those of the tokenizer, the config and the generation config."""
     ends = loaded.config.get("eos_token_id")
     found = {loaded.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     return sorted(i for i in found | generation_ends(str(loaded.path)) if isinstance(i, int))

@@ -1,19 +1,20 @@
-"""Options of commands made from the fields of `TrainConfig`, so that none can fail to reach it.
-
-Knows click, as `cli.py` does; knows no command.
-"""
+"""Options of commands made from the fields of settings, so that none can fail to reach its owner. It knows click, as `cli.py` does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
+from pydantic.fields import FieldInfo
 
-from mlx_sft.config import TrainConfig, option_name, public_name, sections
+from mlx_sft.config import TrainConfig, all_fields, entry_settings, option_name, owners_of, public_name, sections
+from mlx_sft.registry import METHODS, OBJECTIVES, OPTIMIZERS, TARGETS
 
 Command = Callable[..., None]
+
+_CHOSEN_AMONG = {"method": METHODS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS}
 
 
 class Sectioned(click.Command):
@@ -30,17 +31,37 @@ class Sectioned(click.Command):
                 formatter.write_dl(records)
 
 
-def settings(*fields: str) -> Callable[[Command], Command]:
-    """`--config` and an option for each of these fields of `TrainConfig`."""
+def settings(*without: str, only: Iterable[str] = ()) -> Callable[[Command], Command]:
+    """`--config`, and an option for each setting of a run: all but some, or only some."""
+    fields = all_fields()
+    listed = [name for names in sections().values() for name in names]
+    chosen = [name for name in listed if (name in only if only else name not in without)]
 
     def decorate(command: Command) -> Command:
-        for field in reversed(fields):
-            command = _option(field)(command)
+        for field in reversed(chosen):
+            command = _option(field, fields[field])(command)
         return click.option("--config", "config_file", metavar="FILE", help="YAML file with settings of a run.")(
             command
         )
 
     return decorate
+
+
+def export_options(command: Command) -> Command:
+    """`--format`, and an option for each setting of an export format."""
+    fields: dict[str, FieldInfo] = {}
+    owners: dict[str, list[str]] = {}
+    for name, target in TARGETS.items():
+        for field, info in target.Settings.model_fields.items():
+            fields.setdefault(field, info)
+            owners.setdefault(field, []).append(name)
+    for field in reversed(fields):
+        text = f"With --format {' or '.join(owners[field])}: {_help_text(fields[field])}"
+        command = click.option(f"--{field.replace('_', '-')}", **_kind(fields[field]) | {"help": text})(command)
+    summaries = "; ".join(f"{name}: {target.summary}" for name, target in TARGETS.items())
+    return click.option(
+        "--format", type=click.Choice(TARGETS.names()), default="merged", show_default=True, help=f"{summaries}."
+    )(command)
 
 
 def resolved(config_file: str | None, options: dict[str, Any]) -> TrainConfig:
@@ -57,26 +78,37 @@ def choices(field: str) -> click.Choice[str]:
     return click.Choice([str(value) for value in get_args(_without_none(TrainConfig.model_fields[field].annotation))])
 
 
-def _option(field: str) -> Callable[[Command], Command]:
-    info = TrainConfig.model_fields[field]
-    kind = _without_none(info.annotation)
-    options: dict[str, Any] = {"default": None, "help": _help(field)}
+def _option(field: str, info: FieldInfo) -> Callable[[Command], Command]:
+    options = _kind(info) | {"help": _help(field, info)}
     names = [option_name(field), field]
+    if field in _CHOSEN_AMONG:
+        options["type"] = click.Choice(_CHOSEN_AMONG[field].names())
+    elif info.annotation is bool and (info.default or len({str(owner.default) for owner in _owned(field)}) > 1):
+        names[0] = f"{option_name(field)}/--no-{public_name(field).replace('_', '-')}"
+        options = {"default": None, "help": options["help"]}
+    return click.option(*names, **options)
+
+
+def _kind(info: FieldInfo) -> dict[str, Any]:
+    """click's arguments for the values of a field."""
+    kind = _without_none(info.annotation)
+    options: dict[str, Any] = {"default": None}
     if kind is bool:
-        if info.default:
-            names[0] = f"{option_name(field)}/--no-{public_name(field).replace('_', '-')}"
-        else:
-            options["is_flag"] = True
-            options["flag_value"] = True
+        options |= {"is_flag": True, "flag_value": True}
     elif get_origin(kind) is Literal:
-        options["type"] = choices(field)
+        options["type"] = click.Choice([str(value) for value in get_args(kind)])
     elif get_origin(kind) is tuple:
         options |= {"type": float, "nargs": len(get_args(kind))}
     elif get_origin(kind) is list:
-        options |= {"multiple": True}
+        options["multiple"] = True
     else:
         options["type"] = _click_type(kind)
-    return click.option(*names, **options)
+    return options
+
+
+def _owned(field: str) -> list[FieldInfo]:
+    """The field of each entry that has it."""
+    return [owner.model_fields[field] for _, _, owner in entry_settings() if field in owner.model_fields]
 
 
 def _without_none(kind: Any) -> Any:
@@ -90,8 +122,18 @@ def _click_type(kind: Any) -> type:
     return kind if kind in (int, float) else str
 
 
-def _help(field: str) -> str:
-    info = TrainConfig.model_fields[field]
+def _help(field: str, info: FieldInfo) -> str:
+    """What a setting is for, with its default; whose it is, where several entries have it or its section does not say."""
+    owners = [name for kind, name in owners_of(field) if kind != "callbacks"]
+    if len(owners) < 2:
+        return _help_text(info)
+    texts = dict(zip(owners, map(_help_text, _owned(field)), strict=False))
+    if len(set(texts.values())) == 1:
+        return f"{texts[owners[0]]} Of {', '.join(owners)}."
+    return " ".join(f"{name}: {text}" for name, text in texts.items())
+
+
+def _help_text(info: FieldInfo) -> str:
     text = (info.description or "").strip()
     default = info.default
     if default is None or default is False or info.default_factory is not None:

@@ -1,6 +1,6 @@
-"""One safetensors file: its header checked, its tensors read piece by piece, a new file written as a stream.
+"""A safetensors file: checked by the format's own library, its tensors read piece by piece, a new file written as a stream.
 
-Knows nothing of models, folders or shards. Needs neither torch nor MLX, so that bfloat16 is converted here, by its bits.
+The library reads no bfloat16 into NumPy and writes only what is in memory as a whole, so that tensors are read and written here.
 The format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
 """
 
@@ -8,41 +8,34 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from mlx_sft.errors import UserError
 
-BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I8", "U8", "BOOL"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
-"""Every dtype of the format, with the bits of one element."""
-
 STORED_AS: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes that convert to and from float32, with the NumPy dtype of their bytes."""
+"""The dtypes of plain weights, which convert to and from float32, as NumPy has them."""
 
 HEADER_LIMIT = 32 * 2**20
-"""Longest header in bytes. A hundred thousand tensors take half of it; the format's own reader allows 100 MB, which take seconds."""
+"""Longest header in bytes. A hundred thousand tensors take half of it; the library allows 100 MB, which take seconds."""
 
 MOST_DIMENSIONS = 16
 
 COPY_BYTES = 16 << 20
+
+_WRITTEN_AS = {"float32": "F32", "uint64": "U64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +73,17 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
     Raises `UserError` naming the file where it is missing, cut short, or not what the format allows.
     """
-    header, start = _read_header(path)
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # MLX writes null
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path, "its metadata are not strings")
+    text = _header_text(path)
+    try:
+        with _reading(path), safe_open(path, framework="np", backend="pread"):
+            pass  # the library has checked that the tensors and the bytes of the file agree
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null
+    start = 8 + len(text)
     tensors = [_stored_tensor(path, name, entry, start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
-    end = start
-    for tensor in tensors:
-        if tensor.offset != end:
-            problem = "overlaps the one before it" if tensor.offset < end else "leaves a gap before it"
-            raise _damaged(path, f"tensor {tensor.name} {problem}")
-        end += tensor.size
-    if end != (length := path.stat().st_size):
-        raise _damaged(path, f"it has {length:,} bytes, and its header describes {end:,}")
     return SafetensorsFile(path, tuple(tensors), metadata)
 
 
@@ -104,11 +93,13 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32
     Raises `UserError` for a dtype that is not F32, F16 or BF16.
     """
     dtype = stored_dtype(tensor)
-    per_row = tensor.row_elements
-    offset = tensor.offset + start * per_row * dtype.itemsize
+    count = (stop - start) * tensor.row_elements
+    offset = tensor.offset + start * tensor.row_elements * dtype.itemsize
     with _reading(tensor.file):
-        stored = np.fromfile(tensor.file, dtype, count=(stop - start) * per_row, offset=offset)
-    return to_float32(stored, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
+        stored = np.fromfile(tensor.file, dtype, count=count, offset=offset)
+    if len(stored) < count:
+        raise _damaged(tensor.file, f"it ends within tensor {tensor.name}")
+    return stored.astype(np.float32, copy=False).reshape(stop - start, *tensor.shape[1:])
 
 
 def read_float32(tensor: StoredTensor) -> NDArray[np.float32]:
@@ -133,7 +124,7 @@ def read_bytes(tensor: StoredTensor) -> Iterator[bytes]:
 
 
 def stored_dtype(tensor: StoredTensor) -> np.dtype[Any]:
-    """The NumPy dtype of a float tensor's bytes; raises `UserError` for a tensor that is not F32, F16 or BF16."""
+    """The NumPy dtype of a float tensor; raises `UserError` for a tensor that is not F32, F16 or BF16."""
     if tensor.dtype not in STORED_AS:
         raise UserError(
             f"tensor {tensor.name} is stored as {tensor.dtype}, which holds no plain weights",
@@ -143,48 +134,36 @@ def stored_dtype(tensor: StoredTensor) -> np.dtype[Any]:
     return STORED_AS[tensor.dtype]
 
 
-def to_float32(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Exact: every float16 and bfloat16 number is a float32 number. A bfloat16 is the upper half of a float32."""
-    if dtype == "BF16":
-        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float32, copy=False)
-
-
 def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """Round to nearest, ties to even; too large a number becomes infinite, and NaN stays NaN."""
-    if dtype != "BF16":
-        with np.errstate(over="ignore"):
-            return values.astype(STORED_AS[dtype], copy=False)
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    half = bits >> np.uint32(16)
-    # Adding just under half a unit, plus one where the kept half is odd, carries exactly as round-to-even asks.
-    rounded = (bits + (np.uint32(0x7FFF) + (half & np.uint32(1)))) >> np.uint32(16)
-    # A NaN's payload may lie in the lower half alone, and the carry could make it a number: keep it, made quiet.
-    return np.where(np.isnan(values), half | np.uint32(0x40), rounded).astype(np.uint16)
+    """Round to nearest, ties to even; a number that is too large becomes infinite, and NaN stays NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(STORED_AS[dtype], copy=False)
 
 
 def write_safetensors(
     path: Path,
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
     contents: Iterable[Iterable[bytes | memoryview]],
-    metadata: dict[str, str],
+    metadata: Mapping[str, str],
 ) -> None:
-    """Write a file tensor by tensor.
-
-    The header is known before the first byte, so that no more than a piece of one tensor need ever be in memory.
+    """Write a file tensor by tensor, so that no more than a piece of one tensor need ever be in memory.
 
     Args:
         path: The file.
-        tensors: (name, dtype, shape) in the order of their bytes.
+        tensors: (name, dtype, shape, size in bytes) in the order of their bytes.
         contents: For each tensor, in the same order, its bytes in pieces.
         metadata: The header's `__metadata__`.
+
+    Raises:
+        ValueError: If the contents of a tensor have another size than was said.
+        OSError: If the disk does not take it.
     """
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     sizes: dict[str, int] = {}
     end = 0
-    for name, dtype, shape in tensors:
-        sizes[name] = math.prod(shape) * BITS[dtype] // 8
-        start, end = end, end + sizes[name]
+    for name, dtype, shape, size in tensors:
+        sizes[name] = size
+        start, end = end, end + size
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -194,6 +173,24 @@ def write_safetensors(
             written = sum(file.write(piece) for piece in pieces)
             if written != size:
                 raise ValueError(f"{name}: {written} bytes written, {size} announced")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays of NumPy or MLX under their names, sorted, one at a time; only float32 and uint64 (an optimizer's step).
+
+    The same arrays give the same bytes. Raises as `write_safetensors`, and `ValueError` for an array of another dtype.
+    """
+    named = sorted(arrays.items())
+    tensors = [(name, _written_as(name, value), tuple(value.shape), value.nbytes) for name, value in named]
+    contents = ([np.ascontiguousarray(value).reshape(-1).view(np.uint8).data] for _, value in named)
+    write_safetensors(path, tensors, contents, metadata or {})
+
+
+def _written_as(name: str, value: Any) -> str:
+    dtype = str(value.dtype).rpartition(".")[2]  # "float32" of NumPy, "mlx.core.float32" of MLX
+    if dtype not in _WRITTEN_AS:
+        raise ValueError(f"{name} cannot be written as {dtype}")
+    return _WRITTEN_AS[dtype]
 
 
 @contextmanager
@@ -206,62 +203,35 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The parsed header, and the byte at which the tensors start."""
+def _header_text(path: Path) -> bytes:
+    """The header as it stands in the file, of bounded length; the library does not say where it ends, nor what a Git LFS pointer is."""
     with _reading(path), path.open("rb") as file:
-        length = int.from_bytes(first := file.read(8), "little")
-        left = path.stat().st_size - len(first)
+        first = file.read(8)
         if first == b"version ":
             raise UserError(
                 "this is a Git LFS pointer, not the weights",
                 where=str(path),
                 hint="fetch them with `git lfs pull`",
             )
-        if len(first) < 8 or length > min(left, HEADER_LIMIT):
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > min(path.stat().st_size - 8, HEADER_LIMIT):
             raise _damaged(path, "it has no complete header")
-        text = file.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a mapping")
-    return header, 8 + length
+        return file.read(length)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are each given once."""
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which the library would take the last of two equal keys."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("a key is given twice")
-    for key in entries:
-        key.encode()  # half a character, as "\ud800", is a ValueError
     return entries
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _stored_tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
-    if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - entry.keys():
-        raise _damaged(path, f"tensor {name} is not described")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise _damaged(path, f"tensor {name} has an unknown dtype, {dtype!r}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise _damaged(path, f"tensor {name} has no valid shape and offsets")
-    size = offsets[1] - offsets[0]
-    if size * 8 != math.prod(shape) * BITS[dtype]:
-        raise _damaged(path, f"tensor {name} has {size:,} bytes, which is not {dtype} {shape}")
-    return StoredTensor(name, path, dtype, tuple(shape), start + offsets[0], size)
-
-
-def _naturals(value: Any) -> bool:
-    """Whether it is a short list of numbers that a disk could hold so many bytes of."""
-    if not isinstance(value, list) or len(value) > MOST_DIMENSIONS:
-        return False
-    return all(type(number) is int and 0 <= number < 2**63 for number in value)
+def _stored_tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
+    shape, (first, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if len(shape) > MOST_DIMENSIONS or any(length >= 2**63 for length in shape):  # more than NumPy can have
+        raise _damaged(path, f"tensor {name} has a shape that no weight has")
+    return StoredTensor(name, path, entry["dtype"], shape, start + first, end - first)
 
 
 def _damaged(path: Path, problem: str) -> UserError:

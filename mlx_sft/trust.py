@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json
 
 TRUST_HINT = "read that code, and give --trust-remote-code to let it run"
 

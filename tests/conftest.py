@@ -23,14 +23,15 @@ from transformers import (
 
 from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.peft import write_adapter
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import IGNORED, Example
-from mlx_sft.data.store import Examples
 from mlx_sft.methods.lora import Lora, LoraSettings
+from mlx_sft.methods.peft_files import write_adapter
 from mlx_sft.model.load import load_model
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.fit import memory_limit_restored
 from tests.chats import write_chats
+from tests.neighbours import find_neighbour
 from tests.torch_families import TORCH_FAMILIES
 
 VOCABULARY = 264
@@ -62,6 +63,19 @@ class Run:
 
     base: Path
     path: Path
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "neighbour" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.neighbours)
+
+
+@pytest.fixture(scope="session")
+def neighbour() -> Callable[[str], Path]:
+    """`neighbour("tokenizers/qwen3")` → what lies beside the project; the test is skipped where it does not."""
+    return find_neighbour
 
 
 @pytest.fixture(scope="session", autouse=True)

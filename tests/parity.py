@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mlx_sft.data.batches import collate, cut
-from mlx_sft.data.store import Examples
+from mlx_sft.data.dataset import Examples
 from mlx_sft.methods import Full, Lora, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model

@@ -16,7 +16,7 @@ import pytest
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.config import option_name
 from mlx_sft.errors import FAILURE, USAGE
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 Fails = Callable[..., str]
 
@@ -80,7 +80,7 @@ def test_bad_rows_are_skipped_where_asked_for_and_reported(
     assert "--allow-lost-rows" in refused.stderr
     result = cli(*words, "--allow-lost-rows")
     assert result.exit_code == 0, result.output
-    assert f"2 to learn from, 0 held out, {len(lines)} bad" in result.stderr
+    assert f"2 to train on, 0 held out, {len(lines)} bad" in result.stderr
     report = json.loads((Path(settings["out"]) / "data_report.json").read_text())
     assert report["totals"] == {"rows": len(lines) + 2, "kept": 2, "truncated": 0, "dropped": 0, "bad": len(lines)}
     notes = report["sources"][0]["not_simply_kept"]

@@ -147,7 +147,7 @@ def test_train_ends_stdout_with_the_run_folder_and_says_the_rest_on_stderr(cli: 
     assert result.stdout == settings["out"] + "\n"
     said = result.stderr
     for part in (
-        "chats.jsonl:", "<|im_start|>assistant\n⟦", "<|im_end|>⟧", "8 to learn from, 2 held out", "% supervised",
+        "chats.jsonl:", "<|im_start|>assistant\n⟦", "<|im_end|>⟧", "8 to train on, 2 held out", "% supervised",
         "parameters (lora)", " 4 of 4 conversations", "step 4/4  loss ", "tokens/s", "validation loss", settings["out"],
     ):  # fmt: skip
         assert part in said

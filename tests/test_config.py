@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from mlx_sft.config import TrainConfig, option_name, public_name
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.mappings import read_yaml
+from mlx_sft.files import read_yaml
 
 
 def refusal(file: Path | None = None, **options: Any) -> UserError:

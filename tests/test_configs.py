@@ -7,7 +7,7 @@ import pytest
 
 from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
-from mlx_sft.mappings import read_yaml
+from mlx_sft.files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

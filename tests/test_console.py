@@ -66,7 +66,7 @@ def test_without_a_terminal_there_are_a_few_plain_lines(capsys: pytest.CaptureFi
     assert all(line == line.rstrip() for line in err.splitlines())
 
 
-def test_what_is_learnt_is_marked_without_colours(capsys: pytest.CaptureFixture[str]) -> None:
+def test_supervised_text_is_marked_without_colours(capsys: pytest.CaptureFixture[str]) -> None:
     Console().conversation("row", [("user\n[bold]x[/bold]", False), ("Hi\nthere", True)])
     assert "user\n[bold]x[/bold]⟦Hi\nthere⟧" in capsys.readouterr().err
 
@@ -188,9 +188,9 @@ def test_numbers_are_short() -> None:
 # Data, and its reading
 
 
-def test_data_goes_to_stdout_with_what_is_learnt_between_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_goes_to_stdout_with_supervised_text_between_brackets(capsys: pytest.CaptureFixture[str]) -> None:
     Console(quiet=True).data(
-        [("a", "context"), ("b", "learnt"), ("</s>", "learnt special"), ("\n", "plain"), ("c", "learnt")]
+        [("a", "context"), ("b", "supervised"), ("</s>", "supervised special"), ("\n", "plain"), ("c", "supervised")]
     )
     assert capsys.readouterr() == ("a⟦b</s>⟧\n⟦c⟧", "")
 

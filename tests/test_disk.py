@@ -12,8 +12,8 @@ import pytest
 from mlx_sft import TrainConfig, UserError, export, train
 from mlx_sft.config import TrainConfig as Config
 from mlx_sft.data.batches import Plan
-from mlx_sft.disk import folder_bytes, free_bytes, refuse_full_disk
-from mlx_sft.runs import RunFolder
+from mlx_sft.files import refuse_full_disk
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors
 from mlx_sft.training.disk import DiskNeed
 
@@ -23,19 +23,6 @@ def leave_free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`leave_free(n)`: from now on every disk has so many bytes left."""
     usage = type(shutil.disk_usage("/"))
     return lambda left: monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - left, left))
-
-
-def test_free_space_is_that_of_the_nearest_folder_there_is(tmp_path: Path) -> None:
-    assert abs(free_bytes(tmp_path / "not" / "there") - shutil.disk_usage(tmp_path).free) < 10**9
-
-
-def test_a_folder_takes_what_its_files_take(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b").write_bytes(b"123")
-    (tmp_path / "c").write_bytes(b"12345")
-    (tmp_path / "link").symlink_to(tmp_path / "c")
-    assert folder_bytes(tmp_path) == 8
-    assert folder_bytes(tmp_path / "none") == 0
 
 
 def test_what_does_not_fit_is_refused_with_what_to_free(tmp_path: Path, leave_free: Callable[[int], None]) -> None:
@@ -57,16 +44,16 @@ def test_a_run_that_does_not_fit_is_refused_before_its_folder_is_made(
 
 def test_a_run_takes_no_more_than_was_said(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked at whenever a file has been made durable, which is before anything is removed."""
-    from mlx_sft import runs
+    from mlx_sft import files
 
-    run, most, real = Path(settings["out"]), [0], runs.sync_path
+    run, most, real = Path(settings["out"]), [0], files.sync_path
 
     def looking(path: Path) -> None:
         real(path)
         taken = sum(file.stat().st_size for file in run.rglob("*.safetensors"))
         most[0] = max(most[0], taken)
 
-    monkeypatch.setattr(runs, "sync_path", looking)
+    monkeypatch.setattr(files, "sync_path", looking)
     config = TrainConfig(**settings | {"save_every": 1, "keep": 2, "valid_fraction": 0.2})
     train(config)
     newest = RunFolder(run).checkpoint(RunFolder(run).checkpoint_steps()[-1])

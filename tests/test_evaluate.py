@@ -9,12 +9,12 @@ import pytest
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.evaluate import evaluate_run
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 
 @pytest.fixture
 def run(settings: dict[str, Any], chats: Path) -> RunFolder:
-    """A run that was validated on what it learnt from."""
+    """A run that was validated on what it was trained on."""
     return RunFolder(train(TrainConfig(**settings, valid=str(chats))).run_dir)
 
 
@@ -24,7 +24,7 @@ def last_evaluation(run: RunFolder) -> dict[str, Any]:
 
 
 def test_it_finds_what_training_found(run: RunFolder, chats: Path) -> None:
-    result = evaluate_run(run.path, str(chats)).evaluation
+    result = evaluate_run(run.path, str(chats))
     expected = last_evaluation(run)
     assert expected["best"]
     assert result.loss == pytest.approx(expected["loss"], rel=1e-6)
@@ -34,7 +34,7 @@ def test_it_finds_what_training_found(run: RunFolder, chats: Path) -> None:
 
 def test_a_full_run_is_found_the_same(settings: dict[str, Any], chats: Path) -> None:
     run = RunFolder(train(TrainConfig(**settings | {"method": "full", "lr": 1e-3}, valid=str(chats))).run_dir)
-    assert evaluate_run(run.path, str(chats)).evaluation.loss == pytest.approx(last_evaluation(run)["loss"], rel=1e-6)
+    assert evaluate_run(run.path, str(chats)).loss == pytest.approx(last_evaluation(run)["loss"], rel=1e-6)
 
 
 def test_the_base_is_the_model_before_training(
@@ -43,7 +43,7 @@ def test_the_base_is_the_model_before_training(
     untrained = train(TrainConfig(**settings | {"lr": 0.0, "out": str(tmp_path / "untrained")})).run_dir
     before = evaluate_run(run.path, str(chats), base=True).evaluation
     assert before == evaluate_run(untrained, str(chats)).evaluation
-    assert before.loss > evaluate_run(run.path, str(chats)).evaluation.loss
+    assert before.loss > evaluate_run(run.path, str(chats)).loss
 
 
 def test_a_result_is_a_line_for_a_person_or_of_json(run: RunFolder, chats: Path) -> None:
@@ -52,6 +52,8 @@ def test_a_result_is_a_line_for_a_person_or_of_json(run: RunFolder, chats: Path)
     fates = {"rows", "truncated", "dropped", "bad"}
     assert set(record) == {"loss", "perplexity", "token_accuracy", "tokens", "supervised_tokens"} | fates
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+    assert {name: getattr(result, name) for name in set(record) - fates} == {n: record[n] for n in set(record) - fates}
+    assert repr(result) == f"EvaluationResult({result.describe()})"
     assert "\n" not in result.describe()
     assert f"{record['token_accuracy']:.1%}" in result.describe()
 

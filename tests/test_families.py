@@ -20,15 +20,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import load_adapter
-from mlx_sft.convert.compose import merge_adapters
-from mlx_sft.convert.mlx_folder import convert
-from mlx_sft.data.store import Examples
+from mlx_sft.convert.targets.mlx import convert
+from mlx_sft.data.dataset import Examples
+from mlx_sft.load import load_adapter
 from mlx_sft.methods import Lora, LoraSettings, Parameters
-from mlx_sft.model.families import TESTED
+from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.model.head import SplitModel
-from mlx_sft.model.load import load_model
-from mlx_sft.model.rope import settle_ropes
+from mlx_sft.model.load import TESTED, load_model
+from mlx_sft.model.rope import correct_ropes
 from tests.conftest import Run
 from tests.parity import assert_close, loss_and_gradients
 from tests.torch_families import TORCH_FAMILIES
@@ -210,7 +209,7 @@ def test_layers_that_are_meant_to_turn_without_scaling_do() -> None:
         "rope_theta": 1e4, "rope_scaling": scaling, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
     }  # fmt: skip
     model = olmo3.Model(olmo3.ModelArgs.from_dict(settings))
-    settle_ropes(model, settings)
+    correct_ropes(model, settings)
     assert [type(layer.self_attn.rope).__name__ for layer in model.layers] == 2 * ["RoPE", "YarnRoPE"]
 
 

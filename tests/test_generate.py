@@ -10,8 +10,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_sft import TrainConfig, UserError, load_run, train
-from mlx_sft.convert.adapted import load_adapter
-from mlx_sft.generate import Talk, end_tokens, generate_text, prompt_tokens, stream_text
+from mlx_sft.generate import Chat, end_tokens, generate_text, prompt_tokens, stream_text
+from mlx_sft.load import load_adapter
 from mlx_sft.model.load import LoadedModel, load_model
 
 
@@ -84,13 +84,13 @@ def test_an_adapter_is_loaded_on_the_base_that_it_names_and_changed_in_the_middl
 ) -> None:
     run = train(TrainConfig(**settings | {"lr": 0.3})).run_dir
     adapter = str(run / "adapter")
-    learnt, plain = generate_text(load_run(run), "the cat", max_tokens=6), generate_text(base, "the cat", max_tokens=6)
-    assert learnt != plain
-    assert generate_text(load_adapter(adapter), "the cat", max_tokens=6) == learnt
-    assert generate_text(load_adapter(adapter, settings["model"]), "the cat", max_tokens=6) == learnt
+    trained, plain = generate_text(load_run(run), "the cat", max_tokens=6), generate_text(base, "the cat", max_tokens=6)
+    assert trained != plain
+    assert generate_text(load_adapter(adapter), "the cat", max_tokens=6) == trained
+    assert generate_text(load_adapter(adapter, settings["model"]), "the cat", max_tokens=6) == trained
 
     def answer(*commands: str) -> str:
-        talk = Talk(loaded, max_tokens=6)
+        talk = Chat(loaded, max_tokens=6)
         for command in commands:
             said = "".join(talk.say(command))
             assert command.partition(" ")[2] in said
@@ -98,11 +98,11 @@ def test_an_adapter_is_loaded_on_the_base_that_it_names_and_changed_in_the_middl
 
     loaded = load_model(settings["model"])
     assert answer() == plain
-    assert answer(f"/adapter {adapter}") == learnt
-    wrong = "".join(Talk(loaded).say(f"/adapter {tmp_path / 'none'}"))
+    assert answer(f"/adapter {adapter}") == trained
+    wrong = "".join(Chat(loaded).say(f"/adapter {tmp_path / 'none'}"))
     assert "not an adapter folder" in wrong
     assert wrong.endswith("the adapter is as it was")
-    assert answer() == learnt
+    assert answer() == trained
     assert answer("/adapter") == plain
 
 
@@ -113,3 +113,15 @@ def test_an_adapter_that_names_no_base_asks_for_one(settings: dict[str, Any]) ->
     with pytest.raises(UserError, match="names no base model") as caught:
         load_adapter(run / "adapter")
     assert "--model" in caught.value.hint
+
+
+def test_what_is_loaded_is_shown_in_one_line(settings: dict[str, Any], base: LoadedModel) -> None:
+    run = train(TrainConfig(**settings | {"max_steps": 1})).run_dir
+    shown = repr(base)
+    assert shown.startswith(f"LoadedModel({settings['model']}: qwen3, ")
+    assert shown.endswith("parameters, float32)")
+    inside = shown.removeprefix("LoadedModel").removesuffix(")")
+    assert repr(load_run(run)) == f"AdaptedModel{inside}, with lora from {run})"
+    assert repr(load_run(run, base=True)) == f"AdaptedModel{inside})"
+    assert repr(load_adapter(run / "adapter")).endswith(" parameters, float32, with lora)")
+    assert repr(load_model(settings["model"], quantize="8")).endswith(", float32, quantized to 8 bits)")

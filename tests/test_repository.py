@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import stat
+import subprocess
 import sys
 import tomllib
 import zipfile
@@ -198,15 +199,84 @@ def test_make_has_the_target_and_says_what_it_does(target: str) -> None:
     assert re.search(rf"^{target}:[^\n]*## \w", makefile, re.MULTILINE)
 
 
-def test_continuous_integration_runs_the_linters_then_the_readmes_test_command() -> None:
+def test_continuous_integration_runs_the_linters_then_the_readmes_test_command_in_a_clone() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & stat.S_IXUSR
-    assert script.read_text(encoding="utf-8").splitlines()[-2:] == ["make lint", "make test"]
+    text = script.read_text(encoding="utf-8")
+    steps = (
+        "make lint\n",
+        "git clone ",
+        "    PYTHONPATH=$PWD make test VENV=",
+        'make test WORKERS=0 ARGS="-m neighbours"',
+    )
+    lint, clone, test, rest = (text.index(f"\n{step}") for step in steps)
+    assert lint < clone < test < rest
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     job = workflow["jobs"]["check"]
     assert {"run": ".ci/run"} in job["steps"]
     systems = job["strategy"]["matrix"]["os"]
     assert {name.split("-")[0] for name in systems} == {"macos", "ubuntu"}
+
+
+def test_what_is_tested_is_the_package_of_this_checkout(tmp_path: Path) -> None:
+    """Here and in the processes that tests start, also with the environment of another checkout."""
+    assert Path(mlx_sft.__file__).resolve().parent == PACKAGE.resolve()
+    command = [sys.executable, "-c", "import mlx_sft; print(mlx_sft.__file__)"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(ended.stdout.strip()).resolve().parent == PACKAGE.resolve()
+
+
+# --- no way out of the repository -------------------------------------------------------------------------------------------------
+
+ROOMS = ("mlx_sft", "tests", "scripts", "examples", "benchmarks", "docs", "configs", ".ci", ".github")
+MACHINES_FOLDER = re.compile(r"(?<![\w.~/$}-])/(?:work|workspace|home|Users|root|mnt|srv|private)/(?!jane/)")
+"""The absolute path of some machine's folder; `/home/jane/` is made up, in tests of what may be told of a path."""
+WAY_TO_THE_NEIGHBOURS = re.compile(
+    r"""\.\./shared|["'/]shared["'/]|MLX_SFT_SHARED|\bparents\[\d+\]\s*(?:\.parent\b|/ *["']\.\.)"""
+)
+KNOWS_THE_NEIGHBOURS = {"tests/neighbours.py", "CONTRIBUTING.md", ".ci/run"}
+
+
+def lines_of_the_repository() -> Iterator[tuple[str, int, str]]:
+    """(file, line number, line) of everything in the repository, but for this file, which has the patterns."""
+    outside = [ROOT / "Makefile", ROOT / "pyproject.toml", *ROOT.glob("*.md")]
+    inside = [path for room in ROOMS for path in (ROOT / room).rglob("*") if "__pycache__" not in path.parts]
+    ignored = (ROOT / "benchmarks" / "work", Path(__file__))
+    for path in sorted(outside + inside):
+        if path.is_file() and not any(map(path.is_relative_to, ignored)):
+            text = path.read_bytes().decode("utf-8", errors="ignore")
+            name = path.relative_to(ROOT).as_posix()
+            yield from ((name, number, line) for number, line in enumerate(text.splitlines(), 1))
+
+
+def test_no_file_names_a_folder_of_one_machine() -> None:
+    found = [f"{name}:{number}" for name, number, line in lines_of_the_repository() if MACHINES_FOLDER.search(line)]
+    assert found == []
+
+
+def test_only_one_module_finds_what_lies_beside_the_project() -> None:
+    found = [
+        f"{name}:{number}"
+        for name, number, line in lines_of_the_repository()
+        if name not in KNOWS_THE_NEIGHBOURS and WAY_TO_THE_NEIGHBOURS.search(line)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("line", ['Path("/work/x/y")', "see /Users/jo/models", "open('/home/jo/x')", "cd /root/x"])
+def test_a_machines_folder_is_seen(line: str) -> None:
+    assert MACHINES_FOLDER.search(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['ROOT / "shared" / "data"', "../shared/data", "Path(__file__).parents[2].parent", 'parents[2] / ".." / NAME'],
+)
+def test_a_way_to_the_neighbours_is_seen(line: str) -> None:
+    assert WAY_TO_THE_NEIGHBOURS.search(line)
+
+
+# --- links ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=lambda p: str(p.relative_to(ROOT)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -13,12 +14,13 @@ from safetensors.torch import save_file
 
 from mlx_sft.errors import UserError
 from mlx_sft.safetensors_file import (
+    HEADER_LIMIT,
     from_float32,
     open_safetensors,
     read_bytes,
     read_float32,
     read_rows,
-    to_float32,
+    write_arrays,
     write_safetensors,
 )
 
@@ -66,7 +68,7 @@ def test_rounding_to_bfloat16_is_pytorchs() -> None:
     edges = np.array([0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x80000000, 0], np.uint32)
     values = np.concatenate([bits, ties, odd_ties, nan_below, edges]).view(np.float32)
 
-    ours = to_float32(from_float32(values, "BF16"), "BF16")
+    ours = from_float32(values, "BF16").astype(np.float32)
 
     np.testing.assert_array_equal(ours, torch.tensor(values).bfloat16().float().numpy())
     assert np.isnan(ours[-8:-5]).all()
@@ -85,7 +87,7 @@ def test_what_is_written_opens_with_the_formats_own_reader(tmp_path: Path) -> No
 
     write_safetensors(
         path,
-        [("b", "F32", (2, 3)), ("ä", "F16", (2,))],
+        [("b", "F32", (2, 3), 24), ("ä", "F16", (2,), 4)],
         [[b[:1].tobytes(), b[1:].tobytes()], [a.tobytes()]],
         {"format": "pt"},
     )
@@ -98,33 +100,39 @@ def test_what_is_written_opens_with_the_formats_own_reader(tmp_path: Path) -> No
 
 def test_too_few_bytes_for_a_tensor_are_never_written_silently(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4 bytes written, 8 announced"):
-        write_safetensors(tmp_path / "x", [("a", "F32", (2,))], [[b"1234"]], {})
+        write_safetensors(tmp_path / "x", [("a", "F32", (2,), 8)], [[b"1234"]], {})
 
 
 @pytest.mark.parametrize(
     ("header", "body", "problem"),
     [
-        (b"not json", b"", "not JSON"),
-        (b"\xff\xfe", b"", "not JSON"),
-        (b"[" * 100_000, b"", "not JSON"),
-        (b'{"a": 1, "a": 2}', b"", "given twice"),
-        ([], b"", "not a mapping"),
-        ({"__metadata__": {"format": 1}}, b"", "metadata"),
-        ({"a": 3}, b"", "not described"),
-        ({"a": {"dtype": "F32"}}, b"", "not described"),
-        ({"a": _entry(dtype="F33")}, bytes(8), "unknown dtype"),
-        ({"a": _entry(dtype=["F32"])}, bytes(8), "unknown dtype"),
-        ({"a": _entry(shape=[-2])}, bytes(8), "shape and offsets"),
-        ({"a": _entry(shape=[True, 2])}, bytes(8), "shape and offsets"),
-        ({"a": _entry(shape=[2.0])}, bytes(8), "shape and offsets"),
-        ({"a": _entry(offsets=[0])}, bytes(8), "shape and offsets"),
-        ({"a": _entry(shape=[3])}, bytes(8), "8 bytes, which is not F32"),
-        ({"a": _entry(offsets=[8, 0])}, bytes(8), "which is not F32"),
-        ({"a": _entry()}, bytes(7), "header describes"),
-        ({"a": _entry()}, bytes(9), "header describes"),
-        ({"a": _entry(), "b": _entry(offsets=[4, 12])}, bytes(12), "overlaps"),
-        ({"a": _entry(), "b": _entry()}, bytes(16), "overlaps"),
-        ({"a": _entry(), "b": _entry(offsets=[12, 20])}, bytes(20), "gap"),
+        (b"not json", b"", "invalid JSON"),
+        (b"\xff\xfe", b"", "invalid UTF-8"),
+        (b"[" * 100_000, b"", "invalid JSON"),
+        (b'{"a": 1, "a": 2}', b"", "invalid JSON"),
+        (b'{"a": %b, "a": %b}' % ((json.dumps(_entry()).encode(),) * 2), bytes(8), "given twice"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "shape": [2], "data_offsets": [0, 8]}}', bytes(8), "duplicate field"),
+        (b'{"__metadata__": {"a": "b", "a": "c"}}', b"", "given twice"),
+        ([], b"", "invalid JSON"),
+        ({"__metadata__": {"format": 1}}, b"", "expected a string"),
+        ({"a": 3}, b"", "expected struct TensorInfo"),
+        ({"a": {"dtype": "F32"}}, b"", "missing field"),
+        ({"a": _entry(dtype="F33")}, bytes(8), "unknown variant `F33`"),
+        ({"a": _entry(dtype=["F32"])}, bytes(8), "invalid type: sequence"),
+        ({"a": _entry(shape=[-2])}, bytes(8), "integer `-2`, expected usize"),
+        ({"a": _entry(shape=[True, 2])}, bytes(8), "boolean `true`, expected usize"),
+        ({"a": _entry(shape=[2.0])}, bytes(8), "floating point `2.0`, expected usize"),
+        ({"a": _entry(offsets=[0])}, bytes(8), "expected a tuple of size 2"),
+        ({"a": _entry(shape=[3])}, bytes(8), "invalid shape"),
+        ({"a": _entry(offsets=[8, 0])}, bytes(8), "invalid offset for tensor `a`"),
+        ({"a": _entry()}, bytes(7), "not fully covered"),
+        ({"a": _entry()}, bytes(9), "not fully covered"),
+        ({"a": _entry(), "b": _entry(offsets=[4, 12])}, bytes(12), "invalid offset for tensor `b`"),
+        ({"a": _entry(), "b": _entry()}, bytes(16), "invalid offset"),
+        ({"a": _entry(), "b": _entry(offsets=[12, 20])}, bytes(20), "invalid offset for tensor `b`"),
+        ({"a": _entry(shape=[1] * 99 + [2])}, bytes(8), "a shape that no weight has"),
+        ({"a": _entry(shape=[0, 2**63], offsets=[0, 0])}, b"", "a shape that no weight has"),
+        ({"a": _entry(shape=[2**40, 2**40])}, bytes(8), "overflow"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, header: object, body: bytes, problem: str) -> None:
@@ -139,6 +147,15 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, header: object, body:
 def test_a_header_that_is_cut_short_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
+    with pytest.raises(UserError, match="no complete header"):
+        open_safetensors(path)
+
+
+def test_a_header_longer_than_any_models_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write((HEADER_LIMIT + 8).to_bytes(8, "little"))
+        file.truncate(2 * HEADER_LIMIT)
     with pytest.raises(UserError, match="no complete header"):
         open_safetensors(path)
 
@@ -171,10 +188,35 @@ def test_a_header_that_the_formats_own_reader_refuses_is_refused(tmp_path: Path,
 
 def test_a_file_that_goes_away_while_it_is_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    write_safetensors(path, [("a", "F32", (4,))], [[bytes(16)]], {})
+    write_safetensors(path, [("a", "F32", (4,), 16)], [[bytes(16)]], {})
     (tensor,) = open_safetensors(path).tensors
     path.unlink()
     for read in (lambda: read_rows(tensor, 0, 4), lambda: list(read_bytes(tensor))):
         with pytest.raises(UserError, match="cannot read") as caught:
             read()
         assert caught.value.where == str(path)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, [("a", "F32", (4,), 16)], [[bytes(16)]], {})
+    (tensor,) = open_safetensors(path).tensors
+    path.write_bytes(path.read_bytes()[:-4])
+    for read in (lambda: read_rows(tensor, 0, 4), lambda: list(read_bytes(tensor))):
+        with pytest.raises(UserError, match="ends within tensor a") as caught:
+            read()
+        assert caught.value.where == str(path)
+
+
+def test_arrays_of_numpy_and_mlx_are_written_in_the_order_of_their_names(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    steps = np.array(7, np.uint64)
+    write_arrays(tmp_path / "a", {"w": values.T, "step": steps}, {"format": "np"})
+    write_arrays(tmp_path / "b", {"step": mx.array(steps), "w": mx.array(values).T}, {"format": "np"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    loaded = load_file(tmp_path / "a")
+    np.testing.assert_array_equal(loaded["w"], values.T)
+    assert loaded["step"] == 7
+    for wrong in (values.astype(np.float16), mx.array(values).astype(mx.bfloat16)):
+        with pytest.raises(ValueError, match="w cannot be written as"):
+            write_arrays(tmp_path / "c", {"w": wrong})

@@ -1,7 +1,7 @@
 """A base that was trained in quantized form, written as plain numbers: the ones that its quantized weights stand for.
 
-So a merged checkpoint computes exactly what was trained, at the price of what quantizing took from the original. Knows nothing of
-adapters; what it gives are edits, on which theirs can stand.
+So a merged checkpoint computes exactly what was trained, at the price of what quantizing took from the original. What training did to a
+weight is then added to these numbers instead of the checkpoint's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.merge import Edit, LowRankUpdate, stored_parts
+from mlx_sft.convert.stored import stored_parts
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json, to_json
+from mlx_sft.methods import Rows
 from mlx_sft.model.linears import quantized_modules, weight_shape
 from mlx_sft.model.names import expert_name, transformers_name
 from mlx_sft.model.quantize import dequantized
 from mlx_sft.model.weights import INDEX
-from mlx_sft.runs import to_json
 from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor
 
 _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
@@ -33,21 +33,21 @@ _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class Dequantized:
-    """W → the numbers that a quantized module's weight stands for; of a stack of experts', one expert's."""
+    """Rows of the numbers that a quantized module's weight stands for; of a stack of experts', of one expert's."""
 
     module: Any
     expert: int | None = None
 
-    def rows(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32]:
+    def __call__(self, start: int, stop: int) -> NDArray[np.float32]:
         def part(array: mx.array) -> mx.array:
             return (array if self.expert is None else array[self.expert])[start:stop]
 
         return np.array(dequantized(self.module, part).astype(mx.float32))
 
 
-def dequantized_edits(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Edit]:
-    """For a checkpoint in full precision and the same model quantized: what each quantized tensor becomes, by its name."""
-    edits: dict[str, Edit] = {}
+def dequantized_edits(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Rows]:
+    """For a checkpoint in full precision and the same model quantized: the rows of each quantized tensor, by its name."""
+    edits: dict[str, Rows] = {}
     for name, module in quantized_modules(model):
         tensors = stored_parts(checkpoint, f"{name}.weight", weight_shape(module), "the run")
         for tensor, edit in zip(tensors, _parts(module, len(tensors)), strict=True):
@@ -55,16 +55,8 @@ def dequantized_edits(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Edi
     return edits
 
 
-def on_top_of(edits: dict[str, Edit], updates: dict[str, Edit]) -> dict[str, Edit]:
-    """The updates of an adapter, made to what the edits give."""
-    return edits | {
-        name: replace(update, base=edits.get(name)) if isinstance(update, LowRankUpdate) else update
-        for name, update in updates.items()
-    }
-
-
-def unpacked(checkpoint: Checkpoint, model: nn.Module) -> tuple[Checkpoint, dict[str, Edit]]:
-    """A checkpoint that mlx-lm quantized, as one of plain tensors under transformers' names, and the edits that fill it.
+def unpacked(checkpoint: Checkpoint, model: nn.Module) -> tuple[Checkpoint, dict[str, Rows]]:
+    """A checkpoint that mlx-lm quantized, as one of plain tensors under transformers' names, and the rows that fill it.
 
     Raises:
         UserError: For a family whose weights mlx-lm turns while it reads them, which cannot be turned back.
@@ -72,7 +64,7 @@ def unpacked(checkpoint: Checkpoint, model: nn.Module) -> tuple[Checkpoint, dict
     if turned := [name for name in checkpoint.tensors if name.endswith("conv1d.weight") or ".conv." in name]:
         what = f"mlx-lm has turned {turned[0]}, so that this folder cannot be written as a checkpoint of transformers"
         raise UserError(what, where=str(checkpoint.path), hint="give the original with --base-model")
-    edits: dict[str, Edit] = {}
+    edits: dict[str, Rows] = {}
     made: dict[str, list[StoredTensor]] = {}
     for name, module in quantized_modules(model):
         stored = checkpoint.named[f"{name}.weight"]

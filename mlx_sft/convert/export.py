@@ -1,37 +1,23 @@
-"""The verb: a run → a folder that others open, written beside its place, verified, and then renamed.
-
-Knows neither how a checkpoint is merged nor how it is compared.
-"""
+"""The verb: a run → a folder that others open, written beside its place, verified, and then renamed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
-import mlx.core as mx
+from pydantic import ValidationError
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert import mlx_lm, peft
-from mlx_sft.convert.facts import base_revision
-from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.merged import write_merged
-from mlx_sft.convert.mlx_folder import LOST_LIMIT, to_mlx
-from mlx_sft.convert.to_gguf import export_gguf
-from mlx_sft.convert.trained import FORMS, finished_folder
-from mlx_sft.convert.verify import Merging, Verification
-from mlx_sft.disk import folder_bytes, refuse_full_disk
+from mlx_sft.convert.targets import Export, Target
+from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.model.linears import linear_modules
-from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
-from mlx_sft.model.outline import outline
-from mlx_sft.runs import RunFolder, write_folder
+from mlx_sft.files import refuse_full_disk, write_folder
+from mlx_sft.registry import METHODS, TARGETS
+from mlx_sft.run_folder import RunFolder
 
-Format = Literal["merged", "mlx", "peft", "mlx-lm", "gguf"]
-Base = Literal["original", "dequantized"]
-
-_WHOLE = ("merged", "mlx", "gguf")
-"""The formats that have the base in them."""
+LOST_LIMIT = 1.0
+"""Where quantizing moves a weight by more than training did, what training did to it is no longer told from noise."""
 
 _ROOM = "remove what is not needed, or give --to on another disk"
 
@@ -50,10 +36,13 @@ class ExportResult:
     """
 
     path: Path
-    format: Format
+    format: str
     verification: Verification | None
     lost: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"ExportResult({self.format} in {self.path}{', verified' if self.verification else ''})"
 
     def describe(self) -> list[str]:
         """For a person: the comparison, the notes, and what quantizing took of each weight."""
@@ -78,14 +67,10 @@ def export(
     run: str | Path,
     to: str | Path,
     *,
-    format: Format = "merged",
-    base: Base = "original",
-    base_model: str | None = None,
-    quantize: str | None = None,
+    format: str = "merged",
     overwrite: bool = False,
     verify: bool = True,
-    llama_cpp: str | Path | None = None,
-    ollama: bool = False,
+    **options: Any,
 ) -> ExportResult:
     """Write what a run trained as a folder for PyTorch, mlx-lm or llama.cpp.
 
@@ -94,100 +79,60 @@ def export(
         to: The folder to write; it appears when it is whole and verified, and not before.
         format: `merged`: a Hugging Face checkpoint laid out as the base's. `mlx`: the same as mlx-lm writes it. `peft`: the adapter
             alone, in PEFT's files. `mlx-lm`: the adapter alone, in mlx-lm's. `gguf`: a file for llama.cpp, by its own converter.
-        base: What a run on a quantized base is merged into: the `original` in full precision, or the numbers that the quantized weights
-            stand for, `dequantized`, which keeps exactly the function that was trained.
-        base_model: The original, where the run's own base is a folder of quantized weights.
-        quantize: A name of `QUANTIZATIONS`, for `mlx`: quantize after the merge.
+            `trl`: the run itself, as a script for TRL and PEFT on CUDA. Or a form of another package.
         overwrite: Replace a folder that already holds something.
-        verify: Reload what was written and compare it with the trained model.
-        llama_cpp: With `gguf`, the folder of llama.cpp where that is not on PATH, in $LLAMA_CPP_DIR or in ~/llama.cpp.
-        ollama: With `gguf`, write a Modelfile beside it, whose template writes what the tokenizer's writes.
+        verify: Open what was written as its consumer does, and compare it with the trained model.
+        options: Those of the format. Of `merged`, `mlx` and `gguf`: `base` (what a run on a quantized base is merged into: the `original`
+            in full precision, or the numbers that the quantized weights stand for, `dequantized`) and `base_model` (the original, where
+            the run's own base is a folder of quantized weights). Of `mlx`: `quantize` (`4`, `8` or `mxfp4`, after the merge). Of
+            `gguf`: `llama_cpp` (its folder, where that is not found) and `ollama` (write a Modelfile beside it).
 
     Raises:
         UserError: If the run has not finished, `to` cannot be, the base does not fit, or the written differs from the trained.
     """
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
-    if format not in get_args(Format):
-        raise UserError(f"no such format: {format}", hint=f"{', '.join(get_args(Format))}", exit_code=USAGE)
-    _refuse_unused(format, base, base_model, quantize, ollama=ollama, llama_cpp=llama_cpp)
-    whole = format in _WHOLE
-    # PEFT's form of the adapter needs no base, so that one that is gone is no hindrance; mlx-lm's needs its names.
-    source = Path(config.model) if format == "peft" else resolve_checkpoint(base_model or config.model, weights=whole)
-    target = check_target(Path(to), folder, source, overwrite)
-    if not whole:
-        _export_adapter(folder, config, target, None if format == "peft" else source, verify)
-        return ExportResult(target, format, None)
-    merging = Merging(folder, Checkpoint.open(source), base_model, dequantized=base == "dequantized")
-    if format == "gguf":
-        found = export_gguf(merging, config, target, verify=verify, llama_cpp=llama_cpp, ollama=ollama, room=_ROOM)
-        return ExportResult(target, format, found[0], notes=found[1])
-    needed = merging.checkpoint.size()
-    refuse_full_disk(target, 2 * needed if format == "mlx" else needed, "this export", _ROOM)
-    with write_folder(target, needed) as temporary:
-        merging, verification = write_merged(merging, config, temporary, verify)
-        lost = to_mlx(temporary, merging, quantize) if format == "mlx" else {}
-    return ExportResult(target, format, verification, lost)
+    kind = target_kind(format)
+    target = kind(Export(folder, config, Path(to).expanduser().resolve(), verify), _settings(kind, options))
+    place = check_target(Path(to), folder, config, target.source, overwrite)
+    target.check()
+    needed = target.needed_bytes()
+    refuse_full_disk(place, needed, "this export", _ROOM)
+    with write_folder(place, needed) as temporary:
+        target.write(temporary)
+        verification = target.verify(temporary) if verify else None
+    return ExportResult(place, format, verification, target.lost, tuple(target.notes))
 
 
-def _refuse_unused(
-    format: Format,
-    base: Base,
-    base_model: str | None,
-    quantize: str | None,
-    *,
-    ollama: bool,
-    llama_cpp: str | Path | None,
-) -> None:
-    """An option that this format does not read, or that contradicts another, is a mistake."""
-    if format != "gguf" and (ollama or llama_cpp is not None):
-        option = "--ollama" if ollama else "--llama-cpp"
-        raise UserError(f"{option} goes with --format gguf", hint="give --format gguf", exit_code=USAGE)
-    if format not in _WHOLE and (base != "original" or base_model is not None):
-        what = f"--format {format} writes the adapter alone, without any base"
-        raise UserError(what, hint="leave --base and --base-model out", exit_code=USAGE)
-    if base == "dequantized" and base_model is not None:
-        what = "--base dequantized writes the base that was trained, and no other"
-        raise UserError(what, hint="leave one of --base and --base-model out", exit_code=USAGE)
-    if quantize is not None and format != "mlx":
-        raise UserError("--quantize goes with --format mlx", hint="give --format mlx", exit_code=USAGE)
+def target_kind(format: str) -> type[Target]:
+    """The export format of a name; raises `UserError` where there is none."""
+    if format not in TARGETS:
+        raise UserError(f"no such format: {format}", hint=", ".join(TARGETS.names()), exit_code=USAGE)
+    kind: type[Target] = TARGETS[format]
+    return kind
 
 
-def _export_adapter(run: RunFolder, config: TrainConfig, target: Path, for_mlx_lm: Path | None, verify: bool) -> None:
-    """Write PEFT's files, or mlx-lm's for this base model."""
-    result = finished_folder(run, config.method)
-    if result != run.adapter:
-        what, hint = f"a run of --method {config.method} has no adapter", "export it with --format merged"
-        raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
-    refuse_full_disk(target, folder_bytes(result), "this export", _ROOM)
-    settings, parameters = peft.read_adapter(result)
-    name = name_elsewhere(config.model)
-    written: object
-    expected: object = settings
-    with write_folder(target) as temporary:
-        if for_mlx_lm is None:
-            peft.write_adapter(temporary, settings, parameters, name, base_revision(run, config))
-            written, again = peft.read_adapter(temporary)
-        else:
-            paths = _paths(for_mlx_lm)
-            mlx_lm.write_adapter(temporary, settings, parameters, name, paths)
-            written, again = mlx_lm.read_adapter(temporary, paths)
-            # What mlx-lm's files say of the settings.
-            expected = settings.scale_of(next(iter(parameters)).rpartition(".")[0])
-        equal = again.keys() == parameters.keys() and all(
-            bool(mx.array_equal(again[name], parameters[name])) for name in again
-        )
-        if verify and (not equal or written != expected):
-            raise UserError("the adapter was not written as it is", where=str(target))
+def _settings(kind: type[Target], options: dict[str, Any]) -> Any:
+    """A format's own options; one that it does not have is a mistake, unless it is None, which stands for not given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in kind.Settings.model_fields:
+            owners = [other for other, entry in TARGETS.items() if name in entry.Settings.model_fields]
+            option = "--" + name.replace("_", "-")
+            if not owners:
+                raise UserError(f"export has no option {option}", hint="see `mlx-sft export --help`", exit_code=USAGE)
+            goes = f"{option} goes with --format {' or '.join(owners)}"
+            raise UserError(goes, hint=f"give --format {owners[0]}, or leave {option} out", exit_code=USAGE)
+    try:
+        return kind.Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{first['loc'][0]}: {first['msg']}", hint="see `mlx-sft export --help`", exit_code=USAGE
+        ) from error
 
 
-def _paths(base: Path) -> dict[str, str]:
-    """mlx-lm's name of each linear module of a checkpoint, by its name in transformers."""
-    modules = linear_modules(outline(base, "float32").model)
-    return {name: path for name, (path, _) in modules.items()}
-
-
-def check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path:
+def check_target(to: Path, run: RunFolder, config: TrainConfig, base: Path, overwrite: bool) -> Path:
     """The folder to write, resolved; refused where writing it would replace what a person did not mean."""
     target = to.expanduser().resolve()
     kept = {
@@ -200,7 +145,7 @@ def check_target(to: Path, run: RunFolder, base: Path, overwrite: bool) -> Path:
         if path.exists() and path.resolve().is_relative_to(target):
             what = f"this folder is or holds {name}, and cannot be written over"
             raise UserError(what, where=str(to), hint="give a folder of its own", exit_code=USAGE)
-    for part in (*(form.folder(run) for form in FORMS.values()), run.last, run.checkpoints):
+    for part in (run.path / METHODS[config.method].folder, run.last, run.checkpoints):
         if target.is_relative_to(part.resolve()):
             hint = "give a folder of its own"
             raise UserError("this folder is part of the run", where=str(to), hint=hint, exit_code=USAGE)

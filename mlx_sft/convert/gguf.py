@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import UserError, blamed_on
-from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_rows, to_float32
+from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_rows
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -167,7 +167,7 @@ def _check_numbers(tensor: ReaderTensor, stored: list[StoredTensor], path: Path)
 def _blocks(data: NDArray[Any], dtype: str) -> Iterator[NDArray[np.float32]]:
     stored = data.reshape(-1).view(STORED_AS[dtype])
     for start in range(0, len(stored), _BLOCK):
-        yield to_float32(stored[start : start + _BLOCK], dtype)
+        yield stored[start : start + _BLOCK].astype(np.float32)
 
 
 def _stored_blocks(tensor: StoredTensor) -> Iterator[NDArray[np.float32]]:

@@ -90,7 +90,7 @@ class Checkpoint:
         for file in self.files:
             write_safetensors(
                 folder / file.path.name,
-                [(tensor.name, tensor.dtype, tensor.shape) for tensor in file.tensors],
+                [(tensor.name, tensor.dtype, tensor.shape, tensor.size) for tensor in file.tensors],
                 map(contents, file.tensors),
                 file.metadata | {"format": "pt"},
             )

@@ -1,6 +1,6 @@
-"""A model repository on the Hugging Face Hub: looked at before any work is done for it, and changed in one commit or not at all.
+"""A model repository on the Hugging Face Hub: checked before any work is done for it, and changed in one commit or not at all.
 
-The token is huggingface_hub's own; it goes into the header of a request, and nowhere else. Knows nothing of runs.
+The token is huggingface_hub's own; it goes into the header of a request, and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from mlx_sft.errors import USAGE, UserError, blamed_on
 
 _OWN_FILES = {".gitattributes"}
-"""What the Hub itself puts into a new repository."""
+"""Files that the Hub itself puts into a new repository."""
 
 _DRY_RUN = "or look at what would be pushed with --dry-run"
 _LOG_IN = "`hf auth login` with a token that may write (one in HF_TOKEN goes before it)"
@@ -45,7 +45,7 @@ class Repository:
 
     Args:
         name: `owner/name`.
-        private: That no one else may see it; a public one is refused.
+        private: Only its members may see it; a public one is refused.
         overwrite: Replace what it already holds; its history keeps that.
 
     Raises:
@@ -61,10 +61,10 @@ class Repository:
         self._overwrite = overwrite
 
     def check(self) -> None:
-        """See, before any work, that the Hub can be reached, knows the token, and would take a push to this repository.
+        """Ask, before any work, whether the Hub can be reached, knows the token, and would take a push to this repository.
 
         Raises:
-            UserError: If one of it is not so.
+            UserError: If not.
         """
         api = _connect()
         with _in_words(self.name):
@@ -76,7 +76,9 @@ class Repository:
             self._refuse_unfit(found)
 
     def upload(self, folder: Path) -> str:
-        """Make the repository hold this folder's files and no other, in one commit; its address is returned.
+        """Make the repository hold this folder's files and no others, in one commit; returns its address.
+
+        Not through `upload_folder`, which since huggingface_hub 2 spreads a large folder over several commits.
 
         Raises:
             UserError: If the Hub refuses it or cannot be reached; the repository is then as it was, or new and empty.
@@ -107,7 +109,7 @@ def _held(found: ModelInfo) -> set[str]:
 
 
 def _connect() -> HfApi:
-    """The Hub with the person's token; raises `UserError` where there can be no connection."""
+    """The Hub's API with the person's token; raises `UserError` when offline, or without a token."""
     if is_offline_mode():
         what = "the Hub is not asked, because HF_HUB_OFFLINE is set"
         raise UserError(what, hint=f"unset it to push, {_DRY_RUN}")
@@ -133,11 +135,11 @@ def _refuse_foreign(account: dict[str, object], repository: str) -> None:
 
 @contextmanager
 def _in_words(repository: str) -> Iterator[None]:
-    """What the Hub answers, or what keeps it from answering, as a `UserError`."""
+    """Turn a refusal of the Hub, or a failed connection, into a `UserError`."""
     with blamed_on(repository, "the push failed", _AGAIN):
         try:
             yield
-        except RuntimeError as error:  # of the upload of a file; why, is its cause
+        except RuntimeError as error:  # of the upload of a file; its cause says why
             if isinstance(error.__cause__, HfHubHTTPError):
                 raise _refusal(error.__cause__, repository) from error
             raise error.__cause__ or error from None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.runs import user_path
+from mlx_sft.files import user_path
 
 SCRIPT = "convert_hf_to_gguf.py"
 OUTPUT = "model.gguf"

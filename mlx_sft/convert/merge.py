@@ -1,232 +1,164 @@
-"""Base checkpoint + what was trained → a merged checkpoint of the same layout, some rows of one tensor at a time.
+"""Base checkpoint + what a run trained → a merged checkpoint of the same layout.
 
-W + scale · B · A is summed in float32 and rounded once, to the tensor's own dtype. Knows nothing of models or of runs.
+    each tensor ─► its rows, or what its quantized weight stands for ─► + what training did, in float32 ─► rounded once ─► written
+
+Some rows of one tensor are in memory at a time. The sum is rounded to the tensor's own dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
+from mlx_sft.config import TrainConfig
+from mlx_sft.convert.dequantize import dequantized_edits, say_unpacked, unpacked
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.errors import UserError
-from mlx_sft.methods import Method, Parameters
-from mlx_sft.methods.lora import HALVES, MAGNITUDE, LoraSettings
-from mlx_sft.model.names import EXPERTS_PART, expert_name
-from mlx_sft.model.quantize import WeightRow
-from mlx_sft.safetensors_file import (
-    SafetensorsFile,
-    StoredTensor,
-    from_float32,
-    read_bytes,
-    read_rows,
-    stored_dtype,
-)
+from mlx_sft.convert.stored import check_exportable, stored_parts
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.load import finished_folder, load_run, load_trained
+from mlx_sft.methods import Method, Rows, WeightEdit
+from mlx_sft.model.load import is_packed, resolve_checkpoint
+from mlx_sft.model.quantize import first_rows
+from mlx_sft.registry import METHODS
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.safetensors_file import StoredTensor, from_float32, read_bytes, read_rows
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in cache from the product to the rounding."""
 
-
-_ANOTHER_MODEL = "it was trained on another model, or the checkpoint has changed since"
-_NOT_EXPORTABLE = (
-    "mlx-lm holds this weight otherwise than the checkpoint, so that what is trained could not be exported; "
-    "leave it out with --method lora and --target, or train another model"
-)
-
-_ROUNDED, _QUANTIZED = 1e-2, 0.5
-"""How far a number of a row may be from the checkpoint's, in parts of the largest: loaded in another precision, and in 4 bits."""
-
-
-class Edit(Protocol):
-    """What a tensor becomes."""
-
-    def rows(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32]:
-        """The new rows `start` to `stop`, float32."""
+_ANOTHER = "give with --base-model the model that was quantized, and no other"
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankUpdate:
-    """W → W + scale · B · A, of a matrix, or of each of a stack; with magnitudes its rows have these norms (DoRA).
+class Merging:
+    """What is merged into what.
 
-    W is the checkpoint's, or what another edit makes of it.
+    Attributes:
+        run: The run that is exported.
+        config: Its configuration.
+        checkpoint: The tensors that are merged into.
+        base: The model whose checkpoint that is; None where it is the run's own.
+        dequantized: Whether each weight that was quantized for training is written as the numbers that it stood for.
     """
 
-    lora_A: NDArray[np.float32]
-    lora_B: NDArray[np.float32]
-    scale: float
-    magnitudes: NDArray[np.float32] | None = None
-    base: Edit | None = None
+    run: RunFolder
+    config: TrainConfig
+    checkpoint: Checkpoint
+    base: str | None = None
+    dequantized: bool = False
 
-    def rows(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32]:
-        update = self.lora_B[start:stop] @ (self.lora_A if self.lora_A.ndim == 2 else self.lora_A[start:stop])
-        update *= np.float32(self.scale)
-        update += read_rows(tensor, start, stop) if self.base is None else self.base.rows(tensor, start, stop)
-        if self.magnitudes is not None:
-            norms = np.linalg.norm(update, axis=1)
-            update *= (self.magnitudes[start:stop] / np.where(norms == 0, 1, norms))[:, None]
-        return update
+    @property
+    def of_what_was_trained(self) -> bool:
+        """Whether the checkpoint's base is the one that was trained, to the rounding: no quantizing lies between them."""
+        return self.dequantized or not (self.config.quantize or is_packed(resolve_checkpoint(self.config.model)))
 
 
-@dataclass(frozen=True, slots=True)
-class Replacement:
-    """W → the trained weight, from a row of it on."""
-
-    trained: StoredTensor
-    first: int = 0
-
-    def rows(self, tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32]:
-        return read_rows(self.trained, self.first + start, self.first + stop)
+def refuse_unmergeable(run: RunFolder, config: TrainConfig) -> None:
+    """Raise `UserError` for a run of a method that changes no weight of the model."""
+    if not METHODS[config.method].mergeable:
+        what = f"--method {config.method} changes no weight of the model, so that nothing can be merged into it"
+        raise UserError(what, where=str(run.path), hint="export what was trained with --format peft", exit_code=USAGE)
 
 
-def adapter_edits(checkpoint: Checkpoint, settings: LoraSettings, parameters: dict[str, mx.array]) -> dict[str, Edit]:
-    """The updates of a LoRA adapter by tensor name.
+def write_merged(merging: Merging, folder: Path) -> Merging:
+    """Write what a run trained, merged into its base, into a folder that is there.
 
-    Args:
-        parameters: `<module>.lora_A` [r, in] and `.lora_B` [out, r]; of experts [experts, r, in] and [experts, out, r]; with DoRA
-            `.lora_magnitude_vector` [out].
+    Returns:
+        What was merged into, as it is written.
 
     Raises:
-        UserError: Naming the module that the checkpoint does not have, or has in another shape.
+        UserError: If the run has not finished, the base does not fit, or a merged weight is not finite in the tensor's dtype.
     """
-    edits: dict[str, Edit] = {}
-    for name in parameters:
-        module, half = name.rsplit(".", 1)
-        if half != "lora_A":
-            continue
-        lora_A, lora_B = (np.array(parameters[f"{module}.{half}"], np.float32) for half in HALVES)
-        shape = (*lora_B.shape[:-1], lora_A.shape[-1])
-        tensors = stored_parts(checkpoint, f"{module}.weight", shape, "the adapter")
-        norms = parameters.get(f"{module}.{MAGNITUDE}")
-        magnitudes = None if norms is None else np.array(norms, np.float32)
-        each = lora_A.ndim > len(tensors[0].shape)
-        halves = zip(lora_A, lora_B, strict=True) if each else [(lora_A, lora_B)]
-        for tensor, (one_A, one_B) in zip(tensors, halves, strict=True):
-            edits[tensor.name] = LowRankUpdate(one_A, one_B, settings.scale_of(module), magnitudes)
-    return edits
+    config, checkpoint = merging.config, merging.checkpoint
+    refuse_unmergeable(merging.run, config)
+    packed = is_packed(checkpoint.path)
+    _check_base(merging, packed)
+    bases: dict[str, Rows] = {}
+    if merging.dequantized:
+        model = load_run(merging.run.path, base=True, dtype="float32").model
+        if packed:
+            checkpoint, bases = unpacked(checkpoint, model)
+        else:
+            bases = dequantized_edits(checkpoint, model)
+    kind: type[Method] = METHODS[config.method]
+    merge(checkpoint, kind.edits(finished_folder(merging.run, config)), folder, bases)
+    if packed:
+        say_unpacked(checkpoint, folder)
+    return replace(merging, checkpoint=checkpoint)
 
 
-def weight_edits(checkpoint: Checkpoint, weights: SafetensorsFile) -> dict[str, Edit]:
-    """The trained weights of a full run by tensor name.
-
-    Raises `UserError` naming the weight that the checkpoint does not have, or has in another shape.
-    """
-    edits: dict[str, Edit] = {}
-    for trained in weights.tensors:
-        tensors = stored_parts(checkpoint, trained.name, trained.shape, "the run")
-        for number, tensor in enumerate(tensors):
-            rows = replace(trained, shape=(len(tensors) * tensor.rows, *tensor.shape[1:]))
-            edits[tensor.name] = Replacement(rows, number * tensor.rows)
-    # A checkpoint may store a tied head besides the embeddings; a stale copy would no longer be tied.
-    embeddings, head = edits.get("model.embed_tokens.weight"), "lm_head.weight"
-    if head in checkpoint.tensors and head not in edits and embeddings is not None:
-        edits[head] = embeddings
-    return edits
-
-
-def check_exportable(
-    path: Path,
-    method: Method,
-    parameters: Parameters,
-    rows: Mapping[str, WeightRow],
-    hint: str = _NOT_EXPORTABLE,
-) -> None:
-    """See from a checkpoint folder, before training, that what will be trained can be merged into it.
-
-    The first row of each weight that will be trained, of experts of the last one, is compared with the checkpoint's: so a family
-    whose weights mlx-lm turns or shifts while it reads them is found out. Of a folder that holds quantized weights nothing is asked: it is
-    not what is merged into.
-
-    Args:
-        parameters: What the method trains.
-        rows: Of the model before training, by the weights' names in transformers.
-        hint: What to do where they differ.
-
-    Raises:
-        UserError: Naming the weight that the checkpoint does not have, has otherwise, or holds no plain numbers of.
-    """
-    checkpoint = Checkpoint.open(path)
-    for name, shape in method.changed_shapes(parameters).items():
-        scales = f"{name.removesuffix('.weight')}.scales"
-        if scales in checkpoint.named:
-            continue
-        tensors = stored_parts(checkpoint, name, shape, "training", hint)
-        last = (
-            read_rows(tensors[-1], 0, 1)
-            if len(tensors) > 1 or len(shape) < 3
-            else read_rows(tensors[0], shape[0] - 1, shape[0])
+def _check_base(merging: Merging, packed: bool) -> None:
+    """Raise `UserError` for a base that what was trained cannot be merged into, or is not the one of which it says so."""
+    config, path = merging.config, merging.checkpoint.path
+    if merging.dequantized and not (packed or config.quantize):
+        hint = "leave --base out"
+        raise UserError("--base dequantized is for a run on a quantized base", hint=hint, exit_code=USAGE)
+    if packed and not merging.dequantized:
+        raise UserError(
+            "the weights of this run's base are quantized, which an adapter cannot be added to",
+            where=str(path),
+            hint="give the original with --base-model, or --base dequantized for the numbers that they stand for",
+            exit_code=USAGE,
         )
-        row = rows[name]
-        loaded = np.array(row.numbers.astype(mx.float32)).ravel()
-        stored = last.ravel()[: loaded.size]
-        tolerance = np.abs(stored).max(initial=0) * (_QUANTIZED if row.quantized else _ROUNDED)
-        if not np.allclose(loaded, stored, rtol=0, atol=tolerance, equal_nan=True):
-            what = f"mlx-lm computes with another {name} than the checkpoint has"
-            raise UserError(what, where=str(checkpoint.path), hint=hint)
+    if merging.base is not None and is_packed(resolve_checkpoint(config.model)):
+        method, parameters = load_trained(merging.run, config)
+        trained_on = load_run(merging.run.path, base=True).model
+        check_exportable(path, method, parameters, first_rows(trained_on), _ANOTHER)
 
 
-def merge(checkpoint: Checkpoint, edits: dict[str, Edit], folder: Path) -> None:
-    """Write the edited checkpoint into `folder`; every other tensor and file is copied as it is.
+def merge(
+    checkpoint: Checkpoint, edits: dict[str, WeightEdit], folder: Path, bases: dict[str, Rows] | None = None
+) -> None:
+    """Write a checkpoint with its weights edited into `folder`; every other tensor and file is copied as it is.
 
-    Raises `UserError` where a merged weight is not finite in the tensor's dtype.
+    Args:
+        edits: What becomes of weights, by their names in transformers.
+        bases: The rows of tensors, by name, that take the place of those in the checkpoint.
+
+    Raises:
+        UserError: For an edit of a weight that the checkpoint does not have, or has in another shape, and where a merged weight is
+            not finite in the tensor's dtype.
     """
+    new_rows = dict(bases or {})
+    at_once: set[str] = set()
+    for name, edit in edits.items():
+        if edit.optional and name not in checkpoint.named:
+            continue
+        tensors = stored_parts(checkpoint, name, edit.shape, "the run")
+        for number, tensor in enumerate(tensors):
+            base = new_rows.get(tensor.name, partial(read_rows, tensor))
+            expert = number if edit.shape is not None and len(edit.shape) > len(tensor.shape) else None
+            new_rows[tensor.name] = partial(edit.rows, base, expert=expert)
+            if edit.at_once:
+                at_once.add(tensor.name)
 
     def contents(tensor: StoredTensor) -> Iterator[bytes | memoryview]:
-        edit = edits.get(tensor.name)
-        return read_bytes(tensor) if edit is None else _merged(tensor, edit)
+        rows = new_rows.get(tensor.name)
+        if rows is None:
+            return read_bytes(tensor)
+        return _merged(tensor, rows, tensor.rows if tensor.name in at_once else _block(tensor))
 
     checkpoint.write(folder, contents)
 
 
-def _merged(tensor: StoredTensor, edit: Edit) -> Iterator[memoryview]:
-    block = max(1, BLOCK_ELEMENTS // max(1, tensor.row_elements))
+def _block(tensor: StoredTensor) -> int:
+    return max(1, BLOCK_ELEMENTS // max(1, tensor.row_elements))
+
+
+def _merged(tensor: StoredTensor, new_rows: Rows, block: int) -> Iterator[memoryview]:
     for start in range(0, tensor.rows, block):
         with np.errstate(over="ignore", invalid="ignore"):
-            rows = edit.rows(tensor, start, min(start + block, tensor.rows))
+            rows = new_rows(start, min(start + block, tensor.rows))
         rounded = from_float32(rows, tensor.dtype)
-        if not _finite(rounded, tensor.dtype):
+        if not np.isfinite(rounded).all():
             raise UserError(
                 f"{tensor.name} is not finite in {tensor.dtype} once it is merged",
                 where=str(tensor.file),
                 hint="train from a float32 or bfloat16 checkpoint, or with a lower --lr; "
                 "`--format peft` gives the adapter alone",
             )
-        yield rounded.astype(stored_dtype(tensor), copy=False).data.cast("B")
-
-
-def _finite(rounded: NDArray[np.generic], dtype: str) -> bool:
-    if dtype == "BF16":  # all exponent bits set: infinite or NaN
-        return not bool(np.any((rounded.view(np.uint16) & 0x7F80) == 0x7F80))
-    return bool(np.all(np.isfinite(rounded)))
-
-
-def stored_parts(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str, hint: str = _ANOTHER_MODEL
-) -> list[StoredTensor]:
-    """The checkpoint's tensors that make a weight of this name and shape: one, or one for each expert of a stack.
-
-    Raises `UserError` naming the tensor that is not there, or has another shape.
-    """
-    if len(shape) > 2 and EXPERTS_PART in name and name not in checkpoint.named:
-        names = [(expert_name(name, expert), shape[1:]) for expert in range(shape[0])]
-    else:
-        names = [(name, shape)]
-    return [_fitting(checkpoint, *one, source, hint) for one in names]
-
-
-def _fitting(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], source: str, hint: str) -> StoredTensor:
-    """The checkpoint's tensor of this name and shape."""
-    tensor = checkpoint.named.get(name)
-    if tensor is None:
-        what = f"this checkpoint has no tensor {name}, which {source} would change"
-        raise UserError(what, where=str(checkpoint.path), hint=hint)
-    if tensor.shape != shape:
-        what = f"{name} is {list(tensor.shape)} here, and {list(shape)} in {source}"
-        raise UserError(what, where=str(checkpoint.path), hint=hint)
-    stored_dtype(tensor)
-    return tensor
+        yield rounded.view(np.uint8).data

@@ -21,10 +21,9 @@ from mlx_sft.convert.llama_cpp import OUTPUT, find_converter, no_converter
 from mlx_sft.convert.merged import write_merged
 from mlx_sft.convert.ollama import Modelfile, make_modelfile
 from mlx_sft.convert.verify import Merging, Verification
-from mlx_sft.disk import refuse_full_disk
 from mlx_sft.errors import UserError
+from mlx_sft.files import refuse_full_disk, write_folder
 from mlx_sft.model.load import LICENCE_FILES, load_tokenizer
-from mlx_sft.runs import write_folder
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 MODELFILE = "Modelfile"

@@ -9,12 +9,14 @@ Two comparisons, both in float32 whatever the checkpoint's dtype, so that nothin
    reported, and the dtype's bound on the divergence says when the cost is too high. Where the base was quantized for training and is
    not in the checkpoint, the difference is also what quantizing took; then it is reported alone.
 
-One model is in memory at a time. Knows nothing of how the checkpoint was written.
+One model is in memory at a time. The rows are the run's own: its held-out ones, or the first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,15 +27,17 @@ from mlx_lm.utils import dequantize_model
 from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import load_run
-from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.merge import stored_parts
-from mlx_sft.convert.trained import load_trained
+from mlx_sft.convert.merge import Merging
+from mlx_sft.convert.stored import stored_parts
+from mlx_sft.data.encode import Encoder, EncodeSettings
+from mlx_sft.data.row_reader import RowReader
+from mlx_sft.data.sources import Source, locate, split_weight
 from mlx_sft.errors import UserError
+from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.linears import quantized_modules
-from mlx_sft.model.load import is_packed, load_model, resolve_checkpoint
+from mlx_sft.model.load import load_model, load_tokenizer, stated_vocabulary
 from mlx_sft.model.names import mlx_names
-from mlx_sft.runs import RunFolder
+from mlx_sft.model.translate import read_config
 
 Logits = list[NDArray[np.float32]]
 """For each row, [positions, vocabulary]."""
@@ -93,41 +97,18 @@ class Verification:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Merging:
-    """What was merged into what.
-
-    Attributes:
-        run: The run that was exported.
-        checkpoint: The tensors that were merged into.
-        base: The model whose checkpoint that is; None where it is the run's own.
-        dequantized: Whether each weight that was quantized for training is written as the numbers that it stood for.
-    """
-
-    run: RunFolder
-    checkpoint: Checkpoint
-    base: str | None = None
-    dequantized: bool = False
-
-    @property
-    def of_what_was_trained(self) -> bool:
-        """Whether the checkpoint's base is the one that was trained, to the rounding: no quantizing lies between them."""
-        config = TrainConfig.resolve(self.run.config)
-        return self.dequantized or not (config.quantize or is_packed(resolve_checkpoint(config.model)))
-
-
-def verify_export(merging: Merging, folder: Path, rows: list[list[int]], source: str) -> Verification:
+def verify_merged(merging: Merging, folder: Path, tokenizer: Path | None = None) -> Verification:
     """Compare the checkpoint in `folder` with what a run trained.
 
     Args:
         merging: What was written into the folder.
         folder: The written checkpoint.
-        rows: Token ids; of at most 4 rows the last 32 tokens are used.
-        source: Where the rows are from, for the report.
+        tokenizer: Where its tokenizer is, if not in the folder.
 
     Raises:
         UserError: If the checkpoint does not load, or differs beyond tolerance.
     """
+    rows, source = sample_rows(merging.config, tokenizer or folder)
     rows = [row[-MOST_TOKENS:] for row in rows[:MOST_ROWS]]
     written = _logits(load_model(str(folder), "float32").model, rows)
     intended, dtype = _intended_logits(merging, rows)
@@ -153,7 +134,7 @@ def _logits(model: nn.Module, rows: list[list[int]]) -> Logits:
 
 def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, str]:
     """Logits of the base with its changed weights in place, and the coarsest dtype that these were rounded to."""
-    config = TrainConfig.resolve(merging.run.config)
+    config = merging.config
     quantized: list[str] = []
     if merging.dequantized:
         model = load_run(merging.run.path, base=True, dtype="float32").model
@@ -161,7 +142,7 @@ def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, s
         model = dequantize_model(model)
     else:
         model = load_model(merging.base or config.model, "float32").model
-    method, parameters = load_trained(merging.run, config.method)
+    method, parameters = load_trained(merging.run, config)
     weights = dict(tree_flatten(model.parameters()))
     paths = mlx_names(weights)
     changed = method.changed_shapes(parameters)
@@ -221,3 +202,49 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     log_probabilities: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return log_probabilities
+
+
+def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
+    """Token ids of a run's first held-out rows, else of the first rows of its data, else random ones; and which they are.
+
+    Args:
+        config: The run's.
+        base: Its base checkpoint.
+    """
+    tokenizer = load_tokenizer(base)
+    try:
+        source, description = _source(config)
+        reader = RowReader(config.format, config.columns)
+        encoder = Encoder(tokenizer, EncodeSettings.from_config(config))
+        rows = list(islice(_token_ids(source, reader, encoder, config.max_length), MOST_ROWS))
+        if not rows:
+            raise UserError("none of its rows can be used", where=source.name)
+    except UserError as error:
+        # The data may have moved since; that is no reason not to export.
+        below = min(len(tokenizer), stated_vocabulary(read_config(base)) or len(tokenizer))
+        random = np.random.default_rng(0).integers(0, below, (MOST_ROWS, MOST_TOKENS))
+        return random.tolist(), f"random tokens, because the data cannot be read again ({error.what})"
+    return rows, description
+
+
+def _source(config: TrainConfig) -> tuple[Source, str]:
+    """The validation rows where they are kept apart, else the data as a whole."""
+    kept_apart = locate(config.valid) if config.valid else {}
+    data = locate(split_weight(config.data[0])[0]) if config.data else {}
+    if valid := kept_apart.get("all") or kept_apart.get("valid") or data.get("valid"):
+        return valid, "the first validation rows"
+    if train := data.get("all") or data.get("train"):
+        return train, "the first rows of the data"
+    raise UserError("it has no training rows any more", where=", ".join(config.data))
+
+
+def _token_ids(source: Source, reader: RowReader, encoder: Encoder, max_length: int) -> Iterator[list[int]]:
+    """The rows that can be encoded, one at a time; why others cannot be is what training reported."""
+    for row in source.rows():
+        if isinstance(row, UserError):
+            continue
+        try:
+            examples = encoder.encode(reader.read(row))
+        except UserError:
+            continue
+        yield from (example.token_ids[:max_length].tolist() for example in examples if len(example))

@@ -5,12 +5,12 @@ files (reading/) ─► formats ─► checks ─► template (mask/) ─► enc
        ─► fit ─► split ─► prepare ─► report, batches
 """
 
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import encode_conversation
 from mlx_sft.data.example import Example, decoded_segments
 from mlx_sft.data.pipeline import Progress
 from mlx_sft.data.prepare import PreparedData, prepare, prepare_file, survey
 from mlx_sft.data.report import DataReport, SourceReport
-from mlx_sft.data.store import Examples
 
 __all__ = [
     "DataReport",

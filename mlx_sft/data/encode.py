@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.alignment import Alignment
+from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
 from mlx_sft.data.example import IGNORED, Example, View, decoded_pieces, decoded_segments
-from mlx_sft.data.formats import Conversation, Document, Item, Tokens, take_weights
 from mlx_sft.data.mask.tool_arguments import as_the_template_takes_them
 from mlx_sft.data.mask.traced_rendering import NOBODY, Integers, assistant_messages
+from mlx_sft.data.messages import take_weights
 from mlx_sft.data.template import NO_FACTS, Facts, render
 from mlx_sft.data.tokenizer import end_tokens, unwrapped
 from mlx_sft.errors import UserError

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mlx_sft.data.batches import Batch, Layout, Plan, Step, collate, cut
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.prefetch import Prefetch
-from mlx_sft.data.store import Examples
 
 
 @dataclass(frozen=True)

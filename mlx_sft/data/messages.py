@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlx_sft.data.reading.json_text import kind, parse_json
+from mlx_sft.data.json_text import kind, parse_json
 from mlx_sft.errors import did_you_mean
 
 Message = dict[str, Any]

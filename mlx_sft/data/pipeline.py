@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.data.conversation import Conversation, Item
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.example import Example
-from mlx_sft.data.formats import MixedShapes, RowReader
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.readers import Row
 from mlx_sft.data.report import Note
+from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.screening import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
-from mlx_sft.data.shapes import Conversation, Item
 from mlx_sft.errors import UserError
 
 SpecialInContent = Literal["error", "drop", "keep"]
@@ -118,7 +118,7 @@ class Pipeline:
             raise stopped.at(origin) from None
         except UserError as error:
             note = Note(error.where or origin, "bad", error.what, error.hint)
-            return Outcome(origin, [], frozenset(), note, isinstance(error, MixedShapes))
+            return Outcome(origin, [], frozenset(), note, isinstance(error, MixedFormats))
 
     def _encode(self, item: Item) -> list[Example]:
         examples = [example for example in self.encoder.encode(item) if example.supervised_tokens]

@@ -13,24 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from mlx_sft.config import TrainConfig, sections
+from mlx_sft.config import TrainConfig, common_sections
 from mlx_sft.data.batches import shares
-from mlx_sft.data.files import Source, locate, split_weight
-from mlx_sft.data.fit import Fitted, fit
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import Pipeline, Progress, Silence
 from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
 from mlx_sft.data.screening import SIGNS
+from mlx_sft.data.sources import Source, locate, split_weight
 from mlx_sft.data.split import split
-from mlx_sft.data.store import Examples
-from mlx_sft.data.store.tokenized import tokenized
-from mlx_sft.data.store.workers import LostRow
+from mlx_sft.data.tokenize import LostRow
+from mlx_sft.data.tokenized import tokenized
+from mlx_sft.data.truncation import Fitted, fit
 from mlx_sft.errors import USAGE, UserError
 
 SHOWN_BAD_ROWS = 10
 """So many bad rows are named in one error."""
 MOST_LOST = 0.5
 """The share of the rows that may be dropped or bad."""
-_SETTINGS = {*sections()["Data"], "seed"} - {"data", "valid", "data_workers", "data_cache"}
+_SETTINGS = {*common_sections()["Data"], "seed"} - {"data", "valid", "data_workers", "data_cache"}
 """What of the configuration shapes the data, beside the data itself."""
 
 

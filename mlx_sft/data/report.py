@@ -1,6 +1,6 @@
-"""What was read, kept, truncated, dropped or bad, and why: every input row is accounted for, in full and in short.
+"""What became of every input row (kept, truncated, dropped or bad, and why), and what is to be trained on.
 
-Knows examples by their columns (lengths, signs, origins); decides nothing, and prints nothing.
+The report has a machine form, `data_report.json`, a short form for the terminal, and warnings.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
 
 if TYPE_CHECKING:
-    from mlx_sft.data.store import Examples
+    from mlx_sft.data.dataset import Examples
 
 Fate = Literal["truncated", "dropped", "bad"]
 
 ORIGINS_NAMED = 10
-"""So many of the longest rows, and so many rows a sign, are named."""
+"""How many of the longest rows, and how many rows of each sign, are named."""
 _MANY_DUPLICATES = 0.05
-"""A share of the examples from which duplicates are worth a warning."""
+"""The share of the examples from which on duplicates are worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A row that was not simply kept: where it is, what became of it, why, and what would help."""
+    """A row that was truncated, dropped or bad: where it is, what became of it, why, and what would help."""
 
     origin: str
     fate: Fate
@@ -47,12 +47,12 @@ class SourceReport:
     Args:
         name: The source, as a person would name it.
         sha256: Of its bytes, where it is a file.
-        format: The shape of its rows; None where they have none in common.
-        kept: Rows that something is learnt from.
-        examples: What they became; more than rows with `train_on: every-turn`.
-        facts: Of the examples, summed.
+        format: The format of its rows; None where they have none in common.
+        kept: The number of rows that gave examples.
+        examples: The number of these examples; more than the rows with `train_on: every-turn`.
+        facts: What the chat template did to the examples, summed.
         signs: How many of the examples are suspicious in each way.
-        notes: A note for each row that was not simply kept.
+        notes: One for each row that was truncated, dropped or bad.
     """
 
     name: str
@@ -63,6 +63,9 @@ class SourceReport:
     facts: Facts = NO_FACTS
     signs: Counter[str] = field(default_factory=Counter)
     notes: list[Note] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"SourceReport({self.name}: {_in_words(self)})"
 
     @property
     def truncated(self) -> int:
@@ -80,11 +83,6 @@ class SourceReport:
     def rows(self) -> int:
         return self.kept + self.dropped + self.bad
 
-    @property
-    def turns_with_text_left_out(self) -> int:
-        """Learnt assistant turns, in kept rows, of which the chat template leaves out words."""
-        return self.facts.turns_with_text_left_out
-
     def _count(self, fate: Fate) -> int:
         return sum(note.fate == fate for note in self.notes)
 
@@ -93,11 +91,7 @@ class SourceReport:
             "name": self.name,
             "sha256": self.sha256,
             "format": self.format,
-            "rows": self.rows,
-            "kept": self.kept,
-            "truncated": self.truncated,
-            "dropped": self.dropped,
-            "bad": self.bad,
+            **fates(self),
             "examples": self.examples,
             **asdict(self.facts),
             "signs": dict(self.signs),
@@ -111,14 +105,14 @@ class PartReport:
     """The examples of one part of the data, `train` or `valid`.
 
     Args:
-        rows: Examples.
-        tokens: Their tokens.
-        supervised_tokens: Those that are learnt.
-        duplicates: Examples that equal an earlier one of this part.
+        rows: The number of examples.
+        tokens: The number of their tokens.
+        supervised_tokens: The number of those that are supervised.
+        duplicates: The number of examples that equal an earlier one of this part.
         lengths: Tokens an example: `min`, `mean`, `p10` to `p99`, `max`; empty without examples.
         fingerprint: SHA-256 over the examples' tokens and weights, in order.
         histogram: Examples by their length, shortest first: `from` and `to` in tokens, both included, and `count`.
-        longest: The longest examples, the longest first: `origin` and `tokens`.
+        longest: The longest examples, longest first: `origin` and `tokens`.
         signs: What is suspicious: `count` of examples and the first of their `origins`, by the sign's name.
     """
 
@@ -174,9 +168,9 @@ class DataReport:
 
     Args:
         sources: One for each file or dataset that was read.
-        train: What is learnt from.
-        valid: What is held out; without rows where nothing is.
-        shared: Validation examples that equal a training example; 0 where the split was made here.
+        train: The examples to train on.
+        valid: The examples that are held out; without rows where none are.
+        shared: The number of validation examples that equal a training example; 0 where the split was made here.
         settings: The settings that shaped the data.
     """
 
@@ -185,6 +179,9 @@ class DataReport:
     valid: PartReport
     shared: int
     settings: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"DataReport({_in_words(self)})"
 
     @property
     def rows(self) -> int:
@@ -208,7 +205,7 @@ class DataReport:
 
     @property
     def facts(self) -> Facts:
-        """Of all kept rows together."""
+        """What the chat template did to all examples together."""
         return reduce(add, (source.facts for source in self.sources), NO_FACTS)
 
     @property
@@ -217,13 +214,8 @@ class DataReport:
         return reduce(add, (source.signs for source in self.sources), Counter())
 
     @property
-    def turns_with_text_left_out(self) -> int:
-        """Learnt assistant turns of which the chat template leaves out reasoning, calls or content."""
-        return self.facts.turns_with_text_left_out
-
-    @property
     def _unit(self) -> str:
-        """What is counted to learn from: rows, or examples where a row gives several."""
+        """What is trained on: rows, or examples where a row gives several."""
         return "example" if any(source.examples > source.kept for source in self.sources) else "row"
 
     @property
@@ -246,16 +238,16 @@ class DataReport:
         if facts.turns_with_text_left_out:
             warnings.append(
                 f"the chat template leaves out words (reasoning, tool calls) of "
-                f"{_many(facts.turns_with_text_left_out, 'assistant turn')}; they cannot be learnt"
+                f"{many(facts.turns_with_text_left_out, 'assistant turn')}; they cannot be trained on"
             )
         if facts.systems_left_out:
             warnings.append(
-                f"the chat template leaves out {_many(facts.systems_left_out, 'system message')}; "
-                "the model learns to answer without them"
+                f"the chat template leaves out {many(facts.systems_left_out, 'system message')}; "
+                "the model is trained to answer without them"
             )
         if facts.systems_folded:
             warnings.append(
-                f"the chat template has no system role: it writes {_many(facts.systems_folded, 'system message')} "
+                f"the chat template has no system role: it writes {many(facts.systems_folded, 'system message')} "
                 "inside another message's turn"
             )
         return warnings
@@ -264,25 +256,28 @@ class DataReport:
         warnings = []
         if self.shared:
             also = f"are also training {self._unit}s" if self.shared > 1 else f"is also a training {self._unit}"
-            warnings.append(f"{_many(self.shared, f'validation {self._unit}')} {also}")
+            warnings.append(f"{many(self.shared, f'validation {self._unit}')} {also}")
         duplicates, rows = self.train.duplicates, self.train.rows
         if duplicates >= _MANY_DUPLICATES * max(rows, 1) and duplicates > 1:
             warnings.append(
-                f"{_of(duplicates, rows, f'training {self._unit}')} equal an earlier one, and are learnt again each time"
+                f"{_of(duplicates, rows, f'training {self._unit}')} equal an earlier one, and are trained on again each time"
             )
         return warnings
 
     def summary(self) -> dict[str, str]:
         """The short form for a person: `rows`, `format`, `tokens` and, where there are any, `lengths` and `duplicates`."""
-        fates = {fate: getattr(self, fate) for fate in ("truncated", "dropped", "bad")}
-        lost = "".join(f", {number:,} {fate}" for fate, number in fates.items() if number)
+        lost = "".join(
+            f", {count:,} {fate}"
+            for fate, count in fates(self).items()
+            if count and fate in ("truncated", "dropped", "bad")
+        )
         train, lengths = self.train, self.train.lengths
-        examples = f"{train.rows:,}" if self._unit == "row" else f"{self.kept:,} kept; {_many(train.rows, 'example')}"
+        examples = f"{train.rows:,}" if self._unit == "row" else f"{self.kept:,} kept; {many(train.rows, 'example')}"
         formats = Counter[str]()
         for source in self.sources:
             formats[source.format or "unknown"] += source.rows
         summary = {
-            "rows": f"{examples} to learn from, {self.valid.rows:,} held out{lost}",
+            "rows": f"{examples} to train on, {self.valid.rows:,} held out{lost}",
             "format": ", ".join(f"{name} ({rows:,})" if len(formats) > 1 else name for name, rows in formats.items()),
             "tokens": f"{train.tokens:,}, {train.supervised_share:.0%} supervised",
         }
@@ -299,9 +294,8 @@ class DataReport:
 
     def to_json(self) -> dict[str, Any]:
         """`data_report.json`."""
-        totals = ("rows", "kept", "truncated", "dropped", "bad")
         return {
-            "totals": {name: getattr(self, name) for name in totals},
+            "totals": fates(self),
             "train": self.train.to_json(),
             "valid": self.valid.to_json(),
             "validation_rows_also_in_train": self.shared,
@@ -312,6 +306,15 @@ class DataReport:
             "fingerprint": self.fingerprint,
             "sources": [source.to_json() for source in self.sources],
         }
+
+
+def fates(report: SourceReport | DataReport) -> dict[str, int]:
+    """How many rows there are, and how many of them are kept, truncated, dropped and bad."""
+    return {fate: getattr(report, fate) for fate in ("rows", "kept", "truncated", "dropped", "bad")}
+
+
+def _in_words(report: SourceReport | DataReport) -> str:
+    return ", ".join(f"{number:,} {fate}" for fate, number in fates(report).items())
 
 
 def reasons(notes: Iterable[Note]) -> list[dict[str, Any]]:
@@ -334,9 +337,10 @@ def _in_common(notes: list[Note]) -> str:
     return "".join(part[0] if len(set(part)) == 1 else "…" for part in parts)
 
 
-def _many(number: int, thing: str) -> str:
+def many(number: int, thing: str) -> str:
+    """`1 row`, `1,234 rows`."""
     return f"{number:,} {thing}{'s' if number != 1 else ''}"
 
 
 def _of(number: int, whole: int, thing: str) -> str:
-    return f"{number:,} of {_many(whole, thing)}"
+    return f"{number:,} of {many(whole, thing)}"

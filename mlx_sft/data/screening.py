@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_sft.data.formats import REASONING_KEYS, Conversation, Document, Item
+from mlx_sft.data.conversation import Conversation, Document, Item
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
+from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.suspicious_text import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
 from mlx_sft.data.tokenizer import unwrapped
@@ -32,7 +33,7 @@ SIGNS: tuple[str, ...] = (
 """Names of suspicious things; the order is that of the bits in a stored mask, so that a new one goes to the end."""
 
 SIGN_MEANINGS: dict[str, str] = {
-    "empty-reply": "an assistant turn to be trained on says nothing",
+    "empty-reply": "a supervised assistant turn says nothing",
     "user-marker": "a reply goes on with the user's next turn, such as `Human:`",
     "mojibake": "text that was decoded wrongly, such as â€™ for ’, or a lost character",
     "cut-off": "a reply breaks off mid-sentence, or leaves a code block open",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.store import Examples
+from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import UserError
 
 

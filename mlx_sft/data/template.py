@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_sft.data.formats import Conversation
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.assistant_spans import Turn, traced_turns
 from mlx_sft.data.mask.generation_tags import tagged_turns
 from mlx_sft.data.mask.headers import Headers

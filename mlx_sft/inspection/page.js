@@ -6,290 +6,227 @@ const $ = (id) => document.getElementById(id);
 const number = (value) => value.toLocaleString("en-US");
 const percent = (share) => `${Math.round(share * 100)} %`;
 const many = (count, thing) => `${number(count)} ${thing}${count === 1 ? "" : "s"}`;
+const range = (bar) => (bar.from === bar.to ? number(bar.from) : `${number(bar.from)}–${number(bar.to)}`);
+const some = (origins) => origins.slice(0, 3).join(", ") + (origins.length > 3 ? ", …" : "");
 
-function make(tag, options = {}, ...children) {
-  const { className, ...attributes } = options;
+function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
-  if (className) element.className = className;
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children.filter((child) => child !== null));
   return element;
 }
 
-function draw(tag, attributes, text) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
-
 // Characters that cannot be seen, or that would turn or hide the text around them, are shown by name.
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]|\p{Cs}/gu;
+const UNSEEN = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]|\p{Cs})/u;
 const nameOf = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+const named = (text) => text.split(UNSEEN).map((part, index) => (index % 2 ? nameOf(part) : part)).join("");
 
-function visible(text, { newlines = false } = {}) {
-  const parts = [];
-  let from = 0;
-  const pattern = newlines ? new RegExp(`${UNSEEN.source}|\\n`, "gu") : UNSEEN;
-  for (const match of text.matchAll(pattern)) {
-    parts.push(text.slice(from, match.index));
-    from = match.index + match[0].length;
-    if (match[0] === "\n") parts.push(make("span", { className: "newline" }, "\n"));
-    else parts.push(make("span", { className: "control" }, nameOf(match[0])));
-  }
-  parts.push(text.slice(from));
+function visible(text) {
+  const parts = text.split(UNSEEN).map((part, index) => (index % 2 ? make("span", { class: "control" }, nameOf(part)) : part));
   return parts.filter((part) => part !== "");
 }
-const plainly = (text) => text.replace(UNSEEN, nameOf);
 
 // The data as a whole
 
 const table = data.table;
 const unit = table.train.examples + table.valid.examples > table.rows.kept ? "example" : "row"; // a row may give one a turn
 
-function card(name, value, note) {
-  $("cards").append(make("div", {}, make("dt", {}, name), make("dd", {}, value, note ? make("small", {}, note) : null)));
-}
-
 function showWhole() {
   const formats = [...new Set(table.sources.map((source) => source.format || "unknown"))].join(", ");
   $("what").append(...visible(`${data.data.join(", ")} · ${formats} · as ${data.model} reads it`));
   card("rows", number(table.rows.rows));
   for (const fate of ["kept", "truncated", "dropped", "bad"]) {
-    const share = table.rows.rows ? `${((100 * table.rows[fate]) / table.rows.rows).toFixed(1)} %` : "";
-    card(fate, number(table.rows[fate]), table.rows[fate] ? share : "");
+    const share = table.rows[fate] ? `${((100 * table.rows[fate]) / table.rows.rows).toFixed(1)} %` : "";
+    card(fate, number(table.rows[fate]), share);
   }
-  card("tokens", number(table.train.tokens), unit === "row" ? "to learn from" : `in ${many(table.train.examples, unit)} to learn from`);
-  card("supervised", percent(table.train.supervised_share), `${many(table.train.supervised_tokens, "token")}`);
+  card("tokens", number(table.train.tokens), unit === "row" ? "to train on" : `in ${many(table.train.examples, unit)} to train on`);
+  card("supervised", percent(table.train.supervised_share), many(table.train.supervised_tokens, "token"));
   card("held out", number(table.valid.examples), table.valid.examples ? `${unit === "row" ? "" : "examples, "}${many(table.valid.tokens, "token")}` : "");
   card("duplicates", number(table.duplicates.count));
   for (const warning of table.warnings) $("warnings").append(make("li", {}, ...visible(warning)));
   if (table.examples) {
-    chart(`Tokens ${unit === "row" ? "a row" : "an example"}`, table.histogram, table.lengths, "tokens", table.max_length);
-    chart(`Supervised tokens ${unit === "row" ? "a row" : "an example"}`, table.supervised_histogram, table.supervised_lengths, "learnt", null);
+    const each = unit === "row" ? "a row" : "an example";
+    chart(`Tokens ${each}`, "tokens", table.histogram, table.lengths, table.max_length);
+    chart(`Supervised tokens ${each}`, "supervised tokens", table.supervised_histogram, table.supervised_lengths, null);
   }
-  showFindings();
+  finding("Suspicious", Object.entries(table.signs).map(([name, found]) => [found.count, `${name}: ${found.meaning}`, some(found.origins)]));
+  finding("Not simply kept", table.reasons.slice(0, 12).map((one) => [one.count, `${one.fate}: ${one.reason}`, `first ${one.first}`]));
+  finding("Longest rows", table.longest.slice(0, 5).map((row) => [row.tokens, row.origin, ""]));
 }
 
-function chart(title, bars, summary, field, limit) {
-  const panel = make("div", { className: "panel" }, make("h2", {}, title));
-  const [width, height, bottom, top] = [560, 170, 22, 20];
-  const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": title });
+function card(name, value, note) {
+  $("cards").append(make("div", {}, make("dt", {}, name), make("dd", {}, value, note ? make("small", {}, note) : null)));
+}
+
+function finding(title, lines) {
+  const line = ([count, text, origins]) => make("li", {}, make("b", {}, number(count)), make("span", {}, ...visible(text), make("small", {}, ...visible(origins))));
+  if (lines.length) $("findings").append(make("section", { class: "panel" }, make("h2", {}, title), make("ul", {}, ...lines.map(line))));
+}
+
+// A bar filters the rows; `thing` is what its lengths count: tokens or supervised tokens.
+function chart(title, thing, bars, summary, limit) {
   const most = Math.max(...bars.map((bar) => bar.count));
-  const step = width / bars.length;
-  svg.append(draw("line", { class: "axis", x1: 0, x2: width, y1: height - bottom, y2: height - bottom }));
-  bars.forEach((bar, index) => {
-    const tall = bar.count ? Math.max(2, ((height - bottom - top) * bar.count) / most) : 0;
-    const place = { x: index * step + 1, width: Math.max(1, step - 2) };
+  const place = (element, index) => (element.style.left = `${(100 * index) / bars.length}%`, element);
+  const buttons = bars.map((bar) => {
     const label = `${range(bar)} tokens: ${many(bar.count, unit)}`;
-    const shape = draw("rect", { class: "bar", ...place, y: height - bottom - tall, height: tall, rx: 2 });
-    const target = draw("rect", { class: "target", ...place, y: top, height: height - bottom - top, tabindex: 0, role: "button", "aria-label": label });
-    target.append(draw("title", {}, label));
-    const choose = () => filterByLength(field, bar, shape);
-    target.addEventListener("click", choose);
-    target.addEventListener("keydown", (event) => (event.key === "Enter" || event.key === " ") && (event.preventDefault(), choose()));
-    svg.append(shape, target);
-    if (bar.count === most) svg.append(draw("text", { x: Math.min(Math.max((index + 0.5) * step, 14), width - 14), y: height - bottom - tall - 5, "text-anchor": "middle" }, number(bar.count)));
+    const button = make("button", { class: "bar", title: label, "aria-label": label, "data-count": bar.count === most ? number(most) : "" });
+    button.style.setProperty("--share", bar.count ? Math.max(bar.count / most, 0.015) : 0);
+    const within = (example) => example[thing] >= bar.from && example[thing] <= bar.to;
+    return filter(button, "length", (row) => row.examples.some(within), `, of ${range(bar)} ${thing}`);
   });
-  [0, 0.25, 0.5, 0.75].forEach((share) => {
-    const index = Math.floor(share * bars.length);
-    svg.append(draw("text", { x: index * step + 1, y: height - 6 }, number(bars[index].from)));
-  });
-  svg.append(draw("text", { x: width, y: height - 6, "text-anchor": "end" }, number(bars[bars.length - 1].to)));
-  if (limit !== null) drawLimit(svg, bars, limit, { step, width, height, bottom });
+  const quarters = [0, 0.25, 0.5, 0.75].map((share) => Math.floor(share * bars.length));
+  const labels = quarters.map((index) => place(make("span", {}, number(bars[index].from)), index));
+  const axis = make("div", { class: "axis" }, ...labels, make("span", {}, number(bars[bars.length - 1].to)));
+  const index = bars.findIndex((bar) => limit !== null && bar.to >= limit);
+  if (index >= 0) {
+    const at = index + (limit - bars[index].from + 1) / (bars[index].to - bars[index].from + 1);
+    const side = at > bars.length / 2 ? "limit left" : "limit";
+    buttons.push(place(make("span", { class: side }, `max_length ${number(limit)}`), Math.max(0, at))); // 0 where every row is longer
+  }
   const numbers = Object.entries(summary).map(([name, value]) => `${name} ${number(value)}`);
-  panel.append(svg, make("p", { className: "numbers" }, numbers.join(" · ")));
-  $("charts").append(panel);
-}
-
-const range = (bar) => (bar.from === bar.to ? number(bar.from) : `${number(bar.from)}–${number(bar.to)}`);
-
-function drawLimit(svg, bars, limit, { step, width, height, bottom }) {
-  const index = bars.findIndex((bar) => bar.to >= limit);
-  if (index < 0) return;
-  const within = (limit - bars[index].from + 1) / (bars[index].to - bars[index].from + 1);
-  const x = Math.max(1, (index + within) * step); // at the edge where every row is longer
-  svg.append(
-    draw("line", { class: "limit", x1: x, x2: x, y1: 14, y2: height - bottom }),
-    draw("text", { class: "limit", x, y: 10, "text-anchor": x > width / 2 ? "end" : "start" }, `max_length ${number(limit)}`),
-  );
-}
-
-function showFindings() {
-  const finding = (title, lines) => lines.length && $("findings").append(make("div", { className: "panel" }, make("h2", {}, title), make("ul", {}, ...lines)));
-  const line = (count, text, origins) => make("li", {}, make("b", {}, number(count)), make("span", {}, ...visible(text), make("small", {}, ...visible(origins))));
-  const some = (origins) => origins.slice(0, 3).join(", ") + (origins.length > 3 ? ", …" : "");
-  finding("Suspicious", Object.entries(table.signs).map(([name, found]) => line(found.count, `${name}: ${found.meaning}`, some(found.origins))));
-  finding("Not simply kept", table.reasons.slice(0, 12).map((one) => line(one.count, `${one.fate}: ${one.reason}`, `first ${one.first}`)));
-  finding("Longest rows", table.longest.slice(0, 5).map((row) => line(row.tokens, row.origin, "")));
+  const group = make("div", { class: "bars", role: "group", "aria-label": title }, ...buttons);
+  $("charts").append(make("section", { class: "panel" }, make("h2", {}, title), group, axis, make("p", { class: "numbers" }, numbers.join(" · "))));
 }
 
 // Which rows are listed
 
-const FATES = ["kept", "truncated", "dropped", "bad"];
 const rows = data.rows;
 for (const row of rows) {
-  row.kinds = [...row.signs, ...(row.duplicate_of ? ["duplicate"] : []), ...(row.left_out ? ["left-out"] : [])];
+  row.kinds = [...row.signs, ...(row.duplicate_of ? ["duplicate"] : []), ...(row.turns_with_text_left_out ? ["left-out"] : [])];
   row.text = row.examples.map((example) => example.pieces.join("")).join("\n");
+  for (const example of row.examples) {
+    example.special = new Set(example.special);
+    example["supervised tokens"] = example.turns.reduce((sum, turn) => sum + turn.supervised_tokens, 0); // before the cut
+    example.turns.reduce((start, turn) => (turn.start = start, turn.end = start + turn.tokens), 0);
+  }
 }
 const haystack = (row) => (row.lower ??= [row.origin, row.reason, row.text || row.raw].join("\n").toLowerCase());
-const chosen = { fate: null, kind: null, length: null, words: "" };
+const chosen = { fate: null, kind: null, length: null }; // the pressed button of each group
+let words = "";
 let listed = [];
 let current = -1;
 
-function chips(parent, names, field) {
+// Makes a button of those that exclude each other in a group: pressed, only rows are listed for which `test` holds.
+function filter(button, group, test, label = "") {
+  const press = (one, pressed) => one?.button.setAttribute("aria-pressed", String(pressed));
+  const own = { button, test, label };
+  press(own, false);
+  button.addEventListener("click", () => {
+    press(chosen[group], false);
+    chosen[group] = chosen[group] === own ? null : own;
+    press(chosen[group], true);
+    list();
+  });
+  return button;
+}
+
+function chips(parent, names, group, has) {
   for (const name of names) {
-    const count = rows.filter((row) => (field === "fate" ? row.fate === name : row.kinds.includes(name))).length;
-    if (!count) continue;
-    const chip = make("button", { className: "chip", type: "button", "aria-pressed": "false" }, `${name} ${number(count)}`);
-    chip.addEventListener("click", () => {
-      chosen[field] = chosen[field] === name ? null : name;
-      for (const other of parent.children) other.setAttribute("aria-pressed", String(other === chip && chosen[field] !== null));
-      list();
-    });
-    parent.append(chip);
+    const count = rows.filter((row) => has(row, name)).length;
+    const chip = make("button", { class: "chip" }, `${name} ${number(count)}`);
+    if (count) parent.append(filter(chip, group, (row) => has(row, name)));
   }
-}
-
-function filterByLength(field, bar, shape) {
-  const same = chosen.length?.shape === shape;
-  chosen.length?.shape.classList.remove("on");
-  chosen.length = same ? null : { field, bar, shape };
-  if (!same) shape.classList.add("on");
-  list();
-}
-
-function matches(row) {
-  const { fate, kind, length, words } = chosen;
-  if (fate && row.fate !== fate) return false;
-  if (kind && !row.kinds.includes(kind)) return false;
-  if (length && !row.examples.some((example) => example[length.field] >= length.bar.from && example[length.field] <= length.bar.to)) return false;
-  return !words || haystack(row).includes(words);
 }
 
 function list() {
   const before = listed[current];
-  listed = rows.filter(matches);
+  const pressed = Object.values(chosen).filter((one) => one !== null);
+  listed = rows.filter((row) => pressed.every((one) => one.test(row)) && (!words || haystack(row).includes(words)));
   $("list").replaceChildren(...listed.map(entry));
-  if (!listed.length) $("list").append(make("li", { className: "none" }, "No such row on this page."));
-  const whole = data.of > rows.length ? `; this page holds ${number(rows.length)} of ${number(data.of)}: those that lost something, suspicious, equal and longest ones, and a sample` : "";
-  const length = chosen.length ? `, of ${range(chosen.length.bar)} ${chosen.length.field === "learnt" ? "supervised " : ""}tokens` : "";
-  $("showing").textContent = `showing ${number(listed.length)} of ${many(rows.length, "row")}${length}${whole}`;
+  if (!listed.length) $("list").append(make("li", { class: "none" }, "No such row on this page."));
+  const all = table.rows.rows;
+  const sample = all > rows.length ? `; this page holds ${number(rows.length)} of ${number(all)}: those that lost something, suspicious, equal and longest ones, and a sample` : "";
+  $("showing").textContent = `showing ${number(listed.length)} of ${many(rows.length, "row")}${chosen.length?.label ?? ""}${sample}`;
   select(Math.max(0, listed.indexOf(before)), false);
 }
 
 function entry(row, index) {
-  const words = row.snippet || row.reason || row.raw.slice(0, 160);
-  const badge = row.fate === "kept" ? null : make("span", { className: `badge ${row.fate}` }, row.fate);
-  const item = make("li", { role: "option", id: `row-${index}`, "aria-selected": "false" },
-    make("div", { className: "top" },
-      make("span", { className: "origin", title: plainly(row.origin) }, make("bdi", { dir: "ltr" }, ...visible(row.origin))),
-      badge ?? make("span", { className: "count" }, row.tokens ? number(row.tokens) : "")),
-    make("div", { className: "snippet", dir: "auto" }, ...visible(words)));
+  const count = row.fate === "kept" ? make("span", { class: "count" }, row.tokens ? number(row.tokens) : "") : make("span", { class: `badge ${row.fate}` }, row.fate);
+  const origin = make("span", { class: "origin", title: named(row.origin) }, make("bdi", { dir: "ltr" }, ...visible(row.origin)));
+  const snippet = make("div", { class: "snippet", dir: "auto" }, ...visible(row.snippet || row.reason || row.raw.slice(0, 160)));
+  const item = make("li", { role: "option", id: `row-${index}`, "aria-selected": "false" }, make("div", { class: "top" }, origin, count), snippet);
   item.addEventListener("click", () => select(index, false));
   return item;
 }
 
 function select(index, scroll = true) {
-  const entries = $("list").querySelectorAll("[role=option]");
-  entries[current]?.setAttribute("aria-selected", "false");
   hideToken();
-  current = listed.length ? Math.min(Math.max(index, 0), listed.length - 1) : -1;
-  for (const one of entries) if (one.getAttribute("aria-selected") === "true") one.setAttribute("aria-selected", "false");
-  if (current < 0) {
-    $("list").removeAttribute("aria-activedescendant");
-    $("row").replaceChildren();
-    return;
-  }
-  entries[current].setAttribute("aria-selected", "true");
-  $("list").setAttribute("aria-activedescendant", `row-${current}`);
-  if (scroll) entries[current].scrollIntoView({ block: "nearest" });
-  showRow(listed[current]);
+  $(`row-${current}`)?.setAttribute("aria-selected", "false");
+  current = Math.min(Math.max(index, 0), listed.length - 1); // -1 where no row is listed
+  const item = $(`row-${current}`);
+  item?.setAttribute("aria-selected", "true");
+  $("list").setAttribute("aria-activedescendant", item?.id ?? "");
+  if (scroll) item?.scrollIntoView({ block: "nearest" });
+  $("row").replaceChildren(...(item ? shownRow(listed[current]) : []));
 }
 
 // One row
 
-function showRow(row) {
-  const badges = [make("span", { className: `badge ${row.fate}` }, row.fate)];
-  const badge = (text, className = "badge") => badges.push(make("span", { className }, ...visible(text)));
-  if (row.part === "valid") badge("held out");
-  if (row.tokens) badge(`${many(row.tokens, "token")}, ${number(row.learnt)} learnt`);
-  for (const sign of row.signs) badge(sign, "badge sign");
-  if (row.duplicate_of) badge(`equals ${row.duplicate_of}`, "badge sign");
-  if (row.left_out) badge(`the template leaves out words of ${many(row.left_out, "turn")}`, "badge sign");
-  const parts = [make("h2", {}, ...visible(row.origin)), make("div", { className: "badges" }, ...badges)];
+function shownRow(row) {
+  const badge = (text, kind = "") => make("span", { class: `badge ${kind}` }, ...visible(text));
+  const badges = [badge(row.fate, row.fate)];
+  if (row.part === "valid") badges.push(badge("held out"));
+  if (row.tokens) badges.push(badge(`${many(row.tokens, "token")}, ${number(row.supervised_tokens)} supervised`));
+  for (const sign of row.signs) badges.push(badge(sign, "sign"));
+  if (row.duplicate_of) badges.push(badge(`equals ${row.duplicate_of}`, "sign"));
+  if (row.turns_with_text_left_out) badges.push(badge(`the template leaves out words of ${many(row.turns_with_text_left_out, "turn")}`, "sign"));
+  const parts = [make("h2", {}, ...visible(row.origin)), make("div", { class: "badges" }, ...badges)];
   if (row.reason) {
     const hint = row.hint ? make("small", {}, ...visible(`hint: ${row.hint}`)) : null;
-    parts.push(make("div", { className: `reason ${row.fate}` }, ...visible(row.reason), hint));
+    parts.push(make("div", { class: `reason ${row.fate}` }, ...visible(row.reason), hint));
   }
-  if (row.examples.length) parts.push(legend());
+  if (row.examples.length) parts.push($("legend").content.cloneNode(true));
   for (const example of row.examples) parts.push(...shownExample(row, example));
-  if (row.raw) {
-    const raw = make("pre", { dir: "auto" }, ...visible(row.raw));
-    parts.push(row.examples.length ? make("details", {}, make("summary", {}, "The row as it is in the file"), raw) : raw);
-  }
-  $("row").replaceChildren(...parts);
-}
-
-function legend() {
-  const sample = (className, text) => make("span", { className }, text);
-  return make("p", { className: "legend", "aria-hidden": "true" }, sample("t learnt", "the model learns to write this"), sample("t", "it only reads this"), sample("t special", "a special token"));
+  const raw = make("pre", { dir: "auto" }, ...visible(row.raw));
+  if (row.raw) parts.push(row.examples.length ? make("details", {}, make("summary", {}, "The row as it is in the file"), raw) : raw);
+  return parts;
 }
 
 function shownExample(row, example) {
   const parts = row.examples.length > 1 ? [make("h2", {}, ...visible(example.origin))] : [];
   const hits = hitTokens(example);
   for (const turn of example.turns) {
-    const heading = make("h3", {}, make("b", {}, ...visible(turn.role)), ` ${many(turn.end - turn.start, "token")}${turn.learnt ? `, ${number(turn.learnt)} learnt` : ""}`);
-    const tokens = make("div", { className: "tokens", dir: "auto", tabindex: "0", role: "group", "aria-label": `${plainly(turn.role)}: tokens, arrow keys go from one to the next` });
-    const section = make("section", { className: `turn${turn.learnt ? " learning" : ""}` }, heading);
+    const supervised = turn.supervised_tokens ? `, ${number(turn.supervised_tokens)} supervised` : "";
+    const heading = make("h3", {}, make("b", {}, ...visible(turn.role)), ` ${many(turn.tokens, "token")}${supervised}`);
+    const label = `${named(turn.role)}: tokens, arrow keys go from one to the next`;
+    const tokens = make("div", { class: "tokens", dir: "auto", tabindex: "0", role: "group", "aria-label": label });
     const end = Math.min(turn.end, example.pieces.length);
     for (let index = turn.start, after; index < end; index = after) {
       for (after = index + 1; after < end && example.pieces[after] === "" && after !== example.cut_at; after++);
-      if (index === example.cut_at) tokens.append(make("div", { className: "knife" }, `✂ max_length: ${many(example.tokens - index, "token")} are cut off from here on`));
+      if (index === example.cut_at) tokens.append(make("div", { class: "knife" }, `✂ max_length: ${many(example.tokens - index, "token")} are cut off from here on`));
       tokens.append(tokenSpan(example, turn, index, after - index, hits));
     }
-    if (turn.start < end) parts.push(section), section.append(tokens);
+    if (turn.start < end) parts.push(make("section", { class: supervised ? "turn supervised" : "turn" }, heading, tokens));
   }
   const more = example.tokens - example.pieces.length;
-  if (more) parts.push(make("p", { className: "knife" }, `… ${many(more, "more token")} that are not on this page`));
+  if (more) parts.push(make("p", { class: "knife" }, `… ${many(more, "more token")} that are not on this page`));
   return parts;
 }
 
 // The tokens of one character, such as an emoji, share a span: only the first of them has text.
 function tokenSpan(example, turn, index, count, hits) {
-  const learnt = weightOf(example, index) !== 0 && index < example.cut_at;
-  const names = ["t", learnt ? "learnt" : "", example.special.has(index) ? "special" : "", index >= example.cut_at ? "cut" : "", hits.has(index) ? "hit" : ""];
-  const span = make("span", { className: names.filter(Boolean).join(" ") }, ...visible(example.pieces[index], { newlines: true }));
+  const cut = index >= example.cut_at;
+  const classes = { supervised: !cut && example.weights[index] !== 0, special: example.special.has(index), cut, hit: hits.has(index) };
+  const names = ["t", ...Object.keys(classes).filter((name) => classes[name])];
+  const lines = example.pieces[index].split("\n").flatMap((line, i) => [...(i ? [make("span", { class: "newline" }, "\n")] : []), ...visible(line)]);
+  const span = make("span", { class: names.join(" ") }, ...lines);
   span.token = { example, turn, index, count };
   return span;
 }
 
-function weightOf(example, index) {
-  let end = 0;
-  for (const [count, weight] of example.weights) {
-    end += count;
-    if (index < end) return weight;
-  }
-  return 0;
-}
-
+// The tokens that a place where the searched words stand touches.
 function hitTokens(example) {
-  const hits = new Set();
-  if (!chosen.words) return hits;
+  if (!words) return new Set();
   const pieces = example.pieces.map((piece) => piece.toLowerCase()); // which may be longer: İ becomes two characters
   const text = pieces.join("");
-  const found = [];
-  for (let at = text.indexOf(chosen.words); at >= 0; at = text.indexOf(chosen.words, at + 1)) found.push(at);
-  let start = 0;
-  let next = 0;
-  pieces.forEach((piece, index) => {
-    const end = start + piece.length;
-    while (next < found.length && found[next] + chosen.words.length <= start) next++;
-    if (next < found.length && found[next] < end) hits.add(index);
-    start = end;
+  const beside = words.length - 1;
+  let end = 0;
+  const hit = pieces.map((piece) => {
+    const start = end;
+    end += piece.length;
+    return piece !== "" && text.slice(Math.max(0, start - beside), end + beside).includes(words);
   });
-  return hits;
+  return new Set([...hit.keys()].filter((index) => hit[index]));
 }
 
 // One token
@@ -297,21 +234,19 @@ function hitTokens(example) {
 let at = null;
 
 function showToken(span) {
-  at?.classList.remove("at");
+  hideToken();
   at = span;
   span.classList.add("at");
   const { example, turn, index, count } = span.token;
-  const weight = weightOf(example, index);
-  const cut = index >= example.cut_at;
-  const learnt = cut ? "cut off" : weight ? `supervised, weight ${weight}` : "not supervised";
-  const piece = example.pieces[index];
-  const text = piece ? visible(piece.replace(/ /g, "␣").replace(/\t/g, "⇥").replace(/\n/g, "↵")) : ["(the rest of a character)"];
-  const ids = example.ids.slice(index, index + count).join(", ");
+  const weight = example.weights[index];
+  const supervised = index >= example.cut_at ? "cut off" : weight ? `supervised, weight ${weight}` : "not supervised";
+  const text = example.pieces[index].replace(/ /g, "␣").replace(/\t/g, "⇥").replace(/\n/g, "↵") || "(the rest of a character)";
+  const ids = example.token_ids.slice(index, index + count).join(", ");
   const place = count > 1 ? `tokens ${number(index)} to ${number(index + count - 1)}` : `token ${number(index)}`;
   const where = turn.message === null ? turn.role : `message ${turn.message} (${turn.role})`;
-  const line = `id ${ids} · ${place} · ${learnt} · ${plainly(where)}${example.special.has(index) ? " · special" : ""}`;
+  const line = `id ${ids} · ${place} · ${supervised} · ${named(where)}${example.special.has(index) ? " · special" : ""}`;
   const box = $("token");
-  box.replaceChildren(make("p", {}, make("code", {}, ...text)), make("p", {}, line));
+  box.replaceChildren(make("p", {}, make("code", {}, ...visible(text))), make("p", {}, line));
   box.hidden = false;
   const edges = span.getBoundingClientRect();
   const { width, height } = box.getBoundingClientRect();
@@ -349,16 +284,17 @@ $("row").addEventListener("keydown", (event) => {
 
 // Keys and search
 
+const ANYWHERE = { j: 1, k: -1 };
+const IN_LIST = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -Infinity, End: Infinity };
+
+$("search").addEventListener("keydown", (event) => {
+  event.stopPropagation();
+  if (event.key === "Escape") $("search").blur();
+  if (event.key === "ArrowDown") $("list").focus();
+});
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const typing = event.target === $("search");
-  if (typing) {
-    if (event.key === "Escape") $("search").blur();
-    if (event.key === "ArrowDown") $("list").focus();
-    return;
-  }
-  const inList = event.target === $("list");
-  const step = { j: 1, k: -1 }[event.key] ?? (inList ? { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -Infinity, End: Infinity }[event.key] : undefined);
+  const step = ANYWHERE[event.key] ?? (event.target === $("list") ? IN_LIST[event.key] : undefined);
   if (event.key === "/") $("search").focus();
   else if (step) select(current + step);
   else return;
@@ -368,13 +304,12 @@ let waiting = 0;
 $("search").addEventListener("input", () => {
   clearTimeout(waiting);
   waiting = setTimeout(() => {
-    chosen.words = $("search").value.trim().toLowerCase();
+    words = $("search").value.trim().toLowerCase();
     list();
   }, 120);
 });
 
-for (const row of rows) for (const example of row.examples) example.special = new Set(example.special);
 showWhole();
-chips($("fates"), FATES, "fate");
-chips($("kinds"), [...new Set(rows.flatMap((row) => row.kinds))], "kind");
+chips($("fates"), ["kept", "truncated", "dropped", "bad"], "fate", (row, fate) => row.fate === fate);
+chips($("kinds"), [...new Set(rows.flatMap((row) => row.kinds))], "kind", (row, kind) => row.kinds.includes(kind));
 list();

@@ -12,8 +12,6 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,59 +19,43 @@ from mlx_sft.console import printable
 from mlx_sft.inspection.rows import ShownExample, ShownRow
 
 MOST_TOKENS = 300_000
-"""Of all rows on a page together; more would make it slow to open."""
+"""The most tokens on a page; more would make it slow to open."""
 MOST_TOKENS_OF_EXAMPLE = 20_000
-"""A browser draws so many in about a second, and takes more than in proportion for more."""
+"""The most tokens of one example: a browser draws these in about a second, and takes much longer for more."""
 _FEWEST_TOKENS = 64
-"""Of an example, whatever the number of rows."""
+"""Tokens of an example that are shown whatever the number of rows."""
 _SNIPPET_TOKENS = 60
 _SNIPPET = 160
 _HERE = Path(__file__).parent
-# What could end a script block, or a line of JavaScript, and halves of surrogate pairs, which no file can hold.
+# Characters that could end a script block or a line of JavaScript, and halves of surrogate pairs, which no file can hold.
 _DANGEROUS = re.compile("[<>&\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
 
-@dataclass(frozen=True)
-class Page:
-    """What is on a page.
+def page_html(data: Sequence[str], model: str, table: dict[str, Any], rows: Sequence[ShownRow]) -> str:
+    """The page.
 
     Args:
-        data: What the user called the data.
-        model: Whose tokenizer it is.
+        data: The names that the user gave for the data.
+        model: The model whose tokenizer was used.
         table: The data as a whole.
         rows: Some or all of its rows, in order.
     """
-
-    data: Sequence[str]
-    model: str
-    table: dict[str, Any]
-    rows: Sequence[ShownRow]
-
-    def html(self) -> str:
-        style, script = (_file(name) for name in ("page.css", "page.js"))
-        policy = (
-            f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
-            "img-src 'none'; base-uri 'none'; form-action 'none'"
-        )
-        parts = {
-            "policy": policy,
-            "title": html.escape(printable(f"Data: {', '.join(self.data)}")),
-            "style": style,
-            "data": embedded(self._record()),
-            "script": script,
-        }
-        # In one pass: what is put in is not looked at again.
-        return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _file("page.html"))
-
-    def _record(self) -> dict[str, Any]:
-        longest = _longest_shown([example for row in self.rows for example in row.examples])
-        return {
-            "data": list(self.data),
-            "model": self.model,
-            "table": self.table,
-            "of": self.table["rows"]["rows"],
-            "rows": [_row(row, longest) for row in self.rows],
-        }
+    style, script = (_file(name) for name in ("page.css", "page.js"))
+    policy = (
+        f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
+        "img-src 'none'; base-uri 'none'; form-action 'none'"
+    )
+    longest = _longest_shown([example for row in rows for example in row.examples])
+    shown = [_row(row, longest) for row in rows]
+    parts = {
+        "policy": policy,
+        "title": html.escape(printable(f"Data: {', '.join(data)}")),
+        "style": style,
+        "data": embedded({"data": list(data), "model": model, "table": table, "rows": shown}),
+        "script": script,
+    }
+    # In one pass: what is put in is not looked at again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _file("page.html"))
 
 
 def embedded(value: Any) -> str:
@@ -91,7 +73,7 @@ def _digest(text: str) -> str:
 
 
 def _longest_shown(examples: Sequence[ShownExample]) -> int:
-    """So many tokens of each example are shown that all together are not too many."""
+    """The most tokens to show of each example, so that all together are not too many."""
     longest = min(max((len(example.token_ids) for example in examples), default=0), MOST_TOKENS_OF_EXAMPLE)
     while longest > _FEWEST_TOKENS and sum(min(len(example.token_ids), longest) for example in examples) > MOST_TOKENS:
         longest = longest * 3 // 4
@@ -99,49 +81,18 @@ def _longest_shown(examples: Sequence[ShownExample]) -> int:
 
 
 def _row(row: ShownRow, longest: int) -> dict[str, Any]:
-    return {
-        "origin": row.origin,
-        "part": row.part,
-        "fate": row.fate,
-        "reason": row.reason,
-        "hint": row.hint,
-        "signs": list(row.signs),
-        "duplicate_of": row.duplicate_of,
-        "left_out": row.left_out,
-        "tokens": row.tokens,
-        "learnt": row.supervised_tokens,
-        "raw": row.raw,
-        "snippet": _snippet(row),
-        "examples": [_example(example, longest) for example in row.examples],
-    }
+    """A row's machine form, with what the list says of it, and of each example no more tokens than are shown."""
+    return row.to_json() | {"snippet": _snippet(row), "examples": [_example(one, longest) for one in row.examples]}
 
 
 def _example(example: ShownExample, longest: int) -> dict[str, Any]:
-    shown = slice(0, longest)
-    return {
-        "origin": example.origin,
-        "tokens": len(example.token_ids),
-        "learnt": sum(weight != 0 for weight in example.weights),
-        "cut_at": example.cut_at,
-        "pieces": example.pieces[shown],
-        "ids": example.token_ids[shown],
-        "weights": [[len(list(run)), weight] for weight, run in groupby(example.weights[shown])],
-        "special": [index for index, special in enumerate(example.special[shown]) if special],
-        "turns": [
-            {
-                "role": turn.role,
-                "message": turn.message,
-                "start": turn.start,
-                "end": turn.end,
-                "learnt": turn.supervised_tokens,
-            }
-            for turn in example.turns
-        ],
-    }
+    record = example.to_json()
+    shown = {name: record[name][:longest] for name in ("pieces", "token_ids", "weights")}
+    return record | shown | {"special": [i for i, special in enumerate(example.special[:longest]) if special]}
 
 
 def _snippet(row: ShownRow) -> str:
-    """What a list says of the row: its first user's turn without the header, else the beginning of its text."""
+    """The row in the list: the first user turn without its header, else the beginning of the text."""
     if not row.examples:
         return ""
     example = row.examples[0]

@@ -1,7 +1,4 @@
-"""One row as it is shown: what became of it, and its tokens with what is learnt of them, turn by turn.
-
-Knows a row and its tokens; knows nothing of which rows are shown, or where.
-"""
+"""One row as it is shown: what became of it, and its tokens turn by turn, with those that are supervised."""
 
 from __future__ import annotations
 
@@ -13,13 +10,20 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlx_sft.config import TrainConfig
+from mlx_sft.data.conversation import Conversation, Document, Item
 from mlx_sft.data.encode import View
-from mlx_sft.data.formats import Conversation, Document, Item
 from mlx_sft.data.mask.traced_rendering import NOBODY
+from mlx_sft.data.pipeline import Pipeline
+from mlx_sft.data.readers import Row
+from mlx_sft.data.report import SourceReport
+from mlx_sft.data.row_reader import RowReader
+from mlx_sft.data.screening import SIGNS, SPECIAL_SIGN, signs_of
+from mlx_sft.data.sources import locate
+from mlx_sft.errors import UserError
+from mlx_sft.inspection.selection import Part, Selection, SurveyedRows
 
 Fate = Literal["kept", "truncated", "dropped", "bad"]
-Part = Literal["train", "valid", ""]
-"""What a row is used for; "" for one that is lost."""
 
 _LONGEST_STRING = 400
 _MOST_ITEMS = 20
@@ -34,7 +38,7 @@ class Turn:
         message: Its index; None for what the template writes of itself, and for plain text.
         role: `user`, `assistant`, ...; `template`, `text` or `tokens` where there is no message.
         start, end: The tokens, half-open.
-        supervised_tokens: Those of them that are learnt.
+        supervised_tokens: How many of them are supervised.
     """
 
     message: int | None
@@ -43,15 +47,23 @@ class Turn:
     end: int
     supervised_tokens: int
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "message": self.message,
+            "role": self.role,
+            "tokens": self.end - self.start,
+            "supervised_tokens": self.supervised_tokens,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class ShownExample:
-    """An example and its text, whole; learnt are the tokens before `cut_at` that have a weight.
+    """A whole example and its text. Its supervised tokens are those before `cut_at` that have a weight.
 
     Attributes:
         pieces: The text of each token.
         special: Whether each is one of the tokenizer's special tokens.
-        cut_at: Tokens that are left within max_length.
+        cut_at: How many tokens are left within max_length.
     """
 
     origin: str
@@ -82,21 +94,12 @@ class ShownExample:
         return sum(weight != 0 for weight in self.weights[: self.cut_at])
 
     def to_json(self) -> dict[str, Any]:
-        turns = [
-            {
-                "message": turn.message,
-                "role": turn.role,
-                "tokens": turn.end - turn.start,
-                "supervised_tokens": turn.supervised_tokens,
-            }
-            for turn in self.turns
-        ]
         return {
             "origin": self.origin,
             "tokens": len(self.token_ids),
             "supervised_tokens": self.supervised_tokens,
             "cut_at": self.cut_at,
-            "turns": turns,
+            "turns": [turn.to_json() for turn in self.turns],
             "pieces": self.pieces,
             "token_ids": self.token_ids,
             "weights": self.weights,
@@ -108,17 +111,14 @@ class ShownRow:
     """A row, what became of it, and why.
 
     Attributes:
-        number: Of the row among those of all sources read for the same part, from 0.
         signs: What is suspicious about it, in the order of `screening.SIGNS`.
-        duplicate_of: The origin of the first row with the same tokens and weights, or one example of them, where it is an
-            earlier one.
+        duplicate_of: The origin of the first earlier row with the same tokens and weights, or with one such example.
         left_out: Turns of which the chat template leaves out words.
         examples: What it became, or would have; none for a bad row.
         raw: The row as JSON, shortened; empty where it could not even be read.
     """
 
     origin: str
-    number: int
     source: str
     part: Part
     fate: Fate
@@ -157,16 +157,82 @@ class ShownRow:
         }
 
 
+class RowViewer:
+    """Reads rows of surveyed data again, and encodes them as training does, with their text."""
+
+    def __init__(self, config: TrainConfig, tokenizer: Any, surveyed: SurveyedRows) -> None:
+        self.surveyed = surveyed
+        self._config = config
+        self._pipeline = Pipeline.from_config(config, tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        self._special_ids = frozenset(token_id for token_id, token in added if token.content.strip())
+
+    def read(self, selection: Selection) -> Iterator[ShownRow]:
+        """The selected rows, in their order; reading ends with the last of them."""
+        left, first = len(selection), 0
+        for index, source in enumerate(self.surveyed.sources):
+            end = first + source.rows
+            wanted = any(first <= key < end if isinstance(key, int) else key[0] == index for key in selection)
+            rows = locate(source.name)["all"].rows() if left and wanted else ()
+            for number, row in enumerate(rows, first):
+                if number in selection or (index, _origin(row)) in selection:
+                    left -= 1
+                    yield self._shown(number, source, row)
+                    if not left:
+                        return
+            first = end
+
+    def _shown(self, number: int, source: SourceReport, row: Row | UserError) -> ShownRow:
+        surveyed, origin = self.surveyed, _origin(row)
+        part, indices = surveyed.examples_of(number)
+        note = surveyed.notes.get(origin)
+        fate: Fate = note.fate if note else "kept"
+        examples, signs = ([], frozenset[str]()) if fate == "bad" else self._examples(row, source)
+        return ShownRow(
+            origin,
+            source.name,
+            part,
+            fate,
+            note.reason if note else "",
+            note.hint if note else "",
+            tuple(sign for sign in SIGNS if sign in signs),
+            next(filter(None, (surveyed.duplicate_of(part, index) for index in indices)), None),
+            sum(surveyed.parts[part][index].facts.turns_with_text_left_out for index in indices),
+            examples,
+            raw_json(row.value) if isinstance(row, Row) else "",
+        )
+
+    def _examples(self, row: Row | UserError, source: SourceReport) -> tuple[list[ShownExample], frozenset[str]]:
+        """The examples of a row and its signs; none where it cannot be read or encoded."""
+        pipeline = self._pipeline
+        try:
+            if isinstance(row, UserError):
+                raise row
+            item = RowReader(source.format or "auto", self._config.columns).read(row)
+            views = pipeline.encoder.view(item)
+        except UserError:
+            return [], frozenset()
+        shown = [ShownExample.of(view, item, self._special_ids, self._config.max_length) for view in views]
+        signs = signs_of(item, pipeline.special.user_header)
+        if pipeline.special_in_content == "keep" and isinstance(item, Conversation) and pipeline.special.found_in(item):
+            signs |= {SPECIAL_SIGN}
+        return shown, signs
+
+
+def _origin(row: Row | UserError) -> str:
+    return row.where if isinstance(row, UserError) else row.origin
+
+
 def _turns(view: View, item: Item) -> Iterator[Turn]:
-    elsewhere = "text" if isinstance(item, Document) else "tokens"
+    no_message = "text" if isinstance(item, Document) else "tokens"
     roles = [str(message["role"]) for message in item.messages] if isinstance(item, Conversation) else []
-    learnt, start = view.example.loss_weights != 0, 0
+    supervised, start = view.example.loss_weights != 0, 0
     for owner, tokens in groupby(view.token_to_message.tolist()):
         end = start + len(list(tokens))
         if owner < 0 and not start and isinstance(item, Conversation):
             owner = _system_at_start("".join(view.pieces[:end]), item)
-        role = roles[owner] if 0 <= owner < len(roles) else "template" if roles else elsewhere
-        yield Turn(owner if owner >= 0 else None, role, start, end, int(np.count_nonzero(learnt[start:end])))
+        role = roles[owner] if 0 <= owner < len(roles) else "template" if roles else no_message
+        yield Turn(owner if owner >= 0 else None, role, start, end, int(np.count_nonzero(supervised[start:end])))
         start = end
 
 

@@ -1,6 +1,6 @@
 """The data in a few numbers: fates, lengths before anything is cut, what the cut takes away, duplicates and signs.
 
-Knows columns and counts; the dictionary is the machine form, whose keys docs/data.md explains.
+docs/data.md explains the keys of the dictionary.
 """
 
 from __future__ import annotations
@@ -11,63 +11,52 @@ from typing import Any
 
 import numpy as np
 
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.lengths import histogram, length_summary
-from mlx_sft.data.report import ORIGINS_NAMED, DataReport, PartReport, reasons
+from mlx_sft.data.report import ORIGINS_NAMED, DataReport, PartReport, fates, reasons
 from mlx_sft.data.screening import SIGN_MEANINGS
-from mlx_sft.data.store import Examples
+from mlx_sft.inspection.selection import SurveyedRows
 
 
-def table(report: DataReport, whole: Sequence[Examples], parts: Sequence[Examples], max_length: int) -> dict[str, Any]:
+def table(report: DataReport, whole: Sequence[Examples], rows: SurveyedRows, max_length: int) -> dict[str, Any]:
     """What `inspect` says of the data as a whole.
 
     Args:
         report: Of the data within max_length.
         whole: The examples of each part before anything was cut or dropped for its length.
-        parts: The examples of each part that are used.
+        rows: The rows within max_length.
     """
     lengths = np.concatenate([examples.lengths for examples in whole])
     supervised = np.concatenate([examples.supervised_tokens for examples in whole])
-    too_long = lengths > max_length
-    kept_tokens = sum(int(examples.lengths.sum(dtype=np.int64)) for examples in parts)
-    kept_supervised = sum(int(examples.supervised_tokens.sum(dtype=np.int64)) for examples in parts)
-    notes = [note for source in report.sources for note in source.notes]
+    tokens, supervised_tokens = int(lengths.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64))
+    train, valid = report.train, report.valid
     return {
-        "rows": {fate: getattr(report, fate) for fate in ("rows", "kept", "truncated", "dropped", "bad")},
-        "sources": [
-            {"name": source.name, "format": source.format}
-            | {fate: getattr(source, fate) for fate in ("rows", "kept", "truncated", "dropped", "bad")}
-            for source in report.sources
-        ],
-        "train": _part(report.train),
-        "valid": _part(report.valid),
+        "rows": fates(report),
+        "sources": [{"name": source.name, "format": source.format} | fates(source) for source in report.sources],
+        "train": _part(train),
+        "valid": _part(valid),
         "validation_rows_also_in_train": report.shared,
         "examples": len(lengths),
-        "tokens": int(lengths.sum(dtype=np.int64)),
-        "supervised_tokens": int(supervised.sum(dtype=np.int64)),
-        "supervised_share": _share(int(supervised.sum(dtype=np.int64)), int(lengths.sum(dtype=np.int64))),
+        "tokens": tokens,
+        "supervised_tokens": supervised_tokens,
+        "supervised_share": round(supervised_tokens / tokens, 4) if tokens else 0.0,
         "lengths": length_summary(lengths),
         "histogram": histogram(lengths),
         "supervised_lengths": length_summary(supervised),
         "supervised_histogram": histogram(supervised),
         "max_length": max_length,
         "too_long": {
-            "examples": int(too_long.sum()),
-            "tokens_lost": int(lengths.sum(dtype=np.int64)) - kept_tokens,
-            "supervised_tokens_lost": int(supervised.sum(dtype=np.int64)) - kept_supervised,
+            "examples": int((lengths > max_length).sum()),
+            "tokens_lost": tokens - train.tokens - valid.tokens,
+            "supervised_tokens_lost": supervised_tokens - train.supervised_tokens - valid.supervised_tokens,
         },
-        "duplicates": _duplicates(parts),
+        "duplicates": _duplicates(rows),
         "longest": _longest(whole),
-        "signs": _signs([report.train, report.valid]),
-        "reasons": reasons(notes),
+        "signs": _signs([train, valid]),
+        "reasons": reasons(note for source in report.sources for note in source.notes),
         "template": asdict(report.facts),
         "warnings": report.warnings(),
     }
-
-
-def first_of_equals(examples: Examples) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The index of the first example that equals each; shape (examples,)."""
-    _, first, inverse = np.unique(examples.content_ids(), return_index=True, return_inverse=True)
-    return np.asarray(first[inverse], np.int64)
 
 
 def _part(part: PartReport) -> dict[str, Any]:
@@ -79,15 +68,11 @@ def _part(part: PartReport) -> dict[str, Any]:
     }
 
 
-def _share(part: int, whole: int) -> float:
-    return round(part / whole, 4) if whole else 0.0
-
-
-def _duplicates(parts: Sequence[Examples]) -> dict[str, Any]:
+def _duplicates(rows: SurveyedRows) -> dict[str, Any]:
     count = 0
     origins: dict[str, None] = {}  # the turns of a row share its origin
-    for examples in parts:
-        later = np.flatnonzero(first_of_equals(examples) != np.arange(len(examples)))
+    for part, examples in rows.parts.items():
+        later = np.flatnonzero(rows.first_equals[part] != np.arange(len(examples)))
         count += len(later)
         origins |= dict.fromkeys(examples.row_origin(index) for index in later[: 4 * ORIGINS_NAMED].tolist())
     return {"count": count, "origins": list(origins)[:ORIGINS_NAMED]}

@@ -1,4 +1,4 @@
-"""Rows and table as pieces of text, each with its look. Knows words and layout; knows nothing of terminals or colours."""
+"""Rows and table as pieces of text, each with its look; `Console.data` gives the looks their colours."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from mlx_sft.console import Look
+from mlx_sft.data.report import many
 from mlx_sft.inspection.rows import ShownExample, ShownRow
 
 Pieces = Iterator[tuple[str, Look]]
@@ -70,19 +71,14 @@ def _example_pieces(example: ShownExample, whole: bool) -> Pieces:
 
 
 def _look(example: ShownExample, index: int) -> Look:
-    learnt = example.weights[index] != 0 and index < example.cut_at
+    supervised = example.weights[index] != 0 and index < example.cut_at
     if example.special[index]:
-        return "learnt special" if learnt else "special"
-    return "learnt" if learnt else "context"
+        return "supervised special" if supervised else "special"
+    return "supervised" if supervised else "context"
 
 
 def _tokens(tokens: int, supervised: int) -> str:
-    learnt = f", {supervised:,} learnt" if supervised else ""
-    return f"{_many(tokens, 'token')}{learnt}"
-
-
-def _many(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'s' if number != 1 else ''}"
+    return many(tokens, "token") + (f", {supervised:,} supervised" if supervised else "")
 
 
 def table_pieces(table: dict[str, Any]) -> Pieces:
@@ -108,23 +104,22 @@ def _fates(table: dict[str, Any]) -> Pieces:
     ]
     if len(lines) > 1:
         lines.append(["all", "", *(f"{table['rows'][name]:,}" for name in names)])
-    header = ["", "format", *names]
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    for line, look in [(header, "faint"), *((line, "plain") for line in lines)]:
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    lines.insert(0, ["", "format", *names])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for index, line in enumerate(lines):
+        padded = [
+            f"{cell:{'<' if i < 2 else '>'}{width}}" for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
-        yield "  ".join(cells).rstrip() + "\n", "faint" if look == "faint" else "plain"
+        yield "  ".join(padded).rstrip() + "\n", "plain" if index else "faint"
 
 
 def _facts(table: dict[str, Any]) -> Pieces:
     train, valid, lengths = table["train"], table["valid"], table["lengths"]
     one = "example" if train["examples"] + valid["examples"] > table["rows"]["kept"] else "row"
     shown = {
-        "to learn from": f"{_many(train['examples'], one)}, {_many(train['tokens'], 'token')}, "
+        "to train on": f"{many(train['examples'], one)}, {many(train['tokens'], 'token')}, "
         f"{train['supervised_share']:.0%} supervised",
-        "held out": f"{_many(valid['examples'], one)}, {_many(valid['tokens'], 'token')}" if valid["examples"] else "",
+        "held out": f"{many(valid['examples'], one)}, {many(valid['tokens'], 'token')}" if valid["examples"] else "",
         "lengths": "  ".join(f"{_percent(name)} {value:,}" for name, value in lengths.items()),
         "too long": _too_long(table),
         "duplicates": _with_origins(table["duplicates"]),

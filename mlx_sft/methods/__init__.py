@@ -1,21 +1,78 @@
 """What is trained. A method attaches to a frozen model, hands out its parameters by name, and binds them for a forward pass.
 
-A further method is one more module here and one more name in `METHODS`.
+A further method is one more file with a subclass of `Method`, and a line in `ENTRIES`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.methods.full import Full
-from mlx_sft.methods.lora import Lora, LoraSettings
+from mlx_sft.errors import UserError
+from mlx_sft.files import read_json, write_file, write_file_with
+from mlx_sft.model.weights import load_arrays
+from mlx_sft.registry import METHODS
+from mlx_sft.safetensors_file import write_arrays
+from mlx_sft.settings import Settings as NoSettings
+
+ENTRIES = {
+    "lora": "mlx_sft.methods.lora:Lora",
+    "full": "mlx_sft.methods.full:Full",
+}
 
 Parameters = dict[str, mx.array]
 """Trainable float32 arrays by name, flat."""
+
+Rows = Callable[[int, int], NDArray[np.float32]]
+"""`rows(start, stop)`: these rows of a tensor, float32."""
+
+_PARAMETERS, _SETTINGS = "parameters.safetensors", "method.json"
+
+
+class WeightEdit(Protocol):
+    """What training made of one weight of the model, a few rows at a time, so that no whole weight need be in memory.
+
+    Attributes:
+        shape: The weight's: [out, in], or [experts, out, in] for the experts of a layer; None for the one that the checkpoint has.
+        optional: Whether a checkpoint may lack this weight, as it may a copy of tied embeddings.
+        at_once: Whether all rows are asked for at once.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...] | None: ...
+    @property
+    def optional(self) -> bool: ...
+    @property
+    def at_once(self) -> bool: ...
+
+    def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
+        """The new rows `start` to `stop`, float32; of one expert's matrix where the checkpoint has a tensor for each."""
+
+
+@dataclass(frozen=True)
+class WholeWeight:
+    """The edit of a method that says no more than `changed_weight`; the weight is in memory as a whole while it is written."""
+
+    method: Method
+    parameters: Parameters
+    name: str
+    shape: tuple[int, ...] | None
+    optional: bool = False
+    at_once: bool = True
+
+    def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
+        if expert is not None:
+            raise NotImplementedError("a method that changes experts has `edits` of its own")
+        return np.array(self.method.changed_weight(self.name, mx.array(base(start, stop)), self.parameters), np.float32)
 
 
 class Binder(Protocol):
@@ -24,38 +81,206 @@ class Binder(Protocol):
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         """Put parameters (all, or some of them) into the model; a random key switches dropout on."""
 
+    def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
+        """[rows, width] → hidden states [rows, width, hidden]."""
 
-class Method(Binder, Protocol):
-    """What training and conversion need to know of a method."""
+
+class Method:
+    """One method. `attach` and `bind` are all that a method must have; the rest says how it differs from an adapter of modules.
+
+    Attributes:
+        name: By which the configuration chooses it.
+        Settings: Its settings, each of which becomes an option.
+        settings: The chosen ones.
+        frozen_base: Whether the model's own weights stay as they are, so that they may be quantized.
+        mergeable: Whether what it trains can be written into the model's weights; `changed_shapes`, `changed_weight` and `edits`
+            say how. A run of a method that is not is refused by every export with merged weights.
+        mlx_lm: The module that writes and reads its result in mlx-lm's form; None where mlx-lm has no such adapter.
+        folder: What the folder of its result is called in a run.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[NoSettings]] = NoSettings
+    frozen_base: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
+    mlx_lm: ClassVar[Any] = None
+    folder: ClassVar[str] = "adapter"
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = settings if settings is not None else self.Settings()
+
+    # Training
 
     @property
-    def name(self) -> str:
-        """Its name in the configuration."""
-
-    @classmethod
-    def from_config(cls, config: TrainConfig) -> Method:
-        """The method as a configuration shapes it."""
+    def uses_dropout(self) -> bool:
+        """Whether `bind` is to be given a random key in training."""
+        return False
 
     def attach(self, model: nn.Module, seed: int) -> Parameters:
-        """Prepare the model and return the parameters as training starts with them."""
+        """Prepare a frozen model and return the parameters as training starts with them; raises `UserError` where it cannot."""
+        raise NotImplementedError
+
+    def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
+        """Put parameters (all, or some of them) into the model; a random key switches dropout on."""
+        raise NotImplementedError
+
+    def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
+        """The model's body on [rows, width] tokens → hidden states [rows, width, hidden], with the parameters that are bound.
+
+        A method with virtual tokens calls `body(token_ids, input_embeddings=...)` and cuts their states off; one with a prefix
+        gives `body(token_ids, cache=...)`.
+        """
+        return body(token_ids)
 
     def decayed(self, name: str) -> bool:
         """Whether weight decay applies to this parameter."""
+        return True
 
-    def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight of the model that the parameters change."""
+    @staticmethod
+    def detach(model: nn.Module) -> Callable[[], None]:
+        """Take everything that the method attached off a model; calling the result puts it back."""
+        return lambda: None
+
+    # After training
+
+    def generation_cache(self, model: nn.Module) -> list[Any] | None:
+        """The key/value cache with which generation starts; None for an empty one."""
+        return None
+
+    def changed_shapes(self, parameters: Parameters) -> Mapping[str, tuple[int, ...] | None]:
+        """transformers' name of every weight of the model that the parameters change, and its shape; None where they do not tell it."""
+        return {}
 
     def changed_weight(self, name: str, weight: mx.array, parameters: Parameters) -> mx.array:
         """What the parameters make of one of those weights; float32, not yet rounded."""
+        raise NotImplementedError
 
+    @classmethod
+    def edits(cls, folder: Path) -> dict[str, WeightEdit]:
+        """What the result in `folder` makes of the model's weights, by their names in transformers."""
+        method, parameters = cls.read(folder)
+        return {
+            name: WholeWeight(method, parameters, name, shape)
+            for name, shape in method.changed_shapes(parameters).items()
+        }
 
-METHODS: dict[str, type[Method]] = {Lora.name: Lora, Full.name: Full}
-"""Every method by its name."""
+    # Files
+
+    def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
+        """Write the result; each file is the old or the new one at every instant.
+
+        Args:
+            base_model: Name or path by which others find the base.
+            revision: Its commit on the Hub, where it is known.
+        """
+        write_file_with(folder / _PARAMETERS, lambda path: write_arrays(path, parameters, {"format": "mlx"}))
+        stated = {"method": self.name, "base_model": base_model, "revision": revision}
+        write_file(
+            folder / _SETTINGS, json.dumps(stated | {"settings": self.settings.model_dump(mode="json")}, indent=2)
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> tuple[Method, Parameters]:
+        """What `write` wrote, float32; raises `UserError` where it is not whole."""
+        stated = read_json(folder / _SETTINGS)
+        try:
+            method = cls(cls.Settings(**stated["settings"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"its settings cannot be read: {error}", where=str(folder / _SETTINGS)) from error
+        return method, load_arrays(folder / _PARAMETERS)
+
+    @classmethod
+    def recognizes(cls, folder: Path) -> bool:
+        """Whether a folder holds a result of this method, written here or by PEFT."""
+        return (folder / _SETTINGS).is_file() and read_json(folder / _SETTINGS).get("method") == cls.name
+
+    @classmethod
+    def base_model(cls, folder: Path) -> str:
+        """The name or path of the base that a result says it belongs to; an empty string where it says none."""
+        stated = read_json(folder / _SETTINGS).get("base_model")
+        return stated if isinstance(stated, str) else ""
+
+    def decides(self, where: Path) -> dict[str, Any]:
+        """The settings that a result on disk decides over when training starts from it; raises `UserError` where it cannot start."""
+        return self.settings.model_dump()
+
+    def agrees(self, model: nn.Module, name: str, given: Any) -> bool:
+        """Whether a setting that was given means on this model what the result on disk says."""
+        return bool(given == getattr(self.settings, name))
+
+    # Words
+
+    @property
+    def title(self) -> str:
+        """What the method is called in a sentence."""
+        return self.name
+
+    def describe(self) -> str:
+        """What a model card says of the method and its settings, on one line; names are in backticks."""
+        return self.title
 
 
 def make_method(config: TrainConfig) -> Method:
     """The method that a configuration asks for."""
-    return METHODS[config.method].from_config(config)
+    kind: type[Method] = METHODS[config.method]
+    return kind(config.settings(kind.Settings))
 
 
-__all__ = ["METHODS", "Binder", "Full", "Lora", "LoraSettings", "Method", "Parameters", "make_method"]
+def method_in(folder: Path) -> type[Method]:
+    """The method whose result a folder holds; where no method knows it, the default one, which says what is missing."""
+    found = (entry for _, entry in METHODS.items() if entry.frozen_base and entry.recognizes(folder))
+    kind: type[Method] = next(found, METHODS[TrainConfig.model_fields["method"].default])
+    return kind
+
+
+def attach_trained(model: nn.Module, method: Method, trained: Parameters, where: Path) -> Parameters:
+    """Attach a method to a model with what it trained before.
+
+    Args:
+        model: A frozen model, as loaded.
+        method: With the settings that it was trained with.
+        trained: Parameters that were read from `where`.
+        where: The folder that a message names.
+
+    Returns:
+        The trained parameters, in the model's order.
+
+    Raises:
+        UserError: If they are another model's; it names the first parameter that differs.
+    """
+    try:
+        start = method.attach(model, seed=0)
+    except UserError as error:
+        what = f"this adapter is for another model: {error.what}"
+        raise UserError(what, where=str(where), hint=error.hint) from error
+    _check_same(trained, start, where)
+    parameters = {name: trained[name] for name in start}
+    method.bind(model, parameters)
+    return parameters
+
+
+def _check_same(trained: Parameters, model: Parameters, where: Path) -> None:
+    """Raise `UserError` unless both have the same names and shapes; it names the first that differs."""
+    hint = "it belongs to another model; give the one that it was trained on"
+    for name, value in trained.items():
+        if name not in model:
+            raise UserError(f"this model has no place for {name}", where=str(where), hint=hint)
+        if value.shape != model[name].shape:
+            shapes = f"{list(value.shape)}, and the model asks for {list(model[name].shape)}"
+            raise UserError(f"{name} is {shapes}", where=str(where), hint=hint)
+    if missing := [name for name in model if name not in trained]:
+        what = f"{len(missing)} parameters of this model are not in it, such as {missing[0]}"
+        raise UserError(what, where=str(where), hint=hint)
+
+
+__all__ = [
+    "ENTRIES",
+    "Binder",
+    "Method",
+    "Parameters",
+    "Rows",
+    "WeightEdit",
+    "attach_trained",
+    "make_method",
+    "method_in",
+]

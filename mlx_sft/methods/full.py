@@ -1,41 +1,76 @@
 """Full fine-tuning: every floating weight, embeddings and head included.
 
-The parameters are float32 masters; the model computes with them in its own precision. Knows nothing of files.
+The parameters are float32 masters; the model computes with them in its own precision.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
+from numpy.typing import NDArray
 
-from mlx_sft.config import TrainConfig
+from mlx_sft.errors import UserError
+from mlx_sft.files import write_file_with
+from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
 from mlx_sft.model.head import floating_weights
+from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.names import transformers_name
+from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_float32, read_rows, write_arrays
+
+WEIGHTS_FILE = "model.safetensors"
+
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-class Full:
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """W → the trained weight, whose rows are read from its file as they are asked for."""
+
+    trained: StoredTensor
+    optional: bool = False
+    at_once: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.trained.shape
+
+    def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
+        if expert is None:
+            return read_rows(self.trained, start, stop)
+        experts, rows, *rest = self.trained.shape
+        flat = replace(self.trained, shape=(experts * rows, *rest))
+        return read_rows(flat, expert * rows + start, expert * rows + stop)
+
+
+class Full(Method):
     """The method `full`. Parameters: every floating weight under its name in transformers, such as `model.norm.weight`."""
 
     name: ClassVar = "full"
+    frozen_base: ClassVar = False
+    mergeable: ClassVar = True
+    folder: ClassVar = "weights"
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Any = None) -> None:
+        super().__init__(settings)
         self._places: dict[str, tuple[str, mx.Dtype]] = {}
 
-    @classmethod
-    def from_config(cls, config: TrainConfig) -> Full:
-        return cls()
-
-    def attach(self, model: nn.Module, seed: int) -> dict[str, mx.array]:
-        """Return float32 masters of the weights; nothing here is random."""
+    def attach(self, model: nn.Module, seed: int) -> Parameters:
+        """Return float32 masters of the weights; nothing here is random. Raises `UserError` where they are quantized."""
+        if any(is_quantized(module) for module in model.modules()):
+            hint = "train adapters on it with --method lora, or give the original"
+            raise UserError("the weights of this model are quantized, and cannot be trained", hint=hint)
         model.unfreeze()
         weights = floating_weights(model)
         self._places = {transformers_name(path): (path, weight.dtype) for path, weight in weights.items()}
         return {transformers_name(path): weight.astype(mx.float32) for path, weight in weights.items()}
 
-    def bind(self, model: nn.Module, parameters: dict[str, mx.array], key: mx.array | None = None) -> None:
+    def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         places = [(*self._places[name], value) for name, value in parameters.items()]
         model.update(tree_unflatten([(path, value.astype(dtype)) for path, dtype, value in places]))
 
@@ -43,8 +78,32 @@ class Full:
         """As transformers' Trainer: weight decay for matrices, not for norms and biases."""
         return not (name.endswith(".bias") or "norm" in name.lower())
 
-    def changed_shapes(self, parameters: dict[str, mx.array]) -> dict[str, tuple[int, ...]]:
+    def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
         return {name: value.shape for name, value in parameters.items()}
 
-    def changed_weight(self, name: str, weight: mx.array, parameters: dict[str, mx.array]) -> mx.array:
+    def changed_weight(self, name: str, weight: mx.array, parameters: Parameters) -> mx.array:
         return parameters[name]
+
+    @classmethod
+    def edits(cls, folder: Path) -> dict[str, WeightEdit]:
+        edits: dict[str, WeightEdit] = {t.name: Replacement(t) for t in open_safetensors(folder / WEIGHTS_FILE).tensors}
+        # A checkpoint may store a tied head besides the embeddings; a stale copy would no longer be tied.
+        if _EMBEDDINGS in edits and _HEAD not in edits:
+            tied = edits[_EMBEDDINGS]
+            edits[_HEAD] = Replacement(tied.trained, optional=True) if isinstance(tied, Replacement) else tied
+        return edits
+
+    def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
+        write_file_with(folder / WEIGHTS_FILE, lambda path: write_arrays(path, parameters, {"format": "mlx"}))
+
+    @classmethod
+    def read(cls, folder: Path) -> tuple[Full, Parameters]:
+        tensors = open_safetensors(folder / WEIGHTS_FILE).tensors
+        return cls(), {tensor.name: mx.array(read_float32(tensor)) for tensor in tensors}
+
+    @property
+    def title(self) -> str:
+        return "full fine-tuning"
+
+    def describe(self) -> str:
+        return "every weight"

@@ -1,191 +1,84 @@
 """LoRA: y = W x + scale · B A x, with W frozen (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
 DoRA: the rows of V = W + scale · B A are given norms m of their own, y = m / ‖V‖ · V x (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
-Names, start and scale are PEFT's, so that the files are. Knows nothing of files or of training.
+Names, start and scale are PEFT's, and so are the files (`peft_files`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
-from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
-from mlx_sft.model.linears import EXPERTS, is_quantized, linear_modules, weight_shape
+from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
+from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
+from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, write_adapter
+from mlx_sft.model.linears import is_experts, linear_modules, weight_shape
 from mlx_sft.model.names import EXPERTS_PART
-from mlx_sft.model.quantize import dequantized
-
-HALVES = ("lora_A", "lora_B")
-MAGNITUDE = "lora_magnitude_vector"
-"""The last parts of a parameter's name."""
 
 _PARTS = (*HALVES, MAGNITUDE)
 
 _ROUTERS = ("gate", "router")
 """What the module beside experts is called that chooses among them."""
 
-GROUPS = {
-    "all-linear": (),
-    "attention": ("self_attn", "attention", "attn", "self_attention"),
-    "qv": ("q_proj", "v_proj"),
-}
-"""Targets that stand for several modules of the layers: those with one of these parts in their path, or without parts all."""
+
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """W → W + scale · B · A, of a matrix, or of each of a stack; with magnitudes its rows have these norms (DoRA)."""
+
+    lora_A: NDArray[np.float32]
+    lora_B: NDArray[np.float32]
+    scale: float
+    magnitudes: NDArray[np.float32] | None = None
+    optional: bool = False
+    at_once: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.lora_B.shape[:-1], self.lora_A.shape[-1])
+
+    def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
+        lora_A, lora_B = (self.lora_A, self.lora_B) if expert is None else (self.lora_A[expert], self.lora_B[expert])
+        update = lora_B[start:stop] @ (lora_A if lora_A.ndim == 2 else lora_A[start:stop])
+        update *= np.float32(self.scale)
+        update += base(start, stop)
+        if self.magnitudes is not None:
+            norms = np.linalg.norm(update, axis=1)
+            update *= (self.magnitudes[start:stop] / np.where(norms == 0, 1, norms))[:, None]
+        return update
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """The shape of an adapter, in PEFT's terms; what it is by default is for `TrainConfig` to say.
-
-    Attributes:
-        targets: Module names (`q_proj`, or longer endings of a path), or one of `all-linear`, `attention`, `qv`.
-        dora: Whether each row's norm is learnt apart from its direction.
-        rank_pattern: The rank of single modules, by such names; the first that fits counts.
-        alpha_pattern: The same of alpha.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float
-    rslora: bool
-    targets: tuple[str, ...]
-    init: str
-    dora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def from_config(cls, config: TrainConfig) -> LoraSettings:
-        targets = (config.target,) if isinstance(config.target, str) else tuple(config.target)
-        return cls(
-            config.rank,
-            config.alpha,
-            config.dropout,
-            config.rslora,
-            targets,
-            config.init,
-            config.dora,
-            config.rank_pattern,
-            config.alpha_pattern,
-        )
-
-    def rank_of(self, module: str) -> int:
-        """The rank of the adapter on a module."""
-        return next((rank for name, rank in self.rank_pattern.items() if is_named(module, name)), self.rank)
-
-    def scale_of(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
-        alpha = next((alpha for name, alpha in self.alpha_pattern.items() if is_named(module, name)), self.alpha)
-        rank = self.rank_of(module)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-
-def is_named(module: str, name: str) -> bool:
-    """Whether a name, or the end of one, is a module's."""
-    return module == name or module.endswith(f".{name}")
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank update beside it: [..., in] → [..., out].
-
-    The update is computed in the precision of the input, from float32 parameters.
-    """
-
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.linear = linear
-        *experts, out_features, in_features = weight_shape(linear)
-        self.lora_A = mx.zeros((*experts, rank, in_features))
-        self.lora_B = mx.zeros((*experts, out_features, rank))
-        self._scale = scale
-        self._dropout = dropout
-        self._key: mx.array | None = None
-
-    def __call__(self, x: mx.array) -> mx.array:
-        down = self._drop(x) @ self.lora_A.T.astype(x.dtype)
-        # One pass over the output for the product and the sum.
-        return mx.addmm(self.linear(x), self._scale * down, self.lora_B.T.astype(x.dtype))
-
-    def _drop(self, x: mx.array) -> mx.array:
-        if self._key is None or self._dropout == 0:
-            return x
-        kept = mx.random.bernoulli(1 - self._dropout, x.shape, key=self._key)
-        return x * (kept.astype(x.dtype) / (1 - self._dropout))
-
-
-class DoraLinear(LoraLinear):
-    """A frozen linear layer whose weight's direction and norms are trained apart: [..., in] → [..., out].
-
-    As in PEFT, no gradient goes through ‖V‖, and dropout is on the input of what the adapter adds.
-    """
-
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
-        super().__init__(linear, rank, scale, dropout)
-        weight = (dequantized(linear) if is_quantized(linear) else linear.weight).astype(mx.float32)
-        self._squares = mx.square(weight).sum(axis=1)
-        self.lora_magnitude_vector = mx.sqrt(self._squares)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        dropped = self._drop(x)
-        frozen = self._frozen(dropped)
-        scaled = self._scale * (dropped @ self.lora_A.T.astype(x.dtype))
-        directed = mx.addmm(frozen, scaled, self.lora_B.T.astype(x.dtype))
-        result: mx.array = directed * (self.lora_magnitude_vector / mx.stop_gradient(self._norms())).astype(x.dtype)
-        if dropped is not x:
-            result = result + self.linear(x) - frozen
-        elif "bias" in self.linear:
-            result = result + self.linear.bias
-        return result
-
-    def _norms(self) -> mx.array:
-        """‖V‖ of each row, without V: ‖W‖² + 2 s Σ B ∘ (W Aᵀ) + s² Σ B ∘ (B A Aᵀ)."""
-        lora_A, lora_B = self.lora_A, self.lora_B
-        mixed = (lora_B * self._frozen(lora_A).astype(mx.float32).T).sum(axis=1)
-        updates = (lora_B * (lora_B @ (lora_A @ lora_A.T))).sum(axis=1)
-        squares = self._squares + 2 * self._scale * mixed + self._scale**2 * updates
-        return mx.where(squares > 0, mx.sqrt(mx.maximum(squares, 0)), 1)  # a row of zeros stays one
-
-    def _frozen(self, x: mx.array) -> mx.array:
-        """W x, without the bias."""
-        result: mx.array = self.linear(x)
-        return result - self.linear.bias if "bias" in self.linear else result
-
-
-class LoraSwitchLinear(LoraLinear):
-    """The linear layers of many experts, each with an update of its own; `indices` says which expert a token goes to."""
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # type: ignore[override]
-        def product(x: mx.array, weight: mx.array) -> mx.array:
-            weight = weight.astype(x.dtype).swapaxes(-1, -2)
-            return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=sorted_indices)
-
-        update = product(self._scale * product(self._drop(x), self.lora_A), self.lora_B)
-        frozen: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
-        return frozen + update
-
-
-class Lora:
+class Lora(Method):
     """The method `lora`.
 
     Parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r], of the experts of a layer [experts, r, in] and
-    [experts, out, r]. Modules have their names in transformers.
+    [experts, out, r]; with DoRA `<module>.lora_magnitude_vector` [out]. Modules have their names in transformers.
     """
 
     name: ClassVar = "lora"
+    Settings: ClassVar = LoraSettings
+    mergeable: ClassVar = True
+    mlx_lm: ClassVar = mlx_lm_files
+    settings: LoraSettings
 
-    def __init__(self, settings: LoraSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: LoraSettings | None = None) -> None:
+        super().__init__(settings)
         self.modules: dict[str, LoraLinear] = {}
 
-    @classmethod
-    def from_config(cls, config: TrainConfig) -> Lora:
-        return cls(LoraSettings.from_config(config))
+    @property
+    def uses_dropout(self) -> bool:
+        return self.settings.dropout > 0
 
-    def attach(self, model: nn.Module, seed: int) -> dict[str, mx.array]:
+    def attach(self, model: nn.Module, seed: int) -> Parameters:
         """Wrap the target modules; A starts random from `seed`, B at zero.
 
         Raises:
@@ -208,7 +101,7 @@ class Lora:
         self.bind(model, parameters)
         return parameters
 
-    def bind(self, model: nn.Module, parameters: dict[str, mx.array], key: mx.array | None = None) -> None:
+    def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         keys: list[mx.array | None] = [None] * len(self.modules)
         if key is not None and self.settings.dropout > 0:
             keys = list(mx.random.split(key, len(self.modules)))
@@ -218,17 +111,26 @@ class Lora:
                 module.update(given)
                 module._key = module_key
 
-    def decayed(self, name: str) -> bool:
-        return True
+    @staticmethod
+    def detach(model: nn.Module) -> Callable[[], None]:
+        taken = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+        for path, module in taken.items():
+            _replace(model, path, module.linear)
 
-    def changed_shapes(self, parameters: dict[str, mx.array]) -> dict[str, tuple[int, ...]]:
+        def put_back() -> None:
+            for path, module in taken.items():
+                _replace(model, path, module)
+
+        return put_back
+
+    def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
         pairs = {module: [parameters[f"{module}.{half}"] for half in HALVES] for module in modules}
         return {
             f"{module}.weight": (*lora_B.shape[:-1], lora_A.shape[-1]) for module, (lora_A, lora_B) in pairs.items()
         }
 
-    def changed_weight(self, name: str, weight: mx.array, parameters: dict[str, mx.array]) -> mx.array:
+    def changed_weight(self, name: str, weight: mx.array, parameters: Parameters) -> mx.array:
         module = name.removesuffix(".weight")
         lora_A, lora_B = (parameters[f"{module}.{half}"] for half in HALVES)
         changed = weight.astype(mx.float32) + self.settings.scale_of(module) * (lora_B @ lora_A)
@@ -238,15 +140,65 @@ class Lora:
         norms = mx.linalg.norm(changed, axis=1)
         return changed * (magnitudes / mx.where(norms == 0, 1, norms))[:, None]
 
+    @classmethod
+    def edits(cls, folder: Path) -> dict[str, WeightEdit]:
+        settings, parameters = read_adapter(folder)
+        edits: dict[str, WeightEdit] = {}
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
+            lora_A, lora_B = (np.array(parameters[f"{module}.{half}"], np.float32) for half in HALVES)
+            norms = parameters.get(f"{module}.{MAGNITUDE}")
+            magnitudes = None if norms is None else np.array(norms, np.float32)
+            edits[f"{module}.weight"] = LowRankUpdate(lora_A, lora_B, settings.scale_of(module), magnitudes)
+        return edits
+
+    def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
+        write_adapter(folder, self.settings, parameters, base_model, revision)
+
+    @classmethod
+    def read(cls, folder: Path) -> tuple[Lora, Parameters]:
+        settings, parameters = read_adapter(folder)
+        return cls(settings), parameters
+
+    @classmethod
+    def recognizes(cls, folder: Path) -> bool:
+        return (folder / CONFIG).is_file()
+
+    @classmethod
+    def base_model(cls, folder: Path) -> str:
+        return base_model_name(folder)
+
+    def decides(self, where: Path) -> dict[str, Any]:
+        if min(self.settings.alpha, *self.settings.alpha_pattern.values(), 1.0) <= 0:
+            what = "its alpha is not above 0, so that it could not be trained"
+            raise UserError(what, where=str(where), hint="start from another adapter")
+        return self.settings.model_dump(exclude={"dropout", "init"})
+
+    def agrees(self, model: nn.Module, name: str, given: Any) -> bool:
+        if name != "target":
+            return super().agrees(model, name, given)
+        targets = (given,) if isinstance(given, str) else tuple(given)  # `all-linear` may be the names in the file
+        return resolve_targets(model, targets) == resolve_targets(model, self.settings.targets)
+
+    @property
+    def title(self) -> str:
+        return "DoRA" if self.settings.dora else "LoRA"
+
+    def describe(self) -> str:
+        settings = self.settings
+        stabilized = ", rank-stabilized" if settings.rslora else ""
+        own = "; modules with ranks or alphas of their own" if settings.rank_pattern or settings.alpha_pattern else ""
+        targets = ", ".join(f"`{target}`" for target in settings.targets)
+        return f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{own}"
+
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:
-        experts = isinstance(linear, EXPERTS)
+        experts = is_experts(linear)
         if self.settings.dora and experts:
             what = f"DoRA is not known for experts ({name})"
             raise UserError(what, where="target", hint="leave them out, as with --target attention")
         return LoraSwitchLinear if experts else DoraLinear if self.settings.dora else LoraLinear
 
-    def _initial(self, seed: int) -> dict[str, mx.array]:
-        parameters: dict[str, mx.array] = {}
+    def _initial(self, seed: int) -> Parameters:
+        parameters: Parameters = {}
         keys = mx.random.split(mx.random.key(seed), max(len(self.modules), 2))
         for (path, module), key in zip(self.modules.items(), keys, strict=False):
             shape = module.lora_A.shape
@@ -261,20 +213,6 @@ class Lora:
             if isinstance(module, DoraLinear):
                 parameters[f"{path}.{MAGNITUDE}"] = module.lora_magnitude_vector
         return parameters
-
-
-def detach(model: nn.Module) -> dict[str, LoraLinear]:
-    """Take every adapter off a model; returns the modules that had one, by their paths."""
-    taken = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
-    for path, module in taken.items():
-        _replace(model, path, module.linear)
-    return taken
-
-
-def put_back(model: nn.Module, modules: dict[str, LoraLinear]) -> None:
-    """The inverse of `detach`."""
-    for path, module in modules.items():
-        _replace(model, path, module)
 
 
 def _check_patterns(settings: LoraSettings, chosen: list[str]) -> None:

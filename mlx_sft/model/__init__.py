@@ -1,1 +1,1 @@
-"""Checkpoints as MLX models: loading one, and splitting it into body and head. Knows nothing of training."""
+"""Checkpoints as MLX models: loading one, and splitting it into body and head."""

@@ -1,9 +1,9 @@
-"""The modules inside of a layer, seen as products with weights and what lies between them.
+"""The modules inside of a layer, split into products with weights and the computation between them (the core).
 
     x ─► gate_proj, up_proj ─► core ─► down_proj ─►          x ─► q_proj, k_proj, v_proj ─► core ─► o_proj ─►
 
-Which is which is not read off names: it is watched once, on the model's own code. The core is that code too, run with stand-ins
-where the products were; no class is changed. Knows nothing of why someone wants the parts apart.
+The parts are not found by names: one call of the model's own code is watched. The core is that code too, run with the products
+replaced by their results; no class is changed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Block:
     """A module as `last(core(*[child(x) for child in first]))`.
 
     Attributes:
-        first: Names of its children that multiply its input with weights, in the order in which it calls them.
-        last: Name of the child that makes its result.
-        positionwise: Whether it was called with nothing but its input, so that no position sees another.
+        first: Names of the children that multiply the input with weights, in the order in which they are called.
+        last: Name of the child that computes the result.
+        positionwise: Whether the module was called with its input alone, so that no position sees another.
     """
 
     module: nn.Module
@@ -38,20 +38,20 @@ class Block:
         return [getattr(self.module, name)(x) for name in self.first]
 
     def core(self, projected: list[mx.array], x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """What the module makes of the first products, before the last."""
-        stand_ins: dict[str, Call] = {
+        """What the module computes from the first products, before the last."""
+        results: dict[str, Call] = {
             name: (lambda _, result=result: result) for name, result in zip(self.first, projected, strict=True)
         }
-        with stood_in(self.module, stand_ins | {self.last: lambda hidden: hidden}):
+        with replaced_children(self.module, results | {self.last: lambda hidden: hidden}):
             result: mx.array = self.module(x, *args, **kwargs)
         return result
 
 
 def find_blocks(layers: list[nn.Module], run: Callable[[], object]) -> list[dict[str, Block]]:
-    """For each layer, those of its children that are blocks, by name.
+    """The children that are blocks, by name, for each layer.
 
     Args:
-        run: Calls every layer once as training does; what it returns is never computed.
+        run: Calls every layer once as training does; its result is never computed.
     """
     watches = [
         _Watch(layer, name) for layer in layers for name, child in layer.children().items() if _has_linears(child)
@@ -72,21 +72,21 @@ def find_blocks(layers: list[nn.Module], run: Callable[[], object]) -> list[dict
 
 
 @contextmanager
-def stood_in(module: nn.Module, stand_ins: Mapping[str, Call]) -> Iterator[None]:
-    """Within the block, calls of these children go to the stand-ins."""
-    for name, stand_in in stand_ins.items():
+def replaced_children(module: nn.Module, replacements: Mapping[str, Call]) -> Iterator[None]:
+    """Within the `with` block, calls of these children go to the replacements."""
+    for name, replacement in replacements.items():
         # An instance attribute comes before a Module's children, which live in its dictionary.
-        object.__setattr__(module, name, stand_in)
+        object.__setattr__(module, name, replacement)
     try:
         yield
     finally:
-        for name in stand_ins:
+        for name in replacements:
             object.__delattr__(module, name)
 
 
 @dataclass
 class _Watch:
-    """Stands where a layer's child stood, and notes what it is called with and what it calls."""
+    """Takes the place of a layer's child, and notes the calls of it and of its linear children."""
 
     layer: nn.Module
     name: str
@@ -115,7 +115,7 @@ class _Watch:
             return call
 
         children = {name: noting(name, child) for name, child in self.module.children().items() if is_linear(child)}
-        with stood_in(self.module, children):
+        with replaced_children(self.module, children):
             self.results.append(self.module(x, *args, **kwargs))
         return self.results[-1]
 
@@ -123,7 +123,7 @@ class _Watch:
         return getattr(self.module, name)
 
     def block(self) -> Block | None:
-        """The module's parts, where all its products are either of its input or its result, and each was made once."""
+        """The module's parts; None unless every product was computed once, from the input or as the result."""
         names = [name for name, _, _ in self.calls]
         if len(self.results) != 1 or len(set(names)) < len(names) or len(names) < 2:
             return None
@@ -137,7 +137,7 @@ class _Watch:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether a module multiplies with a matrix of weights; one with an adapter beside it (`linear`) does as well."""
+    """Whether a module multiplies with a matrix of weights, alone or as the `linear` of a module with an adapter."""
     return isinstance(getattr(module, "linear", module), nn.Linear | nn.QuantizedLinear)
 
 

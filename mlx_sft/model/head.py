@@ -1,10 +1,9 @@
-"""A causal language model split into body and head, and proved equal to the whole before it is trusted.
+"""A causal language model split into body and head; the split is used only where both give what the whole gives.
 
     token_ids ─► body ─► hidden_states ─► head ─► logits
 
-The split needs no knowledge of the family: the head is the model's own code, run with a stand-in where its body was that
-answers with given hidden states. So soft-capping, scaled logits and tied embeddings are whatever the model makes of them.
-Knows nothing of losses.
+The split needs no knowledge of the family: the head is the model's own code, run with its body replaced by an object that
+returns given hidden states. So soft-capping, scaled logits and tied embeddings are whatever the model makes of them.
 """
 
 from __future__ import annotations
@@ -16,18 +15,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_sft.model.blocks import replaced_children
+
 _BODY_NAMES = ("model", "transformer", "backbone")
 
 _OUTPUT_NAME = "lm_head"
 _EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embeddings")
-"""Of the embedding in a body, which is the output matrix too where there is no other."""
+"""Names of the embedding in a body, which is the output matrix too where there is no other."""
 
 _NESTED = "language_model"
-"""What a model that can do more calls its language model."""
+"""The name of the language model in a model that can also see or hear."""
 
 
-class _StandIn:
-    """Stands where the body stood: answers any call with the given hidden states, anything else as the body does."""
+class _FixedBody:
+    """Takes the body's place: returns the given hidden states for any call, and has the body's attributes."""
 
     def __init__(self, body: nn.Module, hidden_states: mx.array) -> None:
         self._body = body
@@ -45,13 +46,13 @@ class SplitModel:
 
     Attributes:
         model: The whole model.
-        body_name: The attribute that holds the body; None where the split does not hold. Then `hidden_states` is the whole
-            model and `logits` the identity, which is as exact and keeps the logits of every position.
+        body_name: The attribute that holds the body; None where the model cannot be split. Then `hidden_states` is the whole
+            model and `logits` the identity: as exact, but the logits of every position are kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        # Where it is nested, the whole has a property for the body, which nothing can stand in for.
+        # Where it is nested, the whole has a property for the body, which cannot be replaced.
         self._owner: nn.Module = model.get(_NESTED, model)
         self.body_name = next((name for name in _BODY_NAMES if self._is_body(name)), None)
         if self.body_name is not None and not self._holds_on_probe():
@@ -66,11 +67,11 @@ class SplitModel:
 
     @property
     def layers_prefix(self) -> str:
-        """What the names of the layers' parameters begin with in transformers, such as `model.layers.`."""
+        """The beginning of the names of the layers' parameters in transformers, such as `model.layers.`."""
         return f"{self.body_name}.layers." if self.body_name else ""
 
     def outside_layers(self, parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Those of trained parameters that are in none of the repeated layers; the head may use them."""
+        """The trained parameters that are in none of the repeated layers; the head may use them."""
         return {name: value for name, value in parameters.items() if not name.startswith(self.layers_prefix)}
 
     def hidden_states(self, token_ids: mx.array) -> mx.array:
@@ -84,16 +85,12 @@ class SplitModel:
         if self.body_name is None:
             return hidden_states
         states = hidden_states[None]
-        # An instance attribute comes before a Module's children, which live in its dictionary.
-        object.__setattr__(self._owner, self.body_name, _StandIn(self._body, states))
-        try:
+        with replaced_children(self._owner, {self.body_name: _FixedBody(self._body, states)}):
             logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
-        finally:
-            object.__delattr__(self._owner, self.body_name)
         return logits[0]
 
     def output_matrix(self) -> tuple[nn.Module, str] | None:
-        """The module that holds the matrix which gives the logits, and its name there; None where neither is known by its name."""
+        """The module that holds the output matrix, and the matrix's name in it; None where no known name is found."""
         if self.body_name is None:
             return None
         places = ((self._owner, _OUTPUT_NAME), *((self._body, name) for name in _EMBEDDING_NAMES))
@@ -124,7 +121,7 @@ class SplitModel:
         return self.agree(parts.reshape(whole.shape), whole)
 
     def agree(self, found: mx.array, expected: mx.array) -> bool:
-        """Whether two ways to compute something are the same, but for the model's precision."""
+        """Whether two results are equal within the model's precision."""
         found, expected = found.astype(mx.float32), expected.astype(mx.float32)
         tolerance = 1e-4 if self.model_dtype() == mx.float32 else 2e-2
         return bool((mx.abs(found - expected).max() <= tolerance * mx.abs(expected).max()).item())

@@ -1,23 +1,36 @@
-"""The modules of a model that multiply with a matrix of weights: plain or quantized, one or one for each expert."""
+"""The linear modules of a model: plain or quantized, single or one for each expert."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_sft.model.names import transformers_name
 
-EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
-_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
-_LINEAR = (nn.Linear, nn.QuantizedLinear, *EXPERTS)
+
+@cache
+def _experts() -> tuple[type[nn.Module], type[nn.Module]]:
+    """The classes of mlx-lm for the experts of a layer: plain and quantized. Importing mlx-lm takes seconds, so it waits for a model."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return SwitchLinear, QuantizedSwitchLinear
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a linear module is one for each expert of a layer."""
+    return isinstance(module, _experts())
 
 
 def linear_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """Every linear module by its name in transformers, with its path in the model; in the model's order."""
-    found = [(path, module) for path, module in model.named_modules() if type(module) in _LINEAR]
+    """Every linear module's path in the model and the module, by its name in transformers, in the model's order."""
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.QuantizedLinear, *_experts())
+    ]
     return {transformers_name(path): (path, module) for path, module in sorted(found, key=lambda one: _natural(one[0]))}
 
 
@@ -36,7 +49,7 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def is_quantized(module: Any) -> bool:
     """Whether its weight is packed, with a scale for each group of numbers."""
-    return isinstance(module, _QUANTIZED)
+    return isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding | _experts()[1])
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

@@ -1,7 +1,4 @@
-"""A checkpoint folder or Hub id → an MLX model with its weights, and its tokenizer, through mlx-lm.
-
-Knows nothing of adapters or training.
-"""
+"""A checkpoint folder or Hub id → an MLX model with its weights, and its tokenizer, through mlx-lm."""
 
 from __future__ import annotations
 
@@ -18,19 +15,28 @@ from mlx.utils import tree_map
 from mlx_lm import utils as mlx_lm_utils
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mlx_sft.console import count
 from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.files import user_path
+from mlx_sft.model.head import floating_weights
+from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import stored_quantization
-from mlx_sft.model.rope import settle_ropes
+from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.translate import read_config, translate_config
 from mlx_sft.model.weights import INDEX, SINGLE, check_weights, weight_files
-from mlx_sft.runs import user_path
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 TINY = Path(__file__).parent / "tiny"
 
+TESTED = frozenset({
+    "gemma2", "gemma3_text", "glm4", "granite", "lfm2", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_5_text", "qwen3_moe", "smollm3",
+})  # fmt: skip
+"""The families, by `model_type`, that tests/test_families.py compares with transformers and PEFT; docs/models.md has a row for each."""
+
 _HEAD_BYTES, _SAMPLE_BYTES, _SAMPLES = 2**22, 2**14, 256
-"""What a fingerprint reads of each file: training moves every weight, so that samples of a large file show another one."""
+"""What a fingerprint reads of each file. Training changes every weight, so that samples tell large files apart."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """A tokenizer is at least one of these."""
@@ -48,7 +54,7 @@ MODEL_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-"""What makes a model beside its weights."""
+"""The files of a model beside its weights."""
 
 LICENCE_FILES = ("LICENSE*", "NOTICE*")
 
@@ -76,6 +82,19 @@ class LoadedModel:
     name: str
     config: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.describe()})"
+
+    def describe(self) -> str:
+        """Its name, family, size and precision, on one line: the model itself would fill pages of a notebook."""
+        size = count(mlx_lm_utils.get_total_parameters(self.model))
+        return f"{self.name}: {self.config['model_type']}, {size} parameters, {self._precision()}"
+
+    def _precision(self) -> str:
+        dtype = str(next(iter(floating_weights(self.model).values())).dtype).removeprefix("mlx.core.")
+        bits = {module.bits for _, module in quantized_modules(self.model)}
+        return f"{dtype}, quantized to {' and '.join(map(str, sorted(bits)))} bits" if bits else dtype
+
 
 def load_model(
     name: str,
@@ -88,8 +107,8 @@ def load_model(
 
     Args:
         name: `tiny`, a checkpoint folder, or a Hub id.
-        dtype: `float32`, `bfloat16`, `float16`, `stored` for each as it is in the files, or `auto`: bfloat16 on Metal and CUDA,
-            float32 on the CPU.
+        dtype: `float32`, `bfloat16`, `float16`, `stored` (each weight as it is in the files), or `auto`: bfloat16 on Metal and
+            CUDA, float32 on the CPU.
         tokenizer: The checkpoint's, where it is loaded already.
         quantize: A name of `QUANTIZATIONS`: quantize the weights, from this precision, as `mlx_lm.convert` would.
 
@@ -104,7 +123,7 @@ def load_model(
     trusted = may_run_code_of(path)
     with blamed_on(path, "cannot load this checkpoint", "if it should be whole, copy or download it again"):
         model, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=settings, trust_remote_code=trusted)
-        settle_ropes(model, settings)
+        correct_ropes(model, settings)
         cast(model, dtype)
         if quantize is not None:
             quantize_model(model, quantize)
@@ -115,7 +134,7 @@ def load_model(
 
 
 def cast(model: nn.Module, dtype: str) -> None:
-    """Give every floating weight this precision; of a quantized one, its scales. With `stored` each keeps its own."""
+    """Give every floating weight, and the scales of quantized ones, this precision; with `stored` each keeps its own."""
     if dtype == "stored":
         return
     target = getattr(mx, resolve_dtype(dtype))
@@ -123,7 +142,11 @@ def cast(model: nn.Module, dtype: str) -> None:
 
 
 def refuse_other_forms(path: Path, config: dict[str, Any], quantize: str | None) -> dict[str, Any] | None:
-    """How the checkpoint is quantized, where it is; raises `UserError` for forms that are not MLX's, and for twice."""
+    """How the checkpoint is quantized, None if it is not.
+
+    Raises:
+        UserError: If it is quantized in another form than MLX's, or quantized already where `quantize` asks for it again.
+    """
     where = str(path)
     if (path / "hf_quant_config.json").is_file():  # NVIDIA's way to say it
         config = config | {"quantization_config": {"quant_method": "modelopt"}}
@@ -140,17 +163,17 @@ def is_packed(path: Path) -> bool:
 
 
 def resolve_dtype(dtype: str) -> str:
-    """The name of the precision that `auto` stands for on this machine's default device."""
+    """The precision by name; for `auto`, the one of this machine's default device."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if mx.default_device() == mx.Device(mx.gpu) else "float32"
 
 
 def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
-    """The folder on disk for `tiny`, a path, or a Hub id; the network is asked only where the cache lacks a file of it.
+    """The folder on disk for `tiny`, a path, or a Hub id; downloads only what the cache lacks.
 
     Args:
-        weights: Whether they are needed too, or only the tokenizer.
+        weights: Whether the weights are needed, or only the tokenizer.
     """
     if name == "tiny":
         return TINY
@@ -174,7 +197,7 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
 
 
 def local_checkpoint(name: str) -> Path | None:
-    """As `resolve_checkpoint`, of what there is on disk, whole or not; None where there is nothing."""
+    """As `resolve_checkpoint` without downloading: the folder on disk, complete or not; None where there is none."""
     if name == "tiny":
         return TINY
     folder = user_path(name)
@@ -213,7 +236,7 @@ def _download(name: str, *, weights: bool) -> Path:
 
 
 def _missing(snapshot: Path, *, weights: bool) -> str:
-    """What a snapshot of a Hub model lacks; an empty string where it can be used."""
+    """What is missing in a downloaded Hub model, in words; empty where nothing is."""
     tokenizer = "" if _has_tokenizer(snapshot) else "no tokenizer"
     if not weights:
         return tokenizer
@@ -227,9 +250,9 @@ def _missing(snapshot: Path, *, weights: bool) -> str:
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """SHA-256 over what makes a model in its folder: configuration, tokenizer and templates, and its weights.
+    """SHA-256 over a model's configuration, tokenizer, templates and weights.
 
-    Of a large file it covers the size, the head and even samples.
+    Of a large file it covers the size, the beginning and even samples.
     """
     digest = hashlib.sha256()
     small = {file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()}
@@ -265,7 +288,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:
-    """The number of token ids that a model has a row for: that of its embedding.
+    """The number of rows of a model's embedding: how many token ids it knows.
 
     Args:
         model: An mlx-lm model.
@@ -284,9 +307,20 @@ def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:
 
 
 def stated_vocabulary(config: dict[str, Any]) -> int | None:
-    """How many tokens a `config.json` says that its language model knows."""
+    """The vocabulary size of the language model that a `config.json` states; None where it states none."""
     stated: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return stated
+
+
+def untested_note(config: dict[str, Any]) -> str:
+    """What a person should know before training a model of a family that is not in `TESTED`; empty for those that are."""
+    kind = config["model_type"]
+    if kind in TESTED:
+        return ""
+    return (
+        f"models of type {kind} have not been compared with transformers; that body and head make the whole, and that what is trained "
+        "can be merged, is checked now. Look at the first losses, and compare the export with the original library"
+    )
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -1,10 +1,10 @@
-"""The two names of a module or a weight: mlx-lm's, and that of transformers, which checkpoints and PEFT's adapters go by.
+"""The two names of a module or a weight: mlx-lm's, and that of transformers, which checkpoints and PEFT's adapters use.
 
     language_model.model.layers.0.self_attn.q_proj      model.layers.0.self_attn.q_proj
     model.layers.0.mlp.switch_mlp.up_proj               model.layers.0.mlp.experts.up_proj
 
 mlx-lm stacks the experts of a layer into one module. Its name here is that of each expert's module without the expert's number.
-Most names are the same in both. Knows nothing of files.
+Most names are the same in both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BEGINNINGS = (
     ("model.language_model.", "model."),
     ("language_model.lm_head", "lm_head"),
 )
-"""Of a language model inside of one that can do more: in mlx-lm, and in such a checkpoint."""
+"""How names begin in a model that holds a language model among others, and how in transformers."""
 
 _PARTS = (
     (".block_sparse_moe.switch_mlp.gate_proj", ".block_sparse_moe.experts.w1"),
@@ -27,14 +27,14 @@ _PARTS = (
     (".feed_forward.switch_mlp.up_proj", ".feed_forward.experts.w3"),
     (".mlp.switch_mlp.", ".mlp.experts."),
 )
-"""The first that a name holds is written otherwise."""
+"""mlx-lm's names of experts' modules, and those in transformers; the first that is found in a name is replaced."""
 
 EXPERTS_PART = ".experts."
 """What stands before the number of an expert."""
 
 
 def transformers_name(name: str) -> str:
-    """The name, or the beginning of one, that transformers has for what mlx-lm, or a checkpoint, calls `name`."""
+    """The name in transformers of what mlx-lm, or a checkpoint, calls `name`; also for the beginning of a name."""
     for ours, theirs in _BEGINNINGS:
         if name.startswith(ours):
             name = theirs + name.removeprefix(ours)
@@ -45,7 +45,7 @@ def transformers_name(name: str) -> str:
 
 
 def mlx_names(names: Iterable[str]) -> dict[str, str]:
-    """transformers' names → mlx-lm's, for the names that a model of mlx-lm has: the inverse of `transformers_name`."""
+    """transformers' names → mlx-lm's, for the names in a model of mlx-lm: the inverse of `transformers_name`."""
     return {transformers_name(name): name for name in names}
 
 

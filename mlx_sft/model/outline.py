@@ -1,7 +1,4 @@
-"""A checkpoint's modules and their shapes, from `config.json` alone: its arrays are never computed, and its weights never read.
-
-Knows nothing of memory or time.
-"""
+"""A checkpoint's model without its weights: built from `config.json`, with arrays of the right shape that are never computed."""
 
 from __future__ import annotations
 
@@ -15,25 +12,25 @@ from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import refuse_other_forms
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import quantize_as_stored
-from mlx_sft.model.rope import settle_ropes
+from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config
 from mlx_sft.model.weights import weight_files
 from mlx_sft.safetensors_file import open_safetensors
 
 
-class _Unproved(SplitModel):
-    """A model split as it is expected to be: the proof of it needs the weights."""
+class _UncheckedSplit(SplitModel):
+    """A split model without the check that body and head make the whole, which needs the weights."""
 
     def _holds_on_probe(self) -> bool:
         return True
 
 
 def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
-    """The model of a checkpoint folder as training splits it, frozen, every weight an array that stands for its shape.
+    """The model of a checkpoint folder, frozen and split as for training; its weights are placeholders.
 
     Args:
-        dtype: As which the weights would be loaded.
-        quantize: As which they would be quantized, as for `load_model`.
+        dtype: The precision in which the weights would be loaded.
+        quantize: How they would be quantized, as for `load_model`.
 
     Raises:
         UserError: For a configuration that cannot be trained.
@@ -43,7 +40,7 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     family = family_code(settings, path)
     with blamed_on(path / "config.json", "no model can be made of it", DOWNLOAD_AGAIN):
         model: nn.Module = family.Model(family.ModelArgs.from_dict(settings))
-        settle_ropes(model, settings)
+        correct_ropes(model, settings)
         if stored is not None:
             quantize_as_stored(model, stored, _packed_modules(path))
     target: mx.Dtype = getattr(mx, dtype)
@@ -51,11 +48,11 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     if quantize is not None:
         quantize_model(model, quantize)
     model.freeze()
-    return _Unproved(model)
+    return _UncheckedSplit(model)
 
 
 def _packed_modules(path: Path) -> set[str] | None:
-    """The modules whose weights are quantized, by what the files hold; None where these are not on disk."""
+    """The modules whose weights are quantized, as the files say; None where these are not on disk."""
     files = weight_files(path)
     if not files or not all(file.is_file() for file in files):
         return None

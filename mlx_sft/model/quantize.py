@@ -1,4 +1,4 @@
-"""Quantized weights of a frozen base, in MLX's own forms: groups of a row share a scale. Knows nothing of what is trained beside them."""
+"""Quantized weights of a frozen base, in MLX's own forms: groups of a row share a scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_sft.model.names import transformers_name
 
 
 class Quantization(NamedTuple):
-    """How numbers are quantized: `bits` each, in groups of `group_size` along a row, in the way that MLX calls `mode`."""
+    """`bits` for each number, in groups of `group_size` along a row; `mode` is MLX's name for the kind of quantization."""
 
     group_size: int
     bits: int
@@ -34,7 +34,7 @@ def quantize(model: nn.Module, name: str) -> dict[str, Any]:
     """Quantize every weight that `mlx_lm.convert` would, embeddings and head included.
 
     Returns:
-        What mlx-lm writes into `config.json` of such a model as `quantization`.
+        The `quantization` that mlx-lm writes into such a model's `config.json`.
     """
     stated: dict[str, Any] = QUANTIZATIONS[name]._asdict()
     of_family = getattr(model, "quant_predicate", None) or (lambda path, module: True)
@@ -70,11 +70,11 @@ def stored_quantization(config: dict[str, Any], where: str) -> dict[str, Any] | 
 
 
 def quantize_as_stored(model: nn.Module, stated: dict[str, Any], packed: set[str] | None) -> None:
-    """Give a model whose weights do not matter the shapes of a checkpoint that mlx-lm quantized.
+    """Give a model whose weights are placeholders the quantized modules of a checkpoint that mlx-lm quantized.
 
     Args:
-        stated: What its `config.json` says.
-        packed: The modules that are; None where that is not known, and all that can be are taken to be.
+        stated: The `quantization` of its `config.json`.
+        packed: The modules that are quantized; None where that is not known: then all that can be.
     """
     quantization = Quantization(stated["group_size"], stated["bits"], stated.get("mode", "affine"))
     _quantize(model, quantization, lambda path, _: (packed is None or path in packed) and stated.get(path, True))
@@ -83,7 +83,7 @@ def quantize_as_stored(model: nn.Module, stated: dict[str, Any], packed: set[str
 def _quantize(
     model: nn.Module, quantization: Quantization, how: Callable[[str, nn.Module], bool | dict[str, Any]]
 ) -> None:
-    """Weights whose rows are whole groups, where and as `how` says of a path and a module."""
+    """Quantize the weights whose rows are whole groups; `how` says of a path and a module whether and how."""
     group_size, bits, mode = quantization
 
     def chosen(path: str, module: Any) -> bool | dict[str, Any]:
@@ -93,7 +93,7 @@ def _quantize(
 
 
 def dequantized(module: Any, part: Callable[[mx.array], mx.array] = lambda array: array) -> mx.array:
-    """The numbers that a quantized weight, or this part of its rows, stands for, in the precision of its scales."""
+    """A quantized weight, or this part of its rows, as plain numbers in the precision of its scales."""
     biases = module.get("biases")
     numbers: mx.array = mx.dequantize(
         part(module.weight),
@@ -107,7 +107,7 @@ def dequantized(module: Any, part: Callable[[mx.array], mx.array] = lambda array
 
 
 def round_trip(weight: mx.array, quantization: Quantization) -> mx.array:
-    """What is left of a weight once it is quantized, in its own precision; rows are independent of each other."""
+    """A weight quantized and dequantized again, in its own precision; rows are independent of each other."""
     group_size, bits, mode = quantization
     packed, scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
     back: mx.array = mx.dequantize(packed, scales, biases[0] if biases else None, group_size, bits, mode=mode)
@@ -115,14 +115,14 @@ def round_trip(weight: mx.array, quantization: Quantization) -> mx.array:
 
 
 class WeightRow(NamedTuple):
-    """The first row of a weight, of a stack the first of its last matrix; of a quantized one the numbers that it stands for."""
+    """The first row of a weight as plain numbers; of a stack of experts, the first row of the last expert."""
 
     numbers: mx.array
     quantized: bool
 
 
 def first_rows(model: nn.Module) -> dict[str, WeightRow]:
-    """Of every floating or quantized weight, by its name in transformers; nothing is computed yet."""
+    """The first row of every floating or quantized weight, by its name in transformers; nothing is computed yet."""
     floating = {transformers_name(path): weight for path, weight in floating_weights(model).items()}
     rows = {name: WeightRow(_first(weight), False) for name, weight in floating.items()}
     packed = {f"{name}.weight": module for name, module in quantized_modules(model)}
@@ -134,6 +134,6 @@ def _first(weight: mx.array) -> mx.array:
 
 
 def weights_by_name(model: nn.Module) -> dict[str, mx.array]:
-    """Every floating weight by its name in transformers; for a quantized one the numbers that it stands for, not yet computed."""
+    """Every weight as plain numbers, by its name in transformers; those of quantized weights are not computed yet."""
     weights = {transformers_name(path): weight for path, weight in floating_weights(model).items()}
     return weights | {f"{name}.weight": dequantized(module) for name, module in quantized_modules(model)}

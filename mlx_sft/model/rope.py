@@ -1,4 +1,4 @@
-"""Rotary positions: a checkpoint's settings of them → those that mlx-lm's code reads, and the right ones where it does not.
+"""Rotary positions (RoPE): a checkpoint's settings → those that mlx-lm's code reads, and corrections where it reads them wrong.
 
 transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`, for some families a set for each type of layer.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE, initialize_rope
 
 Unread = Callable[[str, Any], Exception]
-"""The error that says that a setting, of this name and value, is read by no one."""
+"""Makes the error for a setting, of this name and value, that nothing reads."""
 
 _SETTINGS = {
     "default": set(),
@@ -25,19 +25,19 @@ _SETTINGS = {
     "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
     "longrope": {"factor", "attention_factor", "original_max_position_embeddings", "short_factor", "long_factor"},
 }
-"""Per type of RoPE, the settings that mlx-lm's `initialize_rope`, or the module here, reads."""
+"""The settings that mlx-lm's `initialize_rope`, or the module here, reads, by type of RoPE."""
 
 _WITHOUT_EFFECT = {"mrope_section", "mrope_interleaved"}
-"""They say which part of a position turns which pair of numbers. The parts are equal where all there is is text."""
+"""They say which part of a position turns which pair of numbers. For text alone, the parts are equal."""
 
 
 def translate_rope(settings: dict[str, Any], fields: dict[str, Any], unread: Unread) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and `rope_parameters` as a family's code reads them, every setting known to be read.
+    """`rope_theta`, `rope_scaling` and `rope_parameters` as a family's code reads them.
 
     Args:
-        settings: Of the language model, in either form.
-        fields: What the family's code reads.
-        unread: Makes the error that is raised for a setting that it does not.
+        settings: The language model's, in either form.
+        fields: The settings that the family's code reads.
+        unread: Makes the error that is raised for a setting that the code does not read.
     """
     rope = dict(settings.get("rope_scaling") or {}) | dict(settings.get("rope_parameters") or {})
     if any(isinstance(value, dict) for value in rope.values()):
@@ -77,7 +77,7 @@ def translate_rope(settings: dict[str, Any], fields: dict[str, Any], unread: Unr
 def _by_type_of_layer(
     rope: dict[str, Any], settings: dict[str, Any], fields: dict[str, Any], unread: Unread
 ) -> dict[str, Any]:
-    """Gemma 3's code reads a base of its own for layers with a window; other families' read the sets as they are."""
+    """Settings for each type of layer. Gemma 3's code reads a separate base for layers with a window; others' read the sets."""
     if "rope_parameters" in fields:
         return {}
     if not {"rope_theta", "rope_local_base_freq"} <= fields.keys():
@@ -126,16 +126,16 @@ class LongRope(nn.Module):
         return math.sqrt(1 + math.log(factor) / math.log(self._original)) if factor > 1 else 1.0
 
 
-def settle_ropes(model: nn.Module, settings: dict[str, Any]) -> None:
+def correct_ropes(model: nn.Module, settings: dict[str, Any]) -> None:
     """Give each layer the rotation that its checkpoint means, where mlx-lm's code gives it another.
 
-    Several families' code takes `rope_scaling` and does not look at it. One whose layers have it in part (OLMo 3) knows which.
+    Several families' code takes `rope_scaling` and ignores it. Where some layers have it (OLMo 3), the code is right.
 
     Args:
         model: Made from `settings`, translated.
 
     Raises:
-        ValueError: If there is a scaling, and nothing of the model can be seen to do it.
+        ValueError: If there is a scaling, and no module of the model is known to apply it.
     """
     settings = settings.get("text_config") or settings
     scaling = settings.get("rope_scaling")

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sft.model.blocks import stood_in
+from mlx_sft.model.blocks import replaced_children
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import is_quantized, weight_shape
 from mlx_sft.model.quantize import dequantized
@@ -81,7 +81,7 @@ class TiledHead:
         return self._holder[self._name]
 
     def _through(self, product: Callable[[mx.array], mx.array], hidden_states: mx.array) -> mx.array:
-        with stood_in(self._holder, {self._name: _Product(product)}):
+        with replaced_children(self._holder, {self._name: _Product(product)}):
             return self._split.logits(hidden_states)
 
 

@@ -1,7 +1,7 @@
 """A checkpoint's `config.json` → the settings that the family's code in mlx-lm reads.
 
 A config is translated, never trusted to defaults: transformers 4 and 5 write the same setting in different places, and
-mlx-lm falls back on its own default where it does not find one. Knows nothing of weights.
+mlx-lm falls back on its own default where it does not find one.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ from mlx_lm import utils as mlx_lm_utils
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from mlx_sft.errors import UserError, blamed_on
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json
 from mlx_sft.model.rope import translate_rope
-from mlx_sft.model.windows import layer_pattern, same_windows
 from mlx_sft.trust import may_run_code_of, model_code
 
 DOWNLOAD_AGAIN = "copy or download the checkpoint again"
 
 _MOST_LAYERS = 1000
-"""Several times as many as any model has; a number without end would be made layer by layer."""
+"""Several times as many as any model has; a damaged number would have the model built layer by layer."""
 
 _NESTED = "text_config"
-"""Where a model that can do more keeps the settings of its language model."""
+"""Where a model that can also see or hear keeps the settings of its language model."""
 
 _TEXT_ARGUMENTS = "TextModelArgs"
-"""What mlx-lm's code of such a family calls what it reads of them."""
+"""The class in which mlx-lm's code of such a family reads them."""
 
 _SAME_AS = {"block_dim": "hidden_size", "num_experts": "num_local_experts"}
-"""Settings that mlx-lm's code asks for and transformers 5 does not write, because others say the same."""
+"""Settings that mlx-lm's code asks for, and the ones in which transformers 5 writes the same."""
 
 _ARITHMETIC = (
     "attention_bias",
@@ -54,18 +53,22 @@ _ARITHMETIC = (
     "attention_multiplier",
     "query_pre_attn_scalar",
 )
-"""Settings that change what a model computes; one that differs from its family's default must be read by someone."""
+"""Settings that change what a model computes; where one differs from its family's default, the code must read it."""
+
+
+_LAYER_PATTERNS = ("sliding_window_pattern", "full_attention_interval")
+"""Settings of mlx-lm's code with a number n: every n-th layer, and no other, has full attention."""
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a checkpoint says of its language model, and what is read of it.
+    """A checkpoint's settings of its language model, and those that are read.
 
     Attributes:
-        whole: `config.json` with what transformers fills in.
-        text: The language model's: a part of it where the model can do more, else all of it.
-        defaults: Those of its family in transformers; none where it does not know it.
-        fields: What mlx-lm's code for it reads, with the defaults.
+        whole: `config.json` with the defaults that transformers fills in.
+        text: The language model's settings: a part of `whole` where the model can also see or hear, else all of it.
+        defaults: The family's defaults in transformers; empty where transformers does not know the family.
+        fields: The settings that mlx-lm's code for the family reads, with its defaults.
     """
 
     whole: dict[str, Any]
@@ -75,17 +78,17 @@ class _Settings:
 
 
 def translate_config(path: Path) -> dict[str, Any]:
-    """The settings of `config.json`, whichever transformers wrote it, in the form that the family's code in mlx-lm reads.
+    """The settings of `config.json`, written by any version of transformers, as the family's code in mlx-lm reads them.
 
-    transformers fills in what the file leaves out, because its defaults are what the weights were trained with.
+    What the file leaves out gets transformers' defaults, because the weights were trained with these.
 
     Raises:
-        UserError: If a setting that changes the arithmetic is one that the family's code does not read.
+        UserError: If the family's code does not read a setting that changes the arithmetic.
     """
     known = _settings(path)
     text, fields = known.text, known.fields
     unread = partial(_unread, path)
-    pattern = layer_pattern(text, fields)
+    pattern = _layer_pattern(text, fields)
     if "full_attention_interval" in fields and text.get("layer_types") and not pattern:
         raise unread("layer_types", text["layer_types"])
     translated = text | translate_rope(text, fields, unread) | pattern
@@ -108,14 +111,18 @@ def exact_length(path: Path) -> int | None:
     """The longest row, in tokens, for which mlx-lm's code computes what the checkpoint says; None for no limit.
 
     mlx-lm runs the sliding windows of several families (Mistral, Phi 3, Gemma 2, Starcoder 2) as full attention, which is
-    the same up to the window. Dynamic RoPE and LongRoPE beyond the length that the model was first trained with go by the width of
-    the padded row, so that the result would depend on the row's neighbours.
+    the same up to the window. Beyond the length that the model was first trained with, dynamic RoPE and LongRoPE depend on the width
+    of the padded row, and so on the other rows of its batch.
     """
     known = _settings(path)
     settings = known.text
     limits = []
     window = settings.get("sliding_window")
-    if window and settings.get("use_sliding_window", True) and not same_windows(settings, known.defaults, known.fields):
+    if (
+        window
+        and settings.get("use_sliding_window", True)
+        and not _same_windows(settings, known.defaults, known.fields)
+    ):
         limits.append(int(window))
     rope = dict(settings.get("rope_scaling") or {}) | dict(settings.get("rope_parameters") or {})
     kinds = (rope.get("rope_type"), rope.get("type"))
@@ -125,6 +132,54 @@ def exact_length(path: Path) -> int | None:
         original = rope.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
         limits.append(int(original or settings["max_position_embeddings"]))
     return min(limits, default=None)
+
+
+def _layer_pattern(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The setting n of a family's code, from a checkpoint that names the type of each layer.
+
+    Returns:
+        The setting; an empty mapping where the code reads none, or where no n says the same as the types.
+    """
+    types = settings.get("layer_types")
+    name = next((name for name in _LAYER_PATTERNS if name in fields), None)
+    if name is None or not isinstance(types, list) or isinstance(fields[name], str):
+        return {}
+    full = [kind == "full_attention" for kind in types]
+    every = full.index(True) + 1 if any(full) else len(full) + 1
+    fits = full == [number % every == 0 for number in range(1, len(full) + 1)]
+    return {name: every} if fits else {}
+
+
+def _same_windows(settings: dict[str, Any], defaults: dict[str, Any], fields: dict[str, Any]) -> bool:
+    """Whether mlx-lm's code gives the window to those layers for which the checkpoint means it."""
+    return _windows_meant(settings, defaults) == _windows_computed(settings | _layer_pattern(settings, fields), fields)
+
+
+def _windows_meant(settings: dict[str, Any], defaults: dict[str, Any]) -> list[bool]:
+    """Whether the checkpoint means each layer to have the window."""
+    layers = settings["num_hidden_layers"]
+    if defaults and "sliding_window" not in defaults:  # transformers would not read it
+        return [False] * layers
+    if not defaults or "layer_types" in defaults:
+        types = settings.get("layer_types") or ["sliding_attention"] * layers
+        return [kind == "sliding_attention" for kind in types]
+    return [True] * layers
+
+
+def _windows_computed(settings: dict[str, Any], fields: dict[str, Any]) -> list[bool] | None:
+    """Whether mlx-lm's code gives each layer the window; None where it decides by something else."""
+    layers = settings["num_hidden_layers"]
+    if "sliding_window" not in fields:
+        return [False] * layers
+    if "layer_types" in fields:
+        types = settings.get("layer_types") or ["full_attention"] * layers
+        return [kind == "sliding_attention" for kind in types]
+    pattern = settings.get("sliding_window_pattern", fields.get("sliding_window_pattern"))
+    if isinstance(pattern, str):
+        return [pattern[layer % len(pattern)] == "L" for layer in range(layers)]
+    if isinstance(pattern, int):
+        return [(layer + 1) % pattern != 0 for layer in range(layers)]
+    return None
 
 
 def read_config(path: Path) -> dict[str, Any]:

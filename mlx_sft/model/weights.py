@@ -1,15 +1,17 @@
-"""The weights of a checkpoint folder: which files hold them, and whether these are whole before anything maps them.
+"""The weight files of a checkpoint folder: which they are, and whether all are there and complete.
 
 They are `model.safetensors`, else the shards that `model.safetensors.index.json` names, else, where there is no index, every
-`model*.safetensors`. Knows nothing of what the tensors are.
+`model*.safetensors`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json
 from mlx_sft.safetensors_file import open_safetensors
 
 SINGLE = "model.safetensors"
@@ -39,10 +41,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def check_weights(path: Path) -> None:
-    """Every weight file of the checkpoint must be there and whole, and mlx-lm must read these and no others.
+    """Check that every weight file of the checkpoint is there and complete, and that mlx-lm will read these and no others.
 
     Raises:
-        UserError: Naming what is missing, damaged or too many.
+        UserError: Naming the files that are missing, damaged or not of this model.
     """
     files = weight_files(path)
     if not files:
@@ -97,3 +99,16 @@ def _is_name(name: object) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """The arrays of a file, evaluated; its header is checked before anything is mapped.
+
+    Raises `UserError` where the header is damaged, and `ValueError` or `RuntimeError` where the rest is.
+    """
+    open_safetensors(path)
+    arrays = mx.load(str(path))
+    if not isinstance(arrays, dict):
+        raise ValueError(f"{path.name} holds no named arrays")
+    mx.eval(arrays)
+    return arrays

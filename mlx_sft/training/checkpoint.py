@@ -1,12 +1,10 @@
 """Checkpoints: everything that an exact resume needs, written whole or not at all.
 
-    checkpoints/step-00000050/
-      parameters.safetensors   the trained arrays, float32
-      optimizer.safetensors    AdamW's moments, step and rate
-      state.json               position in the data, random state, best evaluation, hashes of config, data and model
-      SHA256SUMS               of the three, as `sha256sum --check` reads it
-
-Knows nothing of how a step is taken.
+checkpoints/step-00000050/
+  parameters.safetensors   the trained arrays, float32
+  optimizer.safetensors    the optimizer's state
+  state.json               position in the data, random state, best evaluation, callbacks' state, hashes of config, data and model
+  SHA256SUMS               of the three, as `sha256sum --check` reads it
 """
 
 from __future__ import annotations
@@ -21,13 +19,13 @@ from typing import Annotated, Any
 import mlx.core as mx
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from mlx_sft.convert.arrays import write_arrays
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import disk_errors, read_json, to_json, write_folder
 from mlx_sft.methods import Parameters
-from mlx_sft.runs import RunFolder, disk_errors, to_json, write_folder
-from mlx_sft.safetensors_file import open_safetensors
-from mlx_sft.training.optim import AdamW
+from mlx_sft.model.weights import load_arrays
+from mlx_sft.optimizers import Optimizer
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.safetensors_file import write_arrays
 from mlx_sft.training.recompute import Mode
 
 _PARAMETERS = "parameters.safetensors"
@@ -36,6 +34,9 @@ _STATE = "state.json"
 _SUMS = "SHA256SUMS"
 _FILES = (_PARAMETERS, _OPTIMIZER, _STATE)
 
+CallbackStates = dict[str, dict[str, Any]]
+"""Callbacks' states by their names."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -43,13 +44,11 @@ class Progress:
 
     Attributes:
         step: Optimizer steps taken; the plan is a pure function of it, so that it is also the position in the data.
-        metrics_bytes: Length of `metrics.jsonl`; what was written after it will be written again.
         best_loss: Lowest validation loss, at `best_step`; None before the first evaluation.
-        evaluations_without_better: In a row, up to now.
         skipped: Steps left out because loss or gradient was not finite; `skipped_in_a_row` of them just now.
-        stopped_of: The planned steps of a run that ended before them because validation got no better; None for one that did not.
-        losses: The last ones that were within the bound of divergence, and how many were above it just now (`above_bound`).
-        rate_factor: What the learning rate is multiplied with since the last of so many `rollbacks`.
+        stopped_of: The planned steps of a run that a callback ended before them; None for one that goes on.
+        suspect: Of the last steps so many may have to be undone, as a callback has said.
+        rate_factor: What the learning rate is multiplied with, since a callback went back to an earlier step.
         micro_batch_tokens: The budget since memory ran out in a step, or since it was given with `--resume`; None while it is
             the configured one.
         recompute: The recomputation since then.
@@ -60,17 +59,13 @@ class Progress:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: Annotated[int, Field(ge=0)] = 0
-    metrics_bytes: Annotated[int, Field(ge=0)] = 0
     best_loss: float | None = None
     best_step: int | None = None
-    evaluations_without_better: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     stopped_of: int | None = None
-    losses: tuple[float, ...] = ()
-    above_bound: int = 0
+    suspect: int = 0
     rate_factor: float = 1.0
-    rollbacks: int = 0
     micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None
     recompute: Mode | None = None
     head_chunk: Annotated[int, Field(ge=1)] | None = None
@@ -89,7 +84,8 @@ def save(
     run: RunFolder,
     progress: Progress,
     parameters: Parameters,
-    optimizer: AdamW,
+    optimizer: Optimizer,
+    callbacks: CallbackStates,
     identity: dict[str, str],
     *,
     seed: int,
@@ -97,10 +93,12 @@ def save(
     """Write a checkpoint.
 
     Args:
+        callbacks: The state of each callback that has one, by name.
         identity: Hashes of config, data and model; `load` refuses others.
     """
     state = {
         "progress": asdict(progress),
+        "callbacks": callbacks,
         "random_state": dropout_key(seed, progress.step + 1).tolist(),
         "identity": identity,
     }
@@ -162,9 +160,9 @@ def _sum_line(path: Path) -> str:
 
 
 def prune(run: RunFolder, keep: int, progress: Progress) -> None:
-    """Remove all checkpoints but the newest `keep`, and the newest from before the losses went above their bound."""
+    """Remove all checkpoints but the newest `keep`, and the newest from before the steps that may have to be undone."""
     steps = run.checkpoint_steps()
-    sound = max((step for step in steps if step <= progress.step - progress.above_bound), default=None)
+    sound = max((step for step in steps if step <= progress.step - progress.suspect), default=None)
     _remove(run, [step for step in steps[:-keep] if step != sound])
 
 
@@ -180,26 +178,26 @@ def _remove(run: RunFolder, steps: Iterable[int]) -> None:
 
 
 def load(
-    run: RunFolder, parameters: Parameters, optimizer: AdamW, identity: dict[str, str], *, seed: int
-) -> tuple[Progress, Parameters]:
-    """The state of the newest checkpoint; the optimizer takes up its own. A run without one is at its beginning.
+    run: RunFolder, parameters: Parameters, optimizer: Optimizer, identity: dict[str, str], *, seed: int
+) -> tuple[Progress, Parameters, CallbackStates]:
+    """The state of the newest checkpoint, with the callbacks'; the optimizer takes up its own. A run without one is at its beginning.
 
     Raises:
         UserError: If it belongs to other data, settings or another model, or cannot be read.
     """
     steps = run.checkpoint_steps()
     if not steps:
-        return Progress(), parameters
+        return Progress(), parameters, {}
     folder = run.checkpoint(steps[-1])
     hint = "remove this folder; the run then goes on from the checkpoint before it"
     try:
         state = read_json(folder / _STATE)
-        saved = _load_arrays(folder / _PARAMETERS)
-        moments = _load_arrays(folder / _OPTIMIZER)
+        saved = load_arrays(folder / _PARAMETERS)
+        moments = load_arrays(folder / _OPTIMIZER)
         progress = TypeAdapter(Progress).validate_python(state["progress"])
         if progress.step != steps[-1]:
             raise ValueError(f"it is of step {progress.step}")
-        random_state = state["random_state"]
+        random_state, callbacks = state["random_state"], TypeAdapter(CallbackStates).validate_python(state["callbacks"])
         changed = [name for name, value in identity.items() if state["identity"][name] != value]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"damaged checkpoint: {error}", where=str(folder), hint=hint) from error
@@ -216,13 +214,4 @@ def load(
         optimizer.load_flat_state(moments)
     except KeyError as error:
         raise UserError(f"damaged checkpoint: no {error}", where=str(folder), hint=hint) from error
-    return progress, {name: saved[name] for name in parameters}
-
-
-def _load_arrays(path: Path) -> Parameters:
-    open_safetensors(path)  # its header is checked before anything is mapped
-    arrays = mx.load(str(path))
-    if not isinstance(arrays, dict):
-        raise ValueError(f"{path.name} holds no named arrays")
-    mx.eval(arrays)
-    return arrays
+    return progress, {name: saved[name] for name in parameters}, callbacks

@@ -17,8 +17,8 @@ import mlx.core as mx
 from mlx_sft.config import TrainConfig, parse_bytes
 from mlx_sft.console import size
 from mlx_sft.data.batches import Layout, Plan, Portion, cut, padded_width
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.prepare import PreparedData
-from mlx_sft.data.store import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.model.load import resolve_dtype

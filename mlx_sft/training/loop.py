@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.data.batches import Step
 from mlx_sft.data.feed import StepFeed
 from mlx_sft.errors import UserError
-from mlx_sft.training.fit import memory_limit_restored
-from mlx_sft.training.optimizer_step import take
+from mlx_sft.training.callbacks import Callback
+from mlx_sft.training.evaluation import evaluate
+from mlx_sft.training.machine import memory_limit_restored
+from mlx_sft.training.optimizer_step import train_step
 from mlx_sft.training.preview import show_plan
-from mlx_sft.training.records import Metrics
 from mlx_sft.training.results import finish, save
-from mlx_sft.training.rollback import answer_divergence
-from mlx_sft.training.setup import Job, prepare_job
-from mlx_sft.training.shortage import is_out_of_memory
+from mlx_sft.training.setup import Given, Job, prepare_job
+from mlx_sft.training.step import is_out_of_memory
 from mlx_sft.training.stopping import Stopped, stop_request
-from mlx_sft.training.validation import evaluate
 
 _MOST_SKIPPED = 5
 """Steps in a row without a finite gradient after which a run stops."""
@@ -47,76 +46,99 @@ class TrainResult:
     skipped: int
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    data: Any = None,
+    valid: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
     """Fine-tune a model as configured, or continue a run (`config.resume`) exactly where it stopped.
+
+    Args:
+        config: The settings.
+        data: Rows in memory instead of `config.data`: a list of dicts, a `datasets.Dataset`, or any sequence of mappings.
+        valid: Validation rows in memory instead of `config.valid`.
+        model: A model that is loaded already, instead of loading `config.model`: what `load_model` gives, or a model of mlx-lm's with
+            its `tokenizer`. It must be the checkpoint that `config.model` names, and is trained in place.
+        tokenizer: The model's, of transformers or mlx-lm's wrapper of one.
+        callbacks: Objects that hear of steps, evaluations, samples, checkpoints and the end.
 
     Raises:
         UserError: For anything in data, model or configuration that cannot be; earlier results stay as they are.
     """
     console = Console(quiet=config.quiet, json_lines=config.json_lines)
+    given = Given(data, valid, model, tokenizer, tuple(callbacks))
     with memory_limit_restored(), ExitStack() as held:
-        job = prepare_job(config, console, held)
+        job = prepare_job(config, console, held, given)
+        held.callback(job.callbacks.close)
         show_plan(job)
         with stop_request() as job.request, _ended_in_words(job):
-            loss = _take_steps(job, console)
+            loss = _take_steps(job)
             finish(job)
-    if traces := job.learner.trace_seconds:
+            best_loss = job.progress.best_loss
+            job.emit(
+                {"kind": "end", "step": job.step, "loss": loss, "best_loss": best_loss, "stopped": job.stop_reason}
+            )
+    if traces := job.gradient_computer.trace_seconds:
         shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
         console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")
     progress = job.progress
     return TrainResult(job.run.path, progress.step, loss, progress.best_loss, progress.skipped)
 
 
-def _take_steps(job: Job, console: Console) -> float | None:
+def _take_steps(job: Job) -> float | None:
     """All that are left; the training loss of the last of them is returned."""
     loss = None
-    with Metrics.open(job.run.metrics, job.progress.metrics_bytes) as metrics, _saved_when_stopped(job, metrics):
-        if _begins_with_a_checkpoint(job.config) and not job.run.checkpoint_steps():
-            save(job, metrics)
-        while job.progress.stopped_of is None and job.progress.step < job.plan.total_steps:
-            loss = _take_steps_from_here(job, console, metrics)
+    job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
+    with _saved_when_stopped(job):
+        if _begins_with_a_checkpoint(job) and not job.run.checkpoint_steps():
+            save(job)
+        while job.progress.stopped_of is None and job.step < job.total_steps:
+            loss = _take_steps_from_here(job)
     return loss
 
 
-def _take_steps_from_here(job: Job, console: Console, metrics: Metrics) -> float | None:
-    """As many as there are up to the end, or to where the run goes back to an earlier one."""
+def _take_steps_from_here(job: Job) -> float | None:
+    """As many as there are up to the end, or to where a callback goes back to an earlier one."""
     loss = None
-    started, first = time.perf_counter(), job.progress.step
+    job.went_back = False
     with _steps_left(job) as steps:
         for prepared in steps:
             step = prepared.step
-            record = take(job, prepared, steps, metrics)
+            record = train_step(job, prepared, steps)
             loss = record["loss"]
-            metrics.write(record)
-            per_step = (time.perf_counter() - started) / (step.number - first)
-            console.step(record, job.plan.total_steps, per_step * (job.plan.total_steps - step.number))
-            if answer_divergence(job, metrics):
+            job.emit(record)
+            if job.went_back:
                 break
             if job.data.valid and _due(job.config.eval_every, step, job):
-                evaluate(job, step, metrics)
+                evaluate(job, step)
             stopped = job.progress.stopped_of is not None
             if stopped or _due(job.config.save_every, step, job):
-                save(job, metrics)
-            _stop_if_lost(job, step, metrics)
+                save(job)
+            _stop_if_lost(job, step)
             if stopped:
-                console.note(f"stopped after step {step.number}: validation got no better")
+                job.console.note(f"stopped after step {step.number}: {job.stop_reason}")
                 break
     return loss
 
 
-def _begins_with_a_checkpoint(config: TrainConfig) -> bool:
+def _begins_with_a_checkpoint(job: Job) -> bool:
     """Where a resumed run must not depend on a folder that others may change, or there must be something to go back to."""
+    config = job.config
     started_elsewhere = config.init_adapter is not None or config.resume_from_peft is not None
-    return started_elsewhere or config.on_divergence == "rollback"
+    return started_elsewhere or job.callbacks.may_go_back
 
 
 def _steps_left(job: Job) -> StepFeed:
     return StepFeed(
         job.plan,
         job.data.train,
-        after=job.progress.step,
-        token_budget=job.choice.micro_batch_tokens,
-        layout=job.fit.layout,
+        after=job.step,
+        token_budget=job.settings.micro_batch_tokens,
+        layout=job.settings.layout,
     )
 
 
@@ -126,10 +148,10 @@ def _due(every: int | str, step: Step, job: Job) -> bool:
     return last or (step.ends_epoch if every == "epoch" else step.number % int(every) == 0)
 
 
-def _stop_if_lost(job: Job, step: Step, metrics: Metrics) -> None:
+def _stop_if_lost(job: Job, step: Step) -> None:
     if job.progress.skipped_in_a_row < _MOST_SKIPPED:
         return
-    save(job, metrics)
+    save(job)
     raise UserError(
         f"{_MOST_SKIPPED} steps in a row had no finite gradient, the last of them step {step.number}; "
         "the last good state is saved",
@@ -139,13 +161,13 @@ def _stop_if_lost(job: Job, step: Step, metrics: Metrics) -> None:
 
 
 @contextmanager
-def _saved_when_stopped(job: Job, metrics: Metrics) -> Iterator[None]:
+def _saved_when_stopped(job: Job) -> Iterator[None]:
     """A run that is asked to stop ends with a checkpoint of its last step, and with the command that goes on."""
     try:
         yield
     except Stopped as stopped:
         if job.progress.step not in job.run.checkpoint_steps():
-            save(job, metrics)
+            save(job)
         raise UserError(
             f"stopped by {stopped} after step {job.progress.step}, which is saved",
             hint=f"continue with: mlx-sft train --resume {job.run.path}",

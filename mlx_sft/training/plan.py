@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.peft import read_adapter
 from mlx_sft.data.batches import Layout, padded_width
 from mlx_sft.data.pipeline import Progress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_yaml
+from mlx_sft.files import read_yaml
 from mlx_sft.methods import make_method
+from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_size
 from mlx_sft.model.outline import outline
 from mlx_sft.model.tiles import expected_tiles

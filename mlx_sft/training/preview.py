@@ -9,11 +9,11 @@ import mlx.core as mx
 from mlx_sft.console import count, size
 from mlx_sft.data.batches import shares
 from mlx_sft.data.encode import decoded_segments
-from mlx_sft.data.files import split_weight
-from mlx_sft.disk import free_bytes
-from mlx_sft.training.identity import differences
+from mlx_sft.data.sources import split_weight
+from mlx_sft.files import free_bytes
 from mlx_sft.training.optim import learning_rate
 from mlx_sft.training.recompute import Mode
+from mlx_sft.training.resume import differences
 from mlx_sft.training.setup import Job
 
 _RECOMPUTED: dict[Mode, str] = {

@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.data.batches import Spans
-from mlx_sft.model.blocks import Block, find_blocks, stood_in
+from mlx_sft.model.blocks import Block, find_blocks, replaced_children
 from mlx_sft.model.fast import Core, fast_core
 from mlx_sft.model.head import SplitModel
 
@@ -179,7 +179,7 @@ class _Layer:
         self.layer.update(parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with stood_in(self.layer, self._parts):
+        with replaced_children(self.layer, self._parts):
             return self.layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

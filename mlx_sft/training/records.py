@@ -1,67 +1,16 @@
-"""`metrics.jsonl`: what a line of it says, and how it is written. Knows nothing of how a step is taken.
-
-A line is written without a buffer, which could fail when it is closed; a resumed run cuts the file back to what its checkpoint knows of.
-"""
+"""What a line of `metrics.jsonl` says, and with it what callbacks hear."""
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from io import FileIO
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
 from mlx_sft.data.batches import Batch, Step
-from mlx_sft.data.store import Examples
-from mlx_sft.runs import disk_errors, sync
+from mlx_sft.data.dataset import Examples
+from mlx_sft.training.callbacks import Record
 from mlx_sft.training.step import Evaluation
-
-Record = dict[str, Any]
-
-
-class Metrics:
-    """The file, open for writing."""
-
-    def __init__(self, path: Path, file: FileIO) -> None:
-        self._path = path
-        self._file = file
-
-    @classmethod
-    @contextmanager
-    def open(cls, path: Path, kept_bytes: int) -> Iterator[Metrics]:
-        """The file, cut back to `kept_bytes`, or to the last whole line before that where someone has cut it elsewhere."""
-        with disk_errors(path):
-            file = FileIO(path, "a+")
-        with file:
-            metrics = cls(path, file)
-            with disk_errors(path):
-                file.seek(0)
-                metrics.cut(file.read(kept_bytes).rfind(b"\n") + 1)
-            yield metrics
-
-    def write(self, record: Record) -> None:
-        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        with disk_errors(self._path):
-            if self._file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, "no space left for a whole line")
-
-    def cut(self, kept_bytes: int) -> None:
-        """Forget what was written after so many bytes."""
-        with disk_errors(self._path):
-            self._file.truncate(kept_bytes)
-            self._file.seek(0, os.SEEK_END)
-
-    def synced_bytes(self) -> int:
-        """The file's length, once all of it would survive a loss of power."""
-        with disk_errors(self._path):
-            sync(self._file.fileno())
-        return self._file.tell()
 
 
 def step_record(
@@ -75,6 +24,7 @@ def step_record(
     seconds: float,
     data_wait_seconds: float,
     trace_seconds: Sequence[float] | None,
+    own: Mapping[str, float],
 ) -> Record:
     """A line for an optimizer step.
 
@@ -82,6 +32,7 @@ def step_record(
         loss: None, as `grad_norm` is, where it was skipped; the rows are named then.
         seconds: In all, waiting for data included.
         trace_seconds: What each trace made in this step took; None where nothing is compiled.
+        own: What the objective says of itself.
     """
     rows = list(step.rows)
     tokens = int(examples.lengths[rows].sum())
@@ -101,6 +52,7 @@ def step_record(
         "peak_memory_bytes": mx.get_peak_memory(),
         "seconds": round(seconds, 4),
         "data_wait_seconds": round(data_wait_seconds, 4),
+        **own,
     }
     if trace_seconds is not None:
         record |= {"traces": len(trace_seconds), "trace_seconds": round(sum(trace_seconds), 4)}
@@ -119,6 +71,7 @@ def evaluation_record(step: Step, result: Evaluation, *, best: bool, learning_ra
         "loss": result.loss if finite else None,
         "perplexity": math.exp(min(result.loss, 700)) if finite else None,
         "token_accuracy": result.token_accuracy,
+        **result.own,
         "best": best,
         "learning_rate": learning_rate,
         "grad_norm": None,
@@ -130,7 +83,7 @@ def evaluation_record(step: Step, result: Evaluation, *, best: bool, learning_ra
     }
 
 
-def shortage_record(step: int, *, rows: int, width: int, micro_batch_tokens: int, recompute: str) -> Record:
+def out_of_memory_record(step: int, *, rows: int, width: int, micro_batch_tokens: int, recompute: str) -> Record:
     """A line for a micro-batch that did not fit.
 
     Args:
@@ -147,14 +100,3 @@ def shortage_record(step: int, *, rows: int, width: int, micro_batch_tokens: int
         "micro_batch_tokens": micro_batch_tokens,
         "recompute": recompute,
     }
-
-
-def rollback_record(step: int, *, diverged_at: int, rate_factor: float) -> Record:
-    """A line for a divergence that was undone.
-
-    Args:
-        step: The step after which the run goes on.
-        diverged_at: The last that was taken; those in between are taken again.
-        rate_factor: What the learning rate is multiplied with from now on.
-    """
-    return {"kind": "rollback", "step": step, "diverged_at": diverged_at, "learning_rate_factor": rate_factor}

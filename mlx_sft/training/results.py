@@ -1,33 +1,31 @@
-"""What a run leaves on the disk as it goes: checkpoints, its result, and the card beside it. Knows nothing of how a step is taken."""
+"""What a run leaves on the disk as it goes: checkpoints, its result, and the card beside it."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from mlx_sft.convert.card import model_card
-from mlx_sft.convert.facts import run_facts
-from mlx_sft.convert.trained import save_trained, trained_folder
+from mlx_sft.convert.model_card import model_card, run_summary
 from mlx_sft.errors import UserError
+from mlx_sft.files import disk_errors, write_file
 from mlx_sft.model.load import name_elsewhere
-from mlx_sft.runs import disk_errors, write_file
 from mlx_sft.training import checkpoint
-from mlx_sft.training.records import Metrics
 from mlx_sft.training.setup import Job
 
 
-def save(job: Job, metrics: Metrics) -> None:
+def save(job: Job) -> None:
     """A checkpoint of the job as it stands; where there is no validation, it is the result too."""
-    job.progress = job.progress.after(metrics_bytes=metrics.synced_bytes())
-    checkpoint.save(job.run, job.progress, job.parameters, job.optimizer, job.identity, seed=job.config.seed)
+    states = job.callbacks.state()
+    checkpoint.save(job.run, job.progress, job.parameters, job.optimizer, states, job.identity, seed=job.config.seed)
     checkpoint.prune(job.run, job.config.keep, job.progress)
     if job.progress.best_step is None:
         save_result(job)
+    job.emit({"kind": "save", "step": job.progress.step, "path": str(job.run.checkpoint(job.progress.step))})
 
 
 def save_result(job: Job) -> None:
     """The parameters as the run's result."""
-    _save_trained(job, trained_folder(job.run, job.method))
+    _write(job, _result(job))
 
 
 def finish(job: Job) -> None:
@@ -40,19 +38,23 @@ def finish(job: Job) -> None:
     if best is None:
         save_result(job)
     elif best != job.progress.step:
-        _save_trained(job, job.run.last)
-        if not trained_folder(job.run, job.method).is_dir():
+        _write(job, job.run.last)
+        if not _result(job).is_dir():
             raise UserError(
                 f"the best result, of step {best}, is gone; last/ holds that of step {job.progress.step}",
-                where=str(trained_folder(job.run, job.method)),
+                where=str(_result(job)),
                 hint="put it back from a copy, or go on from last/ with --init-adapter",
             )
     elif job.run.last.exists():  # of when the run was shorter
         with disk_errors(job.run.last):
             shutil.rmtree(job.run.last)
-    facts = run_facts(job.run, job.config, job.data.report.to_json())
-    write_file(job.run.card, model_card(facts))
+    summary = run_summary(job.run, job.config, job.data.report.to_json())
+    write_file(job.run.card, model_card(summary))
 
 
-def _save_trained(job: Job, folder: Path) -> None:
-    save_trained(folder, job.method, job.parameters, name_elsewhere(job.config.model))
+def _result(job: Job) -> Path:
+    return job.run.path / job.method.folder
+
+
+def _write(job: Job, folder: Path) -> None:
+    job.method.write(folder, job.parameters, name_elsewhere(job.config.model))

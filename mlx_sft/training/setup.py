@@ -18,12 +18,12 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.data.batches import Plan, Step
+from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
-from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import to_json
 from mlx_sft.methods import Method, Parameters
-from mlx_sft.model.families import untested_note
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.load import (
@@ -32,11 +32,12 @@ from mlx_sft.model.load import (
     load_tokenizer,
     resolve_checkpoint,
     resolve_dtype,
+    untested_note,
     vocabulary_size,
 )
 from mlx_sft.model.quantize import first_rows
 from mlx_sft.model.translate import exact_length, read_config
-from mlx_sft.runs import RunFolder, to_json
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.choice import Choice, asked_for, configured
@@ -50,7 +51,10 @@ from mlx_sft.training.fit import (
     planned_steps,
     refuse_too_large,
 )
-from mlx_sft.training.identity import (
+from mlx_sft.training.machine import prepare_device
+from mlx_sft.training.memory import Footprint, Prediction
+from mlx_sft.training.optim import AdamW, learning_rate
+from mlx_sft.training.resume import (
     CONFIG_HEADER,
     computed_anew,
     describe_environment,
@@ -59,45 +63,98 @@ from mlx_sft.training.identity import (
     refuse_changes,
     resumed_config,
 )
-from mlx_sft.training.machine import prepare_device
-from mlx_sft.training.memory import Footprint, Prediction
-from mlx_sft.training.optim import AdamW, learning_rate
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import Learner
 from mlx_sft.training.stopping import StopRequest
 
 
+@dataclass(frozen=True)
+class Given:
+    """What `train` was given beside the configuration; see there."""
+
+    data: Any = None
+    valid: Any = None
+    model: Any = None
+    tokenizer: Any = None
+    callbacks: tuple[Callback, ...] = ()
+
+
 @dataclass
 class Job:
-    """A run that is ready to take its next step."""
+    """A run that is ready to take its next step; callbacks see it as a `TrainingRun`."""
 
     config: TrainConfig
     run: RunFolder
     base: LoadedModel
     split: SplitModel
     method: Method
-    learner: Learner
+    gradient_computer: GradientComputer
     plan: Plan
     data: PreparedData
     parameters: Parameters
-    optimizer: AdamW
+    optimizer: Optimizer
+    callbacks: Callbacks
     identity: dict[str, str]
     progress: Progress
     console: Console
-    fit: Fit
+    memory: MemoryPlan
     predicted: Prediction
     disk: DiskNeed
     request: StopRequest = field(default_factory=StopRequest)
+    stop_reason: str | None = None
+    went_back: bool = False
 
     @property
-    def choice(self) -> Choice:
+    def settings(self) -> BatchSettings:
         """How its steps are computed now."""
-        return self.fit.choice
+        return self.memory.settings
 
     def learning_rate(self, step: Step) -> float:
         """That of the schedule, or what rollbacks have left of it."""
         return learning_rate(self.config, step.number, self.plan.total_steps) * self.progress.rate_factor
+
+    # As callbacks see it
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.run
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def total_steps(self) -> int:
+        return self.plan.total_steps
+
+    @property
+    def model(self) -> nn.Module:
+        return self.base.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.base.tokenizer
+
+    def emit(self, record: Record) -> None:
+        self.callbacks.emit(self, record)
+
+    def stop(self, reason: str) -> None:
+        self.stop_reason = reason
+        self.progress = self.progress.after(stopped_of=self.plan.total_steps)
+
+    def suspect(self, steps: int) -> None:
+        self.progress = self.progress.after(suspect=steps)
+
+    def go_back(self, step: int, *, rate_factor: float) -> None:
+        checkpoint.remove_after(self.run, step)
+        seed = self.config.seed
+        progress, self.parameters, states = checkpoint.load(
+            self.run, self.parameters, self.optimizer, self.identity, seed=seed
+        )
+        self.progress = progress.after(rate_factor=rate_factor)
+        self.callbacks.load_state(states)
+        self.went_back = True
 
 
 def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = None) -> Job:

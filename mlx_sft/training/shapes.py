@@ -10,7 +10,7 @@ from collections import Counter
 from itertools import islice
 
 from mlx_sft.data.batches import Batch, MicroBatch, Plan, cut, round_up
-from mlx_sft.data.store import Examples
+from mlx_sft.data.dataset import Examples
 from mlx_sft.training.machine import Machine
 
 Shape = tuple[int, int, int]

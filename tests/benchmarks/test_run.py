@@ -212,7 +212,7 @@ def test_a_checkpoint_is_written_once_and_its_bytes_are_known(tmp_path: Path) ->
 
 
 def test_an_adapter_is_one_that_the_package_reads(tmp_path: Path) -> None:
-    from mlx_sft.convert.peft import read_adapter
+    from mlx_sft.methods.peft_files import read_adapter
 
     config = shape(layers=2, vocabulary=64) | {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
     folder = make_adapter(tmp_path / "adapter", config, rank=4, alpha=8.0)

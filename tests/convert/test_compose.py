@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlx_sft.convert.compose import merge_adapters
-from mlx_sft.convert.peft import read_adapter, write_adapter
 from mlx_sft.errors import UserError
+from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.methods.lora import LoraSettings
+from mlx_sft.methods.peft_files import read_adapter, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
 

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlx_sft.convert import merge
-from mlx_sft.convert.adapted import load_run
 from mlx_sft.convert.export import export
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.peft import read_adapter
 from mlx_sft.convert.trained import save_trained
 from mlx_sft.errors import UserError
+from mlx_sft.load import load_run
 from mlx_sft.methods import Full
+from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.load import load_model
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import StoredTensor, read_rows
 
 # PEFT asks a transformers model in a way that transformers has renamed.
@@ -72,6 +72,7 @@ def test_transformers_computes_what_peft_computes(
     run = make_run(make_base(family, tied=tied, shard=shard))
 
     result = export(run.path, tmp_path / "merged")
+    assert repr(result) == f"ExportResult(merged in {tmp_path / 'merged'}, verified)"
 
     merged = torch_logits(torch_model(result.path), token_ids)
     adapted = _peft_logits(run, token_ids, torch_logits)

@@ -14,8 +14,8 @@ import pytest
 from mlx_lm import load
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
-from mlx_sft.convert.mlx_lm import read_adapter, write_adapter
 from mlx_sft.methods.lora import LoraSettings
+from mlx_sft.methods.mlx_lm_files import read_adapter, write_adapter
 
 
 @pytest.mark.parametrize("changes", [{}, {"target": "qv"}, {"dora": True}, {"rslora": True, "alpha": 3.0, "rank": 4}])

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import load_run
-from mlx_sft.convert.peft import our_name, peft_name, read_adapter, write_adapter
 from mlx_sft.errors import UserError
+from mlx_sft.load import load_run
 from mlx_sft.methods.lora import LoraSettings
-from mlx_sft.runs import RunFolder
+from mlx_sft.methods.peft_files import our_name, peft_name, read_adapter, write_adapter
+from mlx_sft.run_folder import RunFolder
 
 # PEFT asks a transformers model in a way that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")

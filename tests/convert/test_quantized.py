@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.mlx_folder import convert
+from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.model.load import load_model
 from mlx_sft.model.outline import outline
 from mlx_sft.model.quantize import weights_by_name

@@ -12,11 +12,11 @@ import pytest
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert import sample
-from mlx_sft.convert.sample import sample_rows
-from mlx_sft.convert.verify import MOST_ROWS
-from mlx_sft.data.formats import Item, RowReader
+from mlx_sft.convert.verify import MOST_ROWS, sample_rows
+from mlx_sft.data.conversation import Item
 from mlx_sft.data.prepare import prepare_file
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.readers import Row
+from mlx_sft.data.row_reader import RowReader
 from mlx_sft.model.load import load_tokenizer
 
 FIRST, VALID = "the first rows of the data", "the first validation rows"

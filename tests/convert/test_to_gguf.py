@@ -18,7 +18,7 @@ import torch
 from mlx_sft import UserError, export
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.ollama.rendering import rendered
-from mlx_sft.safetensors_file import read_float32, to_float32
+from mlx_sft.safetensors_file import STORED_AS, read_float32
 
 MakeLlamaCpp = Callable[..., Path]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,8 +34,8 @@ def changed(base: Path, folder: Path, **settings: Any) -> Path:
 
 def numbers(tensor: gguf.ReaderTensor) -> np.ndarray:
     kind = tensor.tensor_type.name
-    data = tensor.data.view("<u2") if kind == "BF16" else tensor.data
-    return np.array(to_float32(data, kind)).reshape([int(length) for length in reversed(tensor.shape)])
+    data = tensor.data.view(STORED_AS[kind]).astype(np.float32)
+    return data.reshape([int(length) for length in reversed(tensor.shape)])
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.adapted import attach_trained
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.trained import FORMS, save_trained, trained_folder
 from mlx_sft.errors import UserError
+from mlx_sft.load import attach_trained
 from mlx_sft.methods import METHODS, Method, Parameters, make_method
 from mlx_sft.model.load import load_model
 from mlx_sft.model.quantize import WeightRow, first_rows
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 
 each_method = pytest.mark.parametrize("name", METHODS)
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.data.conversation import Conversation, Document, Tokens
+from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.encode import (
     IGNORED,
     Encoder,
@@ -22,15 +24,12 @@ from mlx_sft.data.encode import (
     decoded_segments,
     encode_conversation,
 )
-from mlx_sft.data.formats import Conversation, Document, Tokens
-from mlx_sft.data.store import Examples, check_vocabulary
 from mlx_sft.data.template import Facts, todays_variables
 from mlx_sft.data.tokenizer import end_tokens
 from mlx_sft.errors import UserError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 MESSAGES = [{"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Hé 👩‍👩‍👧‍👦"}]
-QWEN3 = Path(__file__).parents[2] / ".." / "shared" / "tokenizers" / "qwen3"
 
 
 def only(examples: list[Example]) -> Example:
@@ -134,9 +133,8 @@ def test_the_supervised_bytes_are_the_answers(tokenizer: PreTrainedTokenizerFast
     assert supervised_text(tokenizer, token_ids, mask) == f"{answer}<|im_end|>"
 
 
-@pytest.mark.skipif(not QWEN3.is_dir(), reason="the real Qwen 3 tokenizer is not here")
-def test_the_real_qwen3_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(QWEN3)
+def test_the_real_qwen3_tokenizer(neighbour: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"))
     token_ids, mask = encode_conversation(tokenizer, MESSAGES)
     assert token_ids == tokenizer.apply_chat_template(MESSAGES, return_dict=False)
     assert supervised_text(tokenizer, token_ids, mask) == "<think>\n\n</think>\n\nHé 👩‍👩‍👧‍👦<|im_end|>"

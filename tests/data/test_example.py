@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.encode import (
     IGNORED,
     Encoder,
@@ -10,7 +11,6 @@ from mlx_sft.data.encode import (
     decoded_segments,
     encode_conversation,
 )
-from mlx_sft.data.formats import Conversation
 
 MESSAGES = [{"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Hé 👩‍👩‍👧‍👦"}]
 

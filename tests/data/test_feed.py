@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mlx_sft.data.batches import Batch, Layout, Plan, collate, cut
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
 from mlx_sft.data.feed import StepFeed
-from mlx_sft.data.store import Examples
 
 LENGTHS = [9, 30, 17, 12, 41, 8, 25, 33, 19, 14]
 

@@ -7,18 +7,12 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data.formats import (
-    SHAPES,
-    Conversation,
-    Document,
-    Item,
-    MixedShapes,
-    RowReader,
-    Tokens,
-    take_weights,
-)
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
+from mlx_sft.data.messages import take_weights
+from mlx_sft.data.readers import Row
+from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.registry import FORMATS
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -97,9 +91,9 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, "a row without a known shape: it is empty"),
-        ({"a": 1, "messages": None}, "a row without a known shape: it has 'a', 'messages' (null)"),
-        ({"prompt": "a"}, "a row without a known shape: it has 'prompt'"),
+        ({}, "a row without a known format: it is empty"),
+        ({"a": 1, "messages": None}, "a row without a known format: it has 'a', 'messages' (null)"),
+        ({"prompt": "a"}, "a row without a known format: it has 'prompt'"),
         ({"messages": []}, "messages is empty"),
         ({"messages": 3}, "messages must be a list, not a number"),
         ({"messages": "hello"}, "messages is neither a list or object nor JSON text of one"),
@@ -224,11 +218,11 @@ def test_a_row_that_is_wrong_says_where_and_how(row: dict[str, Any], reason: str
 def test_a_row_without_a_known_shape_is_told_all_shapes() -> None:
     with pytest.raises(UserError) as caught:
         item(a=1)
-    assert all(shape.example in caught.value.hint for shape in SHAPES)
+    assert all(shape.example in caught.value.hint for _, shape in FORMATS.items())
 
 
 def test_every_shape_reads_its_own_example() -> None:
-    for shape in SHAPES:
+    for _, shape in FORMATS.items():
         row = Row("chats.jsonl:1", json.loads(shape.example.replace(", ...]", ', {"role": "gpt", "content": "a"}]')))
         assert RowReader().settled_by(row).shape == shape.name
         read = RowReader(shape.name).read(row)
@@ -368,20 +362,20 @@ def test_the_first_row_settles_the_shape_and_a_row_of_another_is_named_with_it()
     reader = pickle.loads(pickle.dumps(RowReader().settled_by(row(prompt="a", completion="b"))))
     assert reader.shape == "prompt-completion"
     assert isinstance(reader.read(row(2, prompt="a", completion="b", messages=3)), Conversation)
-    with pytest.raises(MixedShapes) as caught:
+    with pytest.raises(MixedFormats) as caught:
         reader.read(row(3, instruction="a", output="b"))
     error = pickle.loads(pickle.dumps(caught.value))
-    assert isinstance(error, MixedShapes)
+    assert isinstance(error, MixedFormats)
     assert error.where == "chats.jsonl:3"
     assert error.what == "this row is alpaca, where chats.jsonl:1 is prompt-completion"
     assert "--data" in error.hint
-    with pytest.raises(UserError, match="a row without a known shape") as other:
+    with pytest.raises(UserError, match="a row without a known format") as other:
         reader.read(row(4, prompt="a"))
-    assert not isinstance(other.value, MixedShapes)
+    assert not isinstance(other.value, MixedFormats)
 
 
 def test_a_row_of_no_known_shape_settles_nothing() -> None:
-    with pytest.raises(UserError, match="a row without a known shape") as caught:
+    with pytest.raises(UserError, match="a row without a known format") as caught:
         RowReader().settled_by(row(a=1))
     assert caught.value.exit_code != USAGE
     assert RowReader().shape is None
@@ -448,7 +442,7 @@ def test_an_error_in_a_column_names_it() -> None:
     with pytest.raises(UserError, match="prompt must be a string") as caught:
         reader.read(row(2, question=3, answer="a"))
     assert "prompt is its column 'question'" in caught.value.hint
-    with pytest.raises(UserError, match="a row without a known shape"):
+    with pytest.raises(UserError, match="a row without a known format"):
         reader.read(row(3, question="a"))
 
 

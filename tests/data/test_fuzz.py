@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mlx_sft.data.files import FileSource, split_weight
-from mlx_sft.data.formats import RowReader
-from mlx_sft.data.reading.json_text import list_elements, parse_json
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.json_text import list_elements, parse_json
+from mlx_sft.data.readers import Row
+from mlx_sft.data.row_reader import RowReader
+from mlx_sft.data.sources import FileSource, split_weight
 from mlx_sft.errors import UserError
 from tests.fuzz.promises import ROWS, attempt, check, check_error, good_files, read_file
 

@@ -11,14 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data import Examples, PreparedData, prepare, prepare_file, survey
+from mlx_sft.data.dataset import Store
 from mlx_sft.data.example import IGNORED, Example
+from mlx_sft.data.packing import PackedRow, pack
 from mlx_sft.data.split import split
-from mlx_sft.data.store.examples import Store
-from mlx_sft.data.store.packing import PackedRow, pack
 from mlx_sft.errors import USAGE, UserError
 
 WriteRows = Callable[..., str]
-SHARED = Path(__file__).parents[2] / ".." / "shared"
 
 
 def chat(question: str, answer: str = "yes") -> dict[str, str]:
@@ -59,7 +58,7 @@ def test_bad_rows_are_all_named_in_one_error(tokenizer: PreTrainedTokenizerFast,
     assert caught.value.what.splitlines() == [
         "3 rows cannot be used:",
         f"  {data}:2: not JSON: Expecting value in column 1",
-        f"  {data}:3: a row without a known shape: it has 'a'",
+        f"  {data}:3: a row without a known format: it has 'a'",
         f"  {data}:5: a conversation with nothing to learn: every assistant turn is empty",
     ]
     assert "--skip-bad-rows" in caught.value.hint
@@ -490,10 +489,9 @@ def test_the_report_adds_up_and_is_json(tokenizer: PreTrainedTokenizerFast, long
     assert len(report["sources"][0]["sha256"]) == 64
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows and the real Qwen 3 tokenizer are not here")
-def test_the_wwdc25_rows_under_the_real_qwen3_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "qwen3")
-    data = str(SHARED / "data" / "wwdc25-superbowl.jsonl")
+def test_the_wwdc25_rows_under_the_real_qwen3_tokenizer(neighbour: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"))
+    data = str(neighbour("data/wwdc25-superbowl.jsonl"))
     prepared = run(tokenizer, data)
     whole = prepared.report.train
     assert whole.rows == 1800

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mlx_sft.data.dataset import Examples, Store
 from mlx_sft.data.encode import Example
+from mlx_sft.data.packing import PackedRow, pack
 from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
 from mlx_sft.data.screening import SIGNS
-from mlx_sft.data.store.examples import Examples, Store
-from mlx_sft.data.store.packing import PackedRow, pack
 from mlx_sft.data.template import Facts
 
 
@@ -59,6 +59,12 @@ def test_every_row_is_accounted_for() -> None:
     notes = [Note("c:1", "bad", "x"), Note("c:2", "dropped", "y"), Note("c:3", "truncated", "z")]
     totals = report(notes=notes).to_json()["totals"]
     assert totals == {"rows": 6, "kept": 4, "truncated": 1, "dropped": 1, "bad": 1}
+
+
+def test_a_report_is_shown_in_one_line_without_its_notes() -> None:
+    told = report(notes=[Note("c:1", "bad", "x")])
+    assert repr(told) == "DataReport(5 rows, 4 kept, 0 truncated, 0 dropped, 1 bad)"
+    assert repr(told.sources[0]) == "SourceReport(chats.jsonl: 5 rows, 4 kept, 0 truncated, 0 dropped, 1 bad)"
 
 
 def test_the_machine_form_is_json_and_holds_every_note() -> None:
@@ -116,10 +122,10 @@ def test_suspicions_are_told_and_are_no_warning() -> None:
     assert suspicious.summary()["suspicious"].startswith("2 echo, 1 mojibake; ")
 
 
-def test_the_short_form_says_what_is_learnt_from_and_what_is_lost() -> None:
+def test_the_short_form_says_what_is_trained_on_and_what_is_lost() -> None:
     notes = [Note("c:1", "bad", "x"), Note("c:2", "truncated", "z")]
     assert report(part(*[example(10)] * 2), notes=notes).summary() == {
-        "rows": "2 to learn from, 0 held out, 1 truncated, 1 bad",
+        "rows": "2 to train on, 0 held out, 1 truncated, 1 bad",
         "format": "messages",
         "tokens": "20, 50% supervised",
         "lengths": "10 (median), 10 (95 %), 10 (longest) tokens",
@@ -129,7 +135,7 @@ def test_the_short_form_says_what_is_learnt_from_and_what_is_lost() -> None:
 
 def test_examples_are_told_from_rows_where_a_row_gives_several() -> None:
     turns = report(part(*[example(10)] * 6), kept=4, examples=6, shared=1)
-    assert turns.summary()["rows"] == "4 kept; 6 examples to learn from, 0 held out"
+    assert turns.summary()["rows"] == "4 kept; 6 examples to train on, 0 held out"
     assert turns.warnings()[0] == "1 validation example is also a training example"
     assert turns.warnings()[1].startswith("5 of 6 training examples equal an earlier one")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,10 +12,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_sft.data.formats import Conversation, Document, Tokens
+from mlx_sft.data.conversation import Conversation, Document, Tokens
 from mlx_sft.data.screening import SIGN_MEANINGS, SIGNS, SpecialTokens, signs_of
-
-WWDC = Path(__file__).parents[2].parent / "shared" / "data" / "wwdc25-superbowl.jsonl"
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -238,10 +237,9 @@ def test_documents_are_checked_for_mojibake_and_tokens_for_nothing() -> None:
     assert signs_of(Tokens("", [1], [1])) == frozenset()
 
 
-@pytest.mark.skipif(not WWDC.exists(), reason="the real rows are not beside this checkout")
-def test_real_rows_of_good_quality_show_no_sign() -> None:
+def test_real_rows_of_good_quality_show_no_sign(neighbour: Callable[[str], Path]) -> None:
     found: Counter[str] = Counter()
-    for line in WWDC.read_text(encoding="utf-8").splitlines():
+    for line in neighbour("data/wwdc25-superbowl.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         found.update(signs(row["completion"], row["prompt"]))
     assert not found

@@ -29,64 +29,64 @@ def _replace(original: Any, replacement: Any) -> None:
 
 
 def _nothing_is_synced() -> None:
-    from mlx_sft import runs
+    from mlx_sft import files
 
-    _replace(runs.sync, lambda descriptor: None)
+    _replace(files.sync, lambda descriptor: None)
 
 
 def _files_are_synced_after_they_have_their_names() -> None:
-    from mlx_sft import runs
+    from mlx_sft import files
 
     def write_file_with(path: Path, write: Callable[[Path], None], *_: object) -> None:
         temporary = path.with_name(f".writing-{path.name}")
-        with runs.disk_errors(path):
+        with files.disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             temporary.replace(path)
-            runs.sync_path(path.parent)
-            runs.sync_path(path)
+            files.sync_path(path.parent)
+            files.sync_path(path)
 
     @contextmanager
     def write_folder(path: Path, *_: object) -> Iterator[Path]:
         temporary = path.with_name(f".writing-{path.name}")
-        with runs.disk_errors(path):
+        with files.disk_errors(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
             temporary.rename(path)
-            runs.sync_path(path.parent)
+            files.sync_path(path.parent)
             for written in path.iterdir():
-                runs.sync_path(written)
+                files.sync_path(written)
 
-    _replace(runs.write_file_with, write_file_with)
-    _replace(runs.write_folder, write_folder)
+    _replace(files.write_file_with, write_file_with)
+    _replace(files.write_folder, write_folder)
 
 
 def _what_is_written_has_its_name_at_once() -> None:
-    from mlx_sft import runs
+    from mlx_sft import files
 
     @contextmanager
     def write_folder(path: Path, *_: object) -> Iterator[Path]:
-        with runs.disk_errors(path):
+        with files.disk_errors(path):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
             yield path
 
-    _replace(runs.write_folder, write_folder)
+    _replace(files.write_folder, write_folder)
 
 
 def _errors_of_the_disk_are_tracebacks() -> None:
-    from mlx_sft import runs
+    from mlx_sft import files
 
     @contextmanager
     def disk_errors(*_: object) -> Iterator[None]:
         yield
 
-    _replace(runs.disk_errors, disk_errors)
+    _replace(files.disk_errors, disk_errors)
 
 
 def _runs_have_no_lock() -> None:
-    from mlx_sft.runs import RunFolder
+    from mlx_sft.run_folder import RunFolder
 
     @contextmanager
     def locked(*_: object) -> Iterator[None]:

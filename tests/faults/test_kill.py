@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from tests.faults.layer import Call, watched
 from tests.run_folders import outcome
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_sft.runs import write_file, write_folder
+from mlx_sft.files import write_file, write_folder
 from tests.faults.injected import PowerCut, Refuse, error_names
 from tests.faults.layer import Call, watched
 

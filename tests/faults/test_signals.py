@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.stopping import Stopped, stop_request
 from tests.processes import options_of, wait_for_lines
 

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.peft import read_adapter
 from mlx_sft.data.prepare import prepare
+from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.safetensors_file import open_safetensors, read_bytes

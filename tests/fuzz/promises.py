@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_sft.data.files import FileSource
-from mlx_sft.data.formats import Conversation, Document, Item, RowReader, Tokens
+from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
 from mlx_sft.data.messages import ROLES
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.readers import Row
+from mlx_sft.data.row_reader import RowReader
+from mlx_sft.data.sources import FileSource
 from mlx_sft.errors import UserError
 
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.files import FileSource
 from mlx_sft.data.prepare import prepare
-from mlx_sft.data.reading.readers import Row
+from mlx_sft.data.readers import Row
+from mlx_sft.data.sources import FileSource
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import load_tokenizer
 from tests.fuzz.mutators import as_json, changed, changed_bytes

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.loop import train

@@ -129,7 +129,7 @@ def test_one_giant_holds_no_more_tokens_than_a_browser_draws_in_time(
     turns = [{"role": "user", "content": "the cat " * 100}, {"role": "assistant", "content": "the mat"}]
     data.write_text(json.dumps({"messages": turns}) + "\n")
     (example,) = rows_of(look(max_length=9000).write_page(tmp_path / "data.html"))[0]["examples"]
-    assert (len(example["pieces"]), len(example["ids"])) == (100, 100)
+    assert (len(example["pieces"]), len(example["token_ids"])) == (100, 100)
     assert example["tokens"] > 200
 
 
@@ -185,7 +185,7 @@ def test_the_browser_shows_every_row_and_the_numbers(page: Any) -> None:
         zip(page.locator("#cards dt").all_inner_texts(), page.locator("#cards dd").all_inner_texts(), strict=True)
     )
     assert (cards["rows"], cards["bad"].split()[0]) == ("9", "2")
-    assert page.locator("#charts svg").count() == 2
+    assert page.locator("#charts .bars").count() == 2
     assert page.locator("#showing").inner_text() == "showing 9 of 9 rows"
 
 
@@ -202,16 +202,16 @@ def test_hostile_text_is_text(page: Any, hostile: tuple[str, str]) -> None:
     assert page.locator("script").count() == 2
 
 
-def test_learnt_tokens_and_turns_are_told_apart(page: Any) -> None:
+def test_supervised_tokens_and_turns_are_told_apart(page: Any) -> None:
     page.locator("#list [role=option]").nth(1).click()
-    assert page.locator("#row .turn h3").all_inner_texts() == ["user 13 tokens", "assistant 15 tokens, 3 learnt"]
-    assert page.locator("#row .t.learnt").count() == 3 + 1  # and the legend's
+    assert page.locator("#row .turn h3").all_inner_texts() == ["user 13 tokens", "assistant 15 tokens, 3 supervised"]
+    assert page.locator("#row .t.supervised").count() == 3 + 1  # and the legend's
     assert page.locator("#row .tokens .t.special").all_inner_texts() == ["<|im_start|>", "<|im_end|>"] * 2
 
 
 def test_a_token_tells_about_itself_to_mouse_and_keyboard(page: Any) -> None:
     page.locator("#list [role=option]").nth(1).click()
-    page.locator("#row .tokens .t.learnt").last.hover()
+    page.locator("#row .tokens .t.supervised").last.hover()
     told = page.locator("#token").inner_text()
     assert "<|im_end|>" in told
     assert "supervised, weight 1 · message 1 (assistant) · special" in told
@@ -228,7 +228,7 @@ def test_a_cut_row_says_so(page: Any) -> None:
     page.locator("#list [role=option]").nth(5).click()
     assert "are cut off from here on" in page.locator("#row").inner_text()
     assert page.locator("#row .t.cut").count() > 0
-    assert page.locator("#row .t.cut.learnt").count() == 0
+    assert page.locator("#row .t.cut.supervised").count() == 0
 
 
 def test_a_bad_row_says_why_and_shows_itself(page: Any) -> None:
@@ -247,7 +247,7 @@ def test_rows_are_filtered_by_fate_by_sign_and_by_length(page: Any) -> None:
     page.locator("#kinds button", has_text="mojibake").click()
     assert entries(page) == ["7"]
     page.locator("#kinds button", has_text="mojibake").click()
-    page.locator("#charts svg").first.locator("rect.target").last.click()
+    page.locator("#charts .bars").first.locator("button").last.click()
     assert entries(page) == ["6"]
 
 
@@ -289,7 +289,7 @@ def test_text_can_be_read_in_either_scheme(browser: Any, page_file: Path, scheme
         ".chip >> nth=0",
         "#list .snippet >> nth=0",
         "#row .tokens .t",
-        "#row .tokens .t.learnt",
+        "#row .tokens .t.supervised",
     ):
         assert contrast(page, selector) >= 4.5, selector
     page.close()

@@ -29,9 +29,9 @@ def shown(inspection: Inspection, capsys: pytest.CaptureFixture[str]) -> str:
 def test_rows_and_table_are_data_and_go_to_stdout(look: Look, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(look(limit=2), capsys)
     assert (
-        f"{data}:2  kept  28 tokens, 3 learnt\n"
+        f"{data}:2  kept  28 tokens, 3 supervised\n"
         "  user  13 tokens\n<|im_start|>user\nthe dog<|im_end|>\n"
-        "  assistant  15 tokens, 3 learnt\n<|im_start|>assistant\n⟦sat<|im_end|>⟧\n"
+        "  assistant  15 tokens, 3 supervised\n<|im_start|>assistant\n⟦sat<|im_end|>⟧\n"
     ) in out
     assert f"{data}  messages     9     7          1        0    2\n" in out
 
@@ -41,7 +41,7 @@ def test_a_row_that_is_asked_for_is_shown_alone(look: Look, capsys: pytest.Captu
     assert out.endswith("⟦sat<|im_end|>⟧\n\n")
 
 
-def test_what_is_learnt_is_coloured_in_a_terminal(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_supervised_is_coloured_in_a_terminal(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
     terminal = Terminal()
@@ -61,7 +61,9 @@ def test_colour_can_be_refused(look: Look, monkeypatch: pytest.MonkeyPatch) -> N
     assert "⟦sat<|im_end|>⟧" in terminal.getvalue()
 
 
-def test_what_is_learnt_is_marked_in_a_terminal_without_colours(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_supervised_is_marked_in_a_terminal_without_colours(
+    look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "dumb")
     terminal = Terminal()
@@ -75,8 +77,8 @@ def test_examples_are_told_from_rows_where_a_row_gives_several(
 ) -> None:
     turns = [{"role": role, "content": text} for role, text in [("user", "the"), ("assistant", "cat")] * 2]
     data.write_text(json.dumps({"messages": turns}) + "\n")
-    assert "to learn from  2 examples, " in shown(look(train_on="every-turn"), capsys)
-    assert "to learn from  1 row, " in shown(look(), capsys)
+    assert "to train on  2 examples, " in shown(look(train_on="every-turn"), capsys)
+    assert "to train on  1 row, " in shown(look(), capsys)
 
 
 def test_nothing_in_a_row_steers_the_terminal(look: Look, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +93,7 @@ def test_a_bad_row_is_shown_with_reason_and_hint(look: Look, capsys: pytest.Capt
     assert '"forge <|im_end|>"' in out
 
 
-def test_a_cut_is_marked_and_what_lies_beyond_is_not_shown_as_learnt(
+def test_a_cut_is_marked_and_what_lies_beyond_is_not_shown_as_supervised(
     look: Look, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = shown(look(row="6"), capsys)
@@ -115,7 +117,7 @@ def test_signs_duplicates_and_lost_words_stand_beside_the_row(
 ) -> None:
     out = shown(look(), capsys)
     assert f"equals {data}:1\n" in out
-    assert "learnt  mojibake\n" in out
+    assert "supervised  mojibake\n" in out
     assert "mojibake: text that was decoded wrongly" in out
 
 

@@ -15,10 +15,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.peft import our_name
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Lora, LoraSettings, make_method
 from mlx_sft.methods.lora import DoraLinear, LoraLinear, detach, put_back, resolve_targets
+from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
 
 # PEFT asks a transformers model in a way that transformers has renamed.

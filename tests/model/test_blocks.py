@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_sft.model.blocks import Block, find_blocks, stood_in
+from mlx_sft.model.blocks import Block, find_blocks, replaced_children
 from mlx_sft.model.fast import fast_core
 from mlx_sft.model.head import SplitModel
 from tests.families import tiny_model
@@ -97,7 +97,7 @@ def test_watching_leaves_the_model_as_it_was() -> None:
 
 def test_children_are_back_even_after_an_error() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="stop"), stood_in(module, {"layers": lambda x: x}):
+    with pytest.raises(ValueError, match="stop"), replaced_children(module, {"layers": lambda x: x}):
         raise ValueError("stop")
     assert isinstance(module.layers, list)
 

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.optim import AdamW

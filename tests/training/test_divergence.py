@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import rollback
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.divergence import IN_A_ROW, bound, observe

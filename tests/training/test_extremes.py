@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
-from mlx_sft.convert.peft import read_adapter
-from mlx_sft.runs import RunFolder
+from mlx_sft.methods.peft_files import read_adapter
+from mlx_sft.run_folder import RunFolder
 
 
 def losses(run: Path) -> list[float]:

@@ -23,7 +23,7 @@ from mlx_sft.data.feed import PreparedStep
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.errors import FAILURE
 from mlx_sft.model.load import load_tokenizer
-from mlx_sft.runs import RunFolder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_safetensors
 from mlx_sft.training import loop, setup
 from mlx_sft.training.machine import Machine
@@ -230,7 +230,7 @@ def poisoned(settings: dict[str, Any], make_base: Callable[..., Path], tmp_path:
     content = {tensor.name: read_float32(tensor) for tensor in file.tensors}
     content["model.embed_tokens.weight"] = content["model.embed_tokens.weight"].copy()
     content["model.embed_tokens.weight"][token_id] = np.inf
-    described = [(tensor.name, "F32", tensor.shape) for tensor in file.tensors]
+    described = [(tensor.name, "F32", tensor.shape, tensor.size) for tensor in file.tensors]
     pieces = ([content[tensor.name].tobytes()] for tensor in file.tensors)
     write_safetensors(base / "model.safetensors", described, pieces, file.metadata)
     changes = {

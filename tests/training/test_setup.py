@@ -11,8 +11,8 @@ import pytest
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.errors import USAGE
-from mlx_sft.runs import RunFolder
-from mlx_sft.training.identity import resumed_config
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.training.resume import resumed_config
 from tests.run_folders import outcome
 
 

@@ -11,8 +11,8 @@ import pytest
 from mlx_sft import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.data.batches import MicroBatch, Plan, collate, cut, round_up
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
-from mlx_sft.data.store import Examples
 from mlx_sft.training import shapes
 from mlx_sft.training.machine import Machine, mac
 from mlx_sft.training.setup import prepare_job

@@ -15,7 +15,7 @@ import pytest
 from mlx_sft import train
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import Batch, MicroBatch, collate, cut, cut_all, round_up
-from mlx_sft.data.store import Examples
+from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Full, Lora, Parameters
 from mlx_sft.model.head import SplitModel

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlx_sft.data.formats import Conversation
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reasoning import before_reasoning
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.sandbox import TemplateStopped

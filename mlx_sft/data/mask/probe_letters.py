@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.formats import REASONING_KEYS
 from mlx_sft.data.mask.trace import PrivateCharacters
 from mlx_sft.data.mask.traced_rendering import NOBODY, Integers, Messages, called_functions
+from mlx_sft.data.messages import REASONING_KEYS
 
 REPLACED_KEYS = frozenset({"content", "text", "arguments", *REASONING_KEYS})
 """The parts of a message whose letters are its own words; the others (role, names, ids) steer the template."""

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template, TemplateError
 
-from mlx_sft.data.formats import REASONING_KEYS, Conversation
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reasoning import before_reasoning
 from mlx_sft.data.mask.traced_rendering import Messages, Span
+from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.sandbox import CLOCK, Clock, compiled
 from mlx_sft.errors import UserError
 

@@ -10,11 +10,11 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from mlx_sft.data.conversation import Conversation
+from mlx_sft.data.json_text import parse_json
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.mask.traced_rendering import called_functions
-from mlx_sft.data.reading.json_text import parse_json
 from mlx_sft.data.sandbox import TemplateStopped
-from mlx_sft.data.shapes import Conversation
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,19 +15,20 @@ import mlx.core as mx
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import printable
 from mlx_sft.convert.export import check_target
-from mlx_sft.convert.peft import read_adapter, write_adapter
 from mlx_sft.data.batches import Plan, Step
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.data.prepare import PreparedData, prepare
-from mlx_sft.data.store import Examples
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import to_json, write_file, write_folder
 from mlx_sft.methods import Lora, Parameters
+from mlx_sft.methods.peft_files import read_adapter, write_adapter
 from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
 from mlx_sft.model.names import EXPERTS_PART
 from mlx_sft.model.outline import outline
-from mlx_sft.runs import RunFolder, to_json, write_file, write_folder
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.fit import planned_steps
-from mlx_sft.training.identity import CONFIG_HEADER, identity_of, refuse_changes
+from mlx_sft.training.resume import CONFIG_HEADER, identity_of, refuse_changes
 from mlx_sft.training.start import starting_parameters
 from mlx_sft.training.twin.folder import TwinFolder
 from mlx_sft.training.twin.words import sft_arguments

@@ -10,11 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sft.convert.peft import our_name
 from mlx_sft.errors import UserError
-from mlx_sft.mappings import read_json
+from mlx_sft.files import read_json, user_path
 from mlx_sft.methods import Parameters
-from mlx_sft.runs import RunFolder, user_path
+from mlx_sft.methods.peft_files import our_name
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"

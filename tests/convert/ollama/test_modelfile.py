@@ -14,7 +14,6 @@ from mlx_sft.convert.ollama.rendering import parse_modelfile, rendered
 from mlx_sft.errors import UserError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
-REAL_QWEN3 = Path("/work/shared/tokenizers/qwen3")
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
@@ -153,10 +152,9 @@ def test_ollama_can_tell_reasoning_by_what_stands_around_it(built: Callable[[str
     assert "{{ if and $last .Thinking }}<think>\n{{ .Thinking }}\n</think>\n\n{{ else }}" in text
 
 
-@pytest.mark.skipif(not REAL_QWEN3.is_dir(), reason="the real tokenizer of Qwen 3 is not on this machine")
 @pytest.mark.parametrize("talk", TALKS.values(), ids=TALKS)
-def test_the_real_qwen3(talk: list[dict[str, str]]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(REAL_QWEN3, local_files_only=True)
+def test_the_real_qwen3(talk: list[dict[str, str]], neighbour: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"), local_files_only=True)
     modelfile = make_modelfile(tokenizer, {}, "./model.gguf")
     assert rendered(modelfile.text, talk) == expected(tokenizer, talk, False)
     assert rendered(modelfile.text, talk, False) == expected(tokenizer, talk, False, enable_thinking=False)

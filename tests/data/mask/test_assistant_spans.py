@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.encode import IGNORED, Encoder, encode_conversation
-from mlx_sft.data.formats import Conversation
 from mlx_sft.data.template import Facts
 from tests.data.mask.pictures import (
     CALL,

@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.data import mask
-from mlx_sft.data.formats import Conversation
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.probe_renderings import traced_renderings
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.mask.traced_rendering import NOBODY, TracedRendering

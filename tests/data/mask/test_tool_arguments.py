@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.encode import Encoder, encode_conversation
-from mlx_sft.data.formats import Conversation
 
 ARGUMENTS = {"city": 'Köln "Süd"', "days": 3}
 TEXT = json.dumps(ARGUMENTS, ensure_ascii=False)

@@ -16,10 +16,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from mlx_sft import TrainConfig, UserError, evaluate_run, export, export_twin, train
-from mlx_sft.convert.peft import read_adapter
 from mlx_sft.data.prepare import prepare
 from mlx_sft.errors import USAGE
-from mlx_sft.runs import RunFolder
+from mlx_sft.methods.peft_files import read_adapter
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.fit import planned_steps
 from tests.run_folders import outcome
 from tests.twins import STEPS, Pair

@@ -1,0 +1,329 @@
+"""The model card of a run: what its folder says that others may know, filled into `model_card.md.jinja`.
+
+No row of the data is in it and no path of this machine: of a file there is the name, of a folder nothing. The run folder may be
+anyone's, so the kind of each value that is read is checked, and names stand in spans of code, where Markdown and HTML mean nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.console import printable
+from mlx_sft.convert.base_info import BaseInfo, base_info
+from mlx_sft.convert.hub import is_hub_id
+from mlx_sft.data.sources import HUB_PREFIX
+from mlx_sft.errors import UserError
+from mlx_sft.files import read_json
+from mlx_sft.methods import Method, make_method
+from mlx_sft.registry import OPTIMIZERS
+from mlx_sft.run_folder import RunFolder
+
+_MOST_REPORT_BYTES = 256 * 2**20
+"""A report has a line for each row that was not simply kept: room for a million of them."""
+_LONGEST_LINE = 2**20
+"""Bytes of a line of metrics, which names the rows of a step that was skipped."""
+_MOST_SOURCES = 20
+"""How many files and datasets are named."""
+
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+# --- what a run folder says -------------------------------------------------------------------------------------------------------
+
+
+class _Checked(BaseModel):
+    """The fields that are needed of something in a file; others are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class RowTotals(_Checked):
+    """Rows of all sources together; a truncated row is kept."""
+
+    rows: Count
+    kept: Count
+    truncated: Count
+    dropped: Count
+    bad: Count
+
+
+class ExampleTotals(_Checked):
+    """The examples that are trained on, or those that are held out."""
+
+    rows: Count
+    tokens: Count
+    supervised_tokens: Count
+
+
+class DataSource(_Checked):
+    """A file or a dataset, by the name that the run knows it by."""
+
+    name: str
+    rows: Count
+
+    @property
+    def public_name(self) -> str:
+        """The name of a file without its folder; of a dataset all of it."""
+        return self.name if self.name.startswith(HUB_PREFIX) else Path(self.name).name
+
+    @property
+    def dataset(self) -> str | None:
+        """The Hub id of a dataset, where it is one."""
+        parts = self.name.removeprefix(HUB_PREFIX).partition(":")[0].split("/")
+        identifier = "/".join(parts[:2])
+        return identifier if self.name.startswith(HUB_PREFIX) and is_hub_id(identifier) else None
+
+
+class DataSummary(_Checked):
+    """The numbers of `data_report.json`."""
+
+    totals: RowTotals
+    train: ExampleTotals
+    valid: ExampleTotals
+    sources: list[DataSource]
+
+
+class MetricsRecord(_Checked):
+    """The fields of a line of `metrics.jsonl` that a card shows."""
+
+    kind: str
+    step: Count = 0
+    epoch: Finite = 0.0
+    loss: Finite | None = None
+    perplexity: Finite | None = None
+    token_accuracy: Finite | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run went.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        epochs: Passes over the data that they make.
+        step: The step after which the result was taken: the best by validation loss, else the last.
+        loss: Training loss of that step, or of the last one before it that was not skipped.
+        evaluation: The best evaluation; None without validation rows.
+    """
+
+    steps: int
+    epochs: float
+    step: int
+    loss: float | None
+    evaluation: MetricsRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What others may know of a run. `versions` are those of the packages with which it began, by name."""
+
+    config: TrainConfig
+    base: BaseInfo
+    data: DataSummary
+    result: RunResult
+    versions: Mapping[str, str]
+
+
+def read_run_summary(run: RunFolder) -> RunSummary:
+    """Summarize a finished run; raises `UserError` naming the file that cannot be read."""
+    return run_summary(run, TrainConfig.resolve(run.config), read_json(run.data_report, most=_MOST_REPORT_BYTES))
+
+
+def run_summary(run: RunFolder, config: TrainConfig, report: Mapping[str, Any]) -> RunSummary:
+    """As `read_run_summary`, where the configuration and the content of `data_report.json` are at hand."""
+    packages = read_json(run.environment).get("packages")
+    versions = packages if isinstance(packages, dict) else {}
+    return RunSummary(
+        config=config,
+        base=base_info(run, config),
+        data=_data_summary(report, run.data_report),
+        result=_run_result(run.metrics),
+        versions={name: version for name, version in versions.items() if isinstance(version, str)},
+    )
+
+
+def _data_summary(report: Mapping[str, Any], where: Path) -> DataSummary:
+    try:
+        return DataSummary.model_validate(report)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        what = f"{'.'.join(map(str, problem['loc']))} is not what a run writes there: {problem['msg']}"
+        raise UserError(what, where=str(where), hint="put the file back as it was") from error
+
+
+def _run_result(metrics: Path) -> RunResult:
+    last = MetricsRecord(kind="train")
+    best: MetricsRecord | None = None
+    loss: float | None = None
+    loss_at_best: float | None = None
+    for record in _records(metrics):
+        if record.kind == "train":
+            last, loss = record, loss if record.loss is None else record.loss
+        elif record.kind == "evaluation" and record.best:
+            best, loss_at_best = record, loss
+    if best is None:
+        return RunResult(last.step, last.epoch, last.step, loss, None)
+    return RunResult(last.step, last.epoch, best.step, loss_at_best, best)
+
+
+def _records(metrics: Path) -> Iterator[MetricsRecord]:
+    try:
+        with metrics.open("rb") as file:
+            while line := file.readline(_LONGEST_LINE):
+                with suppress(ValidationError):  # a damaged line is no reason to have no card
+                    yield MetricsRecord.model_validate_json(line)
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+        raise UserError(what, where=str(metrics), hint="check the path") from error
+
+
+# --- the card -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What lies beside a card on the Hub.
+
+    Attributes:
+        repository: `owner/name`.
+        merged: A whole checkpoint; else the adapter in PEFT's files.
+        mlx_lm: The folder that holds the adapter in mlx-lm's files; empty where there is none.
+    """
+
+    repository: str
+    merged: bool
+    mlx_lm: str = ""
+
+
+def model_card(summary: RunSummary, published: Published | None = None) -> str:
+    """The content of a `README.md`: of what is published, or of the run folder itself."""
+    base, method = summary.base, make_method(summary.config)
+    whole = published.merged if published else not method.frozen_base
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    card = ModelCard.from_template(
+        _metadata(summary, whole),
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        title=published.repository if published else f"A fine-tuned {_code(base.name)}",
+        summary=_summary_line(method, _linked(base), whole),
+        base_rows=_base_rows(base),
+        data_rows=_data_rows(summary.data),
+        training_rows=_training_rows(summary.config, method, summary.result),
+        result_rows=_result_rows(summary.result),
+        published=published,
+        base_on_hub=base.on_hub,
+        base_arguments=f'"{base.name}"{revision}' if base.on_hub else '"path/to/the/base"',
+        versions=", ".join(_code(f"{name} {version}") for name, version in summary.versions.items()),
+    )
+    return f"{card}\n"
+
+
+def _metadata(summary: RunSummary, whole: bool) -> ModelCardData:
+    """What the Hub reads of a card."""
+    base = summary.base
+    relation = "finetune" if whole else "adapter"
+    datasets = dict.fromkeys(source.dataset for source in summary.data.sources if source.dataset)
+    return ModelCardData(
+        base_model=base.name if base.on_hub else None,
+        base_model_relation=relation if base.on_hub else None,
+        license=base.licence.get("license"),
+        license_name=base.licence.get("license_name"),
+        license_link=base.licence.get("license_link"),
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        tags=["mlx-sft", summary.config.objective, summary.config.method],
+        datasets=list(datasets) or None,
+    )
+
+
+def _summary_line(method: Method, base: str, whole: bool) -> str:
+    """One sentence: what lies beside the card, a checkpoint (`whole`) or what was trained alone."""
+    if not whole:
+        return f"A {method.title} adapter for {base}, trained on conversations."
+    if not method.frozen_base:
+        return f"{base}, fine-tuned on conversations: {method.describe()} was trained."
+    return f"{base}, fine-tuned on conversations: a {method.title} adapter, merged into its weights."
+
+
+def _base_rows(base: BaseInfo) -> dict[str, str]:
+    rows = {"Base model": _linked(base)}
+    if base.family:
+        rows["Architecture"] = _code(base.family)
+    if base.revision:
+        rows["Revision of the base"] = _code(base.revision)
+    rows["Licence of the base"] = _code(base.licence["license"]) if base.licence else "not known; see the base model"
+    return rows
+
+
+def _data_rows(data: DataSummary) -> dict[str, str]:
+    named = [f"{_code(source.public_name)} (rows: {source.rows:,})" for source in data.sources[:_MOST_SOURCES]]
+    further = len(data.sources) - len(named)
+    totals, train, valid = data.totals, data.train, data.valid
+    rows = {
+        "Sources": ", ".join(named) + (f", and {further:,} more" if further else ""),
+        "Rows": f"{totals.rows:,} read: {totals.kept:,} kept ({totals.truncated:,} of them truncated), "
+        f"{totals.dropped:,} dropped, {totals.bad:,} that could not be used",
+        "Trained on": f"{train.rows:,} examples, {train.tokens:,} tokens, {train.supervised_tokens:,} of them supervised",
+    }
+    if valid.rows:
+        rows["Held out"] = f"{valid.rows:,} examples, {valid.tokens:,} tokens"
+    return rows
+
+
+def _training_rows(config: TrainConfig, method: Method, result: RunResult) -> dict[str, str]:
+    optimizer = OPTIMIZERS[config.optimizer].__name__
+    return {
+        "Method": _marked(method.describe()),
+        "Length": f"{result.steps:,} steps of {config.batch_size:,} examples, {result.epochs:.3g} epochs, "
+        f"up to {config.max_length:,} tokens an example",
+        "Learning rate": f"{config.lr:g}, {config.scheduler} after a warm-up of {config.warmup:.0%} of the steps ({optimizer})",
+        "Seed": str(config.seed),
+        "Precision of the base": f"{config.dtype}, quantized ({config.quantize})" if config.quantize else config.dtype,
+    }
+
+
+def _result_rows(result: RunResult) -> dict[str, str]:
+    loss = "none that is finite" if result.loss is None else f"{result.loss:.4f}"
+    rows = {"Taken after step": f"{result.step:,} of {result.steps:,}", "Training loss": loss}
+    if (found := result.evaluation) is not None and found.loss is not None:
+        rows["Validation loss"] = f"{found.loss:.4f}, the lowest"
+        if found.perplexity is not None:
+            rows["Validation perplexity"] = f"{found.perplexity:.4g}"
+        if found.token_accuracy is not None:
+            rows["Validation token accuracy"] = f"{found.token_accuracy:.1%}"
+    return rows
+
+
+def _linked(base: BaseInfo) -> str:
+    return f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else _code(base.name)
+
+
+def _marked(text: str) -> str:
+    """A line in which names stand between backticks; a name that has a backtick itself does no harm."""
+    pieces = " ".join(printable(text).split()).split("`")
+    return "".join(_code(piece) if number % 2 else _escaped(piece) for number, piece in enumerate(pieces))
+
+
+def _escaped(text: str) -> str:
+    """Text in which no character is Markdown or HTML."""
+    return re.sub(r"([\\<>\[\]*_!|#&~])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    """A span of code, also in a cell of a table, that nothing inside of it can end."""
+    shown = " ".join(printable(text).split()).translate(_ENDS)
+    return f"`{shown or '?'}`"
+
+
+_ENDS = str.maketrans("`|", "'¦")
+"""What would end a span of code or a cell, and what stands for it."""

@@ -1,0 +1,134 @@
+"""The forms that a run leaves in. Each is checked before it is written, and opened again as its consumer does before it is done.
+
+A further form is one more file with a subclass of `Target`, and a line in `ENTRIES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.convert.merge import Merging, refuse_unmergeable
+from mlx_sft.convert.verify import Verification
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.methods import Method
+from mlx_sft.model.load import resolve_checkpoint
+from mlx_sft.registry import METHODS
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.settings import Settings as NoSettings
+
+ENTRIES = {
+    "merged": "mlx_sft.convert.targets.merged:Merged",
+    "mlx": "mlx_sft.convert.targets.mlx:Mlx",
+    "peft": "mlx_sft.convert.targets.peft:Peft",
+    "mlx-lm": "mlx_sft.convert.targets.mlx_lm:MlxLm",
+    "gguf": "mlx_sft.convert.targets.gguf:Gguf",
+    "trl": "mlx_sft.convert.targets.trl:Trl",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported.
+
+    Attributes:
+        run: The run's folder.
+        config: Its configuration.
+        to: The folder as it will be called.
+        verify: Whether what is written is opened again and compared.
+    """
+
+    run: RunFolder
+    config: TrainConfig
+    to: Path
+    verify: bool = True
+
+    @property
+    def method(self) -> type[Method]:
+        kind: type[Method] = METHODS[self.config.method]
+        return kind
+
+
+class Target:
+    """One form.
+
+    Args:
+        export: What is exported.
+        settings: The options of this form.
+
+    Attributes:
+        name: By which `--format` chooses it.
+        summary: What it is, in a few words, for the help of `--format`.
+        Settings: Its options, each of which becomes one of `export`.
+        notes: What else a person should know of what was written; filled by `write` and `verify`.
+        lost: For weights that were quantized after the merge, by name: how far that moved what training did to each, in parts of it.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    Settings: ClassVar[type[NoSettings]] = NoSettings
+
+    def __init__(self, export: Export, settings: Any = None) -> None:
+        self.export = export
+        self.settings = settings if settings is not None else self.Settings()
+        self.notes: list[str] = []
+        self.lost: dict[str, float] = {}
+
+    @property
+    def source(self) -> Path:
+        """The base that is read; a folder that must not be written over."""
+        return Path(self.export.config.model)
+
+    def check(self) -> None:
+        """Raise `UserError` where this run cannot leave in this form, before anything is written."""
+
+    def needed_bytes(self) -> int:
+        """What writing takes on the disk."""
+        return 0
+
+    def write(self, folder: Path) -> None:
+        """Write into a folder that is there, and that gets its name only when all of it is written and verified."""
+        raise NotImplementedError
+
+    def verify(self, folder: Path) -> Verification | None:
+        """Open what was written as its consumer does, and compare; raises `UserError` where it is not what was trained."""
+        return None
+
+
+class MergeSettings(NoSettings):
+    """What a run on a quantized base is merged into."""
+
+    base: Literal["original", "dequantized"] = "original"
+    """What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized weights stand for, which
+    keeps exactly what was trained."""
+    base_model: str | None = None
+    """The original of a base whose weights are quantized."""
+
+
+class WholeModel(Target):
+    """A form with the base in it: what was trained is merged into its weights."""
+
+    Settings: ClassVar[type[NoSettings]] = MergeSettings
+    settings: Any
+
+    @property
+    def source(self) -> Path:
+        return resolve_checkpoint(self.settings.base_model or self.export.config.model)
+
+    def check(self) -> None:
+        if self.settings.base == "dequantized" and self.settings.base_model is not None:
+            what = "--base dequantized writes the base that was trained, and no other"
+            raise UserError(what, hint="leave one of --base and --base-model out", exit_code=USAGE)
+        refuse_unmergeable(self.export.run, self.export.config)
+
+    def needed_bytes(self) -> int:
+        return Checkpoint.open(self.source).size()
+
+    def merging(self) -> Merging:
+        """What is merged into what, before it is."""
+        export, settings = self.export, self.settings
+        checkpoint = Checkpoint.open(self.source)
+        return Merging(export.run, export.config, checkpoint, settings.base_model, settings.base == "dequantized")

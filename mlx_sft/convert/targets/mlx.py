@@ -1,0 +1,151 @@
+"""A model as a folder that mlx-lm opens, quantized or not; what quantizing takes from a trained weight is told.
+
+`config.json` says each setting in the form that mlx-lm reads, and in transformers'.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.utils import save_config, save_model
+
+from mlx_sft.convert.hf import Checkpoint, copy_side_files
+from mlx_sft.convert.merge import Merging
+from mlx_sft.convert.stored import stored_parts
+from mlx_sft.convert.targets import MergeSettings
+from mlx_sft.convert.targets.merged import Merged
+from mlx_sft.convert.verify import Verification
+from mlx_sft.files import free_folder, refuse_full_disk, write_folder
+from mlx_sft.load import load_run, load_trained
+from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
+from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
+from mlx_sft.model.translate import translate_config
+from mlx_sft.safetensors_file import read_float32
+
+
+def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: str | None = None) -> Path:
+    """Write a model as a folder for mlx-lm.
+
+    Args:
+        model: As for `load_model`.
+        to: The folder to write; it appears when it is whole.
+        quantize: A name of `QUANTIZATIONS`.
+        dtype: Of the weights, or of the scales of quantized ones; without one, the checkpoint's.
+
+    Raises:
+        UserError: If the model cannot be loaded, or the folder cannot be.
+    """
+    target = free_folder(to)
+    path = resolve_checkpoint(model)
+    needed = Checkpoint.open(path).size()
+    refuse_full_disk(target, needed, "this folder", "remove what is not needed, or give --to on another disk")
+    with write_folder(target, needed) as temporary:
+        _write(load_model(model, dtype or "stored"), temporary, quantize)
+    return target
+
+
+class MlxSettings(MergeSettings):
+    """Options of the export format `mlx`."""
+
+    quantize: Literal["4", "8", "mxfp4"] | None = None
+    """Quantize after the merge."""
+
+
+class Mlx(Merged):
+    """The export format `mlx`: what is merged, as mlx-lm writes it."""
+
+    name: ClassVar = "mlx"
+    summary: ClassVar = "the same as mlx-lm writes it, quantized or not"
+    Settings: ClassVar = MlxSettings
+
+    def needed_bytes(self) -> int:
+        return 2 * super().needed_bytes()
+
+    def write(self, folder: Path) -> None:
+        """The merged checkpoint, compared with what was trained, and then written anew in mlx-lm's form in its place."""
+        super().write(folder)
+        self._verification = super().verify(folder) if self.export.verify else None
+        merged = folder / "merged"
+        inside = list(folder.iterdir())
+        merged.mkdir()
+        for file in inside:
+            file.rename(merged / file.name)
+        quantize = self.settings.quantize
+        _write(load_model(str(merged), "stored"), folder, quantize)
+        shutil.rmtree(merged)
+        if quantize is not None:
+            self.lost = _lost(self._written or self.merging(), QUANTIZATIONS[quantize])
+
+    def verify(self, folder: Path) -> Verification | None:  # type: ignore[override]
+        return self._verification
+
+
+def _write(loaded: LoadedModel, folder: Path, quantization: str | None) -> None:
+    config = config_for_both(loaded.config, translate_config(loaded.path))
+    if quantization is not None:
+        config["quantization"] = quantize(loaded.model, quantization)
+    copy_side_files(loaded.path, folder)
+    save_model(folder, loaded.model, donate_model=True)
+    save_config(config, folder / "config.json")
+
+
+def config_for_both(stored: dict[str, Any], translated: dict[str, Any]) -> dict[str, Any]:
+    """Settings that mlx-lm reads, and transformers too.
+
+    Args:
+        stored: `config.json` of the checkpoint.
+        translated: The same as mlx-lm's code reads it.
+    """
+    kind = translated["model_type"]
+    if kind != stored["model_type"]:  # of a text alone, for which mlx-lm has no name
+        text = config_for_both(stored, translated | {"model_type": stored["model_type"]})
+        shared = {name: stored[name] for name in _OF_THE_WHOLE if name in stored}
+        return shared | {"model_type": kind, "text_config": text}
+    config = stored | {name: value for name, value in translated.items() if value is not None}
+    by_type = stored.get("rope_parameters")
+    if isinstance(by_type, dict) and any(isinstance(value, dict) for value in by_type.values()):
+        config["rope_parameters"] = by_type  # mlx-lm has other names for what it says
+    return config
+
+
+_OF_THE_WHOLE = (
+    "vocab_size",
+    "tie_word_embeddings",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+)
+
+
+def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
+    """For each weight that training changed: the norm of what quantizing moved it by, beside that of what training did.
+
+    Both are compared with the base as quantized in the same way.
+    """
+    method, parameters = load_trained(merging.run, merging.config)
+    lost: dict[str, float] = {}
+    trained_on = load_run(merging.run.path, base=True, dtype="float32").model if merging.dequantized else None
+    weights = weights_by_name(trained_on) if trained_on is not None else {}
+    for name, shape in method.changed_shapes(parameters).items():
+        before = weights.pop(name) if weights else _stored(merging.checkpoint, name, shape)
+        if before.shape[-1] % quantization.group_size:
+            continue  # too narrow to be quantized
+        after = method.changed_weight(name, before, parameters)
+        moved = round_trip(after, quantization) - round_trip(before, quantization)
+        update = after - before
+        size, error = (np.linalg.norm(np.array(change)) for change in (update, moved - update))
+        if size:
+            lost[name] = float(error / size)
+    return lost
+
+
+def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None) -> mx.array:
+    tensors = stored_parts(checkpoint, name, shape, "the run")
+    stacked = mx.stack([mx.array(read_float32(tensor)) for tensor in tensors])
+    return stacked[0] if shape is None else stacked.reshape(shape)

@@ -1,0 +1,54 @@
+"""`peft`: the adapter alone, in PEFT's files. It needs no base, so that one that is gone is no hindrance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import mlx.core as mx
+
+from mlx_sft.convert.base_info import base_info
+from mlx_sft.convert.targets import Target
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import folder_bytes
+from mlx_sft.load import finished_folder, load_trained
+from mlx_sft.methods import Parameters
+from mlx_sft.model.load import name_elsewhere
+
+
+class AdapterAlone(Target):
+    """A form without the base in it."""
+
+    def check(self) -> None:
+        finished_folder(self.export.run, self.export.config)
+        if not self.export.method.frozen_base:
+            what, hint = f"a run of --method {self.export.method.name} has no adapter", "export it with --format merged"
+            raise UserError(what, where=str(self.export.run.path), hint=hint, exit_code=USAGE)
+
+    def needed_bytes(self) -> int:
+        return folder_bytes(finished_folder(self.export.run, self.export.config))
+
+
+class Peft(AdapterAlone):
+    """The export format `peft`."""
+
+    name: ClassVar = "peft"
+    summary: ClassVar = "the adapter alone, as PEFT writes it"
+
+    def write(self, folder: Path) -> None:
+        run, config = self.export.run, self.export.config
+        method, parameters = load_trained(run, config)
+        method.write(folder, parameters, name_elsewhere(config.model), base_info(run, config).revision)
+
+    def verify(self, folder: Path) -> None:
+        method, parameters = load_trained(self.export.run, self.export.config)
+        written, again = self.export.method.read(folder)
+        if written.settings != method.settings or not same(parameters, again):
+            raise UserError("the adapter was not written as it is", where=str(folder))
+
+
+def same(parameters: Parameters, others: Parameters) -> bool:
+    """Whether two sets of parameters are equal, number by number."""
+    return parameters.keys() == others.keys() and all(
+        bool(mx.array_equal(others[name], value)) for name, value in parameters.items()
+    )

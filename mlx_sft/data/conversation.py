@@ -1,0 +1,141 @@
+"""What a row is once it is read: a `Conversation`, a `Document` or `Tokens`; and the checks that every conversation passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_sft.data.json_text import kind
+from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, parsed, read_messages, take_weights
+from mlx_sft.data.readers import Row
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as a chat template takes them.
+
+    The assistant turns among `messages[first_learnt:]` are learnt; what stands before is context only.
+
+    Args:
+        weights: Of each message in the loss; 0 where it is not to be learnt. None: all 1.
+    """
+
+    origin: str
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    first_learnt: int = 0
+    weights: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text, learnt as a whole."""
+
+    origin: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Text that was tokenized before, without padding. Labels are *not* shifted: -100, or the token at the same place."""
+
+    origin: str
+    token_ids: list[int]
+    labels: list[int]
+
+
+Item = Conversation | Document | Tokens
+
+
+def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conversation:
+    """Messages, of which the first `context` are not learnt, with what else the row has."""
+    _check_that_messages_are_all(row)
+    system = text_of(row, "system")
+    if system and messages[0]["role"] in ("system", "developer"):
+        if messages[0].get("content") != system:
+            raise ValueError("the row's system and its first message are two different system prompts")
+    elif system:
+        messages = [{"role": "system", "content": system}, *messages]
+        context += 1 if context else 0
+    messages, weights = take_weights(messages)
+    learnt = [
+        (message, weights is None or weights[index] > 0)
+        for index, message in enumerate(messages)
+        if index >= context and message["role"] == "assistant"
+    ]
+    reasons = {
+        "it has no assistant turn": not learnt,
+        "every assistant turn is empty": not any(_says_something(message) for message, _ in learnt),
+        "every assistant turn has the weight 0": not any(heavy for _, heavy in learnt),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"a conversation with nothing to learn: {reason}")
+    return Conversation(row.origin, messages, _tools(row), _template_kwargs(row), context, weights)
+
+
+def _says_something(message: Message) -> bool:
+    texts = [message.get(key) or "" for key in ("content", *REASONING_KEYS)]
+    return "tool_calls" in message or any(text.strip() for text in texts)
+
+
+def _check_that_messages_are_all(row: Row) -> None:
+    """Refuse rows whose messages are not the whole of what they show or teach."""
+    media = next((key for key in _MEDIA if row.value.get(key)), None)
+    if media:
+        raise ValueError(
+            f"only text is read, and the row has `{media}`: leave that out where the text stands for itself"
+        )
+    if isinstance(row.value.get("rejected"), dict):
+        raise ValueError("a row of preferences: its answers are `chosen` and `rejected`, and not among its messages")
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    """Under `tools`; or under `functions`, as they were written before there were tools."""
+    tools = _objects(row, "tools") or [as_tool(function) for function in _objects(row, "functions")]
+    return tools or None
+
+
+def _objects(row: Row, key: str) -> list[dict[str, Any]]:
+    value = parsed(row.value.get(key), key) or []
+    if not isinstance(value, list):
+        raise ValueError(f"{key} must be a list of objects, not {kind(value)}")
+    objects = [parsed(item, f"{key}[{index}]") for index, item in enumerate(value)]
+    for index, item in enumerate(objects):
+        if not isinstance(item, dict):
+            raise ValueError(f"{key}[{index}] must be an object, not {kind(item)}")
+    check_characters(objects, key)
+    return objects
+
+
+def as_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as templates take it, of one or of a bare function, as LLaMA-Factory's data have them."""
+    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+
+
+def _template_kwargs(row: Row) -> dict[str, Any]:
+    template_kwargs = parsed(row.value.get("chat_template_kwargs"), "chat_template_kwargs")
+    if not isinstance(template_kwargs, dict | None):
+        raise ValueError(f"chat_template_kwargs must be an object, not {kind(template_kwargs)}")
+    check_characters(template_kwargs, "chat_template_kwargs")
+    return template_kwargs or {}
+
+
+def as_messages(value: Any, name: str, role: str) -> list[Message]:
+    if isinstance(value, str):
+        return read_messages([{"role": role, "content": value}], name)
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a string or a list of messages, not {kind(value)}")
+    return read_messages(value, name)
+
+
+def text_of(row: Row, key: str) -> str:
+    """Text of a row; empty where it is blank or absent."""
+    text = row.value.get(key) or ""
+    if not isinstance(text, str):
+        raise ValueError(f"{key} must be a string, not {kind(text)}")
+    check_characters(text, key)
+    return text if text.strip() else ""

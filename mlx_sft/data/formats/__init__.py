@@ -1,0 +1,41 @@
+"""The row formats. A further one is one more file with a `RowFormat`, and a line in `ENTRIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlx_sft.data.conversation import Item
+from mlx_sft.data.readers import Row
+
+ENTRIES = {
+    "messages": "mlx_sft.data.formats.messages:FORMAT",
+    "sharegpt": "mlx_sft.data.formats.sharegpt:FORMAT",
+    "alpaca": "mlx_sft.data.formats.alpaca:FORMAT",
+    "prompt-completion": "mlx_sft.data.formats.prompt_completion:FORMAT",
+    "tokenized": "mlx_sft.data.formats.tokenized:FORMAT",
+    "text": "mlx_sft.data.formats.text:FORMAT",
+}
+"""In the order in which they are tried: a row that has the keys of several formats is of the first of them."""
+
+EXTRAS = ("system", "tools", "chat_template_kwargs")
+"""What a row of every format of conversations may have besides."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """One format. It can be pickled where `read` is a function of a module.
+
+    Attributes:
+        name: By which `--format` chooses it.
+        keys: Those that tell it.
+        optional: Those that a row may have besides.
+        example: How such a row is written.
+        read: A row → what is in it; raises `ValueError` with a reason.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    optional: tuple[str, ...]
+    example: str
+    read: Callable[[Row], Item]

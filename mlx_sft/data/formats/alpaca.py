@@ -1,0 +1,35 @@
+"""`{"instruction": ..., "input": ..., "output": ...}`, as Stanford Alpaca writes it, with an optional history of pairs."""
+
+from __future__ import annotations
+
+from mlx_sft.data.conversation import Conversation, conversation_of, text_of
+from mlx_sft.data.formats import EXTRAS, RowFormat
+from mlx_sft.data.json_text import kind
+from mlx_sft.data.messages import Message, parsed, read_messages
+from mlx_sft.data.readers import Row
+
+
+def read(row: Row) -> Conversation:
+    history = parsed(row.value.get("history"), "history") or []
+    if not isinstance(history, list):
+        raise ValueError(f"history must be a list of [question, answer] pairs, not {kind(history)}")
+    messages: list[Message] = []
+    for index, pair in enumerate(history):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise ValueError(f'history[{index}] is not a pair, such as ["question", "answer"]')
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    asked = [text_of(row, key) for key in ("instruction", "input")]
+    if not any(asked):
+        raise ValueError("instruction and input are both empty")
+    messages += [{"role": "user", "content": "\n".join(filter(None, asked))}]
+    messages += [{"role": "assistant", "content": text_of(row, "output")}]
+    return conversation_of(row, read_messages(messages, "messages"))
+
+
+FORMAT = RowFormat(
+    "alpaca",
+    ("instruction", "output"),
+    ("input", "history", *EXTRAS),
+    '{"instruction": "...", "input": "...", "output": "..."}',
+    read,
+)

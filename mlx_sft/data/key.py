@@ -1,0 +1,165 @@
+"""What a cache entry depends on: a source's content, the tokenizer, the template and the options, as one SHA-256.
+
+Whatever could change an example must be in it, the code of this folder included; where a file lies must not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from datetime import datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_sft.data.packing import TABLE
+from mlx_sft.data.pipeline import Pipeline
+from mlx_sft.data.screening import SIGNS
+from mlx_sft.data.sources import Source
+from mlx_sft.data.streams import COMPRESSIONS
+
+_PACKAGES = ("mlx-sft", "transformers", "tokenizers", "jinja2")
+_REMEMBERED_FROM = 256_000_000
+"""Bytes from which a file's digest is remembered: reading a smaller one takes less than a second."""
+_AT_REST = 2_000_000_000
+"""Nanoseconds since a file's last change, so that another change would show in its times."""
+
+
+def entry_key(content: str, name: str, pipeline: Pipeline) -> str | None:
+    """The key of what the pipeline makes of a content; None where the tokenizer cannot tell what it is.
+
+    Args:
+        content: SHA-256 of the source.
+        name: Of the source; its suffixes decide over the reader.
+    """
+    tokenizer = _tokenizer(pipeline.encoder.tokenizer)
+    if tokenizer is None:
+        return None
+    settings = pipeline.encoder.settings
+    template = _as_json(pipeline.encoder.tokenizer.chat_template)
+    parts = {
+        "content": content,
+        "kind": _kind(name),
+        "tokenizer": tokenizer,
+        "end_tokens": sorted(pipeline.encoder.end_tokens),
+        "template": template,
+        "day": _day(template, settings.template_kwargs),
+        "encoding": {field.name: getattr(settings, field.name) for field in fields(settings)},
+        "variables": json.dumps(settings.template_kwargs, default=repr),
+        "format": pipeline.reader.format,
+        "columns": dict(pipeline.reader.columns),
+        "special_in_content": pipeline.special_in_content,
+        "signs": SIGNS,
+        "table": str(TABLE),
+        "packages": [version(package) for package in _PACKAGES],
+        "code": _code(),
+        "python": platform.python_version_tuple()[:2],
+    }
+    return hashlib.sha256(_as_json(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _kind(name: str) -> str:
+    """The suffix that decides how a file is read."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix not in COMPRESSIONS), "")
+
+
+def _tokenizer(tokenizer: Any) -> str | None:
+    """SHA-256 of all that decides how a fast tokenizer cuts text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    # How to cut and pad is left out: the first text that is tokenized without changes both.
+    cuts = {
+        part: value for part, value in json.loads(backend.to_str()).items() if part not in ("truncation", "padding")
+    }
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    whole = [
+        type(tokenizer).__name__,
+        cuts,
+        special,
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        getattr(tokenizer, "split_special_tokens", False),
+    ]
+    return hashlib.sha256(_as_json(whole).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _day(template: str, template_kwargs: Mapping[str, Any]) -> str | None:
+    """Today, where the template writes it by itself: where it asks for it, and goes by no day that it is given."""
+    is_given = "date_string" in template and "date_string" in template_kwargs
+    return f"{datetime.now():%Y-%m-%d}" if "strftime_now" in template and not is_given else None
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of the code of the data room, of which any line may matter."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=repr)
+
+
+# The content
+
+
+def content_of(source: Source, remembered: Path | None) -> str | None:
+    """SHA-256 of a source's bytes; None where it has none, such as a dataset of the Hub.
+
+    Args:
+        remembered: Folder of the digests of large files, each with the file's times and place on the disk, all of which any
+            change of the file changes.
+    """
+    path = getattr(source, "path", None)
+    before = file_state(source)
+    if path is None or before is None or remembered is None or before["size"] < _REMEMBERED_FROM:
+        return source.sha256()
+    memo = remembered / f"{hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()}.json"
+    try:
+        known = json.loads(memo.read_text(encoding="utf-8"))
+        if known["state"] == before and isinstance(known["sha256"], str):
+            return str(known["sha256"])
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # it is computed
+    digest = source.sha256()
+    if digest is not None and file_state(source) == before and time.time_ns() - before["changed"] > _AT_REST:
+        _remember(memo, {"state": before, "sha256": digest})
+    return digest
+
+
+def file_state(source: Source) -> dict[str, int] | None:
+    """What changes with any change of a source's file: its size, times and place on the disk; None for no regular file."""
+    path = getattr(source, "path", None)
+    try:
+        if path is None or not Path(path).is_file():
+            return None
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    return {
+        "size": stat.st_size,
+        "modified": stat.st_mtime_ns,
+        "changed": stat.st_ctime_ns,
+        "inode": stat.st_ino,
+        "device": stat.st_dev,
+    }
+
+
+def _remember(memo: Path, value: dict[str, Any]) -> None:
+    temporary = memo.with_suffix(f".{os.getpid()}")
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+        temporary.replace(memo)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # it is computed again next time

@@ -1,0 +1,201 @@
+"""Row → `Conversation`, `Document` or `Tokens`: which format the rows of a file have, and where a row keeps its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mlx_sft.data.conversation import Item
+from mlx_sft.data.formats import RowFormat
+from mlx_sft.data.messages import nearest, shown
+from mlx_sft.data.readers import Row
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.registry import FORMATS
+
+_ALIASES = {"user": "prompt", "assistant": "completion"}
+"""What `--columns` may call a key besides its own name."""
+
+
+def _formats() -> list[RowFormat]:
+    return [row_format for _, row_format in FORMATS.items()]
+
+
+def _parts() -> dict[str, str]:
+    """What `--columns` may name → the key that it stands for."""
+    return _ALIASES | {key: key for row_format in _formats() for key in (*row_format.keys, *row_format.optional)}
+
+
+class MixedFormats(UserError):
+    """A row of another format than the first row of its file."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """Reads the rows of one file, which are all of one format. It can be pickled.
+
+    Args:
+        format: The format's name, or `auto`: that of the first row.
+        columns: Where a row keeps its parts: `{"user": "question", "assistant": "answer"}`, or a format's own keys under other
+            names, `{"messages": "dialogue"}`.
+
+    Raises:
+        UserError: for a format or a part that does not exist.
+    """
+
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    _first: tuple[RowFormat, str] | None = None
+    """The settled format, and the origin of the row that settled it."""
+
+    def __post_init__(self) -> None:
+        if self.format != "auto" and self.format not in FORMATS:
+            known = ", ".join(("auto", *FORMATS.names()))
+            hint = nearest(self.format, FORMATS.names()) or f"known are {known}"
+            raise UserError(f"no format is named {shown(self.format)}", where="format", hint=hint, exit_code=USAGE)
+        parts = _parts() if self.columns else {}
+        for part in self.columns:
+            if part not in parts:
+                hint = nearest(part, parts) or f"parts are {', '.join(parts)}"
+                raise UserError(f"no part of a row is named {shown(part)}", where="columns", hint=hint, exit_code=USAGE)
+        keys = [parts[part] for part in self.columns]
+        if len(set(keys)) < len(keys):
+            hint = "user is the same as prompt, and assistant the same as completion"
+            raise UserError("a part of a row is named twice", where="columns", hint=hint, exit_code=USAGE)
+
+    @property
+    def settled(self) -> RowFormat | None:
+        """The format that all rows have, once it is settled."""
+        if self._first:
+            return self._first[0]
+        return None if self.format == "auto" else FORMATS[self.format]
+
+    @property
+    def format_name(self) -> str | None:
+        """The name of that format."""
+        return self.settled.name if self.settled else None
+
+    def settled_by(self, row: Row) -> RowReader:
+        """A reader for rows of this row's format only.
+
+        Raises:
+            UserError: for a row of no known format, which settles nothing; with the exit code for wrong usage where a column
+                that is asked for is not in it.
+        """
+        for column in self.columns.values():
+            if column not in row.value:
+                hint = nearest(column, row.value) or f"its columns are {_keys_shown(row.value)}"
+                hint += "; a row that has none of it may say null"
+                what = f"the first row has no column {shown(column)}"
+                raise UserError(what, where=row.origin, hint=hint, exit_code=USAGE)
+        return replace(self, _first=(self._format_of(self._renamed(row)), row.origin))
+
+    def read(self, row: Row) -> Item:
+        """The conversation, document or tokens in a row.
+
+        Raises:
+            MixedFormats: for a row of another format than the row that settled this reader; naming both.
+            UserError: naming the row's origin, what is wrong with it and what would be right.
+        """
+        renamed = self._renamed(row)
+        row_format = self._format_of(renamed)
+        try:
+            return row_format.read(renamed)
+        except ValueError as error:
+            parts = _parts()
+            names = [f"{parts[part]} is its column {shown(column)}" for part, column in self.columns.items()]
+            hint = "; ".join([f"such a row is {row_format.example}", *names])
+            raise UserError(str(error), where=row.origin, hint=hint) from None
+
+    def _renamed(self, row: Row) -> Row:
+        """The row with its parts under the keys of the formats."""
+        if not self.columns:
+            return row
+        others = {key: value for key, value in row.value.items() if key not in self.columns.values()}
+        keys = _parts()
+        parts = {keys[part]: row.value.get(column) for part, column in self.columns.items()}
+        return Row(row.origin, others | parts)
+
+    def _format_of(self, row: Row) -> RowFormat:
+        present = {key for key, value in row.value.items() if value is not None}
+        found = self._told_by(present)
+        settled = self.settled
+        if settled is None:
+            if found is None:
+                raise _unknown(row)
+            return found
+        if present.issuperset(settled.keys):
+            return settled
+        if self.format != "auto":
+            missing = " and ".join(shown(key) for key in settled.keys if key not in present)
+            what = f"not a row of the format {settled.name}: it has no {missing}"
+            raise UserError(what, where=row.origin, hint=f"such a row is {settled.example}")
+        if found is None or self._first is None:
+            raise _unknown(row)
+        raise MixedFormats(
+            f"this row is {found.name}, where {self._first[1]} is {settled.name}",
+            where=row.origin,
+            hint="put rows of one format into one file, and give both: --data a.jsonl --data b.jsonl",
+        )
+
+    def _told_by(self, present: set[str]) -> RowFormat | None:
+        """The first format whose keys are there; where columns name keys that tell a format, one that they tell."""
+        formats, parts = _formats(), _parts() if self.columns else {}
+        named = {parts[part] for part in self.columns} & {key for row_format in formats for key in row_format.keys}
+        told = (f for f in formats if present.issuperset(f.keys) and (not named or named.intersection(f.keys)))
+        return next(told, None)
+
+
+def _unknown(row: Row) -> UserError:
+    is_preference = {"chosen", "rejected"} <= row.value.keys()
+    kind = (
+        "a row of preferences, of which only the chosen answer can be trained on"
+        if is_preference
+        else "a row without a known format"
+    )
+    what = f"{kind}: {'it has ' + _keys_shown(row.value) if row.value else 'it is empty'}"
+    hint = "a row is one of " + ", ".join(row_format.example for row_format in _formats())
+    columns = _columns_for(row.value)
+    return UserError(
+        what, where=row.origin, hint=f"say where its parts are: --columns {columns}; {hint}" if columns else hint
+    )
+
+
+def _keys_shown(value: dict[str, Any]) -> str:
+    names = [f"{shown(key)} (null)" if item is None else shown(key) for key, item in value.items()]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+_ASKED = ("question", "query", "instruction", "prompt", "input", "problem", "user", "human")
+_ANSWERED = ("answer", "response", "output", "completion", "chosen", "solution", "assistant", "gpt")
+_WRITTEN = ("text", "content", "document", "article", "story", "passage", "body")
+
+
+def _columns_for(value: dict[str, Any]) -> str:
+    """The columns that a row of no known format seems to mean; empty where nothing is like one."""
+    conversations = {key: item for key, item in value.items() if _is_conversation(item)}
+    chosen = conversations.get("chosen", [])
+    if len(chosen) == 1 and "prompt" in value:
+        return "user=prompt,assistant=chosen"
+    for key in ("chosen", *conversations) if chosen else conversations:
+        if key.isprintable() and len(key) <= 100:
+            return f"messages={key}"
+    lower = {key.lower(): key for key, item in value.items() if isinstance(item, str)}
+    asked, answered, text = (
+        next((lower[name] for name in names if name in lower), "") for names in (_ASKED, _ANSWERED, _WRITTEN)
+    )
+    if not (asked and answered):
+        return f"text={text}" if text else ""
+    is_alpaca = asked.lower() == "instruction"
+    parts = {"instruction": asked, "output": answered} if is_alpaca else {"user": asked, "assistant": answered}
+    if is_alpaca and "context" in lower:
+        parts["input"] = lower["context"]
+    if "system_prompt" in lower:
+        parts["system"] = lower["system_prompt"]
+    return ",".join(f"{part}={column}" for part, column in parts.items() if part != column)
+
+
+def _is_conversation(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and bool({"role", "from"} & first.keys() and {"content", "value"} & first.keys())

@@ -1,0 +1,231 @@
+"""Path or dataset id → the sources of its rows, each row with its origin (`chats.jsonl:17`).
+
+Knows folders, files and the Hugging Face Hub; the formats of files are `readers`', the meaning of rows is `formats`'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from mlx_sft.data.readers import READERS, Rows, first_line, reader_of, table_row
+from mlx_sft.data.streams import COMPRESSIONS, INSTALL_HINT, OnBytes
+from mlx_sft.errors import USAGE, UserError, did_you_mean
+from mlx_sft.files import user_path
+
+HUB_PREFIX = "hf:"
+SPLIT_FILES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
+"""The parts of a dataset folder, and the names that a part's file may have."""
+KNOWN = ", ".join(READERS) + f" (all but .parquet also with {' or '.join(COMPRESSIONS)} behind it)"
+"""The suffixes of files of rows."""
+
+
+class Source(Protocol):
+    """Something that rows come from. It can be pickled."""
+
+    @property
+    def name(self) -> str:
+        """As a person would name it; the origins of its rows begin with it."""
+
+    def rows(self, on_bytes: OnBytes | None = None) -> Rows:
+        """Its rows in order; raises `UserError` where the whole cannot be read.
+
+        Args:
+            on_bytes: Called now and then with the number of bytes read so far, of `size()`; never where that is None.
+        """
+
+    def size(self) -> int | None:
+        """Its bytes, where it is a file."""
+
+    def sha256(self) -> str | None:
+        """The digest of its bytes, where it is a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """A file of rows; its suffix names its format."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def rows(self, on_bytes: OnBytes | None = None) -> Rows:
+        read = reader_of(self.path)
+        if read is None:
+            raise UserError(_unknown_kind(self.path), where=self.name, hint=f"known are {KNOWN}", exit_code=USAGE)
+        empty = True
+        try:
+            found = self.path.stat()
+            if not stat.S_ISREG(found.st_mode):  # to open a pipe could wait for ever
+                raise _not_a_file(self.path)
+            if found.st_size == 0:
+                raise UserError("the file is empty", where=self.name, hint="put at least one row in it")
+            for row in read(self.path, on_bytes):
+                empty = False
+                yield row
+        except OSError as error:
+            _cannot_read(self.name, error)
+        if empty:
+            raise UserError("the file holds no rows", where=self.name, hint="put at least one row in it")
+
+    def size(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except OSError as error:
+            _cannot_read(self.name, error)
+
+    def sha256(self) -> str:
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            _cannot_read(self.name, error)
+
+
+@dataclass(frozen=True, slots=True)
+class HubSource:
+    """A split of a Hugging Face dataset: `hf:owner/name`, `hf:owner/name:split`, `hf:owner/name/config:split`."""
+
+    name: str
+
+    def rows(self, on_bytes: OnBytes | None = None) -> Rows:
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(
+                "reading a Hugging Face dataset needs the package `datasets`",
+                where=self.name,
+                hint=INSTALL_HINT,
+            ) from None
+        identifier, _, split = self.name.removeprefix(HUB_PREFIX).partition(":")
+        owner, _, rest = identifier.partition("/")
+        name, _, config = rest.partition("/")
+        try:
+            dataset = datasets.load_dataset(f"{owner}/{name}", config or None, split=split or "train")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"cannot load this dataset: {first_line(error)}",
+                where=self.name,
+                hint="check its name (hf:owner/name[/config][:split]) and the network, "
+                "or give a file that is on this machine",
+            ) from error
+        for index, value in enumerate(dataset):
+            yield table_row(f"{self.name}[{index}]", value)
+
+    def size(self) -> None:
+        return None
+
+    def sha256(self) -> None:
+        return None
+
+
+def locate(data: str) -> dict[str, Source]:
+    """The sources that `data` names, by the part of the data they are.
+
+    Returns:
+        `{"all": source}` for a file or a dataset id; for a folder, those of `train`, `valid` and `test` that it has.
+    """
+    if data.startswith(HUB_PREFIX):
+        identifier = data.removeprefix(HUB_PREFIX).partition(":")[0]
+        if identifier.count("/") not in (1, 2) or not all(identifier.split("/")):
+            raise UserError("not a dataset id", where=data, hint="write hf:owner/name[:split]", exit_code=USAGE)
+        return {"all": HubSource(data)}
+    path = user_path(data)
+    try:
+        return _folder(path) if path.is_dir() else {"all": _file(path)}
+    except OSError as error:
+        _cannot_read(str(path), error)
+
+
+def split_weight(spec: str) -> tuple[str, float | None]:
+    """`a.jsonl:0.7` → the data and its share of a mixture: `("a.jsonl", 0.7)`; None where no share is given.
+
+    A path that exists as it stands is taken whole, and so is the split of a dataset id (`hf:owner/name:test`).
+
+    Raises:
+        UserError: for a share that is not a number above 0.
+    """
+    data, colon, text = spec.rpartition(":")
+    if not colon or not data or data == HUB_PREFIX.rstrip(":") or _exists(spec):
+        return spec, None
+    try:
+        weight = float(text)
+    except ValueError:
+        if data.startswith(HUB_PREFIX) or not _exists(data):
+            return spec, None
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        what, hint = f"the share `{text}` is not a number above 0", f"write {data}:0.5"
+        raise UserError(what, where=spec, hint=hint, exit_code=USAGE)
+    return data, weight
+
+
+def _exists(name: str) -> bool:
+    try:
+        return user_path(name).exists()
+    except (UserError, OSError):  # too long for a name, or not to be looked into
+        return False
+
+
+def _file(path: Path) -> FileSource:
+    if not path.exists():
+        if path.is_symlink():
+            hint = "give the file itself, or mend the link"
+            raise UserError("a link that leads nowhere", where=str(path), hint=hint, exit_code=USAGE)
+        raise UserError("no such file or folder", where=str(path), hint=_missing_hint(path), exit_code=USAGE)
+    if not path.is_file():
+        raise _not_a_file(path)
+    if reader_of(path) is None:
+        raise UserError(_unknown_kind(path), where=str(path), hint=f"known are {KNOWN}", exit_code=USAGE)
+    return FileSource(path)
+
+
+def _not_a_file(path: Path) -> UserError:
+    return UserError("not a regular file", where=str(path), hint=f"give a {KNOWN} file", exit_code=USAGE)
+
+
+def _unknown_kind(path: Path) -> str:
+    return f"`{path.suffix}` is not a known kind of file" if path.suffix else "the file's name has no suffix"
+
+
+def _missing_hint(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not path.suffix and len(path.parts) == 2 and not path.is_absolute():
+        return f"for a dataset on the Hugging Face Hub write {HUB_PREFIX}{path}"
+    return did_you_mean(path.name, siblings) or "check the path"
+
+
+def _folder(folder: Path) -> dict[str, Source]:
+    found: dict[str, Source] = {}
+    for part, stems in SPLIT_FILES.items():
+        names = [f"{stem}{suffix}{packed}" for stem in stems for suffix in READERS for packed in ("", *COMPRESSIONS)]
+        files = [folder / name for name in names if reader_of(Path(name)) and (folder / name).is_file()]
+        if len(files) > 1:
+            both = " and ".join(file.name for file in files)
+            raise UserError(
+                f"{both} are both the {part} part",
+                where=str(folder),
+                hint="keep one",
+                exit_code=USAGE,
+            )
+        if files:
+            found[part] = FileSource(files[0])
+    if not found:
+        raise UserError(
+            "the folder holds no rows",
+            where=str(folder),
+            hint="put train.jsonl in it (and valid.jsonl, test.jsonl); .json, .csv, .parquet and .txt do as well",
+            exit_code=USAGE,
+        )
+    return found
+
+
+def _cannot_read(name: str, error: OSError) -> NoReturn:
+    hint = "check its permissions" if isinstance(error, PermissionError) else "check the path"
+    raise UserError(f"cannot read: {error.strerror or error}", where=name, hint=hint) from error

@@ -1,0 +1,83 @@
+"""Examples → those that fit into `max_length`, and a note of every row that is not as it was.
+
+Knows lengths; knows nothing of where examples come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mlx_sft.data.dataset import Examples
+from mlx_sft.data.report import Note
+from mlx_sft.errors import UserError
+
+Overlong = Literal["truncate", "drop", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The examples that are left, each no longer than allowed and with something to learn.
+
+    Attributes:
+        notes: The number of each row that lost something, and its note, in order.
+    """
+
+    examples: Examples
+    notes: list[tuple[int, Note]]
+
+
+def fit(examples: Examples, max_length: int, overlong: Overlong) -> Fitted:
+    """Cut, drop or refuse what is longer than `max_length` tokens.
+
+    Args:
+        examples: Of one source; the turns of a row stand one after another.
+
+    Raises:
+        UserError: at the first that is too long, where that is an error.
+    """
+    lengths, rows = examples.lengths, examples.rows
+    too_long = lengths > max_length
+    if not too_long.any():
+        return Fitted(examples, [])
+    if overlong == "error":
+        first = int(np.argmax(too_long))
+        raise UserError(
+            f"{lengths[first]} tokens, where max_length is {max_length}",
+            where=examples[first].origin,
+            hint="raise --max-length, or choose --overlong truncate or drop",
+        )
+    cut = examples.truncated_to(max_length)
+    kept = cut.supervised_tokens > 0 if overlong == "truncate" else ~too_long
+    notes = []
+    for row in np.unique(rows[too_long]).tolist():
+        first, end = np.searchsorted(rows, [row, row + 1]).tolist()
+        own = slice(first, end)
+        if end - first == 1:
+            note = _of_one(examples, first, int(lengths[first]), max_length, overlong, kept=bool(kept[first]))
+        else:
+            shortened = int((too_long & kept)[own].sum())
+            note = _of_several(examples, first, end - first, shortened, int((~kept[own]).sum()), max_length)
+        notes.append((row, note))
+    return Fitted(cut.select(np.flatnonzero(kept)), notes)
+
+
+def _of_one(examples: Examples, index: int, length: int, longest: int, overlong: Overlong, *, kept: bool) -> Note:
+    origin = examples.row_origin(index)
+    if kept:
+        return Note(origin, "truncated", f"{length} tokens, cut to {longest}")
+    if overlong == "drop":
+        return Note(origin, "dropped", f"{length} tokens, more than {longest}")
+    return Note(origin, "dropped", f"none of its first {longest} tokens (of {length}) is learnt")
+
+
+def _of_several(examples: Examples, first: int, turns: int, shortened: int, dropped: int, longest: int) -> Note:
+    """A row whose turns are examples of their own; it is kept as long as one of them is."""
+    origin = examples.row_origin(first)
+    if dropped == turns:
+        return Note(origin, "dropped", f"none of its {turns} turns can be learnt within {longest} tokens")
+    parts = [f"{shortened} cut" if shortened else "", f"{dropped} dropped" if dropped else ""]
+    reason = f"of its {turns} turns {' and '.join(filter(None, parts))}, longer than {longest} tokens"
+    return Note(origin, "truncated", reason)

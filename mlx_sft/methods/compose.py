@@ -1,0 +1,177 @@
+"""Several adapters of one base → one. Knows nothing of models; the adapters' own names and shapes must agree.
+
+With weights w and scales s, the update of each module is Σ w s B A: exactly so for `cat`, as near as a rank allows for `svd`. `linear` adds
+up the matrices, Σ √(w s) A and Σ √(w s) B, as PEFT does: it has products of one adapter's B with another's A besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import free_folder, write_folder
+from mlx_sft.methods import Parameters
+from mlx_sft.methods.lora_settings import HALVES, LoraSettings
+from mlx_sft.methods.peft_files import base_model_name, read_adapter, write_adapter
+from mlx_sft.run_folder import RunFolder
+
+Method = Literal["linear", "cat", "svd"]
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module's update by one adapter: factor · B A, with A [..., r, in] and B [..., out, r]."""
+
+    lora_A: Array
+    lora_B: Array
+    factor: float
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """An adapter, and how much of it is taken."""
+
+    name: str
+    weight: float
+    settings: LoraSettings
+    parameters: Parameters
+    base_model: str
+
+    def part(self, module: str) -> Part | None:
+        if f"{module}.lora_A" not in self.parameters:
+            return None
+        lora_A, lora_B = (np.array(self.parameters[f"{module}.{half}"], np.float32) for half in HALVES)
+        return Part(lora_A, lora_B, self.weight * self.settings.scale_of(module))
+
+
+def merge_adapters(
+    adapters: Sequence[str], to: str | Path, *, method: Method = "linear", rank: int | None = None
+) -> Path:
+    """Write one adapter, in PEFT's files, in place of several.
+
+    Args:
+        adapters: Adapter folders, or runs, each with its weight: `A:0.7`; 1 where there is none.
+        to: The folder to write.
+        method: `linear` (equal ranks), `cat` (ranks add up) or `svd`.
+        rank: Of the result, for `svd`; the largest of theirs where not given.
+
+    Raises:
+        UserError: If adapters do not fit each other, naming what differs.
+    """
+    read = [_read(adapter) for adapter in adapters]
+    _check_agreement(read, method, rank)
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for one in read for name in one.parameters))
+    largest = rank or max(one.settings.rank_of(module) for one in read for module in modules)
+    compose: dict[str, Callable[[list[Part]], tuple[Array, Array]]] = {
+        "linear": linear,
+        "cat": cat,
+        "svd": lambda parts: svd(parts, largest),
+    }
+    parameters: Parameters = {}
+    for module in modules:
+        parts = [part for one in read if (part := one.part(module)) is not None]
+        try:
+            composed = compose[method](parts)
+        except ValueError as error:
+            what = f"the adapters have matrices of different shapes on {module} ({error})"
+            raise UserError(what, hint="compose adapters of one base and, for linear, of one rank") from error
+        for half, value in zip(HALVES, composed, strict=True):
+            parameters[f"{module}.{half}"] = mx.array(value)
+    settings = _settings(parameters, modules)
+    target = free_folder(to)
+    with write_folder(target) as temporary:
+        write_adapter(temporary, settings, parameters, read[0].base_model)
+    return target
+
+
+def linear(parts: list[Part]) -> tuple[Array, Array]:
+    """Σ √|f| sign(f) A and Σ √|f| B, as PEFT's `add_weighted_adapter`."""
+    lora_A = _sum([math.copysign(math.sqrt(abs(part.factor)), part.factor) * part.lora_A for part in parts])
+    return lora_A, _sum([math.sqrt(abs(part.factor)) * part.lora_B for part in parts])
+
+
+def cat(parts: list[Part]) -> tuple[Array, Array]:
+    """[f₁ A₁; f₂ A₂; ...] and [B₁ B₂ ...], whose product is Σ f B A."""
+    lora_A = np.concatenate([part.factor * part.lora_A for part in parts], axis=-2, dtype=np.float32)
+    return lora_A, np.concatenate([part.lora_B for part in parts], axis=-1)
+
+
+def svd(parts: list[Part], rank: int) -> tuple[Array, Array]:
+    """The best approximation of Σ f B A by a product of this rank (Eckart and Young 1936); B holds the singular values."""
+    lora_A, lora_B = cat(parts)
+    # Of a product of thin matrices: the singular values are those of the small one between their orthogonal parts.
+    left, left_rest = np.linalg.qr(lora_B)
+    right, right_rest = np.linalg.qr(lora_A.swapaxes(-1, -2))
+    inner, values, outer = np.linalg.svd(left_rest @ right_rest.swapaxes(-1, -2))
+    kept = min(rank, values.shape[-1])
+    new_B = (left @ inner[..., :kept]) * values[..., None, :kept]
+    new_A = outer[..., :kept, :] @ right.swapaxes(-1, -2)
+    missing = rank - kept
+    pad_A = [(0, 0)] * (new_A.ndim - 2) + [(0, missing), (0, 0)]
+    pad_B = [(0, 0)] * (new_B.ndim - 2) + [(0, 0), (0, missing)]
+    return np.pad(new_A, pad_A), np.pad(new_B, pad_B)
+
+
+def _sum(arrays: list[Array]) -> Array:
+    if len({array.shape for array in arrays}) > 1:
+        raise ValueError(" and ".join(str(list(array.shape)) for array in arrays))
+    total: Array = np.sum(arrays, axis=0, dtype=np.float32)
+    return total
+
+
+def _read(adapter: str) -> _Weighted:
+    name, colon, weight = adapter.rpartition(":")
+    try:
+        name, factor = (name, float(weight)) if colon else (adapter, 1.0)
+    except ValueError:
+        name, factor = adapter, 1.0  # a colon of the name's own
+    if not math.isfinite(factor):
+        raise UserError(f"the weight of {name} is {factor}", hint="write A:0.7", exit_code=USAGE)
+    folder = RunFolder.open(name).adapter if (Path(name) / "config.yaml").is_file() else Path(name)
+    settings, parameters = read_adapter(folder)
+    if settings.dora:
+        raise UserError(
+            "adapters of DoRA cannot be added up", where=name, hint="merge each into a checkpoint of its own"
+        )
+    return _Weighted(name, factor, settings, parameters, base_model_name(folder))
+
+
+def _check_agreement(adapters: list[_Weighted], method: Method, rank: int | None) -> None:
+    if len(adapters) < 2:
+        raise UserError("one adapter alone is composed already", hint="give two or more: A:0.7 B:0.3", exit_code=USAGE)
+    if rank is not None and method != "svd":
+        raise UserError(f"--method {method} decides the rank itself", hint="give --method svd", exit_code=USAGE)
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.base_model != first.base_model:
+            raise UserError(
+                f"it belongs to {other.base_model or 'an unnamed base'}, and {first.name} to {first.base_model or 'an unnamed base'}",
+                where=other.name,
+                hint="only adapters of one base can be composed",
+            )
+
+
+def _settings(parameters: Parameters, modules: list[str]) -> LoraSettings:
+    """All scales are in the matrices: alpha is the rank, also where a module has one of its own."""
+    ranks = {module: int(parameters[f"{module}.lora_A"].shape[-2]) for module in modules}
+    usual = max(ranks.values(), key=list(ranks.values()).count)
+    own = {module: rank for module, rank in ranks.items() if rank != usual}
+    return LoraSettings(
+        rank=usual,
+        alpha=float(usual),
+        dropout=0.0,
+        rslora=False,
+        target=modules,
+        init="kaiming",
+        rank_pattern=own,
+        alpha_pattern={module: float(rank) for module, rank in own.items()},
+    )

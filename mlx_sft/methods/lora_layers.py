@@ -1,0 +1,88 @@
+"""Linear layers with a low-rank update beside them: plain ones, those of DoRA, and those of experts."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_sft.model.linears import is_quantized, weight_shape
+from mlx_sft.model.quantize import dequantized
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a low-rank update beside it: [..., in] → [..., out].
+
+    The update is computed in the precision of the input, from float32 parameters.
+    """
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.linear = linear
+        *experts, out_features, in_features = weight_shape(linear)
+        self.lora_A = mx.zeros((*experts, rank, in_features))
+        self.lora_B = mx.zeros((*experts, out_features, rank))
+        self._scale = scale
+        self._dropout = dropout
+        self._key: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        down = self._drop(x) @ self.lora_A.T.astype(x.dtype)
+        # One pass over the output for the product and the sum.
+        return mx.addmm(self.linear(x), self._scale * down, self.lora_B.T.astype(x.dtype))
+
+    def _drop(self, x: mx.array) -> mx.array:
+        if self._key is None or self._dropout == 0:
+            return x
+        kept = mx.random.bernoulli(1 - self._dropout, x.shape, key=self._key)
+        return x * (kept.astype(x.dtype) / (1 - self._dropout))
+
+
+class DoraLinear(LoraLinear):
+    """A frozen linear layer whose weight's direction and norms are trained apart: [..., in] → [..., out].
+
+    As in PEFT, no gradient goes through ‖V‖, and dropout is on the input of what the adapter adds.
+    """
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(linear, rank, scale, dropout)
+        weight = (dequantized(linear) if is_quantized(linear) else linear.weight).astype(mx.float32)
+        self._squares = mx.square(weight).sum(axis=1)
+        self.lora_magnitude_vector = mx.sqrt(self._squares)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        dropped = self._drop(x)
+        frozen = self._frozen(dropped)
+        scaled = self._scale * (dropped @ self.lora_A.T.astype(x.dtype))
+        directed = mx.addmm(frozen, scaled, self.lora_B.T.astype(x.dtype))
+        result: mx.array = directed * (self.lora_magnitude_vector / mx.stop_gradient(self._norms())).astype(x.dtype)
+        if dropped is not x:
+            result = result + self.linear(x) - frozen
+        elif "bias" in self.linear:
+            result = result + self.linear.bias
+        return result
+
+    def _norms(self) -> mx.array:
+        """‖V‖ of each row, without V: ‖W‖² + 2 s Σ B ∘ (W Aᵀ) + s² Σ B ∘ (B A Aᵀ)."""
+        lora_A, lora_B = self.lora_A, self.lora_B
+        mixed = (lora_B * self._frozen(lora_A).astype(mx.float32).T).sum(axis=1)
+        updates = (lora_B * (lora_B @ (lora_A @ lora_A.T))).sum(axis=1)
+        squares = self._squares + 2 * self._scale * mixed + self._scale**2 * updates
+        return mx.where(squares > 0, mx.sqrt(mx.maximum(squares, 0)), 1)  # a row of zeros stays one
+
+    def _frozen(self, x: mx.array) -> mx.array:
+        """W x, without the bias."""
+        result: mx.array = self.linear(x)
+        return result - self.linear.bias if "bias" in self.linear else result
+
+
+class LoraSwitchLinear(LoraLinear):
+    """The linear layers of many experts, each with an update of its own; `indices` says which expert a token goes to."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # type: ignore[override]
+        def product(x: mx.array, weight: mx.array) -> mx.array:
+            weight = weight.astype(x.dtype).swapaxes(-1, -2)
+            return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=sorted_indices)
+
+        update = product(self._scale * product(self._drop(x), self.lora_A), self.lora_B)
+        frozen: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
+        return frozen + update

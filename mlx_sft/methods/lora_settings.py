@@ -1,0 +1,78 @@
+"""The settings of LoRA, in PEFT's terms, and the names of its parameters."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from mlx_sft.settings import Settings, split_pairs
+
+HALVES = ("lora_A", "lora_B")
+MAGNITUDE = "lora_magnitude_vector"
+"""The last parts of a parameter's name."""
+
+GROUPS = {
+    "all-linear": (),
+    "attention": ("self_attn", "attention", "attn", "self_attention"),
+    "qv": ("q_proj", "v_proj"),
+}
+"""Targets that stand for several modules of the layers: those with one of these parts in their path, or without parts all."""
+
+
+class LoraSettings(Settings):
+    """The shape of an adapter, in PEFT's terms."""
+
+    target: str | list[str] = "all-linear"
+    """Modules that get an adapter: all-linear, attention, qv, or module names separated by commas."""
+    rank: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapters' update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapters' input."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
+    dora: bool = False
+    """Train the norm of each row of a weight apart from its direction (DoRA)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Other ranks for single modules, by the ends of their names: down_proj=32,layers.0.self_attn.q_proj=8. The first that fits counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """The same for alpha."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts: Kaiming-uniform, as PEFT does by default, or gaussian with deviation 1 / rank. B starts at zero."""
+
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _patterns(cls, value: Any, info: ValidationInfo) -> Any:
+        return split_pairs(value, "down_proj=32,q_proj=8")
+
+    @field_validator("target")
+    @classmethod
+    def _split_target(cls, target: str | list[str]) -> str | list[str]:
+        names = target.split(",") if isinstance(target, str) else target
+        names = [name.strip() for name in names]
+        if not names or not all(names):
+            raise ValueError("names no module")
+        return names[0] if len(names) == 1 and isinstance(target, str) else names
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The target as a list: module names (`q_proj`, or longer endings of a path), or one of `GROUPS`."""
+        return (self.target,) if isinstance(self.target, str) else tuple(self.target)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of the adapter on a module."""
+        return next((rank for name, rank in self.rank_pattern.items() if is_named(module, name)), self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
+        alpha = next((alpha for name, alpha in self.alpha_pattern.items() if is_named(module, name)), self.alpha)
+        rank = self.rank_of(module)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def is_named(module: str, name: str) -> bool:
+    """Whether a name, or the end of one, is a module's."""
+    return module == name or module.endswith(f".{name}")

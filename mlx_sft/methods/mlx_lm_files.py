@@ -1,0 +1,88 @@
+"""LoRA adapters as mlx-lm's own files, for `mlx_lm.generate --adapter-path` and what else reads them.
+
+```
+adapter_config.json    {"fine_tune_type": "lora" or "dora", "num_layers": -1, "lora_parameters": {"rank", "scale", "dropout", "keys"}}
+adapters.safetensors   <module>.lora_a [in, r] and <module>.lora_b [r, out], float32; of experts [experts, r, in] and [experts, out, r]
+```
+mlx-lm puts an adapter on the modules that `keys` names, in the last `num_layers` layers, -1 standing for all. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_sft.errors import UserError
+from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.methods.lora_settings import MAGNITUDE, LoraSettings
+from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapters.safetensors"
+
+_PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", MAGNITUDE: "m"}
+_IN_A_LAYER = re.compile(r"(?:.*?\.)?\d+\.(?P<key>.+)")
+
+_EVERY_LAYER = -1
+
+
+def write_adapter(
+    folder: Path, settings: LoraSettings, parameters: dict[str, mx.array], base_model: str, paths: Mapping[str, str]
+) -> None:
+    """Write an adapter.
+
+    Args:
+        folder: Made where it does not exist.
+        settings: Its shape and scale.
+        parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
+        base_model: Name or path of the base model.
+        paths: mlx-lm's name of each module, by its name in transformers.
+
+    Raises:
+        UserError: If it changes something outside of the layers, where mlx-lm puts no adapter, or modules have ranks of their own.
+    """
+    hint = "export it with --format peft, or merged"
+    scales = {settings.scale_of(name.rpartition(".")[0]) for name in parameters}
+    if len(scales) > 1 or settings.rank_pattern:
+        raise UserError("mlx-lm's form has one rank and one scale for all modules", where=str(folder), hint=hint)
+    scale = scales.pop()
+    arrays: dict[str, mx.array] = {}
+    keys: set[str] = set()
+    for name, value in parameters.items():
+        name, _, half = name.rpartition(".")
+        module = paths.get(name, name)
+        place = _IN_A_LAYER.fullmatch(module)
+        if place is None:
+            raise UserError(f"mlx-lm has no place for an adapter on {module}", where=str(folder), hint=hint)
+        keys.add(place["key"])
+        arrays[f"{module}.{_PARTS[half]}"] = mx.contiguous(value.T) if value.ndim == 2 else value
+    write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "mlx"}))
+    config: dict[str, Any] = {
+        "model": base_model,
+        "fine_tune_type": "dora" if settings.dora else "lora",
+        "num_layers": _EVERY_LAYER,  # where one has no adapter of ours, mlx-lm's is zero
+        "lora_parameters": {
+            "rank": settings.rank,
+            "scale": scale,
+            "dropout": settings.dropout,
+            "keys": sorted(keys),
+        },
+    }
+    write_file(folder / CONFIG, to_json(config))
+
+
+def read_adapter(folder: Path, paths: Mapping[str, str]) -> tuple[float, dict[str, mx.array]]:
+    """The scale and the parameters of an adapter that `write_adapter` wrote, under the names that it was given."""
+    names = {path: name for name, path in paths.items()}
+    ours = {theirs: half for half, theirs in _PARTS.items()}
+    parameters = {}
+    for tensor in open_safetensors(folder / WEIGHTS).tensors:
+        module, _, half = tensor.name.rpartition(".")
+        value = mx.array(read_float32(tensor))
+        parameters[f"{names.get(module, module)}.{ours[half]}"] = value.T if value.ndim == 2 else value
+    scale: float = read_json(folder / CONFIG)["lora_parameters"]["scale"]
+    return scale, parameters

@@ -1,0 +1,366 @@
+"""LoRA adapters ⇄ PEFT's own files, so that PyTorch opens them as they are.
+
+```
+adapter_config.json         settings, complete enough for `PeftModel.from_pretrained`
+adapter_model.safetensors   base_model.model.<module>.lora_A.weight [r, in] and .lora_B.weight [out, r], float32; with DoRA
+                            .lora_magnitude_vector [out]
+```
+Each expert of a layer has its own, as it has a module of its own in transformers 4; PEFT puts them together for transformers 5.
+Equal adapters give byte-identical files. Whether an adapter fits a model is for `attach_trained` to say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from mlx_sft.errors import UserError
+from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.model.names import EXPERTS_PART, expert_name, split_expert
+from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_PREFIX, _SUFFIX = "base_model.model.", ".weight"
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "modules_to_save": ([], None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+    "target_parameters": ([], None),
+    "trainable_token_indices": ([], {}, None),
+    "layer_replication": ([], None),
+    "alora_invocation_tokens": ([], None),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "megatron_config": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+}
+"""PEFT's settings that change what an adapter computes, with the values that mean LoRA or DoRA."""
+
+_MOST_FEATURES, _LONGEST_NAME = 2**31, 300
+
+_MOST_REPETITIONS = 3
+"""In a pattern of names that is a regular expression: more of them, or one of a group, could take longer than a life."""
+
+
+def peft_name(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj.lora_A` → PEFT's name of the same tensor."""
+    return f"{_PREFIX}{name}" if name.endswith(f".{MAGNITUDE}") else f"{_PREFIX}{name}{_SUFFIX}"
+
+
+def our_name(name: str) -> str:
+    """The inverse of `peft_name`; raises `ValueError` for a name that is not a LoRA matrix of a linear module."""
+    ours = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    if peft_name(ours) != name or ours.rpartition(".")[2] not in (*HALVES, MAGNITUDE) or "." not in ours:
+        raise ValueError(name)
+    return ours
+
+
+def write_adapter(
+    folder: Path,
+    settings: LoraSettings,
+    parameters: dict[str, mx.array],
+    base_model: str,
+    revision: str | None = None,
+) -> None:
+    """Write an adapter.
+
+    Args:
+        folder: Made where it does not exist.
+        settings: Its shape and scale.
+        parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]; of experts [experts, r, in] and [experts, out, r]; with
+            DoRA `<module>.lora_magnitude_vector` [out].
+        base_model: Name or path of the base model, for PEFT to find it.
+        revision: The base model's commit on the Hub, where it is known.
+    """
+    arrays = {peft_name(name): value for name, value in _unstacked(parameters).items()}
+    write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
+    modules = sorted({name.rpartition(".")[0] for name in parameters})
+    config = _to_config(settings, modules, base_model, revision)
+    write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
+
+
+def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]:
+    """Read an adapter that this package or PEFT wrote; the parameters become float32.
+
+    Raises `UserError` where files are missing or damaged, or where the adapter is not LoRA or DoRA of linear modules.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    _check_plain(config, folder / CONFIG)
+    file = open_safetensors(_weights_file(folder))
+    parameters: dict[str, mx.array] = {}
+    for tensor in file.tensors:
+        try:
+            name = our_name(tensor.name)
+        except ValueError:
+            hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules are read"
+            raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
+        if max(tensor.shape, default=0) >= _MOST_FEATURES or len(name) > _LONGEST_NAME:
+            raise UserError(f"{tensor.name[:_LONGEST_NAME]} is larger than any module of a model", where=str(file.path))
+        parameters[name] = mx.array(read_float32(tensor))
+    settings = _to_settings(config, sorted({name.rpartition(".")[0] for name in parameters}), folder / CONFIG)
+    _check_shapes(settings, parameters, file.path)
+    return settings, _stacked(parameters, file.path)
+
+
+def base_model_name(folder: str | Path) -> str:
+    """The name or path of the base model that an adapter says it belongs to; an empty string where it says none."""
+    name = _read_config(Path(folder) / CONFIG).get("base_model_name_or_path")
+    return name if isinstance(name, str) else ""
+
+
+def _unstacked(parameters: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Each expert's matrices under names of their own."""
+    return {
+        expert_name(name, expert) if expert is not None else name: one
+        for name, value in parameters.items()
+        for expert, one in (enumerate(value) if value.ndim > 2 else [(None, value)])
+    }
+
+
+def _stacked(parameters: dict[str, mx.array], where: Path) -> dict[str, mx.array]:
+    """The inverse; raises `UserError` where an expert is missing, or has another shape than the others."""
+    stacks: dict[str, dict[int, mx.array]] = {}
+    stacked: dict[str, mx.array] = {}
+    for name, value in parameters.items():
+        match split_expert(name):
+            case None:
+                stacked[name] = value
+            case (stack, expert):
+                stacks.setdefault(stack, {})[expert] = value
+    for name, experts in stacks.items():
+        if missing := [expert for expert in range(max(experts) + 1) if expert not in experts]:
+            raise UserError(f"{peft_name(expert_name(name, missing[0]))} is missing", where=str(where))
+        if len({value.shape for value in experts.values()}) > 1:
+            raise UserError(f"the experts of {peft_name(name)} have matrices of several shapes", where=str(where))
+        stacked[name] = mx.stack([experts[expert] for expert in range(len(experts))])
+    return stacked
+
+
+def _to_config(settings: LoraSettings, modules: list[str], base_model: str, revision: str | None) -> dict[str, Any]:
+    alpha = float(settings.alpha)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "inference_mode": True,
+        "r": settings.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
+        "init_lora_weights": True if settings.init == "kaiming" else settings.init,
+        "target_modules": _target_modules(settings, modules),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+        "rank_pattern": {_for_each_expert(name): rank for name, rank in settings.rank_pattern.items()},
+        "alpha_pattern": {_for_each_expert(name): alpha for name, alpha in settings.alpha_pattern.items()},
+        "bias": "none",
+        "lora_bias": False,
+        "fan_in_fan_out": False,
+        "auto_mapping": None,
+    }
+
+
+def _target_modules(settings: LoraSettings, modules: list[str]) -> list[str]:
+    """Names as PEFT matches them, by the end of a module's path; a group becomes the names of its modules."""
+    # Of experts the last part alone: they have numbers in PEFT's names, or are put together there.
+    names = {t.rpartition(".")[2] if EXPERTS_PART in f".{t}" else t for t in settings.targets if t not in GROUPS}
+    if len(names) < len(settings.targets):
+        names |= {module.rpartition(".")[2] for module in modules if not _ends(module, names)}
+    return sorted(names)
+
+
+def _to_settings(config: dict[str, Any], modules: list[str], where: Path) -> LoraSettings:
+    """Of modules as the file names them, each expert's apart."""
+    alpha, dropout = _number(config.get("lora_alpha")), _number(config.get("lora_dropout", 0.0))
+    if alpha is None:
+        what = f"lora_alpha is {config.get('lora_alpha')!r}, and must be a number"
+        raise UserError(what, where=str(where))
+    if dropout is None or not 0 <= dropout < 1:
+        what = f"lora_dropout is {config['lora_dropout']!r}, and must be from 0 to below 1"
+        raise UserError(what, where=str(where))
+    # Unchecked: what training would refuse (an alpha of 0) can still be read, merged and generated with.
+    return LoraSettings.model_construct(
+        rank=_rank(config.get("r"), "r", where),
+        alpha=alpha,
+        dropout=dropout,
+        rslora=_truth(config, "use_rslora", where),
+        target=list(_targets(config, sorted({_together(module) for module in modules}))),
+        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+        dora=_truth(config, "use_dora", where),
+        rank_pattern=_pattern(config, "rank_pattern", modules, _rank, where),
+        alpha_pattern=_pattern(config, "alpha_pattern", modules, _alpha, where),
+    )
+
+
+def _rank(value: Any, name: str, where: Path) -> int:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{name} is {value!r}, and must be 1 or more", where=str(where))
+    return value
+
+
+def _alpha(value: Any, name: str, where: Path) -> float:
+    alpha = _number(value)
+    if alpha is None:
+        raise UserError(f"{name} is {value!r}, and must be a number", where=str(where))
+    return alpha
+
+
+def _truth(config: dict[str, Any], name: str, where: Path) -> bool:
+    value = config.get(name, False)
+    if value is not None and type(value) is not bool:
+        raise UserError(f"{name} is {value!r}, and must be true or false", where=str(where))
+    return bool(value)
+
+
+T = TypeVar("T")
+
+
+def _pattern(
+    config: dict[str, Any], name: str, modules: list[str], read: Callable[[Any, str, Path], T], where: Path
+) -> dict[str, T]:
+    """Values of single modules by the ends of their names; where PEFT has regular expressions, by the names that these fit."""
+    stated = config.get(name) or {}
+    if not isinstance(stated, dict):
+        raise UserError(f"{name} is {stated!r}, and must be a mapping from modules", where=str(where))
+    values = {key: read(value, f"{name} of {key}", where) for key, value in stated.items()}
+    if all(re.fullmatch(r"[\w.-]+", key) for key in values):
+        together = {_together(module) for module in modules}
+        return {key: value for key, value in values.items() if any(is_named(module, key) for module in together)}
+    patterns = {_compiled(key, name, where): value for key, value in values.items()}
+    fitting = ((module, next((v for p, v in patterns.items() if p.fullmatch(module)), None)) for module in modules)
+    return {_together(module): value for module, value in fitting if value is not None}
+
+
+def _compiled(key: str, name: str, where: Path) -> re.Pattern[str]:
+    """As PEFT matches it: a regular expression for the end of a module's name."""
+    repetitions = len(re.findall(r"[*+?{]", key))
+    if len(key) > _LONGEST_NAME or repetitions > _MOST_REPETITIONS or re.search(r"\)[*+?{]", key):
+        raise UserError(f"{name} has {key[:_LONGEST_NAME]!r}, which may take too long to match", where=str(where))
+    try:
+        return re.compile(rf"(.*\.)?({key})")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{name} has {key!r}, which is no regular expression ({error})", where=str(where)) from error
+
+
+def _together(module: str) -> str:
+    """The name of an expert's module without its number; any other as it is."""
+    found = split_expert(module)
+    return found[0] if found else module
+
+
+def _for_each_expert(name: str) -> str:
+    """A name of experts' modules together, as PEFT's expression for each of them."""
+    before, experts, after = f".{name}".rpartition(EXPERTS_PART)
+    return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
+
+
+def _number(value: Any) -> float | None:
+    """A finite JSON number, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _targets(config: dict[str, Any], modules: list[str]) -> tuple[str, ...]:
+    """The config's list of names where it says all, else the paths of the modules that the file has."""
+    names = config.get("target_modules")
+    partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    if (
+        partial
+        or any(EXPERTS_PART in module for module in modules)
+        or not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
+    ):
+        return tuple(modules)
+    exact = all(_ends(module, set(names)) for module in modules) and all(
+        any(_ends(module, {name}) for module in modules) for name in names
+    )
+    return tuple(sorted(names)) if exact else tuple(modules)
+
+
+def _ends(module: str, names: set[str]) -> bool:
+    return any(is_named(module, name) for name in names)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        hint = f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}"
+        raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
+    return read_json(path)
+
+
+def _check_plain(config: dict[str, Any], where: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"its peft_type is {kind!r}; only LORA adapters are read", where=str(where))
+    for name, neutral in _NEUTRAL.items():
+        value = config.get(name)
+        if not any(value is other or (value == other and type(value) is type(other)) for other in neutral):
+            raise UserError(
+                f"{name} is {json.dumps(value)}, which is not supported",
+                where=str(where),
+                hint="only LoRA and DoRA are read; merge this adapter with PEFT and start from the merged model",
+            )
+
+
+def _weights_file(folder: Path) -> Path:
+    path = folder / WEIGHTS
+    if path.is_file():
+        return path
+    if (folder / "adapter_model.bin").is_file():
+        raise UserError(
+            "its weights are a pickled adapter_model.bin, which is not read because it can run code",
+            where=str(folder),
+            hint="open it with PEFT and save it again with `save_pretrained`, which writes safetensors",
+        )
+    raise UserError(f"not an adapter folder: no {WEIGHTS}", where=str(folder))
+
+
+def _check_shapes(settings: LoraSettings, parameters: dict[str, mx.array], where: Path) -> None:
+    """Every module has all its parts, and they agree with its rank."""
+    if not parameters:
+        raise UserError("this adapter has no tensors", where=str(where))
+    for name, value in parameters.items():
+        module, _, part = name.rpartition(".")
+        for other in (*HALVES, *([MAGNITUDE] if settings.dora else [])):
+            if f"{module}.{other}" not in parameters:
+                raise UserError(f"{peft_name(f'{module}.{other}')} is missing", where=str(where))
+        if part == MAGNITUDE:
+            _check_magnitude(settings, name, value, parameters[f"{module}.lora_B"], where)
+            continue
+        rank = settings.rank_of(_together(module))
+        if value.ndim != 2 or value.shape[HALVES.index(part)] != rank:
+            form = f"[{rank}, in]" if part == "lora_A" else f"[out, {rank}]"
+            what = f"{peft_name(name)} is {list(value.shape)}, and rank {rank} asks for {form}"
+            raise UserError(what, where=str(where))
+
+
+def _check_magnitude(settings: LoraSettings, name: str, value: mx.array, lora_B: mx.array, where: Path) -> None:
+    if not settings.dora:
+        raise UserError(f"{peft_name(name)} is of DoRA, and use_dora is not set", where=str(where))
+    if value.shape != lora_B.shape[:1]:
+        what = f"{peft_name(name)} is {list(value.shape)}, where lora_B asks for {list(lora_B.shape[:1])}"
+        raise UserError(what, where=str(where))

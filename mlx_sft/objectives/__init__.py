@@ -1,0 +1,95 @@
+"""What is minimized: which examples a row gives, and what each of their supervised positions weighs in the loss.
+
+    loss = Σ over the step's positions of weight · −log p(target) / normalizer
+
+Whatever depends on the model's own probabilities only through the weights fits that: a first pass without gradient finds them (for a
+preference loss the margins of its pairs), and the gradient of the weighted sum is then the objective's. A further objective is one more
+file with a subclass of `Objective`, and a line in `ENTRIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.registry import OBJECTIVES
+from mlx_sft.settings import Settings as NoSettings
+
+if TYPE_CHECKING:  # the data room takes a second to import, and the settings of an objective are asked for before it
+    from mlx_sft.data.batches import Batch
+    from mlx_sft.data.conversation import Item
+    from mlx_sft.data.example import Example
+
+ENTRIES = {
+    "sft": "mlx_sft.objectives.sft:SFT",
+}
+
+LogProbs = Sequence[NDArray[np.float32]]
+"""For each micro-batch log p(target) of its supervised positions, [positions]."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What the positions of some micro-batches weigh.
+
+    Attributes:
+        weights: For each micro-batch [positions] float32, before they are divided.
+        normalizer: What the weighted sum is divided by.
+        loss: The objective's value; None where it is the weighted mean of −log p itself.
+        metrics: What the objective says of itself in `metrics.jsonl`, by name.
+    """
+
+    weights: Sequence[NDArray[np.float32]]
+    normalizer: float
+    loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Objective:
+    """One objective. It can be pickled: the processes that read the data make examples with it.
+
+    Attributes:
+        name: By which the configuration chooses it.
+        Settings: Its settings, each of which becomes an option.
+        settings: The chosen ones.
+        first_pass: Whether `weigh` needs the log-probabilities of the model as it is, which costs a forward pass more.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[NoSettings]] = NoSettings
+    first_pass: ClassVar[bool] = False
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = settings if settings is not None else self.Settings()
+
+    def examples(self, item: Item, encode: Callable[[Item], list[Example]]) -> list[Example]:
+        """The examples of a row.
+
+        Args:
+            item: What the row format made of it.
+            encode: A conversation, document or tokens → examples with their masks.
+
+        Raises:
+            UserError: For a row that the objective cannot train on.
+        """
+        return encode(item)
+
+    def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:
+        """The weights of a step's micro-batches, or of all those of an evaluation.
+
+        Args:
+            batches: `batch.weights` are those that the rows ask for.
+            log_probs: Of the model as it is; None where there was no first pass.
+        """
+        raise NotImplementedError
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """The objective that a configuration asks for."""
+    kind: type[Objective] = OBJECTIVES[config.objective]
+    return kind(config.settings(kind.Settings))

@@ -1,0 +1,130 @@
+"""What turns gradients into updates. A further optimizer is one more file with a subclass of `Optimizer`, and a line in `ENTRIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from pydantic import Field
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.optimizers.gradients import Arrays, parts
+from mlx_sft.registry import OPTIMIZERS
+from mlx_sft.settings import Settings as NoSettings
+
+ENTRIES = {
+    "adamw": "mlx_sft.optimizers.adamw:AdamW",
+    "adafactor": "mlx_sft.optimizers.adafactor:Adafactor",
+    "lion": "mlx_sft.optimizers.lion:Lion",
+    "muon": "mlx_sft.optimizers.muon:Muon",
+    "sgd": "mlx_sft.optimizers.sgd:SGD",
+}
+
+
+class DecaySettings(NoSettings):
+    """What most optimizers have."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay; norms and biases are left out."""
+
+
+class Optimizer:
+    """An optimizer of MLX's over named arrays, with a state that a checkpoint keeps exactly.
+
+    A subclass says with `make` which of MLX's it is. One that is none of MLX's gives an object with `init_single` and `apply_single`.
+
+    Args:
+        settings: The chosen ones.
+        parameters: Flat float32 arrays by name; the state is float32 as they are.
+        decayed: Which names weight decay applies to.
+
+    Attributes:
+        name: By which the configuration chooses it.
+        Settings: Its settings, each of which becomes an option.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[NoSettings]] = NoSettings
+
+    def __init__(self, settings: Any, parameters: Arrays, decayed: Callable[[str], bool]) -> None:
+        self.settings = settings
+        groups: dict[tuple[bool, str], list[str]] = {}
+        for name, value in parameters.items():
+            groups.setdefault((not decayed(name), self.kind_of(name, value.shape)), []).append(name)
+        self._groups = [(groups[key], self.make(settings, key[1], decayed=not key[0])) for key in sorted(groups)]
+        for names, optimizer in self._groups:
+            optimizer.init({name: parameters[name] for name in names})
+
+    @classmethod
+    def make(cls, settings: Any, kind: str, *, decayed: bool) -> optim.Optimizer:
+        """MLX's optimizer for the parameters of one kind; without weight decay where they are not decayed."""
+        raise NotImplementedError
+
+    @classmethod
+    def kind_of(cls, name: str, shape: tuple[int, ...]) -> str:
+        """Which parameters belong together, for an optimizer that treats some of them otherwise."""
+        return ""
+
+    @classmethod
+    def state_bytes(cls, settings: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """What the state of parameters of these shapes takes in memory and in a checkpoint."""
+        total = 0
+        for name, shape in shapes.items():
+            state: dict[str, mx.array] = {}
+            cls.make(settings, cls.kind_of(name, shape), decayed=True).init_single(mx.zeros(shape), state)
+            total += sum(value.nbytes for value in state.values())  # of arrays that are never computed
+        return total
+
+    def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> Arrays:
+        """The parameters after one step, evaluated as the state is, a part after another.
+
+        `gradients` is empty afterwards: what is new takes their place in memory.
+        """
+        updated: Arrays = {}
+        for names, optimizer in self._groups:
+            optimizer.learning_rate = learning_rate
+            optimizer.state["step"] = optimizer.step + 1
+            for part in parts(names, parameters):
+                for name in part:
+                    gradient = gradients.pop(name)
+                    updated[name] = optimizer.apply_single(gradient, parameters[name], optimizer.state[name])
+                    del gradient
+                mx.eval([optimizer.state[name] for name in part])  # first, so that the gradients are gone
+                mx.eval([updated[name] for name in part])
+        return {name: updated[name] for name in parameters}
+
+    def take_up(self, first: Arrays, second: Arrays, steps: int) -> None:
+        """Go on with the two moments of an AdamW elsewhere; raises `UserError` for an optimizer that has others."""
+        what = f"--optimizer {self.name} cannot go on with the moments of AdamW"
+        raise UserError(what, hint="leave --optimizer out", exit_code=USAGE)
+
+    @property
+    def state(self) -> list[dict[str, Any]]:
+        return [optimizer.state for _, optimizer in self._groups]
+
+    def flat_state(self) -> Arrays:
+        """The state by name, as a checkpoint keeps it; the inverse of `load_flat_state`."""
+        flat: Arrays = {}
+        for index, state in enumerate(self.state):
+            for name, value in state.items():
+                for kind, array in value.items() if isinstance(value, dict) else [("", value)]:
+                    flat[f"{index}|{name}|{kind}"] = array
+        return flat
+
+    def load_flat_state(self, flat: Arrays) -> None:
+        """Take up a state that `flat_state` returned; raises `KeyError` where it is of other parameters."""
+        for index, (_, optimizer) in enumerate(self._groups):
+            for name, value in optimizer.state.items():
+                if isinstance(value, dict):
+                    optimizer.state[name] = {k: flat[f"{index}|{name}|{k}"] for k in value}
+                else:
+                    optimizer.state[name] = flat[f"{index}|{name}|"]
+
+
+def make_optimizer(config: TrainConfig, parameters: Arrays, decayed: Callable[[str], bool]) -> Optimizer:
+    """The optimizer that a configuration asks for, with a state as training starts with it."""
+    kind: type[Optimizer] = OPTIMIZERS[config.optimizer]
+    return kind(config.settings(kind.Settings), parameters, decayed)

@@ -1,0 +1,116 @@
+"""The doors: the six kinds of things that can be added, each by one file and one line in its room, or by another package.
+
+A room's `__init__` has `ENTRIES`, which says in which module each entry is, so that an entry is imported only when it is asked for.
+Another package adds its own through an entry point of the group of the room's name:
+
+    [project.entry-points."mlx_sft.methods"]
+    ia3 = "my_package.ia3:IA3"
+
+A script or a test adds one with `METHODS.register("ia3", IA3)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
+
+from mlx_sft.errors import USAGE, UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """The entries of one kind, by name, in the order in which they are listed and tried.
+
+    Args:
+        kind: What one entry is, in words, such as `row format`.
+        room: The package that holds the built-in entries, such as `mlx_sft.methods`; also the group of entry points.
+    """
+
+    def __init__(self, kind: str, room: str) -> None:
+        self.kind = kind
+        self.room = room
+        self._loaded: dict[str, T] = {}
+
+    def names(self) -> list[str]:
+        """Every entry's name: the built-in ones first, then those of other packages, then those that were registered."""
+        return list(dict.fromkeys([*self._built_in(), *self._entry_points(), *self._loaded]))
+
+    def built_in(self) -> list[str]:
+        """The names of the entries that come with this package."""
+        return list(self._built_in())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def __getitem__(self, name: str) -> T:
+        """An entry; raises `UserError` for a name that there is not, and for an entry of another package that cannot be imported."""
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name)
+        return self._loaded[name]
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Every entry that can be imported; what is wrong with another package's is said when its entry is chosen."""
+        for name in self.names():
+            try:
+                yield name, self[name]
+            except UserError:
+                continue
+
+    def register(self, name: str, entry: T) -> T:
+        """Add an entry for this process; raises `ValueError` for a name that is taken."""
+        if name in self:
+            raise ValueError(f"there is a {self.kind} named {name!r} already")
+        self._loaded[name] = entry
+        return entry
+
+    def unregister(self, name: str) -> None:
+        """Take back what `register` added."""
+        del self._loaded[name]
+
+    @contextmanager
+    def registered(self, name: str, entry: T) -> Iterator[T]:
+        """Add an entry while the block runs."""
+        yield self.register(name, entry)
+        self.unregister(name)
+
+    def unknown(self, name: str) -> UserError:
+        """The error for a name that no entry has."""
+        known = self.names()
+        hint = did_you_mean(name, known) or f"there is {', '.join(known)}"
+        return UserError(f"no {self.kind} is named {name}", hint=hint, exit_code=USAGE)
+
+    def _load(self, name: str) -> T:
+        if place := self._built_in().get(name):
+            module, _, attribute = place.partition(":")
+            built_in: T = getattr(import_module(module), attribute)
+            return built_in
+        if found := self._entry_points().get(name):
+            try:
+                entry: T = found.load()
+            except (ImportError, AttributeError) as error:
+                package = found.dist.name if found.dist else found.value
+                raise UserError(
+                    f"the {self.kind} {name} of the package {package} cannot be imported: {error}",
+                    hint=f"install a version of {package} that fits, or remove it",
+                ) from error
+            return entry
+        raise self.unknown(name)
+
+    def _built_in(self) -> dict[str, str]:
+        entries: dict[str, str] = import_module(self.room).ENTRIES
+        return entries
+
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.room)}
+
+
+FORMATS: Registry[Any] = Registry("row format", "mlx_sft.data.formats")
+METHODS: Registry[Any] = Registry("method", "mlx_sft.methods")
+OBJECTIVES: Registry[Any] = Registry("objective", "mlx_sft.objectives")
+OPTIMIZERS: Registry[Any] = Registry("optimizer", "mlx_sft.optimizers")
+CALLBACKS: Registry[Any] = Registry("callback", "mlx_sft.training.callbacks")
+TARGETS: Registry[Any] = Registry("export format", "mlx_sft.convert.targets")

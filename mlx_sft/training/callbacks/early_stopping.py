@@ -1,0 +1,58 @@
+"""`--early-stop N`: a run ends after so many evaluations without a better validation loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.settings import Settings
+from mlx_sft.training.callbacks import Callback, Record, TrainingRun
+
+if TYPE_CHECKING:
+    from mlx_sft.data.prepare import PreparedData
+
+
+class EarlyStoppingSettings(Settings):
+    """Settings of early stopping."""
+
+    early_stop: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a better validation loss."""
+
+
+class EarlyStopping(Callback):
+    """The callback `early-stopping`."""
+
+    name: ClassVar = "early-stopping"
+    Settings: ClassVar = EarlyStoppingSettings
+
+    def __init__(self, settings: Any = None) -> None:
+        super().__init__(settings)
+        self._without_better = 0
+        self._stopped_of: int | None = None
+        """The planned steps of the run when it was stopped."""
+
+    def check(self, config: TrainConfig, data: PreparedData) -> None:
+        if self.settings.early_stop and not data.valid:
+            hint = "give --valid FILE or --valid-fraction 0.05"
+            raise UserError("--early-stop needs validation rows", hint=hint, exit_code=USAGE)
+
+    def on_start(self, run: TrainingRun, record: Record) -> None:
+        """A run that was stopped and is given more steps waits for a better evaluation anew."""
+        if self._stopped_of not in (None, run.total_steps):
+            self._without_better, self._stopped_of = 0, None
+
+    def on_evaluation(self, run: TrainingRun, record: Record) -> None:
+        self._without_better = 0 if record["best"] else self._without_better + 1
+        if self.settings.early_stop and self._without_better >= self.settings.early_stop:
+            self._stopped_of = run.total_steps
+            run.stop("validation got no better")
+
+    def state(self) -> dict[str, Any]:
+        return {"without_better": self._without_better, "stopped_of": self._stopped_of}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._without_better = state.get("without_better", 0)
+        self._stopped_of = state.get("stopped_of")

@@ -1,0 +1,30 @@
+"""What the terminal shows of steps and evaluations, with the time that is left."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar
+
+from mlx_sft.training.callbacks import Callback, Record, TrainingRun
+
+
+class Terminal(Callback):
+    """The callback `terminal`."""
+
+    name: ClassVar = "terminal"
+
+    def __init__(self, settings: Any = None) -> None:
+        super().__init__(settings)
+        self._since, self._first = time.perf_counter(), 0
+
+    def on_record(self, run: TrainingRun, record: Record) -> None:
+        super().on_record(run, record)
+        if record["kind"] in ("start", "rollback"):
+            self._since, self._first = time.perf_counter(), record["step"]
+
+    def on_step(self, run: TrainingRun, record: Record) -> None:
+        a_step = (time.perf_counter() - self._since) / (record["step"] - self._first)
+        run.console.step(record, run.total_steps, a_step * (run.total_steps - record["step"]))
+
+    def on_evaluation(self, run: TrainingRun, record: Record) -> None:
+        run.console.evaluation(record)

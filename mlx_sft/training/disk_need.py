@@ -1,0 +1,53 @@
+"""The disk as a budget: what a run will write at the most, known before its first step. Knows nothing of how it is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.data.batches import Plan
+from mlx_sft.files import folder_bytes, refuse_full_disk
+from mlx_sft.methods import Parameters
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes that a run takes on disk at the most.
+
+    Attributes:
+        checkpoint: Of one: the parameters and AdamW's two moments.
+        checkpoints: So many at the same time, with the one that is being written.
+        results: The result, the last beside the best, and the one that takes the place of another.
+    """
+
+    checkpoint: int
+    checkpoints: int
+    results: int
+
+    @classmethod
+    def of_run(cls, parameters: Parameters, config: TrainConfig, plan: Plan) -> DiskNeed:
+        trained = sum(value.nbytes for value in parameters.values())
+        every = config.save_every
+        between = every if isinstance(every, int) else plan.steps_per_epoch
+        saves = math.ceil(plan.total_steps / between)
+        started_elsewhere = config.init_adapter or config.resume_from_peft
+        at_the_start = 1 if started_elsewhere or config.on_divergence == "rollback" else 0
+        from_before_divergence = 1 if config.on_divergence == "rollback" else 0
+        kept = min(config.keep + 1, saves + at_the_start) + from_before_divergence
+        return cls(checkpoint=3 * trained, checkpoints=kept, results=3 * trained)
+
+    @property
+    def total(self) -> int:
+        return self.checkpoint * self.checkpoints + self.results
+
+    def refuse_where_short(self, path: Path, written: Path | None) -> None:
+        """Raise `UserError` where the disk of a path has no room for the run.
+
+        Args:
+            written: The folder of the checkpoints that there are already, and that new ones take the place of.
+        """
+        there = min(folder_bytes(written), self.checkpoint * self.checkpoints) if written else 0
+        hint = "remove what is not needed, give --out on another disk, or take less with a smaller --keep or --rank"
+        refuse_full_disk(path, self.total - there, "this run", hint)

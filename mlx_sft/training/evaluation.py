@@ -1,0 +1,35 @@
+"""An evaluation in the course of a run: its record, and whether it is the best so far."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from mlx_sft.data.batches import Step
+from mlx_sft.training.out_of_memory import evaluate_in_memory
+from mlx_sft.training.records import evaluation_record
+from mlx_sft.training.results import save_result
+from mlx_sft.training.setup import Job
+
+
+def evaluate(job: Job, step: Step) -> None:
+    """Loss over the whole validation set; the best parameters so far become the run's result."""
+    started = time.perf_counter()
+    tokens = job.settings.micro_batch_tokens
+    budget = min(tokens, job.progress.evaluation_tokens or tokens)
+    result, fitting = evaluate_in_memory(
+        job.gradient_computer, job.parameters, job.data.valid, budget, job.settings.layout
+    )
+    if fitting < budget:
+        job.console.warn(
+            f"out of memory in the evaluation after step {step.number}; evaluations take up to {fitting} tokens at once from now on"
+        )
+        job.progress = job.progress.after(evaluation_tokens=fitting)
+    seconds = time.perf_counter() - started
+    best_loss = job.progress.best_loss
+    best = math.isfinite(result.loss) and (best_loss is None or result.loss < best_loss)
+    if best:
+        job.progress = job.progress.after(best_loss=result.loss, best_step=step.number)
+    job.emit(evaluation_record(step, result, best=best, learning_rate=job.learning_rate(step), seconds=seconds))
+    if best:
+        save_result(job)

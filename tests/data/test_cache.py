@@ -1,0 +1,433 @@
+"""The cache of tokenized rows: what it depends on, and that it is whole or absent whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mlx_sft.data import cache
+from mlx_sft.data import key as cache_key
+from mlx_sft.data.dataset import Examples
+from mlx_sft.errors import UserError
+
+WriteRows = Callable[..., str]
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("folder")
+FILES = ["token_ids", "spans", "table", "origins", "lost.jsonl"]
+
+
+@pytest.fixture
+def rows(write_rows: WriteRows) -> str:
+    return write_rows(*({"text": f"row {number}"} for number in range(300)), {"text": "bad"}, "nonsense")
+
+
+def texts(result: Any) -> list[str]:
+    return [bytes(example.token_ids.astype("u1")).decode() for example in Examples([result.entry.store])]
+
+
+def entries(folder: Path) -> list[str]:
+    """The names in the cache, but for remembered digests."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def start(rows: str, workers: int = 1) -> subprocess.Popen[str]:
+    """Another process that tokenizes the file."""
+    command = [sys.executable, str(HERE / "stand_in.py"), rows, str(workers)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    result: dict[str, Any] = json.loads(output)
+    return result
+
+
+# What it holds
+
+
+def test_a_second_run_finds_the_rows_of_the_first(stand_in: ModuleType, rows: str, folder: Path) -> None:
+    told = stand_in.Told()
+    first, second = stand_in.read(rows, told), stand_in.read(rows, told)
+    assert told.sources == [(rows, 302, False), (rows, 302, True)]
+    assert texts(first) == texts(second) == [f"row {number}" for number in range(300)]
+    assert (first.sha256, first.shape) == (second.sha256, second.shape)
+    assert second.shape == "text"
+    assert len(entries(folder)) == 1
+    assert [example.origin for example in Examples([second.entry.store])][-1] == f"{rows}:300"
+
+
+def test_lost_rows_are_remembered_with_their_numbers_and_reasons(stand_in: ModuleType, rows: str) -> None:
+    lost: list[Any] = []
+    for _ in range(2):
+        lost.clear()
+        stand_in.read(rows, on_lost=lost.append)
+        assert [(row.number, row.note.origin, row.note.fate) for row in lost] == [
+            (300, f"{rows}:301", "bad"),
+            (301, f"{rows}:302", "bad"),
+        ]
+        assert lost[0].note.reason == "a bad row"
+        assert lost[1].note.hint
+
+
+def test_a_moved_file_is_found_and_its_rows_are_named_anew(stand_in: ModuleType, rows: str, tmp_path: Path) -> None:
+    stand_in.read(rows)
+    moved, told = tmp_path / "elsewhere" / "other.jsonl", stand_in.Told()
+    moved.parent.mkdir()
+    Path(rows).rename(moved)
+    result = stand_in.read(moved, told)
+    assert told.sources == [(str(moved), 302, True)]
+    assert Examples([result.entry.store])[2].origin == f"{moved}:3"
+    assert [row.note.origin for row in result.entry.lost()] == [f"{moved}:301", f"{moved}:302"]
+
+
+def test_a_note_that_names_another_row_follows_a_moved_file(
+    stand_in: ModuleType, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = write_rows({"text": "plain"}, {"prompt": "a", "completion": "b"})
+    (lost,) = stand_in.read(rows).entry.lost()
+    assert lost.mixed
+    assert f"{rows}:1 is text" in lost.note.reason
+    moved = Path(rows).rename(tmp_path / "moved.jsonl")
+    (lost,) = stand_in.read(moved).entry.lost()
+    assert f"{moved}:1 is text" in lost.note.reason
+    assert rows not in lost.note.reason
+
+
+def test_an_abandoned_reading_leaves_nothing(stand_in: ModuleType, rows: str, folder: Path) -> None:
+    def refuse(row: Any) -> None:
+        raise UserError("enough")
+
+    with pytest.raises(UserError, match="enough"):
+        stand_in.read(rows, on_lost=refuse)
+    assert entries(folder) == []
+    stand_in.read(rows)
+    with pytest.raises(UserError, match="enough"):
+        stand_in.read(rows, on_lost=refuse)
+
+
+# What it depends on
+
+
+def test_whatever_could_change_an_example_misses(stand_in: ModuleType, rows: str) -> None:
+    pipelines = [
+        stand_in.make_pipeline(),
+        stand_in.make_pipeline(stand_in.Encoder("{{ messages }}")),
+        stand_in.make_pipeline(stand_in.Encoder(train_on="last")),
+        stand_in.make_pipeline(stand_in.Encoder(template_kwargs={"enable_thinking": False})),
+        stand_in.make_pipeline(stand_in.Encoder(append_eos=True)),
+        stand_in.make_pipeline(special_in_content="keep"),
+    ]
+    told = stand_in.Told()
+    for pipeline in (*pipelines, *pipelines):
+        stand_in.read(rows, told, pipeline=pipeline)
+    assert [cached for *_, cached in told.sources] == [False] * 6 + [True] * 6
+    Path(rows).write_text('{"text": "another"}\n')
+    assert texts(stand_in.read(rows)) == ["another"]
+
+
+def test_every_part_of_the_tokenizer_is_in_the_key(make_tokenizer: Any) -> None:
+    from mlx_sft.config import TrainConfig
+    from mlx_sft.data.pipeline import Pipeline
+
+    def key(tokenizer: Any, **settings: Any) -> str | None:
+        config = TrainConfig(data="a.jsonl", **settings)
+        return cache_key.entry_key("0" * 64, "a.jsonl", Pipeline.from_config(config, tokenizer))
+
+    grown = make_tokenizer()
+    grown.add_tokens(["more"])
+    split = make_tokenizer()
+    split.split_special_tokens = True
+    keys = [
+        key(make_tokenizer()),
+        key(make_tokenizer("{{ messages }}")),
+        key(make_tokenizer(eos="<|endoftext|>")),
+        key(grown),
+        key(make_tokenizer(), format="text"),
+        key(make_tokenizer(), columns={"user": "question"}),
+        key(make_tokenizer(), train_think_prefill=False),
+        key(split),
+        key(make_tokenizer(), chat_template_kwargs={"user": {"name": "A", "age": 3}}),
+        key(make_tokenizer(), chat_template_kwargs={"user": {"age": 3, "name": "A"}}),
+    ]
+    assert None not in keys
+    assert len(set(keys)) == len(keys)
+    assert key(make_tokenizer(name="moved")) == keys[0]
+    cut = make_tokenizer()
+    cut.backend_tokenizer.enable_truncation(512)  # as it is saved after a training; the first text turns it off
+    cut.backend_tokenizer.enable_padding()
+    assert key(cut) == keys[0]
+
+
+def test_the_day_matters_only_where_the_template_writes_it(
+    stand_in: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(template: str, **template_kwargs: str) -> str | None:
+        encoder = stand_in.Encoder(template, template_kwargs=template_kwargs)
+        return cache_key.entry_key("0" * 64, "a.jsonl", stand_in.make_pipeline(encoder))
+
+    class Tomorrow(cache_key.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return super().now(tz).replace(year=2000)
+
+    dated = "{{ date_string or strftime_now('%d') }}"
+    always = "{{ strftime_now('%d') }}"
+    today = [key("plain"), key(dated, date_string="1 May"), key(dated), key(always, date_string="1 May")]
+    monkeypatch.setattr(cache_key, "datetime", Tomorrow)
+    tomorrow = [key("plain"), key(dated, date_string="1 May"), key(dated), key(always, date_string="1 May")]
+    assert today[:2] == tomorrow[:2]
+    assert today[2] != tomorrow[2]
+    assert today[3] != tomorrow[3]
+
+
+def test_the_same_content_of_another_format_is_another_entry(stand_in: ModuleType) -> None:
+    pipeline = stand_in.make_pipeline()
+    names = ["a.jsonl", "a.json", "a.csv"]
+    assert len({cache_key.entry_key("0", name, pipeline) for name in names}) == 3
+    same = ["a.jsonl", "b.v2.jsonl", "folder/c.JSONL"]
+    assert len({cache_key.entry_key("0", name, pipeline) for name in same}) == 1
+
+
+def test_the_digest_of_a_large_file_is_remembered_until_it_changes(
+    stand_in: ModuleType, rows: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_key, "_REMEMBERED_FROM", 1)
+    monkeypatch.setattr(cache_key, "_AT_REST", 0)
+    source = stand_in.FileSource(Path(rows))
+    first = cache_key.content_of(source, folder / "contents")
+    with monkeypatch.context() as patch:
+        patch.setattr(stand_in.FileSource, "sha256", lambda self: pytest.fail("read again"))
+        assert cache_key.content_of(source, folder / "contents") == first
+    before = Path(rows).stat()
+    Path(rows).write_text(Path(rows).read_text().replace("row 1", "row 2"))
+    os.utime(rows, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert cache_key.content_of(source, folder / "contents") != first
+
+
+# Damage, kills and other runs
+
+
+@pytest.mark.parametrize("file", [*FILES, "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_entry_is_noticed_and_made_again(
+    stand_in: ModuleType, rows: str, folder: Path, file: str, damage: str
+) -> None:
+    expected = texts(stand_in.read(rows))
+    (name,) = entries(folder)
+    path = folder / name / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(
+            content[:middle]
+            if damage == "cut"
+            else content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+        )
+    told = stand_in.Told()
+    result = stand_in.read(rows, told)
+    assert texts(result) == expected
+    assert told.sources == [(rows, 302, False)]
+    assert "is damaged" in told.notes[0]
+    assert entries(folder) == [name]
+    assert (folder / name / file).read_bytes()[:middle] == content[:middle]
+    stand_in.read(rows, told)
+    assert told.sources[-1] == (rows, 302, True)
+
+
+def test_a_kill_in_the_middle_leaves_what_the_next_run_removes(
+    stand_in: ModuleType, write_rows: WriteRows, folder: Path
+) -> None:
+    slow = write_rows(*({"text": f"row {n}"} for n in range(200)), {"text": "wait 60"}, name="slow.jsonl")
+    process = start(slow)
+    for _ in range(600):
+        if folder.exists() and any(path.name.startswith(".writing") for path in folder.iterdir()):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (left,) = entries(folder)
+    assert left.startswith(".writing")
+    other = write_rows({"text": "plain"})
+    assert texts(stand_in.read(other)) == ["plain"]
+    (entry,) = entries(folder)
+    assert not entry.startswith(".writing")
+
+
+def test_what_a_living_run_is_writing_stays(stand_in: ModuleType, rows: str, folder: Path) -> None:
+    with cache.writing(folder) as written:
+        stand_in.read(rows)
+        assert (written / "lock").exists()
+    assert len(entries(folder)) == 1
+
+
+def test_what_a_run_begins_to_write_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = cache.fcntl.flock
+
+    def late(lock: Any, operation: int) -> None:
+        monkeypatch.setattr(cache.fcntl, "flock", locked)
+        cache.remove_leftovers(folder)  # another run, before this one has its lock
+        locked(lock, operation)
+
+    monkeypatch.setattr(cache.fcntl, "flock", late)
+    with cache.writing(folder) as written:
+        assert (written / "lock").exists()
+        cache.remove_leftovers(folder)
+        assert written.exists()
+
+
+def test_concurrent_runs_agree_and_leave_one_entry(write_rows: WriteRows, folder: Path) -> None:
+    rows = write_rows(*({"text": f"row {n}"} for n in range(400)), {"text": "wait 0.5"})
+    results = [outcome(process) for process in [start(rows), start(rows)]]
+    assert results[0]["fingerprint"] == results[1]["fingerprint"]
+    assert {result["rows"] for result in results} == {401}
+    assert len(entries(folder)) == 1
+    assert outcome(start(rows))["cached"]
+
+
+def test_whoever_comes_second_takes_the_first_ones(
+    stand_in: ModuleType, rows: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish_late(written: Path, home: Path, name: str) -> cache.Entry:
+        if not home.exists():
+            monkeypatch.undo()
+            monkeypatch.setenv("MLX_SFT_CACHE", str(folder))
+            stand_in.read(rows)
+        return cache.publish(written, home, name)
+
+    monkeypatch.setattr("mlx_sft.data.tokenized.publish", publish_late)
+    assert len(texts(stand_in.read(rows))) == 300
+    assert len(entries(folder)) == 1
+
+
+def test_an_entry_can_be_removed_while_it_is_in_use(stand_in: ModuleType, rows: str, folder: Path) -> None:
+    result = stand_in.read(rows)
+    shutil.rmtree(folder)
+    assert texts(result)[-1] == "row 299"
+    assert len(list(result.entry.lost())) == 2
+
+
+def test_ctrl_c_leaves_nothing(stand_in: ModuleType, rows: str, folder: Path) -> None:
+    def interrupt(row: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stand_in.read(rows, on_lost=interrupt)
+    assert entries(folder) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(stand_in: ModuleType, rows: str, folder: Path) -> None:
+    def append(row: Any) -> None:
+        with Path(rows).open("a") as file:
+            file.write("{}\n")
+
+    with pytest.raises(UserError, match="it changed while it was being read"):
+        stand_in.read(rows, on_lost=append)
+    assert entries(folder) == []
+
+
+# Where it is, and what stays in it
+
+
+def test_entries_that_no_run_has_used_for_a_month_are_removed_when_one_is_written(
+    stand_in: ModuleType, write_rows: WriteRows, folder: Path
+) -> None:
+    files = [write_rows({"text": name}, name=f"{name}.jsonl") for name in ("old", "used")]
+    for file in files:
+        stand_in.read(file)
+    month = time.time() - 31 * 24 * 3600
+    for name in entries(folder):
+        os.utime(folder / name / "meta.json", (month, month))
+    stand_in.read(files[1])
+    stand_in.read(write_rows({"text": "new"}))
+    told = stand_in.Told()
+    for file in (files[1], files[0]):
+        stand_in.read(file, told)
+    assert [cached for *_, cached in told.sources] == [True, False]
+
+
+def test_without_the_cache_nothing_is_left_on_the_disk(
+    stand_in: ModuleType, rows: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    result = stand_in.read(rows, keep=False)
+    assert len(texts(result)) == 300
+    assert not folder.exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_source_without_a_digest_is_read_each_time(
+    stand_in: ModuleType, rows: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in.FileSource, "sha256", lambda self: None)
+    told = stand_in.Told()
+    for _ in range(2):
+        assert len(texts(stand_in.read(rows, told))) == 300
+    assert [cached for *_, cached in told.sources] == [False, False]
+    assert not folder.exists()
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(
+    stand_in: ModuleType, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_SFT_CACHE", str(tmp_path / "file" / "cache"))
+    told = stand_in.Told()
+    assert len(texts(stand_in.read(rows, told))) == 300
+    assert "cannot write to the cache" in told.notes[0]
+    assert "MLX_SFT_CACHE" in told.notes[0]
+
+
+def test_a_full_disk_is_one_clear_error(
+    stand_in: ModuleType, rows: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache.Writer, "append", full)
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        stand_in.read(rows)
+    assert caught.value.where == str(folder)
+    assert "MLX_SFT_CACHE" in caught.value.hint
+    assert entries(folder) == []
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.cache_folder() == Path(os.environ["MLX_SFT_CACHE"])
+    monkeypatch.delenv("MLX_SFT_CACHE")
+    assert cache.cache_folder() == tmp_path / "mlx-sft"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache.cache_folder() == Path.home() / ".cache" / "mlx-sft"
+
+
+# Memory
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    def peak(megabytes: int) -> int:
+        path = tmp_path / f"{megabytes}.jsonl"
+        with path.open("w") as file:
+            for number in range(megabytes * 250):
+                file.write(json.dumps({"text": f"{number} ".ljust(3980, "x")}) + "\n")
+        result = outcome(start(str(path)))
+        assert result["rows"] == megabytes * 250
+        memory: int = result["peak"]
+        return memory
+
+    assert peak(30) - peak(3) < 10_000_000

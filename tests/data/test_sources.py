@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mlx_sft.data.readers import Row
+from mlx_sft.data.sources import FileSource, locate, split_weight
+from mlx_sft.errors import USAGE, UserError
+
+
+def read(path: Path | str, part: str = "all") -> list[Row | UserError]:
+    return list(locate(str(path))[part].rows())
+
+
+@pytest.mark.parametrize(("data", "module"), [("a.parquet", "pyarrow"), ("hf:owner/name", "datasets")])
+def test_a_missing_reader_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, module: str
+) -> None:
+    (tmp_path / "a.parquet").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError) as caught:
+        read(data)
+    assert "mlx-sft[data]" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.docx", "x", "`.docx` is not a known kind of file"),
+        ("a", "x", "the file's name has no suffix"),
+        ("a.docx.gz", "x", "`.gz` is not a known kind of file"),
+        ("a.parquet.zst", "x", "`.zst` is not a known kind of file"),
+    ],
+)
+def test_an_unknown_kind_of_file_is_refused(tmp_path: Path, name: str, content: str, reason: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=reason) as caught:
+        locate(str(tmp_path / name))
+    assert ".jsonl" in caught.value.hint
+    assert caught.value.exit_code == USAGE
+
+
+def test_a_missing_file_names_its_like(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="no such file") as caught:
+        locate(str(tmp_path / "chat.jsonl"))
+    assert "chats.jsonl" in caught.value.hint
+
+
+@pytest.mark.parametrize("target", ["gone.jsonl", "a.jsonl"], ids=["gone", "itself"])
+def test_a_link_that_leads_nowhere_is_named_as_one(tmp_path: Path, target: str) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match="a link that leads nowhere"):
+        locate(str(tmp_path / "a.jsonl"))
+
+
+def test_a_bare_dataset_id_is_told_its_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        locate("owner/name")
+    assert "hf:owner/name" in caught.value.hint
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """Root may read everything, so that it must be someone else for a while."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def forbidden(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}')
+    path.chmod(0)
+    return path
+
+
+def test_a_file_without_permission_is_an_error(forbidden: Path, nobody: None) -> None:
+    source = FileSource(forbidden)
+    with pytest.raises(UserError, match="cannot read: Permission denied") as caught:
+        list(source.rows())
+    assert caught.value.where == str(forbidden)
+    assert caught.value.hint == "check its permissions"
+    with pytest.raises(UserError, match="cannot read: Permission denied"):
+        source.sha256()
+
+
+def test_a_folder_without_permission_is_an_error(tmp_path: Path, forbidden: Path, nobody: None) -> None:
+    if os.getuid() != 0:
+        tmp_path.chmod(0)
+    try:
+        with pytest.raises(UserError, match="Permission denied"):
+            locate(str(forbidden))
+    finally:
+        if os.getuid() != 0:
+            tmp_path.chmod(0o700)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="not a regular file"):
+        locate(str(path))
+    with pytest.raises(UserError, match="not a regular file"):
+        list(FileSource(path).rows())
+
+
+def test_a_directory_with_a_files_name_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(UserError, match="the folder holds no rows"):
+        locate(str(tmp_path / "a.jsonl"))
+
+
+def test_a_source_can_be_pickled_and_tells_its_size_and_how_far_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 200_000)
+    source = pickle.loads(pickle.dumps(locate(str(path))["all"]))
+    positions: list[int] = []
+    assert sum(1 for _ in source.rows(positions.append)) == 200_000
+    assert positions == sorted(positions)
+    assert len(positions) > 2
+    assert positions[-1] == source.size() == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("a.jsonl:0.7", ("a.jsonl", 0.7)),
+        ("a.jsonl:2", ("a.jsonl", 2.0)),
+        ("a.jsonl", ("a.jsonl", None)),
+        ("folder:1e-3", ("folder", 0.001)),
+        ("hf:owner/name", ("hf:owner/name", None)),
+        ("hf:owner/name:test", ("hf:owner/name:test", None)),
+        ("hf:owner/name:test[:10]", ("hf:owner/name:test[:10]", None)),
+        ("hf:owner/name:test:0.3", ("hf:owner/name:test", 0.3)),
+        ("hf:owner/name:0.3", ("hf:owner/name", 0.3)),
+        ("no:such file", ("no:such file", None)),
+        ("", ("", None)),
+        (":0.5", (":0.5", None)),
+    ],
+)
+def test_data_may_name_its_share_of_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, parts: tuple[str, float | None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert split_weight(spec) == parts
+
+
+def test_a_path_that_exists_as_it_stands_is_taken_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl:0.5"
+    path.write_text("{}")
+    assert split_weight(str(path)) == (str(path), None)
+    assert split_weight(f"{path}:2") == (str(path), 2.0)
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "nan", "inf", "half", "0,5", ""])
+def test_a_share_that_is_none_is_refused(tmp_path: Path, share: str) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="is not a number above 0") as caught:
+        split_weight(f"{tmp_path / 'a.jsonl'}:{share}")
+    assert caught.value.exit_code == USAGE
+
+
+@pytest.mark.parametrize("name", ["train.jsonl.gz", "train.json.zst", "train.csv.gz"])
+def test_a_folder_may_hold_compressed_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    (tmp_path / "train.parquet.gz").write_text("x")
+    assert Path(locate(str(tmp_path))["train"].name).name == name
+
+
+@pytest.mark.parametrize("valid", ["valid.csv", "validation.jsonl", "dev.json", "valid.txt"])
+def test_a_folder_has_its_parts_by_name(tmp_path: Path, valid: str) -> None:
+    for name in ("train.jsonl", valid, "test.jsonl", "README.md"):
+        (tmp_path / name).write_text("x")
+    parts = locate(str(tmp_path))
+    assert {part: Path(source.name).name for part, source in parts.items()} == {
+        "train": "train.jsonl",
+        "valid": valid,
+        "test": "test.jsonl",
+    }
+
+
+def test_a_folder_with_two_files_for_a_part_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "valid.jsonl").write_text("x")
+    (tmp_path / "dev.csv").write_text("x")
+    with pytest.raises(UserError, match=r"valid\.jsonl and dev\.csv are both the valid part"):
+        locate(str(tmp_path))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the folder holds no rows"):
+        locate(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        ("hf:owner/name", ("owner/name", None, "train")),
+        ("hf:owner/name:test[:10]", ("owner/name", None, "test[:10]")),
+        ("hf:owner/name/all:train", ("owner/name", "all", "train")),
+    ],
+)
+def test_a_dataset_id_names_owner_name_configuration_and_split(
+    monkeypatch: pytest.MonkeyPatch, data: str, arguments: tuple[str, str | None, str]
+) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None, split: str) -> list[dict[str, str]]:
+        asked.append((path, name, split))
+        return [{"text": "a"}]
+
+    library = ModuleType("datasets")
+    monkeypatch.setattr(library, "load_dataset", load_dataset, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert read(data) == [Row(f"{data}[0]", {"text": "a"})]
+    assert asked == [arguments]
+
+
+def test_a_dataset_that_cannot_be_loaded_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)\nmore")
+
+    library = ModuleType("datasets")
+    monkeypatch.setattr(library, "load_dataset", load_dataset, raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    with pytest.raises(UserError) as caught:
+        read("hf:owner/name")
+    assert caught.value.where == "hf:owner/name"
+    assert caught.value.what.endswith("(OfflineModeIsEnabled)")
+
+
+@pytest.mark.parametrize("data", ["hf:name", "hf:", "hf:owner/", "hf:a/b/c/d"])
+def test_a_malformed_dataset_id_is_refused(data: str) -> None:
+    with pytest.raises(UserError, match="not a dataset id"):
+        locate(data)
+
+
+def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert locate(str(path))["all"].sha256() == digest
