@@ -37,6 +37,9 @@ TESTS = ["tests/data/mask", "tests/data/test_encode.py", "tests/data/test_alignm
 TESTS += [
     str(next(p for p in ("tests/data/test_chat_template.py", "tests/data/test_template.py") if (ROOT / p).exists()))
 ]
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain"]
+# Without tests/conftest.py, which imports the whole package, and so without what lies beside the project.
+OPTIONS += ["--confcutdir=tests/data", "-k", "not real_qwen3"]
 COPIED = ("mlx_sft", "tests", "pyproject.toml")
 IMPORTED_ONCE = (PreTrainedTokenizerFast, render_jinja_template)
 """For all runs of the tests: that takes longer than the tests."""
@@ -176,7 +179,7 @@ def run_tests(folder: Path, show: bool = False) -> bool:
             os.dup2(nothing, 1)
             os.dup2(nothing, 2)
         sys.path.insert(0, str(folder))
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *TESTS])))
+        os._exit(int(pytest.main([*OPTIONS, *TESTS])))
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)

@@ -1,8 +1,10 @@
-"""A chat template with calls put into its syntax tree that tell which message is being written; `trace` has the calls.
+"""A chat template with calls put into its syntax tree that tell which message is being written.
 
-{% for message in messages %}           {{ loop_starts() }}{% for message in messages %}{{ loop_item(message) }}
-  ...                               →     ...
-{% endfor %}                            {% endfor %}{{ loop_ends() }}
+    {% for message in messages %}           {{ loop_starts() }}{% for message in messages %}{{ loop_item(message) }}
+      ...                               →     ...
+    {% endfor %}                            {% endfor %}{{ loop_ends() }}
+
+What the calls do is said in `trace`.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import Template, nodes, pass_context
+from jinja2.runtime import Context
 from jinja2.visitor import NodeTransformer
 
 from mlx_sft.data.sandbox import compiled, parsed
@@ -26,6 +30,7 @@ TAG_ENDS = "mlx_sft_tag_ends"
 APPENDED = "mlx_sft_appended"
 PRINTED = "mlx_sft_printed"
 MADE = "mlx_sft_made"
+STRIPPED = "mlx_sft_stripped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,8 @@ class Variant:
         loops: Loops over messages.
         captured: Also inside of macros, call, set and filter blocks, whose text the template may change before it prints it.
         variables: Also what goes through variables: `{% set message = messages[i] %}` inside a loop, text that is written
-            later (`ns.text = ns.text + ...`), messages that the template makes of others, `range` over messages.
+            later (`ns.text = ns.text + ...`), messages that the template makes of others, arguments of macros, `range` over
+            messages. White space is stripped through markers.
     """
 
     loops: bool = True
@@ -56,7 +62,9 @@ VARIANTS = (
 @lru_cache(maxsize=64)
 def traced(source: str, variant: Variant, name: str = "this tokenizer") -> Template:
     """The template with calls that trace this, in the environment of all its renderings; the result is kept."""
-    environment = compiled(source, name).environment
+    environment = compiled(source, name).environment.overlay()
+    if variant.variables:
+        environment.add_filter("trim", _trim)
     return environment.from_string(_InsertCalls(variant).visit(environment.parse(source)))
 
 
@@ -71,6 +79,11 @@ def string_constants(source: str) -> frozenset[str]:
 def has_tags(source: str) -> bool:
     """Whether the template's author tagged what is generated."""
     return any(_is_tag(block) for block in parsed(source).find_all(nodes.CallBlock))
+
+
+@pass_context
+def _trim(context: Context, value: Any, characters: str | None = None) -> Any:
+    return context.resolve(STRIPPED)(value, "strip", *(() if characters is None else (characters,)))
 
 
 def _is_tag(block: nodes.CallBlock) -> bool:
@@ -107,6 +120,10 @@ class _InsertCalls(NodeTransformer):
         self._depth += 1
         self.generic_visit(node)
         self._depth -= 1
+        if self._variant.variables:
+            line = node.lineno
+            item = _output(_call(LOOP_ITEM, *_names(node.args)), line)
+            node.body = [_output(_call(LOOP_STARTS), line), item, *node.body, _output(_call(LOOP_ENDS), line)]
         return node
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
@@ -148,7 +165,12 @@ class _InsertCalls(NodeTransformer):
 
     def visit_Call(self, node: nodes.Call) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _call(MADE, node) if self._variant.variables and _is_name(node.node, "dict") else node
+        if not self._variant.variables:
+            return node
+        called, is_plain = node.node, not (node.kwargs or node.dyn_args or node.dyn_kwargs)
+        if is_plain and isinstance(called, nodes.Getattr) and called.attr in ("strip", "lstrip", "rstrip"):
+            return _call(STRIPPED, called.node, nodes.Const(called.attr), *node.args)
+        return _call(MADE, node) if _is_name(called, "dict") else node
 
     def _captured(self, node: nodes.Node) -> nodes.Node:
         return self.generic_visit(node) if self._variant.captured else node
