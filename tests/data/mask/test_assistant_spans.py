@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.encode import IGNORED, Encoder, encode_conversation
 from mlx_sft.data.template import Facts
 from tests.data.mask.pictures import (
     CALL,
@@ -26,9 +24,6 @@ from tests.data.mask.pictures import (
     system,
     tool,
     user,
-)
-from tests.data.mask.templates import (
-    PROMPT,
 )
 
 
@@ -184,6 +179,7 @@ def test_the_end_token_directly_after_the_loop_is_supervised(
     assert shown(phi, user("Hi"), assistant("Hello"), user("?")) == (
         "<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello<|end|>⟧\n<|user|>\n?<|end|>\n<|endoftext|>"
     )
+    assert rendered(phi, user("Hi"), assistant("Hello")).facts == Facts(turns=1)
 
 
 ORACLES = (
@@ -238,92 +234,6 @@ def test_the_spans_are_those_that_a_tagged_template_marks(
 def _ink(text: str, some: list[tuple[int, int]]) -> list[int]:
     """Positions in the spans that are not white space: the tags hold what follows the end of the turn."""
     return sorted({i for start, end in some for i in range(start, end) if not text[i].isspace()})
-
-
-def left_out(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], **options: Any) -> int:
-    return rendered(tokenizer, *messages, **options).facts.turns_with_text_left_out
-
-
-THINKING = assistant("Hello", reasoning_content="hmm")
-
-
-NAME_ONLY = {"type": "function", "function": {"name": "now", "arguments": {}}}
-
-
-@pytest.mark.parametrize(
-    ("messages", "count"),
-    [
-        ([user("Hi"), assistant("Hello")], 0),
-        ([user("Hi"), assistant("")], 0),
-        ([user("Hi"), THINKING], 0),
-        ([user("Hi"), assistant("Hello", thinking="hmm")], 0),
-        ([user("Hi"), assistant("Hello", reasoning="hmm")], 0),
-        ([user("Hi"), assistant("<think>\nhmm\n</think>\n\nHello")], 0),
-        ([user("Hi"), assistant(None, tool_calls=[CALL, NAME_ONLY]), tool("3"), THINKING], 0),
-        ([user("Hi"), THINKING, user("And?"), THINKING], 1),
-        ([user("Hi"), assistant("<think>\nhmm\n</think>\n\nHello"), user("And?"), THINKING, user("So?"), THINKING], 2),
-    ],
-)
-def test_turns_whose_earlier_reasoning_qwen3_leaves_out_are_counted(
-    qwen3: PreTrainedTokenizerFast, messages: list[dict[str, Any]], count: int
-) -> None:
-    assert left_out(qwen3, *messages) == count
-
-
-def test_only_supervised_turns_are_counted(qwen3: PreTrainedTokenizerFast) -> None:
-    messages = [user("Hi"), THINKING, user("And?"), THINKING]
-    assert left_out(qwen3, *messages, supervised=[3]) == 0
-
-
-@pytest.mark.parametrize("call", [CALL, NAME_ONLY], ids=["with arguments", "a name alone"])
-def test_a_call_that_the_template_leaves_out_is_counted(tokenizer: PreTrainedTokenizerFast, call: Any) -> None:
-    messages = [user("Hi"), assistant("I look", tool_calls=[call]), tool("3"), assistant("It is 3")]
-    assert left_out(tokenizer, *messages) == 1
-    assert shown(tokenizer, *messages).count("⟦I look<|im_end|>⟧") == 1
-
-
-def test_parts_of_a_content_are_its_words(make_tokenizer: MakeTokenizer) -> None:
-    first_only = make_tokenizer(
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content[0].text + '<|im_end|>\n' }}{% endfor %}"
-        + PROMPT
-    )
-    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    asked = {"role": "user", "content": parts}
-    assert left_out(first_only, asked, {"role": "assistant", "content": parts[:1]}) == 0
-    assert left_out(first_only, asked, {"role": "assistant", "content": parts}) == 1
-
-
-STRIPS_REASONING = (
-    "{% for m in messages %}{% set content = m.content %}{% if m.role == 'assistant' and '</think>' in content %}"
-    "{% set content = content.split('</think>')[-1] %}{% endif %}"
-    "{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}" + PROMPT
-)
-
-
-def test_a_turn_of_which_only_the_end_is_left_is_supervised_only_where_it_is_asked_for(
-    make_tokenizer: MakeTokenizer,
-) -> None:
-    tokenizer = make_tokenizer(STRIPS_REASONING)
-    messages = [
-        user("Hi"),
-        assistant("<think>hmm</think>"),
-        user("And?"),
-        assistant("<think>hmm</think>Fine"),
-        user("?"),
-    ]
-    messages += [assistant("")]
-    assert left_out(tokenizer, *messages) == 2
-    for silent_turns, first in ((False, "<|im_end|>"), (True, "⟦<|im_end|>⟧")):
-        assert shown(tokenizer, *messages, silent_turns=silent_turns) == (
-            f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{first}\n"
-            "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n⟦Fine<|im_end|>⟧\n"
-            "<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>⟧\n"
-        )
-    token_ids, mask = encode_conversation(tokenizer, messages)
-    supervised = [token_id for token_id, bit in zip(token_ids, mask, strict=True) if bit]
-    assert tokenizer.decode(supervised) == "<|im_end|>Fine<|im_end|><|im_end|>"
-    (example,) = Encoder(tokenizer).encode(Conversation("chats.jsonl:17", messages))
-    assert tokenizer.decode(example.labels[example.labels != IGNORED]) == "Fine<|im_end|><|im_end|>"
 
 
 def test_an_end_token_that_the_next_message_writes_is_supervised(make_tokenizer: MakeTokenizer) -> None:

@@ -223,3 +223,16 @@ def test_a_header_in_the_content_is_no_header(make_tokenizer: MakeTokenizer) -> 
         eos="<|end|>",
     )
     assert shown(user_opens, user("Hi"), assistant("\n\nA: Hello")) == "Hi\n\nA:⟦ \n\nA: Hello<|end|>⟧"
+
+
+def test_a_prompt_that_says_that_there_is_no_reasoning_is_the_header_up_to_that(make_tokenizer: MakeTokenizer) -> None:
+    """The prompt closes reasoning that was never opened; a turn with reasoning opens it."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
+        "{{ '<think>' + m.thinking if m.thinking else '' }}{{ '</think>' }}{% endif %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant></think>{% endif %}"
+    )
+    assert shown(tokenizer, user("Hi"), assistant("Hello"), user("?"), assistant("Yes", thinking="hm")) == (
+        "<user>Hi<|im_end|><assistant></think>⟦Hello<|im_end|>⟧"
+        "<user>?<|im_end|><assistant>⟦<think>hm</think>Yes<|im_end|>⟧"
+    )
