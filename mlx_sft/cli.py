@@ -126,8 +126,7 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     It takes the settings of `train`, trains nothing, and needs no more of the model than its config.json and tokenizer.
     """
     from mlx_sft.console import Console
-    from mlx_sft.training.plan import make_plan, planned_config
-    from mlx_sft.training.plan_text import plan_pieces
+    from mlx_sft.training.plan import make_plan, plan_pieces, planned_config
 
     config = planned_config(config_file, given(options))
     console = Console(quiet=config.quiet)

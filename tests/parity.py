@@ -14,8 +14,7 @@ from mlx_sft.methods import Full, Lora, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.shapes import padded_shape
-from mlx_sft.training.step import Learner
+from mlx_sft.training.step import GradientComputer, padded_shape
 
 
 def assert_close(ours: object, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -40,4 +39,4 @@ def loss_and_gradients(
     assert len(micro_batches) > 1
     batches = [collate(examples, micro_batch) for micro_batch in micro_batches]
     shapes = [padded_shape(batch) for batch in batches] if compiled else []
-    return Learner(split, method, 264, recompute=mode, compiled=shapes).gradient(parameters or start, batches)
+    return GradientComputer(split, method, 264, recompute=mode, compiled=shapes).gradient(parameters or start, batches)

@@ -15,7 +15,7 @@ from mlx_sft.data.batches import Plan
 from mlx_sft.files import refuse_full_disk
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors
-from mlx_sft.training.disk import DiskNeed
+from mlx_sft.training.disk_need import DiskNeed
 
 
 @pytest.fixture

@@ -1,4 +1,1 @@
-"""Differentiable operations with a backward pass of their own, made to keep and to cost little. Arrays in, arrays out.
-
-Knows nothing of modules, models or training.
-"""
+"""What makes training fast on MLX's CPU backend, where some of MLX's own operations are slow or keep too much. GPUs need none of it."""

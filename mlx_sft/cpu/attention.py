@@ -16,9 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sft.operations.exponential import exponential
-from mlx_sft.operations.order import after
-from mlx_sft.operations.sums import row_sums
+from mlx_sft.cpu.elementwise import exponential, row_sums
+from mlx_sft.model.order import after
 
 _BLOCK_ROWS = 64
 _FEWEST_ROWS = 32

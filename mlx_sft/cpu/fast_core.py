@@ -11,10 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sft.cpu.attention import causal_attention
+from mlx_sft.cpu.elementwise import silu_product
 from mlx_sft.model.blocks import Block
 from mlx_sft.model.linears import weight_shape
-from mlx_sft.operations.attention import causal_attention
-from mlx_sft.operations.gated import silu_product
 
 Core = Callable[..., mx.array]
 """`core(projected, x, *args, **kwargs)`, as `Block.core`."""

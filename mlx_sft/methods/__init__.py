@@ -96,6 +96,7 @@ class Method:
         mergeable: Whether what it trains can be written into the model's weights; `changed_shapes`, `changed_weight` and `edits`
             say how. A run of a method that is not is refused by every export with merged weights.
         mlx_lm: The module that writes and reads its result in mlx-lm's form; None where mlx-lm has no such adapter.
+        starts_in_trl: Whether PEFT's form of its parameters at the start is one that TRL goes on from.
         folder: What the folder of its result is called in a run.
     """
 
@@ -104,6 +105,7 @@ class Method:
     frozen_base: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     mlx_lm: ClassVar[Any] = None
+    starts_in_trl: ClassVar[bool] = False
     folder: ClassVar[str] = "adapter"
 
     def __init__(self, settings: Any = None) -> None:
@@ -207,6 +209,10 @@ class Method:
     def agrees(self, model: nn.Module, name: str, given: Any) -> bool:
         """Whether a setting that was given means on this model what the result on disk says."""
         return bool(given == getattr(self.settings, name))
+
+    def not_in_trl(self) -> str:
+        """Why TRL cannot train it with these settings as it is trained here; empty where it can."""
+        return ""
 
     # Words
 

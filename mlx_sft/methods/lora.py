@@ -68,6 +68,7 @@ class Lora(Method):
     Settings: ClassVar = LoraSettings
     mergeable: ClassVar = True
     mlx_lm: ClassVar = mlx_lm_files
+    starts_in_trl: ClassVar = True
     settings: LoraSettings
 
     def __init__(self, settings: LoraSettings | None = None) -> None:
@@ -178,6 +179,9 @@ class Lora(Method):
             return super().agrees(model, name, given)
         targets = (given,) if isinstance(given, str) else tuple(given)  # `all-linear` may be the names in the file
         return resolve_targets(model, targets) == resolve_targets(model, self.settings.targets)
+
+    def not_in_trl(self) -> str:
+        return "DoRA starts from the norms of the weights, which it would compute anew" if self.settings.dora else ""
 
     @property
     def title(self) -> str:

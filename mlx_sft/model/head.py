@@ -8,7 +8,7 @@ returns given hidden states. So soft-capping, scaled logits and tied embeddings 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -48,10 +48,12 @@ class SplitModel:
         model: The whole model.
         body_name: The attribute that holds the body; None where the model cannot be split. Then `hidden_states` is the whole
             model and `logits` the identity: as exact, but the logits of every position are kept.
+        run_body: How the body is run: `run_body(body, token_ids)`; as it is, or as the method that is trained wants it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.run_body: Callable[[Any, mx.array], mx.array] = lambda body, token_ids: body(token_ids)
         # Where it is nested, the whole has a property for the body, which cannot be replaced.
         self._owner: nn.Module = model.get(_NESTED, model)
         self.body_name = next((name for name in _BODY_NAMES if self._is_body(name)), None)
@@ -61,7 +63,7 @@ class SplitModel:
     @property
     def layers(self) -> list[nn.Module]:
         """The repeated layers, as the list that the model itself goes through."""
-        owner = self._owner if self.body_name is None else self._body
+        owner = self._owner if self.body_name is None else self.body
         layers: list[nn.Module] = owner.layers
         return layers
 
@@ -74,18 +76,24 @@ class SplitModel:
         """The trained parameters that are in none of the repeated layers; the head may use them."""
         return {name: value for name, value in parameters.items() if not name.startswith(self.layers_prefix)}
 
+    @property
+    def body(self) -> nn.Module:
+        """What gives the hidden states; the whole model where it cannot be split."""
+        if self.body_name is None:
+            return self.model
+        body: nn.Module = self._owner[self.body_name]
+        return body
+
     def hidden_states(self, token_ids: mx.array) -> mx.array:
         """[rows, width] → [rows, width, hidden]."""
-        body = self.model if self.body_name is None else self._body
-        states: mx.array = body(token_ids)
-        return states
+        return self.run_body(self.body, token_ids)
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """[positions, hidden] → [positions, vocabulary]."""
         if self.body_name is None:
             return hidden_states
         states = hidden_states[None]
-        with replaced_children(self._owner, {self.body_name: _FixedBody(self._body, states)}):
+        with replaced_children(self._owner, {self.body_name: _FixedBody(self.body, states)}):
             logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
         return logits[0]
 
@@ -93,13 +101,8 @@ class SplitModel:
         """The module that holds the output matrix, and the matrix's name in it; None where no known name is found."""
         if self.body_name is None:
             return None
-        places = ((self._owner, _OUTPUT_NAME), *((self._body, name) for name in _EMBEDDING_NAMES))
+        places = ((self._owner, _OUTPUT_NAME), *((self.body, name) for name in _EMBEDDING_NAMES))
         return next(((holder, name) for holder, name in places if name in holder), None)
-
-    @property
-    def _body(self) -> nn.Module:
-        body: nn.Module = self._owner[self.body_name]
-        return body
 
     def _is_body(self, name: str) -> bool:
         body = self._owner.get(name)

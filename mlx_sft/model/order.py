@@ -1,4 +1,4 @@
-"""The order in which MLX computes. Knows nothing of what is computed."""
+"""The order in which MLX computes."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
 """How many operations a run takes, and from that how long: an estimate, made of the products alone.
 
-    a token     2 a weight forward, 2 backward for the layers that a gradient goes through, 2 more for weights that are trained themselves
-    attention   2 · width of a row · width of attention's result forward, 2.5 times that backward: half of the square, as it is causal
-    the head    4 a weight, for supervised positions alone
-
-Knows nothing of memory.
+a token     2 a weight forward, 2 backward for the layers that a gradient goes through, 2 more for weights that are trained themselves
+attention   2 · width of a row · width of attention's result forward, 2.5 times that backward: half of the square, as it is causal
+the head    4 a weight, for supervised positions alone
 """
 
 from __future__ import annotations
@@ -48,12 +46,9 @@ class Work:
         return cls(int(long.sum()), int((long * long).sum()), supervised)
 
 
-def operations(footprint: Footprint, mode: Mode, work: Work, *, full: bool) -> float:
-    """Floating-point operations of an epoch.
-
-    Args:
-        full: Whether the weights themselves are trained.
-    """
+def operations(footprint: Footprint, mode: Mode, work: Work) -> float:
+    """Floating-point operations of an epoch."""
+    full = footprint.trains_weights
     upper = sum(layer.weights for layer in footprint.layers)
     lower = sum(layer.weights for layer in footprint.below)
     a_token = 2 * (upper + lower) + (4 if full else 2) * upper + 2 * _FORWARDS_AGAIN[mode] * upper

@@ -17,7 +17,7 @@ class DiskNeed:
     """Bytes that a run takes on disk at the most.
 
     Attributes:
-        checkpoint: Of one: the parameters and AdamW's two moments.
+        checkpoint: Of one: the parameters and the optimizer's state.
         checkpoints: So many at the same time, with the one that is being written.
         results: The result, the last beside the best, and the one that takes the place of another.
     """
@@ -27,16 +27,18 @@ class DiskNeed:
     results: int
 
     @classmethod
-    def of_run(cls, parameters: Parameters, config: TrainConfig, plan: Plan) -> DiskNeed:
+    def of_run(
+        cls, parameters: Parameters, optimizer_bytes: int, config: TrainConfig, plan: Plan, *, goes_back: bool
+    ) -> DiskNeed:
         trained = sum(value.nbytes for value in parameters.values())
         every = config.save_every
         between = every if isinstance(every, int) else plan.steps_per_epoch
         saves = math.ceil(plan.total_steps / between)
         started_elsewhere = config.init_adapter or config.resume_from_peft
-        at_the_start = 1 if started_elsewhere or config.on_divergence == "rollback" else 0
-        from_before_divergence = 1 if config.on_divergence == "rollback" else 0
+        at_the_start = 1 if started_elsewhere or goes_back else 0
+        from_before_divergence = 1 if goes_back else 0
         kept = min(config.keep + 1, saves + at_the_start) + from_before_divergence
-        return cls(checkpoint=3 * trained, checkpoints=kept, results=3 * trained)
+        return cls(checkpoint=trained + optimizer_bytes, checkpoints=kept, results=3 * trained)
 
     @property
     def total(self) -> int:

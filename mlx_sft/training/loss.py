@@ -16,10 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sft.cpu.elementwise import exponential, row_sums
+from mlx_sft.model.order import after
 from mlx_sft.model.tiles import TiledHead
-from mlx_sft.operations.exponential import exponential
-from mlx_sft.operations.order import after
-from mlx_sft.operations.sums import row_sums
 
 HeadParameters = dict[str, mx.array]
 
@@ -184,6 +183,22 @@ def evaluate_positions(
         loss = loss + (weights[rows] * losses).sum()
         correct = correct + (weights[rows] * (likeliest == targets[rows])).sum()
     return loss, correct
+
+
+def position_losses(
+    head: Head | TiledHead, hidden_states: mx.array, targets: mx.array, chunk: int
+) -> tuple[mx.array, mx.array]:
+    """The loss −log p(target) and the likeliest token of each position, [positions]; no gradients."""
+    chunk = even_chunk(targets.shape[0], chunk)
+    of_chunk = partial(_evaluate_by_tiles, head) if isinstance(head, TiledHead) else partial(_evaluate_at_once, head)
+    losses: list[mx.array] = []
+    likeliest: list[mx.array] = []
+    for start in range(0, targets.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        found = of_chunk(after([*losses[-1:], *likeliest[-1:]], hidden_states[rows]), targets[rows])
+        losses.append(found[0])
+        likeliest.append(found[1])
+    return mx.concatenate(losses), mx.concatenate(likeliest)
 
 
 def _evaluate_at_once(head: Head, hidden_states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

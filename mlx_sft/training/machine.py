@@ -1,22 +1,22 @@
-"""What a machine has: the memory that a run may take, and how fast it multiplies matrices.
-
-Knows this machine, and Macs by name; knows nothing of models.
-"""
+"""What a machine has: the memory that a run may take, and how fast it multiplies matrices; and MLX's limit on what it takes."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
 
+from mlx_sft.config import TrainConfig
+from mlx_sft.cpu.allocator import keep_freed_memory
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.training.allocator import keep_freed_memory
+from mlx_sft.settings import parse_bytes
 
 Backend = Literal["metal", "cuda", "cpu"]
 
@@ -197,3 +197,39 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def within(machine: Machine, config: TrainConfig) -> Machine:
+    """A machine with as much memory as the configuration allows."""
+    if config.memory_limit is None:
+        return machine
+    return replace(machine, memory=parse_bytes(config.memory_limit), basis="--memory-limit")
+
+
+def allowed_machine(config: TrainConfig) -> Machine:
+    """This machine, with as much memory as the configuration allows; MLX waits rather than go beyond that.
+
+    MLX calls operations ahead of their computation; above its limit it lets them come to an end first.
+    """
+    machine = within(this_machine(), config)
+    mx.set_memory_limit(machine.memory)
+    return machine
+
+
+def hold_to(machine: Machine, predicted_limit: int) -> None:
+    """On the CPU, let MLX run ahead of its computation no further than predicted: it takes a third less, in the same time.
+
+    (A limit far below what is needed doubles the time: every operation then waits for the one before it.)
+    """
+    if machine.backend == "cpu":
+        mx.set_memory_limit(min(machine.memory, predicted_limit))
+
+
+@contextmanager
+def memory_limit_restored() -> Iterator[None]:
+    """After the block, MLX's limit is again what it was before."""
+    before = mx.get_memory_limit()
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)

@@ -2,22 +2,27 @@
 
     peak = weights + what is trained + what is kept for the backward pass + what passes at the highest point
 
-Every count names what it is of; the tests hold the sum against what MLX measures. Knows nothing of machines or choices.
+What a layer keeps is counted from its modules, whose values need not be there. The tests hold the sum against what MLX measures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_sft.cpu.fast_core import fast_core
+from mlx_sft.methods import Method, Parameters
+from mlx_sft.model.blocks import Block, find_blocks, is_linear
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.linears import weight_shape
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.tiles import COLUMNS
-from mlx_sft.training.counts import LayerCounts, count_layers
 from mlx_sft.training.loss import chunk_rows, even_chunk
 from mlx_sft.training.recompute import Mode
 
@@ -26,9 +31,6 @@ MODES: tuple[Mode, ...] = ("off", "light", "layers", "blocks")
 
 _OVERSHOT = 0.1
 """Of what passes, what one operation takes."""
-
-_OPTIMIZER_BYTES = 12
-"""A parameter in float32, and AdamW's two moments."""
 
 _STATES_A_POSITION = 3.0
 """Hidden states of supervised positions: gathered, and their gradients, chunk by chunk and put together."""
@@ -45,23 +47,50 @@ class _Passing:
         chunk: Of the size of a chunk's logits, or those of a tile of it.
         next_chunk: Of the one after it.
         features: In a layer's backward pass, for each of its features.
-        again: The same where the layer is computed again for it.
+        recomputed_multiplier: The same where the layer is recomputed for it.
         norms: Besides, then, for each width of a norm.
     """
 
     chunk: float
     next_chunk: float
     features: float
-    again: float
+    recomputed_multiplier: float
     norms: float
 
 
-_NEEDED = _Passing(chunk=4.4, next_chunk=0.0, features=1.1, again=1.5, norms=7.0)
-_AHEAD = _Passing(chunk=5.0, next_chunk=5.5, features=2.0, again=2.5, norms=6.0)
+_NEEDED = _Passing(chunk=4.4, next_chunk=0.0, features=1.1, recomputed_multiplier=1.5, norms=7.0)
+_AHEAD = _Passing(chunk=5.0, next_chunk=5.5, features=2.0, recomputed_multiplier=2.5, norms=6.0)
 """What must exist, and what does where MLX makes room for operations ahead of their computation and nothing holds it back."""
 
-_SCORES_LIGHT, _SCORES_AGAIN = 2.25, 1.5
-"""Of scores, where attention keeps them: what passes when they are computed again alone, and besides what is kept with their layer."""
+_SCORES_LIGHT, _SCORES_RECOMPUTED = 2.25, 1.5
+"""Of scores, where attention keeps them: what passes when they alone are recomputed, and besides what is kept with their layer."""
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """Numbers that one layer keeps for each token, in the model's precision.
+
+    Attributes:
+        states: Its input.
+        light: What its norms are of, what its products are of, and what the products of its input give.
+        off: The same, and what lies between the products of attention.
+        features: Inputs and outputs of all its products.
+        norms: Widths of the norms between its blocks.
+        scores: Numbers kept besides, for each token and each position: where MLX's own attention on the CPU keeps its scores.
+        weights: Numbers that one token is multiplied with.
+        attended: Width of attention's result.
+        trained: Whether something of it is trained.
+    """
+
+    states: int
+    light: int
+    off: int
+    features: int
+    norms: int
+    scores: int
+    weights: int
+    attended: int
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -99,10 +128,12 @@ class Footprint:
         below: Those that are computed forward only.
         weights: Bytes, but for those that are trained as they are.
         trainable: Numbers that are trained.
+        optimizer_state_bytes: Of the optimizer's state for all of them.
         itemsize: Bytes of a number in the model's precision.
         hidden: Width of its hidden states.
         vocabulary: Width of its logits.
         columns: Of a position's logits, those that exist at once.
+        trains_weights: Whether weights of the model are trained as they are.
         accumulates: Whether a step may have several micro-batches, whose gradients are added up.
         held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
         correction: What a measurement found what grows with the tokens to be, beside what is counted.
@@ -112,10 +143,12 @@ class Footprint:
     below: tuple[LayerCounts, ...]
     weights: int
     trainable: int
+    optimizer_state_bytes: int
     itemsize: int
     hidden: int
     vocabulary: int
     columns: int
+    trains_weights: bool = False
     accumulates: bool = True
     held: bool = True
     correction: float = 1.0
@@ -124,9 +157,11 @@ class Footprint:
     def of(
         cls,
         split: SplitModel,
-        parameters: Mapping[str, mx.array],
+        method: Method,
+        parameters: Parameters,
         vocabulary: int,
         *,
+        optimizer_state_bytes: int,
         tiled: bool,
         fused: bool,
         accumulates: bool = True,
@@ -134,7 +169,7 @@ class Footprint:
         """Of a model that a method is attached to, loaded or outlined.
 
         Args:
-            parameters: The trainable arrays by name.
+            optimizer_state_bytes: What the optimizer keeps for the parameters.
             tiled: Whether the head can be had in tiles of the vocabulary; it is where nothing but layers is trained.
             fused: Whether the device computes attention and norms in one piece, as GPUs do.
             accumulates: Whether a step may have several micro-batches.
@@ -153,10 +188,12 @@ class Footprint:
             below=tuple(layers[:lowest]),
             weights=weight_bytes(split) - shared,
             trainable=sum(array.size for array in parameters.values()),
+            optimizer_state_bytes=optimizer_state_bytes,
             itemsize=split.model_dtype().size,
             hidden=max((layer.states for layer in layers), default=0) if split.body_name else vocabulary,
             vocabulary=vocabulary,
             columns=min(COLUMNS, vocabulary) if tiled and not outside else vocabulary,
+            trains_weights=not parameters.keys().isdisjoint(method.changed_shapes(parameters)),
             accumulates=accumulates,
             held=not fused,
         )
@@ -196,7 +233,7 @@ class Footprint:
         passing = max(states + 4 * (logits + sums), work)
         # The gradient comes to be while what was kept goes.
         kept = max(kept * self.correction, 4 * self.trainable)
-        trained = (_OPTIMIZER_BYTES + (4 if self.accumulates else 0)) * self.trainable
+        trained = (4 + (4 if self.accumulates else 0)) * self.trainable + self.optimizer_state_bytes
         return Prediction(self.weights, trained, int(kept), int(passing * self.correction))
 
     def most_tokens(self, mode: Mode, limit: int, most: int, head_chunk: int | None = None) -> int:
@@ -234,7 +271,7 @@ class Footprint:
             number = math.ceil(number / block) + block
         return (
             size * number * max(layer.states for layer in self.layers),
-            size * max(self._again(layer, width) for layer in self.layers),
+            size * max(self._whole(layer, width) for layer in self.layers),
         )
 
     @property
@@ -242,16 +279,105 @@ class Footprint:
         return _NEEDED if self.held else _AHEAD
 
     def _light(self, layer: LayerCounts, width: int) -> float:
-        """What passes for each token in a layer's backward pass, where what lies between its products is computed again."""
+        """What passes for each token in a layer's backward pass, where what lies between its products is recomputed."""
         return self._passing.features * layer.features + _SCORES_LIGHT * width * layer.scores
 
-    def _again(self, layer: LayerCounts, width: int) -> float:
-        """What a layer keeps and what passes, for each token, where the whole of it is computed again."""
-        scores = (1 + _SCORES_AGAIN) * width * layer.scores
-        return layer.off + scores + self._passing.again * layer.features + self._passing.norms * layer.norms
+    def _whole(self, layer: LayerCounts, width: int) -> float:
+        """What a layer keeps and what passes, for each token, where the whole of it is recomputed."""
+        scores = (1 + _SCORES_RECOMPUTED) * width * layer.scores
+        return (
+            layer.off
+            + scores
+            + self._passing.recomputed_multiplier * layer.features
+            + self._passing.norms * layer.norms
+        )
 
 
 def weight_bytes(split: SplitModel) -> int:
     """Of all arrays of the model."""
     arrays: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
     return sum(array.nbytes for array in arrays.values())
+
+
+def count_layers(split: SplitModel, *, fused: bool) -> list[LayerCounts]:
+    """Of each layer of a model that a method is attached to.
+
+    Args:
+        fused: Whether the device computes attention and norms in one piece, as GPUs do.
+    """
+    probe = mx.zeros((1, 8), mx.int32)
+    blocks = find_blocks(split.layers, lambda: split.hidden_states(probe))  # whose result is never computed
+    return [_count(layer, found, fused) for layer, found in zip(split.layers, blocks, strict=True)]
+
+
+def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool) -> LayerCounts:
+    norms = [child for child in layer.children().values() if _is_norm(child)]
+    products = list(_products(layer))
+    # A norm keeps its input, and where it is made of several operations, a multiple of it; its result too where its own weight is trained.
+    widths = {id(norm): int(norm.weight.shape[-1]) for norm in norms}
+    light = sum(widths[id(norm)] * ((1 if fused else 2) + (1 if _trains(norm) else 0)) for norm in norms)
+    light += sum(map(_adapter_keeps, products))
+    off, scores, attended = light, 0, 0
+    inside: set[int] = set()
+    for block in blocks.values():
+        first, last = [block.module[name] for name in block.first], block.module[block.last]
+        inside |= {id(module) for module in (*first, last)}
+        given = sum(_widths(module)[1] for module in first)
+        kept = given + (_widths(first[0])[0] if any(map(_trains, first)) else 0)
+        light += kept
+        off += kept
+        if not block.positionwise:
+            off += _between(block, fused)
+            attended += _widths(last)[0]
+            scores += 0 if fused or fast_core(block) is not None else 2 * _heads(block.module)
+    for module in products:
+        if id(module) not in inside:
+            light += sum(_widths(module))
+            off += sum(_widths(module))
+    states = _widths(products[0])[0] if products else 0
+    features, weights = (sum(count(_widths(product)) for product in products) for count in (sum, math.prod))
+    return LayerCounts(states, light, off, features, sum(widths.values()), scores, weights, attended, _trains(layer))
+
+
+def _between(block: Block, fused: bool) -> int:
+    """What attention keeps besides its products' results: turned queries and keys where these were normalized, and its result."""
+    queries_and_keys = sum(_widths(block.module[name])[1] for name in block.first[:-1])
+    normalized = any(_is_norm(child) for child in block.module.children().values())
+    result = _widths(block.module[block.last])[0]
+    return (queries_and_keys if normalized else 0) + result
+
+
+def _adapter_keeps(product: Any) -> int:
+    """What an adapter beside a product keeps: the result of A, and where norms are trained that of the product."""
+    rank = product.lora_A.shape[-2] if "lora_A" in product else 0
+    return rank + (_widths(product)[1] if "lora_magnitude_vector" in product else 0)
+
+
+def _products(module: nn.Module) -> Iterator[Any]:
+    """The modules inside that multiply with weights, those with an adapter beside them as one."""
+    for child in module.children().values():
+        for part in child if isinstance(child, list) else [child]:
+            if is_linear(part) or getattr(getattr(getattr(part, "linear", part), "weight", None), "ndim", 0) == 3:
+                yield part
+            elif isinstance(part, nn.Module):
+                yield from _products(part)
+
+
+def _widths(product: Any) -> tuple[int, int]:
+    """In and out; of several experts' matrices, those that one token goes through are taken for one."""
+    outputs, inputs = weight_shape(getattr(product, "linear", product))[-2:]
+    return inputs, outputs
+
+
+def _is_norm(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.Module) and not is_linear(module) and isinstance(weight, mx.array) and weight.ndim == 1
+
+
+def _heads(attention: nn.Module) -> int:
+    names = ("n_heads", "num_heads", "num_attention_heads", "n_head")
+    return next((int(getattr(attention, name)) for name in names if hasattr(attention, name)), 1)
+
+
+def _trains(module: nn.Module) -> bool:
+    return bool(tree_flatten(module.trainable_parameters()))

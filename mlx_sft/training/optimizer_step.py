@@ -27,7 +27,7 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
     computer = job.gradient_computer
     traces_before = len(computer.trace_seconds)
     found, prepared = _gradient(job, prepared, feed)
-    loss, gradients, metrics = found.loss, found.gradients, found.metrics
+    loss, gradients, metrics = to_float(found.loss), found.gradients, found.metrics
     del found  # so that nothing but `gradients` keeps them
     norm = global_norm(gradients)
     finite = math.isfinite(loss) and math.isfinite(to_float(norm))

@@ -18,16 +18,18 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.prefetch import Prefetch
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
-from mlx_sft.training.choice import configured
-from mlx_sft.training.records import Metrics, shortage_record
+from mlx_sft.training.batch_settings import compiled_shapes, configured
+from mlx_sft.training.recompute import Mode
+from mlx_sft.training.records import out_of_memory_record
 from mlx_sft.training.results import save
 from mlx_sft.training.setup import Job
-from mlx_sft.training.shapes import compiled_shapes
-from mlx_sft.training.shortage import OutOfMemory, Shortage, next_try, smaller_budget
-from mlx_sft.training.step import Evaluation, Learner
+from mlx_sft.training.step import Evaluation, GradientComputer, OutOfMemory, TooLarge
+
+_STRONGER: dict[Mode, Mode] = {"off": "light", "light": "layers", "layers": "blocks"}
+"""Which recomputation keeps less."""
 
 
-def relieve(job: Job, shortage: Shortage, metrics: Metrics) -> None:
+def recover(job: Job, shortage: TooLarge) -> None:
     """After a shortage in the step that follows the job's progress, whose arrays must be gone by now.
 
     Raises:
@@ -36,31 +38,46 @@ def relieve(job: Job, shortage: Shortage, metrics: Metrics) -> None:
     gc.collect()
     mx.clear_cache()
     step = job.progress.step + 1
-    tried = next_try(shortage, job.choice.micro_batch_tokens, job.choice.mode)
+    tried = next_try(shortage, job.settings.micro_batch_tokens, job.settings.mode)
     if tried is None:
-        save(job, metrics)
+        save(job)
         raise UserError(
             f"out of memory in step {step}: a row of {shortage.width} tokens does not fit, with all that can be recomputed: "
             f"{shortage.message}",
             where=str(job.run.path),
-            hint="what was learnt is saved; free some memory and go on with --resume, or start a new run with a shorter --max-length",
+            hint="what was trained is saved; free some memory and go on with --resume, or start a new run with a shorter --max-length",
         )
     tokens, mode = tried
-    stronger = "" if mode == job.choice.mode else f", --grad-checkpoint {configured(mode)}"
+    stronger = "" if mode == job.settings.mode else f", --grad-checkpoint {configured(mode)}"
     job.console.warn(
         f"out of memory in step {step}, at {shortage.rows} rows of up to {shortage.width} tokens; it is repeated "
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
-    job.fit = replace(job.fit, choice=replace(job.choice, micro_batch_tokens=tokens, mode=mode))
-    job.learner.configure(mode, compiled_shapes(job.fit.machine, job.plan, job.data.train, tokens))
+    job.memory = replace(job.memory, settings=replace(job.settings, micro_batch_tokens=tokens, mode=mode))
+    job.gradient_computer.configure(mode, compiled_shapes(job.memory.machine, job.plan, job.data.train, tokens))
     job.progress = job.progress.after(micro_batch_tokens=tokens, recompute=mode)
     shape = {"rows": shortage.rows, "width": shortage.width}
-    metrics.write(shortage_record(step, **shape, micro_batch_tokens=tokens, recompute=mode))
-    save(job, metrics)
+    job.emit(out_of_memory_record(step, **shape, micro_batch_tokens=tokens, recompute=mode))
+    save(job)
+
+
+def smaller_budget(shortage: TooLarge) -> int | None:
+    """Half of the micro-batch that did not fit; None where that was a single row."""
+    return shortage.tokens // 2 if shortage.rows > 1 else None
+
+
+def next_try(shortage: TooLarge, token_budget: int, mode: Mode) -> tuple[int, Mode] | None:
+    """The budget and the recomputation to try after a shortage, smaller micro-batches first; None after the last."""
+    smaller = smaller_budget(shortage)
+    if smaller is not None:
+        return smaller, mode
+    if mode in _STRONGER:
+        return token_budget, _STRONGER[mode]
+    return None
 
 
 def evaluate_in_memory(
-    learner: Learner, parameters: Parameters, examples: Examples, token_budget: int, layout: Layout
+    gradient_computer: GradientComputer, parameters: Parameters, examples: Examples, token_budget: int, layout: Layout
 ) -> tuple[Evaluation, int]:
     """An evaluation of all examples, and the budget that it came to fit in; begun again with smaller micro-batches after a shortage.
 
@@ -70,9 +87,9 @@ def evaluate_in_memory(
     while True:
         try:
             with Prefetch(_collated(examples, token_budget, layout)) as batches:
-                return learner.evaluate(parameters, batches), token_budget
+                return gradient_computer.evaluate(parameters, batches), token_budget
         except OutOfMemory as error:
-            shortage = error.shortage
+            shortage = error.too_large
         gc.collect()
         mx.clear_cache()
         smaller = smaller_budget(shortage)

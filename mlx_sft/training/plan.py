@@ -1,8 +1,6 @@
 """The verb `plan`: what a run would take on a machine, and what would fit, before any weight is read.
 
-    config.json ─► outline ─► footprint ─► settings that `train` would choose, what fits at which length, on which Mac, how long
-
-Knows how these are put together; `plan_text.py` knows how they look.
+config.json ─► outline ─► footprint ─► settings that `train` would choose, what fits at which length, on which Mac, how long
 """
 
 from __future__ import annotations
@@ -19,26 +17,18 @@ from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_yaml
-from mlx_sft.methods import make_method
-from mlx_sft.methods.peft_files import read_adapter
+from mlx_sft.methods import Method, make_method
 from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_size
 from mlx_sft.model.outline import outline
 from mlx_sft.model.tiles import expected_tiles
 from mlx_sft.model.translate import read_config
+from mlx_sft.registry import METHODS
 from mlx_sft.training.arithmetic import REACHED, Work, operations, seconds
-from mlx_sft.training.choice import (
-    Choice,
-    LongestRow,
-    asked_for,
-    choose,
-    choose_for,
-    configured,
-    most_tokens,
-    no_room,
-)
-from mlx_sft.training.fit import Fit, planned_steps, within
-from mlx_sft.training.machine import COMMON_MACS, Machine, mac, measured_teraflops, read_machine, this_machine
+from mlx_sft.training.batch_settings import BatchSettings, asked_for, choose, configured, most_tokens
+from mlx_sft.training.machine import COMMON_MACS, Machine, mac, measured_teraflops, read_machine, this_machine, within
 from mlx_sft.training.memory import MODES, Footprint, Prediction
+from mlx_sft.training.memory_planner import LongestRow, MemoryPlan, MemoryPlanner, planned_steps
+from mlx_sft.training.setup import optimizer_state_bytes
 
 NO_DATA = "(no data)"
 """Stands for the data of a configuration that names none: rows of `max_length` are assumed then."""
@@ -53,7 +43,7 @@ class RunPlan:
     Attributes:
         dtype: Precision of the model on this machine.
         longest: The row that must fit.
-        choice: The settings that `train` would choose; None where it would refuse, and `refusal` then says why.
+        settings: The settings that `train` would choose; None where it would refuse, and `refusal` then says why.
         predicted: The parts of the peak, with those settings; without, of the longest row in the mode that keeps least.
         work: Of an epoch; None without data.
         epochs: Passes over the data.
@@ -67,7 +57,7 @@ class RunPlan:
     footprint: Footprint
     macs: Footprint
     longest: LongestRow
-    choice: Choice | None
+    settings: BatchSettings | None
     refusal: UserError | None
     predicted: Prediction
     work: Work | None
@@ -96,13 +86,13 @@ class RunPlan:
         found = []
         for gigabytes in COMMON_MACS:
             limit = mac("", gigabytes).memory
-            choice = choose(self.macs, limit, self.longest.tokens)
+            settings = choose(self.macs, limit, self.longest.tokens)
             found.append(
                 {
                     "gigabytes": gigabytes,
                     "working_set_bytes": limit,
-                    "micro_batch_tokens": choice.micro_batch_tokens if choice else None,
-                    "grad_checkpoint": configured(choice.mode) if choice else None,
+                    "micro_batch_tokens": settings.micro_batch_tokens if settings else None,
+                    "grad_checkpoint": configured(settings.mode) if settings else None,
                     "longest_row": {configured(mode): most_tokens(self.macs, mode, limit) for mode in MODES},
                 }
             )
@@ -112,13 +102,13 @@ class RunPlan:
         """Of the whole run; None where speed or data is not known."""
         if self.work is None or self.teraflops is None:
             return None
-        mode = self.choice.mode if self.choice else MODES[-1]
-        full = self.config.method == "full"
-        return self.epochs * seconds(operations(self.footprint, mode, self.work, full=full), self.teraflops)
+        mode = self.settings.mode if self.settings else MODES[-1]
+        counted = operations(self.footprint, mode, self.work)
+        return self.epochs * seconds(counted, self.teraflops)
 
     def to_json(self) -> str:
         """All of it, for a machine."""
-        choice = self.choice
+        settings = self.settings
         return json.dumps(
             {
                 "model": self.config.model,
@@ -128,11 +118,11 @@ class RunPlan:
                 "machine": asdict(self.machine),
                 "predicted": asdict(self.predicted) | {"peak": self.predicted.peak},
                 "settings": {
-                    "micro_batch_tokens": choice.micro_batch_tokens,
-                    "grad_checkpoint": configured(choice.mode),
-                    "head_chunk": choice.head_chunk,
+                    "micro_batch_tokens": settings.micro_batch_tokens,
+                    "grad_checkpoint": configured(settings.mode),
+                    "head_chunk": settings.head_chunk,
                 }
-                if choice
+                if settings
                 else None,
                 "refusal": str(self.refusal) if self.refusal else None,
                 "longest_row": asdict(self.longest),
@@ -177,8 +167,9 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
     on_macs = _footprint(config, path, "bfloat16" if config.dtype == "auto" else dtype, fused=True)
     layout: Layout = "grid" if machine.compiles else "joined"
     longest = _longest(config, layout, data)
-    choice = choose_for(config, footprint, machine.memory, longest, layout)
-    refusal = None if choice else no_room(footprint, machine, longest, asked_for(config), config)
+    planner = MemoryPlanner(config, machine, footprint, longest, layout)
+    settings = planner.choose()
+    refusal = None if settings else planner.refusal()
     speed = measured_teraflops(dtype) if here else machine.teraflops
     return RunPlan(
         config=config,
@@ -187,9 +178,9 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
         footprint=footprint,
         macs=on_macs,
         longest=longest,
-        choice=choice,
+        settings=settings,
         refusal=refusal,
-        predicted=_predicted(config, machine, footprint, choice, layout, data, longest),
+        predicted=_predicted(config, machine, footprint, settings, data, longest),
         work=Work.of(data.train.needed_lengths, int(data.train.supervised_tokens.sum())) if data else None,
         epochs=_epochs(config, data),
         teraflops=speed,
@@ -198,12 +189,12 @@ def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Pr
 
 
 def _with_adapter(config: TrainConfig) -> TrainConfig:
-    """An initial adapter decides over its own shape."""
+    """An existing adapter's settings override those of the configuration that shape it."""
     if config.init_adapter is None:
         return config
-    settings, _ = read_adapter(config.init_adapter)
-    shape = {"rank": settings.rank, "rank_pattern": dict(settings.rank_pattern), "dora": settings.dora}
-    return config.model_copy(update=shape | {"target": list(settings.targets)})
+    where = Path(config.init_adapter)
+    kind: type[Method] = METHODS[config.method]
+    return config.model_copy(update=kind.read(where)[0].decides(where))
 
 
 def _data(config: TrainConfig, path: Path, progress: Progress | None) -> PreparedData | None:
@@ -216,10 +207,20 @@ def _data(config: TrainConfig, path: Path, progress: Progress | None) -> Prepare
 
 def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
     split = outline(path, dtype, config.quantize)
-    parameters = make_method(config).attach(split.model, config.seed)
+    method = make_method(config)
+    parameters = method.attach(split.model, config.seed)
     vocabulary = vocabulary_size(split.model, read_config(path))
     tiled = expected_tiles(split) is not None
-    return Footprint.of(split, parameters, vocabulary, tiled=tiled, fused=fused, accumulates=config.batch_size > 1)
+    return Footprint.of(
+        split,
+        method,
+        parameters,
+        vocabulary,
+        optimizer_state_bytes=optimizer_state_bytes(config, parameters),
+        tiled=tiled,
+        fused=fused,
+        accumulates=config.batch_size > 1,
+    )
 
 
 def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:
@@ -232,17 +233,16 @@ def _predicted(
     config: TrainConfig,
     machine: Machine,
     footprint: Footprint,
-    choice: Choice | None,
-    layout: Layout,
+    settings: BatchSettings | None,
     data: PreparedData | None,
     longest: LongestRow,
 ) -> Prediction:
-    if choice is None:
+    if settings is None:
         return footprint.predict(asked_for(config)[-1], longest.tokens)
     if data is None:
-        tokens = max(longest.tokens, choice.micro_batch_tokens)
-        return footprint.predict(choice.mode, tokens, width=longest.tokens, head_chunk=choice.head_chunk)
-    return Fit(machine, footprint, choice, layout).largest(planned_steps(config, data), data.train)
+        tokens = max(longest.tokens, settings.micro_batch_tokens)
+        return footprint.predict(settings.mode, tokens, width=longest.tokens, head_chunk=settings.head_chunk)
+    return MemoryPlan(machine, footprint, settings).largest(planned_steps(config, data), data.train)
 
 
 def _epochs(config: TrainConfig, data: PreparedData | None) -> float:

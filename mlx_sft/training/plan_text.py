@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mlx_sft.console import Look, count, duration, size
 from mlx_sft.training.arithmetic import REACHED
-from mlx_sft.training.choice import configured
+from mlx_sft.training.batch_settings import configured
 from mlx_sft.training.memory import MODES
 from mlx_sft.training.plan import RunPlan
 
@@ -23,7 +23,7 @@ def plan_pieces(plan: RunPlan) -> Pieces:
 
 
 def _facts(plan: RunPlan) -> Pieces:
-    config, machine, parts, choice = plan.config, plan.machine, plan.predicted, plan.choice
+    config, machine, parts, chosen = plan.config, plan.machine, plan.predicted, plan.settings
     yield f"{config.model} on {machine.name}\n", "title"
     rows = [
         ("may take", f"{size(machine.memory)} ({machine.basis})"),
@@ -37,8 +37,8 @@ def _facts(plan: RunPlan) -> Pieces:
         ("peak", f"{size(parts.peak)} predicted"),
         ("longest row", f"{plan.longest.tokens:,} tokens ({plan.longest.origin})"),
     ]
-    if choice is not None:
-        settings = f"--micro-batch-tokens {choice.micro_batch_tokens} --grad-checkpoint {configured(choice.mode)}"
+    if chosen is not None:
+        settings = f"--micro-batch-tokens {chosen.micro_batch_tokens} --grad-checkpoint {configured(chosen.mode)}"
         rows.append(("settings", f"{settings} --dtype {plan.dtype}"))
     rows += _time(plan)
     width = max(len(name) for name, _ in rows)

@@ -34,9 +34,9 @@ def show_plan(job: Job) -> None:
         **_mixture(job),
         "trains": f"{count(trainable)} parameters ({config.method})",
         "steps": f"{job.plan.total_steps} of {config.batch_size} conversations, "
-        f"up to {job.choice.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.learner.mode],
+        f"up to {job.settings.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.gradient_computer.mode],
         "memory": f"{size(mx.get_active_memory())} for the weights, up to {size(job.predicted.peak)} predicted with a step, "
-        f"of {size(job.fit.machine.memory)} ({job.fit.machine.basis})",
+        f"of {size(job.memory.machine.memory)} ({job.memory.machine.basis})",
         "disk": f"up to {size(job.disk.total)} with {job.disk.checkpoints} checkpoints, "
         f"of {size(free_bytes(job.run.path))} that is free",
         "run": str(job.run.path),

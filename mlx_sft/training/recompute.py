@@ -7,11 +7,10 @@
 | layers | nothing: a layer's input alone | every layer |
 | blocks | nothing: the input of about √N blocks of layers, then of the layers of one | every layer, twice |
 
-(Chen et al. 2016, https://arxiv.org/abs/1604.06174.) Stand-ins take the place of layers and of their modules while a forward pass runs; the
-model is itself again after it, and no class is changed.
+(Chen et al. 2016, https://arxiv.org/abs/1604.06174.) Recomputed layers and blocks take the place of the model's own while a forward pass
+runs; the model is itself again after it, and no class is changed.
 
-Where a layer's attention can be told apart from its products, rows may lie end to end without padding: the products see all of them
-as one, and attention sees each alone.
+On the CPU, rows may be joined (`cpu/joined_rows.py`) where a layer's attention can be told apart from its products.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sft.cpu.fast_core import fast_core
+from mlx_sft.cpu.joined_rows import JoinedRows, row_by_row
 from mlx_sft.data.batches import Spans
 from mlx_sft.model.blocks import Block, find_blocks, replaced_children
-from mlx_sft.model.fast import Core, fast_core
 from mlx_sft.model.head import SplitModel
 
 Mode = Literal["off", "light", "layers", "blocks"]
@@ -38,80 +37,75 @@ _ROWS = mx.array([[3, 1, 4, 0, 0], [1, 5, 9, 2, 6]])
 """A probe, where two rows lie in it, and these rows side by side."""
 
 
-class Recomputed:
+class Recomputation:
     """A model's layers, computed in a mode.
 
     Attributes:
-        rows: Where the rows of the micro-batch lie that is computed now, if they lie end to end. It must stay as it is until the gradient
+        rows: Where the rows of the micro-batch lie that is computed now, if they are joined. It must stay as it is until the gradient
             is taken, since layers that are computed again read it then.
     """
 
     def __init__(self, split: SplitModel, mode: Mode) -> None:
-        self.rows = Rows()
+        self.rows = JoinedRows()
         self._split = split
         self._layers = split.layers
         blocks = find_blocks(split.layers, lambda: split.hidden_states(_PROBE))
-        self._stand_ins = _stand_ins(split.layers, blocks, mode, self.rows)
+        self._replacements = _layers_in(mode, split.layers, blocks, self.rows)
         if not self._reproduces(split):
             unsplit: list[dict[str, Block]] = [{} for _ in blocks]
-            self._stand_ins = _stand_ins(split.layers, unsplit, "layers" if mode == "blocks" else mode, self.rows)
+            self._replacements = _layers_in("layers" if mode == "blocks" else mode, split.layers, unsplit, self.rows)
 
     @contextmanager
-    def standing_in(self) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Within the block, calling the model computes its layers in this mode."""
         originals = list(self._layers)
-        self._layers[:] = self._stand_ins
+        self._layers[:] = self._replacements
         try:
             yield
         finally:
             self._layers[:] = originals
 
     def keeps_rows_apart(self) -> bool:
-        """Whether rows that lie end to end are computed as each is alone; it is tried on two short ones."""
+        """Whether joined rows are computed as each is alone; it is tried on two short ones."""
         padded = self._split.hidden_states(_ROWS)
         alone = [padded[row : row + 1, : end - start] for row, (start, end) in enumerate(_SPANS)]
         self.rows.spans = _SPANS
-        with self.standing_in():
+        with self.active():
             joined = self._split.hidden_states(_PROBE)
         self.rows.spans = ()
         return self._split.agree(joined, mx.concatenate(alone, axis=1))
 
     def _reproduces(self, split: SplitModel) -> bool:
-        """Whether the model computes the same with its stand-ins."""
+        """Whether the model computes the same in this mode."""
         plain = split.hidden_states(_PROBE)
-        with self.standing_in():
+        with self.active():
             return split.agree(split.hidden_states(_PROBE), plain)
 
 
-@dataclass
-class Rows:
-    """Where the rows of a micro-batch lie, if end to end; else empty."""
+def _layers_in(mode: Mode, layers: list[nn.Module], blocks: list[dict[str, Block]], rows: JoinedRows) -> list[Any]:
+    """What takes the place of each layer in a mode."""
 
-    spans: Spans = ()
-
-
-def _stand_ins(layers: list[nn.Module], blocks: list[dict[str, Block]], mode: Mode, rows: Rows) -> list[Any]:
-    def frugal(block: Block) -> _Frugal:
-        return _Frugal(block, rows, recompute=block.positionwise or mode == "light")
+    def recomputed(block: Block) -> _RecomputedBlock:
+        return _RecomputedBlock(block, rows, recompute=block.positionwise or mode == "light")
 
     each = [
-        _Layer(layer, {name: frugal(block) for name, block in found.items()})
+        _LayerOfBlocks(layer, {name: recomputed(block) for name, block in found.items()})
         for layer, found in zip(layers, blocks, strict=True)
     ]
     if mode in ("off", "light"):
         return list(each)
-    whole = [_Checkpointed([layer]) for layer in each]
+    whole = [_RecomputedLayers([layer]) for layer in each]
     if mode == "layers":
         return list(whole)
     size = math.ceil(math.sqrt(len(whole)))
-    groups = [_Checkpointed(whole[i : i + size]) for i in range(0, len(whole), size)]
+    groups = [_RecomputedLayers(whole[i : i + size]) for i in range(0, len(whole), size)]
     return [member for group in groups for member in _members(group)]
 
 
-class _Frugal:
-    """Stands where a block stood: what lies between its products is computed again where it is needed again."""
+class _RecomputedBlock:
+    """A block; what lies between its products is computed again where the backward pass needs it."""
 
-    def __init__(self, block: Block, rows: Rows, *, recompute: bool) -> None:
+    def __init__(self, block: Block, rows: JoinedRows, *, recompute: bool) -> None:
         self._block = block
         self._core = fast_core(block) or block.core
         self._rows = rows
@@ -119,7 +113,7 @@ class _Frugal:
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         block, module = self._block, self._block.module
-        core = self._core if block.positionwise else _row_by_row(self._core, self._rows.spans)
+        core = self._core if block.positionwise else row_by_row(self._core, self._rows.spans)
         shape_of_x = mx.broadcast_to(mx.zeros((), x.dtype), x.shape)  # so that no gradient goes past the products
 
         def rest(parameters: dict[str, Any], *projected: mx.array) -> mx.array:
@@ -136,39 +130,10 @@ class _Frugal:
         return getattr(self._block.module, name)
 
 
-def _row_by_row(core: Core, spans: Spans) -> Core:
-    """A core that sees each of the rows alone, which lie end to end; masks are cut to the row."""
-    if len(spans) < 2:
-        return core
+class _LayerOfBlocks:
+    """A layer with recomputed blocks in the place of its own."""
 
-    def apply(projected: list[mx.array], x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        length = x.shape[1]
-
-        def of_row(value: Any, start: int, end: int) -> Any:
-            masks = isinstance(value, mx.array) and value.shape[-2:] == (length, length)
-            return value[..., start:end, start:end] if masks else value
-
-        # The gradient of a split is one concatenation; that of a slice would be an array of the whole for each row.
-        ends = [end for _, end in spans[:-1]]
-        *products, xs = (mx.split(whole, ends, axis=1) for whole in (*projected, x))
-        rows = [
-            core(
-                [product[row] for product in products],
-                xs[row],
-                *(of_row(value, start, end) for value in args),
-                **{name: of_row(value, start, end) for name, value in kwargs.items()},
-            )
-            for row, (start, end) in enumerate(spans)
-        ]
-        return mx.concatenate(rows, axis=1)
-
-    return apply
-
-
-class _Layer:
-    """Stands where a layer stood, with stand-ins for its blocks."""
-
-    def __init__(self, layer: nn.Module, parts: dict[str, _Frugal]) -> None:
+    def __init__(self, layer: nn.Module, parts: dict[str, _RecomputedBlock]) -> None:
         self.layer = layer
         self._parts = parts
 
@@ -186,8 +151,8 @@ class _Layer:
         return getattr(self.layer, name)
 
 
-class _Checkpointed:
-    """One layer or several as one, of which the input alone is kept; trainable arrays are arguments, so that gradients reach them."""
+class _RecomputedLayers:
+    """One layer, or several as one, of which only the input is kept; trainable arrays are arguments, so that gradients reach them."""
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
@@ -217,8 +182,8 @@ class _Checkpointed:
         return getattr(self.layers[0], name)
 
 
-def _members(group: _Checkpointed) -> list[Any]:
-    """A stand-in for each layer of a group: all but the last give back what they get, and the last computes the whole."""
+def _members(group: _RecomputedLayers) -> list[Any]:
+    """A replacement for each layer of a group: all but the last give back what they get, and the last computes the whole."""
     calls: list[tuple[Any, Any]] = []
 
     def member(index: int) -> Any:
@@ -236,7 +201,7 @@ def _members(group: _Checkpointed) -> list[Any]:
 
 
 class _Member:
-    """Stands where a layer stood whose group computes it."""
+    """A layer that is computed by its group."""
 
     def __init__(self, layer: Any, call: Any) -> None:
         self._layer = layer

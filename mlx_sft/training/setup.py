@@ -1,6 +1,6 @@
 """Everything before the first step: configuration, data, model and plan become a `Job`.
 
-Nothing is written before all of it is known to be good. Knows nothing of the loop.
+Nothing is written before all of it is known to be good.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from transformers import PreTrainedTokenizerBase
 
-from mlx_sft.config import TrainConfig
+from mlx_sft.config import IN_MEMORY, TrainConfig
 from mlx_sft.console import Console
-from mlx_sft.convert.merge import check_exportable
+from mlx_sft.convert.stored import check_exportable
 from mlx_sft.data.batches import Plan, Step
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
@@ -25,9 +26,10 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
-from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.load import (
     LoadedModel,
+    given_model,
+    given_tokenizer,
     load_model,
     load_tokenizer,
     resolve_checkpoint,
@@ -37,23 +39,18 @@ from mlx_sft.model.load import (
 )
 from mlx_sft.model.quantize import first_rows
 from mlx_sft.model.translate import exact_length, read_config
+from mlx_sft.objectives import make_objective
+from mlx_sft.optimizers import Optimizer, make_optimizer
+from mlx_sft.registry import OPTIMIZERS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
+from mlx_sft.training.batch_settings import BatchSettings, asked_for, compiled_shapes, configured, layout_on
+from mlx_sft.training.callbacks import Callback, Callbacks, Record
 from mlx_sft.training.checkpoint import Progress
-from mlx_sft.training.choice import Choice, asked_for, configured
-from mlx_sft.training.disk import DiskNeed
-from mlx_sft.training.fit import (
-    Fit,
-    allowed_machine,
-    fit_to_machine,
-    hold_to,
-    layout_on,
-    planned_steps,
-    refuse_too_large,
-)
-from mlx_sft.training.machine import prepare_device
+from mlx_sft.training.disk_need import DiskNeed
+from mlx_sft.training.machine import Machine, allowed_machine, hold_to, prepare_device
 from mlx_sft.training.memory import Footprint, Prediction
-from mlx_sft.training.optim import AdamW, learning_rate
+from mlx_sft.training.memory_planner import LongestRow, MemoryPlan, MemoryPlanner, planned_steps, refuse_too_large
 from mlx_sft.training.resume import (
     CONFIG_HEADER,
     computed_anew,
@@ -63,9 +60,9 @@ from mlx_sft.training.resume import (
     refuse_changes,
     resumed_config,
 )
-from mlx_sft.training.shapes import compiled_shapes
+from mlx_sft.training.schedule import learning_rate
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
-from mlx_sft.training.step import Learner
+from mlx_sft.training.step import GradientComputer
 from mlx_sft.training.stopping import StopRequest
 
 
@@ -157,11 +154,14 @@ class Job:
         self.went_back = True
 
 
-def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = None) -> Job:
+def prepare_job(
+    config: TrainConfig, console: Console, held: ExitStack | None = None, given: Given | None = None
+) -> Job:
     """Load and check everything that the configuration names; write the head of the run folder.
 
     Args:
         held: Keeps the lock of the run folder until it is closed; where None, it is given back when the job is prepared.
+        given: What is in memory already.
 
     Raises:
         UserError: For anything in data, model, adapter or configuration that cannot be.
@@ -169,61 +169,106 @@ def prepare_job(config: TrainConfig, console: Console, held: ExitStack | None = 
     prepare_device()
     mx.reset_peak_memory()
     held = ExitStack() if held is None else held
+    given = given or Given()
     anew = computed_anew(config)
-    config, run = _opened(config, console, held)
+    config, run = _opened(_with_given(config, given), console, held)
     path = resolve_checkpoint(config.model)
-    config, tokenizer, data = _read_data(config, path, console, new=run is None)
+    callbacks = Callbacks.of_run(config, given.callbacks)
+    config, tokenizer, data = _read_data(config, path, console, given, new=run is None)
+    callbacks.check(config, data)
     machine = allowed_machine(config)
-    refuse_too_large(config, path, machine)
-    base, vocabulary = _load_base(config, tokenizer, data, console)
+    if given.model is None:
+        refuse_too_large(config, path, machine)
+    base, vocabulary = _load_base(config, tokenizer, data, console, given)
     split = SplitModel(base.model)
     begun = run is not None and bool(run.checkpoint_steps())
     config, method, parameters = _attach_exportable(config, base, begun=begun)
-    _refuse_dropout_outside_layers(config, split, parameters)
-    learner = Learner(split, method, vocabulary, recompute=asked_for(config)[0])
-    fit = fit_to_machine(
-        config,
-        machine,
-        Footprint.of(
-            split,
-            parameters,
-            vocabulary,
-            tiled=learner.tiled_head is not None,
-            fused=machine.fused,
-            accumulates=config.batch_size > 1,
-        ),
-        data.train,
-        learner,
-        parameters,
-        layout_on(machine, learner),
-    )
-    config = _decided(config, fit.choice)
+    _refuse_dropout_outside_layers(method, split, parameters)
+    computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
+    optimizer_bytes = optimizer_state_bytes(config, parameters)
+    memory = _plan_memory(config, machine, computer, split, method, parameters, vocabulary, data.train, optimizer_bytes)
+    config = _decided(config, memory.settings)
     plan = planned_steps(config, data)
-    optimizer = AdamW(config, parameters, method.decayed)
+    optimizer = make_optimizer(config, parameters, method.decayed)
     identity = identity_of(config, data, path)
     if run:
         refuse_changes(run, config, data, identity)
     if run and begun:
-        progress, parameters = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
+        progress, parameters, states = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
+        if untaken := callbacks.load_state(states):
+            console.warn(
+                f"the checkpoint holds the state of {', '.join(untaken)}, a callback that this run does not have now"
+            )
     else:
         progress = starting_progress(config, parameters, optimizer, identity, plan.total_steps)
     if run:
-        fit, progress = _resumed(fit, _gone_on(progress, plan), anew)
-    predicted = fit.largest(plan, data.train)
-    disk = DiskNeed.of_run(parameters, config, plan)
+        memory, progress = _resumed(memory, _gone_on(progress, plan), anew)
+    predicted = memory.largest(plan, data.train)
+    disk = DiskNeed.of_run(parameters, optimizer_bytes, config, plan, goes_back=callbacks.may_go_back)
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
     if run:
         record_revision(run, config)
     else:
-        environment = describe_environment(config, identity) | {"memory": fit.describe(predicted)}
+        environment = describe_environment(config, identity) | {"memory": memory.describe(predicted)}
         run = _create(config, data, environment, held)
-    hold_to(machine, predicted)
-    compiled = compiled_shapes(machine, plan, data.train, fit.choice.micro_batch_tokens)
-    learner.configure(fit.choice.mode, compiled, fit.choice.head_chunk)
+    hold_to(machine, predicted.limit)
+    settings = memory.settings
+    compiled = compiled_shapes(machine, plan, data.train, settings.micro_batch_tokens)
+    computer.configure(settings.mode, compiled, settings.head_chunk)
+    computer.bind(parameters)
     return Job(
-        config, run, base, split, method, learner, plan, data,
-        parameters, optimizer, identity, progress, console, fit, predicted, disk,
+        config, run, base, split, method, computer, plan, data,
+        parameters, optimizer, callbacks, identity, progress, console, memory, predicted, disk,
     )  # fmt: skip
+
+
+def _with_given(config: TrainConfig, given: Given) -> TrainConfig:
+    """The configuration says that rows came from memory, where they did; raises `UserError` where it names others too."""
+    for name, rows in (("data", given.data), ("valid", given.valid)):
+        stated = getattr(config, name)
+        if rows is not None and stated and stated not in ([IN_MEMORY], IN_MEMORY):
+            what = f"{name} is given twice: as rows in memory, and in the configuration as {stated}"
+            raise UserError(what, hint="leave one of them out", exit_code=USAGE)
+    if given.data is not None:
+        config = config.model_copy(update={"data": [IN_MEMORY]})
+    if given.valid is not None:
+        config = config.model_copy(update={"valid": IN_MEMORY})
+    config.require_data()
+    return config
+
+
+def optimizer_state_bytes(config: TrainConfig, parameters: Parameters) -> int:
+    """What the state of the configured optimizer takes."""
+    kind: type[Optimizer] = OPTIMIZERS[config.optimizer]
+    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
+    return kind.state_bytes(config.settings(kind.Settings), shapes)
+
+
+def _plan_memory(
+    config: TrainConfig,
+    machine: Machine,
+    computer: GradientComputer,
+    split: SplitModel,
+    method: Method,
+    parameters: Parameters,
+    vocabulary: int,
+    examples: Examples,
+    optimizer_bytes: int,
+) -> MemoryPlan:
+    """The settings with which the run is predicted to fit the machine."""
+    footprint = Footprint.of(
+        split,
+        method,
+        parameters,
+        vocabulary,
+        optimizer_state_bytes=optimizer_bytes,
+        tiled=computer.tiled_head is not None,
+        fused=machine.fused,
+        accumulates=config.batch_size > 1,
+    )
+    layout = layout_on(machine, computer)
+    planner = MemoryPlanner(config, machine, footprint, LongestRow.of(examples, layout), layout)
+    return planner.plan(computer, parameters, len(examples))
 
 
 def _opened(config: TrainConfig, console: Console, held: ExitStack) -> tuple[TrainConfig, RunFolder | None]:
@@ -241,27 +286,27 @@ def _opened(config: TrainConfig, console: Console, held: ExitStack) -> tuple[Tra
 
 
 def _read_data(
-    config: TrainConfig, path: Path, console: Console, *, new: bool
+    config: TrainConfig, path: Path, console: Console, given: Given, *, new: bool
 ) -> tuple[TrainConfig, PreTrainedTokenizerBase, PreparedData]:
-    """The tokenizer of a checkpoint folder, and the rows as it writes them; a new run pins the day on which it begins."""
+    """The tokenizer, and the rows as it writes them; a new run pins the day on which it begins."""
     read_config(path)  # first, because the tokenizer would take the blame
-    tokenizer = load_tokenizer(path)
+    tokenizer = given_tokenizer(given.model, given.tokenizer) or load_tokenizer(path)
     if new:
         pinned = todays_variables(tokenizer) | config.chat_template_kwargs
         config = config.model_copy(update={"chat_template_kwargs": pinned})
     with console.reading() as reading:
-        data = prepare(config, tokenizer, reading)
-    if config.early_stop and not data.valid:
-        hint = "give --valid FILE or --valid-fraction 0.05"
-        raise UserError("--early-stop needs validation rows", hint=hint, exit_code=USAGE)
+        data = prepare(config, tokenizer, reading, rows=given.data, valid_rows=given.valid)
     return config, tokenizer, data
 
 
 def _load_base(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: PreparedData, console: Console
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: PreparedData, console: Console, given: Given
 ) -> tuple[LoadedModel, int]:
     """The model before training and its vocabulary, once it is sure that it can compute every row."""
-    base = load_model(config.model, config.dtype, tokenizer, quantize=config.quantize)
+    if given.model is None:
+        base = load_model(config.model, config.dtype, tokenizer, quantize=config.quantize)
+    else:
+        base = given_model(given.model, config.model, tokenizer, dtype=config.dtype, quantize=config.quantize)
     if note := untested_note(base.config):
         console.note(note)
     vocabulary = vocabulary_size(base.model, base.config)
@@ -275,11 +320,6 @@ def _attach_exportable(
     config: TrainConfig, base: LoadedModel, *, begun: bool
 ) -> tuple[TrainConfig, Method, Parameters]:
     """As `starting_parameters`, once it is sure that what will be trained can be merged into the checkpoint."""
-    if config.method == "full" and any(is_quantized(module) for module in base.model.modules()):
-        hint = "train adapters on it with --method lora, or give the original"
-        raise UserError(
-            "the weights of this model are quantized, and cannot be trained", where=str(base.path), hint=hint
-        )
     rows = first_rows(base.model)
     config, method, parameters = starting_parameters(config, base.model, begun=begun)
     check_exportable(base.path, method, parameters, rows)
@@ -288,10 +328,10 @@ def _attach_exportable(
     return config, method, parameters
 
 
-def _refuse_dropout_outside_layers(config: TrainConfig, split: SplitModel, parameters: Parameters) -> None:
+def _refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters: Parameters) -> None:
     """The head is computed chunk by chunk, where one random mask for all chunks would not be dropout."""
     outside = split.outside_layers(parameters)
-    if config.dropout and outside:
+    if method.uses_dropout and outside:
         module = next(iter(outside)).rpartition(".")[0]
         raise UserError(
             f"dropout cannot be trained on {module}, which is outside the repeated layers",
@@ -313,38 +353,38 @@ def _refuse_inexact_length(examples: Examples, path: Path) -> None:
         )
 
 
-def _decided(config: TrainConfig, choice: Choice) -> TrainConfig:
+def _decided(config: TrainConfig, settings: BatchSettings) -> TrainConfig:
     """Every `auto` replaced by what it stands for here, so that a resumed run repeats it to the byte."""
     decided = {
         "dtype": resolve_dtype(config.dtype),
-        "micro_batch_tokens": choice.micro_batch_tokens,
-        "grad_checkpoint": configured(choice.mode),
-        "head_chunk": choice.head_chunk,
+        "micro_batch_tokens": settings.micro_batch_tokens,
+        "grad_checkpoint": configured(settings.mode),
+        "head_chunk": settings.head_chunk,
     }
     return config.model_copy(update=decided)
 
 
 def _gone_on(progress: Progress, plan: Plan) -> Progress:
-    """A run that ended early goes on where it is given more steps, and waits for a better evaluation anew."""
-    if progress.stopped_of in (None, plan.total_steps):
-        return progress
-    return progress.after(stopped_of=None, evaluations_without_better=0)
+    """A run that a callback ended early goes on where it is given more steps."""
+    return progress if progress.stopped_of in (None, plan.total_steps) else progress.after(stopped_of=None)
 
 
-def _resumed(fit: Fit, progress: Progress, anew: Collection[str]) -> tuple[Fit, Progress]:
-    """What a shortage of memory made of a run's settings stays, but for what is given anew; and that stays from now on."""
-    choice = fit.choice
-    if progress.micro_batch_tokens is not None and "micro_batch_tokens" not in anew:
-        choice = replace(choice, micro_batch_tokens=progress.micro_batch_tokens)
-    if progress.recompute is not None and "grad_checkpoint" not in anew:
-        choice = replace(choice, mode=progress.recompute)
-    if progress.head_chunk is not None and "head_chunk" not in anew:
-        choice = replace(choice, head_chunk=progress.head_chunk)
+def _resumed(memory: MemoryPlan, progress: Progress, anew: Collection[str]) -> tuple[MemoryPlan, Progress]:
+    """What out-of-memory recovery made of a run's settings stays, but for what is given anew; and that stays from now on."""
+    kept = {
+        "micro_batch_tokens": (progress.micro_batch_tokens, "micro_batch_tokens"),
+        "mode": (progress.recompute, "grad_checkpoint"),
+        "head_chunk": (progress.head_chunk, "head_chunk"),
+    }
+    changes: dict[str, Any] = {
+        name: value for name, (value, setting) in kept.items() if value is not None and setting not in anew
+    }
+    settings = replace(memory.settings, **changes)
     if anew:
         progress = progress.after(
-            micro_batch_tokens=choice.micro_batch_tokens, recompute=choice.mode, head_chunk=choice.head_chunk
+            micro_batch_tokens=settings.micro_batch_tokens, recompute=settings.mode, head_chunk=settings.head_chunk
         )
-    return replace(fit, choice=choice), progress
+    return replace(memory, settings=settings), progress
 
 
 def _create(config: TrainConfig, data: PreparedData, environment: dict[str, Any], held: ExitStack) -> RunFolder:

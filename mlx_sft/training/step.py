@@ -1,27 +1,36 @@
-"""The gradient of one micro-batch, and one optimizer step made of several: token-weighted, so that the cut cannot matter.
+"""The gradient of one micro-batch, and of a step made of several: token-weighted, so that the cut cannot matter.
 
-    gradient of a step = Σ over its supervised tokens of weight · dL/dθ, divided by Σ weight, which the host knows beforehand
+    gradient of a step = Σ over its supervised positions of weight · d(−log p)/dθ, divided by the objective's normalizer
 
-Knows nothing of files, schedules or evaluation.
+A micro-batch for which the device has no memory raises `OutOfMemory`; `out_of_memory.py` says what is tried then.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
-from mlx_sft.data.batches import Batch
+from mlx_sft.data.batches import Batch, round_up
 from mlx_sft.methods import Binder, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.tiles import TiledHead, tiled_head
-from mlx_sft.training.loss import Head, chunk_rows, cross_entropy_sum, evaluate_positions
-from mlx_sft.training.recompute import Mode, Recomputed
-from mlx_sft.training.shapes import Shape, padded_shape
-from mlx_sft.training.shortage import shortage_noticed
+from mlx_sft.objectives import Objective
+from mlx_sft.objectives.sft import SFT
+from mlx_sft.training.loss import Head, chunk_rows, cross_entropy_sum, evaluate_positions, position_losses
+from mlx_sft.training.recompute import Mode, Recomputation
+
+Shape = tuple[int, int, int]
+"""Rows, width and supervised positions of a micro-batch: what a compiled trace is for."""
+
+_OUT_OF_MEMORY = ("allocate", "insufficient memory", "out of memory", "bad_alloc")
+"""What MLX's errors say where there is no memory, on Metal and CUDA. On the CPU the system ends the process instead."""
 
 _Gradient = Callable[..., tuple[mx.array, Parameters]]
 
@@ -31,20 +40,72 @@ class Evaluation:
     """Sums over a set of examples.
 
     Attributes:
-        loss: Weighted mean over supervised tokens, in nats.
+        loss: The objective's: for SFT the weighted mean over supervised tokens, in nats.
         token_accuracy: Share of supervised tokens that are the likeliest, weighted alike.
+        own: What the objective says of itself.
     """
 
     loss: float
     token_accuracy: float
     tokens: int
     supervised_tokens: int
+    own: Mapping[str, float] = field(default_factory=dict)
 
 
-class Learner:
+class StepGradient(NamedTuple):
+    """What a step gives: the objective's value, the gradients by name, all evaluated and float32, and the objective's metrics."""
+
+    loss: mx.array
+    gradients: Parameters
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A micro-batch of `rows`, the longest of `width` tokens, did not fit, `tokens` in all; what was said about it."""
+
+    rows: int
+    width: int
+    tokens: int
+    message: str
+
+
+class OutOfMemory(Exception):
+    """A micro-batch did not fit. To keep the error would keep the arrays of the frames that it went through: keep its `too_large`."""
+
+    def __init__(self, too_large: TooLarge) -> None:
+        super().__init__(too_large.message)
+        self.too_large = too_large
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether MLX or Python ended for want of memory."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def out_of_memory_noticed(batch: Batch) -> Iterator[None]:
+    """Raise `OutOfMemory` where the block, which computes this micro-batch, has no memory for it."""
+    try:
+        yield
+        mx.synchronize()  # Metal may tell only then that a command failed, and its results are worth nothing
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(TooLarge(batch.rows, batch.longest, batch.token_ids.size, str(error))) from error
+
+
+def padded_shape(batch: Batch) -> Shape:
+    """The shape of a micro-batch with its supervised positions rounded up to the grid."""
+    rows, width = batch.token_ids.shape
+    return rows, width, round_up(len(batch.targets))
+
+
+class GradientComputer:
     """Losses and gradients of a split model under a method.
 
     Args:
+        objective: What is minimized; SFT where None.
         recompute: What the backward pass computes again.
         compiled: Shapes whose micro-step is compiled; others run as they are.
         head_chunk: Positions that go through the head at once; where None, as many as are fast.
@@ -59,6 +120,7 @@ class Learner:
         split: SplitModel,
         method: Binder,
         vocabulary: int,
+        objective: Objective | None = None,
         *,
         recompute: Mode = "off",
         compiled: Collection[Shape] = (),
@@ -67,17 +129,19 @@ class Learner:
         self._split = split
         self._method = method
         self._vocabulary = vocabulary
+        self._objective = objective or SFT()
+        split.run_body = method.run_body
         self.tiled_head = tiled_head(split)
         self._head_chunk: int | None = None
         self.mode = recompute
-        self._recomputed = Recomputed(split, recompute)
+        self._recomputation = Recomputation(split, recompute)
         self.trace_seconds: list[float] = []
         self.configure(recompute, compiled, head_chunk)
 
     def configure(self, recompute: Mode, compiled: Collection[Shape] = (), head_chunk: int | None = None) -> None:
         """Compute from now on in this mode, compile these shapes, and take so many positions through the head at once (None: as before)."""
         if recompute != self.mode:
-            self.mode, self._recomputed = recompute, Recomputed(self._split, recompute)
+            self.mode, self._recomputation = recompute, Recomputation(self._split, recompute)
         self._head_chunk = head_chunk or self._head_chunk
         self.compiled = frozenset(compiled)
         self._traced: set[Shape] = set()
@@ -90,8 +154,8 @@ class Learner:
         batches: Sequence[Batch],
         key: mx.array | None = None,
         before_each: Callable[[], None] = lambda: None,
-    ) -> tuple[mx.array, Parameters]:
-        """The weighted mean loss over a step's supervised tokens, Σ weight · loss / Σ weight, and its gradient.
+    ) -> StepGradient:
+        """The objective over a step's supervised positions, and its gradient.
 
         Args:
             parameters: The trainable arrays.
@@ -99,66 +163,121 @@ class Learner:
             key: Random key of the step's dropout; None for no dropout.
             before_each: Called before each micro-batch; what it raises ends the step, and nothing has changed.
 
-        Returns:
-            The loss, and gradients of the parameters' names and shapes; all float32 and evaluated.
-
         Raises:
             OutOfMemory: If one of them does not fit; nothing has changed then.
         """
-        total_weight = sum(float(batch.weights.sum(dtype=np.float64)) for batch in batches)
         keys = mx.random.split(key, len(batches) + 1) if key is not None else [None] * len(batches)
         loss = mx.array(0.0)
         total: Parameters = {}
         try:
-            for batch, batch_key in zip(batches, keys, strict=False):
+            weighting = self._objective.weigh(batches, self._first_pass(parameters, batches, keys, before_each))
+            for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
                 before_each()
                 started = time.perf_counter()
-                with shortage_noticed(batch):
-                    batch_loss, gradients = self._micro_step(parameters, batch, total_weight, batch_key)
+                with out_of_memory_noticed(batch):
+                    weights = (own_weights / weighting.normalizer).astype(np.float32)
+                    batch_loss, gradients = self._micro_step(parameters, batch, weights, batch_key)
                     loss = loss + batch_loss
                     total = {name: total[name] + g if total else g for name, g in gradients.items()}
                     del gradients  # so that the sum can take its place
                     mx.eval(loss, total)
                 self._note_trace(batch, time.perf_counter() - started)
         finally:
-            self._method.bind(self._split.model, parameters)
-        return loss, total
+            self.bind(parameters)
+        return StepGradient(loss if weighting.loss is None else mx.array(weighting.loss), total, weighting.metrics)
+
+    def bind(self, parameters: Parameters) -> None:
+        """Put parameters into the model, without dropout."""
+        self._method.bind(self._split.model, parameters)
 
     def keeps_rows_apart(self) -> bool:
-        """Whether the rows of a micro-batch may lie end to end."""
-        return self._recomputed.keeps_rows_apart()
+        """Whether the rows of a micro-batch may be joined, end to end."""
+        return self._recomputation.keeps_rows_apart()
 
     def evaluate(self, parameters: Parameters, batches: Iterable[Batch]) -> Evaluation:
-        """Token-mean loss and accuracy over all micro-batches, without dropout or gradients.
+        """The objective and the accuracy over all micro-batches, without dropout or gradients.
 
         Raises:
             OutOfMemory: If one of them does not fit.
         """
-        self._method.bind(self._split.model, parameters)
+        if self._objective.first_pass:
+            return self._evaluate_as_a_whole(parameters, list(batches))
+        self.bind(parameters)
         head = self._head_for(parameters)
         loss, correct, weight, tokens, supervised = 0.0, 0.0, 0.0, 0, 0
         for batch in batches:
-            with shortage_noticed(batch):
-                self._recomputed.rows.spans = batch.spans
-                with self._recomputed.standing_in():
-                    hidden_states = self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
-                targets, weights = mx.array(batch.targets), mx.array(batch.weights)
+            weighting = self._objective.weigh([batch])
+            with out_of_memory_noticed(batch):
+                hidden_states = self._states_of(batch)
+                targets, weights = mx.array(batch.targets), mx.array(weighting.weights[0])
                 sums = evaluate_positions(head, hidden_states, targets, weights, self._chunk(head))
                 mx.eval(sums)
             loss += to_float(sums[0])
             correct += to_float(sums[1])
-            weight += float(batch.weights.sum(dtype=np.float64))
+            weight += weighting.normalizer
             tokens += batch.tokens
             supervised += len(batch.targets)
         return Evaluation(loss / weight, correct / weight, tokens, supervised)
 
+    def _evaluate_as_a_whole(self, parameters: Parameters, batches: list[Batch]) -> Evaluation:
+        """As `evaluate`, of an objective that weighs all positions only once it knows the probability of each."""
+        self.bind(parameters)
+        log_probs, correct = [], 0.0
+        for batch in batches:
+            found, likeliest = self._position_log_probs(parameters, batch)
+            log_probs.append(found)
+            correct += float(batch.weights[likeliest == batch.targets].sum(dtype=np.float64))
+        weighting = self._objective.weigh(batches, log_probs)
+        weighed = zip(weighting.weights, log_probs, strict=True)
+        mean = sum(float((-log_p * own).sum(dtype=np.float64)) for own, log_p in weighed) / weighting.normalizer
+        return Evaluation(
+            loss=mean if weighting.loss is None else weighting.loss,
+            token_accuracy=correct / sum(float(batch.weights.sum(dtype=np.float64)) for batch in batches),
+            tokens=sum(batch.tokens for batch in batches),
+            supervised_tokens=sum(len(batch.targets) for batch in batches),
+            own=weighting.metrics,
+        )
+
+    def _first_pass(
+        self,
+        parameters: Parameters,
+        batches: Sequence[Batch],
+        keys: Sequence[mx.array | None] | mx.array,
+        before_each: Callable[[], None],
+    ) -> list[NDArray[np.float32]] | None:
+        """log p of every target as the model is now, with the dropout of the step; None where the objective does not need it."""
+        if not self._objective.first_pass:
+            return None
+        found = []
+        for batch, key in zip(batches, keys, strict=False):
+            before_each()
+            self._method.bind(self._split.model, parameters, key)
+            found.append(self._position_log_probs(parameters, batch)[0])
+        return found
+
+    def _position_log_probs(
+        self, parameters: Parameters, batch: Batch
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
+        """log p of the targets of a micro-batch, and the likeliest tokens, both [positions]."""
+        head = self._head_for(parameters)
+        with out_of_memory_noticed(batch):
+            hidden_states = self._states_of(batch)
+            losses, likeliest = position_losses(head, hidden_states, mx.array(batch.targets), self._chunk(head))
+            mx.eval(losses, likeliest)
+        return -np.array(losses), np.array(likeliest)
+
+    def _states_of(self, batch: Batch) -> mx.array:
+        """The hidden states that predict the targets of a micro-batch, without dropout but for that of the parameters that are bound."""
+        self._recomputation.rows.spans = batch.spans
+        with self._recomputation.active():
+            return self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
+
     def _micro_step(
-        self, parameters: Parameters, batch: Batch, total_weight: float, key: mx.array | None
+        self, parameters: Parameters, batch: Batch, weights: NDArray[np.float32], key: mx.array | None
     ) -> tuple[mx.array, Parameters]:
         compiled = self._is_compiled(batch)
-        self._recomputed.rows.spans = batch.spans
+        self._recomputation.rows.spans = batch.spans
         padding = padded_shape(batch)[2] - len(batch.targets) if compiled else 0
-        weights = (batch.weights / total_weight).astype(np.float32)
         function = self._compiled_gradient if compiled else self._gradient
         return function(
             parameters,
@@ -189,7 +308,7 @@ class Learner:
         key: mx.array | None,
     ) -> mx.array:
         self._method.bind(self._split.model, parameters, key)
-        with self._recomputed.standing_in():
+        with self._recomputation.active():
             hidden_states = self._supervised_states(token_ids, positions)
         head = self._head_for(parameters)
         return cross_entropy_sum(

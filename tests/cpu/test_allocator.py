@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from mlx_sft.training.allocator import keep_freed_memory
+from mlx_sft.cpu.allocator import keep_freed_memory
 
 _PROGRAM = """
 import sys
 import mlx.core as mx
-from mlx_sft.training.allocator import keep_freed_memory
+from mlx_sft.cpu.allocator import keep_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sft.operations.attention import block_rows, causal_attention
+from mlx_sft.cpu.attention import block_rows, causal_attention
 
 Attention = Callable[[mx.array, mx.array, mx.array], mx.array]
 

@@ -6,8 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sft.operations.exponential import exponential
-from mlx_sft.operations.gated import silu_product
+from mlx_sft.cpu.elementwise import exponential, silu_product
 
 
 def test_the_exponential_is_as_exact_as_mlxs_own() -> None:

@@ -22,12 +22,12 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 
 _ENDLESS_MICRO_STEP = """
 import sys, time
-from mlx_sft.training.step import Learner
-own = Learner._micro_step
-def endless(learner, *arguments):
+from mlx_sft.training.step import GradientComputer
+own = GradientComputer._micro_step
+def endless(gradient_computer, *arguments):
     print("computing", flush=True)
     time.sleep(600)
-Learner._micro_step = endless
+GradientComputer._micro_step = endless
 from mlx_sft.cli import main
 main()
 """

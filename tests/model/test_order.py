@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_sft.operations.order import after
+from mlx_sft.model.order import after
 
 ROWS, COLUMNS, BLOCKS = 256, 1024, 16
 

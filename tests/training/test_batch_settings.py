@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.training.choice import (
+from mlx_sft.training.batch_settings import (
     ENOUGH_TOKENS,
     MOST_TOKENS,
     Choice,
@@ -19,10 +19,9 @@ from mlx_sft.training.choice import (
     most_tokens,
     no_room,
 )
-from mlx_sft.training.counts import LayerCounts
 from mlx_sft.training.loss import chunk_choices, chunk_rows
 from mlx_sft.training.machine import mac
-from mlx_sft.training.memory import MODES, Footprint
+from mlx_sft.training.memory import MODES, Footprint, LayerCounts
 from mlx_sft.training.recompute import Mode
 
 LAYER = LayerCounts(

@@ -26,11 +26,11 @@ from mlx_sft.model.load import load_tokenizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_safetensors
 from mlx_sft.training import loop, setup
+from mlx_sft.training.batch_settings import frequent_shapes
 from mlx_sft.training.machine import Machine
-from mlx_sft.training.optimizer_step import take
+from mlx_sft.training.optimizer_step import train_step
 from mlx_sft.training.setup import Job, prepare_job
-from mlx_sft.training.shapes import frequent_shapes
-from mlx_sft.training.step import Evaluation, Learner
+from mlx_sft.training.step import Evaluation, GradientComputer
 
 TRAIN_FIELDS = [
     *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens"),
@@ -366,7 +366,7 @@ def test_padding_is_counted(settings: dict[str, Any]) -> None:
     train(TrainConfig(**settings | {"shuffle": False, "epochs": 1, "micro_batch_tokens": 100}))
     needed = job.data.train.needed_lengths
     for line, rows in zip(metrics(settings["out"], "train"), ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]), strict=True):
-        micro_batches = cut(rows, needed, 100, job.fit.layout)
+        micro_batches = cut(rows, needed, 100, job.settings.layout)
         assert line["computed_tokens"] == needed[rows].sum() < line["tokens"]
         assert line["padded_tokens"] == sum(micro.tokens for micro in micro_batches)
         assert line["micro_batches"] == len(micro_batches)
@@ -394,7 +394,7 @@ def test_nothing_grows_from_step_to_step(settings: dict[str, Any], monkeypatch: 
     sizes = []
 
     def watched(job: Job, prepared: PreparedStep, *further: Any) -> Any:
-        record = take(job, prepared, *further)
+        record = train_step(job, prepared, *further)
         gc.collect()
         open_files = len(list(Path("/dev/fd").iterdir()))
         sizes.append((mx.get_active_memory(), len(gc.get_objects()), open_files, threading.active_count()))
@@ -414,7 +414,7 @@ def test_a_better_loss_begins_the_count_of_an_early_stop_anew(
     settings: dict[str, Any], chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 4.0, 2.0, 2.5, 2.0, 1.0])
-    monkeypatch.setattr(Learner, "evaluate", lambda *_: Evaluation(next(losses), 0.5, 10, 5))
+    monkeypatch.setattr(GradientComputer, "evaluate", lambda *_: Evaluation(next(losses), 0.5, 10, 5))
     result = train(TrainConfig(**settings, valid=str(chats), eval_every=1, early_stop=2))
     assert [line["best"] for line in metrics(settings["out"], "evaluation")] == [True, False, True, False, False]
     assert (result.steps, result.best_loss) == (5, 2.0)

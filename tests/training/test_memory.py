@@ -19,12 +19,12 @@ from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.memory import MODES, Footprint, Prediction
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import Learner
+from mlx_sft.training.step import GradientComputer
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "head_dim": 32}
 VOCABULARY = 264
 
-Trained = tuple[SplitModel, Learner, Parameters, Footprint]
+Trained = tuple[SplitModel, GradientComputer, Parameters, Footprint]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def trained(make_base: Callable[..., Path]) -> Callable[..., Trained]:
         parameters = method.attach(split.model, seed=0)
         vocabulary = shape.get("vocab_size", VOCABULARY)
         footprint = Footprint.of(split, parameters, vocabulary, tiled=True, fused=False)
-        return split, Learner(split, method, vocabulary, recompute=mode), parameters, footprint
+        return split, GradientComputer(split, method, vocabulary, recompute=mode), parameters, footprint
 
     return make
 
@@ -57,7 +57,7 @@ def batch(rows: int, width: int, supervised: int) -> Batch:
     )
 
 
-def measured(learner: Learner, parameters: Parameters, batch: Batch, predicted: Prediction) -> int:
+def measured(gradient_computer: GradientComputer, parameters: Parameters, batch: Batch, predicted: Prediction) -> int:
     """What a gradient takes above what is there before it, with MLX held to what was predicted."""
     mx.eval(parameters)
     gc.collect()
@@ -65,7 +65,7 @@ def measured(learner: Learner, parameters: Parameters, batch: Batch, predicted: 
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.set_memory_limit(before + predicted.limit - predicted.weights - predicted.trained)
-    mx.eval(learner.gradient(parameters, [batch]))
+    mx.eval(gradient_computer.gradient(parameters, [batch]))
     return mx.get_peak_memory() - before
 
 
@@ -83,10 +83,10 @@ def measured(learner: Learner, parameters: Parameters, batch: Batch, predicted: 
 def test_a_prediction_is_near_what_is_measured(
     trained: Callable[..., Trained], family: str, shape: dict[str, Any], settings: dict[str, Any], mode: Mode
 ) -> None:
-    _, learner, parameters, footprint = trained(family, mode, shape, **settings)
+    _, gradient_computer, parameters, footprint = trained(family, mode, shape, **settings)
     rows, width, supervised = 2, 128, 100
     predicted = footprint.predict(mode, rows * width, width=width, supervised=supervised)
-    above = measured(learner, parameters, batch(rows, width, supervised), predicted)
+    above = measured(gradient_computer, parameters, batch(rows, width, supervised), predicted)
     # Were it too little, MLX would take more than it is held to; were it too much, less.
     assert 0.75 * above < predicted.kept + predicted.passing < 1.4 * above
     assert 0.85 < predicted.peak / (predicted.weights + predicted.trained + above) < 1.25

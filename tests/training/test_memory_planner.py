@@ -16,11 +16,11 @@ from mlx_sft.console import Console
 from mlx_sft.errors import USAGE
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import probe
-from mlx_sft.training.choice import configured
+from mlx_sft.training.batch_settings import configured
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import Job, prepare_job
-from mlx_sft.training.step import Learner
+from mlx_sft.training.step import GradientComputer
 
 LONG = 300
 """Words of the longest row, about as many tokens."""
@@ -76,12 +76,12 @@ def test_where_it_is_close_a_small_step_is_measured_and_nothing_of_the_run_chang
     # A measurement that finds what was counted, so that the choice is that of the count.
     monkeypatch.setattr(probe, "_TRUSTED", (1.0, 1.0))
     job = job_of(long_settings | {"memory_limit": limit})
-    assert job.fit.probe is not None
-    assert job.fit.probe.seconds > 0
-    assert job.learner.mode == job.fit.choice.mode
-    assert job.learner.mode in ("light", "layers")
-    assert job.predicted.peak <= job.fit.machine.memory
-    assert job.fit.machine.basis == "--memory-limit"
+    assert job.memory.probe is not None
+    assert job.memory.probe.seconds > 0
+    assert job.gradient_computer.mode == job.settings.mode
+    assert job.gradient_computer.mode in ("light", "layers")
+    assert job.predicted.peak <= job.memory.machine.memory
+    assert job.memory.machine.basis == "--memory-limit"
     assert all(bool((before == now).all()) for before, now in zip(state, mx.random.state, strict=True))
     other = job_of(long_settings | {"out": str(tmp_path / "other"), "memory_limit": "1GB"})
     assert all(bool((job.parameters[name] == value).all()) for name, value in other.parameters.items())
@@ -100,22 +100,22 @@ def test_a_run_within_a_limit_takes_no_more_and_goes_on_with_its_settings(long_s
     assert peak <= 1.1 * memory_of(long_settings)["limit_bytes"]
     decided = yaml.safe_load(RunFolder(long_settings["out"]).config.read_text())
     job = prepare_job(TrainConfig(resume=long_settings["out"], data=long_settings["data"]), Console(quiet=True))
-    assert job.choice.micro_batch_tokens == decided["micro_batch_tokens"]
-    assert configured(job.learner.mode) == decided["grad_checkpoint"]
-    assert "given" in job.fit.why_no_probe
+    assert job.settings.micro_batch_tokens == decided["micro_batch_tokens"]
+    assert configured(job.gradient_computer.mode) == decided["grad_checkpoint"]
+    assert "given" in job.memory.why_no_probe
 
 
 @pytest.mark.parametrize("mode", ["off", "light", "on", "blocks"])
 def test_every_recomputation_can_be_asked_for(settings: dict[str, Any], mode: str) -> None:
     job = job_of(settings | {"grad_checkpoint": mode})
-    assert configured(job.learner.mode) == mode
+    assert configured(job.gradient_computer.mode) == mode
     assert job.config.grad_checkpoint == mode
-    assert job.learner.mode in MODES
+    assert job.gradient_computer.mode in MODES
 
 
 def test_a_row_that_does_not_fit_is_named_before_anything_is_written(long_settings: dict[str, Any]) -> None:
     job = job_of(long_settings | {"out": long_settings["out"] + "-first"})
-    limit = limit_for(job.fit.footprint, "blocks", 60)
+    limit = limit_for(job.memory.footprint, "blocks", 60)
     with pytest.raises(UserError) as caught:
         job_of(long_settings | {"memory_limit": limit})
     assert caught.value.where.endswith("long.jsonl:2")
@@ -161,7 +161,7 @@ def test_a_measurement_that_runs_out_of_memory_says_so(
     def fail(*_: Any) -> None:
         raise RuntimeError("[metal::malloc] unable to allocate")
 
-    monkeypatch.setattr(Learner, "_micro_step", fail)
+    monkeypatch.setattr(GradientComputer, "_micro_step", fail)
     with pytest.raises(UserError, match="out of memory at a row of 256 tokens") as caught:
         job_of(long_settings | {"memory_limit": limit_for(footprint, "layers", 700)})
     assert "--dtype bfloat16" in str(caught.value.hint)
@@ -176,4 +176,4 @@ def test_the_limit_ends_with_the_run(settings: dict[str, Any]) -> None:
 @pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU may take what the machine gives")
 def test_on_the_cpu_mlx_runs_ahead_no_further_than_predicted(settings: dict[str, Any]) -> None:
     job = job_of(settings)
-    assert mx.get_memory_limit() == job.predicted.limit < job.fit.machine.memory
+    assert mx.get_memory_limit() == job.predicted.limit < job.memory.machine.memory

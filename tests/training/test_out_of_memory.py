@@ -24,27 +24,26 @@ from mlx_sft.training import relief
 from mlx_sft.training.optim import AdamW
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
-from mlx_sft.training.shortage import OutOfMemory, Shortage, next_try, shortage_noticed
-from mlx_sft.training.step import Learner
+from mlx_sft.training.step import GradientComputer, OutOfMemory, TooLarge, next_try, out_of_memory_noticed
 from tests.run_folders import outcome
 
 METAL = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
 
-Fits = Callable[[Learner, Batch], bool]
+Fits = Callable[[GradientComputer, Batch], bool]
 
 
 @pytest.fixture
 def small_device(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[Fits], None]:
-    """`small_device(fits)`: a device on which a micro-batch of the run fails where `fits(learner, batch)` is false."""
-    own, run = Learner._micro_step, RunFolder(settings["out"])
+    """`small_device(fits)`: a device on which a micro-batch of the run fails where `fits(gradient_computer, batch)` is false."""
+    own, run = GradientComputer._micro_step, RunFolder(settings["out"])
 
     def make(fits: Fits) -> None:
-        def micro_step(learner: Learner, parameters: Any, batch: Batch, *further: Any) -> Any:
-            if run.metrics.exists() and not fits(learner, batch):
+        def micro_step(gradient_computer: GradientComputer, parameters: Any, batch: Batch, *further: Any) -> Any:
+            if run.metrics.exists() and not fits(gradient_computer, batch):
                 raise RuntimeError(METAL)
-            return own(learner, parameters, batch, *further)
+            return own(gradient_computer, parameters, batch, *further)
 
-        monkeypatch.setattr(Learner, "_micro_step", micro_step)
+        monkeypatch.setattr(GradientComputer, "_micro_step", micro_step)
 
     return make
 
@@ -83,7 +82,7 @@ def test_a_micro_batch_that_does_not_fit_is_cut_and_the_step_repeated(
 ) -> None:
     tried: list[int] = []
 
-    def fits(learner: Learner, batch: Batch) -> bool:
+    def fits(gradient_computer: GradientComputer, batch: Batch) -> bool:
         tried.append(batch.token_ids.size)
         return batch.token_ids.size <= 60
 
@@ -111,9 +110,9 @@ def test_a_row_that_does_not_fit_is_recomputed_until_it_does(
 ) -> None:
     modes: list[Mode] = []
 
-    def fits(learner: Learner, batch: Batch) -> bool:
-        modes.append(learner.mode)
-        return learner.mode == "blocks" or batch.longest < 40
+    def fits(gradient_computer: GradientComputer, batch: Batch) -> bool:
+        modes.append(gradient_computer.mode)
+        return gradient_computer.mode == "blocks" or batch.longest < 40
 
     small_device(fits)
     run = train(TrainConfig(**settings)).run_dir
@@ -130,12 +129,12 @@ def test_a_run_resumed_after_a_shortage_is_the_same_to_the_byte(
 ) -> None:
     steps: list[int] = []
 
-    def fits(learner: Learner, batch: Batch) -> bool:
+    def fits(gradient_computer: GradientComputer, batch: Batch) -> bool:
         """Memory is short in the third step alone, for as long as it is not cut into rows that are recomputed."""
         run = RunFolder(settings["out"])
         steps[:] = run.checkpoint_steps()
         in_third = len(lines(run.path, "train")) == 2
-        return not in_third or (batch.rows == 1 and learner.mode == "layers")
+        return not in_third or (batch.rows == 1 and gradient_computer.mode == "layers")
 
     small_device(fits)
     settings |= {"save_every": 1, "keep": 99, "valid_fraction": 0.2, "eval_every": 2}
@@ -191,7 +190,7 @@ def test_a_run_may_go_on_computed_in_another_way(
 def test_a_run_that_nothing_helps_ends_with_its_state_saved(
     settings: dict[str, Any], undisturbed: Path, small_device: Callable[[Fits], None]
 ) -> None:
-    def fits(learner: Learner, batch: Batch) -> bool:
+    def fits(gradient_computer: GradientComputer, batch: Batch) -> bool:
         return len(lines(settings["out"], "train")) < 2
 
     small_device(fits)
@@ -216,7 +215,7 @@ def test_what_the_failed_step_had_computed_is_gone_before_the_next_try(
         active.append(mx.get_active_memory())
         return own(*arguments)
 
-    def fits(learner: Learner, batch: Batch) -> bool:
+    def fits(gradient_computer: GradientComputer, batch: Batch) -> bool:
         if not active:
             gc.collect()  # of the tests before
             active.append(mx.get_active_memory())
@@ -267,19 +266,19 @@ def test_an_evaluation_that_does_not_fit_is_begun_again_in_smaller_parts(
 ) -> None:
     settings |= {"valid": str(chats), "eval_every": 2}
     whole = train(TrainConfig(**settings)).run_dir
-    own, failed = Learner.evaluate, []
+    own, failed = GradientComputer.evaluate, []
 
-    def evaluate(learner: Learner, parameters: Any, batches: Iterator[Batch]) -> Any:
+    def evaluate(gradient_computer: GradientComputer, parameters: Any, batches: Iterator[Batch]) -> Any:
         def checked() -> Iterator[Batch]:
             for batch in batches:
                 if batch.token_ids.size > 80:
                     failed.append(batch.token_ids.size)
-                    raise OutOfMemory(Shortage(batch.rows, batch.longest, batch.token_ids.size, METAL))
+                    raise OutOfMemory(TooLarge(batch.rows, batch.longest, batch.token_ids.size, METAL))
                 yield batch
 
-        return own(learner, parameters, checked())
+        return own(gradient_computer, parameters, checked())
 
-    monkeypatch.setattr(Learner, "evaluate", evaluate)
+    monkeypatch.setattr(GradientComputer, "evaluate", evaluate)
     capsys.readouterr()
     parts = train(TrainConfig(**settings | {"out": str(tmp_path / "parts")})).run_dir
     losses = [[line["loss"] for line in lines(run, "evaluation")] for run in (parts, whole)]
@@ -294,11 +293,11 @@ def test_an_evaluation_that_does_not_fit_is_begun_again_in_smaller_parts(
 def test_an_evaluation_of_a_row_that_does_not_fit_ends_with_a_way_out(
     settings: dict[str, Any], chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evaluate(learner: Learner, parameters: Any, batches: Iterator[Batch]) -> Any:
+    def evaluate(gradient_computer: GradientComputer, parameters: Any, batches: Iterator[Batch]) -> Any:
         batch = next(iter(batches))
-        raise OutOfMemory(Shortage(1, batch.longest, batch.longest, METAL))
+        raise OutOfMemory(TooLarge(1, batch.longest, batch.longest, METAL))
 
-    monkeypatch.setattr(Learner, "evaluate", evaluate)
+    monkeypatch.setattr(GradientComputer, "evaluate", evaluate)
     with pytest.raises(UserError, match="out of memory in an evaluation: a row of") as caught:
         train(TrainConfig(**settings | {"valid": str(chats), "eval_every": 2}))
     assert "--max-length" in caught.value.hint
@@ -320,28 +319,28 @@ def test_an_evaluation_of_a_row_that_does_not_fit_ends_with_a_way_out(
 )
 def test_every_device_is_understood(error: Exception, examples: Examples) -> None:
     batch = collate(examples, MicroBatch((0, 1), 24))
-    with pytest.raises(OutOfMemory) as caught, shortage_noticed(batch):
+    with pytest.raises(OutOfMemory) as caught, out_of_memory_noticed(batch):
         raise error
-    assert caught.value.shortage == Shortage(2, 24, 48, str(error))
+    assert caught.value.shortage == TooLarge(2, 24, 48, str(error))
 
 
 def test_rows_end_to_end_are_counted(examples: Examples) -> None:
     batch = collate(examples, cut((0, 1), examples.needed_lengths, 1000, "joined")[0])
-    with pytest.raises(OutOfMemory) as caught, shortage_noticed(batch):
+    with pytest.raises(OutOfMemory) as caught, out_of_memory_noticed(batch):
         raise MemoryError
     lengths = examples.needed_lengths[:2]
-    assert caught.value.shortage == Shortage(2, lengths.max(), lengths.sum(), "")
+    assert caught.value.shortage == TooLarge(2, lengths.max(), lengths.sum(), "")
 
 
 def test_another_error_is_left_alone(examples: Examples) -> None:
     batch = collate(examples, MicroBatch((0, 1), 24))
-    with pytest.raises(RuntimeError, match="shapes"), shortage_noticed(batch):
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_noticed(batch):
         raise RuntimeError("[matmul] shapes do not match")
 
 
 def test_a_micro_batch_is_halved_down_to_a_row_and_then_recomputed() -> None:
     budget, mode, rows, seen = 2000, "off", 12, []
-    while tried := next_try(Shortage(rows, 100, 100 * rows, ""), budget, mode):
+    while tried := next_try(TooLarge(rows, 100, 100 * rows, ""), budget, mode):
         budget, mode = tried
         rows = max(1, budget // 100)
         seen.append(tried)

@@ -14,7 +14,7 @@ from mlx_sft.data.batches import Spans
 from mlx_sft.methods import Method, Parameters, make_method
 from mlx_sft.model.head import SplitModel
 from mlx_sft.training import recompute
-from mlx_sft.training.recompute import Mode, Recomputed
+from mlx_sft.training.recompute import Mode, Recomputation
 from tests.families import FAMILIES, tiny_model
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -42,7 +42,7 @@ def gradients(
     tokens: mx.array = TOKENS,
     spans: Spans = (),
 ) -> tuple[mx.array, Parameters]:
-    recomputed = None if mode is None else Recomputed(split, mode)
+    recomputed = None if mode is None else Recomputation(split, mode)
     if recomputed is not None:
         recomputed.rows.spans = spans
 
@@ -51,7 +51,7 @@ def gradients(
         if recomputed is None:
             states = split.hidden_states(tokens)
         else:
-            with recomputed.standing_in():
+            with recomputed.active():
                 states = split.hidden_states(tokens)
         return mx.sin(states).sum()
 
@@ -87,7 +87,7 @@ def test_rows_end_to_end_are_as_each_alone(family: str, mode: Mode) -> None:
     tokens = mx.random.randint(0, 64, (1, 17), key=mx.random.key(5))
     apart = [gradients(*model, None, tokens[:, start:end]) for start, end in spans]
     together = {name: sum((g[name] for _, g in apart[1:]), apart[0][1][name]) for name in apart[0][1]}
-    assert Recomputed(model[0], mode).keeps_rows_apart()
+    assert Recomputation(model[0], mode).keeps_rows_apart()
     ours = gradients(*model, mode, tokens, spans)
     assert_same(ours, (sum((loss for loss, _ in apart[1:]), apart[0][0]), together))
 
@@ -95,7 +95,7 @@ def test_rows_end_to_end_are_as_each_alone(family: str, mode: Mode) -> None:
 def test_rows_of_a_layer_that_cannot_be_taken_apart_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     split, *_ = attached("qwen3", "lora")
     monkeypatch.setattr(recompute, "find_blocks", lambda layers, run: [{} for _ in layers])
-    assert not Recomputed(split, "off").keeps_rows_apart()
+    assert not Recomputation(split, "off").keeps_rows_apart()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,11 +108,11 @@ def test_so_are_those_of_every_weight(family: str, mode: Mode) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_and_compiled(mode: Mode) -> None:
     split, method, parameters = attached("qwen3", "lora", num_hidden_layers=2)
-    recomputed = Recomputed(split, mode)
+    recomputed = Recomputation(split, mode)
 
     def loss(parameters: Parameters, tokens: mx.array) -> mx.array:
         method.bind(split.model, parameters)
-        with recomputed.standing_in():
+        with recomputed.active():
             return mx.sin(split.hidden_states(tokens)).sum()
 
     compiled = mx.compile(mx.value_and_grad(loss))
@@ -151,10 +151,10 @@ def test_less_is_kept_from_mode_to_mode() -> None:
 def test_the_layers_are_the_models_own_again_even_after_an_error() -> None:
     split, _, _ = attached("qwen3", "lora")
     before = list(split.layers)
-    recomputed = Recomputed(split, "layers")
+    recomputed = Recomputation(split, "layers")
 
     def fail() -> None:
-        with recomputed.standing_in():
+        with recomputed.active():
             assert all(layer is not own for layer, own in zip(split.layers, before, strict=True))
             raise ValueError("stop")
 

@@ -14,9 +14,9 @@ from mlx_sft.data.batches import MicroBatch, Plan, collate, cut, round_up
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
 from mlx_sft.training import shapes
+from mlx_sft.training.batch_settings import MOST_TRACES, compiled_shapes, frequent_shapes, padded_shape, planned_shape
 from mlx_sft.training.machine import Machine, mac
 from mlx_sft.training.setup import prepare_job
-from mlx_sft.training.shapes import MOST_TRACES, compiled_shapes, frequent_shapes, padded_shape, planned_shape
 
 
 def _rows(lengths: list[int]) -> Examples:
@@ -42,7 +42,7 @@ def test_a_planned_shape_is_that_of_the_batch(examples: Examples) -> None:
 
 def test_on_a_gpu_the_commonest_shapes_of_the_plan_are_compiled(settings: dict[str, Any]) -> None:
     job = prepare_job(TrainConfig(**settings | {"epochs": 1, "batch_size": 1}), Console(quiet=True))
-    arguments = (job.plan, job.data.train, job.choice.micro_batch_tokens)
+    arguments = (job.plan, job.data.train, job.settings.micro_batch_tokens)
     assert compiled_shapes(Machine("a PC", "cpu", 2**34, ""), *arguments) == []
     lengths = job.data.train.needed_lengths
     steps = [MicroBatch(step.rows, round_up(int(lengths[step.rows[0]]))) for step in job.plan.steps()]

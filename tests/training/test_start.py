@@ -12,12 +12,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tests.twins import STEPS, Pair
 
 from mlx_sft import TrainConfig, UserError, export_twin, train
 from mlx_sft.errors import USAGE
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.run_folder import RunFolder
-from tests.twins import STEPS, Pair
 
 HALF = STEPS // 2
 

@@ -24,8 +24,7 @@ from mlx_sft.training import optim
 from mlx_sft.training.checkpoint import dropout_key
 from mlx_sft.training.optim import AdamW, clip, global_norm
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.shapes import padded_shape
-from mlx_sft.training.step import Learner
+from mlx_sft.training.step import GradientComputer, padded_shape
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 DROPOUT = {"rank": 4, "alpha": 8.0, "dropout": 0.3}
@@ -40,7 +39,7 @@ def collated(examples: Examples, micro_batches: list[MicroBatch]) -> list[Batch]
 
 
 class Subject:
-    """A model under a method with parameters that are not at their start, and a learner for it."""
+    """A model under a method with parameters that are not at their start, and a gradient_computer for it."""
 
     def __init__(self, base: Path, method: Lora | Full, **options: object) -> None:
         self.split = SplitModel(load_model(str(base), "float32").model)
@@ -50,18 +49,18 @@ class Subject:
             name: value + mx.array(random.normal(0, 0.05, value.shape).astype(np.float32))
             for name, value in start.items()
         }
-        self.learner = Learner(self.split, method, vocabulary=264, **options)
+        self.gradient_computer = GradientComputer(self.split, method, vocabulary=264, **options)
 
     def gradient(
         self, examples: Examples, micro_batches: list[MicroBatch], key: mx.array | None = None
     ) -> tuple[float, Parameters]:
-        loss, gradients = self.learner.gradient(self.parameters, collated(examples, micro_batches), key)
+        loss, gradients = self.gradient_computer.gradient(self.parameters, collated(examples, micro_batches), key)
         return loss.item(), gradients
 
 
 @pytest.fixture
 def make_subject(make_base: Callable[..., Path]) -> Callable[..., Subject]:
-    """`make_subject(method, family=, tied=, **options of the Learner)`."""
+    """`make_subject(method, family=, tied=, **options of the GradientComputer)`."""
 
     def make(method: Lora | Full, *, family: str = "qwen3", tied: bool = True, **options: object) -> Subject:
         return Subject(make_base(family, tied=tied), method, **options)
@@ -103,13 +102,13 @@ def test_rows_end_to_end_give_the_same_step_and_evaluation(
 ) -> None:
     whole = make_subject(method).gradient(examples, _whole(examples))
     subject = make_subject(method, recompute=mode)
-    assert subject.learner.keeps_rows_apart()
+    assert subject.gradient_computer.keeps_rows_apart()
     for budget in (1, 60, 1000):
         joined = cut(range(5), examples.needed_lengths, budget, "joined")
         _assert_equal(subject.gradient(examples, joined), whole)
     _assert_equal(subject.gradient(examples, _whole(examples)), whole)  # and nothing of it is left behind
     evaluations = [
-        subject.learner.evaluate(subject.parameters, [collate(examples, micro) for micro in micro_batches])
+        subject.gradient_computer.evaluate(subject.parameters, [collate(examples, micro) for micro in micro_batches])
         for micro_batches in (_whole(examples), cut_all(examples.needed_lengths, 1000, "joined"))
     ]
     assert evaluations[0].loss == pytest.approx(evaluations[1].loss, rel=1e-6)
@@ -212,7 +211,7 @@ def test_evaluation_is_exact_and_without_dropout(make_subject: Callable[..., Sub
 
     micro_batches = cut_all(examples.needed_lengths, 40)
     assert len(micro_batches) > 2
-    ours = subject.learner.evaluate(subject.parameters, iter(collated(examples, micro_batches)))
+    ours = subject.gradient_computer.evaluate(subject.parameters, iter(collated(examples, micro_batches)))
 
     losses, right = [], []
     for example in examples:
@@ -262,9 +261,9 @@ def test_a_model_that_cannot_be_split_is_learnt_whole(
         return nn.losses.cross_entropy(logits, mx.array(whole.targets)).mean()
 
     expected, gradients = mx.value_and_grad(plain)(parameters)
-    learner = Learner(split, method, vocabulary=264, recompute=recompute)
+    gradient_computer = GradientComputer(split, method, vocabulary=264, recompute=recompute)
     micro_batches = cut(range(5), examples.needed_lengths, 40)
-    loss, ours = learner.gradient(parameters, collated(examples, micro_batches))
+    loss, ours = gradient_computer.gradient(parameters, collated(examples, micro_batches))
 
     assert split.body_name is None
     _assert_equal((loss.item(), ours), (expected.item(), gradients))
@@ -278,11 +277,11 @@ def test_each_compiled_shape_is_traced_once_and_its_first_run_timed(
     subject = make_subject(_lora(rank=4, alpha=8.0), compiled=shapes)
     for micro_batches, traces in (([one, plain], 1), ([plain, one], 1), ([one, other, one], 2), ([other], 2)):
         subject.gradient(examples, micro_batches)
-        assert len(subject.learner.trace_seconds) == traces
-    assert min(subject.learner.trace_seconds) > 0
-    subject.learner.configure("layers", shapes)  # traces of another mode are of no use any more
+        assert len(subject.gradient_computer.trace_seconds) == traces
+    assert min(subject.gradient_computer.trace_seconds) > 0
+    subject.gradient_computer.configure("layers", shapes)  # traces of another mode are of no use any more
     subject.gradient(examples, [one])
-    assert len(subject.learner.trace_seconds) == 3
+    assert len(subject.gradient_computer.trace_seconds) == 3
 
 
 # Memory
@@ -350,16 +349,16 @@ def test_the_size_of_tiles_leaves_no_trace(
 ) -> None:
     subject = make_subject(_lora(rank=4), family=family, tied=tied)
     cut_once = cut(range(len(examples)), examples.lengths, 4096)
-    assert subject.learner.tiled_head is not None
+    assert subject.gradient_computer.tiled_head is not None
     expected, evaluated = None, None
     for columns in (4096, 100, 1):
-        subject.learner.tiled_head.columns = columns
-        subject.learner.configure(subject.learner.mode)
+        subject.gradient_computer.tiled_head.columns = columns
+        subject.gradient_computer.configure(subject.gradient_computer.mode)
         found = subject.gradient(examples, cut_once)
-        result = subject.learner.evaluate(subject.parameters, collated(examples, cut_once))
+        result = subject.gradient_computer.evaluate(subject.parameters, collated(examples, cut_once))
         expected, evaluated = expected or found, evaluated or result
         _assert_equal(found, expected, tolerance=1e-5)
         assert result.loss == pytest.approx(evaluated.loss, rel=1e-5)
         assert result.token_accuracy == pytest.approx(evaluated.token_accuracy, rel=1e-6)
-    subject.learner.tiled_head = None  # the head as a whole
+    subject.gradient_computer.tiled_head = None  # the head as a whole
     _assert_equal(subject.gradient(examples, cut_once), expected, tolerance=1e-5)

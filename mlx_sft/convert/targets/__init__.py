@@ -26,7 +26,7 @@ ENTRIES = {
     "peft": "mlx_sft.convert.targets.peft:Peft",
     "mlx-lm": "mlx_sft.convert.targets.mlx_lm:MlxLm",
     "gguf": "mlx_sft.convert.targets.gguf:Gguf",
-    "trl": "mlx_sft.convert.targets.trl:Trl",
+    "trl": "mlx_sft.convert.targets.trl.target:Trl",
 }
 
 

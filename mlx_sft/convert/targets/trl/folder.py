@@ -1,7 +1,4 @@
-"""A twin's folder: the one place that knows its file names, and the reader of what its train.py left.
-
-Knows neither how it is made nor how it is trained.
-"""
+"""The folder of a TRL export: its file names, and the reader of what its train.py left."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ FIRST, SECOND = "exp_avg", "exp_avg_sq"
 _AGAIN = "run its train.py again, or copy the whole folder once more"
 
 
-class TwinFolder(RunFolder):
+class TrlFolder(RunFolder):
     """A run folder whose steps another machine takes; `eval`, `generate` and `export` treat it as any other.
 
     ```
-    twin/
+    export/
       train.py            the script
       requirements.txt    what it needs
       trl.json            what it does, in TRL's words; hashes of data and model
@@ -53,30 +50,34 @@ class TwinFolder(RunFolder):
         self.progress = self.adapter / "progress.json"
 
     @classmethod
-    def find(cls, path: str | Path) -> TwinFolder | None:
-        """The twin that a folder is, or that it is the trained adapter of; None for any other folder."""
+    def find(cls, path: str | Path) -> TrlFolder | None:
+        """The TRL export that a folder is, or that it is the trained adapter of; None for any other folder."""
         given = user_path(path).resolve()
-        twins = [cls(folder) for folder in (given, given.parent)]
-        return next((twin for twin in twins if twin.trl.is_file() and given in (twin.path, twin.adapter)), None)
+        exports = [cls(folder) for folder in (given, given.parent)]
+        return next(
+            (export for export in exports if export.trl.is_file() and given in (export.path, export.adapter)), None
+        )
 
     @classmethod
-    def trained(cls, path: str | Path) -> TwinFolder:
-        """The twin in a folder; raises `UserError` where there is none, or its train.py has left nothing yet."""
-        twin = cls.find(path)
-        if twin is None:
-            raise UserError(f"not a twin: it has no {cls(path).trl.name}", where=str(path), hint=_AGAIN)
-        if not twin.progress.is_file():
-            what = f"this twin has not been trained: it has no {twin.progress.relative_to(twin.path)}"
-            raise UserError(what, where=str(twin.path), hint="run its train.py, and copy the folder back")
-        return twin
+    def trained(cls, path: str | Path) -> TrlFolder:
+        """The TRL export in a folder; raises `UserError` where there is none, or its train.py has left nothing yet."""
+        export = cls.find(path)
+        if export is None:
+            raise UserError(f"not a TRL export: it has no {cls(path).trl.name}", where=str(path), hint=_AGAIN)
+        if not export.progress.is_file():
+            what = f"this TRL export has not been trained: it has no {export.progress.relative_to(export.path)}"
+            raise UserError(what, where=str(export.path), hint="run its train.py, and copy the folder back")
+        return export
 
     def refuse_changes(self, identity: dict[str, str]) -> None:
-        """Raise `UserError` where data or model are not those that the twin was made of."""
+        """Raise `UserError` where data or model are not those that the TRL export was made of."""
         made_of = read_json(self.trl, hint=_AGAIN).get("identity")
         for name in ("data", "model"):
             if not isinstance(made_of, dict) or made_of.get(name) != identity[name]:
                 hint = "put it back as it was, or go on from the adapter alone with --init-adapter"
-                raise UserError(f"the {name} changed since this twin was exported", where=str(self.path), hint=hint)
+                raise UserError(
+                    f"the {name} changed since this TRL export was exported", where=str(self.path), hint=hint
+                )
 
     def read_step(self, total_steps: int) -> int:
         """How many of the run's steps have been taken."""

@@ -14,15 +14,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from tests.twins import STEPS, Pair
 
 from mlx_sft import TrainConfig, UserError, evaluate_run, export, export_twin, train
 from mlx_sft.data.prepare import prepare
 from mlx_sft.errors import USAGE
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.runs import RunFolder
+from mlx_sft.training.batch_settings import planned_steps
 from mlx_sft.training.fit import planned_steps
 from tests.run_folders import outcome
-from tests.twins import STEPS, Pair
 
 WRITTEN = {
     "train.py",

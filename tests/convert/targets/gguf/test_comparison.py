@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mlx_sft.convert.gguf import check_gguf
 from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.convert.targets.gguf.comparison import check_gguf
 from mlx_sft.errors import UserError
 
 EMBEDDINGS = "model.embed_tokens.weight"

@@ -81,6 +81,8 @@ def write(folder: Path, output: Path, kind: str) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{number}>" for number in range(config["vocab_size"] - (MODE == "vocabulary"))])
     writer.add_add_bos_token(MODE == "bos")
+    chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    writer.add_chat_template(chat_template.upper() if MODE == "template" else chat_template)
     found = tensors(folder, config)
     spoilt(found)
     for name, values in found.items():

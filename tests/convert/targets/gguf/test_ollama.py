@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_sft.convert.ollama.rendering import parse_modelfile, rendered
+from mlx_sft.convert.targets.gguf.ollama import parse_modelfile, rendered
 
-SHOWN = "{{ .System }}#{{ range $i, $_ := .Messages }}{{ .Role }}({{ .Content }}|{{ .Thinking }}){{ end }}"
+SHOWN = "{{ .System }}#{{ range $i, $_ := .Messages }}{{ .Role }}({{ .Content }}){{ end }}"
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -40,15 +40,10 @@ def test_characters_that_are_not_printed_are_lost() -> None:
 
 def test_system_messages_are_in_both_places_and_neighbours_become_one() -> None:
     talk = [message("system", "s"), message("user", "a"), message("user", "b"), message("system", "t")]
-    assert rendered(f'TEMPLATE """{SHOWN}"""\n', talk) == "s\n\nt#system(s|)user(a\n\nb|)system(t|)"
+    assert rendered(f'TEMPLATE """{SHOWN}"""\n', talk) == "s\n\nt#system(s)user(a\n\nb)system(t)"
 
 
 def test_the_files_system_message_stands_in_where_there_is_none_at_the_beginning() -> None:
     file = f'TEMPLATE """{SHOWN}"""\nSYSTEM """d"""\n'
-    assert rendered(file, [message("user", "a")]) == "d#system(d|)user(a|)"
-    assert rendered(file, [message("system", "s"), message("user", "a")]) == "s#system(s|)user(a|)"
-
-
-def test_reasoning_is_the_messages_thinking() -> None:
-    talk = [message("assistant", "4") | {"reasoning_content": "2+2"}]
-    assert rendered(f'TEMPLATE """{SHOWN}"""\n', talk) == "#assistant(4|2+2)"
+    assert rendered(file, [message("user", "a")]) == "d#system(d)user(a)"
+    assert rendered(file, [message("system", "s"), message("user", "a")]) == "s#system(s)user(a)"

@@ -1,6 +1,6 @@
 """llama.cpp's own converter of Hugging Face checkpoints to GGUF: found on this machine, and run.
 
-It is another program, with a Python and packages of its own. Knows nothing of what is in the file that it writes.
+It is another program, with a Python and packages of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Ollama writes by the Modelfile is what the chat template writes, in transformers' own hands."""
+"""What Ollama writes by the Modelfile is what the chat template writes, as transformers renders it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mlx_sft.convert.ollama import Modelfile, make_modelfile
-from mlx_sft.convert.ollama.rendering import parse_modelfile, rendered
+from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
+from mlx_sft.convert.targets.gguf.ollama import parse_modelfile, rendered
 from mlx_sft.errors import UserError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -46,6 +46,17 @@ ZEPHYR = (
     "{% elif message.role == 'assistant' %}\n{{ '<|assistant|>\n'  + message.content + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
+DEFAULT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\n" + DEFAULT + "<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ 'Today: ' + date_string + '\n' }}" + CHATML
+)
 BRACES = (
     "{{ '{{sys}}' }}{% for message in messages %}{{ '{' + message.role + '}}\"' + message.content + '}\"{' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '{assistant}}\"' }}{% endif %}"
@@ -55,12 +66,9 @@ LLAMA3 = {"eos": "<|eot_id|>", "bos": "<|begin_of_text|>", "adds_bos": True}
 TEMPLATES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "ChatML": (CHATML, {}, ["<|im_end|>"]),
     "ChatML of a base model": (CHATML, {"eos": "<|endoftext|>"}, ["<|endoftext|>", "<|im_end|>"]),
-    "Qwen 3": ("qwen3", {}, ["<|im_end|>"]),
-    "Qwen 3 Instruct": ("qwen3_instruct_2507", {}, ["<|im_end|>"]),
-    "Qwen 2.5": ("qwen2_5", {}, ["<|im_end|>"]),
+    "SmolLM 2": (SMOLLM2, {}, ["<|im_end|>"]),
+    "a date": (DATED, {}, ["<|im_end|>"]),
     "Llama 3": ("llama3", LLAMA3, ["<|eot_id|>"]),
-    "Llama 3.1": ("llama3_1", LLAMA3, ["<|eot_id|>"]),
-    "Llama 3.2": ("llama3_2", LLAMA3, ["<|eot_id|>"]),
     "Llama 2": (LLAMA2, {"eos": "</s>", "bos": "<s>", "adds_bos": True}, ["</s>"]),
     "Mistral": (MISTRAL, {"eos": "</s>", "bos": "<s>", "adds_bos": True}, ["</s>"]),
     "Mistral, its tokenizer without a beginning": (MISTRAL, {"eos": "</s>", "bos": "<s>"}, ["</s>"]),
@@ -71,6 +79,15 @@ TEMPLATES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "Zephyr": (ZEPHYR, {"eos": "</s>", "bos": "<s>"}, ["</s>"]),
     "braces and quotes": (BRACES, {}, ["<|im_end|>"]),
 }
+FOLLOWED_BY_OLLAMA: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "Qwen 3": ("qwen3", {}, ["<|im_end|>"]),
+    "Qwen 3 of a base model": ("qwen3", {"eos": "<|endoftext|>"}, ["<|endoftext|>", "<|im_end|>"]),
+    "Qwen 3 Instruct": ("qwen3_instruct_2507", {}, ["<|im_end|>"]),
+    "Qwen 2.5": ("qwen2_5", {}, ["<|im_end|>"]),
+    "Llama 3.1": ("llama3_1", LLAMA3, ["<|eot_id|>"]),
+    "Llama 3.2": ("llama3_2", LLAMA3, ["<|eot_id|>"]),
+}
+"""These have tools or reasoning, so that Ollama takes them out of the GGUF file."""
 
 SYSTEM = {"role": "system", "content": "Speak plainly."}
 ASK, SAY = {"role": "user", "content": "Where to?"}, {"role": "assistant", "content": "To {{ the }} sea."}
@@ -91,7 +108,7 @@ def built(make_tokenizer: MakeTokenizer, public_template: Callable[[str], str]) 
     """`built(name)` → a tokenizer with that template, and its Modelfile."""
 
     def build(name: str) -> tuple[PreTrainedTokenizerFast, Modelfile]:
-        template, settings, _ = TEMPLATES[name]
+        template, settings, _ = (TEMPLATES | FOLLOWED_BY_OLLAMA)[name]
         source = template if " " in template else public_template(template)
         tokenizer = make_tokenizer(source, **settings)
         return tokenizer, make_modelfile(tokenizer, {}, "./model.gguf")
@@ -120,53 +137,56 @@ def test_ollama_writes_what_the_chat_template_writes(
     assert written == expected(tokenizer, talk, TEMPLATES[name][1].get("adds_bos", False))
 
 
+@pytest.mark.parametrize("name", FOLLOWED_BY_OLLAMA)
+def test_tools_and_reasoning_are_left_to_the_template_in_the_file(name: str, built: Callable[[str], Any]) -> None:
+    tokenizer, modelfile = built(name)
+    commands = parse_modelfile(modelfile.text)
+    assert [command for command in commands if command[0] != "stop"] == [
+        ("FROM", "./model.gguf"),
+        ("REQUIRES", "0.30.11"),
+    ]
+    assert modelfile.chat_template == tokenizer.chat_template
+    assert modelfile.notes == ("Ollama 0.30.11 or later is needed, which follows the chat template in the GGUF file",)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_a_plain_template_needs_no_other_and_no_version(name: str, built: Callable[[str], Any]) -> None:
+    modelfile = built(name)[1]
+    assert modelfile.chat_template is None
+    assert "REQUIRES" not in dict(parse_modelfile(modelfile.text))
+
+
+@pytest.mark.parametrize("name", TEMPLATES | FOLLOWED_BY_OLLAMA)
 def test_the_tokens_that_end_an_answer_stop_it(name: str, built: Callable[[str], Any]) -> None:
     commands = parse_modelfile(built(name)[1].text)
-    assert [value for command, value in commands if command == "stop"] == TEMPLATES[name][2]
+    assert [value for command, value in commands if command == "stop"] == (TEMPLATES | FOLLOWED_BY_OLLAMA)[name][2]
     assert commands[0] == ("FROM", "./model.gguf")
 
 
 def test_an_answer_that_is_the_last_message_goes_on(built: Callable[[str], Any]) -> None:
     written = rendered(built("ChatML")[1].text, [ASK, REPLY])
     assert written == "<|im_start|>user\nWhere to?<|im_end|>\n<|im_start|>assistant\nHome"
-    assert rendered(built("Qwen 3")[1].text, [ASK, THOUGHT]).endswith(
-        "<|im_start|>assistant\n<think>\nfar\naway\n</think>\n\nHome"
-    )
-    assert rendered(built("Qwen 3")[1].text, [ASK, REPLY]).endswith("assistant\n<think>\n\n</think>\n\nHome")
-
-
-def test_qwen3_is_told_not_to_think_as_its_template_says_it(built: Callable[[str], Any]) -> None:
-    tokenizer, modelfile = built("Qwen 3")
-    for talk in ([ASK], [SYSTEM, ASK, THOUGHT, MORE]):
-        for think in (True, False):
-            want = expected(tokenizer, talk, False, enable_thinking=think)
-            assert rendered(modelfile.text, talk, think) == want
-    assert rendered(modelfile.text, [ASK], False).endswith("<think>\n\n</think>\n\n")
-
-
-def test_ollama_can_tell_reasoning_by_what_stands_around_it(built: Callable[[str], Any]) -> None:
-    """It takes the tags from the innermost block around `.Thinking`: the texts that begin and end it."""
-    text = built("Qwen 3")[1].text
-    assert text.count("{{ .Thinking }}") == 1
-    assert "{{ if and $last .Thinking }}<think>\n{{ .Thinking }}\n</think>\n\n{{ else }}" in text
 
 
 @pytest.mark.parametrize("talk", TALKS.values(), ids=TALKS)
 def test_the_real_qwen3(talk: list[dict[str, str]], neighbour: Callable[[str], Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"), local_files_only=True)
     modelfile = make_modelfile(tokenizer, {}, "./model.gguf")
-    assert rendered(modelfile.text, talk) == expected(tokenizer, talk, False)
-    assert rendered(modelfile.text, talk, False) == expected(tokenizer, talk, False, enable_thinking=False)
-    assert 'PARAMETER stop "<|im_end|>"\n' in modelfile.text
-    assert modelfile.notes == ()
+    assert modelfile.text == (
+        "# Made by mlx-sft. In this folder: ollama create NAME -f Modelfile\n"
+        "# No TEMPLATE: Ollama follows the chat template in the GGUF file.\n"
+        "FROM ./model.gguf\n"
+        "REQUIRES 0.30.11\n"
+        'PARAMETER stop "<|im_end|>"\n'
+    )
+    assert modelfile.chat_template == tokenizer.chat_template
 
 
 def test_a_default_system_message_is_the_files(built: Callable[[str], Any]) -> None:
-    commands = dict(parse_modelfile(built("Qwen 2.5")[1].text))
-    assert commands["SYSTEM"] == "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-    assert "Alibaba" not in commands["TEMPLATE"]
-    assert "SYSTEM" not in dict(parse_modelfile(built("Qwen 3")[1].text))
+    commands = dict(parse_modelfile(built("SmolLM 2")[1].text))
+    assert commands["SYSTEM"] == DEFAULT
+    assert "SmolLM" not in commands["TEMPLATE"]
+    assert "SYSTEM" not in dict(parse_modelfile(built("ChatML")[1].text))
 
 
 def test_the_beginning_is_written_once(built: Callable[[str], Any]) -> None:
@@ -178,9 +198,19 @@ def test_the_beginning_is_written_once(built: Callable[[str], Any]) -> None:
 
 
 def test_the_variables_of_a_run_are_those_of_its_template(built: Callable[[str], Any]) -> None:
+    tokenizer, _ = built("a date")
+    text = make_modelfile(tokenizer, {"date_string": "1 May 2026"}, "./model.gguf").text
+    assert rendered(text, [ASK]) == expected(tokenizer, [ASK], False, date_string="1 May 2026")
+    assert rendered(text, [ASK]).startswith("Today: 1 May 2026\n")
+
+
+def test_variables_that_ollama_does_not_pass_on_are_said(built: Callable[[str], Any]) -> None:
     tokenizer, _ = built("Qwen 3")
-    text = make_modelfile(tokenizer, {"enable_thinking": False}, "./model.gguf").text
-    assert rendered(text, [ASK]) == expected(tokenizer, [ASK], False, enable_thinking=False)
+    for variables, said in (({"enable_thinking": False}, 1), ({"enable_thinking": True}, 0), ({"unknown": 1}, 0)):
+        notes = make_modelfile(tokenizer, variables, "./model.gguf").notes
+        assert len(notes) == 1 + said
+    notes = make_modelfile(tokenizer, {"enable_thinking": False}, "./model.gguf").notes
+    assert notes[1] == "Ollama does not give the chat template what this run gave it: enable_thinking=False"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +218,7 @@ def test_the_variables_of_a_run_are_those_of_its_template(built: Callable[[str],
     [
         ("Llama 3", "trims white space"),
         ("Gemma", "takes no system message"),
-        ("Llama 3.2", "the date that the chat template writes is fixed"),
+        ("a date", "the date that the chat template writes is fixed"),
         ("Zephyr", ""),
     ],
 )
@@ -229,21 +259,28 @@ def test_a_template_that_cannot_be_followed_is_refused_with_the_reason(
 def test_every_public_template_is_followed_exactly_or_refused(
     make_tokenizer: MakeTokenizer, public_names: list[str], public_template: Callable[[str], str]
 ) -> None:
-    followed, refusals = set(), set()
+    written, left_to_ollama, refused, reasons = set(), set(), set(), set()
     for name in public_names:
         tokenizer = make_tokenizer(public_template(name), bos="<s>")
         try:
             modelfile = make_modelfile(tokenizer, {}, "./model.gguf")
         except UserError as error:
-            refusals.add(error.what.partition(":")[0])
+            refused.add(name)
+            reasons.add(error.what.partition(":")[0])
             continue
-        followed.add(name)
+        if modelfile.chat_template is not None:
+            assert modelfile.chat_template == public_template(name)
+            left_to_ollama.add(name)
+            continue
+        written.add(name)
         for talk in TALKS.values():
             if any("takes no system message" in note for note in modelfile.notes) and talk[0] is SYSTEM:
                 continue
             assert rendered(modelfile.text, talk) == expected(tokenizer, talk, False), name
-    assert followed >= {"cohere", "deepseekv3", "glm4moe", "gptoss", "lfm2", "nemotron_3_ultra", "phi3_5", "qwen3_8"}
-    assert refusals == {"this chat template cannot be put in Ollama's form exactly"}
+    assert written >= {"cohere", "cohere2", "gemma", "gemma3", "llama3", "phi3", "phi3_5", "qwen2_5_vl"}
+    assert left_to_ollama >= {"deepseekv3", "glm4moe", "gptoss", "lfm2", "nemotron_3_ultra", "qwen3_8"}
+    assert refused == {"idefics3", "llava_next", "smolvlm"}, "these are for images"
+    assert reasons == {"this chat template cannot be put in Ollama's form exactly"}
 
 
 def test_a_tokenizer_without_a_chat_template_is_told_so(make_tokenizer: MakeTokenizer) -> None:

@@ -1,9 +1,8 @@
-"""The Modelfile of a model: its chat template in Ollama's form, its default system message, the tokens that stop it.
+"""The Modelfile of a GGUF file for Ollama: which template makes the prompt, the default system message, the tokens that end an answer.
 
-Written from the pieces that the chat template writes, then read again as Ollama reads it, and compared with the chat template on
-sample conversations: it is exact there, or it is not written. Knows nothing of the model itself.
-
-What Ollama's form has no way to say, the notes say: it cannot trim a message, and it has no tools here.
+A chat template with tools or reasoning is followed by Ollama itself, out of the GGUF file. For any other, Ollama has to be given a
+TEMPLATE in Go's language. That is written from the pieces that the chat template writes, read again as Ollama reads it, and compared
+with the chat template on sample conversations: it is exact there, or the Modelfile is refused.
 """
 
 from __future__ import annotations
@@ -12,9 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_sft.convert.ollama.go_template import literal
-from mlx_sft.convert.ollama.pieces import Around, Chat, Message, Pieces, Unfit, assistant, system, user, watch
-from mlx_sft.convert.ollama.rendering import parse_modelfile, rendered
+from mlx_sft.convert.targets.gguf.chat_pieces import (
+    Around,
+    Chat,
+    Message,
+    Pieces,
+    Unfit,
+    assistant,
+    end_of_answer,
+    find_pieces,
+    system,
+    user,
+)
+from mlx_sft.convert.targets.gguf.go_template import literal
+from mlx_sft.convert.targets.gguf.ollama import REQUIRED, follows_gguf_template, parse_modelfile, rendered
 from mlx_sft.data.template import todays_variables
 from mlx_sft.data.tokenizer import end_tokens
 from mlx_sft.errors import UserError
@@ -22,23 +32,31 @@ from mlx_sft.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HEAD = "# Made by mlx-sft. In this folder: ollama create NAME -f Modelfile\nFROM {source}\n"
+_HEAD = "# Made by mlx-sft. In this folder: ollama create NAME -f Modelfile\n"
+_NO_TEMPLATE = "# No TEMPLATE: Ollama follows the chat template in the GGUF file.\n"
 _LAST = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
 _SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Modelfile:
-    """A Modelfile's text, and what a person should know of it."""
+    """A Modelfile.
+
+    Attributes:
+        text: Of the file.
+        notes: What a person should know of it.
+        chat_template: The chat template that the GGUF file must hold, where the Modelfile has no TEMPLATE.
+    """
 
     text: str
     notes: tuple[str, ...]
+    chat_template: str | None = None
 
 
 def make_modelfile(
     tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any], source: str, adds_bos: bool | None = None
 ) -> Modelfile:
-    """The Modelfile of a model, which writes its conversations as the tokenizer does.
+    """The Modelfile of a model, by which Ollama writes conversations as the tokenizer does.
 
     Args:
         tokenizer: Of the model.
@@ -52,58 +70,90 @@ def make_modelfile(
     """
     if not tokenizer.chat_template:
         raise UserError("this tokenizer has no chat template", where=tokenizer.name_or_path, hint="leave out --ollama")
-    today = todays_variables(tokenizer)
+    named = tokenizer.chat_template
+    in_gguf = named if isinstance(named, str) else named.get("default", "")
+    if follows_gguf_template(in_gguf):
+        return _without_template(Chat(tokenizer, variables), source, in_gguf)
     if adds_bos is None:
-        adds_bos = begins_with_bos(tokenizer)
+        adds_bos = _begins_with_bos(tokenizer)
     bos = str(tokenizer.bos_token) if adds_bos and tokenizer.bos_token else ""
-    chat = Chat(tokenizer, today | variables, left_out=bos)
+    chat = Chat(tokenizer, todays_variables(tokenizer) | variables, left_out=bos)
     try:
-        pieces = watch(chat)
+        pieces = find_pieces(chat)
         template, default = _template(pieces)
-        commands = {"TEMPLATE": template} | ({"SYSTEM": default} if default else {})
-        stops = _stops(chat, pieces)
-        text = _HEAD.format(source=source)
-        text += "".join(f'{name} """{value}"""\n' for name, value in commands.items())
-        text += "".join(f'PARAMETER stop "{stop}"\n' for stop in stops)
-        _check(text, [("FROM", source), *commands.items(), *(("stop", stop) for stop in stops)], chat, pieces)
+        commands = [("FROM", source), ("TEMPLATE", template), *([("SYSTEM", default)] if default else [])]
+        commands += [("stop", token) for token in _stops(chat)]
+        text = _HEAD + _text(commands)
+        _check(text, chat, pieces)
     except Unfit as unfit:
         raise UserError(
             f"this chat template cannot be put in Ollama's form exactly: {unfit}",
             where=tokenizer.name_or_path,
             hint="leave out --ollama: the GGUF carries the chat template itself, which llama.cpp follows",
         ) from None
-    return Modelfile(text, tuple(_notes(chat, pieces, bos, today.get("date_string"))))
+    return Modelfile(text, tuple(_notes(chat, pieces, bos)))
 
 
-def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _without_template(chat: Chat, source: str, chat_template: str) -> Modelfile:
+    """For a chat template that Ollama takes out of the GGUF file, and calls without the variables of this run."""
+    commands = [("FROM", source), ("REQUIRES", REQUIRED), *(("stop", token) for token in _stops(chat))]
+    notes = [f"Ollama {REQUIRED} or later is needed, which follows the chat template in the GGUF file"]
+    talk = [user("a"), assistant("b"), user("c")]
+    if chat.prompt(talk) != Chat(chat.tokenizer, {}).prompt(talk):
+        given = ", ".join(f"{name}={value!r}" for name, value in chat.variables.items())
+        notes.append(f"Ollama does not give the chat template what this run gave it: {given}")
+    return Modelfile(_HEAD + _NO_TEMPLATE + _text(commands), tuple(notes), chat_template)
+
+
+def _text(commands: list[tuple[str, str]]) -> str:
+    """The commands as Ollama reads them; raises `Unfit` where it would read something else."""
+    forms = {"TEMPLATE": 'TEMPLATE """{}"""\n', "SYSTEM": 'SYSTEM """{}"""\n', "stop": 'PARAMETER stop "{}"\n'}
+    text = "".join(forms.get(name, name + " {}\n").format(value) for name, value in commands)
+    try:
+        same = parse_modelfile(text) == commands
+    except ValueError:
+        same = False
+    if not same:
+        raise Unfit("it has characters that a Modelfile cannot hold")
+    return text
+
+
+def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer puts the beginning-of-sequence token before a text."""
     bos = tokenizer.bos_token_id
     return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
 
 
+def _stops(chat: Chat) -> list[str]:
+    """The tokens that end a text, and the one with which the template ends an answer."""
+    try:
+        end = end_of_answer(chat).lstrip()
+    except Unfit:
+        end = ""
+    ending = next(({token} for token in chat.tokens if end.startswith(token)), set())
+    return sorted(end_tokens(chat.tokenizer) & set(chat.tokens) | ending)
+
+
 def _template(pieces: Pieces) -> tuple[str, str]:
     """The Go template, and the system message of a conversation that has none; empty where there is none."""
-    in_place = _in_place(pieces)
-    if in_place is not None:
-        (lead, default), question = in_place, literal(pieces.user.before)
-    else:
-        (lead, question), default = _question_with_system(pieces), ""
-    roles = {
-        "user": f"{question}{{{{ .Content }}}}{literal(pieces.user.after)}",
-        "assistant": _answer(pieces),
-    }
+    answer, after = map(literal, pieces.assistant)
+    roles = {"assistant": f"{answer}{{{{ .Content }}}}{_if('not $last', after) if after else ''}"}
+    in_place = _system_in_place(pieces)
     if in_place is not None and pieces.system_later is not None:
+        (lead, default), question = in_place, literal(pieces.user.before)
         before, after = map(literal, pieces.system_later)
-        after = after.removesuffix(literal(pieces.user.before))
-        roles = {"system": f"{before}{{{{ .Content }}}}{after}", **roles}
+        system = {"system": f"{before}{{{{ .Content }}}}{after.removesuffix(question)}"}
+    else:
+        (lead, question), default, system = _system_in_question(pieces), "", {}
+    roles = system | {"user": f"{question}{{{{ .Content }}}}{literal(pieces.user.after)}"} | roles
     choice = "{{ else ".join(f'if eq .Role "{role}" }}}}{text}' for role, text in roles.items())
-    prompt = _if('and $last (ne .Role "assistant")', _prompt(pieces)) if pieces.prompt else ""
+    prompt = _if('and $last (ne .Role "assistant")', literal(pieces.prompt)) if pieces.prompt else ""
     body = f"{_LAST}{{{{ {choice}{{{{ end }}}}{prompt}"
     first = "{{ $first := true }}" if "$first" in body else ""
     return f"{literal(lead)}{first}{{{{ range $i, $_ := .Messages }}}}{body}{{{{ end }}}}", default
 
 
-def _in_place(pieces: Pieces) -> tuple[str, str] | None:
+def _system_in_place(pieces: Pieces) -> tuple[str, str] | None:
     """The beginning of every text, and the default system message, where a system message is written alike wherever it stands."""
     head, later, user_before = pieces.system_first, pieces.system_later, pieces.user.before
     if head is None or later is None or head.after != later.after or not head.before.endswith(later.before):
@@ -119,7 +169,7 @@ def _in_place(pieces: Pieces) -> tuple[str, str] | None:
     return (lead, default) if default.strip() else None
 
 
-def _question_with_system(pieces: Pieces) -> tuple[str, str]:
+def _system_in_question(pieces: Pieces) -> tuple[str, str]:
     """The beginning of every text, and what stands before a question, where the system message is written with the first
     question or the last one alone."""
     opening, usual, system = pieces.opening, literal(pieces.user.before), pieces.system_first
@@ -140,61 +190,19 @@ def _with_system(around: Around) -> str:
     return f"{literal(around.before)}{{{{ $.System }}}}{literal(around.after)}"
 
 
-def _answer(pieces: Pieces) -> str:
-    before, after = map(literal, pieces.assistant)
-    silent, last = literal(pieces.silent), literal(pieces.silent_last)
-    thinking = silent
-    if silent != last:
-        thinking = _if("$last", last, silent) if last else _if("not $last", silent)
-    if pieces.thinking is not None:
-        # Ollama takes what stands in this block, before and after the reasoning, for the tags by which to know it.
-        around, condition = pieces.thinking, ".Thinking" if pieces.thinks_in_history else "and $last .Thinking"
-        block = f"{literal(around.before)}{{{{ .Thinking }}}}{literal(around.after)}"
-        thinking = _if(condition, block, thinking)
-    return f"{before}{thinking}{{{{ .Content }}}}{_if('not $last', after) if after else ''}"
-
-
-def _prompt(pieces: Pieces) -> str:
-    prompt, silent = pieces.prompt, pieces.prompt_without_thinking
-    if silent is None:
-        return literal(prompt)
-    condition = "and $.IsThinkSet (not $.Think)"
-    if silent.startswith(prompt):
-        return literal(prompt) + _if(condition, literal(silent.removeprefix(prompt)))
-    return _if(condition, literal(silent), literal(prompt))
-
-
 def _if(condition: str, then: str, otherwise: str = "") -> str:
     return f"{{{{ if {condition} }}}}{then}{'{{ else }}' + otherwise if otherwise else ''}{{{{ end }}}}"
 
 
-def _stops(chat: Chat, pieces: Pieces) -> list[str]:
-    """The tokens that end a text, and that with which the template ends an answer."""
-    end = pieces.assistant.after.lstrip()
-    ending = next(({token} for token in chat.tokens if end.startswith(token)), set())
-    return sorted(end_tokens(chat.tokenizer) & set(chat.tokens) | ending)
-
-
-def _check(text: str, commands: list[tuple[str, str]], chat: Chat, pieces: Pieces) -> None:
-    """Raise `Unfit` where Ollama would read or write other than what is meant."""
-    if not _is_read_as(text, commands):
-        raise Unfit("it has characters that a Modelfile cannot hold")
-    for messages, think in _samples(pieces):
-        expected = chat.prompt(messages, **({} if think is None else {"enable_thinking": think}))
-        written = rendered(text, messages, think)
+def _check(text: str, chat: Chat, pieces: Pieces) -> None:
+    """Raise `Unfit` where Ollama would write something else than the chat template."""
+    for messages in _samples(several_systems=_system_in_place(pieces) is not None):
+        expected, written = chat.prompt(messages), rendered(text, messages)
         if expected is not None and written != expected:
             raise Unfit(_difference(expected, written))
 
 
-def _is_read_as(text: str, commands: list[tuple[str, str]]) -> bool:
-    try:
-        return parse_modelfile(text) == commands
-    except ValueError:
-        return False
-
-
-def _samples(pieces: Pieces) -> Iterator[tuple[list[Message], bool | None]]:
-    """Conversations, and whether the model is asked to think."""
+def _samples(several_systems: bool) -> Iterator[list[Message]]:
     rules, ask, more, other = (
         system('Be brief:\n- {{ .Content }}, "quoted" or `so`\n- {% raw %} and """'),
         user("What is 2 + 2?\n\nWhy?"),
@@ -202,18 +210,13 @@ def _samples(pieces: Pieces) -> Iterator[tuple[list[Message], bool | None]]:
         user("4"),
     )
     say, answer = assistant("**4**, since\n\n1. 2\n2. and 2"), assistant('{"answer": 4}')
-    thought = assistant("Four.", "2 and 2\nmake 4")
-    talks = [
-        *([ask], [ask, say, more], [ask, say, more, answer, other]),
-        *([rules, ask], [rules, ask, say, more], [rules, ask, say, more, answer, other]),
-        *([ask, say], [ask, say, more, answer], [rules, ask, say, more, answer]),
-        *([ask, thought, more], [ask, say, more, thought], [rules, ask, thought, more, thought]),
-    ]
-    if _in_place(pieces) is not None:
-        talks += [[ask, say, rules, more], [rules, ask, say, system("Now at length."), more]]
-    yield from ((talk, None) for talk in talks)
-    if pieces.prompt_without_thinking is not None:
-        yield from ((talk, False) for talk in talks if talk[-1]["role"] == "user")
+    thought = assistant("Four.") | {"reasoning_content": "2 and 2\nmake 4"}
+    yield from ([ask], [ask, say, more], [ask, say, more, answer, other])
+    yield from ([rules, ask], [rules, ask, say, more], [rules, ask, say, more, answer, other])
+    yield from ([ask, say], [ask, say, more, answer], [rules, ask, say, more, answer])
+    yield from ([ask, thought, more], [ask, say, more, thought], [rules, ask, thought, more, thought])
+    if several_systems:
+        yield from ([ask, say, rules, more], [rules, ask, say, system("Now at length."), more])
 
 
 def _difference(expected: str, written: str) -> str:
@@ -226,7 +229,7 @@ def _difference(expected: str, written: str) -> str:
     return f"it writes {shown!r} where Ollama would write {other!r}"
 
 
-def _notes(chat: Chat, pieces: Pieces, bos: str, date: str | None) -> Iterator[str]:
+def _notes(chat: Chat, pieces: Pieces, bos: str) -> Iterator[str]:
     if pieces.rejects_system:
         yield "the chat template takes no system message; in Ollama, one is put before the first question"
     padded = chat.prompt([user("  zq  ")])
@@ -234,8 +237,5 @@ def _notes(chat: Chat, pieces: Pieces, bos: str, date: str | None) -> Iterator[s
         yield "the chat template trims white space around messages; Ollama cannot, and sends it to the model"
     if bos and not (Chat(chat.tokenizer, chat.variables).prompt([user("a")]) or "").startswith(bos):
         yield f"Ollama begins a prompt with {bos}, and the chat template does not"
-    if date:
+    if date := chat.variables.get("date_string"):
         yield f"the date that the chat template writes is fixed in the Modelfile: {date}"
-    reasoned = chat.prompt([user("a"), assistant("<think>\nzq\n</think>\n\nb"), user("c")])
-    if pieces.thinking is None and reasoned is not None and "zq" not in reasoned:
-        yield "the chat template leaves out earlier reasoning; Ollama cannot, and sends it to the model again"

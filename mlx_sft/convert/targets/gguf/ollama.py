@@ -1,19 +1,30 @@
 """What Ollama makes of a Modelfile and a conversation: the text that the model is given.
 
 As Ollama's own code does it (`parser`, `server/routes.go`, `template`): the file is read with its quotes, the file's system message
-is put first where the conversation begins with none, messages of one role that follow each other become one, and the template is
-given `.System` (all system messages) and `.Messages` (system messages too). Knows nothing of how a Modelfile is made.
+is put first where the conversation begins with none, neighbouring messages of one role become one, and the template is given
+`.System` (all system messages) and `.Messages` (system messages too).
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from mlx_sft.convert.ollama import go_template
+from mlx_sft.convert.targets.gguf import go_template
 
 _COMMENTS = re.compile(r"(?:\s+|#.*)*")
 _NAME = re.compile(r"(PARAMETER[ \t]+)?(\w+)[ \t]")
+
+REQUIRED = "0.30.11"
+"""The first version of Ollama whose `/api/chat` and `/api/generate` both follow the chat template in a GGUF file."""
+
+
+def follows_gguf_template(chat_template: str) -> bool:
+    """Whether Ollama follows a GGUF's chat template rather than a plain TEMPLATE, for what more that can do: tools, or reasoning.
+
+    Ollama looks for these words (`chatTemplateCapabilities` in `server/images.go`).
+    """
+    tools = "tools" in chat_template or "tool_call" in chat_template
+    return tools or ("<think>" in chat_template and "</think>" in chat_template)
 
 
 def parse_modelfile(text: str) -> list[tuple[str, str]]:
@@ -42,7 +53,7 @@ def _value(text: str, position: int) -> tuple[str, int]:
             value = _unquoted(kept.strip())
             if value is not None:
                 return value, place
-        if character in ("\n", "\r", "\t") or character.isprintable():  # what is not is lost
+        if character in ("\n", "\r", "\t") or character.isprintable():  # Ollama drops what is not
             kept += character
     raise ValueError("a value without an end")
 
@@ -56,32 +67,20 @@ def _unquoted(value: str) -> str | None:
     return value
 
 
-def rendered(modelfile: str, messages: list[dict[str, str]], think: bool | None = None) -> str:
-    """The prompt of a conversation.
-
-    Args:
-        modelfile: Its text.
-        messages: With `role` and `content`; an assistant's may have its reasoning in `reasoning_content`, Ollama's `thinking`.
-        think: What is asked for; None where nothing is said of it.
+def rendered(modelfile: str, messages: list[dict[str, str]]) -> str:
+    """The prompt that a Modelfile with a TEMPLATE makes of a conversation.
 
     Raises:
-        ValueError: Where the file or its template is none.
+        ValueError: Where the file cannot be read, or its template has what `go_template` does not know.
     """
     values = dict(parse_modelfile(modelfile))
     if values.get("SYSTEM") and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": values["SYSTEM"]}, *messages]
-    collated: list[dict[str, Any]] = []
+    collated: list[dict[str, str]] = []
     for message in messages:
         if collated and collated[-1]["Role"] == message["role"]:
             collated[-1]["Content"] += "\n\n" + message["content"]
-            continue
-        thinking = message.get("reasoning_content", "")
-        collated.append({"Role": message["role"], "Content": message["content"], "Thinking": thinking})
+        else:
+            collated.append({"Role": message["role"], "Content": message["content"]})
     systems = [message["content"] for message in messages if message["role"] == "system"]
-    data = {
-        "System": "\n\n".join(systems),
-        "Messages": collated,
-        "Think": bool(think),
-        "IsThinkSet": think is not None,
-    }
-    return go_template.render(values["TEMPLATE"], data)
+    return go_template.render(values["TEMPLATE"], {"System": "\n\n".join(systems), "Messages": collated})

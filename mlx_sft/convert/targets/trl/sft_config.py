@@ -1,4 +1,4 @@
-"""A run's settings in TRL's words: arguments of `SFTConfig` with which its steps are ours. Knows nothing of files."""
+"""A run's settings in TRL's words: arguments of `SFTConfig` with which its steps are ours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.optimizers.adamw import AdamWSettings
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
@@ -18,6 +19,7 @@ def sft_arguments(config: TrainConfig, *, total_steps: int, longest: int) -> dic
         total_steps: Optimizer steps.
         longest: Tokens of the longest row.
     """
+    adamw = config.settings(AdamWSettings)
     at_once = rows_at_once(config.batch_size, longest, config.micro_batch_tokens or 0)
     return {
         "max_steps": total_steps,
@@ -28,10 +30,10 @@ def sft_arguments(config: TrainConfig, *, total_steps: int, longest: int) -> dic
         "learning_rate": config.lr,
         "lr_scheduler_type": _SCHEDULES[config.scheduler],
         "warmup_steps": math.ceil(total_steps * config.warmup),
-        "adam_beta1": config.betas[0],
-        "adam_beta2": config.betas[1],
-        "adam_epsilon": config.eps,
-        "weight_decay": config.weight_decay,
+        "adam_beta1": adamw.betas[0],
+        "adam_beta2": adamw.betas[1],
+        "adam_epsilon": adamw.eps,
+        "weight_decay": adamw.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
         # The rows are tokenized, cut and in order.

@@ -1,8 +1,7 @@
 """A GGUF file, read by llama.cpp's own package and compared with the checkpoint that it was made from.
 
 Each tensor that has a name in both is there in its shape; each matrix holds the same numbers, in whatever order the file keeps them;
-every number is finite; the vocabulary has a row of the embeddings for each token. Without the package, its header and size alone are
-looked at. Knows nothing of who wrote the file.
+every number is finite; the embeddings have a row for each token. Without the package, only the header and the size are checked.
 """
 
 from __future__ import annotations
@@ -49,10 +48,12 @@ class GgufFacts:
     Attributes:
         said: For a person: what was compared.
         adds_bos: Whether it has prompts begin with the beginning-of-sequence token; None where it does not say so.
+        chat_template: The one that it holds, empty where it holds none; None where it was not read.
     """
 
     said: str
     adds_bos: bool | None = None
+    chat_template: str | None = None
 
 
 def check_gguf(path: Path, checkpoint: Checkpoint, *, numbers: bool = True) -> GgufFacts:
@@ -87,7 +88,8 @@ def check_gguf(path: Path, checkpoint: Checkpoint, *, numbers: bool = True) -> G
     compared = _compare(reader, path, checkpoint, lambda name: names.get_name(name, try_suffixes=_SUFFIXES), numbers)
     adds_bos = _setting(reader, "tokenizer.ggml.add_bos_token")
     said = f"{path.name}: {architecture} of {layers} layers, {compared} of its {len(reader.tensors)} tensors compared with the checkpoint's"
-    return GgufFacts(said, adds_bos if isinstance(adds_bos, bool) else None)
+    chat_template = str(_setting(reader, "tokenizer.chat_template") or "")
+    return GgufFacts(said, adds_bos if isinstance(adds_bos, bool) else None, chat_template)
 
 
 def _check_head(path: Path, checkpoint: Checkpoint) -> None:

@@ -18,6 +18,7 @@ import torch
 from mlx_sft import UserError, export
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.ollama.rendering import rendered
+from mlx_sft.convert.targets.gguf.ollama import rendered
 from mlx_sft.safetensors_file import STORED_AS, read_float32
 
 MakeLlamaCpp = Callable[..., Path]
@@ -228,6 +229,25 @@ def test_the_file_says_whether_ollama_begins_a_prompt_by_itself(
         export(run.path, to, format="gguf", llama_cpp=llama_cpp, ollama=True, verify=False)
         written = rendered((to / "Modelfile").read_text(), [{"role": "user", "content": "Hi"}])
         assert written == f"{beginning}user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_ollama_follows_a_template_with_tools_that_the_file_must_then_hold(
+    tmp_path: Path, make_base: Any, make_run: Any, make_llama_cpp: MakeLlamaCpp
+) -> None:
+    base = changed(make_base(), tmp_path / "base")
+    template = base / "chat_template.jinja"
+    template.write_text("{% if tools %}{{ tools }}{% endif %}" + template.read_text())
+    run = make_run(base)
+    result = export(run.path, tmp_path / "out", format="gguf", llama_cpp=make_llama_cpp(), ollama=True, verify=False)
+    assert 'TEMPLATE "' not in (result.path / "Modelfile").read_text()
+    assert "REQUIRES 0.30.11\n" in (result.path / "Modelfile").read_text()
+    assert "0.30.11 or later is needed" in result.notes[1]
+    other = make_llama_cpp("template", name="other")
+    with pytest.raises(UserError, match="is not the tokenizer's") as caught:
+        export(run.path, tmp_path / "again", format="gguf", llama_cpp=other, ollama=True, verify=False)
+    assert "leave out --ollama" in caught.value.hint
+    assert not (tmp_path / "again").exists()
+    assert export(run.path, tmp_path / "plain", format="gguf", llama_cpp=other, verify=False).notes
 
 
 def test_a_template_that_ollama_cannot_follow_is_refused_before_anything_is_merged(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.convert.ollama.go_template import literal, render
+from mlx_sft.convert.targets.gguf.go_template import literal, render
 
 DATA: dict[str, Any] = {
     "Name": "x",

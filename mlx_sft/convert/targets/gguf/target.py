@@ -1,0 +1,100 @@
+"""A run → a GGUF file for llama.cpp, and a Modelfile for Ollama, by way of the merged checkpoint.
+
+```
+model.gguf   the merged model, as llama.cpp's own converter writes it
+Modelfile    with --ollama: `ollama create NAME -f Modelfile`
+LICENSE...   as the base has them
+```
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.convert.merge import write_merged
+from mlx_sft.convert.targets import MergeSettings, WholeModel
+from mlx_sft.convert.targets.gguf.comparison import GgufFacts, check_gguf
+from mlx_sft.convert.targets.gguf.converter import OUTPUT, Converter, find_converter, no_converter
+from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
+from mlx_sft.convert.verify import Verification, verify_merged
+from mlx_sft.errors import UserError
+from mlx_sft.model.load import LICENCE_FILES, load_tokenizer
+from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
+
+MODELFILE = "Modelfile"
+
+
+class GgufSettings(MergeSettings):
+    """Options of the export format `gguf`."""
+
+    llama_cpp: str | None = None
+    """The folder of llama.cpp, where it is not on PATH, in $LLAMA_CPP_DIR or in ~/llama.cpp."""
+    ollama: bool = False
+    """Write a Modelfile beside the file, for `ollama create`."""
+
+
+class Gguf(WholeModel):
+    """The export format `gguf`. What can be refused beforehand is refused before anything is merged."""
+
+    name: ClassVar = "gguf"
+    summary: ClassVar = "the whole as one file for llama.cpp, by its own converter"
+    Settings: ClassVar = GgufSettings
+
+    _verification: Verification | None = None
+
+    def check(self) -> None:
+        super().check()
+        base = self.source
+        self._converter()
+        if (files := code_files(base)) and not may_run_code_of(base):
+            what = f"this model names Python code of its own ({', '.join(files)}), which llama.cpp's converter may run"
+            raise UserError(what, where=str(base), hint=TRUST_HINT)
+        if self.settings.ollama:
+            _modelfile(self.export.config, base)
+
+    def needed_bytes(self) -> int:
+        """With the merged checkpoint on its way."""
+        return 2 * super().needed_bytes()
+
+    def write(self, folder: Path) -> None:
+        base, config = self.source, self.export.config
+        merged = folder / "merged" / self.export.to.name  # from the folder's name, the converter takes the model's
+        merged.mkdir(parents=True)
+        merging = write_merged(self.merging(), merged)
+        if self.export.verify:
+            self._verification = verify_merged(merging, merged)
+        written = Checkpoint.open(merged)
+        self._converter().run(written, folder / OUTPUT)
+        facts = check_gguf(folder / OUTPUT, written, numbers=self.export.verify)
+        shutil.rmtree(merged.parent)
+        for file in (file for pattern in LICENCE_FILES for file in base.glob(pattern) if file.is_file()):
+            shutil.copyfile(file, folder / file.name)
+        self.notes.append(facts.said)
+        if self.settings.ollama:
+            modelfile = _modelfile(config, base, facts)
+            (folder / MODELFILE).write_text(modelfile.text, encoding="utf-8")
+            self.notes += modelfile.notes
+
+    def verify(self, folder: Path) -> Verification | None:
+        """How the merged checkpoint compares; the file was compared with it, tensor by tensor, before that was removed."""
+        return self._verification
+
+    def _converter(self) -> Converter:
+        converter = find_converter(self.settings.llama_cpp)
+        if converter is None:
+            raise no_converter(self.export.run.path, self.export.to, Checkpoint.open(self.source))
+        return converter
+
+
+def _modelfile(config: TrainConfig, base: Path, facts: GgufFacts | None = None) -> Modelfile:
+    """The Modelfile for a GGUF file, where there is one already of what that was found to be."""
+    adds_bos, found = (None, None) if facts is None else (facts.adds_bos, facts.chat_template)
+    modelfile = make_modelfile(load_tokenizer(base), config.chat_template_kwargs, f"./{OUTPUT}", adds_bos)
+    if modelfile.chat_template is not None and found is not None and found != modelfile.chat_template:
+        what = f"the chat template in {OUTPUT}, which Ollama follows, is not the tokenizer's"
+        raise UserError(what, where=str(base), hint="leave out --ollama, or update llama.cpp")
+    return modelfile

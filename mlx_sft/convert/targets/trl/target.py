@@ -1,0 +1,157 @@
+"""The export format `trl`: rows, steps and start are made anew, by what made them for the run, and written beside a script.
+
+It is above `training` where the other export formats are below, because what it exports is a run before its first step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.console import printable
+from mlx_sft.convert.targets import Target
+from mlx_sft.convert.targets.peft import same
+from mlx_sft.convert.targets.trl.folder import TrlFolder
+from mlx_sft.convert.targets.trl.sft_config import sft_arguments
+from mlx_sft.data.batches import Plan, Step
+from mlx_sft.data.dataset import Examples
+from mlx_sft.data.example import Example
+from mlx_sft.data.prepare import PreparedData, prepare
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import to_json, write_file
+from mlx_sft.methods import Method, Parameters
+from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
+from mlx_sft.model.names import EXPERTS_PART
+from mlx_sft.model.outline import outline
+from mlx_sft.training.memory_planner import planned_steps
+from mlx_sft.training.resume import CONFIG_HEADER, identity_of, refuse_changes
+from mlx_sft.training.start import starting_parameters
+
+_FILES = Path(__file__).parent / "files"
+
+_OBJECTIVE, _OPTIMIZER = "sft", "adamw"
+"""What the script does."""
+
+_DROPOUT = """\
+- Dropout: its random numbers are PyTorch's, so that losses agree on average and not step by step.
+"""
+
+
+class Trl(Target):
+    """The export format `trl`; the run may have just begun."""
+
+    name: ClassVar = "trl"
+    summary: ClassVar = "the run itself, as a script for TRL, its rows and its start"
+
+    @property
+    def source(self) -> Path:
+        return resolve_checkpoint(self.export.config.model)
+
+    def check(self) -> None:
+        """Raise `UserError` where TRL cannot do what the run does."""
+        run, config = self.export.run, self.export.config
+        if why := _not_for_trl(config, self.export.method):
+            hint = "--format peft gives the adapter alone, --format merged the whole"
+            raise UserError(f"this run cannot go on with TRL: {why}", where=str(run.path), hint=hint, exit_code=USAGE)
+        if config.resume_from_peft is not None:
+            hint = f"export the run that {config.resume_from_peft} was made of"
+            raise UserError(
+                "this run goes on from a TRL export, and has no start of its own", where=str(run.path), hint=hint
+            )
+
+    def write(self, folder: Path) -> None:
+        run, config, path = self.export.run, self.export.config, self.source
+        data = prepare(config, load_tokenizer(path))
+        identity = identity_of(config, data, path)
+        refuse_changes(run, config, data, identity)
+        method, parameters = _start(config, path)
+        plan = planned_steps(config, data)
+        export = TrlFolder(folder)
+        _write_rows(export, data.train, list(plan.steps()))
+        method.write(export.initial_adapter, parameters, name_elsewhere(config.model))
+        write_file(export.trl, to_json(_in_trls_words(config, plan, data, identity)))
+        write_file(export.config, config.to_yaml(CONFIG_HEADER))
+        write_file(export.card, _readme(config, method, plan))
+        write_file(export.script, (_FILES / "train.py.template").read_text(encoding="utf-8"))
+        write_file(export.requirements, (_FILES / "requirements.txt").read_text(encoding="utf-8"))
+        self._started = method, parameters
+
+    def verify(self, folder: Path) -> None:
+        """Read the initial adapter again, as PEFT's files are, and compare it with the one that training starts from."""
+        method, parameters = self._started
+        _, written = method.read(TrlFolder(folder).initial_adapter)
+        if not same(parameters, written):
+            raise UserError("the initial adapter was not written as it is", where=str(folder))
+
+
+def _not_for_trl(config: TrainConfig, method: type[Method]) -> str:
+    """What of a run the script cannot do; empty where it can do all of it."""
+    if config.objective != _OBJECTIVE:
+        return f"its --objective {config.objective} is not known to the script"
+    if config.optimizer != _OPTIMIZER:
+        return f"its --optimizer {config.optimizer} is not known to the script"
+    if not method.starts_in_trl:
+        return f"a run of --method {method.name} has no adapter that starts there as it does here"
+    if config.quantize is not None:
+        return "its base is quantized in MLX's own form"
+    return method(config.settings(method.Settings)).not_in_trl()
+
+
+def _start(config: TrainConfig, path: Path) -> tuple[Method, Parameters]:
+    """The adapter as the run's training starts: it depends on the model's shapes, and on none of its weights."""
+    split = outline(path, config.dtype)
+    _, method, parameters = starting_parameters(config, split.model, begun=False)
+    for name in parameters:
+        if not name.startswith(split.layers_prefix):
+            module = name.rpartition(".")[0]
+            what = f"TRL trains no adapter on {module}, which is outside the repeated layers"
+            raise UserError(what, where="target", hint=f"a run without {module} in its --target can be exported")
+        if EXPERTS_PART in name:
+            what = "PEFT puts the adapters of experts together, so that their moments would be others"
+            raise UserError(what, where="target", hint="a run with --target attention can be exported")
+    return method, parameters
+
+
+def _write_rows(export: TrlFolder, examples: Examples, steps: Sequence[Step]) -> None:
+    """The rows that are trained on, each once, and which of them each step has."""
+    used = sorted({row for step in steps for row in step.rows})
+    with export.rows.open("w") as file:
+        for row in used:
+            file.write(json.dumps(_row(examples[row])) + "\n")
+    numbers = {row: number for number, row in enumerate(used)}
+    with export.steps.open("w") as file:
+        for step in steps:
+            file.write(json.dumps({"step": step.number, "rows": [numbers[row] for row in step.rows]}) + "\n")
+
+
+def _row(example: Example) -> dict[str, list[int]]:
+    if not set(example.loss_weights.tolist()) <= {0.0, 1.0}:
+        what, hint = "its messages have weights, which TRL's loss does not know", "leave the weights out of the rows"
+        raise UserError(what, where=example.origin, hint=hint)
+    return {"input_ids": example.token_ids.tolist(), "labels": example.labels.tolist()}
+
+
+def _in_trls_words(config: TrainConfig, plan: Plan, data: PreparedData, identity: dict[str, str]) -> dict[str, Any]:
+    """`trl.json`."""
+    longest = int(data.train.lengths.max())
+    return {
+        "model": name_elsewhere(config.model),
+        "dtype": config.dtype,
+        "rows_a_step": config.batch_size,
+        "save_every": config.save_every if isinstance(config.save_every, int) else plan.steps_per_epoch,
+        "sft_config": sft_arguments(config, total_steps=plan.total_steps, longest=longest),
+        "identity": {name: identity[name] for name in ("data", "model")},
+    }
+
+
+def _readme(config: TrainConfig, method: Method, plan: Plan) -> str:
+    return (_FILES / "README.md").read_text(encoding="utf-8").format(
+        steps=plan.total_steps,
+        rows=config.batch_size,
+        model=" ".join(printable(name_elsewhere(config.model)).split()),
+        dtype=config.dtype,
+        dropout=_DROPOUT if method.uses_dropout else "",
+    )  # fmt: skip

@@ -1,0 +1,270 @@
+"""What `docs/extending.md` shows, installed as a package of somebody else's: chosen, trained, resumed and exported with, all six at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sft import TrainConfig, UserError, load_run, train
+from mlx_sft.errors import USAGE
+from mlx_sft.registry import CALLBACKS, METHODS
+from mlx_sft.safetensors_file import open_safetensors, read_float32
+from mlx_sft.training.callbacks import Callback, Record, TrainingRun
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "extending.md"
+MOST_LINES = 60
+
+DOORS = {
+    "mlx_sft.data.formats": "qa = toys.qa:QA",
+    "mlx_sft.methods": "scale = toys.scale:Scale",
+    "mlx_sft.objectives": "focal = toys.focal:Focal",
+    "mlx_sft.optimizers": "rmsprop = toys.rmsprop:RMSprop",
+    "mlx_sft.training.callbacks": "target-loss = toys.target_loss:TargetLoss",
+    "mlx_sft.convert.targets": "npz = toys.npz:Npz",
+}
+
+
+def examples() -> dict[str, str]:
+    """The page's modules by their file names."""
+    blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return dict(blocks)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the path of Python, as installing the package would leave it."""
+    place = tmp_path_factory.mktemp("site")
+    (place / "toys").mkdir()
+    (place / "toys" / "__init__.py").write_text("")
+    for name, text in examples().items():
+        (place / "toys" / name).write_text(text)
+    info = place / "toys-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
+    groups = (f"[{group}]\n{entry}\n" for group, entry in DOORS.items())
+    (info / "entry_points.txt").write_text("\n".join(groups))
+    return place
+
+
+@pytest.fixture
+def run(toys: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line where that package is installed."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": f"{toys}{os.pathsep}{ROOT}", "NO_COLOR": "1"}
+        command = [sys.executable, "-m", "mlx_sft", *map(str, arguments)]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    return call
+
+
+def _rows(path: Path) -> Path:
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], (12, 8)).tolist()
+    rows = ({"q": " ".join(line[:4]), "a": " ".join(line[4:])} for line in words)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_every_example_is_short_and_there_is_one_for_each_door() -> None:
+    found = examples()
+    assert len(found) == len(DOORS)
+    assert {name: text.count("\n") for name, text in found.items() if text.count("\n") > MOST_LINES} == {}
+
+
+def test_six_toys_train_resume_and_export(
+    run: Callable[..., subprocess.CompletedProcess[str]], make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, data = make_base("qwen3"), _rows(tmp_path / "qa.jsonl")
+    settings = [
+        "--data", data, "--model", base, "--method", "scale", "--scaled", "o_proj", "--objective", "focal", "--gamma", 1.5,
+        "--optimizer", "rmsprop", "--smoothing", 0.9, "--callbacks", "target-loss", "--target-loss", 0.001, "--batch-size", 4,
+        "--epochs", 4, "--lr", 0.05, "--save-every", 2, "--dtype", "float32",
+    ]  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = run("train", *settings, "--out", whole)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 12
+    assert all(0 < record["mean_weight"] < 1 for record in records)
+    assert records[-1]["loss"] < records[0]["loss"]
+
+    # Stopped in the middle and resumed, it ends with the same bytes, the callback's state included.
+    first = run(
+        "train",
+        *[4 if value == 4 and option == "--epochs" else value for option, value in _pairs(settings)],
+        "--out",
+        cut,
+    )
+    assert first.returncode == 0, first.stderr
+    for step in (12, 10, 8):
+        _remove(cut / "checkpoints" / f"step-{step:08}")
+    for name in ("means.csv", "adapter", "README.md"):
+        _remove(cut / name)
+    resumed = run("train", "--resume", cut)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (cut / "means.csv").read_text() == (whole / "means.csv").read_text()
+    for name in ("adapter/parameters.safetensors", "adapter/method.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+    # Into NumPy's form, and merged into the weights, which are compared with the trained model.
+    exported = run("export", "--run", whole, "--to", tmp_path / "npz", "--format", "npz", "--compress")
+    assert exported.returncode == 0, exported.stderr
+    assert "2 arrays" in exported.stderr
+    trained = {t.name: read_float32(t) for t in open_safetensors(whole / "adapter" / "parameters.safetensors").tensors}
+    with np.load(tmp_path / "npz" / "trained.npz") as arrays:
+        assert {name: arrays[name].tolist() for name in arrays} == {n: v.tolist() for n, v in trained.items()}
+    merged = run("export", "--run", whole, "--to", tmp_path / "merged")
+    assert merged.returncode == 0, merged.stderr
+    before, after = (
+        {t.name: read_float32(t) for t in open_safetensors(folder / "model.safetensors").tensors}
+        for folder in (base, tmp_path / "merged")
+    )
+    name = "model.layers.0.self_attn.o_proj"
+    assert np.array_equal(after[f"{name}.weight"], before[f"{name}.weight"] * trained[f"{name}.scale"][:, None])
+    assert run("eval", "--run", whole, "--data", data).returncode == 0
+    assert run("generate", "--run", whole, "--prompt", "the cat", "--max-tokens", 3).returncode == 0
+
+
+def _pairs(settings: list[Any]) -> list[tuple[Any, Any]]:
+    return list(zip([None, *settings], settings, strict=False))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        for inside in path.iterdir():
+            _remove(inside)
+        path.rmdir()
+    elif path.exists():
+        path.unlink()
+
+
+def test_their_options_are_in_the_help_and_a_stray_one_names_its_owner(
+    run: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    shown = run("train", "--help").stdout
+    for text in ("--scaled", "--gamma", "--smoothing", "--target-loss", "Method: scale", "Objective: focal"):
+        assert text in shown
+    assert "npz: the trained arrays for NumPy" in " ".join(run("export", "--help").stdout.split())
+    stray = run("train", "--data", "x.jsonl", "--gamma", 1)
+    assert stray.returncode == USAGE
+    assert "gamma: a setting of --objective focal, and this run has --objective sft" in stray.stderr
+
+
+class Stopper(Callback):
+    """Hears of everything, and stops after some evaluations."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+        self.left = after
+
+    def on_start(self, run: TrainingRun, record: Record) -> None:
+        self.heard.append("start")
+
+    def on_step(self, run: TrainingRun, record: Record) -> None:
+        self.heard.append("step")
+        assert record["step"] == run.step
+
+    def on_evaluation(self, run: TrainingRun, record: Record) -> None:
+        self.heard.append("evaluation")
+        run.emit({"kind": "sample", "step": run.step, "text": "what the model writes"})
+        self.left -= 1
+        if not self.left:
+            run.stop("that is enough")
+
+    def on_sample(self, run: TrainingRun, record: Record) -> None:
+        self.heard.append(f"sample {record['text']}")
+
+    def on_save(self, run: TrainingRun, record: Record) -> None:
+        self.heard.append("save")
+        assert Path(record["path"]).is_dir()
+
+    def on_end(self, run: TrainingRun, record: Record) -> None:
+        self.heard.append(f"end {record['stopped']}")
+
+    def state(self) -> dict[str, Any]:
+        return {"left": self.left}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.left = state.get("left", self.left)
+
+
+def test_a_callback_hears_of_everything_and_stops_the_run(settings: dict[str, Any]) -> None:
+    stopper = Stopper(2)
+    config = TrainConfig(**settings | {"valid_fraction": 0.3, "eval_every": 1, "max_steps": 6})
+    result = train(config, callbacks=[stopper])
+    once = ["step", "evaluation", "sample what the model writes"]
+    assert stopper.heard == ["start", *once, *once, "save", "end that is enough"]
+    assert result.steps == 2
+    kinds = [json.loads(line)["kind"] for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["train", "evaluation", "sample"] * 2
+
+    again = Stopper(9)
+    train(TrainConfig(resume=str(result.run_dir), max_steps=7), callbacks=[again])
+    assert again.left == 0 - 5  # it went on from the checkpoint's
+
+
+def test_two_callbacks_of_one_name_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="two callbacks are named Stopper"):
+        train(TrainConfig(**settings), callbacks=[Stopper(1), Stopper(2)])
+
+
+def test_what_is_registered_in_a_script_is_known_from_then_on(settings: dict[str, Any]) -> None:
+    class Named(Stopper):
+        name = "named"
+
+        def __init__(self, settings: Any = None) -> None:
+            super().__init__(1)
+
+    with CALLBACKS.registered("named", Named):
+        config = TrainConfig(**settings | {"callbacks": "named", "valid_fraction": 0.3, "eval_every": 1})
+        assert train(config).steps == 1
+        with pytest.raises(ValueError, match="already"):
+            CALLBACKS.register("named", Named)
+    with pytest.raises(UserError, match="there is metrics-file"):
+        TrainConfig(**settings | {"callbacks": "named"})
+
+
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[mlx_sft.methods]\nbroken = no_such_module:Thing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "broken" in METHODS.names()
+    assert "broken" not in dict(METHODS.items())
+    with pytest.raises(UserError, match="the method broken of the package broken cannot be imported: No module named"):
+        METHODS["broken"]
+
+
+def test_a_method_that_changes_no_weight_is_not_merged(
+    run: Callable[..., subprocess.CompletedProcess[str]], settings: dict[str, Any]
+) -> None:
+    from mlx_sft.convert.export import export
+    from mlx_sft.methods.lora import Lora
+
+    class Unmergeable(Lora):
+        name = "unmergeable"
+        mergeable = False
+
+        def changed_shapes(self, parameters: dict[str, mx.array]) -> dict[str, None]:
+            return {}
+
+    with METHODS.registered("unmergeable", Unmergeable):
+        result = train(TrainConfig(**settings | {"method": "unmergeable", "max_steps": 1}))
+        for format in ("merged", "mlx"):
+            with pytest.raises(UserError, match="--method unmergeable changes no weight of the model"):
+                export(result.run_dir, result.run_dir.parent / format, format=format)
+        assert export(result.run_dir, result.run_dir.parent / "peft", format="peft").verification is None
+        assert load_run(result.run_dir).method is not None
