@@ -198,8 +198,7 @@ def chosen(arguments: argparse.Namespace) -> list[Mutant]:
         sys.exit(f"no module {arguments.module}; there are {', '.join(module.stem for module in ROOM)}")
     found = [mutant for module in modules for mutant in mutants(module)]
     if arguments.sample and arguments.sample < len(found):
-        kept = sorted(random.Random(arguments.seed).sample(range(len(found)), arguments.sample))
-        found = [found[index] for index in kept]
+        found = random.Random(arguments.seed).sample(found, arguments.sample)
     return found
 
 

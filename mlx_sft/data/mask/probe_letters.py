@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,32 +52,6 @@ class Constants:
         return [text[first:last] for first, last in pairwise([*bounds, len(text)])]
 
 
-class ProbeLetters(Protocol):
-    """A way to put probe letters into messages, and to find them in what a template writes."""
-
-    def replace_in(self, messages: Messages) -> list[Messages]:
-        """The messages with probe letters, once for each rendering that is needed; every text keeps its length."""
-        ...
-
-    def find(self, renderings: Sequence[str], text: str, char_to_message: Integers) -> Integers | None:
-        """The message whose letter each character of the text is, `NOBODY` where it is none's.
-
-        Args:
-            renderings: What the template wrote of the messages with probe letters.
-            text: What it writes of the messages as they are.
-            char_to_message: The message that each character was written for: where a letter may stand for several
-                messages, it is taken for this one's.
-
-        Returns:
-            Shape (characters,); None where the texts differ in anything but probe letters.
-        """
-        ...
-
-    def count(self, probed: str, index: int) -> int:
-        """How many probe letters are in a text of message `index`, as it is first rendered."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class PrivateProbeLetters:
     """One private-use character a message, which replaces all its letters.
@@ -92,12 +66,25 @@ class PrivateProbeLetters:
     constants: Constants
 
     def replace_in(self, messages: Messages) -> list[Messages]:
+        """The messages with probe letters, once for each rendering that is needed; every text keeps its length."""
+
         def probed(message: dict[str, Any], letter: str) -> Any:
             return _replaced(message, self.constants, lambda piece: _LETTER.sub(letter, piece))
 
         return [[probed(message, self.characters.probe_letter(index)) for index, message in enumerate(messages)]]
 
     def find(self, renderings: Sequence[str], text: str, char_to_message: Integers) -> Integers | None:
+        """The message whose letter each character of the text is, `NOBODY` where it is none's.
+
+        Args:
+            renderings: What the template wrote of the messages with probe letters.
+            text: What it writes of the messages as they are.
+            char_to_message: The message that each character was written for: where a letter may stand for several
+                messages, it is taken for this one's.
+
+        Returns:
+            Shape (characters,); None where the texts differ in anything but probe letters.
+        """
         written, plain = _code_points(renderings[0]), _code_points(text)
         letters = self.characters.messages_of_letters(written)
         if len(written) != len(plain) or ((written != plain) & (letters == NOBODY)).any():
@@ -105,6 +92,7 @@ class PrivateProbeLetters:
         return letters
 
     def count(self, probed: str, index: int) -> int:
+        """How many probe letters are in a text of message `index`, as it is first rendered."""
         return probed.count(self.characters.probe_letter(index))
 
 
@@ -136,6 +124,9 @@ class AsciiProbeLetters:
 
     def count(self, probed: str, index: int) -> int:
         return sum(len(_ASCII_LETTER.findall(piece)) for piece in self.constants.split(probed)[::2])
+
+
+ProbeLetters = PrivateProbeLetters | AsciiProbeLetters
 
 
 def count_letters(message: dict[str, Any], index: int, letters: ProbeLetters) -> int:
