@@ -64,21 +64,96 @@ def test_characters_belong_to_the_innermost_item_that_is_a_message(
     assert pieces_by_message(template) == expected
 
 
-def test_assignments_inside_loops_are_followed_where_variables_are_traced() -> None:
-    template = "{% for i in [0, 1, 2] %}<{% set m = messages[i] %}{{ m.content }}>{% endfor %}"
-    assert pieces_by_message(template) == [("<a><b><a>", NOBODY)]
-    assert pieces_by_message(template, variant=Variant(variables=True)) == [
-        *[("<", -1), ("a>", 0)],
-        *[("<", -1), ("b>", 1)],
-        *[("<", -1), ("a>", 2)],
-    ]
-    outside = "{% set m = messages[1] %}{{ m.content }}"
-    assert pieces_by_message(outside, variant=Variant(variables=True)) == [("b", NOBODY)]
+def by_variables(text: str, expected: list[tuple[str, int]]) -> None:
+    assert pieces_by_message(text, variant=Variant(variables=True)) == expected
 
 
-def test_a_traced_template_keeps_its_white_space_control() -> None:
-    template = "{%- for m in messages %}\n  {{- m.content }}\n{%- endfor -%}\n."
-    assert "".join(text for text, _ in pieces_by_message(template)) == "aba."
+@pytest.mark.parametrize("sign", ["+", "~"])
+def test_text_that_is_written_later_belongs_to_the_message_that_added_it(sign: str) -> None:
+    by_variables(
+        "{% set ns = namespace(t='(') %}{% for m in messages %}{% set ns.t = ns.t SIGN m.content SIGN ',' %}{% endfor %}"
+        "{{ ns.t }})".replace("SIGN", sign),
+        [("(", -1), ("a,", 0), ("b,", 1), ("a,", 2), (")", -1)],
+    )
+
+
+def test_parts_of_a_list_belong_to_the_message_that_added_them() -> None:
+    by_variables(
+        "{% set ns = namespace(p=[]) %}{% for m in messages %}{% set ns.p = ns.p + [m.content, 1] %}{% endfor %}"
+        "[{{ ns.p | join }}]",
+        [("[", -1), ("a1", 0), ("b1", 1), ("a1", 2), ("]", -1)],
+    )
+
+
+@pytest.mark.parametrize("sum_", ["ns.i + 1", "1 + ns.i", "ns.i + 0 + 1"])
+def test_numbers_are_added_as_ever(sum_: str) -> None:
+    by_variables(
+        "{% set ns = namespace(i=0) %}{% for m in messages %}{% set ns.i = SUM %}{{ ns.i }}{% endfor %}".replace(
+            "SUM", sum_
+        ),
+        [("1", 0), ("2", 1), ("3", 2)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for i in range(5) %}{{ i }}{% endfor %}", [("0", 0), ("1", 1), ("2", 2), ("34", -1)]),
+        ("{% for i in range(-1, 1) %}{{ i }}{% endfor %}", [("-1", -1), ("0", 0)]),
+        ("{% for m in messages[1:] %}{% for i in range(2) %}{{ i }}{% endfor %}{% endfor %}", [("01", 1), ("01", 2)]),
+    ],
+)
+def test_a_number_of_a_range_is_that_of_a_message(template: str, expected: list[tuple[str, int]]) -> None:
+    by_variables(template, expected)
+
+
+def test_a_macro_writes_for_the_message_that_it_is_given() -> None:
+    by_variables(
+        "{% macro say(m, sign) %}{{ m.content + sign }}{% endmacro %}{{ say(messages[1], ',') }}{{ say({'content': ''}, '.') }}",
+        [("b,", 1), (".", -1)],
+    )
+
+
+@pytest.mark.parametrize("made", ["{'c': m.content}", "dict(c=m.content)"])
+def test_an_object_that_is_made_of_a_message_stands_for_it(made: str) -> None:
+    by_variables(
+        "{% set ns = namespace(l=[FIRST]) %}{% for m in messages %}{% set ns.l = ns.l + [MADE] %}{% endfor %}"
+        "{% for m in ns.l %}{{ m.c }};{% endfor %}".replace("MADE", made).replace(
+            "FIRST", made.replace("m.content", "''")
+        ),
+        [(";", -1), ("a;", 0), ("b;", 1), ("a;", 2)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("strip", "expected"),
+    [
+        ("t | trim", [("[", -1), ("a ", 0), (" b ", 1), (" a", 2), ("]", -1)]),
+        ("t.strip()", [("[", -1), ("a ", 0), (" b ", 1), (" a", 2), ("]", -1)]),
+        ("t.lstrip()", [("[", -1), ("a ", 0), (" b ", 1), (" a ", 2), (" ]", -1)]),
+        ("t.rstrip()", [("[ ", -1), (" a ", 0), (" b ", 1), (" a", 2), ("]", -1)]),
+        ("t | trim(' a')", [("[", -1), ("b", 1), ("]", -1)]),
+        ("t.strip(' a')", [("[", -1), ("b", 1), ("]", -1)]),
+        ("'  x '.strip()", [("[x]", -1)]),
+        ("1 | trim", [("[1]", -1)]),
+    ],
+)
+def test_white_space_is_stripped_through_markers(strip: str, expected: list[tuple[str, int]]) -> None:
+    by_variables(
+        "{% set t %} {% for m in messages %} {{ m.content }} {% endfor %} {% endset %}[{{ STRIP }}]".replace(
+            "STRIP", strip
+        ),
+        expected,
+    )
+
+
+def test_tags_are_read_with_the_inner_ones_first() -> None:
+    characters = PrivateCharacters.absent_from("", 1)
+    assert characters is not None
+    start, end = characters.tag_starts, characters.tag_ends
+    read = characters.read(f"{end}{characters.marker(0)}a{start}b{start}c{end}d{end}e")
+    assert (read.text, read.tags) == ("abcde", ((2, 3), (1, 4)))
+    assert read.char_to_message.tolist() == [0] * 5
 
 
 def test_private_characters_are_absent_from_the_text() -> None:
