@@ -2,7 +2,7 @@
 
 from mlx_sft import TrainConfig, train, export, load_run
 
-result = train(TrainConfig(data="chats.jsonl"))
+result = train(TrainConfig(model="tiny"), data=[{"messages": [...]}, ...])
 export(result.run_dir, "merged")
 """
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mlx_sft.load import load_run
     from mlx_sft.model.load import load_model
     from mlx_sft.training.loop import TrainResult, train
-    from mlx_sft.training.twin.export import export_twin
 
 __all__ = [
     "TrainConfig",
@@ -30,7 +29,6 @@ __all__ = [
     "UserError",
     "evaluate_run",
     "export",
-    "export_twin",
     "generate_text",
     "load_model",
     "load_run",
@@ -43,7 +41,6 @@ _HOMES = {
     "TrainResult": "mlx_sft.training.loop",
     "evaluate_run": "mlx_sft.evaluate",
     "export": "mlx_sft.convert.export",
-    "export_twin": "mlx_sft.training.twin.export",
     "generate_text": "mlx_sft.generate",
     "load_model": "mlx_sft.model.load",
     "load_run": "mlx_sft.load",

@@ -19,11 +19,12 @@ from mlx_sft.load import load_run
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import vocabulary_size
+from mlx_sft.objectives import make_objective
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training.fit import layout_on
+from mlx_sft.training.batch_settings import layout_on
 from mlx_sft.training.machine import this_machine
 from mlx_sft.training.out_of_memory import evaluate_in_memory
-from mlx_sft.training.step import Evaluation, Learner
+from mlx_sft.training.step import Evaluation, GradientComputer
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class EvaluationResult:
         report = self.report
         fates = {"rows": report.kept, "truncated": report.truncated, "dropped": report.dropped, "bad": report.bad}
         if as_json:
-            record = asdict(self.evaluation) | {"perplexity": self.perplexity} | fates
+            record = asdict(self.evaluation)
+            record |= {"perplexity": self.perplexity, **record.pop("own"), **fates}
             finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
             return json.dumps(finite, allow_nan=False)
         counts = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number or fate == "rows")
@@ -110,7 +112,9 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
     examples, report = prepare_file(data, config, loaded.tokenizer)
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)
-    learner = Learner(SplitModel(loaded.model), _Bound(loaded.method), vocabulary, head_chunk=config.head_chunk)
+    objective = make_objective(config)
+    split, method = SplitModel(loaded.model), _Bound(loaded.method)
+    computer = GradientComputer(split, method, vocabulary, objective, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
-    evaluation, _ = evaluate_in_memory(learner, {}, examples, budget, layout_on(this_machine(), learner))
+    evaluation, _ = evaluate_in_memory(computer, {}, examples, budget, layout_on(this_machine(), computer))
     return EvaluationResult(evaluation, report)

@@ -29,8 +29,6 @@ from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import write_adapter
 from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.runs import RunFolder
-from mlx_sft.training.fit import memory_limit_restored
 from mlx_sft.training.machine import memory_limit_restored
 from tests.chats import write_chats
 from tests.neighbours import find_neighbour

@@ -10,7 +10,9 @@ import torch
 
 from mlx_sft.data.batches import collate, cut
 from mlx_sft.data.dataset import Examples
-from mlx_sft.methods import Full, Lora, Parameters
+from mlx_sft.methods import Parameters
+from mlx_sft.methods.full import Full
+from mlx_sft.methods.lora import Lora
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.recompute import Mode

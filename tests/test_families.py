@@ -23,8 +23,9 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.data.dataset import Examples
 from mlx_sft.load import load_adapter
-from mlx_sft.methods import Lora, LoraSettings, Parameters
+from mlx_sft.methods import Parameters
 from mlx_sft.methods.compose import merge_adapters
+from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import TESTED, load_model
 from mlx_sft.model.rope import correct_ropes

@@ -20,7 +20,8 @@ from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.prepare import prepare
-from mlx_sft.methods import Full, Lora, LoraSettings
+from mlx_sft.methods.full import Full
+from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import our_name, write_adapter
 from mlx_sft.model.load import load_model
 from mlx_sft.training.recompute import Mode

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.targets import Export, Target
-from mlx_sft.convert.targets.mlx import LOST_LIMIT
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import refuse_full_disk, write_folder

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import fields
@@ -23,6 +24,7 @@ from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.sources import Source
 from mlx_sft.data.streams import COMPRESSIONS
+from mlx_sft.registry import FORMATS
 
 _PACKAGES = ("mlx-sft", "transformers", "tokenizers", "jinja2")
 _REMEMBERED_FROM = 256_000_000
@@ -54,6 +56,10 @@ def entry_key(content: str, name: str, pipeline: Pipeline) -> str | None:
         "variables": json.dumps(settings.template_kwargs, default=repr),
         "format": pipeline.reader.format,
         "columns": dict(pipeline.reader.columns),
+        "other_formats": {
+            name: _module_digest(FORMATS[name].read) for name in FORMATS.names() if name not in FORMATS.built_in()
+        },
+        "objective": _objective(pipeline.objective),
         "special_in_content": pipeline.special_in_content,
         "signs": SIGNS,
         "table": str(TABLE),
@@ -95,6 +101,19 @@ def _day(template: str, template_kwargs: Mapping[str, Any]) -> str | None:
     """Today, where the template writes it by itself: where it asks for it, and goes by no day that it is given."""
     is_given = "date_string" in template and "date_string" in template_kwargs
     return f"{datetime.now():%Y-%m-%d}" if "strftime_now" in template and not is_given else None
+
+
+def _objective(objective: Any) -> list[Any] | None:
+    """What decides which examples a row gives."""
+    if objective is None:
+        return None
+    return [objective.name, objective.settings.model_dump(mode="json"), _module_digest(type(objective))]
+
+
+def _module_digest(thing: Any) -> str | None:
+    """SHA-256 of the file that a function or class is from; None where there is none, as in a notebook."""
+    file = getattr(sys.modules.get(thing.__module__), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else repr(time.time_ns())
 
 
 @cache

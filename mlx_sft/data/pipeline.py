@@ -20,6 +20,7 @@ from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.screening import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.errors import UserError
+from mlx_sft.registry import OBJECTIVES
 
 SpecialInContent = Literal["error", "drop", "keep"]
 
@@ -80,20 +81,24 @@ class Pipeline:
         reader: What a row means; settled by the first row, so that a file of several shapes is noticed.
         special: Finds the tokenizer's special tokens in content.
         special_in_content: Whether a row with one is bad, dropped or kept.
+        objective: Says which examples a row gives; those of the encoder where None.
     """
 
     reader: RowReader
     encoder: Encoder
     special: SpecialTokens
     special_in_content: SpecialInContent = "error"
+    objective: Any = None
 
     @classmethod
     def from_config(cls, config: TrainConfig, tokenizer: Any) -> Pipeline:
+        objective = OBJECTIVES[config.objective]
         return cls(
             RowReader(config.format, config.columns),
             Encoder(tokenizer, EncodeSettings.from_config(config)),
             SpecialTokens(tokenizer),
             config.special_in_content,
+            objective(config.settings(objective.Settings)),
         )
 
     def process(self, row: Row | UserError) -> Outcome:
@@ -121,7 +126,9 @@ class Pipeline:
             return Outcome(origin, [], frozenset(), note, isinstance(error, MixedFormats))
 
     def _encode(self, item: Item) -> list[Example]:
-        examples = [example for example in self.encoder.encode(item) if example.supervised_tokens]
+        encode = self.encoder.encode
+        found = self.objective.examples(item, encode) if self.objective else encode(item)
+        examples = [example for example in found if example.supervised_tokens]
         if not examples:
             raise UserError(
                 "a conversation with nothing to learn: no token of it is the model's to write",

@@ -19,7 +19,7 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import Pipeline, Progress, Silence
 from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
 from mlx_sft.data.screening import SIGNS
-from mlx_sft.data.sources import Source, locate, split_weight
+from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
 from mlx_sft.data.split import split
 from mlx_sft.data.tokenize import LostRow
 from mlx_sft.data.tokenized import tokenized
@@ -57,7 +57,9 @@ class _Part:
     report: SourceReport
 
 
-def prepare(config: TrainConfig, tokenizer: Any, progress: Progress | None = None) -> PreparedData:
+def prepare(
+    config: TrainConfig, tokenizer: Any, progress: Progress | None = None, *, rows: Any = None, valid_rows: Any = None
+) -> PreparedData:
     """Read, encode and split the data that the configuration names.
 
     Validation rows are those of `config.valid`, else a share of the rows, else the folders' own valid parts, else none.
@@ -66,13 +68,15 @@ def prepare(config: TrainConfig, tokenizer: Any, progress: Progress | None = Non
         config: Names the data, and how it is split, cut and rendered.
         tokenizer: A fast tokenizer of transformers, or mlx-lm's wrapper of one.
         progress: Is told how the reading goes.
+        rows: Rows in memory, in place of those that the configuration names.
+        valid_rows: Validation rows in memory, likewise.
 
     Raises:
         UserError: for data that cannot be read; naming up to ten bad rows at once, unless they are to be skipped; for a
             row that is too long where that is an error; where nothing is left to learn from a source; and where more than
             half of the rows are lost, unless that is allowed.
     """
-    return _prepare(config, tokenizer, progress or Silence(), strict=True)
+    return _prepare(config, tokenizer, progress or Silence(), strict=True, rows=rows, valid_rows=valid_rows)
 
 
 def survey(config: TrainConfig, tokenizer: Any, progress: Progress | None = None) -> PreparedData:
@@ -97,8 +101,10 @@ def prepare_file(
     return part.examples, part.report
 
 
-def _prepare(config: TrainConfig, tokenizer: Any, progress: Progress, *, strict: bool) -> PreparedData:
-    train_sources, weights, valid_sources = _sources(config)
+def _prepare(
+    config: TrainConfig, tokenizer: Any, progress: Progress, *, strict: bool, rows: Any = None, valid_rows: Any = None
+) -> PreparedData:
+    train_sources, weights, valid_sources = _sources(config, rows, valid_rows)
     reader = _Reader(config, tokenizer, progress, strict=strict)
     train_parts = [reader.read(source) for source in train_sources]
     valid_parts = [reader.read(source) for source in valid_sources]
@@ -141,8 +147,11 @@ def _refuse_empty_shares(sources: Sequence[Source], weights: Sequence[float], ex
 # Which sources
 
 
-def _sources(config: TrainConfig) -> tuple[list[Source], list[float | None], list[Source]]:
+def _sources(config: TrainConfig, rows: Any, valid_rows: Any) -> tuple[list[Source], list[float | None], list[Source]]:
     """The sources to train on, the weight of each, and those to validate on."""
+    if rows is not None:
+        valid: list[Source] = [_valid_source(config.valid, valid_rows)] if config.valid else []
+        return [MemorySource("data", rows)], [None], valid
     if not config.data:
         raise UserError("no data", hint="give --data FILE", exit_code=USAGE)
     specs = [split_weight(spec) for spec in config.data]
@@ -153,7 +162,8 @@ def _sources(config: TrainConfig) -> tuple[list[Source], list[float | None], lis
         raise UserError(
             "some data has a share of the mixture, and this has none", where=without, hint=hint, exit_code=USAGE
         )
-    train, valid = [], []
+    train: list[Source] = []
+    valid = []
     for data, _ in specs:
         parts = locate(data)
         train.append(_named_part(parts, data, "train"))
@@ -167,8 +177,12 @@ def _sources(config: TrainConfig) -> tuple[list[Source], list[float | None], lis
                 )
             valid.append(parts["valid"])
     if config.valid:
-        valid = [_named_part(locate(config.valid), config.valid, "valid")]
+        valid = [_valid_source(config.valid, valid_rows)]
     return train, weights, valid
+
+
+def _valid_source(valid: str, rows: Any) -> Source:
+    return MemorySource("valid", rows) if rows is not None else _named_part(locate(valid), valid, "valid")
 
 
 def _named_part(parts: dict[str, Source], data: str, *wanted: str) -> Source:

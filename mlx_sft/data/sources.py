@@ -1,6 +1,6 @@
 """Path or dataset id → the sources of its rows, each row with its origin (`chats.jsonl:17`).
 
-Knows folders, files and the Hugging Face Hub; the formats of files are `readers`', the meaning of rows is `formats`'.
+The formats of files are `readers`', the meaning of rows is `formats`'.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import math
 import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
+from mlx_sft.config import IN_MEMORY
 from mlx_sft.data.readers import READERS, Rows, first_line, reader_of, table_row
 from mlx_sft.data.streams import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.errors import USAGE, UserError, did_you_mean
@@ -125,12 +127,42 @@ class HubSource:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class MemorySource:
+    """Rows in memory: a list of dicts, a `datasets.Dataset`, or any sequence of mappings. A row is named by its index, `data[17]`."""
+
+    name: str
+    values: Sequence[Any]
+
+    def rows(self, on_bytes: OnBytes | None = None) -> Rows:
+        if isinstance(self.values, str | bytes | Mapping) or not hasattr(self.values, "__getitem__"):
+            what = f"rows in memory are a sequence of mappings, not a {type(self.values).__name__}"
+            raise UserError(what, where=self.name, hint="give a list of dicts, or a datasets.Dataset", exit_code=USAGE)
+        if len(self.values) == 0:
+            raise UserError("there are no rows", where=self.name, hint="give at least one")
+        for index, value in enumerate(self.values):
+            origin = f"{self.name}[{index}]"
+            if isinstance(value, Mapping):
+                yield table_row(origin, dict(value))
+            else:
+                yield UserError(f"the row is a {type(value).__name__}, not a mapping", where=origin)
+
+    def size(self) -> None:
+        return None
+
+    def sha256(self) -> None:
+        return None
+
+
 def locate(data: str) -> dict[str, Source]:
     """The sources that `data` names, by the part of the data they are.
 
     Returns:
         `{"all": source}` for a file or a dataset id; for a folder, those of `train`, `valid` and `test` that it has.
     """
+    if data == IN_MEMORY:
+        what = "the rows of this run were given in memory, and are not here now"
+        raise UserError(what, hint="give them again from Python: train(config, data=rows)", exit_code=USAGE)
     if data.startswith(HUB_PREFIX):
         identifier = data.removeprefix(HUB_PREFIX).partition(":")[0]
         if identifier.count("/") not in (1, 2) or not all(identifier.split("/")):

@@ -6,11 +6,16 @@ config.json ─► outline ─► footprint ─► settings that `train` would c
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mlx_sft.config import TrainConfig
+from mlx_sft.console import Look, count, duration, size
 from mlx_sft.data.batches import Layout, padded_width
 from mlx_sft.data.pipeline import Progress
 from mlx_sft.data.prepare import PreparedData, prepare
@@ -23,17 +28,67 @@ from mlx_sft.model.outline import outline
 from mlx_sft.model.tiles import expected_tiles
 from mlx_sft.model.translate import read_config
 from mlx_sft.registry import METHODS
-from mlx_sft.training.arithmetic import REACHED, Work, operations, seconds
 from mlx_sft.training.batch_settings import BatchSettings, asked_for, choose, configured, most_tokens
 from mlx_sft.training.machine import COMMON_MACS, Machine, mac, measured_teraflops, read_machine, this_machine, within
 from mlx_sft.training.memory import MODES, Footprint, Prediction
 from mlx_sft.training.memory_planner import LongestRow, MemoryPlan, MemoryPlanner, planned_steps
+from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import optimizer_state_bytes
 
 NO_DATA = "(no data)"
 """Stands for the data of a configuration that names none: rows of `max_length` are assumed then."""
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+REACHED = 0.7
+"""The share of the speed of products that steps are taken to reach; norms, activations and the optimizer take the rest."""
+
+_FORWARDS_AGAIN: dict[Mode, int] = {"off": 0, "light": 0, "layers": 1, "blocks": 2}
+"""How often the backward pass computes a layer's products again."""
+
+_ATTENTION_AGAIN: dict[Mode, int] = {"off": 0, "light": 1, "layers": 1, "blocks": 2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed in an epoch.
+
+    Attributes:
+        tokens: Of all rows, those that go through the model.
+        squares: Σ length² of the rows.
+        supervised: Positions that the head computes.
+    """
+
+    tokens: int
+    squares: int
+    supervised: int
+
+    @classmethod
+    def of(cls, lengths: NDArray[Any], supervised: int) -> Work:
+        """Of rows of these lengths."""
+        long = lengths.astype(np.int64)
+        return cls(int(long.sum()), int((long * long).sum()), supervised)
+
+
+def operations(footprint: Footprint, mode: Mode, work: Work) -> float:
+    """Floating-point operations of an epoch."""
+    full = footprint.trains_weights
+    upper = sum(layer.weights for layer in footprint.layers)
+    lower = sum(layer.weights for layer in footprint.below)
+    a_token = 2 * (upper + lower) + (4 if full else 2) * upper + 2 * _FORWARDS_AGAIN[mode] * upper
+    if not full:
+        a_token += 6 * footprint.trainable
+    attended = sum(layer.attended for layer in footprint.layers)
+    only_forward = sum(layer.attended for layer in footprint.below)
+    a_square = 2 * only_forward + (7 + 2 * _ATTENTION_AGAIN[mode]) * attended
+    head = (6 if full else 4) * footprint.hidden * footprint.vocabulary
+    return float(a_token * work.tokens + a_square * work.squares + head * work.supervised)
+
+
+def seconds(operations: float, teraflops: float) -> float:
+    """At a machine's speed of products."""
+    return operations / (REACHED * teraflops * 1e12)
 
 
 @dataclass(frozen=True)
@@ -250,3 +305,91 @@ def _epochs(config: TrainConfig, data: PreparedData | None) -> float:
         return float(config.epochs)
     steps = planned_steps(config, data)
     return steps.total_steps / steps.steps_per_epoch
+
+
+Pieces = Iterator[tuple[str, Look]]
+
+_MODES = [configured(mode) for mode in MODES]
+
+
+def plan_pieces(plan: RunPlan) -> Pieces:
+    """What each part takes, what `train` would choose, what fits here and on common Macs."""
+    yield from _facts(plan)
+    yield from _lengths(plan)
+    yield from _macs(plan)
+
+
+def _facts(plan: RunPlan) -> Pieces:
+    config, machine, parts, chosen = plan.config, plan.machine, plan.predicted, plan.settings
+    yield f"{config.model} on {machine.name}\n", "title"
+    rows = [
+        ("may take", f"{size(machine.memory)} ({machine.basis})"),
+        ("weights", f"{size(parts.weights)} in {plan.dtype}"),
+        (
+            "trained",
+            f"{size(parts.trained)} for {count(plan.footprint.trainable)} parameters: value, gradient and two moments",
+        ),
+        ("kept", f"{size(parts.kept)} for the backward pass"),
+        ("passing", f"{size(parts.passing)} for a layer's backward pass, or the logits of a tile"),
+        ("peak", f"{size(parts.peak)} predicted"),
+        ("longest row", f"{plan.longest.tokens:,} tokens ({plan.longest.origin})"),
+    ]
+    if chosen is not None:
+        settings = f"--micro-batch-tokens {chosen.micro_batch_tokens} --grad-checkpoint {configured(chosen.mode)}"
+        rows.append(("settings", f"{settings} --dtype {plan.dtype}"))
+    rows += _time(plan)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        yield f"  {name:{width}}  ", "faint"
+        yield f"{value}\n", "plain"
+    if plan.refusal is not None:
+        yield f"  train would refuse: {plan.refusal}\n", "bad"
+    yield "\n", "plain"
+
+
+def _time(plan: RunPlan) -> list[tuple[str, str]]:
+    if plan.work is None:
+        return [("time", "give --data for an estimate")]
+    taken = plan.seconds()
+    if taken is None:
+        return [("time", "no estimate: this chip's speed is not known; name it, as in --machine 'M2 16GB'")]
+    source = "measured now" if plan.measured else "from a table"
+    basis = f"products at {plan.teraflops:.2g} TFLOP/s ({source}), of which steps reach {REACHED:.0%}"
+    epochs = f"{plan.epochs:.3g} epoch{'' if plan.epochs == 1 else 's'}"
+    tokens = f"{epochs} of {count(plan.work.tokens)} tokens"
+    return [("time", f"about {duration(taken)} for {tokens}: an estimate from {basis}")]
+
+
+def _lengths(plan: RunPlan) -> Pieces:
+    yield f"Rows that fit at once on {plan.machine.name}, by their length and --grad-checkpoint\n", "title"
+    head = ["tokens", *_MODES]
+    rows = [
+        [f"{found['length']:,}", *(f"{found[mode]['rows']:,}" if found[mode]["rows"] else "-" for mode in _MODES)]
+        for found in plan.lengths()
+    ]
+    yield from _table(head, rows)
+
+
+def _macs(plan: RunPlan) -> Pieces:
+    yield "Common Macs: settings for the longest row, and the longest row that fits, by --grad-checkpoint\n", "title"
+    head = ["memory", "may take", "settings", *_MODES]
+    rows = []
+    for found in plan.common_macs():
+        settings = f"{found['micro_batch_tokens']} tokens, {found['grad_checkpoint']}"
+        rows.append(
+            [
+                f"{found['gigabytes']} GB",
+                size(found["working_set_bytes"]),
+                settings if found["grad_checkpoint"] else "does not fit",
+                *(f"{tokens:,}" if tokens else "-" for tokens in found["longest_row"].values()),
+            ]
+        )
+    yield from _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Pieces:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for line, look in [(head, "faint"), *((row, "plain") for row in rows)]:
+        text = "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        yield f"  {text}\n", "faint" if look == "faint" else "plain"
+    yield "\n", "plain"

@@ -1,4 +1,4 @@
-"""What a run is about to learn, shown before it learns. Knows numbers, not how they came about."""
+"""What a run is about to train on, and how, shown before its first step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mlx_sft.data.batches import shares
 from mlx_sft.data.encode import decoded_segments
 from mlx_sft.data.sources import split_weight
 from mlx_sft.files import free_bytes
-from mlx_sft.training.optim import learning_rate
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.resume import differences
+from mlx_sft.training.schedule import learning_rate
 from mlx_sft.training.setup import Job
 
 _RECOMPUTED: dict[Mode, str] = {
@@ -25,7 +25,7 @@ _RECOMPUTED: dict[Mode, str] = {
 
 
 def show_plan(job: Job) -> None:
-    """Before anything is learnt: what from, and how."""
+    """Show it."""
     config, report, console = job.config, job.data.report, job.console
     trainable = sum(value.size for value in job.parameters.values())
     facts = {
@@ -42,10 +42,10 @@ def show_plan(job: Job) -> None:
         "run": str(job.run.path),
     }
     console.conversation(
-        f"{job.data.train[0].origin}, with what will be learnt",
+        f"{job.data.train[0].origin}, with what will be trained on",
         decoded_segments(job.base.tokenizer, job.data.train[0]),
     )
-    console.facts("Learning from", facts)
+    console.facts("Training on", facts)
     for warning in report.warnings():
         console.warn(warning)
     if job.split.body_name is None:
@@ -55,7 +55,7 @@ def show_plan(job: Job) -> None:
         )
     total = job.plan.total_steps
     if config.lr and not any(learning_rate(config, step, total) for step in range(1, total + 1)):
-        console.warn("the warm-up takes the whole run, so that nothing is learnt; give --warmup 0, or more steps")
+        console.warn("the warm-up takes the whole run, so that nothing is trained; give --warmup 0, or more steps")
     if config.resume and (changed := differences(job.run, config)):
         console.warn(f"the last bits may not be the same: since the run began, {', '.join(changed)} changed")
     if job.progress.step:

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig, option_name
 from mlx_sft.console import Console
-from mlx_sft.convert.targets.trl.folder import FIRST, SECOND, TrlFolder
+from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
 from mlx_sft.methods import Method, Parameters, attach_trained, make_method
@@ -98,7 +98,7 @@ def starting_progress(
     export = TrlFolder.trained(config.resume_from_peft)
     export.refuse_changes(identity)
     step, moments = export.read_step(total_steps), export.read_moments(parameters)
-    optimizer.take_up(moments[FIRST], moments[SECOND], step)
+    optimizer.take_up(*moments, step)
     return Progress(step=step)
 
 

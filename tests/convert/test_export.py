@@ -23,7 +23,7 @@ from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.trained import save_trained
 from mlx_sft.errors import UserError
 from mlx_sft.load import load_run
-from mlx_sft.methods import Full
+from mlx_sft.methods.full import Full
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder

@@ -17,11 +17,11 @@ from safetensors.numpy import load_file
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
+from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.loop import train
-from mlx_sft.training.optim import AdamW
 from mlx_sft.training.setup import Job, prepare_job
 from tests.fuzz.models import changed_safetensors
 from tests.fuzz.mutators import as_yaml, changed, changed_bytes, changed_json
@@ -63,7 +63,7 @@ def _make_checkpoint(chance: random.Random, materials: Materials) -> Files:
 
 def _read_checkpoint(folder: Path, materials: Materials) -> None:
     job = _job(materials)
-    optimizer = AdamW(job.config, job.parameters, job.method.decayed)
+    optimizer = make_optimizer(job.config, job.parameters, job.method.decayed)
     progress, parameters = checkpoint.load(
         RunFolder(folder), job.parameters, optimizer, job.identity, seed=job.config.seed
     )

@@ -10,7 +10,8 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.methods import Full, make_method
+from mlx_sft.methods import make_method
+from mlx_sft.methods.full import Full
 from mlx_sft.model.load import load_model
 
 

@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
-from mlx_sft.methods import Lora, LoraSettings, make_method
-from mlx_sft.methods.lora import DoraLinear, LoraLinear, detach, put_back, resolve_targets
+from mlx_sft.methods import make_method
+from mlx_sft.methods.lora import DoraLinear, Lora, LoraLinear, LoraSettings, detach, put_back, resolve_targets
 from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
 

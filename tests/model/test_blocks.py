@@ -8,7 +8,6 @@ import pytest
 
 from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.model.blocks import Block, find_blocks, replaced_children
-from mlx_sft.model.fast import fast_core
 from mlx_sft.model.head import SplitModel
 from tests.families import tiny_model
 

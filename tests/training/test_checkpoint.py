@@ -11,10 +11,10 @@ import pytest
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
+from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
-from mlx_sft.training.optim import AdamW
 
 CONFIG = TrainConfig(data="x.jsonl", weight_decay=0.1)
 IDENTITY = {"config": "a", "data": "b", "model": "c"}
@@ -25,7 +25,7 @@ def start() -> dict[str, mx.array]:
 
 
 def fresh_optimizer() -> AdamW:
-    return AdamW(CONFIG, start(), lambda name: "norm" not in name)
+    return make_optimizer(CONFIG, start(), lambda name: "norm" not in name)
 
 
 def stepped(parameters: dict[str, mx.array], optimizer: AdamW, times: int = 1) -> dict[str, mx.array]:

@@ -15,8 +15,8 @@ import pytest
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import rollback
+from mlx_sft.training.callbacks.divergence import IN_A_ROW, bound, observe
 from mlx_sft.training.checkpoint import Progress
-from mlx_sft.training.divergence import IN_A_ROW, bound, observe
 from tests.run_folders import outcome
 
 

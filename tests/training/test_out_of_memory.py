@@ -21,7 +21,6 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 from mlx_sft.training import relief
-from mlx_sft.training.optim import AdamW
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.step import GradientComputer, OutOfMemory, TooLarge, next_try, out_of_memory_noticed

@@ -15,8 +15,6 @@ import yaml
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.runs import RunFolder
-from mlx_sft.training.arithmetic import Work, operations
 from mlx_sft.training.machine import COMMON_MACS
 from mlx_sft.training.plan import LENGTHS, RunPlan, Work, make_plan, operations, plan_pieces, planned_config
 

@@ -17,12 +17,15 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import Batch, MicroBatch, collate, cut, cut_all, round_up
 from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import UserError
-from mlx_sft.methods import Full, Lora, Parameters
+from mlx_sft.methods import Parameters
+from mlx_sft.methods.full import Full
+from mlx_sft.methods.lora import Lora
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
+from mlx_sft.optimizers import make_optimizer
+from mlx_sft.optimizers.gradients import clip, global_norm
 from mlx_sft.training import optim
 from mlx_sft.training.checkpoint import dropout_key
-from mlx_sft.training.optim import AdamW, clip, global_norm
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.step import GradientComputer, padded_shape
 
@@ -328,7 +331,7 @@ def test_an_update_takes_parameters_gradients_moments_and_a_part_more(
 ) -> None:
     monkeypatch.setattr(optim, "_PART_BYTES", 2**18)
     size = _bytes(heavy.parameters)
-    optimizer = AdamW(TrainConfig(data="-"), heavy.parameters, lambda name: "norm" not in name)
+    optimizer = make_optimizer(TrainConfig(data="-"), heavy.parameters, lambda name: "norm" not in name)
     mx.eval(optimizer.state)
     for _ in range(2):
         _, gradients = heavy.gradient(examples, _whole(examples))

@@ -14,7 +14,7 @@ from mlx_sft.methods.peft_files import our_name
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 
-FIRST, SECOND = "exp_avg", "exp_avg_sq"
+_FIRST, _SECOND = "exp_avg", "exp_avg_sq"
 """What torch calls AdamW's two moments."""
 
 _AGAIN = "run its train.py again, or copy the whole folder once more"
@@ -87,9 +87,9 @@ class TrlFolder(RunFolder):
             raise UserError(what, where=str(self.progress), hint=_AGAIN)
         return step
 
-    def read_moments(self, parameters: Parameters) -> dict[str, Parameters]:
-        """AdamW's two moments (`FIRST`, `SECOND`) of every parameter, float32; raises `UserError` where they are of others."""
-        moments: dict[str, Parameters] = {FIRST: {}, SECOND: {}}
+    def read_moments(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
+        """AdamW's two moments of every parameter, float32; raises `UserError` where they are of others."""
+        moments: dict[str, Parameters] = {_FIRST: {}, _SECOND: {}}
         for tensor in open_safetensors(self.moments).tensors:
             name, _, kind = tensor.name.rpartition(".")
             if kind not in moments:
@@ -100,7 +100,7 @@ class TrlFolder(RunFolder):
                 raise self._damaged(f"unknown tensor {tensor.name}") from None
         if any(_shapes(moment) != _shapes(parameters) for moment in moments.values()):
             raise self._damaged("its moments are not those of the adapter beside it")
-        return moments
+        return moments[_FIRST], moments[_SECOND]
 
     def _damaged(self, what: str) -> UserError:
         return UserError(what, where=str(self.moments), hint=_AGAIN)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from mlx_sft import TrainConfig
-from mlx_sft.training.optim import learning_rate
-from mlx_sft.training.twin.words import rows_at_once, sft_arguments
+from mlx_sft.convert.targets.trl.sft_config import rows_at_once, sft_arguments
+from mlx_sft.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,7 @@ from mlx_sft.data.prepare import prepare
 from mlx_sft.errors import USAGE
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.runs import RunFolder
-from mlx_sft.training.batch_settings import planned_steps
-from mlx_sft.training.fit import planned_steps
+from mlx_sft.training.memory_planner import planned_steps
 from tests.run_folders import outcome
 
 WRITTEN = {
