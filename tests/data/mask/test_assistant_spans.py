@@ -261,3 +261,10 @@ def test_any_words_are_supervised_where_the_template_puts_them(
     messages = [message for said, answered in turns for message in (user(said), assistant(answered))]
     rendering = rendered(tokenizer, *messages)
     assert [turn.text(rendering.text) for turn in rendering.turns] == [f"{a}<|im_end|>" for _, a in turns]
+
+
+def test_an_end_token_that_begins_the_next_message_does_not_end_the_turn_again(make_tokenizer: MakeTokenizer) -> None:
+    bare = make_tokenizer("{% for m in messages %}{{ m.content + '<|im_end|>\n' }}{% endfor %}")
+    assert shown(bare, user("Hi"), assistant("Yo"), user("<|im_end|>")) == (
+        "Hi<|im_end|>\n⟦Yo<|im_end|>⟧\n<|im_end|><|im_end|>\n"
+    )

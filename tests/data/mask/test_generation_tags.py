@@ -129,3 +129,12 @@ def test_a_header_in_a_tag_ends_before_what_says_that_there_is_no_reasoning(make
     assert shown(tokenizer, user("Hi"), assistant("Hello", thinking="hm")) == (
         "<user>Hi<assistant>⟦<think>hm</think>Hello<|im_end|>⟧"
     )
+
+
+def test_a_tag_with_letters_is_their_messages_though_there_are_fewer_tags_than_answers(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(TAGGED_VARIANTS["not watched"])
+    messages = [user("Hi"), assistant(""), user("?"), assistant("Yes")]
+    assert shown(tokenizer, *messages, supervised=[3]).endswith("assistant\n⟦Yes<|im_end|>⟧\n")
+    assert "⟦" not in shown(tokenizer, *messages, supervised=[1])

@@ -15,6 +15,7 @@ from mlx_sft.data.mask.traced_rendering import NOBODY
 from tests.data.mask.pictures import (
     MakeTokenizer,
     assistant,
+    refusal,
     shown,
     user,
 )
@@ -141,3 +142,15 @@ def test_ascii_letters_are_the_messages_nearest_to_the_one_being_written(
     _, _, ascii_letters = letters()
     found = ascii_letters.find([first, second], text, np.array([25, 25, 39][: len(first)], np.int32))
     assert (None if found is None else found.tolist()) == expected
+
+
+def test_a_message_without_letters_is_no_obstacle_to_ascii_letters(make_tokenizer: MakeTokenizer) -> None:
+    escaping = make_tokenizer(
+        LOOP + TURN.replace("message['content']", "(message.content | tojson(ensure_ascii=true))") + END + PROMPT
+    )
+    assert shown(escaping, user("?!"), assistant("é yes"), user("..."), assistant("No")) == (
+        '<|im_start|>user\n"?!"<|im_end|>\n<|im_start|>assistant\n⟦"\\u00e9 yes"<|im_end|>⟧\n'
+        '<|im_start|>user\n"..."<|im_end|>\n<|im_start|>assistant\n⟦"No"<|im_end|>⟧\n'
+    )
+    error = refusal(escaping, user("Да?"), assistant("Yes"))  # words that no ASCII letter shows
+    assert error.what.endswith("its writing depends on the letters of the messages, or on being traced")

@@ -63,3 +63,8 @@ def test_the_strings_of_the_code_are_known_and_no_numbers() -> None:
 def test_tags_are_known_from_other_call_blocks() -> None:
     assert has_tags("{% generation %}a{% endgeneration %}")
     assert not has_tags("{% macro m() %}{{ caller() }}{% endmacro %}{% call m() %}a{% endcall %}")
+
+
+def test_loops_inside_of_a_tag_are_traced() -> None:
+    loop = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    assert pieces_by_message(loop) == [("a", 0), ("b", 1), ("a", 2)]
