@@ -34,9 +34,7 @@ ROOM = [
     Path("mlx_sft/data/encode.py"),
 ]
 TESTS = ["tests/data/mask", "tests/data/test_encode.py", "tests/data/test_alignment.py", "tests/data/test_example.py"]
-TESTS += [
-    str(next(p for p in ("tests/data/test_chat_template.py", "tests/data/test_template.py") if (ROOT / p).exists()))
-]
+TESTS += [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/data/test_*template.py")]
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "--assert=plain"]
 # Without tests/conftest.py, which imports the whole package, and so without what lies beside the project.
 OPTIONS += ["--confcutdir=tests/data", "-k", "not real_qwen3"]
@@ -203,7 +201,7 @@ def chosen(arguments: argparse.Namespace) -> list[Mutant]:
 
 
 def main() -> None:
-    """Try mutants, and exit with 1 where some survive."""
+    """Try mutants, and print those that survive."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, metavar="N", help="try N of them, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
@@ -228,8 +226,7 @@ def main() -> None:
             shutil.copy(ROOT / mutant.module, folder / mutant.module)
             survivors += [mutant] if survives else []
             print(f"{number}/{len(found)}  {'SURVIVES' if survives else 'noticed '}  {mutant}", flush=True)
-    print(f"\n{len(survivors)} of {len(found)} mutants survive", *survivors, sep="\n")
-    sys.exit(bool(survivors))
+    print(f"\n{len(survivors)} of {len(found)} mutants survive; some of them change nothing", *survivors, sep="\n")
 
 
 if __name__ == "__main__":
