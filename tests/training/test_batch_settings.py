@@ -28,7 +28,15 @@ LAYER = LayerCounts(
     states=100, light=1000, off=2000, features=1000, norms=0, scores=0, weights=1, attended=100, trained=True
 )
 FOOTPRINT = Footprint(
-    (LAYER,) * 25, (), weights=10**6, trainable=1000, optimizer_state_bytes=8000, itemsize=4, hidden=100, vocabulary=100, columns=100
+    (LAYER,) * 25,
+    (),
+    weights=10**6,
+    trainable=1000,
+    optimizer_state_bytes=8000,
+    itemsize=4,
+    hidden=100,
+    vocabulary=100,
+    columns=100,
 )
 CHUNK = chunk_rows(100)
 
@@ -74,7 +82,9 @@ def test_a_person_decides() -> None:
     assert choose(FOOTPRINT, 10**12, 10, modes=("layers",)) == BatchSettings(MOST_TOKENS, "layers", CHUNK)
     assert choose(FOOTPRINT, 10**12, 10, micro_batch_tokens=77) == BatchSettings(77, "off", CHUNK)
     # What was asked for is what must fit.
-    assert choose(FOOTPRINT, limit_for("off", 4000) - 10, 10, micro_batch_tokens=4000) == BatchSettings(4000, "light", CHUNK)
+    assert choose(FOOTPRINT, limit_for("off", 4000) - 10, 10, micro_batch_tokens=4000) == BatchSettings(
+        4000, "light", CHUNK
+    )
     # Both decided: what is left is to take the fewest logits at once.
     assert choose(FOOTPRINT, 0, 10, modes=("off",), micro_batch_tokens=9) == BatchSettings(9, "off", CHUNK // 8)
 

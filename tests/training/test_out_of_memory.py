@@ -225,7 +225,11 @@ def test_what_the_failed_step_had_computed_is_gone_before_the_next_try(
 
     monkeypatch.setattr(out_of_memory, "next_try", watched)
     small_device(fits)
-    train(TrainConfig(**without_adapter(settings) | {"method": "full", "max_steps": 1, "batch_size": 10, "micro_batch_tokens": 50}))
+    train(
+        TrainConfig(
+            **without_adapter(settings) | {"method": "full", "max_steps": 1, "batch_size": 10, "micro_batch_tokens": 50}
+        )
+    )
     before, after = active
     weights = 4 * sum(value.size for value in adapter_of_every_weight(settings).values())
     assert after - before < 0.3 * weights

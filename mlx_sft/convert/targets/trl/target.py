@@ -153,5 +153,5 @@ def _readme(config: TrainConfig, method: Method, plan: Plan) -> str:
         rows=config.batch_size,
         model=" ".join(printable(name_elsewhere(config.model)).split()),
         dtype=config.dtype,
-        dropout=_DROPOUT.format(dropout=config.settings(type(method).Settings).dropout) if method.uses_dropout else "",
+        dropout=_DROPOUT.format(dropout=method.settings.dropout) if method.uses_dropout else "",
     )  # fmt: skip
