@@ -21,7 +21,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mlx_sft.cli import main as program
-from mlx_sft.config import TrainConfig, option_name, public_name, sections
+from mlx_sft.config import TrainConfig, all_fields, entry_settings, option_name, public_name, sections
+from mlx_sft.registry import FORMATS, METHODS, OBJECTIVES, OPTIMIZERS
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 API_MODULES = ("mlx_sft", "mlx_sft.data")
@@ -66,22 +67,37 @@ def config_page() -> str:
         NOTE,
         "# Settings of a training run\n",
         "A setting is a line in a YAML file (`mlx-sft train --config FILE`) or the option beside it; an option goes before "
-        "the file. A name that is not in these tables is an error.",
+        "the file. A name that is not in these tables is an error, and so is a setting of something that was not chosen.",
     ]
-    options = set(option_names())
+    options, fields = set(option_names()), all_fields()
     for title, names in sections().items():
         lines += [f"\n## {title}\n", "| setting | option | values | default | |", "|---|---|---|---|---|"]
         for name in names:
-            field, option = TrainConfig.model_fields[name], option_name(name)
+            field, option = fields[name], option_name(name)
             cells = [
                 f"`{public_name(name)}`",
                 f"`{option}`" if option in options else "",
-                values(field),
-                default(field),
+                chosen_among(name) or values(field),
+                defaults(name, field),
                 one_line(field.description or ""),
             ]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def chosen_among(name: str) -> str:
+    """The built-in entries that a setting chooses among; empty for any other setting."""
+    registries = {"method": METHODS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS, "format": FORMATS}
+    names = registries[name].built_in() if name in registries else []
+    return " or ".join(f"`{entry}`" for entry in (["auto", *names] if name == "format" else names))
+
+
+def defaults(name: str, field: FieldInfo) -> str:
+    """The default; that of each entry, where several have the setting and differ in it."""
+    owned = {entry: owner.model_fields[name] for _, entry, owner in entry_settings() if name in owner.model_fields}
+    if len({default(other) for other in owned.values()}) < 2:
+        return default(field)
+    return "; ".join(f"{entry}: {default(other)}" for entry, other in owned.items())
 
 
 def option_names() -> Iterator[str]:

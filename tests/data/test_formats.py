@@ -224,7 +224,7 @@ def test_a_row_without_a_known_shape_is_told_all_shapes() -> None:
 def test_every_shape_reads_its_own_example() -> None:
     for _, shape in FORMATS.items():
         row = Row("chats.jsonl:1", json.loads(shape.example.replace(", ...]", ', {"role": "gpt", "content": "a"}]')))
-        assert RowReader().settled_by(row).shape == shape.name
+        assert RowReader().settled_by(row).format_name == shape.name
         read = RowReader(shape.name).read(row)
         assert isinstance(
             read, Document if shape.name == "text" else Tokens if shape.name == "tokenized" else Conversation
@@ -360,7 +360,7 @@ def row(line: int = 1, /, **value: Any) -> Row:
 
 def test_the_first_row_settles_the_shape_and_a_row_of_another_is_named_with_it() -> None:
     reader = pickle.loads(pickle.dumps(RowReader().settled_by(row(prompt="a", completion="b"))))
-    assert reader.shape == "prompt-completion"
+    assert reader.format_name == "prompt-completion"
     assert isinstance(reader.read(row(2, prompt="a", completion="b", messages=3)), Conversation)
     with pytest.raises(MixedFormats) as caught:
         reader.read(row(3, instruction="a", output="b"))
@@ -378,12 +378,12 @@ def test_a_row_of_no_known_shape_settles_nothing() -> None:
     with pytest.raises(UserError, match="a row without a known format") as caught:
         RowReader().settled_by(row(a=1))
     assert caught.value.exit_code != USAGE
-    assert RowReader().shape is None
+    assert RowReader().format_name is None
 
 
 def test_a_format_may_be_forced() -> None:
     reader = RowReader("text").settled_by(row(messages=[USER, ASSISTANT], text="a"))
-    assert reader.shape == RowReader("text").shape == "text"
+    assert reader.format_name == RowReader("text").format_name == "text"
     assert reader.read(row(2, messages=[USER, ASSISTANT], text="a")) == Document("chats.jsonl:2", "a")
     with pytest.raises(UserError, match="not a row of the format text: it has no 'text'"):
         reader.read(row(3, messages=[USER, ASSISTANT]))
