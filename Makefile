@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak fuzz lint fix bench bench-quick bench-report bench-data docs audit test-lowest wheel clean
+.PHONY: help demo test faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data docs audit test-lowest wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ soak: $(VENV)/.ready-dev  ## 3,000 steps with many resumes: memory, files, threa
 
 fuzz: $(VENV)/.ready-dev  ## 10,000 broken inputs, over every parser (ARGS="--count 100000 --seed 3")
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.fuzz $(ARGS)
+
+mutants: $(VENV)/.ready-dev  ## break the mask's code in small ways: which do the tests not notice? (ARGS="--sample 100 --seed 3")
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python scripts/mutants.py $(ARGS)
 
 lint: $(VENV)/.ready-dev  ## style, types, the one-way flow of imports, docs/reference up to date
 	$(BIN)/ruff check $(CHECKED)

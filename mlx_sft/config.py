@@ -317,7 +317,9 @@ def _joined(*owners: type[Settings]) -> type[TrainConfig]:
             )
         taken |= dict.fromkeys(owner.model_fields, owner)
         validators |= _validators(owner)
-    return create_model("TrainConfig", __base__=(TrainConfig, *owners), __module__=__name__)
+    bases: Any = (TrainConfig, *owners)
+    joined: type[TrainConfig] = create_model("TrainConfig", __base__=bases, __module__=__name__)
+    return joined
 
 
 def _validators(owner: type[Settings]) -> set[str]:

@@ -10,7 +10,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.mask.reference import Reference
+from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.tokenizer import generation_ends
 from mlx_sft.errors import UserError
 from mlx_sft.load import AdaptedModel, put_adapter
@@ -91,7 +91,7 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     variables = (
         loaded.train_config.chat_template_kwargs if isinstance(loaded, AdaptedModel) and loaded.train_config else {}
     )
-    text = Reference(tokenizer, Conversation("", messages, template_kwargs=variables)).prompted
+    text = ReferenceRendering(tokenizer, Conversation("", messages, template_kwargs=variables)).prompted
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -34,7 +34,9 @@ def test_it_finds_what_training_found(run: RunFolder, chats: Path) -> None:
 
 
 def test_a_full_run_is_found_the_same(settings: dict[str, Any], chats: Path) -> None:
-    run = RunFolder(train(TrainConfig(**without_adapter(settings) | {"method": "full", "lr": 1e-3}, valid=str(chats))).run_dir)
+    run = RunFolder(
+        train(TrainConfig(**without_adapter(settings) | {"method": "full", "lr": 1e-3}, valid=str(chats))).run_dir
+    )
     assert evaluate_run(run.path, str(chats)).loss == pytest.approx(last_evaluation(run)["loss"], rel=1e-6)
 
 

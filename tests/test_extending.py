@@ -1,4 +1,4 @@
-"""What `docs/extending.md` shows, installed as a package of somebody else's: chosen, trained, resumed and exported with, all six at once."""
+"""What `docs/extending.md` shows, installed as somebody else's package: trained, resumed and exported with, all six at once."""
 
 from __future__ import annotations
 

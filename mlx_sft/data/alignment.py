@@ -1,7 +1,4 @@
-"""Where a tokenizer's tokens stand in a text: which of them overlap a span, who wrote them, what they look like.
-
-Knows offsets; knows nothing of tokenizers or templates.
-"""
+"""Where a tokenizer's tokens stand in a text: which of them overlap a span, which message each is part of, what it looks like."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.mask.turns import NOBODY, Integers, Span
+from mlx_sft.data.mask.traced_rendering import NOBODY, Integers, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ class Alignment:
         return cls(text, np.where(starts == ends, np.maximum(starts - 1, 0), starts), ends, added)
 
     def supervised(self, spans: Sequence[Span]) -> NDArray[np.bool_]:
-        """Which tokens a model must learn so that it writes the spans: those that overlap one. Shape (n,).
+        """Which tokens are supervised so that the model learns to write the spans: those that overlap one. Shape (n,).
 
         Left out are a token that goes past the end of a span and shares only white space with it, and an added token
         that began before the span (one that swallows the white space behind it).
@@ -57,11 +54,11 @@ class Alignment:
             mask |= overlaps
         return mask
 
-    def owners(self, of_characters: Integers) -> Integers:
-        """The owner of each token, which is that of its first character. Shape (n,)."""
-        if not len(of_characters):
+    def token_to_message(self, char_to_message: Integers) -> Integers:
+        """The message of each token, which is that of its first character. Shape (n,)."""
+        if not len(char_to_message):
             return np.full(len(self.starts), NOBODY, np.int32)
-        return of_characters[np.minimum(self.starts, len(of_characters) - 1)]
+        return char_to_message[np.minimum(self.starts, len(char_to_message) - 1)]
 
     def pieces(self) -> list[str]:
         """The text in one piece a token; the later tokens of one character have none."""

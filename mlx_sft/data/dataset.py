@@ -179,7 +179,7 @@ class Examples(Sequence[Example]):
 
     @property
     def signs(self) -> NDArray[np.uint32]:
-        """What is suspicious about each, as a bit mask over `checks.SIGNS`."""
+        """What is suspicious about each, as a bit mask over `screening.SIGNS`."""
         return self._column("signs")
 
     @property

@@ -1,7 +1,4 @@
-"""Item + settings → `Example`: a conversation's text and spans, or a document's text, in tokens.
-
-Knows tokenizers; knows nothing of files, or of how a template writes.
-"""
+"""Item + settings → `Example`: a conversation's text and supervised spans, or a document's text, in tokens."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from numpy.typing import NDArray
 from mlx_sft.data.alignment import Alignment
 from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
 from mlx_sft.data.example import IGNORED, Example, View, decoded_pieces, decoded_segments
-from mlx_sft.data.mask.arguments import as_the_template_takes_them
-from mlx_sft.data.mask.turns import NOBODY, Integers, assistant_messages
+from mlx_sft.data.mask.tool_arguments import as_the_template_takes_them
+from mlx_sft.data.mask.traced_rendering import NOBODY, Integers, assistant_messages
 from mlx_sft.data.messages import take_weights
 from mlx_sft.data.template import NO_FACTS, Facts, render
 from mlx_sft.data.tokenizer import end_tokens, unwrapped
@@ -39,17 +36,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class EncodeSettings:
-    """What of a conversation is learnt, and how its template is told to write it.
+    """What of a conversation is trained on, and how its template is told to write it.
 
     Args:
         train_on: All assistant turns, only the last, or each as an example of its own (`every-turn`): the conversation up
             to that turn, rendered as it would be where the model writes it.
         template_kwargs: Variables of the chat template; a conversation's own go before them.
-        train_think_prefill: Learn an empty think block at the start of a turn.
+        train_think_prefill: Train on an empty think block at the start of a turn.
         append_eos: Put the tokenizer's end-of-sequence token after a last turn that has none.
         verbatim: Take the conversation as it stands. Otherwise calls' arguments that are JSON text are given to the template
             as objects where it would quote the text, and a turn of whose words the template leaves nothing but its end is
-            not learnt: it would teach to say nothing.
+            not trained on: it would teach the model to say nothing.
     """
 
     train_on: Literal["all", "last", "every-turn"] = "all"
@@ -71,7 +68,7 @@ class Encoder:
 
     Args:
         tokenizer: A fast tokenizer of transformers, or mlx-lm's wrapper of one.
-        settings: What of a conversation is learnt.
+        settings: What of a conversation is trained on.
 
     Attributes:
         end_tokens: The texts of the model's end-of-sequence tokens.
@@ -84,9 +81,9 @@ class Encoder:
         self.end_tokens = end_tokens(tokenizer)
 
     def encode(self, item: Item) -> list[Example]:
-        """The examples of an item, each whole, however long: one, or for `every-turn` one an assistant turn that is learnt.
+        """The examples of an item, each whole, however long: one, or for `every-turn` one a supervised turn.
 
-        Where nothing is to be learnt, the one example has no supervised token.
+        Where nothing is to be trained on, the one example has no supervised token.
 
         Raises:
             UserError: naming the item's origin, where it cannot be rendered or tokenized.
@@ -110,23 +107,23 @@ class Encoder:
         conversation = replace(item, template_kwargs=self.settings.template_kwargs | item.template_kwargs)
         if not self.settings.verbatim:
             conversation = as_the_template_takes_them(self.tokenizer, conversation)
-        learnt = learnt_messages(conversation)
+        supervised = supervised_messages(conversation)
         if self.settings.train_on == "last":
             last = max(assistant_messages(conversation.messages), default=NOBODY)
-            learnt = [index for index in learnt if index == last]
-        if self.settings.train_on != "every-turn" or not learnt:
-            return [self._conversation(conversation, learnt)]
+            supervised = [index for index in supervised if index == last]
+        if self.settings.train_on != "every-turn" or not supervised:
+            return [self._conversation(conversation, supervised)]
         return [
             self._conversation(_through(conversation, index, number), [index], in_context=True)
-            for number, index in enumerate(learnt, 1)
+            for number, index in enumerate(supervised, 1)
         ]
 
-    def _conversation(self, conversation: Conversation, learnt: list[int], in_context: bool = False) -> Encoded:
-        """A conversation of which these messages are learnt."""
+    def _conversation(self, conversation: Conversation, supervised: list[int], in_context: bool = False) -> Encoded:
+        """A conversation of which the turns of these messages are trained on."""
         rendering = render(
             self.tokenizer,
             conversation,
-            learnt,
+            supervised,
             end_tokens=self.end_tokens,
             think_prefill=self.settings.train_think_prefill,
             silent_turns=self.settings.verbatim,
@@ -146,7 +143,7 @@ class Encoder:
                 weights = np.append(weights[:after], weights[after - 1])
                 facts = replace(facts, turns_without_end=facts.turns_without_end - 1)
                 appended = 1
-        return Encoded(conversation.origin, token_ids, weights, facts, alignment, rendering.owners, appended)
+        return Encoded(conversation.origin, token_ids, weights, facts, alignment, rendering.char_to_message, appended)
 
     def _document(self, document: Document) -> Encoded:
         """The text's tokens with those that the tokenizer puts around every text, and an end token."""
@@ -183,7 +180,7 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens with their weights, where they stand in the text that they were made from, and who wrote its characters.
+    """Tokens with their weights, where they stand in the text that they were made from, and the message of its characters.
 
     The last `appended` tokens do not stand in the text; the others are its first ones.
     """
@@ -193,7 +190,7 @@ class Encoded:
     weights: NDArray[np.float32]
     facts: Facts = NO_FACTS
     alignment: Alignment | None = None
-    characters: Integers | None = None
+    char_to_message: Integers | None = None
     appended: int = 0
 
     def example(self) -> Example:
@@ -209,10 +206,10 @@ class Encoded:
         aligned = len(token_ids) - self.appended
         pieces = self.alignment.pieces()[:aligned]
         pieces += [str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in token_ids[aligned:]]
-        if self.characters is None:
+        if self.char_to_message is None:
             return View(self.example(), pieces, nobody)
-        owners = self.alignment.owners(self.characters)[:aligned]
-        return View(self.example(), pieces, np.append(owners, np.repeat(owners[-1:], self.appended)))
+        messages = self.alignment.token_to_message(self.char_to_message)[:aligned]
+        return View(self.example(), pieces, np.append(messages, np.repeat(messages[-1:], self.appended)))
 
 
 def encode_conversation(
@@ -226,7 +223,7 @@ def encode_conversation(
     The token ids equal the plain tokenization of the text that the tokenizer's own chat template renders. The mask covers
     every assistant turn (content, reasoning, tool calls) through its end-of-turn token; neither the header that the
     generation prompt supplies, nor white space after the end of the turn. A message with `"train": false` or
-    `"weight": 0` is not learnt.
+    `"weight": 0` is not trained on.
 
     Args:
         tokenizer: A fast tokenizer of transformers, or mlx-lm's wrapper of one.
@@ -248,8 +245,8 @@ def encode_conversation(
     return encoded.token_ids.tolist(), (encoded.weights > 0).astype(int).tolist()
 
 
-def learnt_messages(conversation: Conversation) -> list[int]:
-    """The indices of the assistant messages that the conversation wants learnt."""
+def supervised_messages(conversation: Conversation) -> list[int]:
+    """The indices of the assistant messages that the conversation wants trained on."""
     weights = conversation.weights
     return [
         index
@@ -259,7 +256,7 @@ def learnt_messages(conversation: Conversation) -> list[int]:
 
 
 def _through(conversation: Conversation, index: int, number: int) -> Conversation:
-    """The conversation up to message `index`, the so-manieth turn that is learnt."""
+    """The conversation up to message `index`, which is supervised turn number `number`."""
     return replace(
         conversation,
         origin=f"{conversation.origin}#{number}",

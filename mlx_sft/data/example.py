@@ -1,7 +1,4 @@
-"""`Example`: token ids with the weight of each in the loss; and an example as text again.
-
-Knows token ids; knows nothing of where they come from.
-"""
+"""`Example`: token ids with the weight of each in the loss; and an example as text again."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.mask.turns import Integers
+from mlx_sft.data.mask.traced_rendering import Integers
 from mlx_sft.data.template import NO_FACTS, Facts
 from mlx_sft.data.tokenizer import unwrapped
 
 IGNORED = -100
-"""The label of a token that is not learnt, as in PyTorch."""
+"""The label of a token that is not supervised, as in PyTorch."""
 _HALF_A_CHARACTER = "\ufffd"
 _LONGEST_CHARACTER = 4  # bytes, and so tokens
 
@@ -28,7 +25,7 @@ class Example:
     """One row as the model sees it.
 
     Weights and labels are *not* shifted: what is said at i is about `token_ids[i]`, which is predicted from the tokens
-    before it; so the first token is never learnt.
+    before it; so the first token is never supervised.
 
         token_ids      <|im_start|> user ...  assistant \\n  Hi    <|im_end|> \\n
         loss_weights   0            0    ...  0         0   1     1          0
@@ -37,7 +34,7 @@ class Example:
     Args:
         origin: The row it came from, `chats.jsonl:17`.
         token_ids: int32, shape (n,).
-        loss_weights: float32, shape (n,): a token's weight in the mean loss, 0 where it is not learnt.
+        loss_weights: float32, shape (n,): a token's weight in the mean loss, 0 where it is not supervised.
         facts: What a person should know about it.
     """
 
@@ -51,7 +48,7 @@ class Example:
 
     @property
     def labels(self) -> NDArray[np.int32]:
-        """int32, shape (n,): the token itself where it is learnt, else -100."""
+        """int32, shape (n,): the token itself where it is supervised, else -100."""
         return np.where(self.loss_weights != 0, self.token_ids, np.int32(IGNORED))
 
     @property
@@ -74,20 +71,20 @@ class View:
     """An example beside the text it was made from.
 
     Args:
-        example: As it is learnt.
+        example: As it is trained on.
         pieces: The text of each token, as it stands in the rendered text; "" for the later tokens of one character.
-        owners: int32, shape (n,): the index of the message that each token was written by, -1 for none.
+        token_to_message: int32, shape (n,): the index of the message that each token was written for, -1 for none.
     """
 
     example: Example
     pieces: list[str]
-    owners: Integers
+    token_to_message: Integers
 
 
 def decoded_segments(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
-    """An example as text, in pieces that are learnt (True) or not, in order; special tokens are shown."""
-    learnt = example.loss_weights != 0
-    bounds = [0, *(np.flatnonzero(learnt[1:] != learnt[:-1]) + 1).tolist(), len(example)]
+    """An example as text, in pieces that are supervised (True) or not, in order; special tokens are shown."""
+    supervised = example.loss_weights != 0
+    bounds = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(example)]
     decode: Any = unwrapped(tokenizer).decode
     segments, before = [], ""
     for first, last in pairwise(bounds):
@@ -97,7 +94,7 @@ def decoded_segments(tokenizer: Any, example: Example) -> list[tuple[str, bool]]
             skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
-        segments.append((text[len(before) :], bool(learnt[first])))
+        segments.append((text[len(before) :], bool(supervised[first])))
         before = text
     return segments
 

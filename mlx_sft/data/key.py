@@ -19,9 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.packing import TABLE
 from mlx_sft.data.pipeline import Pipeline
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.sources import Source
 from mlx_sft.data.streams import COMPRESSIONS
 from mlx_sft.registry import FORMATS

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.checks import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.data.conversation import Conversation, Item
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.example import Example
@@ -19,6 +18,7 @@ from mlx_sft.data.readers import Row
 from mlx_sft.data.report import Note
 from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.data.sandbox import TemplateStopped
+from mlx_sft.data.screening import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.errors import UserError
 from mlx_sft.registry import OBJECTIVES
 
@@ -57,7 +57,7 @@ class Outcome:
 
     Attributes:
         origin: The row's; those of its examples begin with it.
-        signs: Those of `checks.SIGNS` that it shows.
+        signs: Those of `screening.SIGNS` that it shows.
         mixed: Whether the note is that the row has another shape than its source.
     """
 

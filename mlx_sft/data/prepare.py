@@ -15,10 +15,10 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig, common_sections
 from mlx_sft.data.batches import shares
-from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import Pipeline, Progress, Silence
 from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
 from mlx_sft.data.split import split
 from mlx_sft.data.tokenize import LostRow

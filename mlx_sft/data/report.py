@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.checks import SIGNS, SPECIAL_SIGN, signs_of
 from mlx_sft.data.conversation import Conversation, Document, Item
 from mlx_sft.data.encode import View
-from mlx_sft.data.mask.turns import NOBODY
+from mlx_sft.data.mask.traced_rendering import NOBODY
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.readers import Row
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.row_reader import RowReader
+from mlx_sft.data.screening import SIGNS, SPECIAL_SIGN, signs_of
 from mlx_sft.data.sources import locate
 from mlx_sft.errors import UserError
 from mlx_sft.inspection.selection import Part, Selection, SurveyedRows
@@ -111,7 +111,7 @@ class ShownRow:
     """A row, what became of it, and why.
 
     Attributes:
-        signs: What is suspicious about it, in the order of `checks.SIGNS`.
+        signs: What is suspicious about it, in the order of `screening.SIGNS`.
         duplicate_of: The origin of the first earlier row with the same tokens and weights, or with one such example.
         left_out: Turns of which the chat template leaves out words.
         examples: What it became, or would have; none for a bad row.
@@ -227,7 +227,7 @@ def _turns(view: View, item: Item) -> Iterator[Turn]:
     no_message = "text" if isinstance(item, Document) else "tokens"
     roles = [str(message["role"]) for message in item.messages] if isinstance(item, Conversation) else []
     supervised, start = view.example.loss_weights != 0, 0
-    for owner, tokens in groupby(view.owners.tolist()):
+    for owner, tokens in groupby(view.token_to_message.tolist()):
         end = start + len(list(tokens))
         if owner < 0 and not start and isinstance(item, Conversation):
             owner = _system_at_start("".join(view.pieces[:end]), item)

@@ -109,7 +109,7 @@ class Method:
     folder: ClassVar[str] = "adapter"
 
     def __init__(self, settings: Any = None) -> None:
-        self.settings = settings if settings is not None else self.Settings()
+        self.settings: Any = settings if settings is not None else self.Settings()
 
     # Training
 
@@ -204,7 +204,8 @@ class Method:
 
     def decides(self, where: Path) -> dict[str, Any]:
         """The settings that a result on disk decides over when training starts from it; raises `UserError` where it cannot start."""
-        return self.settings.model_dump()
+        decided: dict[str, Any] = self.settings.model_dump()
+        return decided
 
     def agrees(self, model: nn.Module, name: str, given: Any) -> bool:
         """Whether a setting that was given means on this model what the result on disk says."""

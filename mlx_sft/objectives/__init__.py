@@ -65,7 +65,7 @@ class Objective:
     first_pass: ClassVar[bool] = False
 
     def __init__(self, settings: Any = None) -> None:
-        self.settings = settings if settings is not None else self.Settings()
+        self.settings: Any = settings if settings is not None else self.Settings()
 
     def examples(self, item: Item, encode: Callable[[Item], list[Example]]) -> list[Example]:
         """The examples of a row.

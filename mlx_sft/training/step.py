@@ -176,7 +176,7 @@ class GradientComputer:
                 started = time.perf_counter()
                 with out_of_memory_noticed(batch):
                     weights = (own_weights / weighting.normalizer).astype(np.float32)
-                    batch_loss, gradients = self._micro_step(parameters, batch, weights, batch_key)
+                    batch_loss, gradients = self.micro_step(parameters, batch, weights, batch_key)
                     loss = loss + batch_loss
                     total = {name: total[name] + g if total else g for name, g in gradients.items()}
                     del gradients  # so that the sum can take its place
@@ -272,9 +272,10 @@ class GradientComputer:
         with self._recomputation.active():
             return self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
 
-    def _micro_step(
+    def micro_step(
         self, parameters: Parameters, batch: Batch, weights: NDArray[np.float32], key: mx.array | None
     ) -> tuple[mx.array, Parameters]:
+        """Σ weights · −log p(target) over a micro-batch, and its gradient, not yet evaluated."""
         compiled = self._is_compiled(batch)
         self._recomputation.rows.spans = batch.spans
         padding = padded_shape(batch)[2] - len(batch.targets) if compiled else 0

@@ -66,7 +66,9 @@ def test_what_a_method_changes_is_what_is_merged(
     method.write(tmp_path, parameters, str(base))
     checkpoint = Checkpoint.open(base)
 
-    edits = {n: edit for n, edit in METHODS[name].edits(tmp_path).items() if n in checkpoint.tensors or not edit.optional}
+    edits = {
+        n: edit for n, edit in METHODS[name].edits(tmp_path).items() if n in checkpoint.tensors or not edit.optional
+    }
 
     assert edits.keys() == method.changed_shapes(parameters).keys()
     weights = load_file(base / "model.safetensors")

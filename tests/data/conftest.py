@@ -59,6 +59,12 @@ def public_template() -> Callable[[str], str]:
     return lambda name: (folder / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="session")
+def qwen3(make_tokenizer: MakeTokenizer, public_template: Callable[[str], str]) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with Qwen 3's template."""
+    return make_tokenizer(public_template("qwen3"))
+
+
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., str]:
     """Write rows, or lines as they are, to a .jsonl file; gives its path."""

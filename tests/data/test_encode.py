@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.alignment import Alignment
 from mlx_sft.data.conversation import Conversation, Document, Tokens
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.encode import (
@@ -38,7 +37,7 @@ def only(examples: list[Example]) -> Example:
     return example
 
 
-def learnt(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[int]) -> str:
+def supervised_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], mask: list[int]) -> str:
     text = tokenizer.decode([token_id for token_id, bit in zip(token_ids, mask, strict=True) if bit])
     assert isinstance(text, str)
     return text
@@ -49,10 +48,10 @@ def test_tokens_are_the_plain_tokenization_and_the_mask_is_on_the_turn(tokenizer
     text = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert token_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert set(mask) == {0, 1}
-    assert learnt(tokenizer, token_ids, mask) == "Hé 👩‍👩‍👧‍👦<|im_end|>"
+    assert supervised_text(tokenizer, token_ids, mask) == "Hé 👩‍👩‍👧‍👦<|im_end|>"
 
 
-def test_all_tokens_of_a_character_of_several_bytes_are_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_all_tokens_of_a_character_of_several_bytes_are_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     _, mask = encode_conversation(tokenizer, MESSAGES)
     assert sum(mask) == len("Hé 👩‍👩‍👧‍👦".encode()) + 1
 
@@ -80,17 +79,7 @@ def test_messages_of_another_form_are_refused(tokenizer: PreTrainedTokenizerFast
         encode_conversation(tokenizer, messages)
 
 
-def test_an_example_has_its_labels_unshifted_and_none_at_its_first_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    example = only(Encoder(tokenizer).encode(Conversation("a.jsonl:1", MESSAGES)))
-    token_ids, mask = encode_conversation(tokenizer, MESSAGES)
-    assert example.origin == "a.jsonl:1"
-    assert example.token_ids.dtype == example.labels.dtype == np.int32
-    assert example.token_ids.tolist() == token_ids
-    assert example.labels.tolist() == [t if bit else IGNORED for t, bit in zip(token_ids, mask, strict=True)]
-    assert example.supervised_tokens == sum(mask)
-
-
-def test_a_document_is_learnt_whole_with_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_document_is_supervised_whole_with_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
     example = only(Encoder(tokenizer).encode(Document("a.jsonl:1", "abc")))
     assert tokenizer.decode(example.token_ids) == "abc<|im_end|>"
     assert example.labels.tolist() == [IGNORED, *example.token_ids[1:].tolist()]
@@ -115,7 +104,7 @@ def test_a_tokenizer_without_an_end_token_adds_none(make_tokenizer: MakeTokenize
     tokenizer = make_tokenizer(eos=None)
     assert tokenizer.decode(only(Encoder(tokenizer).encode(Document("a:1", "abc"))).token_ids) == "abc"
     token_ids, mask = encode_conversation(tokenizer, MESSAGES)
-    assert learnt(tokenizer, token_ids, mask) == "Hé 👩‍👩‍👧‍👦<|im_end|>"
+    assert supervised_text(tokenizer, token_ids, mask) == "Hé 👩‍👩‍👧‍👦<|im_end|>"
 
 
 def test_half_a_surrogate_pair_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -125,7 +114,7 @@ def test_half_a_surrogate_pair_is_an_error(tokenizer: PreTrainedTokenizerFast) -
             Encoder(tokenizer).encode(item)
 
 
-def test_only_the_last_turn_is_learnt_where_asked(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_the_last_turn_is_supervised_where_asked(tokenizer: PreTrainedTokenizerFast) -> None:
     conversation = Conversation(
         "a:1", [*MESSAGES, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     )
@@ -133,73 +122,22 @@ def test_only_the_last_turn_is_learnt_where_asked(tokenizer: PreTrainedTokenizer
     assert tokenizer.decode(example.labels[example.labels != IGNORED]) == "y<|im_end|>"
 
 
-def tokens_over(
-    text: str, spans: list[tuple[int, int]], *offsets: tuple[int, int], added: tuple[int, ...] = ()
-) -> list[int]:
-    is_added = np.isin(np.arange(len(offsets)), added)
-    alignment = Alignment.of(text, np.array(offsets, np.int64).reshape(-1, 2), is_added)
-    return np.flatnonzero(alignment.supervised(spans)).tolist()
-
-
-@pytest.mark.parametrize(
-    ("offsets", "added", "expected"),
-    [
-        # text:  h:\nab .\nu      span: "ab ." = 3..7
-        ([(0, 3), (3, 5), (5, 7), (7, 8)], (), [1, 2]),
-        ([(0, 2), (2, 5), (5, 9)], (), [1, 2]),  # across either end, sharing letters
-        ([(0, 5), (5, 7)], (0,), [1]),  # an added token that began before
-        ([(0, 3), (3, 3), (3, 5), (5, 7)], (), [2, 3]),  # without width at the border: of what stood before
-        ([(0, 3), (3, 5), (6, 7), (7, 8)], (), [1, 2]),  # the space is left out of its token's place
-        ([(0, 3), (3, 4), (3, 4), (4, 7)], (), [1, 2, 3]),  # two tokens of one character
-        ([(0, 3), (3, 4), (4, 4), (4, 7)], (), [1, 2, 3]),  # the second without width
-        ([], (), []),
-    ],
-)
-def test_tokens_that_overlap_a_span_are_learnt(
-    offsets: list[tuple[int, int]], added: tuple[int, ...], expected: list[int]
-) -> None:
-    assert tokens_over("h:\nab .\nu", [(3, 7)], *offsets, added=added) == expected
-
-
-def test_a_token_past_the_end_that_shares_only_white_space_is_not_learnt() -> None:
-    assert tokens_over("ab \ncd", [(0, 3)], (0, 2), (2, 4), (4, 6)) == [0]
-    assert tokens_over("ab.\ncd", [(0, 3)], (0, 2), (2, 4), (4, 6)) == [0, 1]
-
-
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.text(st.characters(exclude_categories=("Cs",)), max_size=20),
     st.text(st.characters(exclude_categories=("Cs",)), min_size=1),
 )
-def test_the_learnt_bytes_are_the_answers(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> None:
+def test_the_supervised_bytes_are_the_answers(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> None:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     token_ids, mask = encode_conversation(tokenizer, messages)
-    assert learnt(tokenizer, token_ids, mask) == f"{answer}<|im_end|>"
-
-
-def test_segments_show_what_is_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
-    example = only(Encoder(tokenizer).encode(Conversation("a:1", MESSAGES)))
-    assert decoded_segments(tokenizer, example) == [
-        ("<|im_start|>user\nHi 😀<|im_end|>\n<|im_start|>assistant\n", False),
-        ("Hé 👩‍👩‍👧‍👦<|im_end|>", True),
-        ("\n", False),
-    ]
-    assert decoded_segments(tokenizer, example.truncated(3)) == [("<|im_start|>us", False)]
-
-
-def test_examples_are_equal_in_content_only_with_equal_tokens_and_weights() -> None:
-    ids, others = np.array([1, 2, 3], np.int32), np.array([4, 2, 3], np.int32)
-    weights, halves = np.array([0, 1, 1], np.float32), np.array([0, 1, 0.5], np.float32)
-    assert Example("a", ids, weights).digest() == Example("b", ids, weights).digest()
-    different = Example("a", ids, weights), Example("a", others, weights), Example("a", ids, halves)
-    assert len({example.digest() for example in different}) == 3
+    assert supervised_text(tokenizer, token_ids, mask) == f"{answer}<|im_end|>"
 
 
 def test_the_real_qwen3_tokenizer(neighbour: Callable[[str], Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"))
     token_ids, mask = encode_conversation(tokenizer, MESSAGES)
     assert token_ids == tokenizer.apply_chat_template(MESSAGES, return_dict=False)
-    assert learnt(tokenizer, token_ids, mask) == "<think>\n\n</think>\n\nHé 👩‍👩‍👧‍👦<|im_end|>"
+    assert supervised_text(tokenizer, token_ids, mask) == "<think>\n\n</think>\n\nHé 👩‍👩‍👧‍👦<|im_end|>"
     assert mask[-1] == 0
 
 
@@ -245,7 +183,7 @@ def test_a_token_beyond_the_embedding_is_refused_by_its_row() -> None:
 
 
 def said(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    return "".join(text for text, is_learnt in decoded_segments(tokenizer, example) if is_learnt)
+    return "".join(text for text, is_supervised in decoded_segments(tokenizer, example) if is_supervised)
 
 
 DIALOGUE = [
@@ -283,7 +221,7 @@ def test_every_turn_is_an_example_of_its_own_in_the_context_of_inference(
     assert whole.facts == Facts(turns=2, turns_with_text_left_out=1)
 
 
-def test_only_learnt_turns_are_numbered(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_supervised_turns_are_numbered(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer, EncodeSettings("every-turn"))
     (example,) = encoder.encode(Conversation("a:1", DIALOGUE, first_learnt=2))
     assert example.origin == "a:1#1"
@@ -292,14 +230,14 @@ def test_only_learnt_turns_are_numbered(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 @pytest.mark.parametrize("train_on", ["all", "last", "every-turn"])
-def test_where_nothing_is_to_be_learnt_no_token_is(tokenizer: PreTrainedTokenizerFast, train_on: Any) -> None:
+def test_where_nothing_is_to_be_trained_on_no_token_is(tokenizer: PreTrainedTokenizerFast, train_on: Any) -> None:
     example = only(Encoder(tokenizer, EncodeSettings(train_on)).encode(Conversation("a:1", DIALOGUE, weights=(0,) * 4)))
     assert example.origin == "a:1"
     assert example.supervised_tokens == example.facts.turns == 0
     assert len(example) == len(encode_conversation(tokenizer, DIALOGUE)[0])
 
 
-def test_the_last_turn_is_not_learnt_where_its_message_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_last_turn_is_not_supervised_where_its_message_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
     conversation = Conversation("a:1", DIALOGUE, weights=(1, 1, 1, 0))
     assert not only(Encoder(tokenizer, EncodeSettings("last")).encode(conversation)).supervised_tokens
 
@@ -311,13 +249,13 @@ def test_a_messages_weight_is_that_of_its_tokens(tokenizer: PreTrainedTokenizerF
     assert example.loss_weights.dtype == np.float32
 
 
-def test_a_message_may_say_that_it_is_not_learnt(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_message_may_say_that_it_is_not_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [dict(message) for message in DIALOGUE]
     messages[1]["train"] = False
     messages[3]["weight"] = 0.5
     token_ids, mask = encode_conversation(tokenizer, messages)
     assert token_ids == encode_conversation(tokenizer, DIALOGUE)[0]
-    assert learnt(tokenizer, token_ids, mask) == "d<|im_end|>"
+    assert supervised_text(tokenizer, token_ids, mask) == "d<|im_end|>"
     messages[3]["weight"] = "much"
     with pytest.raises(UserError, match="weight"):
         encode_conversation(tokenizer, messages)
@@ -349,8 +287,8 @@ def test_an_end_token_is_appended_where_asked(make_tokenizer: MakeTokenizer) -> 
     for messages in (DIALOGUE[:3], DIALOGUE[:1]):
         item = Conversation("a:1", messages)
         assert only(ending.encode(item)).token_ids.tolist() == only(plain.encode(item)).token_ids.tolist()
-    last_unlearnt = Conversation("a:1", DIALOGUE, weights=(1, 1, 1, 0))
-    assert only(ending.encode(last_unlearnt)).token_ids.tolist() == without.token_ids.tolist()
+    last_unsupervised = Conversation("a:1", DIALOGUE, weights=(1, 1, 1, 0))
+    assert only(ending.encode(last_unsupervised)).token_ids.tolist() == without.token_ids.tolist()
 
 
 def test_an_end_token_is_not_appended_where_there_is_one(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -359,7 +297,7 @@ def test_an_end_token_is_not_appended_where_there_is_one(tokenizer: PreTrainedTo
     assert appended.digest() == only(Encoder(tokenizer).encode(item)).digest()
 
 
-def test_a_tokenized_row_is_learnt_as_its_labels_say(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tokenized_row_is_supervised_as_its_labels_say(tokenizer: PreTrainedTokenizerFast) -> None:
     example = only(Encoder(tokenizer).encode(Tokens("a:1", [5, 6, 7, 8], [5, -100, 7, 8])))
     assert example.token_ids.tolist() == [5, 6, 7, 8]
     assert example.loss_weights.tolist() == [0, 0, 1, 1]
@@ -368,33 +306,33 @@ def test_a_tokenized_row_is_learnt_as_its_labels_say(tokenizer: PreTrainedTokeni
 # A view
 
 
-def test_a_view_shows_the_text_of_each_token_and_who_wrote_it(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_view_shows_the_text_of_each_token_and_its_message(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer)
     (view,) = encoder.view(Conversation("a:1", MESSAGES))
     text = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert "".join(view.pieces) == text
     assert view.example.digest() == only(encoder.encode(Conversation("a:1", MESSAGES))).digest()
-    assert len(view.pieces) == len(view.owners) == len(view.example)
+    assert len(view.pieces) == len(view.token_to_message) == len(view.example)
     assert view.pieces[:3] == ["<|im_start|>", "u", "s"]
     emoji = view.pieces.index("😀")
     assert view.pieces[emoji : emoji + 5] == ["😀", "", "", "", "<|im_end|>"]
-    second = "".join(piece for piece, owner in zip(view.pieces, view.owners, strict=True) if owner == 1)
+    second = "".join(piece for piece, message in zip(view.pieces, view.token_to_message, strict=True) if message == 1)
     assert second == "<|im_start|>assistant\nHé 👩‍👩‍👧‍👦<|im_end|>\n"
 
 
 def test_a_view_shows_an_appended_end_token(make_tokenizer: MakeTokenizer) -> None:
     (view,) = Encoder(make_tokenizer(UNENDED), EncodeSettings(append_eos=True)).view(Conversation("a:1", MESSAGES))
     assert view.pieces[-1] == "<|im_end|>"
-    assert view.owners[-1] == 1
+    assert view.token_to_message[-1] == 1
 
 
-def test_a_view_of_a_document_and_of_tokens_has_no_owners(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_view_of_a_document_and_of_tokens_has_no_messages(tokenizer: PreTrainedTokenizerFast) -> None:
     (view,) = Encoder(tokenizer).view(Document("a:1", "aé😀"))
     assert view.pieces == ["a", "é", "", "😀", "", "", "", "<|im_end|>"]
-    assert view.owners.tolist() == [-1] * 8
+    assert view.token_to_message.tolist() == [-1] * 8
     ids = view.example.token_ids.tolist()
     (again,) = Encoder(tokenizer).view(Tokens("a:1", ids, ids))
-    assert (again.pieces, again.owners.tolist()) == (view.pieces, view.owners.tolist())
+    assert (again.pieces, again.token_to_message.tolist()) == (view.pieces, view.token_to_message.tolist())
     (half,) = Encoder(tokenizer).view(Tokens("a:1", ids[:4], ids[:4]))
     assert len(half.pieces) == 4
 

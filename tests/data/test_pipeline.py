@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.pipeline import SPECIAL_SIGN, Outcome, Pipeline
 from mlx_sft.data.readers import Row
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.errors import UserError
 
 QUESTION = {"role": "user", "content": "Who?"}

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mlx_sft.data.checks import SIGNS
 from mlx_sft.data.dataset import Examples, Store
 from mlx_sft.data.encode import Example
 from mlx_sft.data.packing import PackedRow, pack
 from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import Facts
 
 

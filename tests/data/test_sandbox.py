@@ -19,13 +19,13 @@ from transformers.utils import chat_template_utils
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data import prepare
-from mlx_sft.data.checks import SpecialTokens
 from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.encode import encode_conversation
-from mlx_sft.data.mask.reference import RENDERING_ERRORS, Reference
+from mlx_sft.data.mask.reference_rendering import RENDERING_ERRORS, ReferenceRendering
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.readers import Row
 from mlx_sft.data.sandbox import CLOCK, TemplateStopped, compiled, limits
+from mlx_sft.data.screening import SpecialTokens
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError
 
@@ -112,7 +112,7 @@ def test_the_real_qwen3_tokenizer_writes_what_transformers_writes(neighbour: Cal
 
 def _assert_the_same_text(tokenizer: Any) -> None:
     for messages, tools in CONVERSATIONS.values():
-        reference = Reference(tokenizer, Conversation("a:1", messages, tools, {"enable_thinking": False}))
+        reference = ReferenceRendering(tokenizer, Conversation("a:1", messages, tools, {"enable_thinking": False}))
         for prompt in (False, True):
             expected = written(
                 lambda messages=messages, tools=tools, prompt=prompt: tokenizer.apply_chat_template(
@@ -122,7 +122,7 @@ def _assert_the_same_text(tokenizer: Any) -> None:
             assert written(lambda reference=reference, prompt=prompt: _rendered(reference, prompt)) == expected
 
 
-def _rendered(reference: Reference, prompt: bool) -> str:
+def _rendered(reference: ReferenceRendering, prompt: bool) -> str:
     return reference.compiled.render(**reference.variables(reference.messages, prompt))
 
 
@@ -322,7 +322,7 @@ def test_a_very_long_conversation_is_written_as_it_is(tokenizer: PreTrainedToken
     many = [turn for _ in range(5000) for turn in TURNS]
     for messages in (long, many):
         expected = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert Reference(tokenizer, Conversation("a:1", messages)).text == expected
+        assert ReferenceRendering(tokenizer, Conversation("a:1", messages)).text == expected
 
 
 def test_a_template_that_gathers_its_text_writes_a_long_conversation(make_tokenizer: MakeTokenizer) -> None:
@@ -333,7 +333,7 @@ def test_a_template_that_gathers_its_text_writes_a_long_conversation(make_tokeni
     messages = [{"role": "user", "content": "long " * 100} for _ in range(1000)]
     tokenizer = make_tokenizer(gathering)
     expected = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert Reference(tokenizer, Conversation("a:1", messages)).text == expected
+    assert ReferenceRendering(tokenizer, Conversation("a:1", messages)).text == expected
 
 
 # Stopped
@@ -686,7 +686,7 @@ def test_a_template_that_waits_until_it_is_watched_is_stopped(make_tokenizer: Ma
 
 def test_a_row_cannot_set_the_clock(tokenizer: PreTrainedTokenizerFast) -> None:
     conversation = Conversation("a:1", TURNS, None, {CLOCK: "mine"})
-    assert Reference(tokenizer, conversation).text == tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert ReferenceRendering(tokenizer, conversation).text == tokenizer.apply_chat_template(TURNS, tokenize=False)
 
 
 def test_a_date_of_any_width_is_refused(make_tokenizer: MakeTokenizer) -> None:

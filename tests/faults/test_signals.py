@@ -23,11 +23,11 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 _ENDLESS_MICRO_STEP = """
 import sys, time
 from mlx_sft.training.step import GradientComputer
-own = GradientComputer._micro_step
+own = GradientComputer.micro_step
 def endless(gradient_computer, *arguments):
     print("computing", flush=True)
     time.sleep(600)
-GradientComputer._micro_step = endless
+GradientComputer.micro_step = endless
 from mlx_sft.cli import main
 main()
 """

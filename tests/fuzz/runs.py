@@ -64,7 +64,7 @@ def _make_checkpoint(chance: random.Random, materials: Materials) -> Files:
 def _read_checkpoint(folder: Path, materials: Materials) -> None:
     job = _job(materials)
     optimizer = make_optimizer(job.config, job.parameters, job.method.decayed)
-    progress, parameters = checkpoint.load(
+    progress, parameters, _ = checkpoint.load(
         RunFolder(folder), job.parameters, optimizer, job.identity, seed=job.config.seed
     )
     for name, kind in get_type_hints(Progress).items():

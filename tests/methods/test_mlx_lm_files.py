@@ -46,7 +46,12 @@ def test_the_command_writes_it(settings: dict[str, Any], cli: Callable[..., Any]
     ("form", "module", "change"), [("peft", lora, {"lora_dropout": 0.5}), ("mlx-lm", mlx_lm_files, {"scale": 7.0})]
 )
 def test_settings_that_were_written_otherwise_are_noticed(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, module: Any, change: dict[str, Any]
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    module: Any,
+    change: dict[str, Any],
 ) -> None:
     train(TrainConfig(**settings | {"max_steps": 1}))
     real = module.write_adapter
@@ -90,7 +95,9 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_ranks_of_single_modules_are_refused(tmp_path: Path) -> None:
-    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, rslora=False, target=["up", "down"], init="kaiming", rank_pattern={"down": 3})
+    settings = LoraSettings(
+        rank=2, alpha=4.0, dropout=0.0, rslora=False, target=["up", "down"], init="kaiming", rank_pattern={"down": 3}
+    )
     parameters = {
         f"layers.0.{name}.{half}": mx.zeros(shape)
         for name, rank in (("up", 2), ("down", 3))

@@ -8,27 +8,35 @@ from typing import Any
 import pytest
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.errors import UserError
 from mlx_sft.training.batch_settings import (
     ENOUGH_TOKENS,
     MOST_TOKENS,
-    Choice,
-    LongestRow,
+    BatchSettings,
     asked_for,
     choose,
     configured,
     most_tokens,
-    no_room,
 )
 from mlx_sft.training.loss import chunk_choices, chunk_rows
-from mlx_sft.training.machine import mac
+from mlx_sft.training.machine import Machine, mac
 from mlx_sft.training.memory import MODES, Footprint, LayerCounts
+from mlx_sft.training.memory_planner import LongestRow, MemoryPlanner
 from mlx_sft.training.recompute import Mode
 
 LAYER = LayerCounts(
     states=100, light=1000, off=2000, features=1000, norms=0, scores=0, weights=1, attended=100, trained=True
 )
 FOOTPRINT = Footprint(
-    (LAYER,) * 25, (), weights=10**6, trainable=1000, itemsize=4, hidden=100, vocabulary=100, columns=100
+    (LAYER,) * 25,
+    (),
+    weights=10**6,
+    trainable=1000,
+    optimizer_state_bytes=8000,
+    itemsize=4,
+    hidden=100,
+    vocabulary=100,
+    columns=100,
 )
 CHUNK = chunk_rows(100)
 
@@ -38,8 +46,12 @@ def limit_for(mode: Mode, tokens: int) -> int:
     return int(FOOTPRINT.predict(mode, tokens).peak / 0.95) + 2
 
 
+def refusal(footprint: Footprint, machine: Machine, row: LongestRow, **settings: Any) -> UserError:
+    return MemoryPlanner(TrainConfig(data="x", **settings), machine, footprint, row, "grid").refusal()
+
+
 def test_with_room_nothing_is_computed_again_and_micro_batches_are_as_large_as_pays_off() -> None:
-    assert choose(FOOTPRINT, 10**12, 100) == Choice(MOST_TOKENS, "off", CHUNK)
+    assert choose(FOOTPRINT, 10**12, 100) == BatchSettings(MOST_TOKENS, "off", CHUNK)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -47,17 +59,17 @@ def test_the_first_mode_in_which_enough_fits(mode: Mode) -> None:
     limit = limit_for(mode, ENOUGH_TOKENS)
     weaker = MODES[: MODES.index(mode)]
     assert all(most_tokens(FOOTPRINT, other, limit) < ENOUGH_TOKENS for other in weaker)
-    assert choose(FOOTPRINT, limit, 100) == Choice(ENOUGH_TOKENS, mode, CHUNK)
+    assert choose(FOOTPRINT, limit, 100) == BatchSettings(ENOUGH_TOKENS, mode, CHUNK)
 
 
 def test_where_enough_fits_in_no_mode_the_most_is_taken() -> None:
-    assert choose(FOOTPRINT, limit_for("blocks", 300), 200) == Choice(300, "blocks", CHUNK)
+    assert choose(FOOTPRINT, limit_for("blocks", 300), 200) == BatchSettings(300, "blocks", CHUNK)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_longest_row_must_fit(mode: Mode) -> None:
     limit = limit_for(mode, 5000)
-    assert choose(FOOTPRINT, limit, 5000) == Choice(MOST_TOKENS, mode, CHUNK)
+    assert choose(FOOTPRINT, limit, 5000) == BatchSettings(MOST_TOKENS, mode, CHUNK)
 
 
 def test_there_is_no_choice_where_the_longest_row_fits_in_no_mode() -> None:
@@ -67,12 +79,14 @@ def test_there_is_no_choice_where_the_longest_row_fits_in_no_mode() -> None:
 
 
 def test_a_person_decides() -> None:
-    assert choose(FOOTPRINT, 10**12, 10, modes=("layers",)) == Choice(MOST_TOKENS, "layers", CHUNK)
-    assert choose(FOOTPRINT, 10**12, 10, micro_batch_tokens=77) == Choice(77, "off", CHUNK)
+    assert choose(FOOTPRINT, 10**12, 10, modes=("layers",)) == BatchSettings(MOST_TOKENS, "layers", CHUNK)
+    assert choose(FOOTPRINT, 10**12, 10, micro_batch_tokens=77) == BatchSettings(77, "off", CHUNK)
     # What was asked for is what must fit.
-    assert choose(FOOTPRINT, limit_for("off", 4000) - 10, 10, micro_batch_tokens=4000) == Choice(4000, "light", CHUNK)
+    assert choose(FOOTPRINT, limit_for("off", 4000) - 10, 10, micro_batch_tokens=4000) == BatchSettings(
+        4000, "light", CHUNK
+    )
     # Both decided: what is left is to take the fewest logits at once.
-    assert choose(FOOTPRINT, 0, 10, modes=("off",), micro_batch_tokens=9) == Choice(9, "off", CHUNK // 8)
+    assert choose(FOOTPRINT, 0, 10, modes=("off",), micro_batch_tokens=9) == BatchSettings(9, "off", CHUNK // 8)
 
 
 def test_fewer_logits_at_once_come_before_a_stronger_mode() -> None:
@@ -84,14 +98,14 @@ def test_fewer_logits_at_once_come_before_a_stronger_mode() -> None:
         return int(footprint.predict(mode, ENOUGH_TOKENS, head_chunk=head_chunk).peak / 0.95) + 2
 
     chosen = [choose(footprint, limit("off", chunk), 100) for chunk in chunks]
-    assert chosen == [Choice(ENOUGH_TOKENS, "off", chunk) for chunk in chunks]
+    assert chosen == [BatchSettings(ENOUGH_TOKENS, "off", chunk) for chunk in chunks]
     stronger = choose(footprint, limit("off", 27) - 100, 100)
     assert stronger is not None
     assert stronger.mode == "light"
     decided = choose(footprint, limit("off", 220), 100, head_chunk=27)
     assert decided is not None
     assert (decided.mode, decided.head_chunk) == ("off", 27)
-    assert choose(footprint, 0, 10, modes=("off",), micro_batch_tokens=9) == Choice(9, "off", 27)
+    assert choose(footprint, 0, 10, modes=("off",), micro_batch_tokens=9) == BatchSettings(9, "off", 27)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +120,9 @@ def test_settings_and_modes_have_each_others_names(setting: Any, modes: tuple[Mo
 
 def test_a_refusal_names_the_row_what_fits_and_the_ways_out() -> None:
     machine = mac("M2 8GB", 8)
-    footprint = Footprint((LAYER,) * 25, (), 10**9, 10**6, 4, 100, 100, 100)
+    footprint = Footprint((LAYER,) * 25, (), 10**9, 10**6, 8 * 10**6, 4, 100, 100, 100)
     row = LongestRow(10**7, "chats.jsonl:17")
-    error = no_room(footprint, machine, row, MODES, TrainConfig(data="x"))
+    error = refusal(footprint, machine, row)
     fits = most_tokens(footprint, "blocks", machine.memory)
     assert error.where == "chats.jsonl:17"
     assert "10000000 tokens" in error.what
@@ -117,12 +131,12 @@ def test_a_refusal_names_the_row_what_fits_and_the_ways_out() -> None:
     for way in (f"--max-length {fits}", "--dtype bfloat16", "--memory-limit"):
         assert way in error.hint
     assert "--grad-checkpoint auto" not in error.hint
-    assert "--grad-checkpoint auto" in no_room(footprint, machine, row, ("off",), TrainConfig(data="x")).hint
+    assert "--grad-checkpoint auto" in refusal(footprint, machine, row, grad_checkpoint="off").hint
 
 
 def test_a_model_that_leaves_no_room_for_a_token_is_said_to() -> None:
-    footprint = Footprint((LAYER,) * 25, (), 10**12, 10**6, 2, 100, 100, 100)
-    error = no_room(footprint, mac("", 8), LongestRow(10, "a:1"), MODES, TrainConfig(data="x", method="full"))
+    footprint = Footprint((LAYER,) * 25, (), 10**12, 10**6, 8 * 10**6, 2, 100, 100, 100, trains_weights=True)
+    error = refusal(footprint, mac("", 8), LongestRow(10, "a:1"), method="full")
     assert "before any row" in error.what
     assert "a smaller model" in error.hint
     assert "--method lora" in error.hint

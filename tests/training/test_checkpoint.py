@@ -11,12 +11,13 @@ import pytest
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
-from mlx_sft.optimizers import make_optimizer
+from mlx_sft.optimizers import Optimizer, make_optimizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 
 CONFIG = TrainConfig(data="x.jsonl", weight_decay=0.1)
+CALLBACKS = {"metrics-file": {"bytes": 17}, "other": {"seen": [0.5, None]}}
 IDENTITY = {"config": "a", "data": "b", "model": "c"}
 
 
@@ -24,11 +25,11 @@ def start() -> dict[str, mx.array]:
     return {"x.norm.weight": mx.array([1.0, 2.0]), "x.matrix": mx.array([[1.0, -2.0], [0.5, 0.0]])}
 
 
-def fresh_optimizer() -> AdamW:
+def fresh_optimizer() -> Optimizer:
     return make_optimizer(CONFIG, start(), lambda name: "norm" not in name)
 
 
-def stepped(parameters: dict[str, mx.array], optimizer: AdamW, times: int = 1) -> dict[str, mx.array]:
+def stepped(parameters: dict[str, mx.array], optimizer: Optimizer, times: int = 1) -> dict[str, mx.array]:
     for _ in range(times):
         parameters = optimizer.update(parameters, {name: mx.sin(value) for name, value in parameters.items()}, 0.1)
     mx.eval(parameters, optimizer.state)
@@ -41,24 +42,26 @@ def run(tmp_path: Path) -> RunFolder:
     run = RunFolder.create(tmp_path / "run")
     optimizer = fresh_optimizer()
     parameters = stepped(start(), optimizer, 3)
-    progress = Progress(step=3, metrics_bytes=17, best_loss=0.1 + 0.2, best_step=2, skipped=1)
-    checkpoint.save(run, progress, parameters, optimizer, IDENTITY, seed=0)
+    progress = Progress(step=3, best_loss=0.1 + 0.2, best_step=2, skipped=1)
+    checkpoint.save(run, progress, parameters, optimizer, CALLBACKS, IDENTITY, seed=0)
     return run
 
 
 def test_a_run_without_checkpoints_is_at_its_beginning(tmp_path: Path) -> None:
     parameters = start()
-    progress, loaded = checkpoint.load(
+    progress, loaded, callbacks = checkpoint.load(
         RunFolder.create(tmp_path / "x"), parameters, fresh_optimizer(), IDENTITY, seed=0
     )
     assert progress == Progress()
     assert loaded is parameters
+    assert callbacks == {}
 
 
 def test_training_goes_on_from_a_checkpoint_to_the_bit(run: RunFolder) -> None:
     optimizer = fresh_optimizer()
-    progress, parameters = checkpoint.load(run, start(), optimizer, IDENTITY, seed=0)
-    assert progress == Progress(step=3, metrics_bytes=17, best_loss=0.1 + 0.2, best_step=2, skipped=1)
+    progress, parameters, callbacks = checkpoint.load(run, start(), optimizer, IDENTITY, seed=0)
+    assert callbacks == CALLBACKS
+    assert progress == Progress(step=3, best_loss=0.1 + 0.2, best_step=2, skipped=1)
     resumed = stepped(parameters, optimizer, 2)
     uninterrupted = stepped(start(), fresh_optimizer(), 5)
     assert list(resumed) == list(uninterrupted)
@@ -83,7 +86,7 @@ def test_a_checkpoint_holds_the_promised(run: RunFolder) -> None:
 
 def test_the_newest_checkpoint_counts(run: RunFolder) -> None:
     optimizer = fresh_optimizer()
-    checkpoint.save(run, Progress(step=12), stepped(start(), optimizer), optimizer, IDENTITY, seed=0)
+    checkpoint.save(run, Progress(step=12), stepped(start(), optimizer), optimizer, {}, IDENTITY, seed=0)
     assert checkpoint.load(run, start(), fresh_optimizer(), IDENTITY, seed=0)[0].step == 12
     shutil.rmtree(run.checkpoint(12))
     assert checkpoint.load(run, start(), fresh_optimizer(), IDENTITY, seed=0)[0].step == 3
@@ -101,7 +104,7 @@ def test_only_the_newest_are_kept(run: RunFolder) -> None:
 def test_one_from_before_the_losses_went_up_is_kept(run: RunFolder) -> None:
     for step in (4, 5, 6):
         shutil.copytree(run.checkpoint(3), run.checkpoint(step))
-    checkpoint.prune(run, 1, Progress(step=6, above_bound=2))
+    checkpoint.prune(run, 1, Progress(step=6, suspect=2))
     assert run.checkpoint_steps() == [4, 6]
     checkpoint.remove_after(run, 4)
     assert run.checkpoint_steps() == [4]
@@ -131,7 +134,7 @@ def test_a_damaged_checkpoint_is_named_with_a_way_out(run: RunFolder, name: str,
 def two(run: RunFolder) -> RunFolder:
     """A run with checkpoints of steps 3 and 12."""
     optimizer = fresh_optimizer()
-    checkpoint.save(run, Progress(step=12), stepped(start(), optimizer), optimizer, IDENTITY, seed=0)
+    checkpoint.save(run, Progress(step=12), stepped(start(), optimizer), optimizer, {}, IDENTITY, seed=0)
     return run
 
 

@@ -401,7 +401,7 @@ def test_nothing_grows_from_step_to_step(settings: dict[str, Any], monkeypatch: 
         sizes.append((mx.get_active_memory(), len(gc.get_objects()), open_files, threading.active_count()))
         return record
 
-    monkeypatch.setattr(loop, "take", watched)
+    monkeypatch.setattr(loop, "train_step", watched)
     train(TrainConfig(**settings | {"epochs": 20, "save_every": 1000}))
     _, objects, open_files, threads = zip(*(sizes[n - 1] for n in (20, 40, 60)), strict=True)
     # The least of twenty steps, but for what an array may hold besides its own bytes: MLX lets it take over a buffer that much larger.

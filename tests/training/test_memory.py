@@ -39,7 +39,10 @@ def trained(make_base: Callable[..., Path]) -> Callable[..., Trained]:
         method = make_method(TrainConfig(data="-", **settings))
         parameters = method.attach(split.model, seed=0)
         vocabulary = shape.get("vocab_size", VOCABULARY)
-        footprint = Footprint.of(split, parameters, vocabulary, tiled=True, fused=False)
+        state = 8 * sum(value.size for value in parameters.values())
+        footprint = Footprint.of(
+            split, method, parameters, vocabulary, optimizer_state_bytes=state, tiled=True, fused=False
+        )
         return split, GradientComputer(split, method, vocabulary, recompute=mode), parameters, footprint
 
     return make
@@ -65,7 +68,7 @@ def measured(gradient_computer: GradientComputer, parameters: Parameters, batch:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.set_memory_limit(before + predicted.limit - predicted.weights - predicted.trained)
-    mx.eval(gradient_computer.gradient(parameters, [batch]))
+    gradient_computer.gradient(parameters, [batch])
     return mx.get_peak_memory() - before
 
 

@@ -15,7 +15,6 @@ from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.console import Console
 from mlx_sft.errors import USAGE
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training import probe
 from mlx_sft.training.batch_settings import configured
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
@@ -67,14 +66,14 @@ def test_with_memory_to_spare_nothing_is_measured_and_the_prediction_holds(setti
 def test_where_it_is_close_a_small_step_is_measured_and_nothing_of_the_run_changes(
     long_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    footprint = job_of(long_settings | {"out": str(tmp_path / "first")}).fit.footprint
+    footprint = job_of(long_settings | {"out": str(tmp_path / "first")}).memory.footprint
     limit = limit_for(footprint, "layers", 700)
     mx.random.seed(7)
     job_of(long_settings | {"out": str(tmp_path / "second")})
     state = [mx.array(part) for part in mx.random.state]
     mx.random.seed(7)
     # A measurement that finds what was counted, so that the choice is that of the count.
-    monkeypatch.setattr(probe, "_TRUSTED", (1.0, 1.0))
+    monkeypatch.setattr("mlx_sft.training.memory_planner._TRUSTED", (1.0, 1.0))
     job = job_of(long_settings | {"memory_limit": limit})
     assert job.memory.probe is not None
     assert job.memory.probe.seconds > 0
@@ -91,7 +90,7 @@ def test_where_it_is_close_a_small_step_is_measured_and_nothing_of_the_run_chang
 
 
 def test_a_run_within_a_limit_takes_no_more_and_goes_on_with_its_settings(long_settings: dict[str, Any]) -> None:
-    footprint = job_of(long_settings | {"out": long_settings["out"] + "-first"}).fit.footprint
+    footprint = job_of(long_settings | {"out": long_settings["out"] + "-first"}).memory.footprint
     before = mx.get_active_memory()
     long_settings["memory_limit"] = limit_for(footprint, "light", 640)
     train(TrainConfig(**long_settings))
@@ -156,12 +155,12 @@ def test_the_start_tells_what_is_predicted_and_of_how_much(
 def test_a_measurement_that_runs_out_of_memory_says_so(
     long_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    footprint = job_of(long_settings | {"out": str(tmp_path / "first")}).fit.footprint
+    footprint = job_of(long_settings | {"out": str(tmp_path / "first")}).memory.footprint
 
     def fail(*_: Any) -> None:
         raise RuntimeError("[metal::malloc] unable to allocate")
 
-    monkeypatch.setattr(GradientComputer, "_micro_step", fail)
+    monkeypatch.setattr(GradientComputer, "micro_step", fail)
     with pytest.raises(UserError, match="out of memory at a row of 256 tokens") as caught:
         job_of(long_settings | {"memory_limit": limit_for(footprint, "layers", 700)})
     assert "--dtype bfloat16" in str(caught.value.hint)

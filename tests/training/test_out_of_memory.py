@@ -18,12 +18,14 @@ from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.console import Console
 from mlx_sft.data.batches import Batch, MicroBatch, collate, cut
 from mlx_sft.data.dataset import Examples
+from mlx_sft.optimizers.adamw import AdamW
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32
-from mlx_sft.training import relief
+from mlx_sft.training import out_of_memory
+from mlx_sft.training.out_of_memory import next_try
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
-from mlx_sft.training.step import GradientComputer, OutOfMemory, TooLarge, next_try, out_of_memory_noticed
+from mlx_sft.training.step import GradientComputer, OutOfMemory, TooLarge, out_of_memory_noticed
 from tests.chosen import without_adapter
 from tests.run_folders import outcome
 
@@ -35,7 +37,7 @@ Fits = Callable[[GradientComputer, Batch], bool]
 @pytest.fixture
 def small_device(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[Fits], None]:
     """`small_device(fits)`: a device on which a micro-batch of the run fails where `fits(gradient_computer, batch)` is false."""
-    own, run = GradientComputer._micro_step, RunFolder(settings["out"])
+    own, run = GradientComputer.micro_step, RunFolder(settings["out"])
 
     def make(fits: Fits) -> None:
         def micro_step(gradient_computer: GradientComputer, parameters: Any, batch: Batch, *further: Any) -> Any:
@@ -43,7 +45,7 @@ def small_device(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> C
                 raise RuntimeError(METAL)
             return own(gradient_computer, parameters, batch, *further)
 
-        monkeypatch.setattr(GradientComputer, "_micro_step", micro_step)
+        monkeypatch.setattr(GradientComputer, "micro_step", micro_step)
 
     return make
 
@@ -152,7 +154,7 @@ def test_a_run_resumed_after_a_shortage_is_the_same_to_the_byte(
 
 def settings_of(run: RunFolder, **given: Any) -> tuple[int, str, int]:
     """How the next step of a run would be computed."""
-    choice = prepare_job(TrainConfig(resume=str(run.path), quiet=True, **given), Console(quiet=True)).choice
+    choice = prepare_job(TrainConfig(resume=str(run.path), quiet=True, **given), Console(quiet=True)).settings
     return choice.micro_batch_tokens, choice.mode, choice.head_chunk
 
 
@@ -209,7 +211,7 @@ def test_what_the_failed_step_had_computed_is_gone_before_the_next_try(
     settings: dict[str, Any], small_device: Callable[[Fits], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     active: list[int] = []
-    own = relief.next_try
+    own = out_of_memory.next_try
 
     def watched(*arguments: Any) -> Any:
         active.append(mx.get_active_memory())
@@ -221,9 +223,13 @@ def test_what_the_failed_step_had_computed_is_gone_before_the_next_try(
             active.append(mx.get_active_memory())
         return batch.longest < 40 or len(active) > 1
 
-    monkeypatch.setattr(relief, "next_try", watched)
+    monkeypatch.setattr(out_of_memory, "next_try", watched)
     small_device(fits)
-    train(TrainConfig(**without_adapter(settings) | {"method": "full", "max_steps": 1, "batch_size": 10, "micro_batch_tokens": 50}))
+    train(
+        TrainConfig(
+            **without_adapter(settings) | {"method": "full", "max_steps": 1, "batch_size": 10, "micro_batch_tokens": 50}
+        )
+    )
     before, after = active
     weights = 4 * sum(value.size for value in adapter_of_every_weight(settings).values())
     assert after - before < 0.3 * weights
@@ -321,7 +327,7 @@ def test_every_device_is_understood(error: Exception, examples: Examples) -> Non
     batch = collate(examples, MicroBatch((0, 1), 24))
     with pytest.raises(OutOfMemory) as caught, out_of_memory_noticed(batch):
         raise error
-    assert caught.value.shortage == TooLarge(2, 24, 48, str(error))
+    assert caught.value.too_large == TooLarge(2, 24, 48, str(error))
 
 
 def test_rows_end_to_end_are_counted(examples: Examples) -> None:
@@ -329,7 +335,7 @@ def test_rows_end_to_end_are_counted(examples: Examples) -> None:
     with pytest.raises(OutOfMemory) as caught, out_of_memory_noticed(batch):
         raise MemoryError
     lengths = examples.needed_lengths[:2]
-    assert caught.value.shortage == TooLarge(2, lengths.max(), lengths.sum(), "")
+    assert caught.value.too_large == TooLarge(2, lengths.max(), lengths.sum(), "")
 
 
 def test_another_error_is_left_alone(examples: Examples) -> None:

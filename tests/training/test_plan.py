@@ -63,10 +63,10 @@ def test_precision_and_tied_weights_decide_the_weights(no_weights: Path) -> None
 def test_the_settings_are_those_that_train_chooses(settings: dict[str, Any], limit: str | None) -> None:
     settings |= {"memory_limit": limit}
     plan = make_plan(TrainConfig(**settings))
-    assert plan.choice is not None
+    assert plan.settings is not None
     train(TrainConfig(**settings))
     chosen = yaml.safe_load(RunFolder(settings["out"]).config.read_text())
-    assert chosen["micro_batch_tokens"] == plan.choice.micro_batch_tokens
+    assert chosen["micro_batch_tokens"] == plan.settings.micro_batch_tokens
     assert chosen["dtype"] == plan.dtype
     memory = json.loads(RunFolder(settings["out"]).environment.read_text())["memory"]
     assert memory["probe"] is None
@@ -114,15 +114,15 @@ def test_operations_are_the_products(no_weights: Path) -> None:
     adapters = 6 * (512 + 512)
     a_token = 4 * 6 * products + 6 * adapters
     work = Work(tokens=10, squares=0, supervised=0)
-    assert operations(footprint, "off", work, full=False) == 10 * a_token
-    assert operations(footprint, "layers", work, full=False) == 10 * (a_token + 2 * 6 * products)
-    assert operations(footprint, "off", Work(0, 100, 0), full=False) == 7 * 6 * 512 * 100
-    assert operations(footprint, "off", Work(0, 0, 3), full=False) == 3 * 4 * 512 * 264
+    assert operations(footprint, "off", work) == 10 * a_token
+    assert operations(footprint, "layers", work) == 10 * (a_token + 2 * 6 * products)
+    assert operations(footprint, "off", Work(0, 100, 0)) == 7 * 6 * 512 * 100
+    assert operations(footprint, "off", Work(0, 0, 3)) == 3 * 4 * 512 * 264
 
 
 def test_a_run_that_would_be_refused_is_planned_all_the_same(no_weights: Path) -> None:
     plan = plan_of(model=str(no_weights), memory_limit="150MB", max_length=30_000)
-    assert plan.choice is None
+    assert plan.settings is None
     assert "train would refuse" in text(plan)
     assert "--max-length" in text(plan)
     assert json.loads(plan.to_json())["settings"] is None

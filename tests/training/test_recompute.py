@@ -24,7 +24,7 @@ TOKENS = mx.random.randint(0, 64, (3, 21), key=mx.random.key(5))
 def attached(family: str, method: str, **changes: Any) -> tuple[SplitModel, Method, Parameters]:
     """A model with a method, and parameters none of which is zero."""
     split = SplitModel(tiny_model(family, **changes))
-    chosen = make_method(TrainConfig(data="x", method=method, rank=4))
+    chosen = make_method(TrainConfig(data="x", method=method, **({"rank": 4} if method == "lora" else {})))
     parameters = chosen.attach(split.model, 0)
     keys = mx.random.split(mx.random.key(3), len(parameters))
     moved = [

@@ -13,10 +13,10 @@ from mlx_sft.console import Console
 from mlx_sft.data.batches import MicroBatch, Plan, collate, cut, round_up
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
-from mlx_sft.training import shapes
-from mlx_sft.training.batch_settings import MOST_TRACES, compiled_shapes, frequent_shapes, padded_shape, planned_shape
+from mlx_sft.training.batch_settings import MOST_TRACES, compiled_shapes, frequent_shapes, planned_shape
 from mlx_sft.training.machine import Machine, mac
 from mlx_sft.training.setup import prepare_job
+from mlx_sft.training.step import padded_shape
 
 
 def _rows(lengths: list[int]) -> Examples:
@@ -62,7 +62,7 @@ def test_there_are_never_more_than_24_and_the_commonest_come_first() -> None:
 
 def test_of_a_long_epoch_only_the_beginning_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = []
-    monkeypatch.setattr(shapes, "cut", lambda rows, *_: looked_at.append(rows) or cut(rows, *_))
+    monkeypatch.setattr("mlx_sft.training.batch_settings.cut", lambda rows, *_: looked_at.append(rows) or cut(rows, *_))
     examples = _rows([9] * 30)
     for rows, steps in ((30, 15), (1_000_000, 2000)):
         looked_at.clear()

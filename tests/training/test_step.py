@@ -19,12 +19,12 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.full import Full
-from mlx_sft.methods.lora import Lora
+from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
+from mlx_sft.optimizers import gradients as gradients_module
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.optimizers.gradients import clip, global_norm
-from mlx_sft.training import optim
 from mlx_sft.training.checkpoint import dropout_key
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.step import GradientComputer, padded_shape
@@ -34,7 +34,7 @@ DROPOUT = {"rank": 4, "alpha": 8.0, "dropout": 0.3}
 
 
 def _lora(**settings: Any) -> Lora:
-    return Lora.from_config(TrainConfig(data="-", **settings))
+    return Lora(TrainConfig(data="-", **settings).settings(LoraSettings))
 
 
 def collated(examples: Examples, micro_batches: list[MicroBatch]) -> list[Batch]:
@@ -57,7 +57,7 @@ class Subject:
     def gradient(
         self, examples: Examples, micro_batches: list[MicroBatch], key: mx.array | None = None
     ) -> tuple[float, Parameters]:
-        loss, gradients = self.gradient_computer.gradient(self.parameters, collated(examples, micro_batches), key)
+        loss, gradients, _ = self.gradient_computer.gradient(self.parameters, collated(examples, micro_batches), key)
         return loss.item(), gradients
 
 
@@ -266,7 +266,7 @@ def test_a_model_that_cannot_be_split_is_learnt_whole(
     expected, gradients = mx.value_and_grad(plain)(parameters)
     gradient_computer = GradientComputer(split, method, vocabulary=264, recompute=recompute)
     micro_batches = cut(range(5), examples.needed_lengths, 40)
-    loss, ours = gradient_computer.gradient(parameters, collated(examples, micro_batches))
+    loss, ours, _ = gradient_computer.gradient(parameters, collated(examples, micro_batches))
 
     assert split.body_name is None
     _assert_equal((loss.item(), ours), (expected.item(), gradients))
@@ -329,7 +329,7 @@ def test_a_sum_of_gradients_takes_the_place_of_the_one_before(heavy: Subject, ex
 def test_an_update_takes_parameters_gradients_moments_and_a_part_more(
     heavy: Subject, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "_PART_BYTES", 2**18)
+    monkeypatch.setattr(gradients_module, "_PART_BYTES", 2**18)
     size = _bytes(heavy.parameters)
     optimizer = make_optimizer(TrainConfig(data="-"), heavy.parameters, lambda name: "norm" not in name)
     mx.eval(optimizer.state)

@@ -73,7 +73,7 @@ class Target:
 
     def __init__(self, export: Export, settings: Any = None) -> None:
         self.export = export
-        self.settings = settings if settings is not None else self.Settings()
+        self.settings: Any = settings if settings is not None else self.Settings()
         self.notes: list[str] = []
         self.lost: dict[str, float] = {}
 

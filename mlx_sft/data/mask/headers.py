@@ -1,7 +1,5 @@
 """Where an assistant's turn starts: after its header, the part of it that the generation prompt supplies.
 
-Knows what the prompts before a conversation's turns are; knows nothing of how a template writes.
-
 The prompt that would follow the whole conversation is the header of most turns, and costs nothing to know. It is believed
 where it stands before a turn and the beginning of the conversation, rendered with its prompt, ends there too; this is asked
 once for each kind of message that a turn follows. Any other turn is asked for what stands before the model where it writes
@@ -13,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlx_sft.data.mask.reference import Reference
-from mlx_sft.data.mask.turns import Refusal, before_no_reasoning, before_reasoning, without_opened_reasoning
+from mlx_sft.data.mask.reasoning import before_no_reasoning, before_reasoning, without_opened_reasoning
+from mlx_sft.data.mask.reference_rendering import ReferenceRendering
+from mlx_sft.data.mask.traced_rendering import Refusal
 
 _TELLING = 4
 """A shorter header than this (in characters other than white space at its ends) may stand anywhere by chance."""
@@ -31,7 +30,7 @@ class Headers:
         whole: The prompt after the whole of it, cut at a reasoning opener.
     """
 
-    def __init__(self, reference: Reference, whole: str) -> None:
+    def __init__(self, reference: ReferenceRendering, whole: str) -> None:
         self._reference = reference
         self._whole = whole
         self._known: dict[str, str] = {}
@@ -41,7 +40,7 @@ class Headers:
 
         Args:
             index: The message.
-            first: Where what its writer wrote begins.
+            first: Where the first character is that was written for it.
             last: Where its first letter is.
 
         Raises:
@@ -64,7 +63,7 @@ class Headers:
         return start
 
     def start_in_tag(self, index: int, first: int, last: int) -> int:
-        """Where the turn starts of which a tag encloses what is between two places, and maybe its header or a part of it."""
+        """Where the turn starts in what a tag encloses, `text[first:last]`, which may begin with its header or a part of it."""
         text, headers = self._reference.text, [one for one in self._candidates(index) if len(one) <= _LONGEST]
         context = self._reference.context(index) if index else None
         if context is not None and text.startswith(context):
@@ -85,12 +84,9 @@ class Headers:
             start = self._after(header, first, last)
             if start is not None:
                 return start
-        start = self._by_context(0, first, last)
-        if start is None and first == last:
-            start = first  # its own words begin it, so it has no header
-        if start is None:
-            raise Refusal(f"message 1 does not begin with the generation prompt {self._whole[:_SHOWN]!r}")
-        return start
+        if first == last:
+            return first  # its own words begin it, so it has no header
+        raise Refusal(f"message 1 does not begin with the generation prompt {self._whole[:_SHOWN]!r}")
 
     def _by_answer(self, first: int, last: int) -> int | None:
         """Where what the model would add to a question, were this message its answer, begins here."""

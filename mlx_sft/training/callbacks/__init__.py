@@ -61,10 +61,11 @@ class TrainingRun(Protocol):
     """
 
     config: TrainConfig
-    folder: RunFolder
     parameters: Parameters
     console: Console
 
+    @property
+    def folder(self) -> RunFolder: ...
     @property
     def step(self) -> int: ...
     @property
@@ -105,7 +106,7 @@ class Callback:
     may_go_back: bool = False
 
     def __init__(self, settings: Any = None) -> None:
-        self.settings = settings if settings is not None else self.Settings()
+        self.settings: Any = settings if settings is not None else self.Settings()
 
     def check(self, config: TrainConfig, data: PreparedData) -> None:
         """Raise `UserError` where the callback cannot do its work in this run; nothing is written by then."""

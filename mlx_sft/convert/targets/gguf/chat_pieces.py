@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.mask.reference import Reference
+from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.errors import UserError
 
@@ -93,7 +93,7 @@ class Chat:
         return self._written(messages, prompt=False)
 
     def _written(self, messages: list[Message], prompt: bool) -> str | None:
-        reference = Reference(self.tokenizer, Conversation("", list(messages), template_kwargs=self.variables))
+        reference = ReferenceRendering(self.tokenizer, Conversation("", list(messages), template_kwargs=self.variables))
         try:
             text = reference.prompted if prompt else reference.text
         except TemplateStopped:

@@ -148,11 +148,10 @@ def _in_trls_words(config: TrainConfig, plan: Plan, data: PreparedData, identity
 
 
 def _readme(config: TrainConfig, method: Method, plan: Plan) -> str:
-    settings: Any = config.settings(type(method).Settings)
     return (_FILES / "README.md").read_text(encoding="utf-8").format(
         steps=plan.total_steps,
         rows=config.batch_size,
         model=" ".join(printable(name_elsewhere(config.model)).split()),
         dtype=config.dtype,
-        dropout=_DROPOUT.format(dropout=settings.dropout) if method.uses_dropout else "",
+        dropout=_DROPOUT.format(dropout=method.settings.dropout) if method.uses_dropout else "",
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Arguments of tool calls that are JSON text → objects, where the chat template takes objects.
 
 OpenAI's files have text there, most templates take objects, some take both or text alone. Given the wrong one, a template
-writes text as a quoted string, `"{\\"city\\": ...}"`, which nobody reads as a call. Knows calls; knows nothing of turns.
+writes text as a quoted string, `"{\\"city\\": ...}"`, which nobody reads as a call.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.json_text import parse_json
-from mlx_sft.data.mask.reference import Reference
-from mlx_sft.data.mask.turns import called_functions
+from mlx_sft.data.mask.reference_rendering import ReferenceRendering
+from mlx_sft.data.mask.traced_rendering import called_functions
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.errors import UserError
 
@@ -28,7 +28,7 @@ def as_the_template_takes_them(tokenizer: PreTrainedTokenizerBase, conversation:
     if not texts:
         return conversation
     try:
-        written = Reference(tokenizer, conversation).text
+        written = ReferenceRendering(tokenizer, conversation).text
         if not any(
             quoted in written for text in texts for quoted in {json.dumps(text, ensure_ascii=False), json.dumps(text)}
         ):

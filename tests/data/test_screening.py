@@ -12,8 +12,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_sft.data.checks import SIGN_MEANINGS, SIGNS, SpecialTokens, signs_of
 from mlx_sft.data.conversation import Conversation, Document, Tokens
+from mlx_sft.data.screening import SIGN_MEANINGS, SIGNS, SpecialTokens, signs_of
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

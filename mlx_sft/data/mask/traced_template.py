@@ -1,10 +1,10 @@
-"""A chat template's syntax tree with calls put in that tell which message is being written.
-
-Knows Jinja's syntax; what the calls do, `watch.Watch` knows.
+"""A chat template with calls put into its syntax tree that tell which message is being written.
 
     {% for message in messages %}           {{ loop_starts() }}{% for message in messages %}{{ loop_item(message) }}
       ...                               →     ...
     {% endfor %}                            {% endfor %}{{ loop_ends() }}
+
+What the calls do is said in `trace`.
 """
 
 from __future__ import annotations
@@ -35,38 +35,37 @@ STRIPPED = "mlx_sft_stripped"
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What is watched besides loops.
+    """What is traced of a template.
 
     Args:
-        assignments: `{% set message = messages[i] %}` inside a loop.
-        captured: What macros, call, set and filter blocks write, which the template may change before it prints it.
-        values: What is written into a variable first (`ns.text = ns.text + ...`), messages that the template makes of
-            others, macros that take a message, `range` over messages; white space is stripped through markers.
+        loops: Loops over messages.
+        captured: Also inside of macros, call, set and filter blocks, whose text the template may change before it prints it.
+        variables: Also what goes through variables: `{% set message = messages[i] %}` inside a loop, text that is written
+            later (`ns.text = ns.text + ...`), messages that the template makes of others, arguments of macros, `range` over
+            messages. White space is stripped through markers.
     """
 
-    assignments: bool = False
+    loops: bool = True
     captured: bool = True
-    values: bool = False
+    variables: bool = False
 
 
 VARIANTS = (
     Variant(),
-    Variant(assignments=True),
     Variant(captured=False),
-    Variant(assignments=True, captured=False),
-    Variant(assignments=True, values=True),
-    Variant(values=True),
+    Variant(variables=True),
+    Variant(loops=False, captured=False),
 )
-"""The plainest first."""
+"""The plainest first; with the last, the conversation's prefixes alone tell whose each character is."""
 
 
 @lru_cache(maxsize=64)
-def instrumented(source: str, variant: Variant, owner: str = "this tokenizer") -> Template:
-    """A template that is watched in this way, in the environment of all its renderings; the result is kept."""
-    environment = compiled(source, owner).environment.overlay()
-    if variant.values:
+def traced(source: str, variant: Variant, name: str = "this tokenizer") -> Template:
+    """The template with calls that trace this, in the environment of all its renderings; the result is kept."""
+    environment = compiled(source, name).environment.overlay()
+    if variant.variables:
         environment.add_filter("trim", _trim)
-    return environment.from_string(_Instrument(variant).visit(environment.parse(source)))
+    return environment.from_string(_InsertCalls(variant).visit(environment.parse(source)))
 
 
 @lru_cache(maxsize=16)
@@ -101,7 +100,7 @@ def _output(call: nodes.Call, line: int) -> nodes.Node:
     return nodes.Output([call]).set_lineno(line)
 
 
-class _Instrument(NodeTransformer):
+class _InsertCalls(NodeTransformer):
     def __init__(self, variant: Variant) -> None:
         self._variant = variant
         self._depth = 0
@@ -110,7 +109,9 @@ class _Instrument(NodeTransformer):
         self._depth += 1
         self.generic_visit(node)
         self._depth -= 1
-        function = RANGE_ITEM if self._variant.values and _is_range(node.iter) else LOOP_ITEM
+        if not self._variant.loops:
+            return [node]
+        function = RANGE_ITEM if self._variant.variables and _is_range(node.iter) else LOOP_ITEM
         return self._around(node, node.body, function, _names([node.target]))
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
@@ -119,7 +120,7 @@ class _Instrument(NodeTransformer):
         self._depth += 1
         self.generic_visit(node)
         self._depth -= 1
-        if self._variant.values:
+        if self._variant.variables:
             line = node.lineno
             item = _output(_call(LOOP_ITEM, *_names(node.args)), line)
             node.body = [_output(_call(LOOP_STARTS), line), item, *node.body, _output(_call(LOOP_ENDS), line)]
@@ -140,16 +141,17 @@ class _Instrument(NodeTransformer):
         return self._captured(node)
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node | list[nodes.Node]:  # noqa: N802
-        if self._variant.values:
-            self.generic_visit(node)
-            if added := _appended_to(node.target, node.node):
-                node.node = _call(APPENDED, *added)
-        if not self._variant.assignments or self._depth == 0 or not isinstance(node.target, nodes.Name):
+        if not self._variant.variables:
+            return node
+        self.generic_visit(node)
+        if added := _appended_to(node.target, node.node):
+            node.node = _call(APPENDED, *added)
+        if self._depth == 0 or not isinstance(node.target, nodes.Name):
             return node
         return [node, _output(_call(ASSIGNED, nodes.Name(node.target.name, "load")), node.lineno)]
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:  # noqa: N802
-        if self._variant.values:
+        if self._variant.variables:
             self.generic_visit(node)
             node.nodes = [
                 part if isinstance(part, nodes.TemplateData | nodes.Const) else _call(PRINTED, part)
@@ -159,14 +161,14 @@ class _Instrument(NodeTransformer):
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _call(MADE, node) if self._variant.values else node
+        return _call(MADE, node) if self._variant.variables else node
 
     def visit_Call(self, node: nodes.Call) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        called = node.node
-        if not self._variant.values or node.kwargs or node.dyn_args or node.dyn_kwargs:
-            return _call(MADE, node) if self._variant.values and _is_name(called, "dict") else node
-        if isinstance(called, nodes.Getattr) and called.attr in ("strip", "lstrip", "rstrip"):
+        if not self._variant.variables:
+            return node
+        called, is_plain = node.node, not (node.kwargs or node.dyn_args or node.dyn_kwargs)
+        if is_plain and isinstance(called, nodes.Getattr) and called.attr in ("strip", "lstrip", "rstrip"):
             return _call(STRIPPED, called.node, nodes.Const(called.attr), *node.args)
         return _call(MADE, node) if _is_name(called, "dict") else node
 

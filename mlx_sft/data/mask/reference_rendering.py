@@ -1,7 +1,6 @@
 """The tokenizer's own rendering of a conversation, of its beginnings, and of the prompts that stand before its turns.
 
-Knows what `apply_chat_template` gives a template, and writes the same text within limits; knows nothing of how the template
-writes it.
+The text is that of `apply_chat_template`, within the limits of the sandbox.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Template, TemplateError
 
 from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.mask.turns import Messages, Span, before_reasoning
+from mlx_sft.data.mask.reasoning import before_reasoning
+from mlx_sft.data.mask.traced_rendering import Messages, Span
 from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.sandbox import CLOCK, Clock, compiled
 from mlx_sft.errors import UserError
@@ -40,7 +40,7 @@ _MOST_SHOWN = 500
 """Characters of an error's message, which a template may make as long as it likes."""
 
 
-class Reference:
+class ReferenceRendering:
     """A conversation as the tokenizer renders it.
 
     Args:
@@ -110,13 +110,13 @@ class Reference:
             ) from error
 
     @cached_property
-    def as_answer(self) -> Reference:
+    def as_answer(self) -> ReferenceRendering:
         """A question, and the first message as its answer."""
         messages = [{"role": "user", "content": "?"}, *self.conversation.messages[:1]]
-        return Reference(self.tokenizer, replace(self.conversation, messages=messages), self._clock)
+        return ReferenceRendering(self.tokenizer, replace(self.conversation, messages=messages), self._clock)
 
     def beginning(self, count: int, prompt: bool = False) -> str | None:
-        """The first so many messages, with the generation prompt or without; None where the template rejects them."""
+        """The first `count` messages, with the generation prompt or without; None where the template rejects them."""
         if (count, prompt) in self._beginnings:
             rendered = self._beginnings.pop((count, prompt))
         else:
@@ -146,12 +146,17 @@ class Reference:
         return context[len(plain) :]
 
     def added(self, index: int) -> Span | None:
-        """What message `index` adds to the context in which it is written; None where neither is an exact beginning of
-        the whole text."""
+        """The span that message `index` adds to the context in which it is written; None where either is not an exact prefix
+        of the whole text."""
         context, through = self.context(index), self.beginning(index + 1)
         if context is None or through is None or not self.text.startswith(context):
             return None
         return (len(context), len(through)) if self.text.startswith(through) else None
+
+    def adds_nothing(self, index: int) -> bool:
+        """Whether it is certain that the template writes nothing of message `index`."""
+        added = self.added(index)
+        return added is not None and added[0] == added[1]
 
     def variables(self, messages: Messages, prompt: bool) -> dict[str, Any]:
         """What a template is given, as transformers gives it."""

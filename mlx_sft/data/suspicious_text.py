@@ -1,6 +1,6 @@
 """What broken text looks like: decoded wrongly, cut off, going on as the user, or without an answer in it.
 
-Knows text alone, nothing of messages. Each test is made to be silent on good text, and so does not find every fault.
+Each test is made to be silent on good text, and so does not find every fault.
 """
 
 from __future__ import annotations

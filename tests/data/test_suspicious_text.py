@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_sft.data.prose import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
+from mlx_sft.data.suspicious_text import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
 
 SENTENCES = "The game was played in New Orleans. It drew a large crowd from all over the country."
 

@@ -1,7 +1,7 @@
 """What in a row could harm: a tokenizer's special tokens typed as text, which forge turns, and signs of broken data.
 
-Knows what text looks like; decides nothing. A special token in content is certain, and a rule of the pipeline; a sign is a
-suspicion, which is counted and shown and changes nothing. Both are made to be silent on good data.
+A special token in content is certain, and the pipeline has a rule for it; a sign is a suspicion, which is counted and shown and
+changes nothing. Both are made to be silent on good data.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_sft.data.conversation import Conversation, Document, Item
-from mlx_sft.data.mask.reference import Reference
+from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.messages import REASONING_KEYS
-from mlx_sft.data.prose import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
 from mlx_sft.data.sandbox import TemplateStopped
+from mlx_sft.data.suspicious_text import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
 from mlx_sft.data.tokenizer import unwrapped
 from mlx_sft.errors import UserError
 
@@ -184,7 +184,7 @@ def _probe(tokenizer: Any) -> tuple[str, str]:
     question, answer, another = words = ("7391", "8264", "9157")
     turns = [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), words, strict=True)]
     try:
-        text = Reference(unwrapped(tokenizer), Conversation("", turns)).prompted
+        text = ReferenceRendering(unwrapped(tokenizer), Conversation("", turns)).prompted
     except TemplateStopped:
         raise
     except UserError:
@@ -205,7 +205,7 @@ def _plain_header(before_user: str, special: re.Pattern[str]) -> str:
 def signs_of(item: Item, user_header: str = "") -> frozenset[str]:
     """Those of `SIGNS` that a row shows.
 
-    Looked at are the assistant turns to be learnt, and all text for mojibake; nothing of a pre-tokenized row.
+    Looked at are the assistant turns to be trained on, and all text for mojibake; nothing of a pre-tokenized row.
 
     Args:
         item: A conversation, a document or tokens.
@@ -222,8 +222,8 @@ def signs_of(item: Item, user_header: str = "") -> frozenset[str]:
         text = content if isinstance(content, str) else ""
         if is_mojibake(text):
             signs.add("mojibake")
-        learnt = message.get("role") == "assistant" and index >= item.first_learnt
-        if learnt and (item.weights is None or item.weights[index]):
+        is_reply = message.get("role") == "assistant" and index >= item.first_learnt
+        if is_reply and (item.weights is None or item.weights[index]):
             signs.update(_signs_of_reply(message, text.strip(), before, user_header))
         before = text.strip()
     return frozenset(signs)

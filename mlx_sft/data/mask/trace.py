@@ -1,14 +1,12 @@
-"""A chat template, watched while it writes: which message is each character of its output from?
-
-Knows the marker characters that an instrumented template leaves; knows nothing of turns, roles or tokens.
+"""The calls in a traced template: they print a private marker wherever another message begins to be written.
 
     {% for message in messages %}           <M0>             <M1>                        <end>
       <|im_start|>role                  →   <|im_start|>user <|im_start|>assistant
       content<|im_end|>                     hello<|im_end|>  hi there<|im_end|>
     {% endfor %}
 
-A character belongs to the innermost loop item that is, by identity, a message. Nothing is printed where the owner does
-not change, so that loops over tool calls or text parts leave no trace.
+A character is written for the innermost loop item that is, by identity, a message. Nothing is printed where the message does
+not change, so that loops over tool calls or text parts leave no marker.
 """
 
 from __future__ import annotations
@@ -21,31 +19,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.mask import instrument
-from mlx_sft.data.mask.turns import NOBODY, Integers, Span
+from mlx_sft.data.mask import traced_template
+from mlx_sft.data.mask.traced_rendering import NOBODY, Integers, Span
 
 _PRIVATE_PLANES = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
-    """A text without its markers, the owner of each of its characters, and the spans that generation tags enclose."""
+class TracedText:
+    """A text without its markers, the message of each of its characters, and the spans that generation tags enclose."""
 
     text: str
-    owners: Integers
+    char_to_message: Integers
     tags: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Alphabet:
-    """Private-use characters that a text does not hold: markers from `base` on, then a colour for each message."""
+class PrivateCharacters:
+    """Private-use characters that a text does not hold: markers from `base` on, then a probe letter for each message."""
 
     base: int
     messages: int
 
     @classmethod
-    def absent_from(cls, text: str, messages: int) -> Alphabet | None:
-        """An alphabet for so many messages, or None where the text leaves no room for one."""
+    def absent_from(cls, text: str, messages: int) -> PrivateCharacters | None:
+        """Characters for this many messages, or None where the text leaves no room for them."""
         lowest = chr(_PRIVATE_PLANES[0].start)
         taken = {ord(character) for character in set(text) if character >= lowest}
         size = 2 * messages + _OTHER_MARKERS
@@ -56,7 +54,7 @@ class Alphabet:
         return None
 
     def marker(self, index: int) -> str:
-        """Says: from here on message `index` writes (or `NOBODY`)."""
+        """Says: from here on message `index` is written (or `NOBODY`)."""
         return chr(self.base + index + 1)
 
     @property
@@ -67,23 +65,23 @@ class Alphabet:
     def tag_ends(self) -> str:
         return self.marker(self.messages + 1)
 
-    def colour(self, index: int) -> str:
-        """Stands for a letter of message `index`."""
+    def probe_letter(self, index: int) -> str:
+        """Stands for any letter of message `index`."""
         return chr(self.base + _OTHER_MARKERS + self.messages + index)
 
-    def colours(self, code_points: NDArray[np.uint32]) -> Integers:
-        """The message that each character is a colour of, `NOBODY` for other characters."""
-        index = code_points.astype(np.int64) - ord(self.colour(0))
+    def messages_of_letters(self, code_points: NDArray[np.uint32]) -> Integers:
+        """The message that each character is the probe letter of, `NOBODY` for other characters."""
+        index = code_points.astype(np.int64) - ord(self.probe_letter(0))
         return np.where((index >= 0) & (index < self.messages), index, NOBODY).astype(np.int32)
 
     def markers(self) -> re.Pattern[str]:
         """Splits a text at its markers, and keeps them."""
         return re.compile(f"([{chr(self.base)}-{self.tag_ends}])")
 
-    def read(self, marked: str) -> Watched:
+    def read(self, marked: str) -> TracedText:
         """What the markers in a text say."""
         pieces = self.markers().split(marked)
-        owners, lengths, position = [NOBODY], [len(pieces[0])], len(pieces[0])
+        writers, lengths, position = [NOBODY], [len(pieces[0])], len(pieces[0])
         tags: list[Span] = []
         open_tags: list[int] = []
         for marker, text in zip(pieces[1::2], pieces[2::2], strict=True):
@@ -92,46 +90,46 @@ class Alphabet:
                 open_tags.append(position)
             elif marker == self.tag_ends:
                 tags += [(open_tags.pop(), position)] if open_tags else []
-            owners.append(index if index < self.messages else owners[-1])
+            writers.append(index if index < self.messages else writers[-1])
             lengths.append(len(text))
             position += len(text)
-        return Watched("".join(pieces[::2]), np.repeat(np.array(owners, np.int32), lengths), tuple(tags))
+        return TracedText("".join(pieces[::2]), np.repeat(np.array(writers, np.int32), lengths), tuple(tags))
 
 
 _OTHER_MARKERS = 3  # nobody's, and the two of tags
 
 
-class Watch:
-    """One rendering's inserted calls; they print a marker where the message that is being written changes.
+class Trace:
+    """The inserted calls of one rendering.
 
     Args:
         messages: The very objects that the template is given.
-        alphabet: Supplies the markers.
+        characters: Supplies the markers.
     """
 
-    def __init__(self, messages: list[dict[str, Any]], alphabet: Alphabet) -> None:
+    def __init__(self, messages: list[dict[str, Any]], characters: PrivateCharacters) -> None:
         self._messages = len(messages)
         self._indices = {id(message): index for index, message in enumerate(messages)}
         self._made: list[Any] = []  # kept, so that no other object gets the same id
-        self._alphabet = alphabet
-        self._markers = alphabet.markers()
+        self._characters = characters
+        self._markers = characters.markers()
         self._current = NOBODY
         self._outer: list[int] = []
 
     def functions(self) -> dict[str, Callable[..., Any]]:
-        """The variables that an instrumented template needs."""
+        """The variables that a traced template needs."""
         return {
-            instrument.LOOP_STARTS: self._loop_starts,
-            instrument.LOOP_ITEM: self._loop_item,
-            instrument.RANGE_ITEM: self._range_item,
-            instrument.LOOP_ENDS: self._loop_ends,
-            instrument.ASSIGNED: self._assigned,
-            instrument.TAG_STARTS: lambda: self._alphabet.tag_starts,
-            instrument.TAG_ENDS: lambda: self._alphabet.tag_ends,
-            instrument.APPENDED: self._appended,
-            instrument.PRINTED: self._printed,
-            instrument.MADE: self._make,
-            instrument.STRIPPED: self._stripped,
+            traced_template.LOOP_STARTS: self._loop_starts,
+            traced_template.LOOP_ITEM: self._loop_item,
+            traced_template.RANGE_ITEM: self._range_item,
+            traced_template.LOOP_ENDS: self._loop_ends,
+            traced_template.ASSIGNED: self._assigned,
+            traced_template.TAG_STARTS: lambda: self._characters.tag_starts,
+            traced_template.TAG_ENDS: lambda: self._characters.tag_ends,
+            traced_template.APPENDED: self._appended,
+            traced_template.PRINTED: self._printed,
+            traced_template.MADE: self._make,
+            traced_template.STRIPPED: self._stripped,
         }
 
     def _loop_starts(self) -> str:
@@ -139,12 +137,12 @@ class Watch:
         return ""
 
     def _loop_item(self, *targets: Any) -> str:
-        """An item that is no message is part of what surrounds the loop."""
+        """An item that is no message belongs to what surrounds the loop."""
         found = (self._indices[id(target)] for target in targets if id(target) in self._indices)
         return self._write(next(found, self._outer[-1]))
 
     def _range_item(self, *targets: Any) -> str:
-        """A number may be a message's; whether it is, the colours show."""
+        """A number may be that of a message; the probe letters show whether it is."""
         number = targets[0] if targets else None
         is_index = isinstance(number, int) and self._outer[-1] == NOBODY and 0 <= number < self._messages
         return self._write(number if isinstance(number, int) and is_index else self._outer[-1])
@@ -156,7 +154,7 @@ class Watch:
         return self._write(self._indices.get(id(value), self._current))
 
     def _appended(self, old: Any, new: Any) -> Any:
-        """`old + new`, where what is new is marked as written by the present message."""
+        """`old + new`, where what is new is marked as written for the present message."""
         if isinstance(old, str) and isinstance(new, str):
             return old + self._marked(new)
         if isinstance(old, list) and isinstance(new, list):
@@ -164,23 +162,23 @@ class Watch:
         return old + new
 
     def _marked(self, text: str) -> str:
-        return self._alphabet.marker(self._current) + text if text else text
+        return self._characters.marker(self._current) + text if text else text
 
     def _printed(self, value: Any) -> Any:
-        """What holds markers of its own is followed by one that says who goes on."""
+        """What holds markers of its own is followed by one that says which message goes on."""
         if isinstance(value, str) and self._markers.search(value):
-            return value + self._alphabet.marker(self._current)
+            return value + self._characters.marker(self._current)
         return value
 
     def _make(self, value: Any) -> Any:
-        """An object that is made where a message is being written stands for that message."""
+        """An object that is made while a message is being written stands for that message."""
         if self._current != NOBODY:
             self._made.append(value)
             self._indices[id(value)] = self._current
         return value
 
     def _stripped(self, value: Any, method: str, *characters: Any) -> Any:
-        """`value.strip(*characters)`, to which markers are no obstacle."""
+        """`value.strip(*characters)`, which strips through markers."""
         if not isinstance(value, str) or not self._markers.search(value):
             return getattr(str(value), method)(*characters)
         pieces = self._markers.split(value)
@@ -197,4 +195,4 @@ class Watch:
         if index == self._current:
             return ""
         self._current = index
-        return self._alphabet.marker(index)
+        return self._characters.marker(index)
