@@ -51,7 +51,7 @@ class TrlFolder(RunFolder):
 
     @classmethod
     def find(cls, path: str | Path) -> TrlFolder | None:
-        """The TRL export that a folder is, or that it is the trained adapter of; None for any other folder."""
+        """The TRL export that a folder is, or whose trained adapter it is; None for any other folder."""
         given = user_path(path).resolve()
         exports = [cls(folder) for folder in (given, given.parent)]
         return next(
@@ -75,9 +75,7 @@ class TrlFolder(RunFolder):
         for name in ("data", "model"):
             if not isinstance(made_of, dict) or made_of.get(name) != identity[name]:
                 hint = "put it back as it was, or go on from the adapter alone with --init-adapter"
-                raise UserError(
-                    f"the {name} changed since this TRL export was exported", where=str(self.path), hint=hint
-                )
+                raise UserError(f"the {name} changed since this TRL export was made", where=str(self.path), hint=hint)
 
     def read_step(self, total_steps: int) -> int:
         """How many of the run's steps have been taken."""
@@ -88,7 +86,7 @@ class TrlFolder(RunFolder):
         return step
 
     def read_moments(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
-        """AdamW's two moments of every parameter, float32; raises `UserError` where they are of others."""
+        """AdamW's two moments of every parameter, float32; raises `UserError` where they do not fit."""
         moments: dict[str, Parameters] = {_FIRST: {}, _SECOND: {}}
         for tensor in open_safetensors(self.moments).tensors:
             name, _, kind = tensor.name.rpartition(".")

@@ -1,4 +1,4 @@
-"""A stand-in for llama.cpp; tokenizers with the special tokens of several families, in which every byte is a token; and their public templates."""
+"""A stand-in for llama.cpp; tokenizers of bytes with the special tokens of several families; public chat templates."""
 
 from __future__ import annotations
 

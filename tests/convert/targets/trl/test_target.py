@@ -179,6 +179,23 @@ def test_full_fine_tuning_has_no_trl_export(settings: dict[str, Any], tmp_path: 
     assert error.exit_code == USAGE
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optimizer": "sgd"}, "--optimizer sgd"),
+        ({"dora": True}, "DoRA"),
+        ({"quantize": "8"}, "quantized in MLX's own form"),
+    ],
+)
+def test_what_trl_would_do_otherwise_is_refused_by_name(
+    settings: dict[str, Any], tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    run = train(TrainConfig(**settings | changes | {"max_steps": 1})).run_dir
+    error = refusal(run, tmp_path / "trl")
+    assert named in error.what
+    assert error.exit_code == USAGE
+
+
 def test_weights_of_messages_are_refused_with_their_row(settings: dict[str, Any], tmp_path: Path) -> None:
     data = tmp_path / "weighted.jsonl"
     messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat", "weight": 0.5}]
