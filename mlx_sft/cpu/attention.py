@@ -6,7 +6,7 @@
     4 5  ─►          ■ ■ ■ ■ ■ ·         ■ seen, · masked
 
 FlashAttention-2's equations (Dao 2023, https://arxiv.org/abs/2307.08691, section 3.1) in array operations, for the CPU backend, whose
-own attention builds and keeps the square. Knows nothing of padding, of positions or of a cache of keys; has no second derivative.
+own attention builds and keeps the square. It takes no padding and no cache of keys, and has no second derivative.
 """
 
 from __future__ import annotations

@@ -25,6 +25,11 @@ class LoraLinear(nn.Module):
         self._dropout = dropout
         self._key: mx.array | None = None
 
+    @property
+    def kept_numbers(self) -> int:
+        """What the adapter keeps of a token for the backward pass, beside what its linear layer does: the result of A."""
+        return int(self.lora_A.shape[-2])
+
     def __call__(self, x: mx.array) -> mx.array:
         down = self._drop(x) @ self.lora_A.T.astype(x.dtype)
         # One pass over the output for the product and the sum.
@@ -48,6 +53,11 @@ class DoraLinear(LoraLinear):
         weight = (dequantized(linear) if is_quantized(linear) else linear.weight).astype(mx.float32)
         self._squares = mx.square(weight).sum(axis=1)
         self.lora_magnitude_vector = mx.sqrt(self._squares)
+
+    @property
+    def kept_numbers(self) -> int:
+        """The result before it is given its norms, too."""
+        return super().kept_numbers + int(self.lora_magnitude_vector.size)
 
     def __call__(self, x: mx.array) -> mx.array:
         dropped = self._drop(x)

@@ -1,4 +1,4 @@
-"""The disk as a budget: what a run will write at the most, known before its first step. Knows nothing of how it is written."""
+"""What a run will write to the disk at the most, known before its first step."""
 
 from __future__ import annotations
 

@@ -181,8 +181,8 @@ class Footprint:
         layers = count_layers(split, fused=fused)
         lowest = next((index for index, layer in enumerate(layers) if layer.trained), len(layers))
         outside = split.outside_layers(parameters)
-        if any("embed" in name for name in outside):
-            lowest = 0
+        if any("embed" in name or name not in held for name in outside):
+            lowest = 0  # a gradient goes through all layers: to the embedding, or to what a method puts before or between them
         return cls(
             layers=tuple(layers[lowest:]),
             below=tuple(layers[:lowest]),
@@ -316,7 +316,7 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool) -> LayerCoun
     # A norm keeps its input, and where it is made of several operations, a multiple of it; its result too where its own weight is trained.
     widths = {id(norm): int(norm.weight.shape[-1]) for norm in norms}
     light = sum(widths[id(norm)] * ((1 if fused else 2) + (1 if _trains(norm) else 0)) for norm in norms)
-    light += sum(map(_adapter_keeps, products))
+    light += sum(getattr(product, "kept_numbers", 0) for product in products)  # of an adapter beside it
     off, scores, attended = light, 0, 0
     inside: set[int] = set()
     for block in blocks.values():
@@ -345,12 +345,6 @@ def _between(block: Block, fused: bool) -> int:
     normalized = any(_is_norm(child) for child in block.module.children().values())
     result = _widths(block.module[block.last])[0]
     return (queries_and_keys if normalized else 0) + result
-
-
-def _adapter_keeps(product: Any) -> int:
-    """What an adapter beside a product keeps: the result of A, and where norms are trained that of the product."""
-    rank = product.lora_A.shape[-2] if "lora_A" in product else 0
-    return rank + (_widths(product)[1] if "lora_magnitude_vector" in product else 0)
 
 
 def _products(module: nn.Module) -> Iterator[Any]:

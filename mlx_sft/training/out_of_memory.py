@@ -1,8 +1,8 @@
-"""What a run does about a shortage of memory: smaller micro-batches, then stronger recomputation, from now to its end.
+"""Out-of-memory recovery: smaller micro-batches, then stronger recomputation, from now to the end of the run.
 
-Neither changes an update beyond rounding, but for dropout, which then drops other positions. The state before the step is saved first,
-so that a resumed run repeats what the interrupted one did, and nothing is lost should the next try end the process. Knows nothing of
-how a step is taken.
+`step.py` notices that a micro-batch does not fit. Neither answer changes an update beyond rounding, but for dropout, which then drops
+other positions. The state before the step is saved first, so that a resumed run repeats what the interrupted one did, and nothing is
+lost should the next try end the process.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _STRONGER: dict[Mode, Mode] = {"off": "light", "light": "layers", "layers": "blo
 """Which recomputation keeps less."""
 
 
-def recover(job: Job, shortage: TooLarge) -> None:
-    """After a shortage in the step that follows the job's progress, whose arrays must be gone by now.
+def recover(job: Job, too_large: TooLarge) -> None:
+    """Make the job compute smaller, after a micro-batch of its next step did not fit; the arrays of that step must be gone by now.
 
     Raises:
         UserError: If nothing smaller is left to try.
@@ -38,37 +38,37 @@ def recover(job: Job, shortage: TooLarge) -> None:
     gc.collect()
     mx.clear_cache()
     step = job.progress.step + 1
-    tried = next_try(shortage, job.settings.micro_batch_tokens, job.settings.mode)
+    tried = next_try(too_large, job.settings.micro_batch_tokens, job.settings.mode)
     if tried is None:
         save(job)
         raise UserError(
-            f"out of memory in step {step}: a row of {shortage.width} tokens does not fit, with all that can be recomputed: "
-            f"{shortage.message}",
+            f"out of memory in step {step}: a row of {too_large.width} tokens does not fit, with all that can be recomputed: "
+            f"{too_large.message}",
             where=str(job.run.path),
             hint="what was trained is saved; free some memory and go on with --resume, or start a new run with a shorter --max-length",
         )
     tokens, mode = tried
     stronger = "" if mode == job.settings.mode else f", --grad-checkpoint {configured(mode)}"
     job.console.warn(
-        f"out of memory in step {step}, at {shortage.rows} rows of up to {shortage.width} tokens; it is repeated "
+        f"out of memory in step {step}, at {too_large.rows} rows of up to {too_large.width} tokens; it is repeated "
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
     job.memory = replace(job.memory, settings=replace(job.settings, micro_batch_tokens=tokens, mode=mode))
     job.gradient_computer.configure(mode, compiled_shapes(job.memory.machine, job.plan, job.data.train, tokens))
     job.progress = job.progress.after(micro_batch_tokens=tokens, recompute=mode)
-    shape = {"rows": shortage.rows, "width": shortage.width}
+    shape = {"rows": too_large.rows, "width": too_large.width}
     job.emit(out_of_memory_record(step, **shape, micro_batch_tokens=tokens, recompute=mode))
     save(job)
 
 
-def smaller_budget(shortage: TooLarge) -> int | None:
+def smaller_budget(too_large: TooLarge) -> int | None:
     """Half of the micro-batch that did not fit; None where that was a single row."""
-    return shortage.tokens // 2 if shortage.rows > 1 else None
+    return too_large.tokens // 2 if too_large.rows > 1 else None
 
 
-def next_try(shortage: TooLarge, token_budget: int, mode: Mode) -> tuple[int, Mode] | None:
-    """The budget and the recomputation to try after a shortage, smaller micro-batches first; None after the last."""
-    smaller = smaller_budget(shortage)
+def next_try(too_large: TooLarge, token_budget: int, mode: Mode) -> tuple[int, Mode] | None:
+    """The budget and the recomputation to try next, smaller micro-batches first; None after the last."""
+    smaller = smaller_budget(too_large)
     if smaller is not None:
         return smaller, mode
     if mode in _STRONGER:
@@ -79,7 +79,7 @@ def next_try(shortage: TooLarge, token_budget: int, mode: Mode) -> tuple[int, Mo
 def evaluate_in_memory(
     gradient_computer: GradientComputer, parameters: Parameters, examples: Examples, token_budget: int, layout: Layout
 ) -> tuple[Evaluation, int]:
-    """An evaluation of all examples, and the budget that it came to fit in; begun again with smaller micro-batches after a shortage.
+    """An evaluation of all examples, and the budget that it fits in; where memory runs out it begins again with smaller micro-batches.
 
     Raises:
         UserError: If a single row does not fit.
@@ -89,12 +89,14 @@ def evaluate_in_memory(
             with Prefetch(_collated(examples, token_budget, layout)) as batches:
                 return gradient_computer.evaluate(parameters, batches), token_budget
         except OutOfMemory as error:
-            shortage = error.too_large
+            too_large = error.too_large
         gc.collect()
         mx.clear_cache()
-        smaller = smaller_budget(shortage)
+        smaller = smaller_budget(too_large)
         if smaller is None:
-            what = f"out of memory in an evaluation: a row of {shortage.width} tokens does not fit: {shortage.message}"
+            what = (
+                f"out of memory in an evaluation: a row of {too_large.width} tokens does not fit: {too_large.message}"
+            )
             raise UserError(what, hint="free some memory, or give shorter rows (--max-length)")
         token_budget = smaller
 

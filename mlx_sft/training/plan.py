@@ -327,7 +327,7 @@ def _facts(plan: RunPlan) -> Pieces:
         ("weights", f"{size(parts.weights)} in {plan.dtype}"),
         (
             "trained",
-            f"{size(parts.trained)} for {count(plan.footprint.trainable)} parameters: value, gradient and two moments",
+            f"{size(parts.trained)} for {count(plan.footprint.trainable)} parameters: value, gradient and the optimizer's state",
         ),
         ("kept", f"{size(parts.kept)} for the backward pass"),
         ("passing", f"{size(parts.passing)} for a layer's backward pass, or the logits of a tile"),

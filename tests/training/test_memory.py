@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import Batch
-from mlx_sft.methods import Parameters, make_method
+from mlx_sft.methods import Method, Parameters, make_method
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.memory import MODES, Footprint, Prediction
@@ -143,6 +144,29 @@ def test_layers_below_the_lowest_adapter_keep_nothing(trained: Callable[..., Tra
     top = trained(target="model.layers.4.self_attn.q_proj,model.layers.5.self_attn.q_proj")[-1]
     assert (len(every.layers), len(top.layers), len(top.below)) == (6, 2, 4)
     assert top.predict("off", 4096).kept == pytest.approx(every.predict("off", 4096).kept / 3)
+
+
+class VirtualTokens(Method):
+    """Trains states that stand before those of the tokens, and no module of the model."""
+
+    def attach(self, model: nn.Module, seed: int) -> Parameters:
+        return {"prompt": mx.zeros((4, SHAPE["hidden_size"]))}
+
+
+def test_what_is_trained_before_the_layers_is_reached_through_all_of_them(
+    trained: Callable[..., Trained], make_base: Callable[..., Path]
+) -> None:
+    split = SplitModel(load_model(str(make_base("qwen3", **SHAPE)), "float32").model)
+    method = VirtualTokens()
+    parameters = method.attach(split.model, seed=0)
+    found = Footprint.of(
+        split, method, parameters, VOCABULARY, optimizer_state_bytes=0, tiled=True, fused=False, accumulates=False
+    )
+    assert (len(found.layers), len(found.below)) == (SHAPE["num_hidden_layers"], 0)
+    assert not found.trains_weights
+    assert found.predict("off", 1).trained == 4 * parameters["prompt"].size
+    head = trained(shape={"tie_word_embeddings": False}, target="lm_head")[-1]
+    assert (len(head.layers), len(head.below)) == (0, SHAPE["num_hidden_layers"])
 
 
 @pytest.mark.parametrize("mode", MODES)

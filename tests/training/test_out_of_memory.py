@@ -91,20 +91,20 @@ def test_a_micro_batch_that_does_not_fit_is_cut_and_the_step_repeated(
     small_device(fits)
     run = train(TrainConfig(**settings)).run_dir
     assert_same_result(run, undisturbed)
-    shortages = lines(run, "out_of_memory")
-    assert 1 <= len(shortages) <= 2
-    assert all(line["rows"] > 1 and line["rows"] * line["width"] > 60 for line in shortages)
-    assert shortages[-1]["micro_batch_tokens"] <= 60
-    assert {line["recompute"] for line in shortages} == {"off"}
+    failures = lines(run, "out_of_memory")
+    assert 1 <= len(failures) <= 2
+    assert all(line["rows"] > 1 and line["rows"] * line["width"] > 60 for line in failures)
+    assert failures[-1]["micro_batch_tokens"] <= 60
+    assert {line["recompute"] for line in failures} == {"off"}
     assert max(line["padded_tokens"] for line in lines(undisturbed, "train")) > 60
     steps = lines(run, "train")
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     # The smaller budget is remembered: no step was begun in vain after it.
-    assert sum(size > 60 for size in tried) == len(shortages)
+    assert sum(size > 60 for size in tried) == len(failures)
     assert steps[-1]["micro_batches"] > lines(undisturbed, "train")[-1]["micro_batches"]
     error = capsys.readouterr().err
-    assert error.count("warning: out of memory in step") == len(shortages)
-    assert f"up to {shortages[-1]['micro_batch_tokens']} tokens at once" in error
+    assert error.count("warning: out of memory in step") == len(failures)
+    assert f"up to {failures[-1]['micro_batch_tokens']} tokens at once" in error
 
 
 def test_a_row_that_does_not_fit_is_recomputed_until_it_does(
@@ -126,7 +126,7 @@ def test_a_row_that_does_not_fit_is_recomputed_until_it_does(
 
 
 @pytest.mark.parametrize("resumed_after", [2, 3, 5])
-def test_a_run_resumed_after_a_shortage_is_the_same_to_the_byte(
+def test_a_run_resumed_after_memory_ran_out_is_the_same_to_the_byte(
     resumed_after: int, settings: dict[str, Any], small_device: Callable[[Fits], None]
 ) -> None:
     steps: list[int] = []
@@ -309,7 +309,7 @@ def test_an_evaluation_of_a_row_that_does_not_fit_ends_with_a_way_out(
     assert "--max-length" in caught.value.hint
 
 
-# What counts as a shortage, and what follows from one
+# What counts as out of memory, and what follows from it
 
 
 @pytest.mark.parametrize(
