@@ -45,7 +45,7 @@ GOOD = json.dumps({"messages": [{"role": "user", "content": "the"}, {"role": "as
 BAD_ROWS = {
     "not JSON": ("{nope", "not JSON"),
     "not an object": ("[1, 2]", "a row must be an object, not a list"),
-    "no known shape": ('{"foo": 1}', "a row without a known shape: it has 'foo'"),
+    "no known format": ('{"foo": 1}', "a row without a known format: it has 'foo'"),
     "an unknown role": ('{"messages": [{"role": "wizard", "content": "x"}]}', "unknown role 'wizard'"),
     "nothing to learn": ('{"messages": [{"role": "user", "content": "x"}]}', "nothing to learn"),
     "no messages": ('{"messages": []}', "messages"),

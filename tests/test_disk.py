@@ -11,11 +11,13 @@ import pytest
 
 from mlx_sft import TrainConfig, UserError, export, train
 from mlx_sft.config import TrainConfig as Config
+from mlx_sft.console import Console
 from mlx_sft.data.batches import Plan
 from mlx_sft.files import refuse_full_disk
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors
 from mlx_sft.training.disk_need import DiskNeed
+from mlx_sft.training.setup import prepare_job
 
 
 @pytest.fixture
@@ -75,7 +77,17 @@ def test_a_run_takes_no_more_than_was_said(settings: dict[str, Any], monkeypatch
 def test_as_many_checkpoints_are_counted_as_there_will_be(changes: dict[str, Any], checkpoints: int) -> None:
     plan = Plan(20, batch_size=5, epochs=3)
     assert plan.total_steps == 12
-    assert DiskNeed.of_run({}, Config(data="x", **changes), plan).checkpoints == checkpoints
+    goes_back = "on_divergence" in changes
+    need = DiskNeed.of_run({}, 0, Config(data="x", **changes), plan, goes_back=goes_back)
+    assert need.checkpoints == checkpoints
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_a_number"), [("adamw", 12), ("lion", 8), ("sgd", 4)])
+def test_a_checkpoint_is_counted_with_the_optimizers_state(
+    settings: dict[str, Any], optimizer: str, bytes_a_number: int
+) -> None:
+    job = prepare_job(TrainConfig(**settings | {"optimizer": optimizer}), Console(quiet=True))
+    assert job.disk.checkpoint == bytes_a_number * sum(value.size for value in job.parameters.values())
 
 
 def test_what_a_resumed_run_has_written_counts(settings: dict[str, Any], leave_free: Callable[[int], None]) -> None:

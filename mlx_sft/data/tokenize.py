@@ -72,7 +72,7 @@ class Reading:
 
     Args:
         rows: Of the source.
-        pipeline: What is done with each; its reader is settled by the first row that has a known shape.
+        pipeline: What is done with each; its reader is settled by the first row that has a known format.
         name: The source's.
 
     Attributes:

@@ -18,6 +18,7 @@ import pytest
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.run_folder import RunFolder
+from tests.chosen import without_adapter
 from tests.faults.layer import Call, watched
 from tests.run_folders import outcome
 
@@ -80,6 +81,7 @@ def test_a_kill_at_every_point_of_writing_changes_nothing(
     settings: dict[str, Any],
     crash_points: Callable[[dict[str, Any]], list[Path]],
 ) -> None:
+    settings = without_adapter(settings) if "method" in changes else settings
     settings |= {"max_steps": 2, "save_every": 1, "keep": 1, "batch_size": 2} | changes
     run = Path(settings["out"])
     killed = crash_points(settings)

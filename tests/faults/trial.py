@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chats import write_chats
+from tests.chosen import without_adapter
 from tests.faults.children import Child, Ended
 from tests.faults.injected import Clock, Fault, Record
 from tests.faults.small import make_model
@@ -106,7 +107,8 @@ def make_lab(folder: Path, names: Sequence[str] = tuple(SETTINGS)) -> Lab:
     )  # so that what follows is not timed with the first one's imports
     scenes = {}
     for name in names:
-        options = {"data": chats, "model": dated if name == "dated" else plain} | _COMMON | SETTINGS[name]
+        common = without_adapter(_COMMON) if name == "full" else _COMMON
+        options = {"data": chats, "model": dated if name == "dated" else plain} | common | SETTINGS[name]
         scenes[name] = _left_alone(Scene(name, options, folder / name / "disk", {}, 0.0))
     return Lab(folder, scenes)
 

@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 from mlx_sft.cli import main
-from mlx_sft.config import TrainConfig, option_name, public_name
+from mlx_sft.config import TrainConfig, all_fields, option_name, public_name
 from mlx_sft.errors import UserError
 from tests.chats import write_chats
 from tests.fuzz.mutators import BOMBS, NUMBERS, STRINGS, any_value, as_yaml, changed, changed_bytes
@@ -60,7 +60,7 @@ def _make_config(chance: random.Random, materials: Materials) -> Files:
         return {"config.yaml": chance.choice(BOMBS)}
     good = dict(chance.choice(_GOOD))
     if chance.random() < 0.5:  # a known setting with a value that may be another's
-        good[public_name(chance.choice(list(TrainConfig.model_fields)))] = any_value(chance)
+        good[public_name(chance.choice(list(all_fields())))] = any_value(chance)
     text = as_yaml(changed(chance, good, chance.choice([0, 1, 1, 2])), chance)
     if chance.random() < 0.4:
         text = changed_bytes(chance, text, [*BOMBS[1:5], *materials.adapter.values()], chance.choice([1, 2]))
@@ -71,7 +71,7 @@ def _read_config(folder: Path, materials: Materials) -> None:
     file = folder / "config.yaml"
     config = TrainConfig.resolve(file)
     for name, given in yaml.safe_load(file.read_text(encoding="utf-8")).items():
-        field = next(field for field in TrainConfig.model_fields if name in (field, public_name(field)))
+        field = next(field for field in all_fields() if name in (field, public_name(field)))
         if not _agrees(field, given, getattr(config, field)):
             raise Wrong(f"{name}: {given!r} became {getattr(config, field)!r}")
     if config.resume is None:
@@ -140,7 +140,7 @@ def _make_options(chance: random.Random, materials: Materials) -> Files:
     words = list(chance.choice(_COMMANDS))
     for _ in range(chance.choice([1, 1, 2, 3])):
         # Processes of the product's own would take seconds to start, and the runner's may have none.
-        known = [option_name(field) for field in TrainConfig.model_fields if field != "data_workers"]
+        known = [option_name(field) for field in all_fields() if field != "data_workers"]
         option = chance.choice([*known, *_OF_COMMANDS, "--config", "--no", "-", "--"])
         value = chance.choice([*STRINGS, *map(str, NUMBERS), "there", "none.jsonl:0.5", "user=a,user=b", '{"a": [1]}'])
         words += [option, value] if chance.random() < 0.9 else [option]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from mlx_sft.config import TrainConfig, public_name
+from mlx_sft.config import all_fields, public_name
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import UserError
 from tests.fuzz.models import SAFETENSORS
@@ -23,7 +23,7 @@ from tests.fuzz.settings import CONFIG
 
 few = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-_NAMES = [public_name(name) for name in TrainConfig.model_fields]
+_NAMES = [public_name(name) for name in all_fields()]
 _NO_MATERIALS = Materials(Path("/nowhere"))
 
 _WORDS = ["epoch", "auto", "1e-4", "12GB", "a=b", "q_proj,v_proj"]
