@@ -78,8 +78,8 @@ def largest_tensor(file: Path) -> int:
 def main() -> None:
     from mlx_sft.convert.hf import Checkpoint
     from mlx_sft.convert.merge import adapter_edits, merge
-    from mlx_sft.methods.peft_files import read_adapter
     from mlx_sft.files import write_folder
+    from mlx_sft.methods.peft_files import read_adapter
 
     model, adapter, folder, result = sys.argv[1:]
     settings, parameters = read_adapter(adapter)

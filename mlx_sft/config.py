@@ -3,167 +3,44 @@
     TrainConfig(method="lora", rank=8) ─► a configuration that is a `TrainConfig` and a `LoraSettings` at once
 
 A setting is declared once, as a field of its owner, and is flat everywhere: `rank: 8` in YAML, `--rank 8`, `config.rank`. What can be
-checked without a model or data is checked here.
+checked without a model or data is checked when a configuration is made.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import ValidationError, create_model
 from pydantic.fields import FieldInfo
 
+from mlx_sft.common_settings import (
+    CHOOSING,
+    CommonSettings,
+    common_sections,
+    option_name,
+    public_name,
+)
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_yaml
-from mlx_sft.registry import CALLBACKS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Registry
-from mlx_sft.settings import OnResume, Settings, parse_bytes, split_pairs, writable
-
-DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
-
-IN_MEMORY = "(rows in memory)"
-"""What stands for rows that were given to `train(config, data=rows)` in the configuration of their run."""
-
-SECTIONS = {
-    "data": "Data",
-    "model": "Model",
-    "method": "Method",
-    "objective": "Objective",
-    "epochs": "Optimization",
-    "eval_every": "Evaluation and saving",
-    "quiet": "What is shown",
-}
-"""The first setting of each section → the section's title."""
-
-Every = Annotated[int, Field(ge=1)] | Literal["epoch"]
-"""A number of optimizer steps, or the end of every epoch."""
-
+from mlx_sft.registry import CALLBACKS
+from mlx_sft.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 
 
-class TrainConfig(Settings):
+class TrainConfig(CommonSettings):
     """Everything that `mlx-sft train` can be told. Raises `UserError` that names every problem at once.
 
     An instance also has the settings of the method, objective and optimizer that it names, and those of the callbacks.
     """
 
-    # data
-    data: list[str] = Field(default_factory=list)
-    """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, a folder with train/valid/test files, or hf:owner/name[:split].
-    Give it again for several; with shares of the mixture, `a.jsonl:0.7` and `b.jsonl:0.3`."""
-    valid: str | None = None
-    """Validation rows, in any form that --data takes."""
-    valid_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the conversations held out for validation (seeded; duplicates stay together); 0 holds out none."""
-    max_length: int = Field(default=2048, ge=2)
-    """Longest conversation, in tokens."""
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a longer one."""
-    format: str = "auto"
-    """The row format; auto tells it by the first row's keys."""
-    columns: dict[str, str] = Field(default_factory=dict)
-    """Where a row keeps its parts: user=question,assistant=answer (and system=...), or other names for a format's own keys."""
-    special_in_content: Literal["error", "drop", "keep"] = "error"
-    """What becomes of a row whose text holds a special token of the tokenizer, such as <|im_end|>, which can forge a turn."""
-    train_on: Literal["all", "last", "every-turn"] = "all"
-    """Train on every assistant turn, or only on the last; every-turn makes each turn an example of its own, in the context in which
-    the model would write it, for templates that rewrite history."""
-    train_think_prefill: bool = True
-    """Train on an empty think block that the template puts before an answer, so that the tuned model does not start to think."""
-    append_eos: bool = False
-    """Put the end-of-sequence token after a conversation whose last turn the template leaves without one."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables for the chat template, as JSON: {"enable_thinking": false}. A row's own go before them."""
-    skip_bad_rows: bool = False
-    """Go on past rows that cannot be used, and report them."""
-    allow_lost_rows: Annotated[bool, OnResume.FREE] = False
-    """Train although more than half of the rows are lost."""
-    data_workers: Annotated[int | None, OnResume.FREE] = Field(default=None, ge=1)
-    """Processes that read and tokenize; chosen by the size of the data where not given. It does not change the result."""
-    data_cache: Annotated[bool, OnResume.FREE] = True
-    """Keep the tokenized rows for the next run, in $MLX_SFT_CACHE or ~/.cache/mlx-sft."""
-
-    # model
-    model: str = DEFAULT_MODEL
-    """A Hugging Face checkpoint folder, a Hub id, or `tiny` for the embedded model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the base model; auto is bfloat16 on Metal and CUDA, float32 on the CPU."""
-    quantize: Literal["4", "8", "mxfp4"] | None = None
-    """Quantize the frozen base when it is loaded (QLoRA): to 4 or 8 bits in groups of 64, or to 4 bits as mxfp4, in groups of 32."""
-    init_adapter: str | None = None
-    """Start from this PEFT adapter folder."""
-
-    # method
-    method: str = "lora"
-    """What is trained: lora for low-rank adapters, full for every weight, or a method of another package."""
-
-    # objective
-    objective: str = "sft"
-    """What is minimized: sft for the cross-entropy of the supervised tokens."""
-
-    # optimization
-    epochs: Annotated[int, OnResume.GROWS] = Field(default=1, ge=1)
-    """Passes over the data."""
-    max_steps: Annotated[int | None, OnResume.GROWS] = Field(default=None, ge=1)
-    """Optimizer steps, instead of --epochs."""
-    batch_size: int = Field(default=8, ge=1)
-    """Conversations an optimizer step."""
-    micro_batch_tokens: Annotated[int | None, OnResume.COMPUTED] = Field(default=None, ge=1)
-    """Padded tokens computed at once; chosen from the memory where not given. It does not change the result."""
-    head_chunk: Annotated[int | None, OnResume.COMPUTED] = Field(default=None, ge=1)
-    """Positions that go through the head at once; chosen from the memory where not given. It does not change the result."""
-    optimizer: str = "adamw"
-    """What turns gradients into updates."""
-    lr: float = Field(default=2e-4, ge=0)
-    """Peak learning rate."""
-    scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up."""
-    warmup: float = Field(default=0.03, ge=0, le=1)
-    """Share of the steps in which the learning rate rises from 0."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """Clip gradients to this global norm; 0 does not clip."""
-    memory_limit: Annotated[str | None, OnResume.COMPUTED] = None
-    """Memory that the run may take in all, such as 12GB; what the device recommends where not given."""
-    grad_checkpoint: Annotated[Literal["auto", "off", "light", "on", "blocks"], OnResume.COMPUTED] = "auto"
-    """What is computed again in the backward pass instead of being kept: nothing, all but the products with weights (light),
-    every layer (on; a third more arithmetic), or blocks of layers and in them every layer (blocks). It does not change the result."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the adapters' start, the order of the data, the split and dropout."""
-    shuffle: bool = True
-    """Draw the rows in a seeded random order each epoch, or take them as they come."""
-
-    # evaluation and saving
-    eval_every: Every = "epoch"
-    """Evaluate every so many steps, or `epoch`."""
-    save_every: Every = 50
-    """Write a checkpoint every so many steps, or `epoch`; one is always written at the end."""
-    keep: Annotated[int, OnResume.FREE] = Field(default=3, ge=1)
-    """How many checkpoints to keep."""
-    out: Annotated[str | None, OnResume.FREE] = None
-    """The run folder; runs/<model>-<time> where not given."""
-    resume: Annotated[str | None, OnResume.FREE] = None
-    """Continue this run exactly where its newest checkpoint left it."""
-    resume_from_peft: str | None = None
-    """Go on from what CUDA trained: a TRL export (export --format trl) with its optimizer, step and settings, or any other PEFT
-    adapter folder, with a new optimizer."""
-
-    callbacks: Annotated[list[str], OnResume.FREE] = Field(default_factory=list)
-    """Callbacks of other packages that hear of steps, evaluations and checkpoints, by name."""
-
-    # what is shown
-    quiet: Annotated[bool, OnResume.FREE] = False
-    """Show warnings and errors only."""
-    json_lines: Annotated[bool, OnResume.FREE] = Field(default=False, alias="json")
-    """Write every event to stdout as a line of JSON."""
-
     def __new__(cls, /, **settings: Any) -> TrainConfig:
         """An instance of the class that has the settings of the chosen entries too."""
-        chosen = {name: settings.get(name) for name in (*_CHOOSING, "callbacks")}
+        chosen = {name: settings.get(name) for name in (*CHOOSING, "callbacks")}
         return super().__new__(composed(chosen) if cls is TrainConfig else cls)
 
     def __init__(self, /, **settings: Any) -> None:
@@ -175,84 +52,6 @@ class TrainConfig(Settings):
     def __reduce__(self) -> Any:
         """Pickled by its settings, because the joined class has no name of its own."""
         return _rebuilt, ({name: getattr(self, name) for name in type(self).model_fields}, self.model_fields_set)
-
-    @field_validator("method", "objective", "optimizer", "format")
-    @classmethod
-    def _known_entry(cls, value: str, info: ValidationInfo) -> str:
-        registry = FORMATS if info.field_name == "format" else _CHOOSING[str(info.field_name)]
-        known = registry.names() + (["auto"] if info.field_name == "format" else [])
-        if value not in known:
-            raise ValueError(f"there is {', '.join(known)}")
-        return value
-
-    @field_validator("quantize", mode="before")
-    @classmethod
-    def _bits(cls, value: Any) -> Any:
-        """YAML's 4 is a number."""
-        return str(value) if type(value) is int else value
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        if isinstance(value, set | frozenset):
-            raise ValueError("give a list, which has an order")
-        if value is None or isinstance(value, str):
-            return [] if value is None else [value]
-        if (
-            isinstance(value, dict)
-            or not isinstance(value, list | tuple)
-            or any(isinstance(row, dict) for row in value)
-        ):
-            raise ValueError("it names files; rows in memory go to train(config, data=rows)")
-        return value
-
-    @field_validator("callbacks", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise ValueError("give names of callbacks; objects go to train(config, callbacks=[...])")
-        parts = [part.strip() for name in names for part in name.split(",")]
-        for name in parts:
-            if name not in CALLBACKS:
-                raise ValueError(f"{CALLBACKS.unknown(name).what}; {CALLBACKS.unknown(name).hint}")
-        return parts
-
-    @field_validator("memory_limit")
-    @classmethod
-    def _readable_limit(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_bytes(value)
-        return value
-
-    @field_validator("columns", mode="before")
-    @classmethod
-    def _columns(cls, value: Any) -> Any:
-        return split_pairs(value, "user=question,assistant=answer")
-
-    @field_validator("chat_template_kwargs", mode="before")
-    @classmethod
-    def _parse_json(cls, value: Any) -> Any:
-        try:
-            variables = json.loads(value) if isinstance(value, str) else value
-            return writable(variables, endless=False)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"not JSON: {error}") from error
-
-    @model_validator(mode="after")
-    def _common_settings_agree(self) -> TrainConfig:
-        if self.valid is not None and self.valid_fraction > 0:
-            raise ValueError("valid and valid_fraction exclude each other; give one")
-        if not METHODS[self.method].frozen_base:
-            for name in ("init_adapter", "resume_from_peft"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: --method {self.method} trains no adapter")
-            if self.quantize is not None:
-                what = f"quantize: --method {self.method} trains the weights themselves"
-                raise ValueError(f"{what}; quantize them with a method that leaves them frozen, such as --method lora")
-        if self.init_adapter is not None and self.resume_from_peft is not None:
-            raise ValueError("init_adapter and resume_from_peft exclude each other; give one")
-        return self
 
     @classmethod
     def resolve(cls, file: str | Path | None = None, **options: Any) -> TrainConfig:
@@ -285,21 +84,17 @@ class TrainConfig(Settings):
         return header + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
-_CHOOSING: dict[str, Registry[Any]] = {"method": METHODS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS}
-"""The settings that choose an entry, which brings settings of its own."""
-
-
 def composed(chosen: dict[str, Any]) -> type[TrainConfig]:
     """`TrainConfig` joined with the settings of the chosen entries; for a name that there is not, with those of the default one."""
     names = {
         kind: name if isinstance(name, str) and name in registry else str(TrainConfig.model_fields[kind].default)
-        for kind, registry in _CHOOSING.items()
+        for kind, registry in CHOOSING.items()
         for name in [chosen.get(kind)]
     }
     given = chosen.get("callbacks") or []
     listed = given.split(",") if isinstance(given, str) else given if isinstance(given, list | tuple) else []
     further = [name.strip() for name in listed if isinstance(name, str) and name.strip() in CALLBACKS]
-    entries = [registry[names[kind]] for kind, registry in _CHOOSING.items()]
+    entries = [registry[names[kind]] for kind, registry in CHOOSING.items()]
     entries += [CALLBACKS[name] for name in dict.fromkeys((*CALLBACKS.built_in(), *further))]
     return _joined(*dict.fromkeys(entry.Settings for entry in entries if entry.Settings.model_fields))
 
@@ -334,7 +129,7 @@ def _choices_of(run: Any) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
     saved = read_yaml(file)
-    return {name: saved[name] for name in _CHOOSING if name in saved}
+    return {name: saved[name] for name in CHOOSING if name in saved}
 
 
 def _rebuilt(settings: dict[str, Any], given: set[str]) -> TrainConfig:
@@ -343,7 +138,7 @@ def _rebuilt(settings: dict[str, Any], given: set[str]) -> TrainConfig:
 
 def entry_settings() -> Iterator[tuple[str, str, type[Settings]]]:
     """The setting that chooses, the entry's name and its settings, for every entry that has some; callbacks come last."""
-    for kind, registry in (*_CHOOSING.items(), ("callbacks", CALLBACKS)):
+    for kind, registry in (*CHOOSING.items(), ("callbacks", CALLBACKS)):
         for name, entry in registry.items():
             if entry.Settings.model_fields:
                 yield kind, name, entry.Settings
@@ -381,25 +176,6 @@ def sections(config: TrainConfig | None = None) -> dict[str, list[str]]:
                 found.setdefault(title if kind == "callbacks" else f"{title}: {names}", []).append(own)
                 listed.add(own)
     return found
-
-
-def common_sections() -> dict[str, list[str]]:
-    """The settings that every run has, by section."""
-    found: dict[str, list[str]] = {}
-    for field in TrainConfig.model_fields:
-        title = SECTIONS.get(field) or next(reversed(found))
-        found.setdefault(title, []).append(field)
-    return found
-
-
-def option_name(field: str) -> str:
-    """`max_length` → `--max-length`; a field's alias, where it has one, is its public name."""
-    return "--" + public_name(field).replace("_", "-")
-
-
-def public_name(field: str) -> str:
-    info = TrainConfig.model_fields.get(field)
-    return (info.alias if info else None) or field
 
 
 def _as_user_error(error: ValidationError, settings: dict[str, Any]) -> UserError:

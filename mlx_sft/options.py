@@ -9,7 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from mlx_sft.config import TrainConfig, all_fields, entry_settings, option_name, owners_of, public_name, sections
+from mlx_sft.common_settings import option_name, public_name
+from mlx_sft.config import TrainConfig, all_fields, entry_settings, owners_of, sections
 from mlx_sft.registry import METHODS, OBJECTIVES, OPTIMIZERS, TARGETS
 
 Command = Callable[..., None]

@@ -21,7 +21,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mlx_sft.cli import main as program
-from mlx_sft.config import TrainConfig, all_fields, entry_settings, option_name, public_name, sections
+from mlx_sft.common_settings import option_name, public_name
+from mlx_sft.config import TrainConfig, all_fields, entry_settings, sections
 from mlx_sft.registry import FORMATS, METHODS, OBJECTIVES, OPTIMIZERS
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"

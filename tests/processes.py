@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_sft.config import option_name
+from mlx_sft.common_settings import option_name
 
 
 def options_of(settings: dict[str, Any]) -> list[str]:

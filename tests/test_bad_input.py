@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
-from mlx_sft.config import option_name
+from mlx_sft.common_settings import option_name
 from mlx_sft.errors import FAILURE, USAGE
 from mlx_sft.run_folder import RunFolder
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 import mlx_sft
-from mlx_sft.config import TrainConfig, all_fields, option_name, owners_of
+from mlx_sft.common_settings import option_name
+from mlx_sft.config import TrainConfig, all_fields, owners_of
 from mlx_sft.data import encode_conversation
 from mlx_sft.errors import INTERRUPTED, USAGE
 from mlx_sft.training import loop

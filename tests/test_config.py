@@ -8,7 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from mlx_sft.config import TrainConfig, _joined, option_name, public_name
+from mlx_sft.common_settings import option_name, public_name
+from mlx_sft.config import TrainConfig, _joined
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_yaml
 from mlx_sft.methods.lora_settings import LoraSettings

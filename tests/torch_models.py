@@ -1,4 +1,4 @@
-"""Tiny random checkpoints made by transformers, and what PyTorch computes with them. `conftest.py` has these fixtures, where there is PyTorch."""
+"""Tiny random checkpoints made by transformers, and what PyTorch computes with them; fixtures of `conftest.py` with PyTorch."""
 
 from __future__ import annotations
 

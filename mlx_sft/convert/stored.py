@@ -69,7 +69,7 @@ def check_exportable(
 def stored_parts(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None, source: str, hint: str = _ANOTHER_MODEL
 ) -> list[StoredTensor]:
-    """The checkpoint's tensors that make a weight of this name and shape (None: the one that it has): one, or one for each expert of a stack.
+    """The tensors that make a weight of this name and shape (None: the one that it has): one, or one for each expert of a stack.
 
     Raises `UserError` naming the tensor that is not there, or has another shape.
     """

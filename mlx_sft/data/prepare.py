@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_sft.config import TrainConfig, common_sections
+from mlx_sft.common_settings import common_sections
+from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import shares
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import Pipeline, Progress, Silence

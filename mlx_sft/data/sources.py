@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from mlx_sft.config import IN_MEMORY
+from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.data.readers import READERS, Rows, first_line, reader_of, table_row
 from mlx_sft.data.streams import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.errors import USAGE, UserError, did_you_mean

@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sft.config import TrainConfig, option_name, owners_of, public_name
+from mlx_sft.common_settings import option_name, public_name
+from mlx_sft.config import TrainConfig, owners_of
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.sources import split_weight
 from mlx_sft.errors import USAGE, UserError

@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from transformers import PreTrainedTokenizerBase
 
-from mlx_sft.config import IN_MEMORY, TrainConfig
+from mlx_sft.common_settings import IN_MEMORY
+from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.stored import check_exportable
 from mlx_sft.data.batches import Plan, Step

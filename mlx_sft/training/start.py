@@ -6,7 +6,8 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from mlx_sft.config import TrainConfig, option_name
+from mlx_sft.common_settings import option_name
+from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.errors import USAGE, UserError

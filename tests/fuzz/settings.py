@@ -13,7 +13,8 @@ import yaml
 from click.testing import CliRunner
 
 from mlx_sft.cli import main
-from mlx_sft.config import TrainConfig, all_fields, option_name, public_name
+from mlx_sft.common_settings import option_name, public_name
+from mlx_sft.config import TrainConfig, all_fields
 from mlx_sft.errors import UserError
 from tests.chats import write_chats
 from tests.fuzz.mutators import BOMBS, NUMBERS, STRINGS, any_value, as_yaml, changed, changed_bytes

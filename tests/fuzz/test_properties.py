@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from mlx_sft.config import all_fields, public_name
+from mlx_sft.common_settings import public_name
+from mlx_sft.config import all_fields
 from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import UserError
 from tests.fuzz.models import SAFETENSORS
