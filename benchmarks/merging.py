@@ -77,18 +77,18 @@ def largest_tensor(file: Path) -> int:
 
 def main() -> None:
     from mlx_sft.convert.hf import Checkpoint
-    from mlx_sft.convert.merge import adapter_edits, merge
+    from mlx_sft.convert.merge import merge
     from mlx_sft.files import write_folder
-    from mlx_sft.methods.peft_files import read_adapter
+    from mlx_sft.methods import method_in
 
     model, adapter, folder, result = sys.argv[1:]
-    settings, parameters = read_adapter(adapter)
+    edits = method_in(Path(adapter)).edits(Path(adapter))
     checkpoint = Checkpoint.open(model)
     before = resident_bytes()
     reset_peak()
     began = time.perf_counter()
     with write_folder(Path(folder)) as temporary:
-        merge(checkpoint, adapter_edits(checkpoint, settings, parameters), temporary)
+        merge(checkpoint, edits, temporary)
     measured = {"merge_seconds": time.perf_counter() - began, "above_bytes": peak_resident_bytes() - before}
     Path(result).write_text(json.dumps(measured), encoding="utf-8")
     for file in Path(folder).iterdir():

@@ -159,12 +159,12 @@ def token_ids() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def examples() -> Examples:
-    """Rows of many lengths: every token that can be learnt is, one alone, the last alone, and some at random."""
+    """Rows of many lengths: every token that can be supervised is, one alone, the last alone, and some at random."""
     random = np.random.default_rng(4)
     made = []
-    for number, (length, learnt) in enumerate([(9, range(1, 9)), (23, [5]), (14, [13]), (17, None), (30, None)]):
+    for number, (length, supervised) in enumerate([(9, range(1, 9)), (23, [5]), (14, [13]), (17, None), (30, None)]):
         token_ids = random.integers(0, VOCABULARY, length).astype(np.int32)
-        chosen = np.flatnonzero(random.random(length - 1) < 0.4) + 1 if learnt is None else np.array(learnt)
+        chosen = np.flatnonzero(random.random(length - 1) < 0.4) + 1 if supervised is None else np.array(supervised)
         weights = np.zeros(length, np.float32)
         weights[chosen] = 1
         made.append(Example(f"row {number}", token_ids, weights))

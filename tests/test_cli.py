@@ -249,7 +249,7 @@ def test_the_api_is_the_documented_one(settings: dict[str, Any], tmp_path: Path,
     assert mlx_sft.load_run(result.run_dir).run.path == result.run_dir
     messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
     token_ids, mask = encode_conversation(tokenizer, messages)
-    assert tokenizer.decode([i for i, learnt in zip(token_ids, mask, strict=True) if learnt]) == "cat<|im_end|>"
+    assert tokenizer.decode([i for i, supervised in zip(token_ids, mask, strict=True) if supervised]) == "cat<|im_end|>"
     assert set(mlx_sft.__all__) <= {name for name in mlx_sft.__all__ if getattr(mlx_sft, name)}
     with pytest.raises(AttributeError):
         mlx_sft.nothing  # noqa: B018

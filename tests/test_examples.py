@@ -44,8 +44,8 @@ def test_the_embedded_tokenizer_writes_chatml_with_qwens_tokens() -> None:
     token_ids, mask = encode_conversation(tokenizer, messages)
     text = "<|im_start|>user\nHi 😀<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
     assert tokenizer.decode(token_ids) == text
-    learnt = [token for token, bit in zip(token_ids, mask, strict=True) if bit]
-    assert tokenizer.decode(learnt) == "Hello.<|im_end|>"
+    supervised = [token for token, bit in zip(token_ids, mask, strict=True) if bit]
+    assert tokenizer.decode(supervised) == "Hello.<|im_end|>"
     assert len(tokenizer) == 4096
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token == "<|endoftext|>"

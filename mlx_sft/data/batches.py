@@ -280,10 +280,10 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
         start = needed if micro_batch.joined else row * micro_batch.width
         spans.append((start, start + length))
         token_ids[start : start + length] = example.token_ids[:length]
-        learnt = np.flatnonzero(example.loss_weights[1:])
-        positions.append(start + learnt)
-        targets.append(example.token_ids[1:][learnt])
-        weights.append(example.loss_weights[1:][learnt])
+        supervised = np.flatnonzero(example.loss_weights[1:])
+        positions.append(start + supervised)
+        targets.append(example.token_ids[1:][supervised])
+        weights.append(example.loss_weights[1:][supervised])
         tokens += len(example.token_ids)
         needed += length
     return Batch(

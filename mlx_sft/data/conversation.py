@@ -16,23 +16,23 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 class Conversation:
     """Messages as a chat template takes them.
 
-    The assistant turns among `messages[first_learnt:]` are learnt; what stands before is context only.
+    The assistant turns among `messages[first_supervised:]` are supervised; what stands before is context only.
 
     Args:
-        weights: Of each message in the loss; 0 where it is not to be learnt. None: all 1.
+        weights: Of each message in the loss; 0 where it is not to be supervised. None: all 1.
     """
 
     origin: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    first_learnt: int = 0
+    first_supervised: int = 0
     weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain text, learnt as a whole."""
+    """Plain text, supervised as a whole."""
 
     origin: str
     text: str
@@ -51,7 +51,7 @@ Item = Conversation | Document | Tokens
 
 
 def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conversation:
-    """Messages, of which the first `context` are not learnt, with what else the row has."""
+    """Messages, of which the first `context` are not supervised, with what else the row has."""
     _check_that_messages_are_all(row)
     system = text_of(row, "system")
     if system and messages[0]["role"] in ("system", "developer"):
@@ -61,15 +61,15 @@ def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conv
         messages = [{"role": "system", "content": system}, *messages]
         context += 1 if context else 0
     messages, weights = take_weights(messages)
-    learnt = [
+    supervised = [
         (message, weights is None or weights[index] > 0)
         for index, message in enumerate(messages)
         if index >= context and message["role"] == "assistant"
     ]
     reasons = {
-        "it has no assistant turn": not learnt,
-        "every assistant turn is empty": not any(_says_something(message) for message, _ in learnt),
-        "every assistant turn has the weight 0": not any(heavy for _, heavy in learnt),
+        "it has no assistant turn": not supervised,
+        "every assistant turn is empty": not any(_says_something(message) for message, _ in supervised),
+        "every assistant turn has the weight 0": not any(heavy for _, heavy in supervised),
     }
     for reason, applies in reasons.items():
         if applies:

@@ -57,7 +57,7 @@ class Store:
         )
 
     def spans_of(self, record: Any) -> NDArray[np.void]:
-        """The learnt spans of the whole example that a record of the table is of."""
+        """The supervised spans of the whole example that a record of the table is of."""
         first = record["first_span"]
         return self.spans[first : first + record["spans"]]
 
@@ -136,7 +136,7 @@ class Examples(Sequence[Example]):
         return result
 
     def truncated_to(self, longest: int) -> Examples:
-        """Every example's first `longest` tokens, where it is longer; learnt may then be none of them."""
+        """Every example's first `longest` tokens, where it is longer; supervised may then be none of them."""
         if self._longest is not None:
             longest = min(longest, self._longest)
         result = Examples(self._stores, self._chosen, longest)
@@ -165,7 +165,7 @@ class Examples(Sequence[Example]):
 
     @property
     def supervised_tokens(self) -> NDArray[np.int32]:
-        """Learnt tokens of each."""
+        """Supervised tokens of each."""
         return self._column("supervised_tokens")
 
     @property

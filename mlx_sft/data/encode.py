@@ -251,7 +251,7 @@ def supervised_messages(conversation: Conversation) -> list[int]:
     return [
         index
         for index in assistant_messages(conversation.messages)
-        if index >= conversation.first_learnt and (weights is None or weights[index] > 0)
+        if index >= conversation.first_supervised and (weights is None or weights[index] > 0)
     ]
 
 

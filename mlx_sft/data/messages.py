@@ -56,7 +56,7 @@ def take_weights(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], 
 
     Raises:
         ValueError: for a value that is none, for two that contradict each other, and for a message that is not an
-            assistant's and yet to be learnt.
+            assistant's and yet to be supervised.
     """
     taken, weights = [], []
     for index, message in enumerate(messages):
@@ -80,7 +80,7 @@ def _weight(message: Mapping[str, Any], place: str) -> float:
             raise ValueError(f"train and weight of {place} contradict each other")
     value = float(weight) if weight is not None else float(train or 0)
     if value and message.get("role") != "assistant":
-        raise ValueError(f"{place} has a weight, and only an assistant's messages are learnt")
+        raise ValueError(f"{place} has a weight, and only an assistant's messages are supervised")
     return value
 
 

@@ -1,7 +1,7 @@
 """Examples → flat arrays, as they are written to disk and sent between processes.
 
     token_ids   int32: those of all examples, one after another
-    spans       (start, end, weight): the stretches of an example that are learnt, and each one's weight in the loss
+    spans       (start, end, weight): the stretches of an example that are supervised, and each one's weight in the loss
     table       a record an example: where its tokens and spans lie, its lengths, signs, facts and SHA-256
     origins     text: each example's origin behind its source's name (`:17#2`), so that a file may move
 
@@ -122,8 +122,8 @@ def spans_of(loss_weights: NDArray[np.float32]) -> NDArray[np.void]:
     spans["start"] = starts
     spans["end"] = np.concatenate([bounds, [len(loss_weights)]])[: len(starts)]
     spans["weight"] = loss_weights[starts]
-    learnt: NDArray[np.void] = spans[spans["weight"] != 0]
-    return learnt
+    supervised: NDArray[np.void] = spans[spans["weight"] != 0]
+    return supervised
 
 
 def weights_of(spans: NDArray[np.void], length: int) -> NDArray[np.float32]:

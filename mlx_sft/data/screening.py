@@ -222,7 +222,7 @@ def signs_of(item: Item, user_header: str = "") -> frozenset[str]:
         text = content if isinstance(content, str) else ""
         if is_mojibake(text):
             signs.add("mojibake")
-        is_reply = message.get("role") == "assistant" and index >= item.first_learnt
+        is_reply = message.get("role") == "assistant" and index >= item.first_supervised
         if is_reply and (item.weights is None or item.weights[index]):
             signs.update(_signs_of_reply(message, text.strip(), before, user_header))
         before = text.strip()

@@ -1,4 +1,4 @@
-"""Examples → those to train on and those to validate on: seeded, and nothing that is learnt is also held out.
+"""Examples → those to train on and those to validate on: seeded, and nothing that is supervised is also held out.
 
 Knows rows by their content; knows nothing of files.
 """

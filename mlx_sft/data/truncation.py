@@ -70,14 +70,14 @@ def _of_one(examples: Examples, index: int, length: int, longest: int, overlong:
         return Note(origin, "truncated", f"{length} tokens, cut to {longest}")
     if overlong == "drop":
         return Note(origin, "dropped", f"{length} tokens, more than {longest}")
-    return Note(origin, "dropped", f"none of its first {longest} tokens (of {length}) is learnt")
+    return Note(origin, "dropped", f"none of its first {longest} tokens (of {length}) is supervised")
 
 
 def _of_several(examples: Examples, first: int, turns: int, shortened: int, dropped: int, longest: int) -> Note:
     """A row whose turns are examples of their own; it is kept as long as one of them is."""
     origin = examples.row_origin(first)
     if dropped == turns:
-        return Note(origin, "dropped", f"none of its {turns} turns can be learnt within {longest} tokens")
+        return Note(origin, "dropped", f"none of its {turns} turns can be supervised within {longest} tokens")
     parts = [f"{shortened} cut" if shortened else "", f"{dropped} dropped" if dropped else ""]
     reason = f"of its {turns} turns {' and '.join(filter(None, parts))}, longer than {longest} tokens"
     return Note(origin, "truncated", reason)

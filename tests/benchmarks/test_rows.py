@@ -1,4 +1,4 @@
-"""The rows that benchmarks train on: their lengths and learnt shares, and mlx-lm's order of them."""
+"""The rows that benchmarks train on: their lengths and supervised shares, and mlx-lm's order of them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def learnt_share(rows: list[Row]) -> float:
 
 
 def parts(row: Row) -> int:
-    """How often a row changes from learnt to not, or back."""
-    learnt = np.array(row["labels"]) != IGNORED
-    return int((learnt[1:] != learnt[:-1]).sum()) + 1
+    """How often a row changes from supervised to not, or back."""
+    supervised = np.array(row["labels"]) != IGNORED
+    return int((supervised[1:] != supervised[:-1]).sum()) + 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

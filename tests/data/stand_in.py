@@ -36,7 +36,7 @@ class Backend:
 
 
 class Encoder:
-    """Every byte is a token, and all but the first are learnt.
+    """Every byte is a token, and all but the first are supervised.
 
     A text `wait N` takes N seconds, `bad` is a bad row, and at `die` a worker process does.
     """

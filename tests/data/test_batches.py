@@ -195,7 +195,7 @@ def test_a_large_evaluation_is_cut_in_groups_of_similar_lengths() -> None:
 
 def test_the_picture_of_collate() -> None:
     batch = collate([_example("abCDeF.")], MicroBatch((0,), 8))
-    assert batch.token_ids.tolist() == [[*map(ord, "abCDe"), 0, 0, 0]]  # F is learnt, never read
+    assert batch.token_ids.tolist() == [[*map(ord, "abCDe"), 0, 0, 0]]  # F is supervised, never read
     assert batch.positions.tolist() == [1, 2, 4]
     assert [chr(target) for target in batch.targets] == ["C", "D", "F"]
     assert (batch.tokens, batch.needed_tokens) == (7, 5)

@@ -223,7 +223,7 @@ def test_every_turn_is_an_example_of_its_own_in_the_context_of_inference(
 
 def test_only_supervised_turns_are_numbered(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = Encoder(tokenizer, EncodeSettings("every-turn"))
-    (example,) = encoder.encode(Conversation("a:1", DIALOGUE, first_learnt=2))
+    (example,) = encoder.encode(Conversation("a:1", DIALOGUE, first_supervised=2))
     assert example.origin == "a:1#1"
     assert said(tokenizer, example) == "d<|im_end|>"
     assert said(tokenizer, only(encoder.encode(Conversation("a:1", DIALOGUE, weights=(1, 0, 1, 1))))) == "d<|im_end|>"

@@ -64,13 +64,13 @@ def test_a_tool_call_may_be_bare_and_its_arguments_text() -> None:
 def test_prompt_and_completion_become_two_messages() -> None:
     read = conversation(prompt="Hi", completion="Hello")
     assert read.messages == [USER, ASSISTANT]
-    assert read.first_learnt == 1
+    assert read.first_supervised == 1
 
 
 def test_only_the_completion_of_message_lists_is_learnt() -> None:
     read = conversation(prompt=[USER, ASSISTANT, USER], completion=[ASSISTANT])
     assert read.messages == [USER, ASSISTANT, USER, ASSISTANT]
-    assert read.first_learnt == 3
+    assert read.first_supervised == 3
 
 
 def test_text_is_a_document() -> None:
@@ -293,13 +293,13 @@ def test_alpaca_joins_instruction_and_input_where_there_is_one(given: str | None
 def test_alpaca_learns_its_history_too(encode: Any) -> None:
     read = conversation(instruction="Hi", output="Hello", system="Be brief", history=encode([["a", "b"], ["c", "d"]]))
     assert [message["content"] for message in read.messages] == ["Be brief", "a", "b", "c", "d", "Hi", "Hello"]
-    assert read.first_learnt == 0
+    assert read.first_supervised == 0
 
 
 def test_a_system_prompt_beside_a_prompt_is_context() -> None:
     read = conversation(prompt="Hi", completion="Hello", system="Be brief")
     assert read.messages == [{"role": "system", "content": "Be brief"}, USER, ASSISTANT]
-    assert read.first_learnt == 2
+    assert read.first_supervised == 2
     same = conversation(messages=read.messages, system="Be brief")
     assert same.messages == read.messages
 
@@ -341,8 +341,8 @@ def test_weights_are_taken_out_of_the_messages() -> None:
         ({**ASSISTANT, "weight": 10**400}, "weight of message 0 must be from 0 to 1,000,000"),
         ({**ASSISTANT, "train": False, "weight": 1}, "train and weight of message 0 contradict each other"),
         ({**ASSISTANT, "train": True, "weight": 0}, "train and weight of message 0 contradict each other"),
-        ({**USER, "train": True}, "message 0 has a weight, and only an assistant's messages are learnt"),
-        ({**USER, "weight": 0.5}, "message 0 has a weight, and only an assistant's messages are learnt"),
+        ({**USER, "train": True}, "message 0 has a weight, and only an assistant's messages are supervised"),
+        ({**USER, "weight": 0.5}, "message 0 has a weight, and only an assistant's messages are supervised"),
     ],
 )
 def test_a_weight_that_cannot_be_says_why(message: dict[str, Any], reason: str) -> None:

@@ -176,7 +176,7 @@ def test_too_long_rows_are_cut_and_dropped_where_nothing_is_left_to_learn(
         for note in prepared.report.to_json()["sources"][0]["not_simply_kept"]
     ] == [
         (f"{long_rows}:2", "truncated", "122 tokens, cut to 60"),
-        (f"{long_rows}:3", "dropped", "none of its first 60 tokens (of 124) is learnt"),
+        (f"{long_rows}:3", "dropped", "none of its first 60 tokens (of 124) is supervised"),
     ]
     assert (prepared.report.kept, prepared.report.truncated, prepared.report.dropped) == (2, 1, 1)
 
@@ -217,7 +217,7 @@ def test_a_row_is_kept_as_long_as_one_of_its_turns_is(
     assert (source.rows, source.kept, source.truncated, source.dropped, source.examples) == (3, 2, 1, 1, 2)
     assert [(note.origin, note.fate, note.reason) for note in source.notes] == [
         (f"{data}:1", "truncated", "of its 3 turns 2 dropped, longer than 60 tokens"),
-        (f"{data}:2", "dropped", "none of its 2 turns can be learnt within 60 tokens"),
+        (f"{data}:2", "dropped", "none of its 2 turns can be supervised within 60 tokens"),
     ]
     cut = run(tokenizer, data, **settings)
     assert [example.origin for example in cut.train] == [f"{data}:1#1", f"{data}:1#2", f"{data}:2#1", f"{data}:3#1"]

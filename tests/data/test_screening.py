@@ -222,7 +222,7 @@ def test_a_reply_of_reasoning_or_of_calls_is_not_empty() -> None:
 
 def test_turns_that_are_not_learnt_are_not_judged_but_their_letters_are() -> None:
     turns = (("user", "Hi"), ("assistant", ""), ("user", "cafÃ©"), ("assistant", "Good."))
-    assert signs_of(conversation(*turns, first_learnt=2)) == {"mojibake"}
+    assert signs_of(conversation(*turns, first_supervised=2)) == {"mojibake"}
     assert signs_of(conversation(*turns, weights=(1.0, 0.0, 1.0, 1.0))) == {"mojibake"}
     assert signs_of(conversation(*turns)) == {"mojibake", "empty-reply"}
 

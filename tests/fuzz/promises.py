@@ -94,7 +94,7 @@ def check(read: Item) -> None:
         assert all(isinstance(message.get("content", ""), str) for message in read.messages)
         assert not any("train" in message or "weight" in message for message in read.messages)
         assert read.weights is None or len(read.weights) == len(read.messages)
-        assert any(message["role"] == "assistant" for message in read.messages[read.first_learnt :])
+        assert any(message["role"] == "assistant" for message in read.messages[read.first_supervised :])
         json.dumps(read.messages, ensure_ascii=False).encode("utf-8")
 
 

@@ -178,7 +178,7 @@ def test_without_validation_the_last_is_the_result(settings: dict[str, Any]) -> 
 
 
 def test_it_stops_early_after_so_many_evaluations_without_a_better_loss(settings: dict[str, Any]) -> None:
-    # Nothing is learnt at a rate of 0: the first evaluation is the best.
+    # Nothing moves at a rate of 0: the first evaluation is the best.
     steps = evaluated_steps(settings, lr=0.0, valid_fraction=0.2, eval_every=1, early_stop=3, epochs=9)
     assert steps == [1, 2, 3, 4]
     assert len(metrics(settings["out"], "train")) == 4
@@ -199,9 +199,9 @@ def test_the_validation_loss_is_transformers_mean_over_supervised_tokens(
         labels = torch.tensor(example.labels[1:], dtype=torch.long)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(example.token_ids[None], dtype=torch.long)).logits[0, :-1].double()
-        learnt = labels != -100
-        losses.append(torch.nn.functional.cross_entropy(logits[learnt], labels[learnt], reduction="none"))
-        hits.append(logits[learnt].argmax(-1) == labels[learnt])
+        supervised = labels != -100
+        losses.append(torch.nn.functional.cross_entropy(logits[supervised], labels[supervised], reduction="none"))
+        hits.append(logits[supervised].argmax(-1) == labels[supervised])
     assert line["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert line["token_accuracy"] == pytest.approx(torch.cat(hits).double().mean().item())
     assert line["supervised_tokens"] == sum(map(len, losses))

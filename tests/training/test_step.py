@@ -219,10 +219,10 @@ def test_evaluation_is_exact_and_without_dropout(make_subject: Callable[..., Sub
     losses, right = [], []
     for example in examples:
         logits = subject.split.model(mx.array(example.token_ids[None]))[0, :-1]
-        learnt = mx.array(np.flatnonzero(example.labels[1:] >= 0))
-        targets = mx.array(example.labels[1:])[learnt]
-        losses += nn.losses.cross_entropy(logits[learnt], targets).tolist()
-        right += (logits[learnt].argmax(-1) == targets).tolist()
+        supervised = mx.array(np.flatnonzero(example.labels[1:] >= 0))
+        targets = mx.array(example.labels[1:])[supervised]
+        losses += nn.losses.cross_entropy(logits[supervised], targets).tolist()
+        right += (logits[supervised].argmax(-1) == targets).tolist()
     assert ours.loss == pytest.approx(np.mean(losses), rel=1e-5)
     assert ours.loss == pytest.approx(subject.gradient(examples, _whole(examples))[0], rel=1e-5)
     assert ours.token_accuracy == pytest.approx(np.mean(right))
