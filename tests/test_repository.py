@@ -295,3 +295,24 @@ def test_links_lead_somewhere(path: Path) -> None:
 def anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/extending.md", "CONTRIBUTING.md"])
+def test_modules_that_the_documentation_names_are_there(page: str) -> None:
+    named = set(re.findall(r"`(?:mlx_sft/)?((?:[a-z_]+/)*[a-z_]+\.py)`", (ROOT / page).read_text(encoding="utf-8")))
+    missing = {name for name in named if not ((ROOT / "mlx_sft" / name).is_file() or (ROOT / name).is_file())}
+    assert missing == set()
+
+
+@each_module
+def test_no_entry_is_named_outside_of_its_room(path: Path) -> None:
+    """`if method == "full"` anywhere is a question for the method itself."""
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r'\b(method|objective|optimizer) (==|!=|in) ["(\[]', text)
+    if "methods" not in path.parts:
+        assert "lora_A" not in text
+
+
+@each_module
+def test_no_module_is_longer_than_a_reader_has_patience_for(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").count("\n") <= 400

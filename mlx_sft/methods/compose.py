@@ -145,11 +145,11 @@ def _read(adapter: str) -> _Weighted:
     return _Weighted(name, factor, settings, parameters, base_model_name(folder))
 
 
-def _check_agreement(adapters: list[_Weighted], method: Method, rank: int | None) -> None:
+def _check_agreement(adapters: list[_Weighted], way: Method, rank: int | None) -> None:
     if len(adapters) < 2:
         raise UserError("one adapter alone is composed already", hint="give two or more: A:0.7 B:0.3", exit_code=USAGE)
-    if rank is not None and method != "svd":
-        raise UserError(f"--method {method} decides the rank itself", hint="give --method svd", exit_code=USAGE)
+    if rank is not None and way != "svd":
+        raise UserError(f"--method {way} decides the rank itself", hint="give --method svd", exit_code=USAGE)
     first = adapters[0]
     for other in adapters[1:]:
         if other.base_model != first.base_model:

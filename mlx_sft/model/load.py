@@ -140,8 +140,9 @@ def given_tokenizer(model: Any, tokenizer: Any) -> PreTrainedTokenizerBase | Non
         UserError: If it is not one of transformers.
     """
     found = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    found = getattr(found, "_tokenizer", found)
-    if found is not None and not isinstance(found, PreTrainedTokenizerBase):
+    if not isinstance(found, PreTrainedTokenizerBase | None):
+        found = getattr(found, "_tokenizer", found)  # mlx-lm's wrapper
+    if not isinstance(found, PreTrainedTokenizerBase | None):
         hint = "give the second of what mlx_lm.load returns, or a tokenizer of transformers"
         raise UserError(f"the tokenizer is a {type(found).__name__}", hint=hint, exit_code=USAGE)
     return found

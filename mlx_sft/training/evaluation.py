@@ -6,10 +6,10 @@ import math
 import time
 
 from mlx_sft.data.batches import Step
+from mlx_sft.training.job import Job
 from mlx_sft.training.out_of_memory import evaluate_in_memory
 from mlx_sft.training.records import evaluation_record
 from mlx_sft.training.results import save_result
-from mlx_sft.training.setup import Job
 
 
 def evaluate(job: Job, step: Step) -> None:

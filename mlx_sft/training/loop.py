@@ -15,11 +15,12 @@ from mlx_sft.data.feed import StepFeed
 from mlx_sft.errors import UserError
 from mlx_sft.training.callbacks import Callback
 from mlx_sft.training.evaluation import evaluate
+from mlx_sft.training.job import Job
 from mlx_sft.training.machine import memory_limit_restored
 from mlx_sft.training.optimizer_step import train_step
 from mlx_sft.training.preview import show_plan
 from mlx_sft.training.results import finish, save
-from mlx_sft.training.setup import Given, Job, prepare_job
+from mlx_sft.training.setup import Given, prepare_job
 from mlx_sft.training.step import is_out_of_memory
 from mlx_sft.training.stopping import Stopped, stop_request
 

@@ -10,9 +10,9 @@ from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.optimizers.gradients import clip, global_norm
 from mlx_sft.training import checkpoint
 from mlx_sft.training.callbacks import Record
+from mlx_sft.training.job import Job
 from mlx_sft.training.out_of_memory import recover
 from mlx_sft.training.records import step_record
-from mlx_sft.training.setup import Job
 from mlx_sft.training.step import OutOfMemory, StepGradient, to_float
 
 

@@ -19,10 +19,10 @@ from mlx_sft.data.prefetch import Prefetch
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.training.batch_settings import compiled_shapes, configured
+from mlx_sft.training.job import Job
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.records import out_of_memory_record
 from mlx_sft.training.results import save
-from mlx_sft.training.setup import Job
 from mlx_sft.training.step import Evaluation, GradientComputer, OutOfMemory, TooLarge
 
 _STRONGER: dict[Mode, Mode] = {"off": "light", "light": "layers", "layers": "blocks"}

@@ -11,10 +11,10 @@ from mlx_sft.data.batches import shares
 from mlx_sft.data.encode import decoded_segments
 from mlx_sft.data.sources import split_weight
 from mlx_sft.files import free_bytes
+from mlx_sft.training.job import Job
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.resume import differences
 from mlx_sft.training.schedule import learning_rate
-from mlx_sft.training.setup import Job
 
 _RECOMPUTED: dict[Mode, str] = {
     "off": "",

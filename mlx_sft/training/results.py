@@ -10,7 +10,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.files import disk_errors, write_file
 from mlx_sft.model.load import name_elsewhere
 from mlx_sft.training import checkpoint
-from mlx_sft.training.setup import Job
+from mlx_sft.training.job import Job
 
 
 def save(job: Job) -> None:

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.stored import check_exportable
-from mlx_sft.data.batches import Plan, Step
+from mlx_sft.data.batches import Plan
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
@@ -46,11 +45,12 @@ from mlx_sft.registry import OPTIMIZERS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.batch_settings import BatchSettings, asked_for, compiled_shapes, configured, layout_on
-from mlx_sft.training.callbacks import Callback, Callbacks, Record
+from mlx_sft.training.callbacks import Callback, Callbacks
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.disk_need import DiskNeed
+from mlx_sft.training.job import Job
 from mlx_sft.training.machine import Machine, allowed_machine, hold_to, prepare_device
-from mlx_sft.training.memory import Footprint, Prediction
+from mlx_sft.training.memory import Footprint
 from mlx_sft.training.memory_planner import LongestRow, MemoryPlan, MemoryPlanner, planned_steps, refuse_too_large
 from mlx_sft.training.resume import (
     CONFIG_HEADER,
@@ -61,10 +61,8 @@ from mlx_sft.training.resume import (
     refuse_changes,
     resumed_config,
 )
-from mlx_sft.training.schedule import learning_rate
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import GradientComputer
-from mlx_sft.training.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -76,83 +74,6 @@ class Given:
     model: Any = None
     tokenizer: Any = None
     callbacks: tuple[Callback, ...] = ()
-
-
-@dataclass
-class Job:
-    """A run that is ready to take its next step; callbacks see it as a `TrainingRun`."""
-
-    config: TrainConfig
-    run: RunFolder
-    base: LoadedModel
-    split: SplitModel
-    method: Method
-    gradient_computer: GradientComputer
-    plan: Plan
-    data: PreparedData
-    parameters: Parameters
-    optimizer: Optimizer
-    callbacks: Callbacks
-    identity: dict[str, str]
-    progress: Progress
-    console: Console
-    memory: MemoryPlan
-    predicted: Prediction
-    disk: DiskNeed
-    request: StopRequest = field(default_factory=StopRequest)
-    stop_reason: str | None = None
-    went_back: bool = False
-
-    @property
-    def settings(self) -> BatchSettings:
-        """How its steps are computed now."""
-        return self.memory.settings
-
-    def learning_rate(self, step: Step) -> float:
-        """That of the schedule, or what rollbacks have left of it."""
-        return learning_rate(self.config, step.number, self.plan.total_steps) * self.progress.rate_factor
-
-    # As callbacks see it
-
-    @property
-    def folder(self) -> RunFolder:
-        return self.run
-
-    @property
-    def step(self) -> int:
-        return self.progress.step
-
-    @property
-    def total_steps(self) -> int:
-        return self.plan.total_steps
-
-    @property
-    def model(self) -> nn.Module:
-        return self.base.model
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.base.tokenizer
-
-    def emit(self, record: Record) -> None:
-        self.callbacks.emit(self, record)
-
-    def stop(self, reason: str) -> None:
-        self.stop_reason = reason
-        self.progress = self.progress.after(stopped_of=self.plan.total_steps)
-
-    def suspect(self, steps: int) -> None:
-        self.progress = self.progress.after(suspect=steps)
-
-    def go_back(self, step: int, *, rate_factor: float) -> None:
-        checkpoint.remove_after(self.run, step)
-        seed = self.config.seed
-        progress, self.parameters, states = checkpoint.load(
-            self.run, self.parameters, self.optimizer, self.identity, seed=seed
-        )
-        self.progress = progress.after(rate_factor=rate_factor)
-        self.callbacks.load_state(states)
-        self.went_back = True
 
 
 def prepare_job(

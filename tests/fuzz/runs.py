@@ -21,8 +21,9 @@ from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
+from mlx_sft.training.job import Job
 from mlx_sft.training.loop import train
-from mlx_sft.training.setup import Job, prepare_job
+from mlx_sft.training.setup import prepare_job
 from tests.fuzz.models import changed_safetensors
 from tests.fuzz.mutators import as_yaml, changed, changed_bytes, changed_json
 from tests.fuzz.parser import Files, Materials, Parser, Wrong

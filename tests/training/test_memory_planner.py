@@ -16,9 +16,10 @@ from mlx_sft.console import Console
 from mlx_sft.errors import USAGE
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.batch_settings import configured
+from mlx_sft.training.job import Job
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.setup import Job, prepare_job
+from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.step import GradientComputer
 
 LONG = 300

@@ -1,0 +1,105 @@
+"""A run that is ready to take its next step: what the loop works on, and what callbacks see of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_sft.config import TrainConfig
+from mlx_sft.console import Console
+from mlx_sft.data.batches import Plan, Step
+from mlx_sft.data.prepare import PreparedData
+from mlx_sft.methods import Method, Parameters
+from mlx_sft.model.head import SplitModel
+from mlx_sft.model.load import LoadedModel
+from mlx_sft.optimizers import Optimizer
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.training import checkpoint
+from mlx_sft.training.batch_settings import BatchSettings
+from mlx_sft.training.callbacks import Callbacks, Record
+from mlx_sft.training.checkpoint import Progress
+from mlx_sft.training.disk_need import DiskNeed
+from mlx_sft.training.memory import Prediction
+from mlx_sft.training.memory_planner import MemoryPlan
+from mlx_sft.training.schedule import learning_rate
+from mlx_sft.training.step import GradientComputer
+from mlx_sft.training.stopping import StopRequest
+
+
+@dataclass
+class Job:
+    """A run that is ready to take its next step; callbacks see it as a `TrainingRun`."""
+
+    config: TrainConfig
+    run: RunFolder
+    base: LoadedModel
+    split: SplitModel
+    method: Method
+    gradient_computer: GradientComputer
+    plan: Plan
+    data: PreparedData
+    parameters: Parameters
+    optimizer: Optimizer
+    callbacks: Callbacks
+    identity: dict[str, str]
+    progress: Progress
+    console: Console
+    memory: MemoryPlan
+    predicted: Prediction
+    disk: DiskNeed
+    request: StopRequest = field(default_factory=StopRequest)
+    stop_reason: str | None = None
+    went_back: bool = False
+
+    @property
+    def settings(self) -> BatchSettings:
+        """How its steps are computed now."""
+        return self.memory.settings
+
+    def learning_rate(self, step: Step) -> float:
+        """That of the schedule, or what rollbacks have left of it."""
+        return learning_rate(self.config, step.number, self.plan.total_steps) * self.progress.rate_factor
+
+    # As callbacks see it
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.run
+
+    @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
+    def total_steps(self) -> int:
+        return self.plan.total_steps
+
+    @property
+    def model(self) -> nn.Module:
+        return self.base.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.base.tokenizer
+
+    def emit(self, record: Record) -> None:
+        self.callbacks.emit(self, record)
+
+    def stop(self, reason: str) -> None:
+        self.stop_reason = reason
+        self.progress = self.progress.after(stopped_of=self.plan.total_steps)
+
+    def suspect(self, steps: int) -> None:
+        self.progress = self.progress.after(suspect=steps)
+
+    def go_back(self, step: int, *, rate_factor: float) -> None:
+        checkpoint.remove_after(self.run, step)
+        seed = self.config.seed
+        progress, self.parameters, states = checkpoint.load(
+            self.run, self.parameters, self.optimizer, self.identity, seed=seed
+        )
+        self.progress = progress.after(rate_factor=rate_factor)
+        self.callbacks.load_state(states)
+        self.went_back = True
