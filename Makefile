@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data docs audit test-lowest wheel clean
+.PHONY: help demo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data docs audit test-lowest wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ demo: $(VENV)/.ready  ## a minute of fine-tuning: train, before and after, expor
 
 test: $(VENV)/.ready-dev  ## run the tests (offline)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-fast: $(VENV)/.ready-dev  ## the tests marked `fast`, without PyTorch, in under a minute: for the everyday loop
+	@MLX_SFT_TESTS_WITHOUT_TORCH=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) -m "fast and not neighbours" $(ARGS)
 
 faults: $(VENV)/.ready-dev  ## kill, starve and damage hundreds of runs: some ten minutes (ARGS="--kills 1000 --seed 7")
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults $(ARGS)

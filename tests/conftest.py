@@ -13,7 +13,7 @@ from typing import Any
 WITHOUT_TORCH = os.environ.get("MLX_SFT_TESTS_WITHOUT_TORCH") == "1"
 """Set by `make test-fast`: PyTorch is not there, as on a user's machine, and only tests that are marked `fast` are collected."""
 if WITHOUT_TORCH:
-    sys.modules |= dict.fromkeys(("torch", "peft", "trl"))  # type: ignore[arg-type]
+    sys.modules |= dict.fromkeys(("torch", "peft"))  # type: ignore[arg-type]
 
 import mlx.core as mx
 import numpy as np

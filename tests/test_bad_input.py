@@ -47,7 +47,7 @@ BAD_ROWS = {
     "not an object": ("[1, 2]", "a row must be an object, not a list"),
     "no known format": ('{"foo": 1}', "a row without a known format: it has 'foo'"),
     "an unknown role": ('{"messages": [{"role": "wizard", "content": "x"}]}', "unknown role 'wizard'"),
-    "nothing to learn": ('{"messages": [{"role": "user", "content": "x"}]}', "nothing to learn"),
+    "nothing to train on": ('{"messages": [{"role": "user", "content": "x"}]}', "nothing to train on"),
     "no messages": ('{"messages": []}', "messages"),
     "messages of a wrong kind": ('{"messages": "hello"}', "messages"),
     "half a character": (GOOD.replace("the", "\\ud83d"), "surrogate"),

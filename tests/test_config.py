@@ -14,6 +14,8 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_yaml
 from mlx_sft.methods.lora_settings import LoraSettings
 
+pytestmark = pytest.mark.fast
+
 
 def refusal(file: Path | None = None, **options: Any) -> UserError:
     with pytest.raises(UserError) as caught:

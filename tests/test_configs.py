@@ -9,6 +9,8 @@ from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
 from mlx_sft.files import read_yaml
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SHIPPED = {

@@ -10,6 +10,8 @@ import pytest
 from mlx_sft.console import Console, count, duration, print_error, printable, size
 from mlx_sft.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 STEP: dict[str, Any] = {
     "kind": "train",
     "step": 1,

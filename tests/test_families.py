@@ -34,6 +34,7 @@ from tests.parity import assert_close, loss_and_gradients
 from tests.torch_families import TORCH_FAMILIES
 
 pytestmark = [
+    pytest.mark.families,
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning"),
     # PEFT asks for matrices of experts that there are none of in the first of its two passes.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),

@@ -28,6 +28,8 @@ from mlx_sft.files import (
 )
 from tests.disks import a_full_disk
 
+pytestmark = pytest.mark.fast
+
 LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )

@@ -29,7 +29,7 @@ from tests.chats import write_chats
 from tests.parity import assert_close, loss_and_gradients
 
 # PEFT asks a transformers model in a way that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")]
 
 STEPS = 20
 

@@ -22,6 +22,8 @@ from packaging.utils import canonicalize_name
 
 import mlx_sft
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mlx_sft"
 MODULES = sorted(PACKAGE.rglob("*.py"))

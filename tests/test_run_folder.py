@@ -15,6 +15,8 @@ from mlx_sft.files import user_path
 from mlx_sft.run_folder import RunFolder
 from tests.disks import a_full_disk
 
+pytestmark = pytest.mark.fast
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())

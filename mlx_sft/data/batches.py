@@ -198,11 +198,6 @@ def shares(rows: int, weights: Sequence[float]) -> list[int]:
     return whole
 
 
-def needed_length(example: Example) -> int:
-    """Tokens that must be computed: those before the last supervised one, which needs no prediction of its own."""
-    return int(np.flatnonzero(example.loss_weights)[-1])
-
-
 def round_up(length: int) -> int:
     """The next width of a small fixed grid, at most an eighth (or 7 tokens) above; `mx.compile` keeps a trace a shape."""
     step = max(8, 1 << max(0, (length - 1).bit_length() - 4))
@@ -267,7 +262,7 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
 
     ```
     token_ids  a b C D e F .     capitals are supervised
-    position     ^ ^   ^         the hidden states at b, C (learning C, D) and e (learning F) count
+    position     ^ ^   ^         the hidden states at b, C (predicting C, D) and e (predicting F) count
     targets      C D   F
     ```
     """
@@ -276,7 +271,7 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
     spans: list[tuple[int, int]] = []
     for row, index in enumerate(micro_batch.rows):
         example = examples[index]
-        length = needed_length(example)
+        length = example.needed_length
         start = needed if micro_batch.joined else row * micro_batch.width
         spans.append((start, start + length))
         token_ids[start : start + length] = example.token_ids[:length]

@@ -73,7 +73,7 @@ def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conv
     }
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"a conversation with nothing to learn: {reason}")
+            raise ValueError(f"a conversation with nothing to train on: {reason}")
     return Conversation(row.origin, messages, _tools(row), _template_kwargs(row), context, weights)
 
 

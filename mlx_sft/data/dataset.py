@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlx_sft.data.example import Example
-from mlx_sft.data.packing import FACTS, TABLE, Block, PackedRow, needed_length, origin_from, pack, weights_of
+from mlx_sft.data.packing import FACTS, TABLE, Block, PackedRow, origin_from, pack, weights_of
 from mlx_sft.data.template import Facts
 from mlx_sft.errors import UserError
 
@@ -147,7 +147,7 @@ class Examples(Sequence[Example]):
             spans = spans[spans["start"] < longest]
             ends = np.minimum(spans["end"], longest)
             supervised_tokens[index] = (ends - spans["start"]).sum()
-            needed_lengths[index] = min(needed_length(spans), longest - 1)
+            needed_lengths[index] = min(int(spans["end"][-1]), longest) - 1 if len(spans) else 0
         return result
 
     # Columns: shape (examples,)

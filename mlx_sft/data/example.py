@@ -55,6 +55,11 @@ class Example:
     def supervised_tokens(self) -> int:
         return int(np.count_nonzero(self.loss_weights))
 
+    @property
+    def needed_length(self) -> int:
+        """Tokens that must be computed: those before the last supervised one, which needs no prediction; 0 where none is."""
+        return int(np.flatnonzero(self.loss_weights).max(initial=0))
+
     def truncated(self, length: int) -> Example:
         """Its first `length` tokens."""
         return replace(self, token_ids=self.token_ids[:length], loss_weights=self.loss_weights[:length])

@@ -87,7 +87,7 @@ def pack(rows: Iterable[PackedRow], name: str = "") -> Block:
             records.append(
                 (first_token, len(example), first_span, len(own_spans), len(origins), len(origin),
                  len(row_origin) if origin.startswith(row_origin) else len(origin), number,
-                 needed_length(own_spans), example.supervised_tokens, int(example.token_ids.max(initial=0)), row.signs,
+                 example.needed_length, example.supervised_tokens, int(example.token_ids.max(initial=0)), row.signs,
                  example.digest(), *(getattr(example.facts, name) for name in FACTS))
             )  # fmt: skip
             token_ids.append(example.token_ids)
@@ -132,11 +132,6 @@ def weights_of(spans: NDArray[np.void], length: int) -> NDArray[np.float32]:
     for start, end, weight in spans.tolist():
         weights[start:end] = weight
     return weights
-
-
-def needed_length(spans: NDArray[np.void]) -> int:
-    """Tokens that must be computed to predict the last supervised one; 0 where none is."""
-    return int(spans["end"][-1]) - 1 if len(spans) else 0
 
 
 def origin_from(stored: str, name: str) -> str:

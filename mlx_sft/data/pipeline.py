@@ -53,12 +53,12 @@ class Silence:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a row: examples, of which each has something to learn, or a note that says why there are none.
+    """What became of a row: examples, of which each has something to train on, or a note that says why there are none.
 
     Attributes:
         origin: The row's; those of its examples begin with it.
         signs: Those of `screening.SIGNS` that it shows.
-        mixed: Whether the note is that the row has another shape than its source.
+        mixed: Whether the note is that the row has another format than its source.
     """
 
     origin: str
@@ -78,7 +78,7 @@ class Pipeline:
     """Makes outcomes of rows. It can be pickled.
 
     Args:
-        reader: What a row means; settled by the first row, so that a file of several shapes is noticed.
+        reader: What a row means; settled by the first row, so that a file of several formats is noticed.
         special: Finds the tokenizer's special tokens in content.
         special_in_content: Whether a row with one is bad, dropped or kept.
         objective: Says which examples a row gives; those of the encoder where None.
@@ -131,7 +131,7 @@ class Pipeline:
         examples = [example for example in found if example.supervised_tokens]
         if not examples:
             raise UserError(
-                "a conversation with nothing to learn: no token of it is the model's to write",
+                "a conversation with nothing to train on: no token of it is the model's to write",
                 where=item.origin,
                 hint="give it an assistant turn that the chat template writes, and that is not left out of the loss",
             )

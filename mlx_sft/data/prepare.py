@@ -74,7 +74,7 @@ def prepare(
 
     Raises:
         UserError: for data that cannot be read; naming up to ten bad rows at once, unless they are to be skipped; for a
-            row that is too long where that is an error; where nothing is left to learn from a source; and where more than
+            row that is too long where that is an error; where nothing is left to train on a source; and where more than
             half of the rows are lost, unless that is allowed.
     """
     return _prepare(config, tokenizer, progress or Silence(), strict=True, rows=rows, valid_rows=valid_rows)
@@ -235,7 +235,7 @@ class _Reader:
         report = SourceReport(
             source.name,
             result.sha256,
-            result.shape,
+            result.row_format,
             kept=len(np.unique(examples.rows)),
             examples=len(examples),
             facts=examples.facts(),
@@ -244,7 +244,7 @@ class _Reader:
         )
         if not examples and self._strict:
             raise UserError(
-                f"nothing to learn: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
+                f"nothing to train on: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
                 where=source.name,
                 hint=f"the first: {notes[0].origin}: {notes[0].reason}",
             )
@@ -268,7 +268,7 @@ class _BadRows:
         self._notes: list[Note] = []
 
     def add(self, row: LostRow) -> None:
-        """Raise `UserError` for a row of another shape, and for the tenth bad one."""
+        """Raise `UserError` for a row of another format, and for the tenth bad one."""
         if not self._refused or row.note.fate != "bad":
             return
         if row.mixed:

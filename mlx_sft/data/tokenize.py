@@ -36,7 +36,7 @@ AnyRow = Row | UserError
 
 @dataclass(frozen=True, slots=True)
 class LostRow:
-    """A row without an example: its number from 0, the note that says why, and whether it is of another shape than others."""
+    """A row without an example: its number from 0, the note that says why, and whether it has another format than others."""
 
     number: int
     note: Note
@@ -76,7 +76,7 @@ class Reading:
         name: The source's.
 
     Attributes:
-        shape: The name of the rows' shape, known once they are read.
+        row_format: The name of the rows' format, known once they are read.
     """
 
     def __init__(self, rows: Iterable[AnyRow], pipeline: Pipeline, name: str) -> None:
@@ -85,7 +85,7 @@ class Reading:
         self._name = name
 
     @property
-    def shape(self) -> str | None:
+    def row_format(self) -> str | None:
         return self._pipeline.reader.format_name
 
     def blocks(self, workers: int, progress: Progress) -> Generator[Processed]:

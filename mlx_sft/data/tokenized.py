@@ -34,11 +34,11 @@ OnLost = Callable[[LostRow], None]
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A source's tokenized rows, the digest of its bytes, and the shape of its rows where one is known."""
+    """A source's tokenized rows, the digest of its bytes, and the format of its rows where one is known."""
 
     entry: Entry
     sha256: str | None
-    shape: str | None
+    row_format: str | None
 
 
 def tokenized(
@@ -73,7 +73,7 @@ def tokenized(
             if home:
                 remove_unused(home.parent)
         progress.finished(source.name, entry.store.rows, cached=False)
-    return Tokenized(entry, sha256, entry.meta["shape"])
+    return Tokenized(entry, sha256, entry.meta["row_format"])
 
 
 def _cached(home: Path, name: str, progress: Progress) -> Entry | None:
@@ -120,7 +120,7 @@ def _write(
                 on_lost(replace(lost, number=writer.rows + lost.number))
             writer.append(processed)
             progress.reading(source.name, writer.rows, done, size)
-        writer.finish(shape=reading.shape)
+        writer.finish(row_format=reading.row_format)
     finally:
         blocks.close()
         writer.close()

@@ -19,7 +19,7 @@ Overlong = Literal["truncate", "drop", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The examples that are left, each no longer than allowed and with something to learn.
+    """The examples that are left, each no longer than allowed and with something to train on.
 
     Attributes:
         notes: The number of each row that lost something, and its note, in order.

@@ -18,6 +18,7 @@ from mlx_sft.convert.base_info import BaseInfo
 from mlx_sft.convert.model_card import DataSummary, Published, RunResult, RunSummary, model_card, read_run_summary
 from mlx_sft.files import to_json
 from mlx_sft.run_folder import RunFolder
+from tests.chosen import without_adapter
 
 NUMBERS = {"rows": 12, "kept": 9, "truncated": 2, "dropped": 2, "bad": 1}
 
@@ -104,7 +105,7 @@ def test_a_card_says_what_it_is_made_of_and_how_it_did(settings: dict[str, Any])
 
 
 def test_a_card_of_a_full_run_is_for_transformers(settings: dict[str, Any]) -> None:
-    metadata, text = card_of(settings, method="full", max_steps=1)
+    metadata, text = card_of(without_adapter(settings), method="full", max_steps=1)
     assert metadata["library_name"] == "transformers"
     assert "| Method | every weight |" in text
     assert "Validation" not in text

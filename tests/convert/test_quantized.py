@@ -24,6 +24,7 @@ from mlx_sft.model.load import load_model
 from mlx_sft.model.outline import outline
 from mlx_sft.model.quantize import weights_by_name
 from mlx_sft.training.memory import weight_bytes
+from tests.chosen import without_adapter
 
 FORMS = ["4", "8", "mxfp4"]
 
@@ -267,7 +268,7 @@ def test_another_model_in_place_of_the_base_is_refused(
     assert export(folder, tmp_path / "merged", base_model=str(tmp_path / "moved")).verification is not None
 
 
-def test_quantized_weights_are_not_trained_themselves(base: Path, run: Callable[..., Path], tmp_path: Path) -> None:
+def test_quantized_weights_are_not_trained_themselves(base: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     quantized = _quantized(tmp_path / "quantized", base)
     with pytest.raises(UserError, match="quantized, and cannot be trained"):
-        run(model=str(quantized), method="full", rank=None)
+        train(TrainConfig(**without_adapter(settings) | {"model": str(quantized), "method": "full"}))

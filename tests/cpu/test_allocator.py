@@ -9,6 +9,8 @@ import pytest
 
 from mlx_sft.cpu.allocator import keep_freed_memory
 
+pytestmark = pytest.mark.fast
+
 _PROGRAM = """
 import sys
 import mlx.core as mx

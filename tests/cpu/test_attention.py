@@ -10,6 +10,8 @@ import pytest
 
 from mlx_sft.cpu.attention import block_rows, causal_attention
 
+pytestmark = pytest.mark.fast
+
 Attention = Callable[[mx.array, mx.array, mx.array], mx.array]
 
 SCALE = 0.3

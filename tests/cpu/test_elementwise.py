@@ -8,6 +8,8 @@ import pytest
 
 from mlx_sft.cpu.elementwise import exponential, silu_product
 
+pytestmark = pytest.mark.fast
+
 
 def test_the_exponential_is_as_exact_as_mlxs_own() -> None:
     x = np.linspace(-80, 80, 20_001, dtype=np.float32)

@@ -10,7 +10,10 @@ from mlx_sft.model.blocks import Block, find_blocks
 from mlx_sft.model.head import SplitModel
 from tests.families import tiny_model
 
-pytestmark = pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU runs the model's own code")
+pytestmark = [
+    pytest.mark.fast,
+    pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="a GPU runs the model's own code"),
+]
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
 

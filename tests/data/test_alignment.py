@@ -5,6 +5,8 @@ import pytest
 
 from mlx_sft.data.alignment import Alignment
 
+pytestmark = pytest.mark.fast
+
 
 def tokens_over(
     text: str, spans: list[tuple[int, int]], *offsets: tuple[int, int], added: tuple[int, ...] = ()

@@ -19,13 +19,14 @@ from mlx_sft.data.batches import (
     collate,
     cut,
     cut_all,
-    needed_length,
     padded_width,
     round_up,
     row_cost,
     shares,
 )
 from mlx_sft.data.encode import Example
+
+pytestmark = pytest.mark.fast
 
 LENGTHS = st.lists(st.integers(1, 200) | st.integers(1, 3000), min_size=1, max_size=7)
 BUDGETS = st.integers(1, 600) | st.integers(1, 8000)
@@ -213,7 +214,7 @@ def test_rows_of_one_micro_batch_lie_under_each_other() -> None:
 
 @pytest.mark.parametrize(("text", "length"), [("aB", 1), ("aBc", 1), ("abcD", 3), ("aBcDe.", 3)])
 def test_what_comes_after_the_last_supervised_token_is_not_computed(text: str, length: int) -> None:
-    assert needed_length(_example(text)) == length
+    assert _example(text).needed_length == length
 
 
 # Mixtures

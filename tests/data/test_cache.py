@@ -63,8 +63,8 @@ def test_a_second_run_finds_the_rows_of_the_first(stand_in: ModuleType, rows: st
     first, second = stand_in.read(rows, told), stand_in.read(rows, told)
     assert told.sources == [(rows, 302, False), (rows, 302, True)]
     assert texts(first) == texts(second) == [f"row {number}" for number in range(300)]
-    assert (first.sha256, first.shape) == (second.sha256, second.shape)
-    assert second.shape == "text"
+    assert (first.sha256, first.row_format) == (second.sha256, second.row_format)
+    assert second.row_format == "text"
     assert len(entries(folder)) == 1
     assert [example.origin for example in Examples([second.entry.store])][-1] == f"{rows}:300"
 

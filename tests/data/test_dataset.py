@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_sft.data.batches import needed_length
 from mlx_sft.data.dataset import Examples, Store
 from mlx_sft.data.example import Example
 from mlx_sft.data.packing import PackedRow, pack, spans_of, weights_of
 from mlx_sft.data.template import Facts
+
+pytestmark = pytest.mark.fast
 
 WEIGHTS = st.lists(st.sampled_from([0.0, 0.0, 1.0, 0.5, 3.0]), max_size=30)
 
@@ -35,7 +36,7 @@ def same(found: Examples, expected: list[Example]) -> None:
     assert found.lengths.tolist() == [len(one) for one in expected]
     assert found.supervised_tokens.tolist() == [one.supervised_tokens for one in expected]
     assert found.largest_token_ids.tolist() == [one.token_ids.max(initial=0) for one in expected]
-    needed = [needed_length(one) if one.supervised_tokens else 0 for one in expected]
+    needed = [one.needed_length if one.supervised_tokens else 0 for one in expected]
     assert found.needed_lengths.tolist() == needed
     assert [found.digest(index) for index in range(len(found))] == [one.digest() for one in expected]
     assert found.fingerprint() == hashlib.sha256(b"".join(one.digest() for one in expected)).hexdigest()

@@ -28,6 +28,8 @@ from mlx_sft.data.template import Facts, todays_variables
 from mlx_sft.data.tokenizer import end_tokens
 from mlx_sft.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 MESSAGES = [{"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Hé 👩‍👩‍👧‍👦"}]
 

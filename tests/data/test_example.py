@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.data.conversation import Conversation
@@ -11,6 +12,8 @@ from mlx_sft.data.encode import (
     decoded_segments,
     encode_conversation,
 )
+
+pytestmark = pytest.mark.fast
 
 MESSAGES = [{"role": "user", "content": "Hi 😀"}, {"role": "assistant", "content": "Hé 👩‍👩‍👧‍👦"}]
 

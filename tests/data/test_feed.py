@@ -10,6 +10,8 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
 from mlx_sft.data.feed import StepFeed
 
+pytestmark = pytest.mark.fast
+
 LENGTHS = [9, 30, 17, 12, 41, 8, 25, 33, 19, 14]
 
 

@@ -14,6 +14,8 @@ from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.registry import FORMATS
 
+pytestmark = pytest.mark.fast
+
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
@@ -134,12 +136,12 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
             {"messages": [{**ASSISTANT, "tool_calls": [{"name": "f", "arguments": 3}]}]},
             "messages[0].tool_calls[0] has arguments that are neither an object nor a string",
         ),
-        ({"messages": [USER]}, "a conversation with nothing to learn: it has no assistant turn"),
+        ({"messages": [USER]}, "a conversation with nothing to train on: it has no assistant turn"),
         (
             {"messages": [USER, {"role": "assistant", "content": " "}]},
-            "a conversation with nothing to learn: every assistant turn is empty",
+            "a conversation with nothing to train on: every assistant turn is empty",
         ),
-        ({"prompt": [USER, ASSISTANT], "completion": [USER]}, "a conversation with nothing to learn"),
+        ({"prompt": [USER, ASSISTANT], "completion": [USER]}, "a conversation with nothing to train on"),
         ({"prompt": 3, "completion": "a"}, "prompt must be a string or a list of messages, not a number"),
         ({"prompt": "a", "completion": [3]}, "completion[0] must be an object with role and content, not a number"),
         ({"messages": [USER, ASSISTANT], "tools": "{"}, "tools is neither a list or object nor JSON text of one"),
@@ -154,7 +156,10 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
         ),
         ({"messages": [USER, ASSISTANT], "tools": [{"\udc00": 1}]}, "tools holds half of a surrogate pair"),
         ({"text": "\udc00"}, "text holds half of a surrogate pair"),
-        ({"messages": [USER, {**ASSISTANT, "train": False}]}, "a conversation with nothing to learn: every assistant"),
+        (
+            {"messages": [USER, {**ASSISTANT, "train": False}]},
+            "a conversation with nothing to train on: every assistant",
+        ),
         ({"messages": [USER, ASSISTANT], "system": 3}, "system must be a string, not a number"),
         (
             {"messages": [{"role": "system", "content": "a"}, USER, ASSISTANT], "system": "b"},
@@ -173,7 +178,7 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
         ),
         ({"instruction": " ", "output": "a"}, "instruction and input are both empty"),
         ({"instruction": 3, "output": "a"}, "instruction must be a string, not a number"),
-        ({"instruction": "a", "output": ""}, "a conversation with nothing to learn: every assistant turn is empty"),
+        ({"instruction": "a", "output": ""}, "a conversation with nothing to train on: every assistant turn is empty"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "history[0] is not a pair"),
         ({"instruction": "a", "output": "b", "history": 3}, "history must be a list of [question, answer] pairs"),
         ({"input_ids": [1, 2], "labels": [1]}, "the lists differ in length: 2 input_ids and 1 labels"),
@@ -186,7 +191,7 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
             {"input_ids": [1, 2, 3], "labels": [2, 3, -100]},
             "labels[0] is 2, where input_ids[0] is 1: labels are not to",
         ),
-        ({"input_ids": [1, 2], "labels": [1, -100]}, "tokens with nothing to learn"),
+        ({"input_ids": [1, 2], "labels": [1, -100]}, "tokens with nothing to train on"),
         ({"input_ids": [], "labels": []}, "a row without a token that is not padding"),
         ({"input_ids": 3, "labels": []}, "input_ids must be a list, not a number"),
         (
@@ -195,7 +200,7 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
         ),
         ({"input_ids": [1], "labels": [1], "attention_mask": [2]}, "attention_mask must hold only 0 and 1"),
         ({"text": 3}, "text must be a string, not a number"),
-        ({"text": " \n"}, "text is empty: there is nothing to learn"),
+        ({"text": " \n"}, "text is empty: there is nothing to train on"),
         ({"conversations": [USER, ASSISTANT], "images": ["a.jpg"]}, "only text is read, and the row has `images`"),
         (
             {

@@ -5,6 +5,8 @@ import pytest
 
 from mlx_sft.data.lengths import histogram, length_summary
 
+pytestmark = pytest.mark.fast
+
 
 def test_percentiles_are_lengths_that_occur() -> None:
     summary = length_summary([1, 2, 3, 4, 1000])

@@ -14,6 +14,8 @@ from mlx_sft.data.readers import Row
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 QUESTION = {"role": "user", "content": "Who?"}
 ANSWER = {"role": "assistant", "content": "You."}
 
@@ -58,7 +60,7 @@ def test_a_row_that_could_not_be_read_keeps_its_place_and_reason(run: Any) -> No
 def test_a_row_with_nothing_to_learn_is_bad(run: Any) -> None:
     outcome = run({"messages": [QUESTION, ANSWER | {"train": False}]})
     assert outcome.note.fate == "bad"
-    assert "nothing to learn" in outcome.note.reason
+    assert "nothing to train on" in outcome.note.reason
 
 
 FORGED = {"messages": [{"role": "user", "content": "Hi<|im_end|>"}, ANSWER]}

@@ -12,6 +12,8 @@ import pytest
 
 from mlx_sft.data.prefetch import Prefetch
 
+pytestmark = pytest.mark.fast
+
 
 def _threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]

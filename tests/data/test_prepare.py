@@ -17,6 +17,8 @@ from mlx_sft.data.packing import PackedRow, pack
 from mlx_sft.data.split import split
 from mlx_sft.errors import USAGE, UserError
 
+pytestmark = pytest.mark.fast
+
 WriteRows = Callable[..., str]
 
 
@@ -59,7 +61,7 @@ def test_bad_rows_are_all_named_in_one_error(tokenizer: PreTrainedTokenizerFast,
         "3 rows cannot be used:",
         f"  {data}:2: not JSON: Expecting value in column 1",
         f"  {data}:3: a row without a known format: it has 'a'",
-        f"  {data}:5: a conversation with nothing to learn: every assistant turn is empty",
+        f"  {data}:5: a conversation with nothing to train on: every assistant turn is empty",
     ]
     assert "--skip-bad-rows" in caught.value.hint
 
@@ -94,7 +96,7 @@ def test_bad_rows_are_skipped_and_reported_where_asked(
 
 def test_a_row_of_which_the_template_writes_no_turn_is_bad(make_tokenizer: Any, write_rows: WriteRows) -> None:
     silent = make_tokenizer("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
-    with pytest.raises(UserError, match="a conversation with nothing to learn: no token of it"):
+    with pytest.raises(UserError, match="a conversation with nothing to train on: no token of it"):
         run(silent, write_rows(chat("a")))
 
 
@@ -114,7 +116,7 @@ def test_turns_with_text_left_out_are_counted_in_rows_that_are_kept(
 def test_a_row_of_which_only_the_end_token_would_be_learnt_is_bad(make_tokenizer: Any, write_rows: WriteRows) -> None:
     answers_only = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
     prompt = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    with pytest.raises(UserError, match="a conversation with nothing to learn: no token of it"):
+    with pytest.raises(UserError, match="a conversation with nothing to train on: no token of it"):
         run(make_tokenizer(answers_only + prompt), write_rows(chat("a", "<think>hmm</think>")))
 
 
@@ -155,7 +157,7 @@ def test_nothing_left_is_an_error_that_names_the_first_reason(
     data = write_rows("nonsense", chat("x" * 100))
     with pytest.raises(UserError) as caught:
         run(tokenizer, data, skip_bad_rows=True, max_length=30, overlong="drop")
-    assert caught.value.what == "nothing to learn: of 2 rows 1 are bad and 1 are dropped"
+    assert caught.value.what == "nothing to train on: of 2 rows 1 are bad and 1 are dropped"
     assert caught.value.where == data
     assert caught.value.hint == f"the first: {data}:1: not JSON: Expecting value in column 1"
 

@@ -16,6 +16,8 @@ from mlx_sft.data.readers import Row
 from mlx_sft.data.sources import FileSource, locate
 from mlx_sft.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 Compress = Callable[[bytes], bytes]
 
 

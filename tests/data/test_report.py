@@ -13,6 +13,8 @@ from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reas
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import Facts
 
+pytestmark = pytest.mark.fast
+
 
 def example(length: int, origin: str = "chats.jsonl:1", fill: int = 5) -> Example:
     weights = np.zeros(length, np.float32)

@@ -29,6 +29,8 @@ from mlx_sft.data.screening import SpecialTokens
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 
 TRL = Path(str(importlib.util.find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
@@ -694,11 +696,11 @@ def test_a_date_of_any_width_is_refused(make_tokenizer: MakeTokenizer) -> None:
         todays_variables(make_tokenizer("{% if not date_string %}{{ strftime_now('%1000000000d') }}{% endif %}"))
 
 
-def test_a_prompt_for_a_model_is_bounded_too(settings: dict[str, Any]) -> None:
+def test_a_prompt_for_a_model_is_bounded_too() -> None:
     from mlx_sft.generate import prompt_tokens
     from mlx_sft.model.load import load_model
 
-    loaded = load_model(settings["model"])
+    loaded = load_model("tiny")
     loaded.tokenizer.chat_template = HOSTILE
     with pytest.raises(TemplateStopped, match="was stopped"):
         prompt_tokens(loaded, "the cat")

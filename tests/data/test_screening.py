@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from mlx_sft.data.conversation import Conversation, Document, Tokens
 from mlx_sft.data.screening import SIGN_MEANINGS, SIGNS, SpecialTokens, signs_of
 
+pytestmark = pytest.mark.fast
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

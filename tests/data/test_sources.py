@@ -14,6 +14,8 @@ from mlx_sft.data.readers import Row
 from mlx_sft.data.sources import FileSource, locate, split_weight
 from mlx_sft.errors import USAGE, UserError
 
+pytestmark = pytest.mark.fast
+
 
 def read(path: Path | str, part: str = "all") -> list[Row | UserError]:
     return list(locate(str(path))[part].rows())

@@ -4,6 +4,8 @@ import pytest
 
 from mlx_sft.data.suspicious_text import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
 
+pytestmark = pytest.mark.fast
+
 SENTENCES = "The game was played in New Orleans. It drew a large crowd from all over the country."
 
 

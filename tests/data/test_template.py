@@ -27,6 +27,8 @@ from tests.data.mask.templates import (
     TURN,
 )
 
+pytestmark = pytest.mark.fast
+
 # What is refused
 
 

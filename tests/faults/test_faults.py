@@ -12,6 +12,8 @@ import pytest
 from tests.faults.harness import try_once
 from tests.faults.trial import Lab
 
+pytestmark = pytest.mark.faults
+
 QUICK = {"kill": 5, "power": 4, "disk": 4, "export": 4, "damage": 3, "read-only": 2, "clock": 2, "two": 1, "stop": 1}
 
 

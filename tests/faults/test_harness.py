@@ -18,6 +18,8 @@ from tests.faults.kinds import KINDS
 from tests.faults.soak import Sample, growth
 from tests.faults.trial import Lab, NotSurvived, Trial, check_checkpoints, check_done
 
+pytestmark = pytest.mark.faults
+
 NOTICED_BY = {
     "nothing_is_synced": "power",
     "what_is_written_has_its_name_at_once": "kill",

@@ -22,6 +22,8 @@ from tests.chosen import without_adapter
 from tests.faults.layer import Call, watched
 from tests.run_folders import outcome
 
+pytestmark = pytest.mark.faults
+
 
 class _Copies:
     """Copies of a run folder, one for each state that it was ever in."""

@@ -16,6 +16,8 @@ from mlx_sft.files import write_file, write_folder
 from tests.faults.injected import PowerCut, Refuse, error_names
 from tests.faults.layer import Call, watched
 
+pytestmark = pytest.mark.faults
+
 
 class Seen:
     """Keeps the calls; `react` is asked before each."""

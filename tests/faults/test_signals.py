@@ -18,6 +18,8 @@ from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.stopping import Stopped, stop_request
 from tests.processes import options_of, wait_for_lines
 
+pytestmark = pytest.mark.faults
+
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
 _ENDLESS_MICRO_STEP = """

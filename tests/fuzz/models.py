@@ -291,7 +291,7 @@ def _read_tokenizer(folder: Path, materials: Materials) -> None:
     finally:
         check_canary(folder)
     if any(not len(example.token_ids) or not example.supervised_tokens for example in _examples(prepared.train)):
-        raise Wrong("an example has nothing to learn")
+        raise Wrong("an example has nothing to train on")
 
 
 def _examples(examples: Any) -> Iterator[Any]:

@@ -12,6 +12,8 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.inspection import ONLY, Inspection, inspect
 
+pytestmark = pytest.mark.fast
+
 Look = Callable[..., Inspection]
 
 

@@ -11,6 +11,8 @@ import pytest
 from mlx_sft.console import Console
 from mlx_sft.inspection import Inspection
 
+pytestmark = pytest.mark.fast
+
 Look = Callable[..., Inspection]
 
 

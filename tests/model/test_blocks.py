@@ -10,6 +10,8 @@ from mlx_sft.model.blocks import Block, find_blocks, replaced_children
 from mlx_sft.model.head import SplitModel
 from tests.families import tiny_model
 
+pytestmark = pytest.mark.fast
+
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
 
 QKV, GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")

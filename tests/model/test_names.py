@@ -4,6 +4,8 @@ import pytest
 
 from mlx_sft.model.names import expert_name, mlx_names, split_expert, transformers_name
 
+pytestmark = pytest.mark.fast
+
 PAIRS = {
     "model.layers.0.self_attn.q_proj": "model.layers.0.self_attn.q_proj",
     "lm_head": "lm_head",

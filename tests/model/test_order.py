@@ -7,6 +7,8 @@ import pytest
 
 from mlx_sft.model.order import after
 
+pytestmark = pytest.mark.fast
+
 ROWS, COLUMNS, BLOCKS = 256, 1024, 16
 
 

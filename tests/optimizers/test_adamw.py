@@ -18,6 +18,8 @@ from mlx_sft.optimizers import make_optimizer
 from mlx_sft.optimizers.gradients import clip, global_norm
 from mlx_sft.training.schedule import learning_rate
 
+pytestmark = pytest.mark.parity
+
 SHAPES = {"a.weight": (4, 3), "norm.weight": (5,), "b.weight": (2, 2)}
 
 

@@ -16,6 +16,8 @@ from mlx_sft.errors import UserError
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.registry import OPTIMIZERS
 
+pytestmark = pytest.mark.parity
+
 Array = NDArray[np.float32]
 Arrays = dict[str, Array]
 

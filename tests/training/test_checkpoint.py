@@ -16,6 +16,8 @@ from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.checkpoint import Progress
 
+pytestmark = pytest.mark.fast
+
 CONFIG = TrainConfig(data="x.jsonl", weight_decay=0.1)
 CALLBACKS = {"metrics-file": {"bytes": 17}, "other": {"seen": [0.5, None]}}
 IDENTITY = {"config": "a", "data": "b", "model": "c"}

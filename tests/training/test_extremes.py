@@ -46,7 +46,7 @@ def test_a_batch_larger_than_the_data_is_all_of_it(settings: dict[str, Any]) -> 
 def test_a_row_of_one_token_teaches_nothing_and_is_told(settings: dict[str, Any], tmp_path: Path) -> None:
     data = rows(tmp_path / "r.jsonl", ([5], [5]), ([5, 6, 7], [5, 6, 7]))
     settings |= {"data": data, "format": "tokenized", "allow_lost_rows": True, "epochs": 1}
-    with pytest.raises(UserError, match="nothing to learn") as caught:
+    with pytest.raises(UserError, match="nothing to train on") as caught:
         train(TrainConfig(**settings))
     assert caught.value.where == f"{data}:1"
     run = train(TrainConfig(**settings, skip_bad_rows=True)).run_dir

@@ -9,6 +9,8 @@ import pytest
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.training.machine import COMMON_MACS, GIB, free_bytes, mac, read_machine, this_machine, usable_bytes
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("device", "free", "active", "usable"),

@@ -14,7 +14,7 @@ def read(row: Row) -> Document:
     if not isinstance(text, str):
         raise ValueError(f"text must be a string, not {kind(text)}")
     if not text.strip():
-        raise ValueError("text is empty: there is nothing to learn")
+        raise ValueError("text is empty: there is nothing to train on")
     check_characters(text, "text")
     return Document(row.origin, text)
 

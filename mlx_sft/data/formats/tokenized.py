@@ -29,7 +29,7 @@ def read(row: Row) -> Tokens:
             place = first + index
             raise ValueError(f"labels[{place}] is {shown(label)}, where input_ids[{place}] is {token_id}: {rule}")
     if all(label == IGNORED for label in labels[1:]):
-        raise ValueError("tokens with nothing to learn: every label behind the first token is -100")
+        raise ValueError("tokens with nothing to train on: every label behind the first token is -100")
     return Tokens(row.origin, token_ids, labels)
 
 

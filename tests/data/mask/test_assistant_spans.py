@@ -26,6 +26,8 @@ from tests.data.mask.pictures import (
     user,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def test_only_the_turns_that_are_asked_for_are_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = (user("a"), assistant("b"), user("c"), assistant("d"))

@@ -18,6 +18,8 @@ from tests.data.mask.templates import (
     TAGGED_VARIANTS,
 )
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("template", TAGGED_VARIANTS.values(), ids=TAGGED_VARIANTS.keys())
 def test_tags_say_what_is_generated(make_tokenizer: MakeTokenizer, template: str) -> None:

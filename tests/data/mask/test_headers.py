@@ -22,6 +22,8 @@ from tests.data.mask.templates import (
     TURN,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def test_a_default_system_prompt_is_not_supervised_even_before_an_opening_assistant(
     make_tokenizer: MakeTokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.data import mask
@@ -11,6 +12,8 @@ from mlx_sft.data.mask.probe_renderings import traced_renderings
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.mask.traced_rendering import NOBODY, TracedRendering
 from tests.data.mask.pictures import assistant, rendered, shown, user
+
+pytestmark = pytest.mark.fast
 
 MESSAGES = [user("How?"), assistant("So.")]
 

@@ -26,6 +26,8 @@ from tests.data.mask.templates import (
     TURN,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def test_private_use_characters_in_the_content_do_no_harm(tokenizer: PreTrainedTokenizerFast) -> None:
     icons = "\U000f0000 \U000f0001 \U000f0009 \U00100000 \U0010fffd"

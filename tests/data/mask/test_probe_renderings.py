@@ -21,6 +21,8 @@ from tests.data.mask.templates import (
     WRITTEN_LATER,
 )
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("template", CHATML_VARIANTS.values(), ids=CHATML_VARIANTS.keys())
 def test_chatml_in_every_spelling(make_tokenizer: MakeTokenizer, template: str) -> None:

@@ -11,6 +11,8 @@ from mlx_sft.data.mask.reasoning import (
     without_opened_reasoning,
 )
 
+pytestmark = pytest.mark.fast
+
 BLOCKS = [
     *(("<think>", "</think>"), ("<think:opensource>", "</think:opensource>"), ("<thinking>", "</thinking>")),
     *(("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]")),

@@ -23,6 +23,8 @@ from tests.data.mask.templates import (
     CHATML_VARIANTS,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def test_a_tokenizer_without_a_template_is_an_error(make_tokenizer: MakeTokenizer) -> None:
     error = refusal(make_tokenizer(None, name="base-model"), user("Hi"), assistant("Hello"))

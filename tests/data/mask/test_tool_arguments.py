@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.encode import Encoder, encode_conversation
 
+pytestmark = pytest.mark.fast
+
 ARGUMENTS = {"city": 'Köln "Süd"', "days": 3}
 TEXT = json.dumps(ARGUMENTS, ensure_ascii=False)
 LOOP = (

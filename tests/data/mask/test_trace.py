@@ -9,6 +9,8 @@ from mlx_sft.data.mask.trace import PrivateCharacters, Trace
 from mlx_sft.data.mask.traced_rendering import NOBODY
 from mlx_sft.data.mask.traced_template import VARIANTS, Variant, traced
 
+pytestmark = pytest.mark.fast
+
 MESSAGES: list[dict[str, Any]] = [{"content": "a"}, {"content": "b", "calls": ["x", "y"]}, {"content": "a"}]
 
 

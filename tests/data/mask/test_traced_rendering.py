@@ -15,6 +15,8 @@ from mlx_sft.data.mask.traced_rendering import (
 )
 from tests.data.mask.pictures import CALL, assistant, user
 
+pytestmark = pytest.mark.fast
+
 
 def traced(text: str, messages: str, letters: str, *said: dict[str, Any]) -> TracedRendering:
     """With the message of each character, and of each letter, drawn under the text."""

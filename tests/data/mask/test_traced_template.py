@@ -8,6 +8,8 @@ from mlx_sft.data.mask.traced_rendering import NOBODY
 from mlx_sft.data.mask.traced_template import Variant, has_tags, string_constants
 from tests.data.mask.test_trace import pieces_by_message
 
+pytestmark = pytest.mark.fast
+
 
 def test_assignments_inside_loops_are_followed_where_variables_are_traced() -> None:
     template = "{% for i in [0, 1, 2] %}<{% set m = messages[i] %}{{ m.content }}>{% endfor %}"

@@ -26,6 +26,8 @@ from tests.data.mask.templates import (
     PROMPT,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def left_out(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], **options: Any) -> int:
     return rendered(tokenizer, *messages, **options).facts.turns_with_text_left_out

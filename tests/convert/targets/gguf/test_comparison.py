@@ -13,6 +13,8 @@ from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.targets.gguf.comparison import check_gguf
 from mlx_sft.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 EMBEDDINGS = "model.embed_tokens.weight"
 EXPERT = "model.layers.0.mlp.experts.{}.up_proj.weight"
 

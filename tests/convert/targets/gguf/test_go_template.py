@@ -8,6 +8,8 @@ import pytest
 
 from mlx_sft.convert.targets.gguf.go_template import literal, render
 
+pytestmark = pytest.mark.fast
+
 DATA: dict[str, Any] = {
     "Name": "x",
     "Empty": "",
