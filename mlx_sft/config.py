@@ -105,16 +105,20 @@ def _joined(*owners: type[Settings]) -> type[TrainConfig]:
     validators = _validators(TrainConfig)
     for owner in owners:
         if clash := next((name for name in owner.model_fields if name in taken), None):
-            raise TypeError(f"{owner.__name__} and {taken[clash].__name__} both have a setting named {clash}")
+            what = f"{clash}: both {_place(owner)} and {_place(taken[clash])} have a setting of this name"
+            raise UserError(what, hint="choose one of them only; who wrote them can rename it", exit_code=USAGE)
         if lost := _validators(owner) & validators:
-            raise TypeError(
-                f"{owner.__name__} needs another name for its validator {lost.pop()}: another class has one of this name"
-            )
+            what = f"{lost.pop()}: a check of {_place(owner)} has the name of another's"
+            raise UserError(what, hint="who wrote it can rename it", exit_code=USAGE)
         taken |= dict.fromkeys(owner.model_fields, owner)
         validators |= _validators(owner)
     bases: Any = (TrainConfig, *owners)
     joined: type[TrainConfig] = create_model("TrainConfig", __base__=bases, __module__=__name__)
     return joined
+
+
+def _place(owner: type[Settings]) -> str:
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def _validators(owner: type[Settings]) -> set[str]:
@@ -129,7 +133,7 @@ def _choices_of(run: Any) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
     saved = read_yaml(file)
-    return {name: saved[name] for name in CHOOSING if name in saved}
+    return {name: saved[name] for name in (*CHOOSING, "callbacks") if name in saved}
 
 
 def _rebuilt(settings: dict[str, Any], given: set[str]) -> TrainConfig:

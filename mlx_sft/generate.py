@@ -13,7 +13,7 @@ from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.tokenizer import generation_ends
 from mlx_sft.errors import UserError
-from mlx_sft.load import AdaptedModel, put_adapter
+from mlx_sft.load import AdaptedModel, adapted, put_adapter
 from mlx_sft.model.load import LoadedModel
 
 Prompt = str | list[dict[str, Any]]
@@ -31,8 +31,9 @@ def stream_text(
         temperature: 0 takes the likeliest token each time.
 
     Raises:
-        UserError: If the chat template rejects the conversation.
+        UserError: If the chat template rejects the conversation, or what was trained does not say how generation starts with it.
     """
+    method = loaded.method if isinstance(loaded, AdaptedModel) else None
     tokenizer = TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded))
     for response in stream_generate(
         loaded.model,
@@ -40,6 +41,7 @@ def stream_text(
         prompt_tokens(loaded, prompt),
         max_tokens=max_tokens,
         sampler=make_sampler(temp=temperature),
+        prompt_cache=method.generation_cache(loaded.model) if method else None,
     ):
         yield response.text
 
@@ -70,9 +72,12 @@ class Chat:
 
     def _changed(self, folder: str) -> str:
         try:
-            put_adapter(self._loaded.model, folder or None)
+            method = put_adapter(self._loaded.model, folder or None)
         except UserError as error:
             return f"{error}; the adapter is as it was"
+        before = self._loaded
+        run, config = (before.run, before.train_config) if isinstance(before, AdaptedModel) else (None, None)
+        self._loaded = adapted(before, method, run, config)
         return f"from here on with {folder}" if folder else "from here on without an adapter"
 
 

@@ -60,7 +60,7 @@ def load_run(run: str | Path, *, base: bool = False, dtype: str | None = None) -
         method, parameters = trained
         attach_trained(loaded.model, method, parameters, finished_folder(folder, config))
         mx.eval(loaded.model.parameters())
-    return _adapted(loaded, method, folder, config)
+    return adapted(loaded, method, folder, config)
 
 
 def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "auto") -> AdaptedModel:
@@ -78,7 +78,7 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
     if not name:
         raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
     loaded = load_model(name, dtype)
-    return _adapted(loaded, put_adapter(loaded.model, folder))
+    return adapted(loaded, put_adapter(loaded.model, folder))
 
 
 def put_adapter(model: nn.Module, folder: str | Path | None) -> Method | None:
@@ -122,8 +122,9 @@ def finished_folder(run: RunFolder, config: TrainConfig) -> Path:
     return folder
 
 
-def _adapted(
+def adapted(
     loaded: LoadedModel, method: Method | None, run: RunFolder | None = None, config: TrainConfig | None = None
 ) -> AdaptedModel:
+    """A loaded model that has this method attached, or none."""
     known = {field.name: getattr(loaded, field.name) for field in fields(LoadedModel)}
     return AdaptedModel(**known, method=method, run=run, train_config=config)

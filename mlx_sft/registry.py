@@ -74,8 +74,10 @@ class Registry(Generic[T]):
     @contextmanager
     def registered(self, name: str, entry: T) -> Iterator[T]:
         """Add an entry while the block runs."""
-        yield self.register(name, entry)
-        self.unregister(name)
+        try:
+            yield self.register(name, entry)
+        finally:
+            self.unregister(name)
 
     def unknown(self, name: str) -> UserError:
         """The error for a name that no entry has."""
@@ -91,7 +93,7 @@ class Registry(Generic[T]):
         if found := self._entry_points().get(name):
             try:
                 entry: T = found.load()
-            except (ImportError, AttributeError) as error:
+            except Exception as error:  # another's package may raise whatever it likes while it is imported
                 package = found.dist.name if found.dist else found.value
                 raise UserError(
                     f"the {self.kind} {name} of the package {package} cannot be imported: {error}",

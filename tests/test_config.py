@@ -227,5 +227,5 @@ def test_two_owners_may_not_have_one_setting() -> None:
         lr: float = 1.0
         """Taken."""
 
-    with pytest.raises(TypeError, match="Greedy and TrainConfig both have a setting named lr"):
+    with pytest.raises(UserError, match=r"lr: both .*Greedy and .*TrainConfig have a setting of this name"):
         _joined(Greedy)

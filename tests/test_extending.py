@@ -9,14 +9,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm import stream_generate
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_sft import TrainConfig, UserError, load_run, train
+from mlx_sft import TrainConfig, UserError, export, load_run, train
 from mlx_sft.errors import USAGE
+from mlx_sft.generate import end_tokens, generate_text, prompt_tokens
+from mlx_sft.methods import Method, Parameters
+from mlx_sft.model.load import load_model
 from mlx_sft.registry import CALLBACKS, METHODS
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
@@ -236,7 +243,15 @@ def test_what_is_registered_in_a_script_is_known_from_then_on(settings: dict[str
         TrainConfig(**settings | {"callbacks": "named"})
 
 
-def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(None, "No module named"), ("raise RuntimeError('no GPU')", "no GPU"), ("def", "invalid syntax")],
+)
+def test_a_package_that_cannot_be_imported_is_named(
+    module: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if module is not None:
+        (tmp_path / "no_such_module.py").write_text(module)
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
@@ -244,14 +259,13 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(tmp_path)
     assert "broken" in METHODS.names()
     assert "broken" not in dict(METHODS.items())
-    with pytest.raises(UserError, match="the method broken of the package broken cannot be imported: No module named"):
+    with pytest.raises(UserError, match=f"the method broken of the package broken cannot be imported: {reason}"):
         METHODS["broken"]
 
 
 def test_a_method_that_changes_no_weight_is_not_merged(
     run: Callable[..., subprocess.CompletedProcess[str]], settings: dict[str, Any]
 ) -> None:
-    from mlx_sft.convert.export import export
     from mlx_sft.methods.lora import Lora
 
     class Unmergeable(Lora):
@@ -266,5 +280,66 @@ def test_a_method_that_changes_no_weight_is_not_merged(
         for format in ("merged", "mlx"):
             with pytest.raises(UserError, match="--method unmergeable changes no weight of the model"):
                 export(result.run_dir, result.run_dir.parent / format, format=format)
-        assert export(result.run_dir, result.run_dir.parent / "peft", format="peft").verification is None
+        alone = export(result.run_dir, result.run_dir.parent / "peft", format="peft")
+        assert alone.verification is None
+        assert alone.notes == (), "LoRA's files are PEFT's"
         assert load_run(result.run_dir).method is not None
+
+
+class SoftPrompt(Method):
+    """Virtual tokens before the text (Lester et al. 2021), which change no weight."""
+
+    name: ClassVar = "soft-prompt"
+    tokens = 3
+
+    def attach(self, model: nn.Module, seed: int) -> Parameters:
+        self.embed = dict(model.named_modules())["model.embed_tokens"]
+        self.prompt = self.embed(mx.arange(self.tokens)).astype(mx.float32)
+        return {"prompt": self.prompt}
+
+    def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
+        self.prompt = parameters.get("prompt", self.prompt)
+
+    def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
+        rows, hidden = len(token_ids), self.embed(token_ids)
+        prompt = mx.broadcast_to(self.prompt.astype(hidden.dtype), (rows, *self.prompt.shape))
+        longer = mx.concatenate([mx.zeros((rows, self.tokens), token_ids.dtype), token_ids], axis=1)
+        return body(longer, input_embeddings=mx.concatenate([prompt, hidden], axis=1))[:, self.tokens :]
+
+    def generation_cache(self, model: nn.Module) -> list[Any]:
+        cache: list[Any] = make_prompt_cache(model)
+        prompt = self.prompt.astype(self.embed(mx.zeros(1, mx.int32)).dtype)[None]
+        model.model(mx.zeros((1, self.tokens), mx.int32), cache=cache, input_embeddings=prompt)
+        return cache
+
+
+def test_a_soft_prompt_is_trained_as_the_model_with_those_embeddings_is(settings: dict[str, Any]) -> None:
+    """A prompt of the embeddings of real tokens costs what those tokens in front of the text cost."""
+    given = settings | {"dtype": "float32", "batch_size": 1, "max_steps": 1, "method": "soft-prompt", "lr": 1e-9}
+    given = {name: value for name, value in given.items() if name not in ("rank", "data")}
+    row = {"input_ids": [9, 8, 7, 6, 5], "labels": [-100, 8, 7, -100, 5]}
+    in_front = {"input_ids": [0, 1, 2, *row["input_ids"]], "labels": [-100] * 3 + row["labels"]}
+    with METHODS.registered("soft-prompt", SoftPrompt):
+        run = train(TrainConfig(**given), data=[row])
+        alone = export(run.run_dir, run.run_dir.parent / "alone", format="peft")
+        assert "PEFT has no form for what --method soft-prompt trains" in alone.notes[0]
+        loaded = load_run(run.run_dir)
+        told = generate_text(loaded, "the cat", max_tokens=12)
+    asked = [0, 1, 2, *prompt_tokens(loaded, "the cat")]
+    ends = TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded))
+    base = load_model(given["model"], "float32").model
+    assert told == "".join(piece.text for piece in stream_generate(base, ends, asked, max_tokens=12))
+    plain = train(TrainConfig(**given | {"method": "lora", "rank": 2, "out": given["out"] + "-plain"}), data=[in_front])
+    assert run.loss == pytest.approx(plain.loss, rel=1e-6)
+
+
+def test_a_method_that_does_not_say_how_generation_starts_does_not_generate(settings: dict[str, Any]) -> None:
+    class Silent(SoftPrompt):
+        name = "silent"
+        generation_cache = Method.generation_cache
+
+    given = {name: value for name, value in settings.items() if name != "rank"} | {"method": "silent", "max_steps": 1}
+    with METHODS.registered("silent", Silent):
+        run = train(TrainConfig(**given))
+        with pytest.raises(UserError, match="--method silent runs the model in a way of its own"):
+            generate_text(load_run(run.run_dir), "the cat")

@@ -30,6 +30,7 @@ from mlx_sft.safetensors_file import StoredTensor, from_float32, read_bytes, rea
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in cache from the product to the rounding."""
 
+_ALONE = "what was trained goes out alone: with `export --format peft`, or `push --adapter-only`"
 _ANOTHER = "give with --base-model the model that was quantized, and no other"
 
 
@@ -61,7 +62,7 @@ def refuse_unmergeable(run: RunFolder, config: TrainConfig) -> None:
     """Raise `UserError` for a run of a method that changes no weight of the model."""
     if not METHODS[config.method].mergeable:
         what = f"--method {config.method} changes no weight of the model, so that nothing can be merged into it"
-        raise UserError(what, where=str(run.path), hint="export what was trained with --format peft", exit_code=USAGE)
+        raise UserError(what, where=str(run.path), hint=_ALONE, exit_code=USAGE)
 
 
 def write_merged(merging: Merging, folder: Path) -> Merging:

@@ -146,7 +146,12 @@ class Method:
     # After training
 
     def generation_cache(self, model: nn.Module) -> list[Any] | None:
-        """The key/value cache with which generation starts; None for an empty one."""
+        """A new key/value cache, with which generation starts; None for an empty one. Raises `UserError` where it cannot start."""
+        if type(self).run_body is not Method.run_body:
+            what = f"--method {self.name} runs the model in a way of its own, and does not say how generation starts"
+            raise UserError(
+                what, hint="whoever wrote it can add `generation_cache`; `mlx-sft eval` measures it as it is"
+            )
         return None
 
     def changed_shapes(self, parameters: Parameters) -> Mapping[str, tuple[int, ...] | None]:

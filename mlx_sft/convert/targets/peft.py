@@ -13,6 +13,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import folder_bytes
 from mlx_sft.load import finished_folder, load_trained
 from mlx_sft.methods import Parameters
+from mlx_sft.methods.peft_files import CONFIG
 from mlx_sft.model.load import name_elsewhere
 
 
@@ -39,6 +40,10 @@ class Peft(AdapterAlone):
         run, config = self.export.run, self.export.config
         method, parameters = load_trained(run, config)
         method.write(folder, parameters, name_elsewhere(config.model), base_info(run, config).revision)
+        if not (folder / CONFIG).is_file():
+            self.notes.append(
+                f"PEFT has no form for what --method {method.name} trains: these files are for mlx-sft alone"
+            )
 
     def verify(self, folder: Path) -> None:
         method, parameters = load_trained(self.export.run, self.export.config)
