@@ -21,6 +21,19 @@ from mlx_sft.errors import USAGE, UserError, did_you_mean
 
 T = TypeVar("T")
 
+_AT_IMPORT = (
+    ImportError,
+    AttributeError,
+    SyntaxError,
+    NameError,
+    TypeError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    OSError,
+)
+"""What another's package may raise while it is imported."""
+
 
 class Registry(Generic[T]):
     """The entries of one kind, by name, in the order in which they are listed and tried.
@@ -93,7 +106,7 @@ class Registry(Generic[T]):
         if found := self._entry_points().get(name):
             try:
                 entry: T = found.load()
-            except Exception as error:  # another's package may raise whatever it likes while it is imported
+            except _AT_IMPORT as error:
                 package = found.dist.name if found.dist else found.value
                 raise UserError(
                     f"the {self.kind} {name} of the package {package} cannot be imported: {error}",

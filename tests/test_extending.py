@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,18 +15,26 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import torch
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
+from mlx_sft.data.batches import Batch
+from mlx_sft.data.conversation import Item, Items, Tokens, items_of
+from mlx_sft.data.example import IGNORED, Example
+from mlx_sft.data.formats import RowFormat
+from mlx_sft.data.readers import Row
 from mlx_sft.errors import USAGE
 from mlx_sft.generate import end_tokens, generate_text, prompt_tokens
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import load_model
-from mlx_sft.registry import CALLBACKS, METHODS
+from mlx_sft.objectives import LogProbs, Objective, Weighting
+from mlx_sft.registry import CALLBACKS, FORMATS, METHODS, OBJECTIVES
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
+from tests.chosen import without_adapter
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "extending.md"
@@ -343,3 +351,89 @@ def test_a_method_that_does_not_say_how_generation_starts_does_not_generate(sett
         run = train(TrainConfig(**given))
         with pytest.raises(UserError, match="--method silent runs the model in a way of its own"):
             generate_text(load_run(run.run_dir), "the cat")
+
+
+def _read_pair(row: Row) -> tuple[Tokens, ...]:
+    prompt = row.value["prompt_ids"]
+    return tuple(
+        Tokens(row.origin, prompt + row.value[key], [IGNORED] * len(prompt) + row.value[key])
+        for key in ("better", "worse")
+    )
+
+
+PAIR = RowFormat(
+    "pair", ("better", "worse"), ("prompt_ids",), '{"prompt_ids": [1], "better": [2], "worse": [3]}', _read_pair
+)
+
+
+class SimPO(Objective):
+    """−log σ(mean log p of the better − that of the worse), over the pairs (Meng et al. 2024, β = 1, γ = 0)."""
+
+    name: ClassVar = "simpo"
+    first_pass: ClassVar = True
+    compares: ClassVar = True
+
+    def examples(self, item: Items, encode: Callable[[Item], list[Example]]) -> list[Example]:
+        return [example for part in items_of(item) for example in encode(part)]
+
+    def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:
+        assert log_probs is not None
+        means: dict[int, dict[int, float]] = {}
+        for batch, found in zip(batches, log_probs, strict=True):
+            for row, (data_row, example) in enumerate(zip(batch.data_rows, batch.examples, strict=True)):
+                means.setdefault(data_row, {})[example] = float(found[batch.owners == row].mean())
+        slopes, losses = {}, []
+        for pair in means.values():
+            better, worse = sorted(pair)
+            margin = pair[better] - pair[worse]
+            losses.append(np.log1p(np.exp(-margin)))
+            slopes[better] = 1 / (1 + np.exp(margin))
+            slopes[worse] = -slopes[better]
+        weights = []
+        for batch in batches:
+            each = [slopes[index] / (batch.owners == row).sum() for row, index in enumerate(batch.examples)]
+            weights.append(np.array(each, np.float32)[batch.owners])
+        return Weighting(weights, len(means), loss=float(np.mean(losses)), metrics={"pairs": float(len(means))})
+
+
+def test_pairs_are_compared_within_a_step_as_pytorch_compares_them(
+    settings: dict[str, Any], torch_model: Callable[[Path], torch.nn.Module]
+) -> None:
+    random = np.random.default_rng(1)
+    draw = lambda length: random.integers(9, 200, length).tolist()  # noqa: E731
+    rows = [{"prompt_ids": draw(3 + i), "better": draw(2 + i), "worse": draw(5 + i % 3)} for i in range(7)]
+    given = without_adapter(settings) | {
+        "method": "full", "objective": "simpo", "optimizer": "sgd", "dtype": "float32", "lr": 0.1, "scheduler": "constant", "warmup": 0.0,
+        "max_grad_norm": 1e9, "batch_size": 3, "epochs": 2, "shuffle": False, "micro_batch_tokens": 24,
+    }  # fmt: skip
+    del given["data"]
+    with OBJECTIVES.registered("simpo", SimPO), FORMATS.registered("pair", PAIR):
+        run = train(TrainConfig(**given), data=rows, valid=rows[:2])
+        with pytest.raises(UserError, match="a row of 2 texts to compare, and --objective sft takes one"):
+            train(TrainConfig(**given | {"objective": "sft", "out": given["out"] + "-sft"}), data=rows)
+    records = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "train"]
+    assert [record["pairs"] for record in steps] == [3, 3, 1] * 2
+
+    model = torch_model(Path(given["model"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for record, first in zip(steps, [0, 3, 6] * 2, strict=True):
+        loss = torch.stack([_simpo(model, row) for row in rows[first : first + 3]]).mean()
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert steps[-1]["loss"] != pytest.approx(steps[2]["loss"], rel=1e-2), "the steps change nothing"
+    held_out = torch.stack([_simpo(model, row) for row in rows[:2]]).mean()
+    assert next(r for r in records[::-1] if r["kind"] == "evaluation")["loss"] == pytest.approx(
+        held_out.item(), rel=1e-5
+    )
+
+
+def _simpo(model: torch.nn.Module, row: dict[str, list[int]]) -> torch.Tensor:
+    means = []
+    for key in ("better", "worse"):
+        token_ids = torch.tensor(row["prompt_ids"] + row[key])
+        log_probs = model(input_ids=token_ids[None]).logits[0, :-1].log_softmax(-1)
+        means.append(log_probs.gather(1, token_ids[1:, None])[-len(row[key]) :].mean())
+    return -torch.nn.functional.logsigmoid(means[0] - means[1])

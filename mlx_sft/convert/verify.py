@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import Merging
 from mlx_sft.convert.stored import stored_parts
+from mlx_sft.data.conversation import items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.sources import Source, locate, split_weight
@@ -244,7 +245,7 @@ def _token_ids(source: Source, reader: RowReader, encoder: Encoder, max_length: 
         if isinstance(row, UserError):
             continue
         try:
-            examples = encoder.encode(reader.read(row))
+            examples = [example for item in items_of(reader.read(row)) for example in encoder.encode(item)]
         except UserError:
             continue
         yield from (example.token_ids[:max_length].tolist() for example in examples if len(example))

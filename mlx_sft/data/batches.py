@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.encode import Example
+from mlx_sft.data.dataset import Examples
+from mlx_sft.data.example import Example
 
 Lengths = Sequence[int] | NDArray[np.int32]
 
@@ -90,6 +91,8 @@ class Batch:
         tokens: Real tokens in it.
         needed_tokens: Those of them that must be computed.
         spans: Of the rows, where they lie end to end; else empty.
+        examples: [rows] indices of the examples.
+        data_rows: [rows] which row of the data each example is of, for an objective that compares the examples of a row.
     """
 
     token_ids: NDArray[np.int32]
@@ -99,6 +102,15 @@ class Batch:
     tokens: int
     needed_tokens: int
     spans: Spans = ()
+    examples: tuple[int, ...] = ()
+    data_rows: tuple[int, ...] = ()
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """[supervised]: in which of the rows each target is."""
+        if self.spans:
+            return np.searchsorted([end for _, end in self.spans], self.positions, side="right")
+        return np.asarray(self.positions // self.token_ids.shape[1], np.int64)
 
     @property
     def rows(self) -> int:
@@ -122,6 +134,7 @@ class Plan:
         shuffle: Whether there is a random order at all.
         mixture: Sources whose rows follow one another, and their weights. An epoch still has `rows` rows, and takes of each
             source its share: a small one is repeated, a large one is gone through over several epochs.
+        together: The examples of each row, where those of a row stand in one step; then all that is said of examples is said of rows.
     """
 
     def __init__(
@@ -134,6 +147,7 @@ class Plan:
         seed: int = 0,
         shuffle: bool = True,
         mixture: Sequence[Portion] = (),
+        together: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.rows = rows
         self.batch_size = batch_size
@@ -141,6 +155,7 @@ class Plan:
         self.total_steps = max_steps or epochs * self.steps_per_epoch
         self._seed = seed
         self._shuffle = shuffle
+        self._together = together
         self.mixture = tuple(mixture)
         self._shares = shares(rows, [portion.weight for portion in mixture])
 
@@ -157,8 +172,11 @@ class Plan:
                 number=number,
                 epoch=epoch + done / self.rows,
                 ends_epoch=within + 1 == self.steps_per_epoch,
-                rows=tuple(int(row) for row in rows),
+                rows=tuple(int(row) for row in rows) if self._together is None else self._examples_of(rows),
             )
+
+    def _examples_of(self, rows: NDArray[np.int64]) -> tuple[int, ...]:
+        return tuple(index for row in rows for index in (self._together or ())[row])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """The rows of an epoch."""
@@ -289,4 +307,6 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
         tokens,
         needed,
         tuple(spans) if micro_batch.joined else (),
+        micro_batch.rows,
+        tuple(examples.rows[list(micro_batch.rows)].tolist()) if isinstance(examples, Examples) else micro_batch.rows,
     )

@@ -48,6 +48,13 @@ class Tokens:
 
 
 Item = Conversation | Document | Tokens
+Items = Item | tuple[Item, ...]
+"""What a row format makes of a row; several items for an objective that compares them, such as a preferred answer and a rejected one."""
+
+
+def items_of(read: Items) -> tuple[Item, ...]:
+    """One item or several, as a tuple."""
+    return read if isinstance(read, tuple) else (read,)
 
 
 def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conversation:

@@ -191,6 +191,12 @@ class Examples(Sequence[Example]):
             self._known["row"] = self._gathered("row") + behind[stores]
         return self._known["row"]
 
+    def by_row(self) -> list[list[int]]:
+        """The indices of the examples of each row that has some."""
+        order = np.argsort(self.rows, kind="stable")
+        _, starts = np.unique(self.rows[order], return_index=True)
+        return [part.tolist() for part in np.split(order, starts[1:])] if len(self) else []
+
     def facts(self) -> Facts:
         """What a person should know about all of them together."""
         return Facts(*(int(self._gathered(name).sum()) for name in FACTS))

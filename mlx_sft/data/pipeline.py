@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.conversation import Conversation, Item
+from mlx_sft.data.conversation import Conversation, Items, items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.example import Example
 from mlx_sft.data.readers import Row
@@ -112,12 +112,16 @@ class Pipeline:
             if isinstance(row, UserError):
                 raise row
             item = self.reader.read(row)
-            found = self.special.found_in(item) if isinstance(item, Conversation) else None
+            items = items_of(item)
+            told = (self.special.found_in(one) for one in items if isinstance(one, Conversation))
+            found = next(filter(None, told), None)
             if found and self.special_in_content == "error":
-                raise UserError(found, where=item.origin, hint=SPECIAL_HINT)
+                raise UserError(found, where=items[0].origin, hint=SPECIAL_HINT)
             if found and self.special_in_content == "drop":
-                return Outcome(origin, [], frozenset(), Note(item.origin, "dropped", found, SPECIAL_HINT))
-            signs = signs_of(item, self.special.user_header) | ({SPECIAL_SIGN} if found else set())
+                return Outcome(origin, [], frozenset(), Note(items[0].origin, "dropped", found, SPECIAL_HINT))
+            signs = frozenset().union(*(signs_of(one, self.special.user_header) for one in items)) | (
+                {SPECIAL_SIGN} if found else set()
+            )
             return Outcome(origin, self._encode(item), signs, None)
         except TemplateStopped as stopped:
             raise stopped.at(origin) from None
@@ -125,14 +129,15 @@ class Pipeline:
             note = Note(error.where or origin, "bad", error.what, error.hint)
             return Outcome(origin, [], frozenset(), note, isinstance(error, MixedFormats))
 
-    def _encode(self, item: Item) -> list[Example]:
+    def _encode(self, item: Items) -> list[Example]:
         encode = self.encoder.encode
-        found = self.objective.examples(item, encode) if self.objective else encode(item)
+        items = items_of(item)
+        found = self.objective.examples(item, encode) if self.objective else [e for one in items for e in encode(one)]
         examples = [example for example in found if example.supervised_tokens]
         if not examples:
             raise UserError(
                 "a conversation with nothing to train on: no token of it is the model's to write",
-                where=item.origin,
+                where=items[0].origin,
                 hint="give it an assistant turn that the chat template writes, and that is not left out of the loss",
             )
         return examples

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_sft.data.conversation import Item
+from mlx_sft.data.conversation import Items
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.messages import nearest, shown
 from mlx_sft.data.readers import Row
@@ -90,8 +90,8 @@ class RowReader:
                 raise UserError(what, where=row.origin, hint=hint, exit_code=USAGE)
         return replace(self, _first=(self._format_of(self._renamed(row)), row.origin))
 
-    def read(self, row: Row) -> Item:
-        """The conversation, document or tokens in a row.
+    def read(self, row: Row) -> Items:
+        """The conversation, document or tokens in a row, or several of them.
 
         Raises:
             MixedFormats: for a row of another format than the row that settled this reader; naming both.

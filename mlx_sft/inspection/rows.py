@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.conversation import Conversation, Document, Item
+from mlx_sft.data.conversation import Conversation, Document, Item, items_of
 from mlx_sft.data.encode import View
 from mlx_sft.data.mask.traced_rendering import NOBODY
 from mlx_sft.data.pipeline import Pipeline
@@ -208,13 +208,14 @@ class RowViewer:
         try:
             if isinstance(row, UserError):
                 raise row
-            item = RowReader(source.format or "auto", self._config.columns).read(row)
-            views = pipeline.encoder.view(item)
+            items = items_of(RowReader(source.format or "auto", self._config.columns).read(row))
+            views = [(item, view) for item in items for view in pipeline.encoder.view(item)]
         except UserError:
             return [], frozenset()
-        shown = [ShownExample.of(view, item, self._special_ids, self._config.max_length) for view in views]
-        signs = signs_of(item, pipeline.special.user_header)
-        if pipeline.special_in_content == "keep" and isinstance(item, Conversation) and pipeline.special.found_in(item):
+        shown = [ShownExample.of(view, item, self._special_ids, self._config.max_length) for item, view in views]
+        signs = frozenset().union(*(signs_of(item, pipeline.special.user_header) for item in items))
+        conversations = (item for item in items if isinstance(item, Conversation))
+        if pipeline.special_in_content == "keep" and any(pipeline.special.found_in(item) for item in conversations):
             signs |= {SPECIAL_SIGN}
         return shown, signs
 

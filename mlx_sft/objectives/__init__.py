@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.errors import UserError
 from mlx_sft.registry import OBJECTIVES
 from mlx_sft.settings import Settings as NoSettings
 
 if TYPE_CHECKING:  # the data room takes a second to import, and the settings of an objective are asked for before it
     from mlx_sft.data.batches import Batch
-    from mlx_sft.data.conversation import Item
+    from mlx_sft.data.conversation import Item, Items
     from mlx_sft.data.example import Example
 
 ENTRIES = {
@@ -58,25 +59,31 @@ class Objective:
         Settings: Its settings, each of which becomes an option.
         settings: The chosen ones.
         first_pass: Whether `weigh` needs the log-probabilities of the model as it is, which costs a forward pass more.
+        compares: Whether it compares the examples of a row: they then stand in one step together, and `batch_size` counts rows.
+            `batch.data_rows` tells which of a step's examples are of one row, and their order in it is that of `batch.examples`.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[NoSettings]] = NoSettings
     first_pass: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = settings if settings is not None else self.Settings()
 
-    def examples(self, item: Item, encode: Callable[[Item], list[Example]]) -> list[Example]:
+    def examples(self, item: Items, encode: Callable[[Item], list[Example]]) -> list[Example]:
         """The examples of a row.
 
         Args:
-            item: What the row format made of it.
+            item: What the row format made of it; a tuple where that is several items.
             encode: A conversation, document or tokens → examples with their masks.
 
         Raises:
             UserError: For a row that the objective cannot train on.
         """
+        if isinstance(item, tuple):
+            what = f"a row of {len(item)} texts to compare, and --objective {self.name} takes one"
+            raise UserError(what, where=item[0].origin, hint="choose an objective that compares the texts of a row")
         return encode(item)
 
     def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:

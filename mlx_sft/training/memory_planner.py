@@ -24,6 +24,8 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.model.load import resolve_dtype
 from mlx_sft.model.outline import outline
+from mlx_sft.objectives import Weighting
+from mlx_sft.registry import OBJECTIVES
 from mlx_sft.training.batch_settings import BatchSettings, asked_for, choose, most_at_once, most_tokens
 from mlx_sft.training.machine import Machine
 from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
@@ -244,7 +246,8 @@ def probe(gradient_computer: GradientComputer, parameters: Parameters, footprint
     if footprint.held:
         mx.set_memory_limit(before + predicted.limit - predicted.weights - predicted.trained)
     try:
-        gradient_computer.gradient(parameters, [_one_row(length)])
+        row = _one_row(length)
+        gradient_computer.gradient(parameters, [row], weighting=Weighting([row.weights], len(row.weights)))
     finally:
         mx.set_memory_limit(limit)
     correction = (mx.get_peak_memory() - before) / expected
@@ -267,12 +270,19 @@ def _one_row(length: int) -> Batch:
 
 def planned_steps(config: TrainConfig, data: PreparedData) -> Plan:
     """The steps of a run on this data."""
+    together, counts = None, [examples for examples, _ in data.mixture]
+    if OBJECTIVES[config.objective].compares:
+        together = data.train.by_row()
+        of_source = np.searchsorted(np.cumsum(counts), [examples[0] for examples in together], side="right")
+        counts = np.bincount(of_source, minlength=len(counts)).tolist()
+    weights = [weight for _, weight in data.mixture]
     return Plan(
-        len(data.train),
+        sum(counts),
         batch_size=config.batch_size,
         epochs=config.epochs,
         max_steps=config.max_steps,
         seed=config.seed,
         shuffle=config.shuffle,
-        mixture=[Portion(rows, weight) for rows, weight in data.mixture if weight is not None],
+        mixture=[Portion(rows, weight) for rows, weight in zip(counts, weights, strict=True) if weight is not None],
+        together=together,
     )

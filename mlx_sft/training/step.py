@@ -21,7 +21,7 @@ from mlx_sft.data.batches import Batch, round_up
 from mlx_sft.methods import Binder, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.tiles import TiledHead, tiled_head
-from mlx_sft.objectives import Objective
+from mlx_sft.objectives import Objective, Weighting
 from mlx_sft.objectives.sft import SFT
 from mlx_sft.training.loss import Head, chunk_rows, cross_entropy_sum, evaluate_positions, position_losses
 from mlx_sft.training.recompute import Mode, Recomputation
@@ -154,6 +154,7 @@ class GradientComputer:
         batches: Sequence[Batch],
         key: mx.array | None = None,
         before_each: Callable[[], None] = lambda: None,
+        weighting: Weighting | None = None,
     ) -> StepGradient:
         """The objective over a step's supervised positions, and its gradient.
 
@@ -162,6 +163,7 @@ class GradientComputer:
             batches: The micro-batches of the step.
             key: Random key of the step's dropout; None for no dropout.
             before_each: Called before each micro-batch; what it raises ends the step, and nothing has changed.
+            weighting: What the positions weigh; the objective says it where None.
 
         Raises:
             OutOfMemory: If one of them does not fit; nothing has changed then.
@@ -170,7 +172,8 @@ class GradientComputer:
         loss = mx.array(0.0)
         total: Parameters = {}
         try:
-            weighting = self._objective.weigh(batches, self._first_pass(parameters, batches, keys, before_each))
+            if weighting is None:
+                weighting = self._objective.weigh(batches, self._first_pass(parameters, batches, keys, before_each))
             for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
                 before_each()
                 started = time.perf_counter()

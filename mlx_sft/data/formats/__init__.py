@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlx_sft.data.conversation import Item
+from mlx_sft.data.conversation import Items
 from mlx_sft.data.readers import Row
 
 ENTRIES = {
@@ -31,11 +31,11 @@ class RowFormat:
         keys: Those that tell it.
         optional: Those that a row may have besides.
         example: How such a row is written.
-        read: A row → what is in it; raises `ValueError` with a reason.
+        read: A row → what is in it, or several such items for an objective that compares them; raises `ValueError` with a reason.
     """
 
     name: str
     keys: tuple[str, ...]
     optional: tuple[str, ...]
     example: str
-    read: Callable[[Row], Item]
+    read: Callable[[Row], Items]
