@@ -191,6 +191,11 @@ class Examples(Sequence[Example]):
             self._known["row"] = self._gathered("row") + behind[stores]
         return self._known["row"]
 
+    def row_of(self, index: int) -> int:
+        """What `rows` has at this index; the others are not looked at."""
+        which, number = self._place(index)
+        return sum(store.rows for store in self._stores[:which]) + int(self._stores[which].table["row"][number])
+
     def by_row(self) -> list[list[int]]:
         """The indices of the examples of each row that has some."""
         order = np.argsort(self.rows, kind="stable")
@@ -269,11 +274,15 @@ class Examples(Sequence[Example]):
         return np.arange(len(self)) if self._chosen is None else self._chosen
 
     def _find(self, index: int) -> tuple[Store, int]:
+        which, number = self._place(index)
+        return self._stores[which], number
+
+    def _place(self, index: int) -> tuple[int, int]:
         number = range(len(self))[index]
         if self._chosen is not None:
             number = int(self._chosen[number])
         which = bisect_right(self._starts, number) - 1
-        return self._stores[which], number - self._starts[which]
+        return which, number - self._starts[which]
 
 
 def check_vocabulary(examples: Examples, vocabulary: int) -> None:

@@ -212,6 +212,23 @@ def test_rows_of_one_micro_batch_lie_under_each_other() -> None:
     assert (batch.token_ids.dtype, batch.positions.dtype, batch.targets.dtype) == (np.int32,) * 3
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_batch_tells_of_which_example_each_target_is(joined: bool) -> None:
+    examples = [_example("never"), _example("aB"), _example("abcD"), _example("aBCD")]
+    batch = collate(examples, MicroBatch((3, 1, 2), 7 if joined else 8, joined))
+    assert batch.owners.tolist() == [0, 0, 0, 1, 2]
+    assert batch.examples == (3, 1, 2)
+
+
+def test_the_examples_of_a_row_may_stand_in_one_step_together() -> None:
+    together = [[0, 1], [2, 3], [4], [5, 6]]
+    steps = list(Plan(4, batch_size=2, epochs=3, seed=5, together=together).steps())
+    assert [step.ends_epoch for step in steps] == [False, True] * 3
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        assert sorted(first.rows + second.rows) == list(range(7))
+        assert all(set(row) <= set(first.rows) or not set(row) & set(first.rows) for row in together)
+
+
 @pytest.mark.parametrize(("text", "length"), [("aB", 1), ("aBc", 1), ("abcD", 3), ("aBcDe.", 3)])
 def test_what_comes_after_the_last_supervised_token_is_not_computed(text: str, length: int) -> None:
     assert _example(text).needed_length == length

@@ -115,6 +115,9 @@ def test_the_turns_of_a_row_share_its_number_and_no_other_row_has_it() -> None:
     first, second = Examples([store("a", (1, 0), (3, 0), (0, 0))]), Examples([store("b", (0, 0), (1, 0), (2, 0))])
     found = Examples.joined([first, second])
     assert found.rows.tolist() == [0, 1, 1, 1, 4, 5, 5]
+    assert [found.row_of(index) for index in range(7)] == found.rows.tolist()
+    assert found.by_row() == [[0], [1, 2, 3], [4], [5, 6]]
+    assert found.select([6, 0, 5]).by_row() == [[1], [0, 2]]
     assert [found.row_origin(index) for index in (0, 1, 3, 4, 6)] == ["a:0", "a:1", "a:1", "b:1", "b:2"]
     assert [found[index].origin for index in (0, 1, 6)] == ["a:0", "a:1#0", "b:2#1"]
     assert found.counts() == [4, 3]
