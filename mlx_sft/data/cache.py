@@ -2,7 +2,6 @@
 
     <cache>/<key>/               token_ids, spans, table, origins, lost.jsonl; meta.json with their sizes and checksums
     <cache>/.writing-<random>/   one that is being written; its lock ends with its process
-    <cache>/contents/            the digests of large files
 
 Concurrent runs each write their own; whoever ends second takes the first's. Knows nothing of rows, tokenizers or settings.
 """

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
 import time
@@ -27,10 +26,6 @@ from mlx_sft.data.streams import COMPRESSIONS
 from mlx_sft.registry import FORMATS
 
 _PACKAGES = ("mlx-sft", "transformers", "tokenizers", "jinja2")
-_REMEMBERED_FROM = 256_000_000
-"""Bytes from which a file's digest is remembered: reading a smaller one takes less than a second."""
-_AT_REST = 2_000_000_000
-"""Nanoseconds since a file's last change, so that another change would show in its times."""
 
 
 def entry_key(content: str, name: str, pipeline: Pipeline) -> str | None:
@@ -132,30 +127,6 @@ def _as_json(value: Any) -> str:
 # The content
 
 
-def content_of(source: Source, remembered: Path | None) -> str | None:
-    """SHA-256 of a source's bytes; None where it has none, such as a dataset of the Hub.
-
-    Args:
-        remembered: Folder of the digests of large files, each with the file's times and place on the disk, all of which any
-            change of the file changes.
-    """
-    path = getattr(source, "path", None)
-    before = file_state(source)
-    if path is None or before is None or remembered is None or before["size"] < _REMEMBERED_FROM:
-        return source.sha256()
-    memo = remembered / f"{hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()}.json"
-    try:
-        known = json.loads(memo.read_text(encoding="utf-8"))
-        if known["state"] == before and isinstance(known["sha256"], str):
-            return str(known["sha256"])
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # it is computed
-    digest = source.sha256()
-    if digest is not None and file_state(source) == before and time.time_ns() - before["changed"] > _AT_REST:
-        _remember(memo, {"state": before, "sha256": digest})
-    return digest
-
-
 def file_state(source: Source) -> dict[str, int] | None:
     """What changes with any change of a source's file: its size, times and place on the disk; None for no regular file."""
     path = getattr(source, "path", None)
@@ -172,13 +143,3 @@ def file_state(source: Source) -> dict[str, int] | None:
         "inode": stat.st_ino,
         "device": stat.st_dev,
     }
-
-
-def _remember(memo: Path, value: dict[str, Any]) -> None:
-    temporary = memo.with_suffix(f".{os.getpid()}")
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value), encoding="utf-8")
-        temporary.replace(memo)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # it is computed again next time

@@ -22,7 +22,7 @@ from mlx_sft.data.cache import (
     write_errors,
     writing,
 )
-from mlx_sft.data.key import content_of, entry_key, file_state
+from mlx_sft.data.key import entry_key, file_state
 from mlx_sft.data.pipeline import Pipeline, Progress
 from mlx_sft.data.sources import Source
 from mlx_sft.data.tokenize import LostRow, Reading, workers_for
@@ -55,7 +55,7 @@ def tokenized(
     """
     root = cache_folder() if keep else None
     before = file_state(source)
-    sha256 = content_of(source, root / "contents" if root else None)
+    sha256 = source.sha256()
     key = entry_key(sha256, source.name, pipeline) if root and sha256 else None
     home = root / key if root and key else None
     entry = _cached(home, source.name, progress) if home else None
