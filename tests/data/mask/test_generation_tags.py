@@ -79,6 +79,17 @@ def test_an_answer_may_have_several_tags(make_tokenizer: MakeTokenizer) -> None:
     assert rendered(tokenizer, *messages).facts.turns_without_end == 0
 
 
+def test_what_a_tag_encloses_behind_the_end_of_the_turn_is_supervised_too(make_tokenizer: MakeTokenizer) -> None:
+    shouting = make_tokenizer(
+        "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>!' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    messages = [user("Hi"), assistant("Hello"), user("?"), assistant("Yo")]
+    assert shown(shouting, *messages) == "<user>Hi<assistant>⟦Hello<|im_end|>!⟧<user>?<assistant>⟦Yo<|im_end|>!⟧"
+    assert rendered(shouting, *messages).facts.turns_without_end == 2
+
+
 CLOSING = (
     "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"

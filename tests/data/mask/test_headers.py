@@ -9,6 +9,7 @@ import pytest
 from tests.data.mask.pictures import (
     MakeTokenizer,
     assistant,
+    refusal,
     shown,
     tool,
     user,
@@ -70,6 +71,16 @@ def test_a_header_that_only_the_first_of_several_turns_has(make_tokenizer: MakeT
     assert shown(continuing, user("Hi"), assistant("I look"), tool("3"), assistant("It is 3"), user("?")) == (
         "<user>Hi<|assistant|>⟦I look<|end|>⟧<tool>3</tool>⟦It is 3<|end|>⟧<user>?"
     )
+
+
+def test_a_prompt_that_begins_the_answer_itself_is_no_header(make_tokenizer: MakeTokenizer) -> None:
+    """The answer happens to begin as the prompt ends: nothing says whose these letters are."""
+    prefilling = make_tokenizer(
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>Su' }}{% endif %}"
+    )
+    error = refusal(prefilling, user("Hi"), assistant("Sure"))
+    assert "message 2 does not begin with the generation prompt '<assistant>Su'" in error.what
 
 
 def test_an_opening_assistant_has_the_header_of_the_others(make_tokenizer: MakeTokenizer) -> None:
