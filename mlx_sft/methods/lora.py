@@ -110,7 +110,7 @@ class Lora(Method):
             given = {part: parameters[f"{path}.{part}"] for part in _PARTS if f"{path}.{part}" in parameters}
             if given:  # binding some of them, as a head does, leaves the others' dropout alone
                 module.update(given)
-                module._key = module_key
+                module.drop_with(module_key)
 
     @staticmethod
     def detach(model: nn.Module) -> Callable[[], None]:

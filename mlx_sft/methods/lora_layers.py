@@ -21,9 +21,18 @@ class LoraLinear(nn.Module):
         *experts, out_features, in_features = weight_shape(linear)
         self.lora_A = mx.zeros((*experts, rank, in_features))
         self.lora_B = mx.zeros((*experts, out_features, rank))
-        self._scale = scale
+        self.scale = scale
         self._dropout = dropout
-        self._key: mx.array | None = None
+        self._dropout_key: mx.array | None = None  # private, or MLX would take it for a parameter
+
+    @property
+    def dropout_key(self) -> mx.array | None:
+        """The random key of the next call's dropout; None where it is off."""
+        return self._dropout_key
+
+    def drop_with(self, key: mx.array | None) -> None:
+        """Draw the next call's dropout with this key; None switches it off."""
+        self._dropout_key = key
 
     @property
     def kept_numbers(self) -> int:
@@ -33,12 +42,12 @@ class LoraLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         down = self._drop(x) @ self.lora_A.T.astype(x.dtype)
         # One pass over the output for the product and the sum.
-        return mx.addmm(self.linear(x), self._scale * down, self.lora_B.T.astype(x.dtype))
+        return mx.addmm(self.linear(x), self.scale * down, self.lora_B.T.astype(x.dtype))
 
     def _drop(self, x: mx.array) -> mx.array:
-        if self._key is None or self._dropout == 0:
+        if self._dropout_key is None or self._dropout == 0:
             return x
-        kept = mx.random.bernoulli(1 - self._dropout, x.shape, key=self._key)
+        kept = mx.random.bernoulli(1 - self._dropout, x.shape, key=self._dropout_key)
         return x * (kept.astype(x.dtype) / (1 - self._dropout))
 
 
@@ -62,7 +71,7 @@ class DoraLinear(LoraLinear):
     def __call__(self, x: mx.array) -> mx.array:
         dropped = self._drop(x)
         frozen = self._frozen(dropped)
-        scaled = self._scale * (dropped @ self.lora_A.T.astype(x.dtype))
+        scaled = self.scale * (dropped @ self.lora_A.T.astype(x.dtype))
         directed = mx.addmm(frozen, scaled, self.lora_B.T.astype(x.dtype))
         result: mx.array = directed * (self.lora_magnitude_vector / mx.stop_gradient(self._norms())).astype(x.dtype)
         if dropped is not x:
@@ -76,7 +85,7 @@ class DoraLinear(LoraLinear):
         lora_A, lora_B = self.lora_A, self.lora_B
         mixed = (lora_B * self._frozen(lora_A).astype(mx.float32).T).sum(axis=1)
         updates = (lora_B * (lora_B @ (lora_A @ lora_A.T))).sum(axis=1)
-        squares = self._squares + 2 * self._scale * mixed + self._scale**2 * updates
+        squares = self._squares + 2 * self.scale * mixed + self.scale**2 * updates
         return mx.where(squares > 0, mx.sqrt(mx.maximum(squares, 0)), 1)  # a row of zeros stays one
 
     def _frozen(self, x: mx.array) -> mx.array:
@@ -93,6 +102,6 @@ class LoraSwitchLinear(LoraLinear):
             weight = weight.astype(x.dtype).swapaxes(-1, -2)
             return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=sorted_indices)
 
-        update = product(self._scale * product(self._drop(x), self.lora_A), self.lora_B)
+        update = product(self.scale * product(self._drop(x), self.lora_A), self.lora_B)
         frozen: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
         return frozen + update

@@ -130,7 +130,7 @@ def test_original_adds_the_adapter_to_full_precision_and_reports_what_quantizing
     before, after = load_file(base / "model.safetensors"), load_file(result.path / "model.safetensors")
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     adapted = load_run(folder).model.layers[0].self_attn.q_proj
-    update = adapted._scale * np.array(adapted.lora_B) @ np.array(adapted.lora_A)
+    update = adapted.scale * np.array(adapted.lora_B) @ np.array(adapted.lora_A)
     name = "model.layers.0.self_attn.q_proj.weight"
     np.testing.assert_allclose(after[name] - before[name], update, atol=1e-6)
 

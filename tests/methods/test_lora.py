@@ -175,7 +175,7 @@ def test_every_module_drops_others(model: nn.Module) -> None:
     method = _lora(rank=2, dropout=0.5)
     parameters = method.attach(model, seed=0)
     method.bind(model, parameters, mx.random.key(0))
-    keys = [tuple(module._key.tolist()) for module in method.modules.values()]
+    keys = [tuple(module.dropout_key.tolist()) for module in method.modules.values()]
     assert len(set(keys)) == len(keys) == 14
 
 
@@ -188,7 +188,7 @@ def test_binding_some_leaves_the_others_as_they_are(make_base: Callable[..., Pat
     method.bind(model, head)
     assert mx.array_equal(model.lm_head.lora_B, head["lm_head.lora_B"]).item()
     q_proj = model.layers[0].self_attn.q_proj
-    assert q_proj._key is not None
+    assert q_proj.dropout_key is not None
     assert mx.array_equal(q_proj.lora_A, parameters["model.layers.0.self_attn.q_proj.lora_A"]).item()
 
 
@@ -234,8 +234,8 @@ def test_single_modules_may_have_a_rank_and_a_scale_of_their_own(model: nn.Modul
     assert ranks["model.layers.0.mlp.up_proj.lora_A"] == 6
     assert ranks["model.layers.1.mlp.up_proj.lora_A"] == 2
     assert ranks["model.layers.1.mlp.down_proj.lora_A"] == 4
-    assert method.modules["model.layers.0.self_attn.q_proj"]._scale == 1 / 4
-    assert method.modules["model.layers.1.mlp.up_proj"]._scale == 8 / 2
+    assert method.modules["model.layers.0.self_attn.q_proj"].scale == 1 / 4
+    assert method.modules["model.layers.1.mlp.up_proj"].scale == 8 / 2
 
 
 def test_dora_starts_as_the_base(model: nn.Module) -> None:
