@@ -6,6 +6,7 @@ What is written appears under its name only once it is complete.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -255,13 +256,33 @@ def recover_replaced_folder(path: Path) -> None:
 
 
 def _replace_folder(new: Path, path: Path) -> None:
+    """Where the file system cannot exchange two folders, `path` is missing for an instant; `recover_replaced_folder` undoes a kill there."""
     if not path.exists():
         new.rename(path)
         return
+    if _exchange(new, path):
+        sync_path(path.parent)
+        shutil.rmtree(new)
+        return
     old = path.with_name(f".replaced-{path.name}")
     path.rename(old)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
     shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names atomically; whether this system and its file system can."""
+    library = ctypes.CDLL(None)
+    names = os.fsencode(one), os.fsencode(other)
+    if hasattr(library, "renamex_np"):  # macOS: RENAME_SWAP
+        return bool(library.renamex_np(*names, 2) == 0)
+    if hasattr(library, "renameat2"):  # Linux: both from the current folder (AT_FDCWD), RENAME_EXCHANGE
+        return bool(library.renameat2(-100, names[0], -100, names[1], 2) == 0)
+    return False
 
 
 def to_json(value: Any) -> str:

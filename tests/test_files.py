@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from mlx_sft import files
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import (
     MOST_JSON_BYTES,
@@ -255,6 +257,50 @@ def test_a_folder_that_a_killed_process_was_replacing_is_back_in_its_place(tmp_p
     with write_folder(tmp_path / "folder") as temporary:
         (temporary / "file").write_text("new")
     assert (tmp_path / "folder" / "file").read_text() == "new"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    is_there: set[bool] = set()
+    seen = threading.Event()
+
+    def watch() -> None:
+        while not seen.is_set():
+            is_there.add(folder.exists())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(200):
+            with write_folder(folder) as temporary:
+                (temporary / "file").write_text("new")
+    finally:
+        seen.set()
+        watcher.join()
+    assert is_there == {True}
+    assert names(folder) == ["file"]
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_text("old")
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # as on a memory stick
+    rename = Path.rename
+
+    def refuse(path: Path, to: Path) -> Path:
+        if path.name == ".writing-folder":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError), write_folder(folder) as temporary:
+        (temporary / "file").write_text("new")
+    assert (folder / "file").read_text() == "old"
     assert names(tmp_path) == ["folder"]
 
 
