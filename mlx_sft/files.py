@@ -256,7 +256,7 @@ def recover_replaced_folder(path: Path) -> None:
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    """Where the file system cannot exchange two folders, `path` is missing for an instant; `recover_replaced_folder` undoes a kill there."""
+    """Where the file system cannot exchange folders, `path` is missing for an instant: `recover_replaced_folder` mends a kill there."""
     if not path.exists():
         new.rename(path)
         return
