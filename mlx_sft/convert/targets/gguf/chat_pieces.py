@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
-from mlx_sft.data.sandbox import TemplateStopped
+from mlx_sft.data.template_limits import TemplateStopped
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
