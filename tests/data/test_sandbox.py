@@ -339,6 +339,18 @@ def test_a_template_that_gathers_its_text_writes_a_long_conversation(make_tokeni
     assert ReferenceRendering(tokenizer, Conversation("a:1", messages)).text == expected
 
 
+def test_methods_of_long_texts_and_large_numbers_are_no_reason_to_stop() -> None:
+    source = (
+        "{{ (a ~ b).replace(a, '') | length }}{{ (a ~ b) | replace(b, 'x') | length }}{{ (a ~ b).startswith(a) }}"
+        "{{ (a ~ b).split(b) | length }}{{ a is eq b }}{{ a == b }}{{ b in a ~ b }}{{ [a, b] | join('\n\n') | length }}"
+        "{{ ('%s %d' % (a, 1700000000)) | length }}{{ '{}'.format(1700000000) }}{{ n is gt 1600000000 }}{{ [n] | first }}"
+        "{{ [{'n': n}] | selectattr('n', 'gt', 1600000000) | list }}{{ a | truncate(500) | length }}{{ n | default(10 ** 9) }}"
+        "{{ [a, b, a, b] | tojson(indent=4) | length }}{{ a.removeprefix(b) | trim | length }}{{ (a ~ '!').rstrip('!') == a }}"
+    )
+    variables = {"a": "ab " * 60_000, "b": "cd " * 60_000, "n": 1_700_000_000, "messages": []}
+    assert compiled(source).render(**variables) == transformers_writes(source, **variables)
+
+
 # Stopped
 
 
