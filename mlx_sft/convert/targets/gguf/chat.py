@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 
+def message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
 class Unfit(Exception):
     """Why a template cannot be put in Ollama's form."""
 
@@ -81,9 +85,9 @@ def between(text: str | None, *messages: Message) -> list[str]:
     if text is None:
         raise Unfit("it rejects a conversation of questions and answers")
     pieces = []
-    for message in messages:
-        before, found, text = text.partition(message["content"])
-        if not found or message["content"] in text:
+    for words in (one["content"] for one in messages):
+        before, found, text = text.partition(words)
+        if not found or words in text:
             raise Unfit("it does not write each message once, in their order")
         pieces.append(before)
     return [*pieces, text]

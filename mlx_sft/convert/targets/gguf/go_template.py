@@ -15,7 +15,7 @@ from functools import cached_property
 
 from jinja2 import Environment, Template
 
-from mlx_sft.convert.targets.gguf.chat import Chat, Message, Unfit, between, length_in_common
+from mlx_sft.convert.targets.gguf.chat import Chat, Message, Unfit, between, length_in_common, message
 
 _SHOWN = 90
 """Characters around a difference that a person is shown."""
@@ -64,16 +64,13 @@ class GoTemplate:
     def rendered(self, messages: list[Message]) -> str:
         """The prompt that Ollama makes of a conversation in which no two neighbours have the same role."""
         if self.default_system and messages[0]["role"] != "system":
-            messages = [_system(self.default_system), *messages]
-        system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-        roles = [message["role"] for message in messages]
-        written = [
-            self._as_jinja.render(
-                message, system=system, first="user" not in roles[:number], last=number == len(messages) - 1
-            )
-            for number, message in enumerate(messages)
-        ]
-        return self.lead + "".join(written)
+            messages = [message("system", self.default_system), *messages]
+        system = "\n\n".join(one["content"] for one in messages if one["role"] == "system")
+        text, first = self.lead, True
+        for number, one in enumerate(messages, 1):
+            text += self._as_jinja.render(one, system=system, first=first, last=number == len(messages))
+            first = first and one["role"] != "user"
+        return text
 
     @cached_property
     def _as_jinja(self) -> Template:
@@ -201,30 +198,14 @@ def _difference(template: GoTemplate, chat: Chat, samples: list[list[Message]]) 
     return ""
 
 
-def _user(content: str) -> Message:
-    return {"role": "user", "content": content}
-
-
-def _assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
-
-
-def _system(content: str) -> Message:
-    return {"role": "system", "content": content}
-
-
-_SYSTEM, _FIRST, _ANSWER, _SECOND = (
-    _system("zqsystemqz"),
-    _user("zqfirstqz"),
-    _assistant("zqanswerqz"),
-    _user("zqsecondqz"),
-)
+_SYSTEM, _FIRST = message("system", "zqsystemqz"), message("user", "zqfirstqz")
+_ANSWER, _SECOND = message("assistant", "zqanswerqz"), message("user", "zqsecondqz")
 """Words that no template writes by itself."""
 
-_RULES = _system('Be brief:\n- {{ .Content }}, "quoted" or `so`\n- {% raw %} and """')
-_ASK, _MORE, _OTHER = _user("What is 2 + 2?\n\nWhy?"), _user("naïve 😀 {x}"), _user("4")
-_SAY, _JSON = _assistant("**4**, since\n\n1. 2\n2. and 2"), _assistant('{"answer": 4}')
-_THOUGHT = _assistant("Four.") | {"reasoning_content": "2 and 2\nmake 4"}
+_RULES = message("system", 'Be brief:\n- {{ .Content }}, "quoted" or `so`\n- {% raw %} and """')
+_ASK, _MORE, _OTHER = (message("user", words) for words in ("What is 2 + 2?\n\nWhy?", "naïve 😀 {x}", "4"))
+_SAY, _JSON = message("assistant", "**4**, since\n\n1. 2\n2. and 2"), message("assistant", '{"answer": 4}')
+_THOUGHT = message("assistant", "Four.") | {"reasoning_content": "2 and 2\nmake 4"}
 
 _TALKS = [
     [_ASK],
@@ -236,4 +217,7 @@ _TALKS = [
     [_ASK, _SAY, _MORE, _THOUGHT],
 ]
 _SAMPLES = [*_TALKS, *([_RULES, *talk] for talk in _TALKS)]
-_SAMPLES_OF_SYSTEM_TURNS = [[_ASK, _SAY, _RULES, _MORE], [_RULES, _ASK, _SAY, _system("Now at length."), _MORE]]
+_SAMPLES_OF_SYSTEM_TURNS = [
+    [_ASK, _SAY, _RULES, _MORE],
+    [_RULES, _ASK, _SAY, message("system", "Now at length."), _MORE],
+]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_sft.convert.targets.gguf.chat import Chat, Message, Unfit
+from mlx_sft.convert.targets.gguf.chat import Chat, Unfit, message
 from mlx_sft.convert.targets.gguf.go_template import end_of_answer, go_template
 from mlx_sft.data.template import todays_variables
 from mlx_sft.data.tokenizer import end_tokens
@@ -87,7 +87,7 @@ def _follows_gguf_template(chat_template: str) -> bool:
 def _without_template(chat: Chat, source: str, chat_template: str) -> Modelfile:
     """For a chat template that Ollama takes out of the GGUF file, and calls without the variables of this run."""
     notes = [f"Ollama {REQUIRED} or later is needed, which follows the chat template in the GGUF file"]
-    talk = [_message("user", "a"), _message("assistant", "b"), _message("user", "c")]
+    talk = [message("user", "a"), message("assistant", "b"), message("user", "c")]
     if chat.prompt(talk) != Chat(chat.tokenizer, {}).prompt(talk):
         given = ", ".join(f"{name}={value!r}" for name, value in chat.variables.items())
         notes.append(f"Ollama does not give the chat template what this run gave it: {given}")
@@ -129,8 +129,8 @@ def _stops(chat: Chat) -> str:
 
 
 def _notes(chat: Chat, bos: str) -> Iterator[str]:
-    question, answer = _message("user", "  zq  "), _message("assistant", "a")
-    if chat.prompt([_message("system", "a"), question, answer, question]) is None:
+    question, answer = message("user", "  zq  "), message("assistant", "a")
+    if chat.prompt([message("system", "a"), question, answer, question]) is None:
         yield "the chat template takes no system message; in Ollama, one is put before the first question"
     if "  zq  " not in (chat.prompt([question]) or "  zq  "):
         yield "the chat template trims white space around messages; Ollama cannot, and sends it to the model"
@@ -138,7 +138,3 @@ def _notes(chat: Chat, bos: str) -> Iterator[str]:
         yield f"Ollama begins a prompt with {bos}, and the chat template does not"
     if date := chat.variables.get("date_string"):
         yield f"the date that the chat template writes is fixed in the Modelfile: {date}"
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
