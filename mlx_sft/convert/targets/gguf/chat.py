@@ -44,14 +44,15 @@ class Chat:
         """
         if messages[-1]["role"] != "assistant":
             return self._written(messages, prompt=True)
-        text, words = self.plain(messages), messages[-1]["content"]
+        text, words = self._written(messages), messages[-1]["content"]
         return text[: text.rindex(words) + len(words)] if text is not None and words in text else None
 
-    def plain(self, messages: list[Message]) -> str | None:
-        """The conversation alone; None where the template rejects it."""
-        return self._written(messages, prompt=False)
+    def end(self, messages: list[Message]) -> str | None:
+        """What follows the last message where no answer is asked for; None where the template rejects the conversation."""
+        text = self._written(messages)
+        return None if text is None else between(text, messages[-1])[1]
 
-    def _written(self, messages: list[Message], prompt: bool) -> str | None:
+    def _written(self, messages: list[Message], prompt: bool = False) -> str | None:
         rendering = ReferenceRendering(self.tokenizer, Conversation("", list(messages), template_kwargs=self.variables))
         text = rendering.beginning(len(messages), prompt)
         return None if text is None else text.removeprefix(self._left_out)
@@ -61,13 +62,14 @@ class Chat:
         """The texts of the tokens that were added to the vocabulary, the longest first."""
         return sorted(map(str, self.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
 
-    def common_beginning(self, *texts: str) -> str:
-        """How all of these begin, without a part of a token."""
-        length = length_in_common(*texts)
-        for token in re.finditer("|".join(map(re.escape, self.tokens)) or "(?!)", texts[0]):
+    def common_beginning(self, *texts: str | None) -> str:
+        """How all of these begin, without a part of a token; None is left out of account."""
+        known = [text for text in texts if text is not None]
+        length = length_in_common(*known)
+        for token in re.finditer("|".join(map(re.escape, self.tokens)) or "(?!)", known[0]):
             if token.start() < length < token.end():
                 length = token.start()
-        return texts[0][:length]
+        return known[0][:length]
 
 
 def length_in_common(*texts: str) -> int:

@@ -102,8 +102,7 @@ def go_template(chat: Chat) -> GoTemplate:
 def end_of_answer(chat: Chat) -> str:
     """What a template writes after an answer, be it the last message or not; raises `Unfit` where that cannot be seen."""
     to_question = between(chat.prompt([_FIRST, _ANSWER, _SECOND]), _FIRST, _ANSWER, _SECOND)[2]
-    alone = chat.plain([_FIRST, _ANSWER])
-    return chat.common_beginning(to_question, *([between(alone, _ANSWER)[1]] if alone is not None else []))
+    return chat.common_beginning(to_question, chat.end([_FIRST, _ANSWER]))
 
 
 # --- guesses ------------------------------------------------------------------------------------------------------------------------
@@ -116,9 +115,7 @@ class _Turns:
         self.chat = chat
         talk = chat.prompt([_FIRST, _ANSWER, _SECOND])
         self.opening, to_answer, to_question, end = between(talk, _FIRST, _ANSWER, _SECOND)
-        alone = chat.plain([_FIRST])
-        tail = [between(alone, _FIRST)[1]] if alone is not None else []
-        self.after_question = chat.common_beginning(end, to_answer, *tail)
+        self.after_question = chat.common_beginning(end, to_answer, chat.end([_FIRST]))
         self.after_answer = end_of_answer(chat)
         self.question = to_question.removeprefix(self.after_answer)
         self.answer = to_answer.removeprefix(self.after_question)
@@ -142,9 +139,8 @@ class _Turns:
     def with_system_in_first_question(self) -> GoTemplate:
         """What stands before the first question is another where there is a system message, or is always the same."""
         lead, usual = self.lead, literal(self.question)
-        if (
-            self.with_system is None
-        ):  # Ollama cannot reject a system message, and left out it would be lost without a word
+        if self.with_system is None:
+            # Ollama cannot reject a system message, and left out it would be lost without a word.
             first = literal(self.opening.removeprefix(lead)) + _if("$.System", "{{ $.System }}\n\n")
         elif _SYSTEM["content"] not in self.with_system:
             first = literal(self.opening.removeprefix(lead))
