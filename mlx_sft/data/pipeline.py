@@ -17,8 +17,8 @@ from mlx_sft.data.example import Example
 from mlx_sft.data.readers import Row
 from mlx_sft.data.report import Note
 from mlx_sft.data.row_reader import MixedFormats, RowReader
-from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.screening import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
+from mlx_sft.data.template_limits import TemplateStopped
 from mlx_sft.errors import UserError
 from mlx_sft.registry import OBJECTIVES
 

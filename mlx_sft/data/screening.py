@@ -14,8 +14,8 @@ from typing import Any
 from mlx_sft.data.conversation import Conversation, Document, Item
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.messages import REASONING_KEYS
-from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.suspicious_text import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
+from mlx_sft.data.template_limits import TemplateStopped
 from mlx_sft.data.tokenizer import unwrapped
 from mlx_sft.errors import UserError
 

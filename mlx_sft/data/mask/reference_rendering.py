@@ -17,7 +17,8 @@ from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reasoning import before_reasoning
 from mlx_sft.data.mask.traced_rendering import Messages, Span
 from mlx_sft.data.messages import REASONING_KEYS
-from mlx_sft.data.sandbox import CLOCK, Clock, compiled
+from mlx_sft.data.sandbox import compiled
+from mlx_sft.data.template_limits import CLOCK, Clock
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:

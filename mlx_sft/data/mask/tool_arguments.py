@@ -14,7 +14,7 @@ from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.json_text import parse_json
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.mask.traced_rendering import called_functions
-from mlx_sft.data.sandbox import TemplateStopped
+from mlx_sft.data.template_limits import TemplateStopped
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
