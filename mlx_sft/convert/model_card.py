@@ -7,14 +7,14 @@ anyone's, so the kind of each value that is read is checked, and names stand in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import printable
@@ -27,15 +27,9 @@ from mlx_sft.methods import Method, make_method
 from mlx_sft.registry import OPTIMIZERS
 from mlx_sft.run_folder import RunFolder
 
+_TEMPLATE = str(Path(__file__).with_name("model_card.md.jinja"))
 _MOST_REPORT_BYTES = 256 * 2**20
 """A report has a line for each row that was not simply kept: room for a million of them."""
-_LONGEST_LINE = 2**20
-"""Bytes of a line of metrics, which names the rows of a step that was skipped."""
-_MOST_SOURCES = 20
-"""How many files and datasets are named."""
-
-Count = Annotated[int, Field(ge=0, le=10**15)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 # --- what a run folder says -------------------------------------------------------------------------------------------------------
@@ -50,26 +44,26 @@ class _Checked(BaseModel):
 class RowTotals(_Checked):
     """Rows of all sources together; a truncated row is kept."""
 
-    rows: Count
-    kept: Count
-    truncated: Count
-    dropped: Count
-    bad: Count
+    rows: NonNegativeInt
+    kept: NonNegativeInt
+    truncated: NonNegativeInt
+    dropped: NonNegativeInt
+    bad: NonNegativeInt
 
 
 class ExampleTotals(_Checked):
     """The examples that are trained on, or those that are held out."""
 
-    rows: Count
-    tokens: Count
-    supervised_tokens: Count
+    rows: NonNegativeInt
+    tokens: NonNegativeInt
+    supervised_tokens: NonNegativeInt
 
 
 class DataSource(_Checked):
     """A file or a dataset, by the name that the run knows it by."""
 
     name: str
-    rows: Count
+    rows: NonNegativeInt
 
     @property
     def public_name(self) -> str:
@@ -97,11 +91,11 @@ class MetricsRecord(_Checked):
     """The fields of a line of `metrics.jsonl` that a card shows."""
 
     kind: str
-    step: Count = 0
-    epoch: Finite = 0.0
-    loss: Finite | None = None
-    perplexity: Finite | None = None
-    token_accuracy: Finite | None = None
+    step: NonNegativeInt = 0
+    epoch: FiniteFloat = 0.0
+    loss: FiniteFloat | None = None
+    perplexity: FiniteFloat | None = None
+    token_accuracy: FiniteFloat | None = None
     best: bool = False
 
 
@@ -142,24 +136,21 @@ def read_run_summary(run: RunFolder) -> RunSummary:
 
 def run_summary(run: RunFolder, config: TrainConfig, report: Mapping[str, Any]) -> RunSummary:
     """As `read_run_summary`, where the configuration and the content of `data_report.json` are at hand."""
-    packages = read_json(run.environment).get("packages")
-    versions = packages if isinstance(packages, dict) else {}
-    return RunSummary(
-        config=config,
-        base=base_info(run, config),
-        data=_data_summary(report, run.data_report),
-        result=_run_result(run.metrics),
-        versions={name: version for name, version in versions.items() if isinstance(version, str)},
-    )
-
-
-def _data_summary(report: Mapping[str, Any], where: Path) -> DataSummary:
     try:
-        return DataSummary.model_validate(report)
+        data = DataSummary.model_validate(report)
     except ValidationError as error:
         problem = error.errors()[0]
         what = f"{'.'.join(map(str, problem['loc']))} is not what a run writes there: {problem['msg']}"
-        raise UserError(what, where=str(where), hint="put the file back as it was") from error
+        raise UserError(what, where=str(run.data_report), hint="put the file back as it was") from error
+    packages = read_json(run.environment).get("packages")
+    versions = packages.items() if isinstance(packages, dict) else ()
+    return RunSummary(
+        config=config,
+        base=base_info(run, config),
+        data=data,
+        result=_run_result(run.metrics),
+        versions={name: version for name, version in versions if isinstance(version, str)},
+    )
 
 
 def _run_result(metrics: Path) -> RunResult:
@@ -167,25 +158,21 @@ def _run_result(metrics: Path) -> RunResult:
     best: MetricsRecord | None = None
     loss: float | None = None
     loss_at_best: float | None = None
-    for record in _records(metrics):
-        if record.kind == "train":
-            last, loss = record, loss if record.loss is None else record.loss
-        elif record.kind == "evaluation" and record.best:
-            best, loss_at_best = record, loss
-    if best is None:
-        return RunResult(last.step, last.epoch, last.step, loss, None)
-    return RunResult(last.step, last.epoch, best.step, loss_at_best, best)
-
-
-def _records(metrics: Path) -> Iterator[MetricsRecord]:
     try:
-        with metrics.open("rb") as file:
-            while line := file.readline(_LONGEST_LINE):
-                with suppress(ValidationError):  # a damaged line is no reason to have no card
-                    yield MetricsRecord.model_validate_json(line)
+        lines = metrics.read_bytes().splitlines()
     except OSError as error:
         what = f"cannot be read: {error.strerror or error}"
         raise UserError(what, where=str(metrics), hint="check the path") from error
+    for line in lines:
+        with suppress(ValidationError):  # a damaged line is no reason to have no card
+            record = MetricsRecord.model_validate_json(line)
+            if record.kind == "train":
+                last, loss = record, loss if record.loss is None else record.loss
+            elif record.kind == "evaluation" and record.best:
+                best, loss_at_best = record, loss
+    if best is None:
+        return RunResult(last.step, last.epoch, last.step, loss, None)
+    return RunResult(last.step, last.epoch, best.step, loss_at_best, best)
 
 
 # --- the card -----------------------------------------------------------------------------------------------------------------------
@@ -210,20 +197,25 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
     """The content of a `README.md`: of what is published, or of the run folder itself."""
     base, method = summary.base, make_method(summary.config)
     whole = published.merged if published else not method.frozen_base
+    named = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else _code(base.name)
     revision = f', revision="{base.revision}"' if base.revision else ""
     card = ModelCard.from_template(
         _metadata(summary, whole),
-        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        template_path=_TEMPLATE,
         title=published.repository if published else f"A fine-tuned {_code(base.name)}",
-        summary=_summary_line(method, _linked(base), whole),
-        base_rows=_base_rows(base),
-        data_rows=_data_rows(summary.data),
-        training_rows=_training_rows(summary.config, method, summary.result),
-        result_rows=_result_rows(summary.result),
-        published=published,
-        base_on_hub=base.on_hub,
+        what_it_is=_what_it_is(method, named, whole),
+        base=base,
+        named_base=named,
         base_arguments=f'"{base.name}"{revision}' if base.on_hub else '"path/to/the/base"',
-        versions=", ".join(_code(f"{name} {version}") for name, version in summary.versions.items()),
+        data=summary.data,
+        config=summary.config,
+        method=_marked(method.describe()),
+        optimizer=OPTIMIZERS[summary.config.optimizer].__name__,
+        result=summary.result,
+        published=published,
+        versions=summary.versions,
+        code=_code,
+        number="{:,}".format,
     )
     return f"{card}\n"
 
@@ -246,66 +238,13 @@ def _metadata(summary: RunSummary, whole: bool) -> ModelCardData:
     )
 
 
-def _summary_line(method: Method, base: str, whole: bool) -> str:
+def _what_it_is(method: Method, base: str, whole: bool) -> str:
     """One sentence: what lies beside the card, a checkpoint (`whole`) or what was trained alone."""
     if not whole:
         return f"A {method.title} adapter for {base}, trained on conversations."
     if not method.frozen_base:
         return f"{base}, fine-tuned on conversations: {method.describe()} was trained."
     return f"{base}, fine-tuned on conversations: a {method.title} adapter, merged into its weights."
-
-
-def _base_rows(base: BaseInfo) -> dict[str, str]:
-    rows = {"Base model": _linked(base)}
-    if base.family:
-        rows["Architecture"] = _code(base.family)
-    if base.revision:
-        rows["Revision of the base"] = _code(base.revision)
-    rows["Licence of the base"] = _code(base.licence["license"]) if base.licence else "not known; see the base model"
-    return rows
-
-
-def _data_rows(data: DataSummary) -> dict[str, str]:
-    named = [f"{_code(source.public_name)} (rows: {source.rows:,})" for source in data.sources[:_MOST_SOURCES]]
-    further = len(data.sources) - len(named)
-    totals, train, valid = data.totals, data.train, data.valid
-    rows = {
-        "Sources": ", ".join(named) + (f", and {further:,} more" if further else ""),
-        "Rows": f"{totals.rows:,} read: {totals.kept:,} kept ({totals.truncated:,} of them truncated), "
-        f"{totals.dropped:,} dropped, {totals.bad:,} that could not be used",
-        "Trained on": f"{train.rows:,} examples, {train.tokens:,} tokens, {train.supervised_tokens:,} of them supervised",
-    }
-    if valid.rows:
-        rows["Held out"] = f"{valid.rows:,} examples, {valid.tokens:,} tokens"
-    return rows
-
-
-def _training_rows(config: TrainConfig, method: Method, result: RunResult) -> dict[str, str]:
-    optimizer = OPTIMIZERS[config.optimizer].__name__
-    return {
-        "Method": _marked(method.describe()),
-        "Length": f"{result.steps:,} steps of {config.batch_size:,} examples, {result.epochs:.3g} epochs, "
-        f"up to {config.max_length:,} tokens an example",
-        "Learning rate": f"{config.lr:g}, {config.scheduler} after a warm-up of {config.warmup:.0%} of the steps ({optimizer})",
-        "Seed": str(config.seed),
-        "Precision of the base": f"{config.dtype}, quantized ({config.quantize})" if config.quantize else config.dtype,
-    }
-
-
-def _result_rows(result: RunResult) -> dict[str, str]:
-    loss = "none that is finite" if result.loss is None else f"{result.loss:.4f}"
-    rows = {"Taken after step": f"{result.step:,} of {result.steps:,}", "Training loss": loss}
-    if (found := result.evaluation) is not None and found.loss is not None:
-        rows["Validation loss"] = f"{found.loss:.4f}, the lowest"
-        if found.perplexity is not None:
-            rows["Validation perplexity"] = f"{found.perplexity:.4g}"
-        if found.token_accuracy is not None:
-            rows["Validation token accuracy"] = f"{found.token_accuracy:.1%}"
-    return rows
-
-
-def _linked(base: BaseInfo) -> str:
-    return f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else _code(base.name)
 
 
 def _marked(text: str) -> str:
@@ -321,9 +260,5 @@ def _escaped(text: str) -> str:
 
 def _code(text: str) -> str:
     """A span of code, also in a cell of a table, that nothing inside of it can end."""
-    shown = " ".join(printable(text).split()).translate(_ENDS)
+    shown = " ".join(printable(text).split()).replace("`", "'").replace("|", "¦")
     return f"`{shown or '?'}`"
-
-
-_ENDS = str.maketrans("`|", "'¦")
-"""What would end a span of code or a cell, and what stands for it."""

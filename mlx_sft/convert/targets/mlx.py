@@ -67,13 +67,10 @@ class Mlx(Merged):
 
     def write(self, folder: Path) -> None:
         """The merged checkpoint, compared with what was trained, and then written anew in mlx-lm's form in its place."""
-        super().write(folder)
-        self._verification = super().verify(folder) if self.export.verify else None
         merged = folder / "merged"
-        inside = list(folder.iterdir())
         merged.mkdir()
-        for file in inside:
-            file.rename(merged / file.name)
+        super().write(merged)
+        self._verification = super().verify(merged) if self.export.verify else None
         quantize = self.settings.quantize
         _write(load_model(str(merged), "stored"), folder, quantize)
         shutil.rmtree(merged)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.convert.targets.gguf.go_template import literal, render
+from mlx_sft.convert.targets.gguf.go_template import literal
+from tests.go_template import render
 
 pytestmark = pytest.mark.fast
 

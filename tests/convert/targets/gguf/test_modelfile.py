@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
-from mlx_sft.convert.targets.gguf.ollama import parse_modelfile, rendered
 from mlx_sft.errors import UserError
+from tests.ollama import parse_modelfile, rendered
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_sft.convert.targets.gguf.ollama import parse_modelfile, rendered
+from tests.ollama import parse_modelfile, rendered
 
 SHOWN = "{{ .System }}#{{ range $i, $_ := .Messages }}{{ .Role }}({{ .Content }}){{ end }}"
 

@@ -17,8 +17,8 @@ import torch
 
 from mlx_sft import UserError, export
 from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.targets.gguf.ollama import rendered
 from mlx_sft.safetensors_file import STORED_AS, read_float32
+from tests.ollama import rendered
 
 MakeLlamaCpp = Callable[..., Path]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -1,4 +1,4 @@
-"""What Ollama makes of a Modelfile and a conversation: the text that the model is given.
+"""A stand-in of Ollama: what it makes of a Modelfile and a conversation, the text that the model is given.
 
 As Ollama's own code does it (`parser`, `server/routes.go`, `template`): the file is read with its quotes, the file's system message
 is put first where the conversation begins with none, neighbouring messages of one role become one, and the template is given
@@ -9,22 +9,10 @@ from __future__ import annotations
 
 import re
 
-from mlx_sft.convert.targets.gguf import go_template
+from tests import go_template
 
 _COMMENTS = re.compile(r"(?:\s+|#.*)*")
 _NAME = re.compile(r"(PARAMETER[ \t]+)?(\w+)[ \t]")
-
-REQUIRED = "0.30.11"
-"""The first version of Ollama whose `/api/chat` and `/api/generate` both follow the chat template in a GGUF file."""
-
-
-def follows_gguf_template(chat_template: str) -> bool:
-    """Whether Ollama follows a GGUF's chat template rather than a plain TEMPLATE, for what more that can do: tools, or reasoning.
-
-    Ollama looks for these words (`chatTemplateCapabilities` in `server/images.go`).
-    """
-    tools = "tools" in chat_template or "tool_call" in chat_template
-    return tools or ("<think>" in chat_template and "</think>" in chat_template)
 
 
 def parse_modelfile(text: str) -> list[tuple[str, str]]:
