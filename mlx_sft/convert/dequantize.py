@@ -17,15 +17,13 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.stored import stored_parts
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json
 from mlx_sft.methods import Rows
 from mlx_sft.model.linears import quantized_modules, weight_shape
 from mlx_sft.model.names import expert_name, transformers_name
 from mlx_sft.model.quantize import dequantized
-from mlx_sft.model.weights import INDEX
+from mlx_sft.model.weights import INDEX, Checkpoint
 from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor
 
 _ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
@@ -49,7 +47,7 @@ def dequantized_edits(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Row
     """For a checkpoint in full precision and the same model quantized: the rows of each quantized tensor, by its name."""
     edits: dict[str, Rows] = {}
     for name, module in quantized_modules(model):
-        tensors = stored_parts(checkpoint, f"{name}.weight", weight_shape(module), "the run")
+        tensors = checkpoint.parts(f"{name}.weight", weight_shape(module), "the run")
         for tensor, edit in zip(tensors, _parts(module, len(tensors)), strict=True):
             edits[tensor.name] = edit
     return edits

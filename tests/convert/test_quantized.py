@@ -18,11 +18,11 @@ from mlx_lm.convert import convert as convert_of_mlx_lm
 from safetensors.torch import load_file, save_file
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.model.load import load_model
 from mlx_sft.model.outline import outline
 from mlx_sft.model.quantize import weights_by_name
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.training.memory import weight_bytes
 from tests.chosen import without_adapter
 

@@ -13,9 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import save_config, save_model
 
-from mlx_sft.convert.hf import Checkpoint, copy_side_files
 from mlx_sft.convert.merge import Merging
-from mlx_sft.convert.stored import stored_parts
 from mlx_sft.convert.targets import MergeSettings
 from mlx_sft.convert.targets.merged import Merged
 from mlx_sft.convert.verify import Verification
@@ -24,6 +22,7 @@ from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
 from mlx_sft.model.translate import translate_config
+from mlx_sft.model.weights import Checkpoint, copy_side_files
 from mlx_sft.safetensors_file import read_float32
 
 
@@ -146,6 +145,6 @@ def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
 
 
 def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None) -> mx.array:
-    tensors = stored_parts(checkpoint, name, shape, "the run")
+    tensors = checkpoint.parts(name, shape, "the run")
     stacked = mx.stack([mx.array(read_float32(tensor)) for tensor in tensors])
     return stacked[0] if shape is None else stacked.reshape(shape)

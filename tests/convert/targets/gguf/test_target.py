@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from mlx_sft import UserError, export
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.targets.gguf.ollama import rendered
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, read_float32
 
 MakeLlamaCpp = Callable[..., Path]
