@@ -33,7 +33,8 @@ MOST_DIMENSIONS = 16
 
 COPY_BYTES = 16 << 20
 
-_WRITTEN_AS = {"float32": "F32", "uint64": "U64"}
+_ARRAYS = {"float32": "F32", "uint64": "U64"}
+"""The dtypes of what training writes: parameters and moments, and an optimizer's step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ def write_safetensors(
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays of NumPy or MLX under their names, sorted, one at a time; only float32 and uint64 (an optimizer's step).
+    """Write arrays of NumPy or MLX under their names, sorted, one at a time; only float32 and uint64.
 
     The same arrays give the same bytes. Raises as `write_safetensors`, and `ValueError` for an array of another dtype.
     """
@@ -182,11 +183,20 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, s
     write_safetensors(path, tensors, contents, metadata or {})
 
 
+def read_arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    """What `write_arrays` wrote, by name, one at a time; raises `UserError` as `open_safetensors`, and for another dtype."""
+    dtypes = {stored: np.dtype(name) for name, stored in _ARRAYS.items()}
+    for tensor in open_safetensors(path).tensors:
+        if tensor.dtype not in dtypes:
+            raise _damaged(path, f"{tensor.name} is stored as {tensor.dtype}")
+        yield tensor.name, _read(tensor, dtypes[tensor.dtype], 0, math.prod(tensor.shape)).reshape(tensor.shape)
+
+
 def _written_as(name: str, value: Any) -> str:
     dtype = str(value.dtype).rpartition(".")[2]  # "float32" of NumPy, "mlx.core.float32" of MLX
-    if dtype not in _WRITTEN_AS:
+    if dtype not in _ARRAYS:
         raise ValueError(f"{name} cannot be written as {dtype}")
-    return _WRITTEN_AS[dtype]
+    return _ARRAYS[dtype]
 
 
 @contextmanager

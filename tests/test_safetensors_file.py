@@ -16,6 +16,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.safetensors_file import (
     from_float32,
     open_safetensors,
+    read_arrays,
     read_bytes,
     read_float32,
     read_rows,
@@ -236,6 +237,13 @@ def test_arrays_of_numpy_and_mlx_are_written_in_the_order_of_their_names(tmp_pat
     loaded = load_file(tmp_path / "a")
     np.testing.assert_array_equal(loaded["w"], values.T)
     assert loaded["step"] == 7
+    again = dict(read_arrays(tmp_path / "b"))
+    assert list(again) == ["step", "w"]
+    assert all(again[name].dtype == value.dtype for name, value in loaded.items())
+    assert all(np.array_equal(again[name], value) for name, value in loaded.items())
+    save_file({"w": torch.zeros(2, dtype=torch.float16)}, tmp_path / "d")
+    with pytest.raises(UserError, match="w is stored as F16"):
+        dict(read_arrays(tmp_path / "d"))
     for wrong in (values.astype(np.float16), mx.array(values).astype(mx.bfloat16)):
         with pytest.raises(ValueError, match="w cannot be written as"):
             write_arrays(tmp_path / "c", {"w": wrong})

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, write_file, write_file_with
-from mlx_sft.model.weights import load_arrays
 from mlx_sft.registry import METHODS
-from mlx_sft.safetensors_file import write_arrays
+from mlx_sft.safetensors_file import read_arrays, write_arrays
 from mlx_sft.settings import Settings as NoSettings
 
 ENTRIES = {
@@ -190,7 +189,7 @@ class Method:
             method = cls(cls.Settings(**stated["settings"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"its settings cannot be read: {error}", where=str(folder / _SETTINGS)) from error
-        return method, load_arrays(folder / _PARAMETERS)
+        return method, {name: mx.array(value) for name, value in read_arrays(folder / _PARAMETERS)}
 
     @classmethod
     def recognizes(cls, folder: Path) -> bool:

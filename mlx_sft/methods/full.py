@@ -21,7 +21,7 @@ from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
 from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.names import transformers_name
-from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_float32, read_rows, write_arrays
+from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_arrays, read_rows, write_arrays
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -93,8 +93,7 @@ class Full(Method):
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Full, Parameters]:
-        tensors = open_safetensors(folder / WEIGHTS_FILE).tensors
-        return cls(), {tensor.name: mx.array(read_float32(tensor)) for tensor in tensors}
+        return cls(), {name: mx.array(value) for name, value in read_arrays(folder / WEIGHTS_FILE)}
 
     @property
     def title(self) -> str:

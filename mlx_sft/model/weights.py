@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json
 from mlx_sft.model.names import EXPERTS_PART, expert_name, transformers_name
@@ -212,16 +210,3 @@ def _is_name(name: object) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def load_arrays(path: Path) -> dict[str, mx.array]:
-    """The arrays of a file, evaluated; its header is checked before anything is mapped.
-
-    Raises `UserError` where the header is damaged, and `ValueError` or `RuntimeError` where the rest is.
-    """
-    open_safetensors(path)
-    arrays = mx.load(str(path))
-    if not isinstance(arrays, dict):
-        raise ValueError(f"{path.name} holds no named arrays")
-    mx.eval(arrays)
-    return arrays
