@@ -268,6 +268,15 @@ def test_another_model_in_place_of_the_base_is_refused(
     assert export(folder, tmp_path / "merged", base_model=str(tmp_path / "moved")).verification is not None
 
 
+def test_what_quantizing_takes_of_trained_weights_is_told_of_the_matrices(
+    base: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    train(TrainConfig(**without_adapter(settings) | {"model": str(base), "method": "full"}))
+    lost = export(settings["out"], tmp_path / "mlx", format="mlx", quantize="4").lost
+    assert "model.embed_tokens.weight" in lost
+    assert not any("norm" in name for name in lost)
+
+
 def test_quantized_weights_are_not_trained_themselves(base: Path, settings: dict[str, Any], tmp_path: Path) -> None:
     quantized = _quantized(tmp_path / "quantized", base)
     with pytest.raises(UserError, match="quantized, and cannot be trained"):

@@ -133,8 +133,8 @@ def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
     weights = weights_by_name(trained_on) if trained_on is not None else {}
     for name, shape in method.changed_shapes(parameters).items():
         before = weights.pop(name) if weights else _stored(merging.checkpoint, name, shape)
-        if before.shape[-1] % quantization.group_size:
-            continue  # too narrow to be quantized
+        if before.ndim < 2 or before.shape[-1] % quantization.group_size:
+            continue  # not a matrix, or too narrow to be quantized
         after = method.changed_weight(name, before, parameters)
         moved = round_trip(after, quantization) - round_trip(before, quantization)
         update = after - before
