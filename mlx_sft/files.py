@@ -242,12 +242,13 @@ def write_folder(path: Path, needed: int = 0) -> Iterator[Path]:
             _replace_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            recover_replaced_folder(path)
             raise
         sync_path(path.parent)
 
 
 def recover_replaced_folder(path: Path) -> None:
-    """Where a process was killed while it replaced this folder, move the old folder back to its place."""
+    """Where this folder was being replaced when the process was killed or the disk failed, move the old one back to its place."""
     old = path.with_name(f".replaced-{path.name}")
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -259,19 +260,13 @@ def _replace_folder(new: Path, path: Path) -> None:
     """Where the file system cannot exchange folders, `path` is missing for an instant: `recover_replaced_folder` mends a kill there."""
     if not path.exists():
         new.rename(path)
-        return
-    if _exchange(new, path):
+    elif _exchange(new, path):
         sync_path(path.parent)
         shutil.rmtree(new)
-        return
-    old = path.with_name(f".replaced-{path.name}")
-    path.rename(old)
-    try:
+    else:
+        old = path.rename(path.with_name(f".replaced-{path.name}"))
         new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+        shutil.rmtree(old)
 
 
 def _exchange(one: Path, other: Path) -> bool:

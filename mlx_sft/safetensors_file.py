@@ -1,6 +1,7 @@
 """A safetensors file: checked by the format's own library, its tensors read piece by piece, a new file written as a stream.
 
-The library reads no bfloat16 into NumPy and writes only what is in memory as a whole, so that tensors are read and written here.
+The library keeps each file open from which tensors are read, has no bytes of a dtype that NumPy lacks, and writes only what is in
+memory as a whole; so tensors are read and written here.
 The format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
 """
 
@@ -28,14 +29,12 @@ STORED_AS: dict[str, np.dtype[Any]] = {
 }
 """The dtypes of plain weights, which convert to and from float32, as NumPy has them."""
 
-HEADER_LIMIT = 32 * 2**20
-"""Longest header in bytes. A hundred thousand tensors take half of it; the library allows 100 MB, which take seconds."""
-
 MOST_DIMENSIONS = 16
 
 COPY_BYTES = 16 << 20
 
-_WRITTEN_AS = {"float32": "F32", "uint64": "U64"}
+_ARRAYS = {"float32": "F32", "uint64": "U64"}
+"""The dtypes of what training writes: parameters and moments, and an optimizer's step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +72,19 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
     Raises `UserError` naming the file where it is missing, cut short, or not what the format allows.
     """
-    text = _header_text(path)
-    try:
-        with _reading(path), safe_open(path, framework="np", backend="pread"):
-            pass  # the library has checked that the tensors and the bytes of the file agree
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
+    with _reading(path), path.open("rb") as file:
+        length = file.read(8)
+        if length == b"version ":
+            hint = "fetch them with `git lfs pull`"
+            raise UserError("this is a Git LFS pointer, not the weights", where=str(path), hint=hint)
+        try:
+            with safe_open(path, framework="np", backend="pread"):
+                pass  # the library has checked the header, and that the tensors and the bytes of the file agree
+        except SafetensorError as error:
+            raise _damaged(path, str(error)) from error
+        header = json.loads(file.read(int.from_bytes(length, "little")))
+        start = file.tell()
     metadata = header.pop("__metadata__", None) or {}  # MLX writes null
-    start = 8 + len(text)
     tensors = [_stored_tensor(path, name, entry, start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
     return SafetensorsFile(path, tuple(tensors), metadata)
@@ -93,12 +96,7 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> NDArray[np.float32
     Raises `UserError` for a dtype that is not F32, F16 or BF16.
     """
     dtype = stored_dtype(tensor)
-    count = (stop - start) * tensor.row_elements
-    offset = tensor.offset + start * tensor.row_elements * dtype.itemsize
-    with _reading(tensor.file):
-        stored = np.fromfile(tensor.file, dtype, count=count, offset=offset)
-    if len(stored) < count:
-        raise _damaged(tensor.file, f"it ends within tensor {tensor.name}")
+    stored = _read(tensor, dtype, start * tensor.row_elements, (stop - start) * tensor.row_elements)
     return stored.astype(np.float32, copy=False).reshape(stop - start, *tensor.shape[1:])
 
 
@@ -107,20 +105,19 @@ def read_float32(tensor: StoredTensor) -> NDArray[np.float32]:
     return read_rows(tensor, 0, tensor.rows).reshape(tensor.shape)
 
 
-def read_bytes(tensor: StoredTensor) -> Iterator[bytes]:
+def read_bytes(tensor: StoredTensor) -> Iterator[memoryview]:
     """A tensor's bytes as they are, in pieces of bounded size."""
+    for start in range(0, tensor.size, COPY_BYTES):
+        yield _read(tensor, np.dtype(np.uint8), start, min(COPY_BYTES, tensor.size - start)).data
+
+
+def _read(tensor: StoredTensor, dtype: np.dtype[Any], start: int, count: int) -> NDArray[Any]:
+    """So many numbers of a tensor from number `start` on."""
     with _reading(tensor.file):
-        file = tensor.file.open("rb")
-    with file:
-        file.seek(tensor.offset)
-        left = tensor.size
-        while left:
-            with _reading(tensor.file):
-                piece = file.read(min(left, COPY_BYTES))
-            if not piece:
-                raise _damaged(tensor.file, f"it ends within tensor {tensor.name}")
-            left -= len(piece)
-            yield piece
+        found = np.fromfile(tensor.file, dtype, count=count, offset=tensor.offset + start * dtype.itemsize)
+    if len(found) < count:
+        raise _damaged(tensor.file, f"it ends within tensor {tensor.name}")
+    return found
 
 
 def stored_dtype(tensor: StoredTensor) -> np.dtype[Any]:
@@ -176,7 +173,7 @@ def write_safetensors(
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays of NumPy or MLX under their names, sorted, one at a time; only float32 and uint64 (an optimizer's step).
+    """Write arrays of NumPy or MLX under their names, sorted, one at a time; only float32 and uint64.
 
     The same arrays give the same bytes. Raises as `write_safetensors`, and `ValueError` for an array of another dtype.
     """
@@ -186,11 +183,20 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, s
     write_safetensors(path, tensors, contents, metadata or {})
 
 
+def read_arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    """What `write_arrays` wrote, by name, one at a time; raises `UserError` as `open_safetensors`, and for another dtype."""
+    dtypes = {stored: np.dtype(name) for name, stored in _ARRAYS.items()}
+    for tensor in open_safetensors(path).tensors:
+        if tensor.dtype not in dtypes:
+            raise _damaged(path, f"{tensor.name} is stored as {tensor.dtype}")
+        yield tensor.name, _read(tensor, dtypes[tensor.dtype], 0, math.prod(tensor.shape)).reshape(tensor.shape)
+
+
 def _written_as(name: str, value: Any) -> str:
     dtype = str(value.dtype).rpartition(".")[2]  # "float32" of NumPy, "mlx.core.float32" of MLX
-    if dtype not in _WRITTEN_AS:
+    if dtype not in _ARRAYS:
         raise ValueError(f"{name} cannot be written as {dtype}")
-    return _WRITTEN_AS[dtype]
+    return _ARRAYS[dtype]
 
 
 @contextmanager
@@ -201,30 +207,6 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         hint = "check the path and the disk"
         raise UserError(f"cannot read: {error.strerror or error}", where=str(path), hint=hint) from error
-
-
-def _header_text(path: Path) -> bytes:
-    """The header as it stands in the file, of bounded length; the library does not say where it ends, nor what a Git LFS pointer is."""
-    with _reading(path), path.open("rb") as file:
-        first = file.read(8)
-        if first == b"version ":
-            raise UserError(
-                "this is a Git LFS pointer, not the weights",
-                where=str(path),
-                hint="fetch them with `git lfs pull`",
-            )
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or length > min(path.stat().st_size - 8, HEADER_LIMIT):
-            raise _damaged(path, "it has no complete header")
-        return file.read(length)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which the library would take the last of two equal keys."""
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        raise ValueError("a key is given twice")
-    return entries
 
 
 def _stored_tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:

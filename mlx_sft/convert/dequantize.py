@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +18,21 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.stored import stored_parts
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json
 from mlx_sft.methods import Rows
 from mlx_sft.model.linears import quantized_modules, weight_shape
 from mlx_sft.model.names import expert_name, transformers_name
 from mlx_sft.model.quantize import dequantized
-from mlx_sft.model.weights import INDEX
-from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor
-
-_ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2}
-
-
-@dataclass(frozen=True)
-class Dequantized:
-    """Rows of the numbers that a quantized module's weight stands for; of a stack of experts', of one expert's."""
-
-    module: Any
-    expert: int | None = None
-
-    def __call__(self, start: int, stop: int) -> NDArray[np.float32]:
-        def part(array: mx.array) -> mx.array:
-            return (array if self.expert is None else array[self.expert])[start:stop]
-
-        return np.array(dequantized(self.module, part).astype(mx.float32))
+from mlx_sft.model.weights import INDEX, Checkpoint
+from mlx_sft.safetensors_file import STORED_AS, SafetensorsFile, StoredTensor
 
 
 def dequantized_edits(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Rows]:
     """For a checkpoint in full precision and the same model quantized: the rows of each quantized tensor, by its name."""
     edits: dict[str, Rows] = {}
     for name, module in quantized_modules(model):
-        tensors = stored_parts(checkpoint, f"{name}.weight", weight_shape(module), "the run")
+        tensors = checkpoint.parts(f"{name}.weight", weight_shape(module), "the run")
         for tensor, edit in zip(tensors, _parts(module, len(tensors)), strict=True):
             edits[tensor.name] = edit
     return edits
@@ -70,8 +53,8 @@ def unpacked(checkpoint: Checkpoint, model: nn.Module) -> tuple[Checkpoint, dict
         stored = checkpoint.named[f"{name}.weight"]
         *experts, out_features, in_features = weight_shape(module)
         scales = checkpoint.named[f"{name}.scales"].dtype
-        dtype = scales if scales in _ITEMSIZE else "BF16"  # mxfp4 has scales of eight bits
-        shape, size = (out_features, in_features), out_features * in_features * _ITEMSIZE[dtype]
+        dtype = scales if scales in STORED_AS else "BF16"  # mxfp4 has scales of eight bits
+        shape, size = (out_features, in_features), out_features * in_features * STORED_AS[dtype].itemsize
         for number, edit in enumerate(_parts(module, experts[0] if experts else 1)):
             part = f"{expert_name(name, number) if experts else name}.weight"
             tensor = StoredTensor(part, stored.file, dtype, shape, stored.offset, size)
@@ -95,9 +78,19 @@ def say_unpacked(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _parts(module: Any, count: int) -> list[Dequantized]:
-    """Of a stack of experts one each, where there are so many tensors for it."""
-    return [Dequantized(module)] if count == 1 else [Dequantized(module, expert) for expert in range(count)]
+def _parts(module: Any, count: int) -> list[Rows]:
+    """The rows of a quantized weight; of a stack of experts one each, where there are so many tensors for it."""
+    experts = [None] if count == 1 else list(range(count))
+    return [partial(_numbers, module, expert) for expert in experts]
+
+
+def _numbers(module: Any, expert: int | None, start: int, stop: int) -> NDArray[np.float32]:
+    """Rows of the numbers that a quantized module's weight stands for; of a stack of experts', of one expert's."""
+
+    def part(array: mx.array) -> mx.array:
+        return (array if expert is None else array[expert])[start:stop]
+
+    return np.array(dequantized(module, part).astype(mx.float32))
 
 
 def _plain(file: SafetensorsFile, made: dict[str, list[StoredTensor]]) -> Iterator[StoredTensor]:

@@ -7,22 +7,22 @@ Some rows of one tensor are in memory at a time. The sum is rounded to the tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.dequantize import dequantized_edits, say_unpacked, unpacked
-from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.stored import check_exportable, stored_parts
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.load import finished_folder, load_run, load_trained
-from mlx_sft.methods import Method, Rows, WeightEdit
+from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
 from mlx_sft.model.load import is_packed, resolve_checkpoint
-from mlx_sft.model.quantize import first_rows
+from mlx_sft.model.quantize import WeightRow, first_rows
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import StoredTensor, from_float32, read_bytes, read_rows
@@ -32,6 +32,13 @@ BLOCK_ELEMENTS = 1 << 20
 
 _ALONE = "what was trained goes out alone: with `export --format peft`, or `push --adapter-only`"
 _ANOTHER = "give with --base-model the model that was quantized, and no other"
+_NOT_EXPORTABLE = (
+    "mlx-lm holds this weight otherwise than the checkpoint, so that what is trained could not be exported; "
+    "leave it out with --method lora and --target, or train another model"
+)
+
+_ROUNDED, _QUANTIZED = 1e-2, 0.5
+"""How far a number of a row may be from the checkpoint's, in parts of the largest: loaded in another precision, and in 4 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,6 @@ def write_merged(merging: Merging, folder: Path) -> Merging:
         UserError: If the run has not finished, the base does not fit, or a merged weight is not finite in the tensor's dtype.
     """
     config, checkpoint = merging.config, merging.checkpoint
-    refuse_unmergeable(merging.run, config)
     packed = is_packed(checkpoint.path)
     _check_base(merging, packed)
     bases: dict[str, Rows] = {}
@@ -111,6 +117,42 @@ def _check_base(merging: Merging, packed: bool) -> None:
         check_exportable(path, method, parameters, first_rows(trained_on), _ANOTHER)
 
 
+def check_exportable(
+    path: Path,
+    method: Method,
+    parameters: Parameters,
+    rows: Mapping[str, WeightRow],
+    hint: str = _NOT_EXPORTABLE,
+) -> None:
+    """See from a checkpoint folder, before training, that what will be trained can be merged into it.
+
+    The first row of each weight that will be trained, of experts of the last one, is compared with the checkpoint's: so a family
+    whose weights mlx-lm turns or shifts while it reads them is found out. Of a folder that holds quantized weights nothing is asked: it is
+    not what is merged into.
+
+    Args:
+        parameters: What the method trains.
+        rows: Of the model before training, by the weights' names in transformers.
+        hint: What to do where they differ.
+
+    Raises:
+        UserError: Naming the weight that the checkpoint does not have, has otherwise, or holds no plain numbers of.
+    """
+    checkpoint = Checkpoint.open(path)
+    for name, shape in method.changed_shapes(parameters).items():
+        if f"{name.removesuffix('.weight')}.scales" in checkpoint.named:
+            continue
+        tensor = checkpoint.parts(name, shape, "training", hint)[-1]
+        first = tensor.rows - 1 if len(tensor.shape) > 2 else 0
+        row = rows[name]
+        loaded = np.array(row.numbers.astype(mx.float32)).ravel()
+        stored = read_rows(tensor, first, first + 1).ravel()[: loaded.size]
+        tolerance = np.abs(stored).max(initial=0) * (_QUANTIZED if row.quantized else _ROUNDED)
+        if not np.allclose(loaded, stored, rtol=0, atol=tolerance, equal_nan=True):
+            what = f"mlx-lm computes with another {name} than the checkpoint has"
+            raise UserError(what, where=str(path), hint=hint)
+
+
 def merge(
     checkpoint: Checkpoint, edits: dict[str, WeightEdit], folder: Path, bases: dict[str, Rows] | None = None
 ) -> None:
@@ -129,7 +171,7 @@ def merge(
     for name, edit in edits.items():
         if edit.optional and name not in checkpoint.named:
             continue
-        tensors = stored_parts(checkpoint, name, edit.shape, "the run")
+        tensors = checkpoint.parts(name, edit.shape, "the run")
         for number, tensor in enumerate(tensors):
             base = new_rows.get(tensor.name, partial(read_rows, tensor))
             expert = number if edit.shape is not None and len(edit.shape) > len(tensor.shape) else None

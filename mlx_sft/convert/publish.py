@@ -15,7 +15,6 @@ from pathlib import Path
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
 from mlx_sft.convert.export import export
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.hub import Repository, files_of
 from mlx_sft.convert.model_card import Published, RunSummary, model_card, read_run_summary
 from mlx_sft.convert.verify import Verification
@@ -24,6 +23,7 @@ from mlx_sft.files import disk_errors, folder_bytes, free_bytes, read_json, refu
 from mlx_sft.load import finished_folder
 from mlx_sft.methods import make_method
 from mlx_sft.model.load import CARD, name_elsewhere, resolve_checkpoint
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.run_folder import RunFolder
 
 Note = Callable[[str], None]

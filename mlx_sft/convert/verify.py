@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import Merging
-from mlx_sft.convert.stored import stored_parts
 from mlx_sft.data.conversation import items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.row_reader import RowReader
@@ -150,7 +149,7 @@ def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, s
     dtypes = set()
     for name in dict.fromkeys([*changed, *(f"{module}.weight" for module in quantized)]):
         weight = weights.pop(paths[name])
-        dtype = stored_parts(merging.checkpoint, name, weight.shape, "the run")[0].dtype  # that of every expert
+        dtype = merging.checkpoint.parts(name, weight.shape, "the run")[0].dtype  # that of every expert
         dtypes.add(dtype)
         weight = method.changed_weight(name, weight, parameters) if name in changed else weight
         rounded = weight.astype(_MLX_DTYPES[dtype]).astype(mx.float32)

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, write_file, write_file_with
-from mlx_sft.model.weights import load_arrays
 from mlx_sft.registry import METHODS
-from mlx_sft.safetensors_file import write_arrays
+from mlx_sft.safetensors_file import read_arrays, write_arrays
 from mlx_sft.settings import Settings as NoSettings
 
 ENTRIES = {
@@ -38,7 +37,8 @@ Rows = Callable[[int, int], NDArray[np.float32]]
 _PARAMETERS, _SETTINGS = "parameters.safetensors", "method.json"
 
 
-class WeightEdit(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class WeightEdit:
     """What training made of one weight of the model, a few rows at a time, so that no whole weight need be in memory.
 
     Attributes:
@@ -47,27 +47,22 @@ class WeightEdit(Protocol):
         at_once: Whether all rows are asked for at once.
     """
 
-    @property
-    def shape(self) -> tuple[int, ...] | None: ...
-    @property
-    def optional(self) -> bool: ...
-    @property
-    def at_once(self) -> bool: ...
+    shape: tuple[int, ...] | None
+    optional: bool = False
+    at_once: bool = False
 
     def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
         """The new rows `start` to `stop`, float32; of one expert's matrix where the checkpoint has a tensor for each."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class WholeWeight:
+@dataclass(frozen=True, kw_only=True)
+class WholeWeight(WeightEdit):
     """The edit of a method that says no more than `changed_weight`; the weight is in memory as a whole while it is written."""
 
     method: Method
     parameters: Parameters
     name: str
-    shape: tuple[int, ...] | None
-    optional: bool = False
-    at_once: bool = True
 
     def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
         if expert is not None:
@@ -167,7 +162,7 @@ class Method:
         """What the result in `folder` makes of the model's weights, by their names in transformers."""
         method, parameters = cls.read(folder)
         return {
-            name: WholeWeight(method, parameters, name, shape)
+            name: WholeWeight(shape=shape, at_once=True, method=method, parameters=parameters, name=name)
             for name, shape in method.changed_shapes(parameters).items()
         }
 
@@ -194,7 +189,7 @@ class Method:
             method = cls(cls.Settings(**stated["settings"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"its settings cannot be read: {error}", where=str(folder / _SETTINGS)) from error
-        return method, load_arrays(folder / _PARAMETERS)
+        return method, {name: mx.array(value) for name, value in read_arrays(folder / _PARAMETERS)}
 
     @classmethod
     def recognizes(cls, folder: Path) -> bool:

@@ -27,13 +27,8 @@ Method = Literal["linear", "cat", "svd"]
 Array = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Part:
-    """One module's update by one adapter: factor · B A, with A [..., r, in] and B [..., out, r]."""
-
-    lora_A: Array
-    lora_B: Array
-    factor: float
+Part = tuple[float, Array, Array]
+"""(f, A, B): one module's update by one adapter, f · B A, with A [..., r, in] and B [..., out, r]."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class _Weighted:
         if f"{module}.lora_A" not in self.parameters:
             return None
         lora_A, lora_B = (np.array(self.parameters[f"{module}.{half}"], np.float32) for half in HALVES)
-        return Part(lora_A, lora_B, self.weight * self.settings.scale_of(module))
+        return self.weight * self.settings.scale_of(module), lora_A, lora_B
 
 
 def merge_adapters(
@@ -95,14 +90,15 @@ def merge_adapters(
 
 def linear(parts: list[Part]) -> tuple[Array, Array]:
     """Σ √|f| sign(f) A and Σ √|f| B, as PEFT's `add_weighted_adapter`."""
-    lora_A = _sum([math.copysign(math.sqrt(abs(part.factor)), part.factor) * part.lora_A for part in parts])
-    return lora_A, _sum([math.sqrt(abs(part.factor)) * part.lora_B for part in parts])
+    lora_A = np.stack([math.copysign(math.sqrt(abs(factor)), factor) * lora_A for factor, lora_A, _ in parts])
+    lora_B = np.stack([math.sqrt(abs(factor)) * lora_B for factor, _, lora_B in parts])
+    return lora_A.sum(axis=0), lora_B.sum(axis=0)
 
 
 def cat(parts: list[Part]) -> tuple[Array, Array]:
     """[f₁ A₁; f₂ A₂; ...] and [B₁ B₂ ...], whose product is Σ f B A."""
-    lora_A = np.concatenate([part.factor * part.lora_A for part in parts], axis=-2, dtype=np.float32)
-    return lora_A, np.concatenate([part.lora_B for part in parts], axis=-1)
+    lora_A = np.concatenate([factor * lora_A for factor, lora_A, _ in parts], axis=-2)
+    return lora_A, np.concatenate([lora_B for _, _, lora_B in parts], axis=-1)
 
 
 def svd(parts: list[Part], rank: int) -> tuple[Array, Array]:
@@ -119,13 +115,6 @@ def svd(parts: list[Part], rank: int) -> tuple[Array, Array]:
     pad_A = [(0, 0)] * (new_A.ndim - 2) + [(0, missing), (0, 0)]
     pad_B = [(0, 0)] * (new_B.ndim - 2) + [(0, 0), (0, missing)]
     return np.pad(new_A, pad_A), np.pad(new_B, pad_B)
-
-
-def _sum(arrays: list[Array]) -> Array:
-    if len({array.shape for array in arrays}) > 1:
-        raise ValueError(" and ".join(str(list(array.shape)) for array in arrays))
-    total: Array = np.sum(arrays, axis=0, dtype=np.float32)
-    return total
 
 
 def _read(adapter: str) -> _Weighted:

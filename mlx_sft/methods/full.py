@@ -21,24 +21,18 @@ from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
 from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.names import transformers_name
-from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_float32, read_rows, write_arrays
+from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_arrays, read_rows, write_arrays
 
 WEIGHTS_FILE = "model.safetensors"
 
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class Replacement:
+@dataclass(frozen=True, kw_only=True)
+class Replacement(WeightEdit):
     """W → the trained weight, whose rows are read from its file as they are asked for."""
 
     trained: StoredTensor
-    optional: bool = False
-    at_once: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.trained.shape
 
     def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
         if expert is None:
@@ -86,11 +80,12 @@ class Full(Method):
 
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
-        edits: dict[str, WeightEdit] = {t.name: Replacement(t) for t in open_safetensors(folder / WEIGHTS_FILE).tensors}
+        trained = {tensor.name: tensor for tensor in open_safetensors(folder / WEIGHTS_FILE).tensors}
+        edits: dict[str, WeightEdit] = {n: Replacement(shape=t.shape, trained=t) for n, t in trained.items()}
         # A checkpoint may store a tied head besides the embeddings; a stale copy would no longer be tied.
-        if _EMBEDDINGS in edits and _HEAD not in edits:
-            tied = edits[_EMBEDDINGS]
-            edits[_HEAD] = Replacement(tied.trained, optional=True) if isinstance(tied, Replacement) else tied
+        if _EMBEDDINGS in trained and _HEAD not in trained:
+            tied = trained[_EMBEDDINGS]
+            edits[_HEAD] = Replacement(shape=tied.shape, optional=True, trained=tied)
         return edits
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
@@ -98,8 +93,7 @@ class Full(Method):
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Full, Parameters]:
-        tensors = open_safetensors(folder / WEIGHTS_FILE).tensors
-        return cls(), {tensor.name: mx.array(read_float32(tensor)) for tensor in tensors}
+        return cls(), {name: mx.array(value) for name, value in read_arrays(folder / WEIGHTS_FILE)}
 
     @property
     def title(self) -> str:

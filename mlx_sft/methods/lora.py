@@ -31,20 +31,14 @@ _ROUTERS = ("gate", "router")
 """What the module beside experts is called that chooses among them."""
 
 
-@dataclass(frozen=True, slots=True)
-class LowRankUpdate:
+@dataclass(frozen=True, kw_only=True)
+class LowRankUpdate(WeightEdit):
     """W → W + scale · B · A, of a matrix, or of each of a stack; with magnitudes its rows have these norms (DoRA)."""
 
     lora_A: NDArray[np.float32]
     lora_B: NDArray[np.float32]
     scale: float
-    magnitudes: NDArray[np.float32] | None = None
-    optional: bool = False
-    at_once: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.lora_B.shape[:-1], self.lora_A.shape[-1])
+    magnitudes: NDArray[np.float32] | None
 
     def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
         lora_A, lora_B = (self.lora_A, self.lora_B) if expert is None else (self.lora_A[expert], self.lora_B[expert])
@@ -143,13 +137,15 @@ class Lora(Method):
 
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
-        settings, parameters = read_adapter(folder)
+        method, parameters = cls.read(folder)
         edits: dict[str, WeightEdit] = {}
-        for module in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
+        for name, shape in method.changed_shapes(parameters).items():
+            module = name.removesuffix(".weight")
             lora_A, lora_B = (np.array(parameters[f"{module}.{half}"], np.float32) for half in HALVES)
             norms = parameters.get(f"{module}.{MAGNITUDE}")
             magnitudes = None if norms is None else np.array(norms, np.float32)
-            edits[f"{module}.weight"] = LowRankUpdate(lora_A, lora_B, settings.scale_of(module), magnitudes)
+            scale = method.settings.scale_of(module)
+            edits[name] = LowRankUpdate(shape=shape, lora_A=lora_A, lora_B=lora_B, scale=scale, magnitudes=magnitudes)
         return edits
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
 from mlx_sft.methods.lora_settings import MAGNITUDE, LoraSettings
-from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
+from mlx_sft.safetensors_file import read_arrays, write_arrays
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
@@ -80,9 +80,8 @@ def read_adapter(folder: Path, paths: Mapping[str, str]) -> tuple[float, dict[st
     names = {path: name for name, path in paths.items()}
     ours = {theirs: half for half, theirs in _PARTS.items()}
     parameters = {}
-    for tensor in open_safetensors(folder / WEIGHTS).tensors:
-        module, _, half = tensor.name.rpartition(".")
-        value = mx.array(read_float32(tensor))
-        parameters[f"{names.get(module, module)}.{ours[half]}"] = value.T if value.ndim == 2 else value
+    for name, value in read_arrays(folder / WEIGHTS):
+        module, _, half = name.rpartition(".")
+        parameters[f"{names.get(module, module)}.{ours[half]}"] = mx.array(value.T if value.ndim == 2 else value)
     scale: float = read_json(folder / CONFIG)["lora_parameters"]["scale"]
     return scale, parameters

@@ -12,13 +12,12 @@ Equal adapters give byte-identical files. Whether an adapter fits a model is for
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import mlx.core as mx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
@@ -50,6 +49,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (False, None),
 }
 """PEFT's settings that change what an adapter computes, with the values that mean LoRA or DoRA."""
+
+
+class _Stated(BaseModel):
+    """PEFT's settings that are read as numbers and switches. What training would refuse (an alpha of 0) can still be merged."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    r: int = Field(ge=1)
+    lora_alpha: float
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
 
 _MOST_FEATURES, _LONGEST_NAME = 2**31, 300
 
@@ -191,58 +205,29 @@ def _target_modules(settings: LoraSettings, modules: list[str]) -> list[str]:
 
 def _to_settings(config: dict[str, Any], modules: list[str], where: Path) -> LoraSettings:
     """Of modules as the file names them, each expert's apart."""
-    alpha, dropout = _number(config.get("lora_alpha")), _number(config.get("lora_dropout", 0.0))
-    if alpha is None:
-        what = f"lora_alpha is {config.get('lora_alpha')!r}, and must be a number"
-        raise UserError(what, where=str(where))
-    if dropout is None or not 0 <= dropout < 1:
-        what = f"lora_dropout is {config['lora_dropout']!r}, and must be from 0 to below 1"
-        raise UserError(what, where=str(where))
-    # Unchecked: what training would refuse (an alpha of 0) can still be read, merged and generated with.
+    try:
+        stated = _Stated.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{first['loc'][0]}: {first['msg']}", where=str(where)) from error
     return LoraSettings.model_construct(
-        rank=_rank(config.get("r"), "r", where),
-        alpha=alpha,
-        dropout=dropout,
-        rslora=_truth(config, "use_rslora", where),
+        rank=stated.r,
+        alpha=stated.lora_alpha,
+        dropout=stated.lora_dropout,
+        rslora=bool(stated.use_rslora),
         target=list(_targets(config, sorted({_together(module) for module in modules}))),
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-        dora=_truth(config, "use_dora", where),
-        rank_pattern=_pattern(config, "rank_pattern", modules, _rank, where),
-        alpha_pattern=_pattern(config, "alpha_pattern", modules, _alpha, where),
+        dora=bool(stated.use_dora),
+        rank_pattern=_pattern(stated.rank_pattern or {}, "rank_pattern", modules, where),
+        alpha_pattern=_pattern(stated.alpha_pattern or {}, "alpha_pattern", modules, where),
     )
-
-
-def _rank(value: Any, name: str, where: Path) -> int:
-    if type(value) is not int or value < 1:
-        raise UserError(f"{name} is {value!r}, and must be 1 or more", where=str(where))
-    return value
-
-
-def _alpha(value: Any, name: str, where: Path) -> float:
-    alpha = _number(value)
-    if alpha is None:
-        raise UserError(f"{name} is {value!r}, and must be a number", where=str(where))
-    return alpha
-
-
-def _truth(config: dict[str, Any], name: str, where: Path) -> bool:
-    value = config.get(name, False)
-    if value is not None and type(value) is not bool:
-        raise UserError(f"{name} is {value!r}, and must be true or false", where=str(where))
-    return bool(value)
 
 
 T = TypeVar("T")
 
 
-def _pattern(
-    config: dict[str, Any], name: str, modules: list[str], read: Callable[[Any, str, Path], T], where: Path
-) -> dict[str, T]:
+def _pattern(values: dict[str, T], name: str, modules: list[str], where: Path) -> dict[str, T]:
     """Values of single modules by the ends of their names; where PEFT has regular expressions, by the names that these fit."""
-    stated = config.get(name) or {}
-    if not isinstance(stated, dict):
-        raise UserError(f"{name} is {stated!r}, and must be a mapping from modules", where=str(where))
-    values = {key: read(value, f"{name} of {key}", where) for key, value in stated.items()}
     if all(re.fullmatch(r"[\w.-]+", key) for key in values):
         together = {_together(module) for module in modules}
         return {key: value for key, value in values.items() if any(is_named(module, key) for module in together)}
@@ -272,16 +257,6 @@ def _for_each_expert(name: str) -> str:
     """A name of experts' modules together, as PEFT's expression for each of them."""
     before, experts, after = f".{name}".rpartition(EXPERTS_PART)
     return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
-
-
-def _number(value: Any) -> float | None:
-    """A finite JSON number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
 
 
 def _targets(config: dict[str, Any], modules: list[str]) -> tuple[str, ...]:

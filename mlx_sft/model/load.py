@@ -24,7 +24,15 @@ from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import stored_quantization
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.translate import read_config, translate_config
-from mlx_sft.model.weights import INDEX, SINGLE, check_weights, weight_files
+from mlx_sft.model.weights import (
+    INDEX,
+    LICENCE_FILES,
+    MODEL_FILES,
+    SINGLE,
+    TOKENIZER_FILES,
+    check_weights,
+    weight_files,
+)
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 TINY = Path(__file__).parent / "tiny"
@@ -37,26 +45,6 @@ TESTED = frozenset({
 
 _HEAD_BYTES, _SAMPLE_BYTES, _SAMPLES = 2**22, 2**14, 256
 """What a fingerprint reads of each file. Training changes every weight, so that samples tell large files apart."""
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
-"""A tokenizer is at least one of these."""
-
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "hf_quant_config.json",
-    *_TOKENIZER_FILES,
-    "tokenizer_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-"""The files of a model beside its weights."""
-
-LICENCE_FILES = ("LICENSE*", "NOTICE*")
 
 CARD = "README.md"
 """The model card, which names the licence."""
@@ -377,4 +365,4 @@ def untested_note(config: dict[str, Any]) -> str:
 
 
 def _has_tokenizer(path: Path) -> bool:
-    return any(file.is_file() for pattern in _TOKENIZER_FILES for file in path.glob(pattern))
+    return any(file.is_file() for pattern in TOKENIZER_FILES for file in path.glob(pattern))

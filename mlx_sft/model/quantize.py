@@ -123,17 +123,17 @@ class WeightRow(NamedTuple):
 
 def first_rows(model: nn.Module) -> dict[str, WeightRow]:
     """The first row of every floating or quantized weight, by its name in transformers; nothing is computed yet."""
-    floating = {transformers_name(path): weight for path, weight in floating_weights(model).items()}
-    rows = {name: WeightRow(_first(weight), False) for name, weight in floating.items()}
-    packed = {f"{name}.weight": module for name, module in quantized_modules(model)}
-    return rows | {name: WeightRow(dequantized(module, _first), True) for name, module in packed.items()}
+    packed = {f"{name}.weight" for name, _ in quantized_modules(model)}
+    return {name: WeightRow(row, name in packed) for name, row in weights_by_name(model, _first).items()}
 
 
 def _first(weight: mx.array) -> mx.array:
     return weight[-1, :1] if weight.ndim > 2 else weight[:1]
 
 
-def weights_by_name(model: nn.Module) -> dict[str, mx.array]:
-    """Every weight as plain numbers, by its name in transformers; those of quantized weights are not computed yet."""
-    weights = {transformers_name(path): weight for path, weight in floating_weights(model).items()}
-    return weights | {f"{name}.weight": dequantized(module) for name, module in quantized_modules(model)}
+def weights_by_name(
+    model: nn.Module, part: Callable[[mx.array], mx.array] = lambda array: array
+) -> dict[str, mx.array]:
+    """Every weight, or this part of it, as plain numbers, by its name in transformers; those of quantized ones are not computed yet."""
+    weights = {transformers_name(path): part(weight) for path, weight in floating_weights(model).items()}
+    return weights | {f"{name}.weight": dequantized(module, part) for name, module in quantized_modules(model)}

@@ -1,24 +1,144 @@
-"""The weight files of a checkpoint folder: which they are, and whether all are there and complete.
+"""A checkpoint folder on disk: its weight files, the tensors in them, and the files that belong beside them.
 
-They are `model.safetensors`, else the shards that `model.safetensors.index.json` names, else, where there is no index, every
+The weight files are `model.safetensors`, else the shards that `model.safetensors.index.json` names, else, where there is no index, every
 `model*.safetensors`.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-
-import mlx.core as mx
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json
-from mlx_sft.safetensors_file import open_safetensors
+from mlx_sft.model.names import EXPERTS_PART, expert_name, transformers_name
+from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor, open_safetensors, stored_dtype, write_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+"""A tokenizer is at least one of these."""
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+"""The files of a model beside its weights."""
+
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
+
 _LONGEST_NAME = 255
 """Bytes of a file's name, on every file system in use."""
+
+_ANOTHER_MODEL = "it was trained on another model, or the checkpoint has changed since"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint folder.
+
+    Attributes:
+        files: Its shards.
+        tensors: Every tensor by its name in the files.
+        named: Every tensor by its name in transformers, which differs where the folder is mlx-lm's, or the model can do more.
+    """
+
+    path: Path
+    files: tuple[SafetensorsFile, ...]
+    index: Path | None
+    tensors: dict[str, StoredTensor]
+    named: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Read the headers of a folder's weight files.
+
+        Raises `UserError` naming the folder or file where weights are missing, damaged, or not as the index says.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UserError("no such model folder", where=str(folder))
+        paths = _present_files(folder)
+        files = tuple(open_safetensors(file) for file in paths)
+        tensors: dict[str, StoredTensor] = {}
+        for tensor in (tensor for file in files for tensor in file.tensors):
+            if other := tensors.get(tensor.name):
+                raise UserError(f"tensor {tensor.name} is also in {other.file.name}", where=str(tensor.file))
+            tensors[tensor.name] = tensor
+        index = None if paths == [folder / SINGLE] or not (folder / INDEX).is_file() else folder / INDEX
+        for name, file in (read_index(folder) if index else {}).items():
+            if name not in tensors or tensors[name].file.name != file:
+                raise UserError(f"the index says that {name} is in {file}, and it is not", where=str(index))
+        return cls(folder, files, index, tensors, {transformers_name(name): tensor for name, tensor in tensors.items()})
+
+    def parts(
+        self, name: str, shape: tuple[int, ...] | None, source: str, hint: str = _ANOTHER_MODEL
+    ) -> list[StoredTensor]:
+        """The tensors that make a weight, by its name in transformers: one, or one for each expert of a stack.
+
+        Args:
+            shape: The weight's; None for the one that it has.
+            source: What would change it, for a message.
+
+        Raises:
+            UserError: Naming the tensor that is not there, has another shape, or holds no plain numbers.
+        """
+        names, each = [name], shape
+        if shape is not None and len(shape) > 2 and EXPERTS_PART in name and name not in self.named:
+            names, each = [expert_name(name, expert) for expert in range(shape[0])], shape[1:]
+        for part in names:
+            if part not in self.named:
+                what = f"this checkpoint has no tensor {part}, which {source} would change"
+                raise UserError(what, where=str(self.path), hint=hint)
+            tensor = self.named[part]
+            if each is not None and tensor.shape != each:
+                what = f"{part} is {list(tensor.shape)} here, and {list(each)} in {source}"
+                raise UserError(what, where=str(self.path), hint=hint)
+            stored_dtype(tensor)
+        return [self.named[part] for part in names]
+
+    def size(self) -> int:
+        """The bytes that `write` writes, near enough."""
+        beside = (file.stat().st_size for file in _side_files(self.path))
+        return sum(tensor.size for tensor in self.tensors.values()) + sum(beside)
+
+    def write(self, folder: Path, contents: Callable[[StoredTensor], Iterable[bytes | memoryview]]) -> None:
+        """Write a checkpoint of the same tensors, dtypes, shards and side files, with the bytes of `contents(tensor)`."""
+        for file in self.files:
+            write_safetensors(
+                folder / file.path.name,
+                [(tensor.name, tensor.dtype, tensor.shape, tensor.size) for tensor in file.tensors],
+                map(contents, file.tensors),
+                file.metadata | {"format": "pt"},
+            )
+        if self.index is not None:
+            shutil.copyfile(self.index, folder / INDEX)
+        copy_side_files(self.path, folder)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy configuration, tokenizer, chat templates and licences byte for byte, and nothing else."""
+    for file in _side_files(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _side_files(folder: Path) -> list[Path]:
+    patterns = (*MODEL_FILES, *LICENCE_FILES)
+    return [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -46,11 +166,7 @@ def check_weights(path: Path) -> None:
     Raises:
         UserError: Naming the files that are missing, damaged or not of this model.
     """
-    files = weight_files(path)
-    if not files:
-        raise no_weights(path)
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise missing_shards(path, missing, len(files))
+    files = _present_files(path)
     read = set(path.glob("model*.safetensors"))
     if unread := [file.name for file in files if file not in read]:
         raise UserError(
@@ -65,30 +181,25 @@ def check_weights(path: Path) -> None:
             where=str(path),
             hint="keep the weights of one model in the folder, and move the others away",
         )
-    for file in files:
-        open_safetensors(file)
+    Checkpoint.open(path)
 
 
-def no_weights(path: Path) -> UserError:
-    """What is wrong with a folder without weights."""
-    other = [p.name for suffix in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in path.glob(suffix)]
-    found = f" (only {_some(sorted(other))})" if other else ""
-    pickled = any(name.endswith((".bin", ".pt")) for name in other)
-    reason = "; pickled files are not read, because they can run code" if pickled else ""
-    return UserError(
-        f"a model folder without weights: no {SINGLE}{found}{reason}",
-        where=str(path),
-        hint="only safetensors is read; save it again with `save_pretrained(...)`",
-    )
-
-
-def missing_shards(path: Path, missing: list[str], of: int) -> UserError:
-    """What is wrong with a folder that lacks some of its shards."""
-    return UserError(
-        f"missing shard {_some(missing)} ({len(missing)} of {of})",
-        where=str(path),
-        hint="download the model again, or copy the missing files into the folder",
-    )
+def _present_files(path: Path) -> list[Path]:
+    """`weight_files`; raises `UserError` where there are none, or some are missing."""
+    files = weight_files(path)
+    if not files:
+        other = [p.name for suffix in ("*.bin", "*.pt", "*.gguf", "*.safetensors") for p in path.glob(suffix)]
+        found = f" (only {_some(sorted(other))})" if other else ""
+        pickled = any(name.endswith((".bin", ".pt")) for name in other)
+        reason = "; pickled files are not read, because they can run code" if pickled else ""
+        what = f"a model folder without weights: no {SINGLE}{found}{reason}"
+        hint = "only safetensors is read; save it again with `save_pretrained(...)`"
+        raise UserError(what, where=str(path), hint=hint)
+    if missing := [file.name for file in files if not file.is_file()]:
+        what = f"missing shard {_some(missing)} ({len(missing)} of {len(files)})"
+        hint = "download the model again, or copy the missing files into the folder"
+        raise UserError(what, where=str(path), hint=hint)
+    return files
 
 
 def _is_name(name: object) -> bool:
@@ -99,16 +210,3 @@ def _is_name(name: object) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def load_arrays(path: Path) -> dict[str, mx.array]:
-    """The arrays of a file, evaluated; its header is checked before anything is mapped.
-
-    Raises `UserError` where the header is damaged, and `ValueError` or `RuntimeError` where the rest is.
-    """
-    open_safetensors(path)
-    arrays = mx.load(str(path))
-    if not isinstance(arrays, dict):
-        raise ValueError(f"{path.name} holds no named arrays")
-    mx.eval(arrays)
-    return arrays

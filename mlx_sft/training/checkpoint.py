@@ -22,10 +22,9 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from mlx_sft.errors import UserError
 from mlx_sft.files import disk_errors, read_json, to_json, write_folder
 from mlx_sft.methods import Parameters
-from mlx_sft.model.weights import load_arrays
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.safetensors_file import write_arrays
+from mlx_sft.safetensors_file import read_arrays, write_arrays
 from mlx_sft.training.recompute import Mode
 
 _PARAMETERS = "parameters.safetensors"
@@ -192,14 +191,15 @@ def load(
     hint = "remove this folder; the run then goes on from the checkpoint before it"
     try:
         state = read_json(folder / _STATE)
-        saved = load_arrays(folder / _PARAMETERS)
-        moments = load_arrays(folder / _OPTIMIZER)
+        saved, moments = (
+            {name: mx.array(value) for name, value in read_arrays(folder / file)} for file in (_PARAMETERS, _OPTIMIZER)
+        )
         progress = TypeAdapter(Progress).validate_python(state["progress"])
         if progress.step != steps[-1]:
             raise ValueError(f"it is of step {progress.step}")
         random_state, callbacks = state["random_state"], TypeAdapter(CallbackStates).validate_python(state["callbacks"])
         changed = [name for name, value in identity.items() if state["identity"][name] != value]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"damaged checkpoint: {error}", where=str(folder), hint=hint) from error
     except UserError as error:
         raise UserError(f"damaged checkpoint: {error.what}", where=str(folder), hint=hint) from error

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
-from mlx_sft.convert.stored import check_exportable
+from mlx_sft.convert.merge import check_exportable
 from mlx_sft.data.batches import Plan
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlx_sft.convert.export import export
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import UserError
 from mlx_sft.load import load_run
 from mlx_sft.methods.full import Full
 from mlx_sft.methods.lora import LowRankUpdate
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.load import load_model
+from mlx_sft.model.weights import Checkpoint
 
 # PEFT asks a transformers model in a way that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")

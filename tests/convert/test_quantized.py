@@ -18,11 +18,11 @@ from mlx_lm.convert import convert as convert_of_mlx_lm
 from safetensors.torch import load_file, save_file
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.model.load import load_model
 from mlx_sft.model.outline import outline
 from mlx_sft.model.quantize import weights_by_name
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.training.memory import weight_bytes
 from tests.chosen import without_adapter
 
@@ -266,6 +266,15 @@ def test_another_model_in_place_of_the_base_is_refused(
         export(folder, tmp_path / "none", base_model=str(other))
     shutil.copytree(base, tmp_path / "moved")
     assert export(folder, tmp_path / "merged", base_model=str(tmp_path / "moved")).verification is not None
+
+
+def test_what_quantizing_takes_of_trained_weights_is_told_of_the_matrices(
+    base: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    train(TrainConfig(**without_adapter(settings) | {"model": str(base), "method": "full"}))
+    lost = export(settings["out"], tmp_path / "mlx", format="mlx", quantize="4").lost
+    assert "model.embed_tokens.weight" in lost
+    assert not any("norm" in name for name in lost)
 
 
 def test_quantized_weights_are_not_trained_themselves(base: Path, settings: dict[str, Any], tmp_path: Path) -> None:

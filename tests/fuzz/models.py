@@ -15,11 +15,11 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.data.prepare import prepare
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import open_safetensors, read_bytes
 from tests.chats import write_chats
 from tests.fuzz.mutators import PIECES, any_value, as_json, changed, changed_bytes, changed_json

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, deserialize
 
 from mlx_sft.common_settings import public_name
 from mlx_sft.config import all_fields
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import UserError
+from mlx_sft.model.weights import Checkpoint
 from tests.fuzz.models import SAFETENSORS
 from tests.fuzz.mutators import as_json, as_yaml, changed
 from tests.fuzz.parser import Materials, Parser

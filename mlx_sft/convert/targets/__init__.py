@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import Merging, refuse_unmergeable
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method
 from mlx_sft.model.load import resolve_checkpoint
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.settings import Settings as NoSettings

@@ -13,9 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import save_config, save_model
 
-from mlx_sft.convert.hf import Checkpoint, copy_side_files
 from mlx_sft.convert.merge import Merging
-from mlx_sft.convert.stored import stored_parts
 from mlx_sft.convert.targets import MergeSettings
 from mlx_sft.convert.targets.merged import Merged
 from mlx_sft.convert.verify import Verification
@@ -24,6 +22,7 @@ from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
 from mlx_sft.model.translate import translate_config
+from mlx_sft.model.weights import Checkpoint, copy_side_files
 from mlx_sft.safetensors_file import read_float32
 
 
@@ -131,8 +130,8 @@ def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
     weights = weights_by_name(trained_on) if trained_on is not None else {}
     for name, shape in method.changed_shapes(parameters).items():
         before = weights.pop(name) if weights else _stored(merging.checkpoint, name, shape)
-        if before.shape[-1] % quantization.group_size:
-            continue  # too narrow to be quantized
+        if before.ndim < 2 or before.shape[-1] % quantization.group_size:
+            continue  # not a matrix, or too narrow to be quantized
         after = method.changed_weight(name, before, parameters)
         moved = round_trip(after, quantization) - round_trip(before, quantization)
         update = after - before
@@ -143,6 +142,6 @@ def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
 
 
 def _stored(checkpoint: Checkpoint, name: str, shape: tuple[int, ...] | None) -> mx.array:
-    tensors = stored_parts(checkpoint, name, shape, "the run")
+    tensors = checkpoint.parts(name, shape, "the run")
     stacked = mx.stack([mx.array(read_float32(tensor)) for tensor in tensors])
     return stacked[0] if shape is None else stacked.reshape(shape)

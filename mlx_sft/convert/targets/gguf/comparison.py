@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import UserError, blamed_on
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_rows
 
 if TYPE_CHECKING:

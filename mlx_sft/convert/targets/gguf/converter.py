@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
+from mlx_sft.model.weights import Checkpoint
 
 SCRIPT = "convert_hf_to_gguf.py"
 OUTPUT = "model.gguf"

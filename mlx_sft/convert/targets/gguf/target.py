@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.merge import write_merged
 from mlx_sft.convert.targets import MergeSettings, WholeModel
 from mlx_sft.convert.targets.gguf.comparison import GgufFacts, check_gguf
@@ -22,7 +21,8 @@ from mlx_sft.convert.targets.gguf.converter import OUTPUT, Converter, find_conve
 from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
 from mlx_sft.convert.verify import Verification, verify_merged
 from mlx_sft.errors import UserError
-from mlx_sft.model.load import LICENCE_FILES, load_tokenizer
+from mlx_sft.model.load import load_tokenizer
+from mlx_sft.model.weights import LICENCE_FILES, Checkpoint
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 MODELFILE = "Modelfile"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mlx_sft.convert.hf import Checkpoint
 from mlx_sft.convert.targets.gguf.comparison import check_gguf
 from mlx_sft.errors import UserError
+from mlx_sft.model.weights import Checkpoint
 
 pytestmark = pytest.mark.fast
 

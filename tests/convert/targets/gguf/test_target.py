@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mlx_sft import UserError, export
-from mlx_sft.convert.hf import Checkpoint
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, read_float32
 from tests.ollama import rendered
 

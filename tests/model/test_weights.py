@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mlx_sft.convert.hf import Checkpoint, copy_side_files
 from mlx_sft.errors import UserError
-from mlx_sft.model.weights import INDEX, SINGLE
+from mlx_sft.model.weights import INDEX, SINGLE, Checkpoint, copy_side_files
 from mlx_sft.safetensors_file import read_bytes
 
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.hf import Checkpoint
-from mlx_sft.convert.stored import check_exportable
+from mlx_sft.convert.merge import check_exportable
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Method, Parameters, attach_trained, make_method
 from mlx_sft.model.load import load_model
 from mlx_sft.model.quantize import WeightRow, first_rows
+from mlx_sft.model.weights import Checkpoint
 from mlx_sft.registry import METHODS
 from mlx_sft.safetensors_file import read_rows
 
