@@ -21,12 +21,10 @@ from mlx_sft.data.pipeline import Progress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.files import read_yaml
-from mlx_sft.methods import Method, make_method
 from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_size
 from mlx_sft.model.outline import outline
 from mlx_sft.model.tiles import expected_tiles
 from mlx_sft.model.translate import read_config
-from mlx_sft.registry import METHODS
 from mlx_sft.training.batch_settings import (
     LongestRow,
     MemoryPlanner,
@@ -40,6 +38,7 @@ from mlx_sft.training.machine import COMMON_MACS, mac, measured_teraflops, read_
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.schedule import planned_steps
+from mlx_sft.training.start import starting_parameters
 
 Pieces = Iterator[tuple[str, Look]]
 
@@ -114,10 +113,10 @@ class RunPlan:
     """
 
     def __init__(self, config: TrainConfig, machine_name: str | None = None, progress: Progress | None = None) -> None:
+        self.config = config
         self.measured = machine_name is None
         machine = self.machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
         path = resolve_checkpoint(config.model, weights=False)
-        config = self.config = _with_adapter(config)
         data = _data(config, path, progress)
         given = config.dtype != "auto"
         self.dtype = config.dtype if given else machine.dtype
@@ -247,15 +246,6 @@ def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfi
     return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
 
 
-def _with_adapter(config: TrainConfig) -> TrainConfig:
-    """An existing adapter's settings override those of the configuration that shape it."""
-    if config.init_adapter is None:
-        return config
-    where = Path(config.init_adapter)
-    kind: type[Method] = METHODS[config.method]
-    return config.model_copy(update=kind.read(where)[0].decides(where))
-
-
 def _data(config: TrainConfig, path: Path, progress: Progress | None) -> PreparedData | None:
     if config.data == [NO_DATA]:
         return None
@@ -266,8 +256,7 @@ def _data(config: TrainConfig, path: Path, progress: Progress | None) -> Prepare
 
 def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
     split = outline(path, dtype, config.quantize)
-    method = make_method(config)
-    parameters = method.attach(split.model, config.seed)
+    config, method, parameters = starting_parameters(config, split.model, begun=False)
     vocabulary = vocabulary_size(split.model, read_config(path))
     tiled = expected_tiles(split) is not None
     return Footprint.of(config, split, method, parameters, vocabulary, tiled=tiled, fused=fused)

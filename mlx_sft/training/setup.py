@@ -107,9 +107,7 @@ def prepare_job(
     config, tokenizer, data = _read_data(config, path, console, given, new=run is None)
     callbacks.check(config, data)
     machine = within(this_machine(), config)
-    mx.set_memory_limit(
-        machine.memory
-    )  # MLX calls operations ahead of their computation; from here on it lets them end first
+    mx.set_memory_limit(machine.memory)  # rather than go beyond it, MLX waits for operations that are under way
     if given.model is None:
         refuse_too_large(config, path, machine)
     base, vocabulary = _load_base(config, tokenizer, data, console, given)
@@ -138,9 +136,7 @@ def prepare_job(
     else:
         progress = starting_progress(config, parameters, optimizer, identity, plan.total_steps)
     if run:
-        if (
-            progress.stopped_of != plan.total_steps
-        ):  # a run that a callback ended early goes on where it is given more steps
+        if progress.stopped_of != plan.total_steps:  # one that a callback ended early goes on with more steps
             progress = progress.after(stopped_of=None)
         settings, progress = _resumed(settings, progress, anew)
     predicted = predicted_peak(memory.footprint, settings, plan, data.train)
@@ -152,7 +148,7 @@ def prepare_job(
         environment = describe_environment(config, identity) | {"memory": memory.describe(predicted)}
         run = _create(config, data, environment, held)
     if footprint.held:
-        # It takes a third less, in the same time. (Far below what is needed every operation waits for the one before: twice the time.)
+        # A third less, in the same time. Far below what is needed, where each operation waits for the last, it would take twice as long.
         mx.set_memory_limit(min(machine.memory, predicted.limit))
     compiled = compiled_shapes(machine, plan, data.train, settings.micro_batch_tokens)
     computer.configure(settings.mode, compiled, settings.head_chunk)
