@@ -14,6 +14,7 @@ import yaml
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.convert.targets.mlx import convert
+from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.machine import COMMON_MACS
 from mlx_sft.training.plan import LENGTHS, RunPlan, Work, operations, planned_config
@@ -126,6 +127,15 @@ def test_a_run_that_would_be_refused_is_planned_all_the_same(no_weights: Path) -
     assert "train would refuse" in text(plan)
     assert "--max-length" in text(plan)
     assert json.loads(plan.to_json())["settings"] is None
+
+
+def test_an_initial_adapter_decides_over_its_shape_as_it_does_in_train(settings: dict[str, Any]) -> None:
+    adapter = train(TrainConfig(**settings | {"rank": 3, "max_steps": 1})).run_dir / "adapter"
+    _, trained = read_adapter(adapter)
+    start = {"data": settings["data"], "model": settings["model"], "init_adapter": str(adapter)}
+    assert RunPlan(TrainConfig(**start)).footprint.trainable == sum(value.size for value in trained.values())
+    with pytest.raises(UserError, match="--rank 5 differs from the adapter's 3"):
+        RunPlan(TrainConfig(**start, rank=5))
 
 
 def test_full_fine_tuning_is_counted_with_its_optimizer(no_weights: Path) -> None:
