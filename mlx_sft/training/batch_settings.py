@@ -1,6 +1,6 @@
 """How a step is computed: tokens of a micro-batch, recomputation, the head's chunk, the layout of rows, the shapes that are compiled.
 
-    footprint + machine + longest row ─► MemoryPlanner ─► MemoryPlan with its BatchSettings
+    footprint + machine + longest row ─► MemoryPlanner ─► BatchSettings
 
 Computing again costs time, and so do micro-batches of a few tokens, and of logits. So `choose` takes the mode that computes least
 again among those in which some hundred tokens fit at once, and in any case the longest row. Where it is close, a small step is measured
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -169,24 +169,21 @@ def _most_at_once(layout: Layout) -> int:
 
 def predicted_peak(footprint: Footprint, settings: BatchSettings, plan: Plan, examples: Examples) -> Prediction:
     """What the largest micro-batch is predicted to take: of the longest row, and of the first steps."""
+    lengths, layout = examples.needed_lengths, settings.layout
+    longest = int(lengths.argmax())
+    micro_batches = [MicroBatch((longest,), padded_width(int(lengths[longest]), layout))]
+    for step in islice(plan.steps(), _STEPS_PREDICTED):
+        micro_batches += cut(step.rows, lengths, settings.micro_batch_tokens, layout)
 
-    def shapes() -> Iterator[tuple[int, int, int]]:
-        """Tokens, width and supervised positions."""
-        lengths, layout = examples.needed_lengths, settings.layout
-        longest = int(lengths.argmax())
-        width = padded_width(int(lengths[longest]), layout)
-        yield width, width, int(examples.supervised_tokens[longest])
-        for step in islice(plan.steps(), _STEPS_PREDICTED):
-            for micro_batch in cut(step.rows, lengths, settings.micro_batch_tokens, layout):
-                rows = list(micro_batch.rows)
-                width = padded_width(int(lengths[rows].max()), layout)
-                yield micro_batch.tokens, width, int(examples.supervised_tokens[rows].sum())
+    def predicted(micro_batch: MicroBatch) -> Prediction:
+        rows = list(micro_batch.rows)
+        width, supervised = padded_width(int(lengths[rows].max()), layout), int(examples.supervised_tokens[rows].sum())
+        chunk = settings.head_chunk
+        return footprint.predict(
+            settings.mode, micro_batch.tokens, width=width, supervised=supervised, head_chunk=chunk
+        )
 
-    predictions = (
-        footprint.predict(settings.mode, tokens, width=width, supervised=supervised, head_chunk=settings.head_chunk)
-        for tokens, width, supervised in shapes()
-    )
-    return max(predictions, key=lambda prediction: prediction.peak)
+    return max(map(predicted, micro_batches), key=lambda prediction: prediction.peak)
 
 
 # With a measurement
@@ -219,40 +216,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """The settings that a run begins with on its machine, and why they are so.
+class MemoryPlanner:
+    """Chooses the settings with which a run is predicted to fit its machine, of those that its configuration leaves open.
 
     Attributes:
-        probe: What was measured beforehand; None where nothing was, and `why_no_probe` then says why.
+        probe: What was measured; None where nothing was, and `why_no_probe` then says why.
     """
-
-    machine: Machine
-    footprint: Footprint
-    settings: BatchSettings
-    probe: Probe | None = None
-    why_no_probe: str = ""
-
-    def describe(self, predicted: Prediction) -> dict[str, Any]:
-        """As `environment.json` keeps it."""
-        return {
-            "limit_bytes": self.machine.memory,
-            "limit_is": self.machine.basis,
-            "predicted_peak_bytes": predicted.peak,
-            "predicted": asdict(predicted),
-            "probe": asdict(self.probe) if self.probe else None,
-            "no_probe_because": self.why_no_probe or None,
-        }
-
-
-@dataclass(frozen=True)
-class MemoryPlanner:
-    """Chooses the settings with which a run is predicted to fit its machine, of those that its configuration leaves open."""
 
     config: TrainConfig
     machine: Machine
     footprint: Footprint
     longest: LongestRow
     layout: Layout
+    probe: Probe | None = None
+    why_no_probe: str = ""
 
     def choose(self) -> BatchSettings | None:
         """The settings by prediction alone; None where the longest row does not fit."""
@@ -266,8 +243,10 @@ class MemoryPlanner:
             layout=self.layout,
         )
 
-    def plan(self, gradient_computer: GradientComputer, parameters: Parameters, rows: int) -> MemoryPlan:
-        """The settings for a run on so many rows, corrected by a measurement where it is close.
+    def plan(
+        self, gradient_computer: GradientComputer, parameters: Parameters, rows: int
+    ) -> tuple[MemoryPlanner, BatchSettings]:
+        """The settings for a run on so many rows, corrected by a measurement where it is close; and the planner that knows of it.
 
         Raises:
             UserError: Where the longest row does not fit, or the measurement itself runs out of memory.
@@ -279,13 +258,24 @@ class MemoryPlanner:
             planner = replace(self, config=config)
         settings = planner.choose()
         if settings is not None and (why := planner._why_no_probe(settings)):
-            return MemoryPlan(self.machine, self.footprint, settings, why_no_probe=why)
+            return replace(planner, why_no_probe=why), settings
         probe = planner._measured(gradient_computer, parameters, settings)
-        planner = replace(planner, footprint=replace(self.footprint, correction=probe.correction))
+        planner = replace(planner, footprint=replace(self.footprint, correction=probe.correction), probe=probe)
         settings = planner.choose()
         if settings is None:
             raise planner.refusal()
-        return MemoryPlan(self.machine, planner.footprint, settings, probe)
+        return planner, settings
+
+    def describe(self, predicted: Prediction) -> dict[str, Any]:
+        """As `environment.json` keeps it."""
+        return {
+            "limit_bytes": self.machine.memory,
+            "limit_is": self.machine.basis,
+            "predicted_peak_bytes": predicted.peak,
+            "predicted": asdict(predicted),
+            "probe": asdict(self.probe) if self.probe else None,
+            "no_probe_because": self.why_no_probe or None,
+        }
 
     def refusal(self) -> UserError:
         """What to say where the longest row does not fit: how long a row may be, and the ways out."""

@@ -17,7 +17,7 @@ from mlx_sft.model.load import LoadedModel
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
-from mlx_sft.training.batch_settings import BatchSettings, MemoryPlan
+from mlx_sft.training.batch_settings import BatchSettings, MemoryPlanner
 from mlx_sft.training.callbacks import Callbacks, Record
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.disk_need import DiskNeed
@@ -32,7 +32,7 @@ class Job:
     """A run that is ready to take its next step; callbacks see it as a `TrainingRun`.
 
     Attributes:
-        memory: What was planned for it on its machine.
+        memory: How its settings were chosen, and on which machine.
         settings: How its steps are computed now.
         predicted: The parts of its peak, as it was planned.
         disk: What it writes at the most.
@@ -52,7 +52,7 @@ class Job:
     identity: dict[str, str]
     progress: Progress
     console: Console
-    memory: MemoryPlan
+    memory: MemoryPlanner
     settings: BatchSettings
     predicted: Prediction
     disk: DiskNeed

@@ -119,8 +119,7 @@ def prepare_job(
     tiled, layout = computer.tiled_head is not None, layout_on(machine, computer)
     footprint = Footprint.of(config, split, method, parameters, vocabulary, tiled=tiled, fused=machine.fused)
     planner = MemoryPlanner(config, machine, footprint, LongestRow.of(data.train, layout), layout)
-    memory = planner.plan(computer, parameters, len(data.train))
-    settings = memory.settings
+    memory, settings = planner.plan(computer, parameters, len(data.train))
     config = _decided(config, settings)
     plan = planned_steps(config, data)
     optimizer = make_optimizer(config, parameters, method.decayed)
