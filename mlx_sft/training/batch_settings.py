@@ -31,7 +31,7 @@ from mlx_sft.model.load import resolve_dtype
 from mlx_sft.model.outline import outline
 from mlx_sft.objectives import Weighting
 from mlx_sft.training.loss import chunk_choices
-from mlx_sft.training.machine import Machine
+from mlx_sft.training.machine import Machine, memory_limit_restored
 from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.step import GradientComputer, OutOfMemory, Shape
@@ -329,21 +329,20 @@ class MemoryPlanner:
         loss_weights[-supervised:] = 1
         row = Example("a row of one token over and over", np.zeros(length + 1, np.int32), loss_weights)
         batch = collate([row], MicroBatch((0,), length))
-        started, before, limit = time.perf_counter(), mx.get_active_memory(), mx.get_memory_limit()
+        started, before = time.perf_counter(), mx.get_active_memory()
         mx.reset_peak_memory()
-        if footprint.held:
-            mx.set_memory_limit(before + predicted.limit - predicted.weights - predicted.trained)
         try:
-            gradient_computer.configure(mode)
-            gradient_computer.gradient(parameters, [batch], weighting=Weighting([batch.weights], supervised))
+            with memory_limit_restored():
+                if footprint.held:
+                    mx.set_memory_limit(before + predicted.limit - predicted.weights - predicted.trained)
+                gradient_computer.configure(mode)
+                gradient_computer.gradient(parameters, [batch], weighting=Weighting([batch.weights], supervised))
         except OutOfMemory as error:
             raise UserError(
                 f"out of memory at a row of {error.too_large.width} tokens: {error.too_large.message}",
                 where="memory",
                 hint="free some memory, or give a smaller model, --dtype bfloat16 or --grad-checkpoint blocks",
             ) from error
-        finally:
-            mx.set_memory_limit(limit)
         correction = (mx.get_peak_memory() - before) / max(1, predicted.kept + predicted.passing)
         low, high = _TRUSTED
         return Probe(min(high, max(low, correction)), time.perf_counter() - started)
