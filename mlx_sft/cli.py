@@ -126,16 +126,16 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     It takes the settings of `train`, trains nothing, and needs no more of the model than its config.json and tokenizer.
     """
     from mlx_sft.console import Console
-    from mlx_sft.training.plan import make_plan, plan_pieces, planned_config
+    from mlx_sft.training.plan import RunPlan, planned_config
 
     config = planned_config(config_file, given(options))
     console = Console(quiet=config.quiet)
     with console.reading() as progress:
-        found = make_plan(config, machine, progress)
+        found = RunPlan(config, machine, progress)
     if as_json:
         write_text(found.to_json() + "\n")
     else:
-        console.data(plan_pieces(found))
+        console.data(found.pieces())
 
 
 @main.command(context_settings={"max_content_width": 100})

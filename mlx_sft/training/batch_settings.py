@@ -1,30 +1,66 @@
 """How a step is computed: tokens of a micro-batch, recomputation, the head's chunk, the layout of rows, the shapes that are compiled.
 
+    footprint + machine + longest row ─► MemoryPlanner ─► BatchSettings
+
 Computing again costs time, and so do micro-batches of a few tokens, and of logits. So `choose` takes the mode that computes least
-again among those in which some hundred tokens fit at once, and in any case the longest row.
+again among those in which some hundred tokens fit at once, and in any case the longest row. Where it is close, a small step is measured
+first.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.batches import Layout, MicroBatch, Plan, cut, round_up
+from mlx_sft.console import size
+from mlx_sft.data.batches import Layout, MicroBatch, Plan, collate, cut, padded_width, round_up
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.example import Example
+from mlx_sft.errors import UserError
+from mlx_sft.methods import Parameters
+from mlx_sft.model.load import resolve_dtype
+from mlx_sft.model.outline import outline
+from mlx_sft.objectives import Weighting
 from mlx_sft.training.loss import chunk_choices
-from mlx_sft.training.machine import Machine
-from mlx_sft.training.memory import MODES, Footprint
+from mlx_sft.training.machine import Machine, memory_limit_restored
+from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import GradientComputer, Shape
+from mlx_sft.training.step import GradientComputer, OutOfMemory, Shape
 
 MOST_TOKENS, MOST_JOINED = 2048, 512
 """More at once is no faster. Rows that are padded want a larger budget, so that they are cut by their lengths and not by it."""
 
 ENOUGH_TOKENS = 512
 """From here on products are near their full speed."""
+
+_MARGIN = 0.95
+"""A run may take a twentieth more than was predicted."""
+
+_FARTHEST = 2**18
+
+_STEPS_PREDICTED = 200
+"""So many are looked at for the largest micro-batch."""
+
+_PLENTY = 0.7
+"""Where no more than this share of the memory is predicted to be taken, a prediction need not be exact."""
+
+PROBE_TOKENS = 256
+"""Enough for what grows with the tokens to stand out from what does not."""
+
+_PROBE_SUPERVISED = 16
+"""So few that the layers are measured, and not the logits."""
+
+_TRUSTED = (0.9, 1.5)
+"""A small step that takes less than was counted says little of a large one; one that takes much more measured something else."""
 
 MOST_TRACES = 24
 """At 16 conversations a step, so many serve two micro-batches in five of short pairs, and half of those of chats."""
@@ -33,11 +69,6 @@ _TIMES_THAT_PAY = 3
 """Micro-batches of a shape, among those looked at, from which on a trace is worth making: it takes seconds, and is kept to the end."""
 
 _STEPS_LOOKED_AT = 2000
-
-_MARGIN = 0.95
-"""A run may take a twentieth more than was predicted."""
-
-_FARTHEST = 2**18
 
 
 @dataclass(frozen=True)
@@ -69,9 +100,14 @@ def configured(mode: Mode) -> str:
     return "on" if mode == "layers" else mode
 
 
-def most_at_once(layout: Layout) -> int:
-    """As many tokens of a micro-batch as pay off."""
-    return MOST_JOINED if layout == "joined" else MOST_TOKENS
+def layout_on(machine: Machine, gradient_computer: GradientComputer) -> Layout:
+    """On a grid where shapes are compiled; else joined, if the model can be computed so."""
+    if machine.compiles:
+        return "grid"
+    return "joined" if gradient_computer.keeps_rows_apart() else "padded"
+
+
+# By prediction
 
 
 def choose(
@@ -96,7 +132,7 @@ def choose(
         micro_batch_tokens, head_chunk: As configured; None to choose.
     """
     chunks = chunk_choices(footprint.columns) if head_chunk is None else (head_chunk,)
-    least, most = max(longest, micro_batch_tokens or 0), most_at_once(layout)
+    least, most = max(longest, micro_batch_tokens or 0), _most_at_once(layout)
     options = [
         BatchSettings(most_tokens(footprint, mode, limit, max(least, most), chunk), mode, chunk, layout)
         for mode in modes
@@ -126,11 +162,205 @@ def most_tokens(
     return footprint.most_tokens(mode, int(_MARGIN * limit), most, chunk)
 
 
-def layout_on(machine: Machine, gradient_computer: GradientComputer) -> Layout:
-    """On a grid where shapes are compiled; else joined, if the model can be computed so."""
-    if machine.compiles:
-        return "grid"
-    return "joined" if gradient_computer.keeps_rows_apart() else "padded"
+def _most_at_once(layout: Layout) -> int:
+    """As many tokens of a micro-batch as pay off."""
+    return MOST_JOINED if layout == "joined" else MOST_TOKENS
+
+
+def predicted_peak(footprint: Footprint, settings: BatchSettings, plan: Plan, examples: Examples) -> Prediction:
+    """What the largest micro-batch is predicted to take: of the longest row, and of the first steps."""
+    lengths, layout = examples.needed_lengths, settings.layout
+    longest = int(lengths.argmax())
+    micro_batches = [MicroBatch((longest,), padded_width(int(lengths[longest]), layout))]
+    for step in islice(plan.steps(), _STEPS_PREDICTED):
+        micro_batches += cut(step.rows, lengths, settings.micro_batch_tokens, layout)
+
+    def predicted(micro_batch: MicroBatch) -> Prediction:
+        rows = list(micro_batch.rows)
+        width, supervised = padded_width(int(lengths[rows].max()), layout), int(examples.supervised_tokens[rows].sum())
+        chunk = settings.head_chunk
+        return footprint.predict(
+            settings.mode, micro_batch.tokens, width=width, supervised=supervised, head_chunk=chunk
+        )
+
+    return max(map(predicted, micro_batches), key=lambda prediction: prediction.peak)
+
+
+# With a measurement
+
+
+@dataclass(frozen=True)
+class LongestRow:
+    """The row that must fit: tokens that are computed of it, and where it stands."""
+
+    tokens: int
+    origin: str
+
+    @classmethod
+    def of(cls, examples: Examples, layout: Layout) -> LongestRow:
+        row = int(examples.needed_lengths.argmax())
+        return cls(padded_width(int(examples.needed_lengths[row]), layout), examples[row].origin)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a measurement found.
+
+    Attributes:
+        correction: Measured bytes for each that was predicted, of those that grow with the tokens.
+        seconds: What it took.
+    """
+
+    correction: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MemoryPlanner:
+    """Chooses the settings with which a run is predicted to fit its machine, of those that its configuration leaves open.
+
+    Attributes:
+        probe: What was measured; None where nothing was, and `why_no_probe` then says why.
+    """
+
+    config: TrainConfig
+    machine: Machine
+    footprint: Footprint
+    longest: LongestRow
+    layout: Layout
+    probe: Probe | None = None
+    why_no_probe: str = ""
+
+    def choose(self) -> BatchSettings | None:
+        """The settings by prediction alone; None where the longest row does not fit."""
+        return choose(
+            self.footprint,
+            self.machine.memory,
+            self.longest.tokens,
+            modes=asked_for(self.config),
+            micro_batch_tokens=self.config.micro_batch_tokens,
+            head_chunk=self.config.head_chunk,
+            layout=self.layout,
+        )
+
+    def plan(
+        self, gradient_computer: GradientComputer, parameters: Parameters, rows: int
+    ) -> tuple[MemoryPlanner, BatchSettings]:
+        """The settings for a run on so many rows, corrected by a measurement where it is close; and the planner that knows of it.
+
+        Raises:
+            UserError: Where the longest row does not fit, or the measurement itself runs out of memory.
+        """
+        given, planner = self.config.micro_batch_tokens, self
+        if given is not None and len(asked_for(self.config)) > 1:  # a mode in which a whole step fits is weak enough
+            whole_step = min(self.config.batch_size, rows) * self.longest.tokens
+            config = self.config.model_copy(update={"micro_batch_tokens": min(given, whole_step)})
+            planner = replace(self, config=config)
+        settings = planner.choose()
+        if settings is not None and (why := planner._why_no_probe(settings)):
+            return replace(planner, why_no_probe=why), settings
+        probe = planner._measured(gradient_computer, parameters, settings)
+        planner = replace(planner, footprint=replace(self.footprint, correction=probe.correction), probe=probe)
+        settings = planner.choose()
+        if settings is None:
+            raise planner.refusal()
+        return planner, settings
+
+    def describe(self, predicted: Prediction) -> dict[str, Any]:
+        """As `environment.json` keeps it."""
+        return {
+            "limit_bytes": self.machine.memory,
+            "limit_is": self.machine.basis,
+            "predicted_peak_bytes": predicted.peak,
+            "predicted": asdict(predicted),
+            "probe": asdict(self.probe) if self.probe else None,
+            "no_probe_because": self.why_no_probe or None,
+        }
+
+    def refusal(self) -> UserError:
+        """What to say where the longest row does not fit: how long a row may be, and the ways out."""
+        footprint, memory, modes = self.footprint, self.machine.memory, asked_for(self.config)
+        fits = max(most_tokens(footprint, mode, memory) for mode in modes)
+        of = f"{size(memory)}: {self.machine.basis}"
+        ways = [f"--max-length {fits}"] if fits >= 2 else ["a smaller model"]
+        if len(modes) < len(MODES):
+            ways.append("--grad-checkpoint auto")
+        if footprint.itemsize > 2:
+            ways.append("--dtype bfloat16")
+        if footprint.trains_weights:
+            ways.append("--method lora")
+        ways.append("--memory-limit, if more may be taken")
+        hint = f"give {', '.join(ways[:-1])} or {ways[-1]}"
+        if fits < 2:
+            need = size(footprint.predict(modes[-1], 1).peak)
+            return UserError(
+                f"the model and what is trained take {need} before any row ({of})", where="memory", hint=hint
+            )
+        what = f"{self.longest.tokens} tokens, and no more than {fits} fit ({of})"
+        return UserError(what, where=self.longest.origin, hint=hint)
+
+    def _why_no_probe(self, settings: BatchSettings) -> str:
+        """Why a measurement could change nothing; empty where it could."""
+        modes, most = asked_for(self.config), _most_at_once(self.layout)
+        if self.config.micro_batch_tokens is not None and len(modes) == 1:
+            return "the settings are given"
+        tokens = max(self.longest.tokens, settings.micro_batch_tokens)
+        predicted = self.footprint.predict(settings.mode, tokens, head_chunk=settings.head_chunk)
+        best_there_are = settings.mode == modes[0] and settings.micro_batch_tokens >= most
+        plenty = predicted.peak <= _PLENTY * self.machine.memory
+        return "there is memory to spare" if best_there_are and plenty else ""
+
+    def _measured(
+        self, gradient_computer: GradientComputer, parameters: Parameters, settings: BatchSettings | None
+    ) -> Probe:
+        """The peak of a small micro-batch of one row, computed with the settings or else with those that take least.
+
+        Nothing is updated or written, and no random number drawn.
+        """
+        footprint, memory = self.footprint, self.machine.memory
+        mode = settings.mode if settings else asked_for(self.config)[-1]
+        if footprint.predict(mode, 1).peak > memory:
+            raise self.refusal()
+        most = settings.micro_batch_tokens if settings else footprint.most_tokens(mode, memory, self.longest.tokens)
+        length = max(1, min(most, PROBE_TOKENS))
+        supervised = min(length, _PROBE_SUPERVISED)
+        predicted = footprint.predict(mode, length, supervised=supervised)
+        loss_weights = np.zeros(length + 1, np.float32)
+        loss_weights[-supervised:] = 1
+        row = Example("a row of one token over and over", np.zeros(length + 1, np.int32), loss_weights)
+        batch = collate([row], MicroBatch((0,), length))
+        started, before = time.perf_counter(), mx.get_active_memory()
+        mx.reset_peak_memory()
+        try:
+            with memory_limit_restored():
+                if footprint.held:
+                    mx.set_memory_limit(before + predicted.limit - predicted.weights - predicted.trained)
+                gradient_computer.configure(mode)
+                gradient_computer.gradient(parameters, [batch], weighting=Weighting([batch.weights], supervised))
+        except OutOfMemory as error:
+            raise UserError(
+                f"out of memory at a row of {error.too_large.width} tokens: {error.too_large.message}",
+                where="memory",
+                hint="free some memory, or give a smaller model, --dtype bfloat16 or --grad-checkpoint blocks",
+            ) from error
+        correction = (mx.get_peak_memory() - before) / max(1, predicted.kept + predicted.passing)
+        low, high = _TRUSTED
+        return Probe(min(high, max(low, correction)), time.perf_counter() - started)
+
+
+def refuse_too_large(config: TrainConfig, path: Path, machine: Machine) -> None:
+    """Raise `UserError` where the weights alone would not fit, before any of them is read."""
+    dtype = resolve_dtype(config.dtype)
+    weights = weight_bytes(outline(path, dtype, config.quantize))
+    if weights > machine.memory:
+        raise UserError(
+            f"its weights alone take {size(weights)} in {dtype}, of {size(machine.memory)}: {machine.basis}",
+            where=config.model,
+            hint="give a smaller model, --dtype bfloat16, or --memory-limit, if more may be taken",
+        )
+
+
+# Shapes
 
 
 def planned_shape(examples: Examples, micro_batch: MicroBatch) -> Shape:
@@ -140,12 +370,9 @@ def planned_shape(examples: Examples, micro_batch: MicroBatch) -> Shape:
 
 
 def compiled_shapes(machine: Machine, plan: Plan, examples: Examples, token_budget: int) -> list[Shape]:
-    """Those that pay for their traces on a machine."""
-    return frequent_shapes(plan, examples, token_budget) if machine.compiles else []
-
-
-def frequent_shapes(plan: Plan, examples: Examples, token_budget: int) -> list[Shape]:
-    """The most frequent shapes of the first epoch, or of the first 2,000 steps of a long one, most frequent first."""
+    """Those that pay for their traces on a machine: the most frequent ones, of the first 2,000 steps of the first epoch."""
+    if not machine.compiles:
+        return []
     lengths = examples.needed_lengths
     shapes: Counter[Shape] = Counter()
     for step in islice(plan.steps(), min(plan.steps_per_epoch, _STEPS_LOOKED_AT)):

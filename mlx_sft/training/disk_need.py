@@ -12,6 +12,11 @@ from mlx_sft.files import folder_bytes, refuse_full_disk
 from mlx_sft.methods import Parameters
 
 
+def begins_with_a_checkpoint(config: TrainConfig, *, goes_back: bool) -> bool:
+    """Where a resumed run must not depend on a folder that others may change, or there must be something to go back to."""
+    return config.init_adapter is not None or config.resume_from_peft is not None or goes_back
+
+
 @dataclass(frozen=True)
 class DiskNeed:
     """Bytes that a run takes on disk at the most.
@@ -34,10 +39,8 @@ class DiskNeed:
         every = config.save_every
         between = every if isinstance(every, int) else plan.steps_per_epoch
         saves = math.ceil(plan.total_steps / between)
-        started_elsewhere = config.init_adapter or config.resume_from_peft
-        at_the_start = 1 if started_elsewhere or goes_back else 0
-        from_before_divergence = 1 if goes_back else 0
-        kept = min(config.keep + 1, saves + at_the_start) + from_before_divergence
+        at_the_start = begins_with_a_checkpoint(config, goes_back=goes_back)
+        kept = min(config.keep + 1, saves + at_the_start) + goes_back  # one more, from before a divergence
         return cls(checkpoint=trained + optimizer_bytes, checkpoints=kept, results=3 * trained)
 
     @property

@@ -17,12 +17,11 @@ from mlx_sft.model.load import LoadedModel
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
-from mlx_sft.training.batch_settings import BatchSettings
+from mlx_sft.training.batch_settings import BatchSettings, MemoryPlanner
 from mlx_sft.training.callbacks import Callbacks, Record
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.memory import Prediction
-from mlx_sft.training.memory_planner import MemoryPlan
 from mlx_sft.training.schedule import learning_rate
 from mlx_sft.training.step import GradientComputer
 from mlx_sft.training.stopping import StopRequest
@@ -30,7 +29,14 @@ from mlx_sft.training.stopping import StopRequest
 
 @dataclass
 class Job:
-    """A run that is ready to take its next step; callbacks see it as a `TrainingRun`."""
+    """A run that is ready to take its next step; callbacks see it as a `TrainingRun`.
+
+    Attributes:
+        memory: How its settings were chosen, and on which machine.
+        settings: How its steps are computed now.
+        predicted: The parts of its peak, as it was planned.
+        disk: What it writes at the most.
+    """
 
     config: TrainConfig
     run: RunFolder
@@ -46,17 +52,13 @@ class Job:
     identity: dict[str, str]
     progress: Progress
     console: Console
-    memory: MemoryPlan
+    memory: MemoryPlanner
+    settings: BatchSettings
     predicted: Prediction
     disk: DiskNeed
     request: StopRequest = field(default_factory=StopRequest)
     stop_reason: str | None = None
     went_back: bool = False
-
-    @property
-    def settings(self) -> BatchSettings:
-        """How its steps are computed now."""
-        return self.memory.settings
 
     def learning_rate(self, step: Step) -> float:
         """That of the schedule, or what rollbacks have left of it."""

@@ -14,6 +14,7 @@ from mlx_sft.data.batches import Step
 from mlx_sft.data.feed import StepFeed
 from mlx_sft.errors import UserError
 from mlx_sft.training.callbacks import Callback
+from mlx_sft.training.disk_need import begins_with_a_checkpoint
 from mlx_sft.training.evaluation import evaluate
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import memory_limit_restored
@@ -95,7 +96,8 @@ def _take_steps(job: Job) -> float | None:
     loss = None
     job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
     with _saved_when_stopped(job):
-        if _begins_with_a_checkpoint(job) and not job.run.checkpoint_steps():
+        goes_back = job.callbacks.may_go_back
+        if begins_with_a_checkpoint(job.config, goes_back=goes_back) and not job.run.checkpoint_steps():
             save(job)
         while job.progress.stopped_of is None and job.step < job.total_steps:
             loss = _take_steps_from_here(job)
@@ -124,13 +126,6 @@ def _take_steps_from_here(job: Job) -> float | None:
                 job.console.note(f"stopped after step {step.number}: {job.stop_reason}")
                 break
     return loss
-
-
-def _begins_with_a_checkpoint(job: Job) -> bool:
-    """Where a resumed run must not depend on a folder that others may change, or there must be something to go back to."""
-    config = job.config
-    started_elsewhere = config.init_adapter is not None or config.resume_from_peft is not None
-    return started_elsewhere or job.callbacks.may_go_back
 
 
 def _steps_left(job: Job) -> StepFeed:

@@ -206,25 +206,6 @@ def within(machine: Machine, config: TrainConfig) -> Machine:
     return replace(machine, memory=parse_bytes(config.memory_limit), basis="--memory-limit")
 
 
-def allowed_machine(config: TrainConfig) -> Machine:
-    """This machine, with as much memory as the configuration allows; MLX waits rather than go beyond that.
-
-    MLX calls operations ahead of their computation; above its limit it lets them come to an end first.
-    """
-    machine = within(this_machine(), config)
-    mx.set_memory_limit(machine.memory)
-    return machine
-
-
-def hold_to(machine: Machine, predicted_limit: int) -> None:
-    """On the CPU, let MLX run ahead of its computation no further than predicted: it takes a third less, in the same time.
-
-    (A limit far below what is needed doubles the time: every operation then waits for the one before it.)
-    """
-    if machine.backend == "cpu":
-        mx.set_memory_limit(min(machine.memory, predicted_limit))
-
-
 @contextmanager
 def memory_limit_restored() -> Iterator[None]:
     """After the block, MLX's limit is again what it was before."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_sft.config import TrainConfig
 from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.blocks import Block, find_blocks, is_linear
@@ -23,6 +24,8 @@ from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import weight_shape
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.tiles import COLUMNS
+from mlx_sft.optimizers import Optimizer
+from mlx_sft.registry import OPTIMIZERS
 from mlx_sft.training.loss import chunk_rows, even_chunk
 from mlx_sft.training.recompute import Mode
 
@@ -156,23 +159,20 @@ class Footprint:
     @classmethod
     def of(
         cls,
+        config: TrainConfig,
         split: SplitModel,
         method: Method,
         parameters: Parameters,
         vocabulary: int,
         *,
-        optimizer_state_bytes: int,
         tiled: bool,
         fused: bool,
-        accumulates: bool = True,
     ) -> Footprint:
         """Of a model that a method is attached to, loaded or outlined.
 
         Args:
-            optimizer_state_bytes: What the optimizer keeps for the parameters.
             tiled: Whether the head can be had in tiles of the vocabulary; it is where nothing but layers is trained.
             fused: Whether the device computes attention and norms in one piece, as GPUs do.
-            accumulates: Whether a step may have several micro-batches.
         """
         weights: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
         held = {transformers_name(path): weight for path, weight in weights.items()}
@@ -183,23 +183,22 @@ class Footprint:
         outside = split.outside_layers(parameters)
         if any("embed" in name or name not in held for name in outside):
             lowest = 0  # a gradient goes through all layers: to the embedding, or to what a method puts before or between them
+        optimizer: type[Optimizer] = OPTIMIZERS[config.optimizer]
+        shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         return cls(
             layers=tuple(layers[lowest:]),
             below=tuple(layers[:lowest]),
             weights=weight_bytes(split) - shared,
             trainable=sum(array.size for array in parameters.values()),
-            optimizer_state_bytes=optimizer_state_bytes,
+            optimizer_state_bytes=optimizer.state_bytes(config.settings(optimizer.Settings), shapes),
             itemsize=split.model_dtype().size,
             hidden=max((layer.states for layer in layers), default=0) if split.body_name else vocabulary,
             vocabulary=vocabulary,
             columns=min(COLUMNS, vocabulary) if tiled and not outside else vocabulary,
             trains_weights=not parameters.keys().isdisjoint(method.changed_shapes(parameters)),
-            accumulates=accumulates,
+            accumulates=config.batch_size > 1,
             held=not fused,
         )
-
-    def corrected(self, correction: float) -> Footprint:
-        return replace(self, correction=correction)
 
     def predict(
         self,
@@ -252,45 +251,29 @@ class Footprint:
 
     def _of_layers(self, mode: Mode, tokens: int, width: int) -> tuple[float, float]:
         """What the layers keep, and the most that passes in one layer's backward pass."""
-        size = tokens * self.itemsize
         if not self.layers:
             return 0.0, 0.0
-        if mode == "off":
-            return (
-                size * sum(layer.off + width * layer.scores for layer in self.layers),
-                size * max(self._passing.features * layer.features for layer in self.layers),
-            )
-        if mode == "light":
-            return (
-                size * sum(layer.light for layer in self.layers),
-                size * max(self._light(layer, width) for layer in self.layers),
-            )
         number = len(self.layers)
         if mode == "blocks":
             block = math.ceil(math.sqrt(number))
             number = math.ceil(number / block) + block
-        return (
-            size * number * max(layer.states for layer in self.layers),
-            size * max(self._whole(layer, width) for layer in self.layers),
-        )
+        kept, passing = zip(*(self._of_layer(layer, mode, width) for layer in self.layers), strict=True)
+        size = tokens * self.itemsize
+        return size * (sum(kept) if mode in ("off", "light") else number * max(kept)), size * max(passing)
+
+    def _of_layer(self, layer: LayerCounts, mode: Mode, width: int) -> tuple[int, float]:
+        """What it keeps for each token, and what passes in its backward pass."""
+        scores, arrays = width * layer.scores, self._passing
+        if mode == "off":
+            return layer.off + scores, arrays.features * layer.features
+        if mode == "light":  # what lies between its products is recomputed
+            return layer.light, arrays.features * layer.features + _SCORES_LIGHT * scores
+        recomputed = arrays.recomputed_multiplier * layer.features + arrays.norms * layer.norms
+        return layer.states, layer.off + (1 + _SCORES_RECOMPUTED) * scores + recomputed
 
     @property
     def _passing(self) -> _Passing:
         return _NEEDED if self.held else _AHEAD
-
-    def _light(self, layer: LayerCounts, width: int) -> float:
-        """What passes for each token in a layer's backward pass, where what lies between its products is recomputed."""
-        return self._passing.features * layer.features + _SCORES_LIGHT * width * layer.scores
-
-    def _whole(self, layer: LayerCounts, width: int) -> float:
-        """What a layer keeps and what passes, for each token, where the whole of it is recomputed."""
-        scores = (1 + _SCORES_RECOMPUTED) * width * layer.scores
-        return (
-            layer.off
-            + scores
-            + self._passing.recomputed_multiplier * layer.features
-            + self._passing.norms * layer.norms
-        )
 
 
 def weight_bytes(split: SplitModel) -> int:

@@ -6,13 +6,14 @@ import math
 import time
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.optimizers.gradients import clip, global_norm
 from mlx_sft.training import checkpoint
 from mlx_sft.training.callbacks import Record
 from mlx_sft.training.job import Job
 from mlx_sft.training.out_of_memory import recover
-from mlx_sft.training.records import step_record
 from mlx_sft.training.step import OutOfMemory, StepGradient, to_float
 
 
@@ -37,20 +38,32 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
         job.parameters = job.optimizer.update(job.parameters, gradients, rate)
         computer.bind(job.parameters)
     del gradients
-    record = step_record(
-        step,
-        prepared.batches,
-        job.data.train,
-        loss=loss if finite else None,
-        learning_rate=rate,
-        grad_norm=to_float(norm) if finite else None,
-        seconds=time.perf_counter() - started,
-        data_wait_seconds=prepared.waited,
-        trace_seconds=computer.trace_seconds[traces_before:] if computer.compiled else None,
-        own=metrics,
-    )
+    seconds, rows, examples = time.perf_counter() - started, list(step.rows), job.data.train
+    tokens = int(examples.lengths[rows].sum())
+    record: Record = {
+        "kind": "train",
+        "step": step.number,
+        "epoch": round(step.epoch, 6),
+        "loss": loss if finite else None,
+        "learning_rate": rate,
+        "grad_norm": to_float(norm) if finite else None,
+        "tokens": tokens,
+        "supervised_tokens": int(examples.supervised_tokens[rows].sum()),
+        "computed_tokens": sum(batch.needed_tokens for batch in prepared.batches),
+        "padded_tokens": sum(batch.token_ids.size for batch in prepared.batches),
+        "micro_batches": len(prepared.batches),
+        "tokens_per_second": round(tokens / seconds, 2),
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "seconds": round(seconds, 4),
+        "data_wait_seconds": round(prepared.waited, 4),
+        **metrics,
+    }
+    if computer.compiled:
+        traces = computer.trace_seconds[traces_before:]
+        record |= {"traces": len(traces), "trace_seconds": round(sum(traces), 4)}
     progress: dict[str, Any] = {"step": step.number, "skipped_in_a_row": 0}
     if not finite:
+        record["skipped_rows"] = [examples[row].origin for row in rows]
         origins = ", ".join(record["skipped_rows"])
         job.console.warn(f"step {step.number} skipped, its gradient is not finite; rows {origins}")
         progress["skipped"] = job.progress.skipped + 1

@@ -20,13 +20,10 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.training.batch_settings import compiled_shapes, configured
 from mlx_sft.training.job import Job
+from mlx_sft.training.memory import MODES
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.records import out_of_memory_record
 from mlx_sft.training.results import save
 from mlx_sft.training.step import Evaluation, GradientComputer, OutOfMemory, TooLarge
-
-_STRONGER: dict[Mode, Mode] = {"off": "light", "light": "layers", "layers": "blocks"}
-"""Which recomputation keeps less."""
 
 
 def recover(job: Job, too_large: TooLarge) -> None:
@@ -53,11 +50,11 @@ def recover(job: Job, too_large: TooLarge) -> None:
         f"out of memory in step {step}, at {too_large.rows} rows of up to {too_large.width} tokens; it is repeated "
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
-    job.memory = replace(job.memory, settings=replace(job.settings, micro_batch_tokens=tokens, mode=mode))
+    job.settings = replace(job.settings, micro_batch_tokens=tokens, mode=mode)
     job.gradient_computer.configure(mode, compiled_shapes(job.memory.machine, job.plan, job.data.train, tokens))
-    job.progress = job.progress.after(micro_batch_tokens=tokens, recompute=mode)
-    shape = {"rows": too_large.rows, "width": too_large.width}
-    job.emit(out_of_memory_record(step, **shape, micro_batch_tokens=tokens, recompute=mode))
+    kept = {"micro_batch_tokens": tokens, "recompute": mode}
+    job.progress = job.progress.after(**kept)
+    job.emit({"kind": "out_of_memory", "step": step, "rows": too_large.rows, "width": too_large.width, **kept})
     save(job)
 
 
@@ -71,9 +68,8 @@ def next_try(too_large: TooLarge, token_budget: int, mode: Mode) -> tuple[int, M
     smaller = smaller_budget(too_large)
     if smaller is not None:
         return smaller, mode
-    if mode in _STRONGER:
-        return token_budget, _STRONGER[mode]
-    return None
+    stronger = MODES[MODES.index(mode) + 1 :]
+    return (token_budget, stronger[0]) if stronger else None
 
 
 def evaluate_in_memory(

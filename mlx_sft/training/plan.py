@@ -12,34 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Look, count, duration, size
 from mlx_sft.data.batches import Layout, padded_width
+from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import Progress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
-from mlx_sft.errors import UserError
 from mlx_sft.files import read_yaml
-from mlx_sft.methods import Method, make_method
 from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_size
 from mlx_sft.model.outline import outline
 from mlx_sft.model.tiles import expected_tiles
 from mlx_sft.model.translate import read_config
-from mlx_sft.registry import METHODS
-from mlx_sft.training.batch_settings import BatchSettings, asked_for, choose, configured, most_tokens
-from mlx_sft.training.machine import COMMON_MACS, Machine, mac, measured_teraflops, read_machine, this_machine, within
-from mlx_sft.training.memory import MODES, Footprint, Prediction
-from mlx_sft.training.memory_planner import LongestRow, MemoryPlan, MemoryPlanner, planned_steps
+from mlx_sft.training.batch_settings import (
+    LongestRow,
+    MemoryPlanner,
+    asked_for,
+    choose,
+    configured,
+    most_tokens,
+    predicted_peak,
+)
+from mlx_sft.training.machine import COMMON_MACS, mac, measured_teraflops, read_machine, this_machine, within
+from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.setup import optimizer_state_bytes
+from mlx_sft.training.schedule import planned_steps
+from mlx_sft.training.start import starting_parameters
+
+Pieces = Iterator[tuple[str, Look]]
 
 NO_DATA = "(no data)"
 """Stands for the data of a configuration that names none: rows of `max_length` are assumed then."""
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-
 
 REACHED = 0.7
 """The share of the speed of products that steps are taken to reach; norms, activations and the optimizer take the rest."""
@@ -65,10 +71,9 @@ class Work:
     supervised: int
 
     @classmethod
-    def of(cls, lengths: NDArray[Any], supervised: int) -> Work:
-        """Of rows of these lengths."""
-        long = lengths.astype(np.int64)
-        return cls(int(long.sum()), int((long * long).sum()), supervised)
+    def of(cls, examples: Examples) -> Work:
+        lengths = examples.needed_lengths.astype(np.int64)
+        return cls(int(lengths.sum()), int((lengths * lengths).sum()), int(examples.supervised_tokens.sum()))
 
 
 def operations(footprint: Footprint, mode: Mode, work: Work) -> float:
@@ -86,48 +91,67 @@ def operations(footprint: Footprint, mode: Mode, work: Work) -> float:
     return float(a_token * work.tokens + a_square * work.squares + head * work.supervised)
 
 
-def seconds(operations: float, teraflops: float) -> float:
-    """At a machine's speed of products."""
-    return operations / (REACHED * teraflops * 1e12)
-
-
-@dataclass(frozen=True)
 class RunPlan:
-    """What a run would be.
+    """What a run with a configuration would take.
+
+    Args:
+        machine_name: A Mac, as `read_machine` takes it; None for this machine, whose speed is then measured.
+        progress: Is told how the reading of data goes.
 
     Attributes:
-        dtype: Precision of the model on this machine.
+        dtype: Precision of the model on the machine.
+        footprint: Of the model there; `on_macs` is that on a Mac.
         longest: The row that must fit.
         settings: The settings that `train` would choose; None where it would refuse, and `refusal` then says why.
         predicted: The parts of the peak, with those settings; without, of the longest row in the mode that keeps least.
         work: Of an epoch; None without data.
         epochs: Passes over the data.
         teraflops: The machine's speed; None where it is not known.
-        measured: Whether that was measured just now.
+
+    Raises:
+        UserError: For a model, data or machine that cannot be read.
     """
 
-    config: TrainConfig
-    machine: Machine
-    dtype: str
-    footprint: Footprint
-    macs: Footprint
-    longest: LongestRow
-    settings: BatchSettings | None
-    refusal: UserError | None
-    predicted: Prediction
-    work: Work | None
-    epochs: float
-    teraflops: float | None
-    measured: bool
+    def __init__(self, config: TrainConfig, machine_name: str | None = None, progress: Progress | None = None) -> None:
+        self.config = config
+        self.measured = machine_name is None
+        machine = self.machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
+        path = resolve_checkpoint(config.model, weights=False)
+        data = _data(config, path, progress)
+        given = config.dtype != "auto"
+        self.dtype = config.dtype if given else machine.dtype
+        self.footprint = _footprint(config, path, self.dtype, fused=machine.fused)
+        self.on_macs = _footprint(config, path, self.dtype if given else "bfloat16", fused=True)
+        layout: Layout = "grid" if machine.compiles else "joined"
+        self.longest = _longest(config, layout, data)
+        planner = MemoryPlanner(config, machine, self.footprint, self.longest, layout)
+        settings = self.settings = planner.choose()
+        self.refusal = None if settings else planner.refusal()
+        self.work: Work | None = None
+        self.epochs = float(config.epochs)
+        if data:
+            steps = planned_steps(config, data)
+            self.work = Work.of(data.train)
+            self.epochs = steps.total_steps / steps.steps_per_epoch
+        if settings is None:
+            self.predicted = self.footprint.predict(asked_for(config)[-1], self.longest.tokens)
+        elif data:
+            self.predicted = predicted_peak(self.footprint, settings, steps, data.train)
+        else:
+            tokens, width = max(self.longest.tokens, settings.micro_batch_tokens), self.longest.tokens
+            chunk = settings.head_chunk
+            self.predicted = self.footprint.predict(settings.mode, tokens, width=width, head_chunk=chunk)
+        self.teraflops = measured_teraflops(self.dtype) if self.measured else machine.teraflops
 
     def lengths(self) -> list[dict[str, Any]]:
         """For each length and mode, how many rows fit at once, and what one takes."""
+        memory = self.machine.memory
         return [
             {
                 "length": length,
                 **{
                     configured(mode): {
-                        "rows": self._rows(mode, length),
+                        "rows": most_tokens(self.footprint, mode, memory) // length,
                         "peak_bytes_of_one": self.footprint.predict(mode, length).peak,
                     }
                     for mode in MODES
@@ -141,14 +165,14 @@ class RunPlan:
         found = []
         for gigabytes in COMMON_MACS:
             limit = mac("", gigabytes).memory
-            settings = choose(self.macs, limit, self.longest.tokens)
+            settings = choose(self.on_macs, limit, self.longest.tokens)
             found.append(
                 {
                     "gigabytes": gigabytes,
                     "working_set_bytes": limit,
                     "micro_batch_tokens": settings.micro_batch_tokens if settings else None,
                     "grad_checkpoint": configured(settings.mode) if settings else None,
-                    "longest_row": {configured(mode): most_tokens(self.macs, mode, limit) for mode in MODES},
+                    "longest_row": {configured(mode): most_tokens(self.on_macs, mode, limit) for mode in MODES},
                 }
             )
         return found
@@ -157,9 +181,8 @@ class RunPlan:
         """Of the whole run; None where speed or data is not known."""
         if self.work is None or self.teraflops is None:
             return None
-        mode = self.settings.mode if self.settings else MODES[-1]
-        counted = operations(self.footprint, mode, self.work)
-        return self.epochs * seconds(counted, self.teraflops)
+        counted = operations(self.footprint, self.settings.mode if self.settings else MODES[-1], self.work)
+        return self.epochs * (counted / (REACHED * self.teraflops * 1e12))
 
     def to_json(self) -> str:
         """All of it, for a machine."""
@@ -192,64 +215,35 @@ class RunPlan:
             ensure_ascii=False,
         )
 
-    def _rows(self, mode: Any, length: int) -> int:
-        return most_tokens(self.footprint, mode, self.machine.memory) // length
+    def pieces(self) -> Pieces:
+        """What each part takes, what `train` would choose, what fits here and on common Macs, for a terminal."""
+        yield from _facts(self)
+        yield f"Rows that fit at once on {self.machine.name}, by their length and --grad-checkpoint\n", "title"
+        modes = [configured(mode) for mode in MODES]
+        rows = [[fits["length"], *(fits[mode]["rows"] for mode in modes)] for fits in self.lengths()]
+        yield from _table(["tokens", *modes], rows)
+        yield (
+            "Common Macs: settings for the longest row, and the longest row that fits, by --grad-checkpoint\n",
+            "title",
+        )
+        rows = [
+            [
+                f"{fits['gigabytes']} GB",
+                size(fits["working_set_bytes"]),
+                f"{fits['micro_batch_tokens']} tokens, {fits['grad_checkpoint']}"
+                if fits["grad_checkpoint"]
+                else "does not fit",
+                *fits["longest_row"].values(),
+            ]
+            for fits in self.common_macs()
+        ]
+        yield from _table(["memory", "may take", "settings", *modes], rows)
 
 
 def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfig:
     """A configuration as `train` would read it, which may leave out the data."""
     named = given.get("data") or (read_yaml(Path(config_file)).get("data") if config_file else None)
     return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
-
-
-def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Progress | None = None) -> RunPlan:
-    """What a run with this configuration would take.
-
-    Args:
-        machine_name: A Mac, as `read_machine` takes it; None for this machine.
-        progress: Is told how the reading of data goes.
-
-    Raises:
-        UserError: For a model, data or machine that cannot be read.
-    """
-    here = machine_name is None
-    machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
-    path = resolve_checkpoint(config.model, weights=False)
-    config = _with_adapter(config)
-    data = _data(config, path, progress)
-    dtype = machine.dtype if config.dtype == "auto" else config.dtype
-    footprint = _footprint(config, path, dtype, fused=machine.fused)
-    on_macs = _footprint(config, path, "bfloat16" if config.dtype == "auto" else dtype, fused=True)
-    layout: Layout = "grid" if machine.compiles else "joined"
-    longest = _longest(config, layout, data)
-    planner = MemoryPlanner(config, machine, footprint, longest, layout)
-    settings = planner.choose()
-    refusal = None if settings else planner.refusal()
-    speed = measured_teraflops(dtype) if here else machine.teraflops
-    return RunPlan(
-        config=config,
-        machine=machine,
-        dtype=dtype,
-        footprint=footprint,
-        macs=on_macs,
-        longest=longest,
-        settings=settings,
-        refusal=refusal,
-        predicted=_predicted(config, machine, footprint, settings, data, longest),
-        work=Work.of(data.train.needed_lengths, int(data.train.supervised_tokens.sum())) if data else None,
-        epochs=_epochs(config, data),
-        teraflops=speed,
-        measured=here,
-    )
-
-
-def _with_adapter(config: TrainConfig) -> TrainConfig:
-    """An existing adapter's settings override those of the configuration that shape it."""
-    if config.init_adapter is None:
-        return config
-    where = Path(config.init_adapter)
-    kind: type[Method] = METHODS[config.method]
-    return config.model_copy(update=kind.read(where)[0].decides(where))
 
 
 def _data(config: TrainConfig, path: Path, progress: Progress | None) -> PreparedData | None:
@@ -262,20 +256,10 @@ def _data(config: TrainConfig, path: Path, progress: Progress | None) -> Prepare
 
 def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
     split = outline(path, dtype, config.quantize)
-    method = make_method(config)
-    parameters = method.attach(split.model, config.seed)
+    config, method, parameters = starting_parameters(config, split.model, begun=False)
     vocabulary = vocabulary_size(split.model, read_config(path))
     tiled = expected_tiles(split) is not None
-    return Footprint.of(
-        split,
-        method,
-        parameters,
-        vocabulary,
-        optimizer_state_bytes=optimizer_state_bytes(config, parameters),
-        tiled=tiled,
-        fused=fused,
-        accumulates=config.batch_size > 1,
-    )
+    return Footprint.of(config, split, method, parameters, vocabulary, tiled=tiled, fused=fused)
 
 
 def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:
@@ -284,62 +268,25 @@ def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> 
     return LongestRow.of(data.train, layout)
 
 
-def _predicted(
-    config: TrainConfig,
-    machine: Machine,
-    footprint: Footprint,
-    settings: BatchSettings | None,
-    data: PreparedData | None,
-    longest: LongestRow,
-) -> Prediction:
-    if settings is None:
-        return footprint.predict(asked_for(config)[-1], longest.tokens)
-    if data is None:
-        tokens = max(longest.tokens, settings.micro_batch_tokens)
-        return footprint.predict(settings.mode, tokens, width=longest.tokens, head_chunk=settings.head_chunk)
-    return MemoryPlan(machine, footprint, settings).largest(planned_steps(config, data), data.train)
-
-
-def _epochs(config: TrainConfig, data: PreparedData | None) -> float:
-    if data is None:
-        return float(config.epochs)
-    steps = planned_steps(config, data)
-    return steps.total_steps / steps.steps_per_epoch
-
-
-Pieces = Iterator[tuple[str, Look]]
-
-_MODES = [configured(mode) for mode in MODES]
-
-
-def plan_pieces(plan: RunPlan) -> Pieces:
-    """What each part takes, what `train` would choose, what fits here and on common Macs."""
-    yield from _facts(plan)
-    yield from _lengths(plan)
-    yield from _macs(plan)
-
-
 def _facts(plan: RunPlan) -> Pieces:
-    config, machine, parts, chosen = plan.config, plan.machine, plan.predicted, plan.settings
-    yield f"{config.model} on {machine.name}\n", "title"
-    rows = [
-        ("may take", f"{size(machine.memory)} ({machine.basis})"),
-        ("weights", f"{size(parts.weights)} in {plan.dtype}"),
-        (
-            "trained",
-            f"{size(parts.trained)} for {count(plan.footprint.trainable)} parameters: value, gradient and the optimizer's state",
-        ),
-        ("kept", f"{size(parts.kept)} for the backward pass"),
-        ("passing", f"{size(parts.passing)} for a layer's backward pass, or the logits of a tile"),
-        ("peak", f"{size(parts.peak)} predicted"),
-        ("longest row", f"{plan.longest.tokens:,} tokens ({plan.longest.origin})"),
-    ]
+    machine, parts, chosen = plan.machine, plan.predicted, plan.settings
+    yield f"{plan.config.model} on {machine.name}\n", "title"
+    facts = {
+        "may take": f"{size(machine.memory)} ({machine.basis})",
+        "weights": f"{size(parts.weights)} in {plan.dtype}",
+        "trained": f"{size(parts.trained)} for {count(plan.footprint.trainable)} parameters: "
+        "value, gradient and the optimizer's state",
+        "kept": f"{size(parts.kept)} for the backward pass",
+        "passing": f"{size(parts.passing)} for a layer's backward pass, or the logits of a tile",
+        "peak": f"{size(parts.peak)} predicted",
+        "longest row": f"{plan.longest.tokens:,} tokens ({plan.longest.origin})",
+    }
     if chosen is not None:
-        settings = f"--micro-batch-tokens {chosen.micro_batch_tokens} --grad-checkpoint {configured(chosen.mode)}"
-        rows.append(("settings", f"{settings} --dtype {plan.dtype}"))
-    rows += _time(plan)
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
+        tokens, mode = chosen.micro_batch_tokens, configured(chosen.mode)
+        facts["settings"] = f"--micro-batch-tokens {tokens} --grad-checkpoint {mode} --dtype {plan.dtype}"
+    facts["time"] = _time(plan)
+    width = max(map(len, facts))
+    for name, value in facts.items():
         yield f"  {name:{width}}  ", "faint"
         yield f"{value}\n", "plain"
     if plan.refusal is not None:
@@ -347,49 +294,23 @@ def _facts(plan: RunPlan) -> Pieces:
     yield "\n", "plain"
 
 
-def _time(plan: RunPlan) -> list[tuple[str, str]]:
+def _time(plan: RunPlan) -> str:
     if plan.work is None:
-        return [("time", "give --data for an estimate")]
+        return "give --data for an estimate"
     taken = plan.seconds()
     if taken is None:
-        return [("time", "no estimate: this chip's speed is not known; name it, as in --machine 'M2 16GB'")]
+        return "no estimate: this chip's speed is not known; name it, as in --machine 'M2 16GB'"
     source = "measured now" if plan.measured else "from a table"
     basis = f"products at {plan.teraflops:.2g} TFLOP/s ({source}), of which steps reach {REACHED:.0%}"
     epochs = f"{plan.epochs:.3g} epoch{'' if plan.epochs == 1 else 's'}"
-    tokens = f"{epochs} of {count(plan.work.tokens)} tokens"
-    return [("time", f"about {duration(taken)} for {tokens}: an estimate from {basis}")]
+    return f"about {duration(taken)} for {epochs} of {count(plan.work.tokens)} tokens: an estimate from {basis}"
 
 
-def _lengths(plan: RunPlan) -> Pieces:
-    yield f"Rows that fit at once on {plan.machine.name}, by their length and --grad-checkpoint\n", "title"
-    head = ["tokens", *_MODES]
-    rows = [
-        [f"{found['length']:,}", *(f"{found[mode]['rows']:,}" if found[mode]["rows"] else "-" for mode in _MODES)]
-        for found in plan.lengths()
-    ]
-    yield from _table(head, rows)
-
-
-def _macs(plan: RunPlan) -> Pieces:
-    yield "Common Macs: settings for the longest row, and the longest row that fits, by --grad-checkpoint\n", "title"
-    head = ["memory", "may take", "settings", *_MODES]
-    rows = []
-    for found in plan.common_macs():
-        settings = f"{found['micro_batch_tokens']} tokens, {found['grad_checkpoint']}"
-        rows.append(
-            [
-                f"{found['gigabytes']} GB",
-                size(found["working_set_bytes"]),
-                settings if found["grad_checkpoint"] else "does not fit",
-                *(f"{tokens:,}" if tokens else "-" for tokens in found["longest_row"].values()),
-            ]
-        )
-    yield from _table(head, rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Pieces:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for line, look in [(head, "faint"), *((row, "plain") for row in rows)]:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str | int]]) -> Pieces:
+    """Words and numbers under each other; nothing fits where a number is 0."""
+    written = [[cell if isinstance(cell, str) else f"{cell:,}" if cell else "-" for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *written, strict=True)]
+    for number, line in enumerate([head, *written]):
         text = "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-        yield f"  {text}\n", "faint" if look == "faint" else "plain"
+        yield f"  {text}\n", "plain" if number else "faint"
     yield "\n", "plain"

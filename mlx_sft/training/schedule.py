@@ -1,10 +1,35 @@
-"""The course of the learning rate."""
+"""The steps of a run, and the learning rate of each."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from mlx_sft.config import TrainConfig
+from mlx_sft.data.batches import Plan, Portion
+from mlx_sft.data.prepare import PreparedData
+from mlx_sft.registry import OBJECTIVES
+
+
+def planned_steps(config: TrainConfig, data: PreparedData) -> Plan:
+    """The steps of a run on this data."""
+    together, counts = None, [examples for examples, _ in data.mixture]
+    if OBJECTIVES[config.objective].compares:
+        together = data.train.by_row()
+        of_source = np.searchsorted(np.cumsum(counts), [examples[0] for examples in together], side="right")
+        counts = np.bincount(of_source, minlength=len(counts)).tolist()
+    weights = [weight for _, weight in data.mixture]
+    return Plan(
+        sum(counts),
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        mixture=[Portion(rows, weight) for rows, weight in zip(counts, weights, strict=True) if weight is not None],
+        together=together,
+    )
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

@@ -18,7 +18,6 @@ from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.merge import check_exportable
-from mlx_sft.data.batches import Plan
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
@@ -40,18 +39,26 @@ from mlx_sft.model.load import (
 from mlx_sft.model.quantize import first_rows
 from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.objectives import make_objective
-from mlx_sft.optimizers import Optimizer, make_optimizer
-from mlx_sft.registry import OPTIMIZERS
+from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
-from mlx_sft.training.batch_settings import BatchSettings, asked_for, compiled_shapes, configured, layout_on
+from mlx_sft.training.batch_settings import (
+    BatchSettings,
+    LongestRow,
+    MemoryPlanner,
+    asked_for,
+    compiled_shapes,
+    configured,
+    layout_on,
+    predicted_peak,
+    refuse_too_large,
+)
 from mlx_sft.training.callbacks import Callback, Callbacks
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.job import Job
-from mlx_sft.training.machine import Machine, allowed_machine, hold_to, prepare_device
+from mlx_sft.training.machine import prepare_device, this_machine, within
 from mlx_sft.training.memory import Footprint
-from mlx_sft.training.memory_planner import LongestRow, MemoryPlan, MemoryPlanner, planned_steps, refuse_too_large
 from mlx_sft.training.resume import (
     CONFIG_HEADER,
     computed_anew,
@@ -61,6 +68,7 @@ from mlx_sft.training.resume import (
     refuse_changes,
     resumed_config,
 )
+from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import GradientComputer
 
@@ -98,7 +106,8 @@ def prepare_job(
     callbacks = Callbacks.of_run(config, given.callbacks)
     config, tokenizer, data = _read_data(config, path, console, given, new=run is None)
     callbacks.check(config, data)
-    machine = allowed_machine(config)
+    machine = within(this_machine(), config)
+    mx.set_memory_limit(machine.memory)  # rather than go beyond it, MLX waits for operations that are under way
     if given.model is None:
         refuse_too_large(config, path, machine)
     base, vocabulary = _load_base(config, tokenizer, data, console, given)
@@ -107,9 +116,11 @@ def prepare_job(
     config, method, parameters = _attach_exportable(config, base, begun=begun)
     _refuse_dropout_outside_layers(method, split, parameters)
     computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
-    optimizer_bytes = optimizer_state_bytes(config, parameters)
-    memory = _plan_memory(config, machine, computer, split, method, parameters, vocabulary, data.train, optimizer_bytes)
-    config = _decided(config, memory.settings)
+    tiled, layout = computer.tiled_head is not None, layout_on(machine, computer)
+    footprint = Footprint.of(config, split, method, parameters, vocabulary, tiled=tiled, fused=machine.fused)
+    planner = MemoryPlanner(config, machine, footprint, LongestRow.of(data.train, layout), layout)
+    memory, settings = planner.plan(computer, parameters, len(data.train))
+    config = _decided(config, settings)
     plan = planned_steps(config, data)
     optimizer = make_optimizer(config, parameters, method.decayed)
     identity = identity_of(config, data, path)
@@ -124,23 +135,26 @@ def prepare_job(
     else:
         progress = starting_progress(config, parameters, optimizer, identity, plan.total_steps)
     if run:
-        memory, progress = _resumed(memory, _gone_on(progress, plan), anew)
-    predicted = memory.largest(plan, data.train)
-    disk = DiskNeed.of_run(parameters, optimizer_bytes, config, plan, goes_back=callbacks.may_go_back)
+        if progress.stopped_of != plan.total_steps:  # one that a callback ended early goes on with more steps
+            progress = progress.after(stopped_of=None)
+        settings, progress = _resumed(settings, progress, anew)
+    predicted = predicted_peak(memory.footprint, settings, plan, data.train)
+    disk = DiskNeed.of_run(parameters, footprint.optimizer_state_bytes, config, plan, goes_back=callbacks.may_go_back)
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
     if run:
         record_revision(run, config)
     else:
         environment = describe_environment(config, identity) | {"memory": memory.describe(predicted)}
         run = _create(config, data, environment, held)
-    hold_to(machine, predicted.limit)
-    settings = memory.settings
+    if footprint.held:
+        # A third less, in the same time. Far below what is needed, where each operation waits for the last, it would take twice as long.
+        mx.set_memory_limit(min(machine.memory, predicted.limit))
     compiled = compiled_shapes(machine, plan, data.train, settings.micro_batch_tokens)
     computer.configure(settings.mode, compiled, settings.head_chunk)
     computer.bind(parameters)
     return Job(
         config, run, base, split, method, computer, plan, data,
-        parameters, optimizer, callbacks, identity, progress, console, memory, predicted, disk,
+        parameters, optimizer, callbacks, identity, progress, console, memory, settings, predicted, disk,
     )  # fmt: skip
 
 
@@ -157,40 +171,6 @@ def _with_given(config: TrainConfig, given: Given) -> TrainConfig:
         config = config.model_copy(update={"valid": IN_MEMORY})
     config.require_data()
     return config
-
-
-def optimizer_state_bytes(config: TrainConfig, parameters: Parameters) -> int:
-    """What the state of the configured optimizer takes."""
-    kind: type[Optimizer] = OPTIMIZERS[config.optimizer]
-    shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-    return kind.state_bytes(config.settings(kind.Settings), shapes)
-
-
-def _plan_memory(
-    config: TrainConfig,
-    machine: Machine,
-    computer: GradientComputer,
-    split: SplitModel,
-    method: Method,
-    parameters: Parameters,
-    vocabulary: int,
-    examples: Examples,
-    optimizer_bytes: int,
-) -> MemoryPlan:
-    """The settings with which the run is predicted to fit the machine."""
-    footprint = Footprint.of(
-        split,
-        method,
-        parameters,
-        vocabulary,
-        optimizer_state_bytes=optimizer_bytes,
-        tiled=computer.tiled_head is not None,
-        fused=machine.fused,
-        accumulates=config.batch_size > 1,
-    )
-    layout = layout_on(machine, computer)
-    planner = MemoryPlanner(config, machine, footprint, LongestRow.of(examples, layout), layout)
-    return planner.plan(computer, parameters, len(examples))
 
 
 def _opened(config: TrainConfig, console: Console, held: ExitStack) -> tuple[TrainConfig, RunFolder | None]:
@@ -286,12 +266,7 @@ def _decided(config: TrainConfig, settings: BatchSettings) -> TrainConfig:
     return config.model_copy(update=decided)
 
 
-def _gone_on(progress: Progress, plan: Plan) -> Progress:
-    """A run that a callback ended early goes on where it is given more steps."""
-    return progress if progress.stopped_of in (None, plan.total_steps) else progress.after(stopped_of=None)
-
-
-def _resumed(memory: MemoryPlan, progress: Progress, anew: Collection[str]) -> tuple[MemoryPlan, Progress]:
+def _resumed(settings: BatchSettings, progress: Progress, anew: Collection[str]) -> tuple[BatchSettings, Progress]:
     """What out-of-memory recovery made of a run's settings stays, but for what is given anew; and that stays from now on."""
     kept = {
         "micro_batch_tokens": (progress.micro_batch_tokens, "micro_batch_tokens"),
@@ -301,12 +276,12 @@ def _resumed(memory: MemoryPlan, progress: Progress, anew: Collection[str]) -> t
     changes: dict[str, Any] = {
         name: value for name, (value, setting) in kept.items() if value is not None and setting not in anew
     }
-    settings = replace(memory.settings, **changes)
+    settings = replace(settings, **changes)
     if anew:
         progress = progress.after(
             micro_batch_tokens=settings.micro_batch_tokens, recompute=settings.mode, head_chunk=settings.head_chunk
         )
-    return replace(memory, settings=settings), progress
+    return settings, progress
 
 
 def _create(config: TrainConfig, data: PreparedData, environment: dict[str, Any], held: ExitStack) -> RunFolder:

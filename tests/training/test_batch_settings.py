@@ -20,18 +20,18 @@ from mlx_sft.training.batch_settings import (
     MOST_TOKENS,
     MOST_TRACES,
     BatchSettings,
+    LongestRow,
+    MemoryPlanner,
     asked_for,
     choose,
     compiled_shapes,
     configured,
-    frequent_shapes,
     most_tokens,
     planned_shape,
 )
 from mlx_sft.training.loss import chunk_choices, chunk_rows
 from mlx_sft.training.machine import Machine, mac
 from mlx_sft.training.memory import MODES, Footprint, LayerCounts
-from mlx_sft.training.memory_planner import LongestRow, MemoryPlanner
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.step import padded_shape
@@ -194,7 +194,7 @@ def test_there_are_never_more_than_24_and_the_commonest_come_first() -> None:
     lengths = [8 * width + 1 for width in range(1, 17) for _ in range(40 - width)]
     lengths += [16 * width + 1 for width in range(9, 40) for _ in range(3)]
     examples = _rows(lengths)
-    found = frequent_shapes(Plan(len(lengths), batch_size=1), examples, 2048)
+    found = compiled_shapes(mac("a Mac", 16), Plan(len(lengths), batch_size=1), examples, 2048)
     assert len(found) == MOST_TRACES == 24
     assert [width for _, width, _ in found[:16]] == [8 * width for width in range(1, 17)]
 
@@ -207,7 +207,7 @@ def test_of_a_long_epoch_only_the_beginning_is_looked_at(monkeypatch: pytest.Mon
         looked_at.clear()
         plan = Plan(rows, batch_size=2, shuffle=False, epochs=3)
         monkeypatch.setattr(plan, "steps", lambda: _steps_of_thirty_rows())
-        assert frequent_shapes(plan, examples, 2048) == [(2, 8, 16)]
+        assert compiled_shapes(mac("a Mac", 16), plan, examples, 2048) == [(2, 8, 16)]
         assert len(looked_at) == steps
 
 

@@ -26,7 +26,7 @@ from mlx_sft.model.load import load_tokenizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_safetensors
 from mlx_sft.training import loop, setup
-from mlx_sft.training.batch_settings import frequent_shapes
+from mlx_sft.training.batch_settings import compiled_shapes
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import Machine
 from mlx_sft.training.optimizer_step import train_step
@@ -382,7 +382,7 @@ def test_traces_are_counted_and_told(
     assert not {"traces", "trace_seconds"} & metrics(settings["out"], "train")[0].keys()
     # As on a GPU; the embedded CPU compiler makes the traces here.
     monkeypatch.setattr(Machine, "compiles", True)
-    monkeypatch.setattr(setup, "compiled_shapes", lambda _, *plan: frequent_shapes(*plan)[:1])
+    monkeypatch.setattr(setup, "compiled_shapes", lambda *plan: compiled_shapes(*plan)[:1])
     compiled = train(
         TrainConfig(**settings | {"quiet": False, "batch_size": 1, "epochs": 1, "out": settings["out"] + "-2"})
     )

@@ -37,13 +37,11 @@ def trained(make_base: Callable[..., Path]) -> Callable[..., Trained]:
     ) -> Trained:
         shape = SHAPE | (shape or {})
         split = SplitModel(load_model(str(make_base(family, **shape)), "float32").model)
-        method = make_method(TrainConfig(data="-", **settings))
+        config = TrainConfig(data="-", **settings)
+        method = make_method(config)
         parameters = method.attach(split.model, seed=0)
         vocabulary = shape.get("vocab_size", VOCABULARY)
-        state = 8 * sum(value.size for value in parameters.values())
-        footprint = Footprint.of(
-            split, method, parameters, vocabulary, optimizer_state_bytes=state, tiled=True, fused=False
-        )
+        footprint = Footprint.of(config, split, method, parameters, vocabulary, tiled=True, fused=False)
         return split, GradientComputer(split, method, vocabulary, recompute=mode), parameters, footprint
 
     return make
@@ -159,9 +157,8 @@ def test_what_is_trained_before_the_layers_is_reached_through_all_of_them(
     split = SplitModel(load_model(str(make_base("qwen3", **SHAPE)), "float32").model)
     method = VirtualTokens()
     parameters = method.attach(split.model, seed=0)
-    found = Footprint.of(
-        split, method, parameters, VOCABULARY, optimizer_state_bytes=0, tiled=True, fused=False, accumulates=False
-    )
+    alone = TrainConfig(data="-", optimizer="sgd", batch_size=1)  # nothing beside the parameters
+    found = Footprint.of(alone, split, method, parameters, VOCABULARY, tiled=True, fused=False)
     assert (len(found.layers), len(found.below)) == (SHAPE["num_hidden_layers"], 0)
     assert not found.trains_weights
     assert found.predict("off", 1).trained == 4 * parameters["prompt"].size
@@ -181,6 +178,6 @@ def test_the_most_tokens_fit_and_one_more_does_not(trained: Callable[..., Traine
 
 def test_a_correction_changes_what_grows_with_the_tokens_alone(trained: Callable[..., Trained]) -> None:
     footprint = trained()[-1]
-    plain, corrected = footprint.predict("off", 1000), footprint.corrected(1.5).predict("off", 1000)
+    plain, corrected = footprint.predict("off", 1000), replace(footprint, correction=1.5).predict("off", 1000)
     assert (corrected.weights, corrected.trained) == (plain.weights, plain.trained)
     assert corrected.kept + corrected.passing == pytest.approx(1.5 * (plain.kept + plain.passing), rel=1e-6)

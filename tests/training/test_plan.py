@@ -14,9 +14,10 @@ import yaml
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.convert.targets.mlx import convert
+from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.machine import COMMON_MACS
-from mlx_sft.training.plan import LENGTHS, RunPlan, Work, make_plan, operations, plan_pieces, planned_config
+from mlx_sft.training.plan import LENGTHS, RunPlan, Work, operations, planned_config
 
 Cli = Callable[..., Any]
 
@@ -34,11 +35,11 @@ def no_weights(make_base: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def plan_of(machine: str | None = "M2 16GB", **settings: Any) -> RunPlan:
-    return make_plan(planned_config(None, settings), machine)
+    return RunPlan(planned_config(None, settings), machine)
 
 
 def text(plan: RunPlan) -> str:
-    return "".join(piece for piece, _ in plan_pieces(plan))
+    return "".join(piece for piece, _ in plan.pieces())
 
 
 def test_no_weight_is_read_or_made(no_weights: Path, chats: Path) -> None:
@@ -62,7 +63,7 @@ def test_precision_and_tied_weights_decide_the_weights(no_weights: Path) -> None
 @pytest.mark.parametrize("limit", [None, "40MB"])
 def test_the_settings_are_those_that_train_chooses(settings: dict[str, Any], limit: str | None) -> None:
     settings |= {"memory_limit": limit}
-    plan = make_plan(TrainConfig(**settings))
+    plan = RunPlan(TrainConfig(**settings))
     assert plan.settings is not None
     train(TrainConfig(**settings))
     chosen = yaml.safe_load(RunFolder(settings["out"]).config.read_text())
@@ -126,6 +127,15 @@ def test_a_run_that_would_be_refused_is_planned_all_the_same(no_weights: Path) -
     assert "train would refuse" in text(plan)
     assert "--max-length" in text(plan)
     assert json.loads(plan.to_json())["settings"] is None
+
+
+def test_an_initial_adapter_decides_over_its_shape_as_it_does_in_train(settings: dict[str, Any]) -> None:
+    adapter = train(TrainConfig(**settings | {"rank": 3, "max_steps": 1})).run_dir / "adapter"
+    _, trained = read_adapter(adapter)
+    start = {"data": settings["data"], "model": settings["model"], "init_adapter": str(adapter)}
+    assert RunPlan(TrainConfig(**start)).footprint.trainable == sum(value.size for value in trained.values())
+    with pytest.raises(UserError, match="--rank 5 differs from the adapter's 3"):
+        RunPlan(TrainConfig(**start, rank=5))
 
 
 def test_full_fine_tuning_is_counted_with_its_optimizer(no_weights: Path) -> None:

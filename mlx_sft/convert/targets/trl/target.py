@@ -26,8 +26,8 @@ from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
 from mlx_sft.model.names import EXPERTS_PART
 from mlx_sft.model.outline import outline
-from mlx_sft.training.memory_planner import planned_steps
 from mlx_sft.training.resume import CONFIG_HEADER, identity_of, refuse_changes
+from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.start import starting_parameters
 
 _FILES = Path(__file__).parent / "files"

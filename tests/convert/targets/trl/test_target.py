@@ -21,7 +21,7 @@ from mlx_sft.errors import USAGE
 from mlx_sft.methods import lora
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training.memory_planner import planned_steps
+from mlx_sft.training.schedule import planned_steps
 from tests.chosen import without_adapter
 from tests.run_folders import outcome
 from tests.trl_exports import STEPS, Pair, export_trl
