@@ -8,7 +8,7 @@ files (reading/) ─► formats ─► checks ─► template (mask/) ─► enc
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import encode_conversation
 from mlx_sft.data.example import Example, decoded_segments
-from mlx_sft.data.pipeline import Progress
+from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, prepare, prepare_file, survey
 from mlx_sft.data.report import DataReport, SourceReport
 
@@ -17,7 +17,7 @@ __all__ = [
     "Example",
     "Examples",
     "PreparedData",
-    "Progress",
+    "ReadingProgress",
     "SourceReport",
     "decoded_segments",
     "encode_conversation",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Look, count, duration, size
 from mlx_sft.data.batches import Layout, padded_width
-from mlx_sft.data.pipeline import Progress
+from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import UserError
@@ -202,7 +202,7 @@ def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfi
     return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
 
 
-def make_plan(config: TrainConfig, machine_name: str | None = None, progress: Progress | None = None) -> RunPlan:
+def make_plan(config: TrainConfig, machine_name: str | None = None, progress: ReadingProgress | None = None) -> RunPlan:
     """What a run with this configuration would take.
 
     Args:
@@ -252,7 +252,7 @@ def _with_adapter(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update=kind.read(where)[0].decides(where))
 
 
-def _data(config: TrainConfig, path: Path, progress: Progress | None) -> PreparedData | None:
+def _data(config: TrainConfig, path: Path, progress: ReadingProgress | None) -> PreparedData | None:
     if config.data == [NO_DATA]:
         return None
     tokenizer = load_tokenizer(path)

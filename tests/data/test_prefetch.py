@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlx_sft.data.prefetch import Prefetch
+from mlx_sft.data.feed import Prefetch
 
 pytestmark = pytest.mark.fast
 

@@ -6,11 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mlx_sft.data.dataset import Examples, Store
-from mlx_sft.data.encode import Example
-from mlx_sft.data.packing import PackedRow, pack
+from mlx_sft.data.dataset import Examples, pack
+from mlx_sft.data.example import Example, Outcome
 from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
-from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import Facts
 
 pytestmark = pytest.mark.fast
@@ -22,8 +20,8 @@ def example(length: int, origin: str = "chats.jsonl:1", fill: int = 5) -> Exampl
     return Example(origin, np.full(length, fill, np.int32), weights)
 
 
-def stored(*rows: PackedRow) -> Examples:
-    return Examples([Store.of_block(pack(rows))])
+def stored(*rows: Outcome) -> Examples:
+    return Examples([pack(rows)])
 
 
 def part(*examples: Example) -> PartReport:
@@ -45,9 +43,9 @@ def test_a_part_is_told_by_its_lengths_its_longest_and_its_duplicates() -> None:
 
 
 def test_signs_are_counted_by_example_and_name_the_first_rows_once() -> None:
-    mojibake = 1 << SIGNS.index("mojibake")
+    mojibake = frozenset({"mojibake"})
     turns = [example(5, "a:1#1"), example(6, "a:1#2")]
-    told = PartReport.of(stored(PackedRow("a:1", turns, mojibake), PackedRow("a:2", [example(7, "a:2")]))).signs
+    told = PartReport.of(stored(Outcome("a:1", turns, mojibake), Outcome("a:2", [example(7, "a:2")]))).signs
     assert told == {"mojibake": {"count": 2, "origins": ["a:1"]}}
 
 
