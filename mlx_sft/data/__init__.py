@@ -1,8 +1,8 @@
 """The data room: rows from files → conversations → text and spans → examples, and the report. NumPy only, never MLX.
 
-files (reading/) ─► formats ─► checks ─► template (mask/) ─► encode     one row; the order of these is `pipeline`
-       ─► store/                                                        tokenized once, mapped from disk
-       ─► fit ─► split ─► prepare ─► report, batches
+files ─► formats ─► checks ─► template (mask/) ─► encode     one row; the order of these is `pipeline`
+      ─► tokenize, cache, dataset                            tokenized once, mapped from disk
+      ─► truncation ─► prepare (split) ─► report, batches ─► feed
 """
 
 from mlx_sft.data.dataset import Examples

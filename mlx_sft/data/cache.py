@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.dataset import SPAN, TABLE, LostRow, Store
+from mlx_sft.data.example import Note
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
-from mlx_sft.data.report import Note
 from mlx_sft.errors import UserError
 from mlx_sft.registry import FORMATS
 

@@ -15,17 +15,14 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mlx_sft.data.example import Example, Outcome
+from mlx_sft.data.example import Example, Note, Outcome
 from mlx_sft.data.template import Facts
 from mlx_sft.errors import UserError
-
-if TYPE_CHECKING:
-    from mlx_sft.data.report import Note
 
 CONTENT: dict[str, tuple[str, Callable[[Example], Any]]] = {
     "length": ("<i4", len),
@@ -52,7 +49,6 @@ TABLE = np.dtype(
     ]
 )
 """`characters` are the bytes of the example's origin, the first `row_characters` of them its row's origin."""
-_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +78,10 @@ class Store:
     lost: list[LostRow] = field(default_factory=list)
     row_format: str | None = None
 
-    def example(self, index: int, longest: int | None = None) -> Example:
-        """Example number `index`, its first `longest` tokens."""
+    def example(self, index: int) -> Example:
+        """Example number `index`."""
         record = dict(zip(TABLE.names or (), self.table[index].item(), strict=True))
-        length = record["length"] if longest is None else min(longest, record["length"])
-        token, span = record["first_token"], record["first_span"]
+        length, token, span = record["length"], record["first_token"], record["first_span"]
         return Example(
             self._origin(record, "characters"),
             self.token_ids[token : token + length],
@@ -101,6 +96,18 @@ class Store:
     def _origin(self, record: Any, characters: str) -> str:
         first = record["first_character"]
         return self.origins[first : first + record[characters]].tobytes().decode("utf-8", "surrogatepass")
+
+    def truncated_to(self, longest: int) -> Store:
+        """With the first `longest` tokens of every example that is longer; of what is stored, only the table changes."""
+        too_long = np.flatnonzero(self.table["length"] > longest).tolist()
+        if not too_long:
+            return self
+        table = self.table.copy()
+        for index in too_long:
+            example = self.example(index).truncated(longest)
+            for name, (_, of) in CONTENT.items():
+                table[name][index] = of(example)
+        return replace(self, table=table)
 
     def behind(self, tokens: int, spans: int, characters: int, rows: int) -> Store:
         """The same rows, counted as they are behind so many tokens, spans, characters of origins, and rows."""
@@ -173,23 +180,14 @@ class Examples(Sequence[Example]):
     Args:
         stores: Of the sources.
         chosen: int64, which of the stores' examples these are, counted over all; None: all.
-        longest: Every example is its first so many tokens; None: the whole.
-        columns: Those that are known already: all of `CONTENT` where an example is truncated.
     """
 
-    def __init__(
-        self,
-        stores: Sequence[Store],
-        chosen: NDArray[np.int64] | None = None,
-        longest: int | None = None,
-        columns: dict[str, NDArray[Any]] | None = None,
-    ) -> None:
+    def __init__(self, stores: Sequence[Store], chosen: NDArray[np.int64] | None = None) -> None:
         self._stores = tuple(stores)
         sizes = [len(store.table) for store in self._stores]
         self._starts: list[int] = np.cumsum([0, *sizes]).tolist()
         self._chosen = chosen
-        self._longest = longest
-        self._columns = columns or {}
+        self._columns: dict[str, NDArray[Any]] = {}
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Examples:
@@ -198,21 +196,15 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def joined(cls, parts: Sequence[Examples]) -> Examples:
-        """The examples of all parts, one part after another; those that are truncated, all to the same length."""
-        longest = min((part._longest for part in parts if part._longest is not None), default=None)
-        for part in parts:
-            if part._longest != longest and part.lengths.max(initial=0) > (longest or 0):
-                raise ValueError("examples that are cut to different lengths cannot be joined")
+        """The examples of all parts, one part after another."""
         stores: list[Store] = []
         chosen: list[NDArray[np.int64]] = []
         for part in parts:
             first = sum(len(store.table) for store in stores)
             chosen.append(first + part._numbers())
             stores.extend(part._stores)
-        names = CONTENT if longest is not None else ()
-        columns = {name: np.concatenate([part._column(name) for part in parts]) for name in names}
         whole = all(part._chosen is None for part in parts)
-        return cls(stores, None if whole else np.concatenate(chosen), longest, columns)
+        return cls(stores, None if whole else np.concatenate(chosen))
 
     def __len__(self) -> int:
         return self._starts[-1] if self._chosen is None else len(self._chosen)
@@ -225,31 +217,18 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         store, number = self._find(index)
-        return store.example(number, self._longest)
+        return store.example(number)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
     def select(self, indices: ArrayLike) -> Examples:
         """Those with these indices, in this order."""
-        indices = np.asarray(indices, np.int64)
-        columns = {name: column[indices] for name, column in self._columns.items()}
-        return Examples(self._stores, self._numbers()[indices], self._longest, columns)
+        return Examples(self._stores, self._numbers()[np.asarray(indices, np.int64)])
 
     def truncated_to(self, longest: int) -> Examples:
         """Every example's first `longest` tokens, where it is longer; supervised may then be none of them."""
-        if self._longest is not None:
-            longest = min(longest, self._longest)
-        too_long = np.flatnonzero(self.lengths > longest).tolist()
-        columns = dict(self._columns)
-        if too_long:
-            columns |= {name: self._column(name).copy() for name in CONTENT}
-        result = Examples(self._stores, self._chosen, longest, columns)
-        for index in too_long:
-            example = result[index]
-            for name, (_, of) in CONTENT.items():
-                columns[name][index] = of(example)
-        return result
+        return Examples([store.truncated_to(longest) for store in self._stores], self._chosen)
 
     # Columns: shape (examples,)
 
@@ -314,19 +293,12 @@ class Examples(Sequence[Example]):
 
     def content_ids(self) -> NDArray[np.uint64]:
         """The first eight bytes of each digest: among millions, equal only for equal examples."""
-        digests = np.ascontiguousarray(self._digests())
+        digests = np.ascontiguousarray(self._gathered("digest"))
         return digests.view("<u8").reshape(-1, 4)[:, 0].astype(np.uint64) if len(digests) else np.zeros(0, np.uint64)
 
     def fingerprint(self) -> str:
         """SHA-256 over the examples' tokens and weights, in order; the same on every machine."""
-        digests, result = self._digests(), hashlib.sha256()
-        for first in range(0, len(digests), _AT_ONCE):
-            result.update(digests[first : first + _AT_ONCE].tobytes())
-        return result.hexdigest()
-
-    def _digests(self) -> NDArray[np.void]:
-        """They are large: only those of truncated examples stay in memory."""
-        return self._columns["digest"] if "digest" in self._columns else self._gathered("digest")
+        return hashlib.sha256(self._gathered("digest").tobytes()).hexdigest()
 
     def _column(self, name: str) -> NDArray[Any]:
         if name not in self._columns:
@@ -334,7 +306,7 @@ class Examples(Sequence[Example]):
         return self._columns[name]
 
     def _gathered(self, name: str) -> NDArray[Any]:
-        """A field of the stores' tables, as it was written; rows are counted over all stores."""
+        """A field of the stores' tables; rows are counted over all stores."""
         columns = [store.table[name] for store in self._stores]
         if name == "row":
             before = np.cumsum([0, *(store.rows for store in self._stores)])

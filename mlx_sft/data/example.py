@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,7 @@ from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
 from mlx_sft.data.tokenizer import unwrapped
 
-if TYPE_CHECKING:
-    from mlx_sft.data.report import Note
+Fate = Literal["truncated", "dropped", "bad"]
 
 IGNORED = -100
 """The label of a token that is not supervised, as in PyTorch."""
@@ -74,6 +73,16 @@ class Example:
         return hashlib.sha256(
             self.token_ids.astype("<i4").tobytes() + self.loss_weights.astype("<f4").tobytes()
         ).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A row that was truncated, dropped or bad: where it is, what became of it, why, and what would help."""
+
+    origin: str
+    fate: Fate
+    reason: str
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,8 @@ from typing import Any, Literal, Protocol
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.conversation import Conversation, Items, items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
-from mlx_sft.data.example import Example, Outcome
+from mlx_sft.data.example import Example, Note, Outcome
 from mlx_sft.data.readers import Row
-from mlx_sft.data.report import Note
 from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.data.sandbox import TemplateStopped
 from mlx_sft.data.screening import SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of

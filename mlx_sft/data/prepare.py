@@ -17,8 +17,9 @@ from mlx_sft.common_settings import common_sections
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import shares
 from mlx_sft.data.dataset import Examples, LostRow
+from mlx_sft.data.example import Note
 from mlx_sft.data.pipeline import NoProgress, Pipeline, ReadingProgress
-from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
+from mlx_sft.data.report import DataReport, PartReport, SourceReport, reasons
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
 from mlx_sft.data.tokenize import tokenized

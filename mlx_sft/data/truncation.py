@@ -1,7 +1,4 @@
-"""Examples → those that fit into `max_length`, and a note of every row that is not as it was.
-
-Knows lengths; knows nothing of where examples come from.
-"""
+"""Examples → those that fit into `max_length`, and a note of every row that is not as it was."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from mlx_sft.data.dataset import Examples
-from mlx_sft.data.report import Note
+from mlx_sft.data.example import Note
 from mlx_sft.errors import UserError
 
 Overlong = Literal["truncate", "drop", "error"]

@@ -129,10 +129,11 @@ def test_signs_are_counted_by_row() -> None:
     assert found.signs.tolist() == [1, 3, 3, 3, 0]
 
 
-def test_examples_of_different_cuts_are_not_joined() -> None:
+def test_what_is_joined_stays_as_it_is_truncated() -> None:
     found = Examples.of(EXAMPLES)
-    with pytest.raises(ValueError):
-        Examples.joined([found.truncated_to(2), found.truncated_to(3)])
+    expected = [one.truncated(longest) for longest in (2, 3) for one in EXAMPLES]
+    same(Examples.joined([found.truncated_to(2), found.truncated_to(3)]), expected)
+    same(found, EXAMPLES)
     assert len(Examples.joined([])) == 0
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.report import histogram, length_summary
 
 pytestmark = pytest.mark.fast
 

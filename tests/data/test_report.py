@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_sft.data.dataset import Examples, pack
-from mlx_sft.data.example import Example, Outcome
-from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
+from mlx_sft.data.example import Example, Note, Outcome
+from mlx_sft.data.report import DataReport, PartReport, SourceReport, reasons
 from mlx_sft.data.template import Facts
 
 pytestmark = pytest.mark.fast
