@@ -193,9 +193,9 @@ def _in_processes(chunks: Iterator[list[AnyRow]], work: bytes, workers: int) -> 
             yield waiting.popleft().result()
     except BrokenExecutor as error:
         raise UserError(
-            "a process that shared the tokenizing could not start or died",
-            hint="one process does it alone with --data-workers 1 (data_workers=1 in Python, where a script that has no "
-            '`if __name__ == "__main__":` needs it); the system may have ended it for want of memory',
+            "a process that shares the tokenizing died or could not start",
+            hint="--data-workers 1 (data_workers=1 from Python) does without: it may be for want of memory, or the script "
+            'that began it has no `if __name__ == "__main__":`',
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -206,6 +206,8 @@ def _submitted(executor: ProcessPoolExecutor, chunk: list[AnyRow]) -> Future[Sto
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return executor.submit(_work, chunk)
+    except OSError as error:
+        raise BrokenExecutor(str(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -62,7 +62,7 @@ def test_a_process_that_dies_is_one_clear_error(stand_in: ModuleType, write_rows
     rows = [f"row {n}" for n in range(700)]
     rows[300] = "die"
     data = write_rows(*({"text": row} for row in rows))
-    with pytest.raises(UserError, match="could not start or died") as caught:
+    with pytest.raises(UserError, match="died or could not start") as caught:
         stand_in.read(data, workers=2)
     assert "--data-workers 1" in caught.value.hint
     assert list(folder.iterdir()) == []
