@@ -49,14 +49,6 @@ class PreparedData:
     mixture: list[tuple[int, float | None]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What a source gave."""
-
-    examples: Examples
-    report: SourceReport
-
-
 def prepare(
     config: TrainConfig,
     tokenizer: Any,
@@ -102,8 +94,7 @@ def prepare_file(
         UserError: as `prepare` does, but for rows that are lost.
     """
     source = _named_part(locate(data), data, "test", "valid")
-    part = _Reader(config, tokenizer, progress or NoProgress(), strict=True).read(source)
-    return part.examples, part.report
+    return _Reader(config, tokenizer, progress or NoProgress(), strict=True).read(source)
 
 
 def _prepare(
@@ -119,11 +110,11 @@ def _prepare(
     reader = _Reader(config, tokenizer, progress, strict=strict)
     train_parts = [reader.read(source) for source in train_sources]
     valid_parts = [reader.read(source) for source in valid_sources]
-    sources = [part.report for part in (*train_parts, *valid_parts)]
+    sources = [report for _, report in (*train_parts, *valid_parts)]
     if strict and not config.allow_lost_rows:
         _refuse_lost_rows(sources)
-    train = Examples.joined([part.examples for part in train_parts])
-    valid = Examples.joined([part.examples for part in valid_parts])
+    train = Examples.joined([examples for examples, _ in train_parts])
+    valid = Examples.joined([examples for examples, _ in valid_parts])
     if config.valid_fraction > 0:
         try:
             train, valid = split(train, config.valid_fraction, config.seed)
@@ -225,7 +216,7 @@ class _Reader:
         self._progress = progress
         self._strict = strict
 
-    def read(self, source: Source) -> _Part:
+    def read(self, source: Source) -> tuple[Examples, SourceReport]:
         """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row."""
         config = self._config
         bad = _BadRows(source.name, refused=self._strict and not config.skip_bad_rows)
@@ -258,7 +249,7 @@ class _Reader:
                 where=source.name,
                 hint=f"the first: {notes[0].origin}: {notes[0].reason}",
             )
-        return _Part(examples, report)
+        return examples, report
 
     def _truncated(self, examples: Examples) -> Truncation:
         config = self._config
