@@ -75,9 +75,8 @@ def tokenized(
             hint = "run again when nothing writes to it any more"
             raise UserError("it changed while it was being read", where=source.name, hint=hint)
         if home:
-            with suppress(
-                OSError
-            ):  # another run has put its own there, or nothing can be put there: this one serves this run
+            # Where another run was first, or the cache cannot be written to, this entry serves this run alone.
+            with suppress(OSError):
                 folder.rename(home)
     progress.finished(source.name, store.rows, cached=False)
     return Tokenized(store, sha256)
