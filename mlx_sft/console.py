@@ -105,7 +105,7 @@ class Console:
         self._screen.print(text)
 
     @contextmanager
-    def reading(self) -> Iterator[ReadingProgress]:
+    def reading(self) -> Iterator[ReadingBar]:
         """Yield an object that shows how far the data is read; its bar disappears when the block ends."""
         bar = Progress(
             TextColumn("{task.description}"),
@@ -119,7 +119,7 @@ class Console:
         if live:
             bar.start()
         try:
-            yield ReadingProgress(self, bar if live else None)
+            yield ReadingBar(self, bar if live else None)
         finally:
             if live:
                 bar.stop()
@@ -192,7 +192,7 @@ class Console:
             self._read = False
 
 
-class ReadingProgress:
+class ReadingBar:
     """Shows how far the data is read: a bar in a terminal, else a line now and then."""
 
     def __init__(self, console: Console, bar: Progress | None) -> None:

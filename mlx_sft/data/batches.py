@@ -308,5 +308,5 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
         needed,
         tuple(spans) if micro_batch.joined else (),
         micro_batch.rows,
-        tuple(map(examples.row_of, micro_batch.rows)) if isinstance(examples, Examples) else micro_batch.rows,
+        tuple(examples.rows[list(micro_batch.rows)].tolist()) if isinstance(examples, Examples) else micro_batch.rows,
     )

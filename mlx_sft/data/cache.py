@@ -1,47 +1,51 @@
-"""The cache of tokenized sources: folders that are whole or absent, found by key, mapped into memory.
+"""The cache of tokenized sources: a folder each, found by a key of all that its rows depend on, and mapped into memory.
 
-    <cache>/<key>/               token_ids, spans, table, origins, lost.jsonl; meta.json with their sizes and checksums
-    <cache>/.writing-<random>/   one that is being written; its lock ends with its process
+    <cache>/<key>/          the arrays of a `Store`, rows.json with what is not in them, and the checksums of all these files
+    <cache>/.writing-.../   one that is being written; it is renamed to its key when it is complete
 
-Concurrent runs each write their own; whoever ends second takes the first's. Knows nothing of rows, tokenizers or settings.
+Nothing here is needed again: what is damaged, unused for a month or left by a killed run is removed, and made anew when asked for.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
+import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import datetime
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.dataset import Store
-from mlx_sft.data.packing import SPAN, TABLE, moved
-from mlx_sft.data.report import Note
-from mlx_sft.data.tokenize import LostRow, Processed
+from mlx_sft.data.dataset import SPAN, TABLE, LostRow, Store
+from mlx_sft.data.example import Note
+from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.errors import UserError
-from mlx_sft.files import sync, sync_path
+from mlx_sft.registry import FORMATS
 
 UNUSED_DAYS = 30
-_META, _LOCK, _LOST = "meta.json", "lock", "lost.jsonl"
-_FILES = {"token_ids": np.dtype("<i4"), "spans": SPAN, "table": TABLE, "origins": np.dtype("u1"), _LOST: np.dtype("u1")}
-_WRITING = ".writing-mlx-sft-"
+_ARRAYS = {"token_ids": np.dtype("<i4"), "spans": SPAN, "table": TABLE, "origins": np.dtype("u1")}
+_ROWS, _CHECKSUMS = "rows.json", "checksums.json"
 _KEY = re.compile("[0-9a-f]{64}")
-_NAME = "\0"
-"""Stands for the source's name in a note, so that the source may move."""
+_WRITING = ".writing-mlx-sft-"
+_WRITING_HERE = f"{_WRITING}{platform.node()}-"
+"""Before the number of the process, so that what it leaves is known when it is dead."""
+_PACKAGES = ("transformers", "tokenizers", "jinja2")
 _PIECE = 1 << 20
-_PIECES = 256
-"""A checksum reads a file of so many pieces whole, and of a larger one as many, evenly spread, so that it takes no more time."""
 
 
 def cache_folder() -> Path:
@@ -55,89 +59,182 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"mlx-sft-{os.getuid()}"
 
 
-class Entry:
-    """A tokenized source, mapped into memory: it may be removed from the disk while it is in use.
-
-    Attributes:
-        store: Its examples.
-        meta: What `Writer.finish` was told.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
-        arrays = {file: _mapped(folder / file, dtype) for file, dtype in _FILES.items()}
-        self.store = Store(
-            name, arrays["token_ids"], arrays["spans"], arrays["table"], arrays["origins"], self.meta["rows"]
-        )
-        self._lost = arrays[_LOST]
-
-    def lost(self) -> Iterator[LostRow]:
-        """The rows without examples, in order."""
-        first = 0
-        for end in np.flatnonzero(self._lost == ord("\n")).tolist():
-            record = json.loads(self._lost[first:end].tobytes())
-            first = end + 1
-            texts = {key: record[key].replace(_NAME, self.store.name) for key in ("origin", "reason", "hint")}
-            yield LostRow(record["row"], Note(fate=record["fate"], **texts), record["mixed"])
+# The key
 
 
-def open_entry(folder: Path, name: str) -> Entry | None:
-    """The entry in a folder, whose last use is now; None where there is none, or what is there is damaged.
+def entry_key(sha256: str, name: str, pipeline: Pipeline) -> str:
+    """SHA-256 of all that could change what the pipeline makes of a source, or the names of its rows.
 
     Args:
-        name: The source's name as of now.
+        sha256: Of the source's bytes.
+        name: The source's.
     """
+    encoder, reader, objective = pipeline.encoder, pipeline.reader, pipeline.objective
+    others = [row_format for known, row_format in FORMATS.items() if known not in FORMATS.built_in()]
+    parts = {
+        "source": [sha256, name],
+        "tokenizer": _tokenizer(encoder.tokenizer),
+        "end_tokens": sorted(encoder.end_tokens),
+        "day": _day(encoder.tokenizer.chat_template, encoder.settings.template_kwargs),
+        "encoding": asdict(encoder.settings),
+        "format": [reader.format, dict(reader.columns), *(_module_digest(row_format.read) for row_format in others)],
+        "objective": objective and [objective.name, objective.settings.model_dump(), _module_digest(type(objective))],
+        "special_in_content": pipeline.special_in_content,
+        "code": [_code(), platform.python_version(), *map(version, _PACKAGES)],
+    }
+    return hashlib.sha256(json.dumps(parts, default=repr).encode()).hexdigest()
+
+
+def _tokenizer(tokenizer: Any) -> list[Any]:
+    """All that decides how a tokenizer cuts text and writes a conversation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = json.loads(backend.to_str()) if backend else {}
+    return [
+        type(tokenizer).__name__,
+        # How to cut and pad is left out: the first text that is tokenized without changes both.
+        {part: value for part, value in whole.items() if part not in ("truncation", "padding")},
+        tokenizer.special_tokens_map,
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        getattr(tokenizer, "split_special_tokens", False),
+        tokenizer.chat_template,
+    ]
+
+
+def _day(template: Any, template_kwargs: dict[str, Any]) -> str | None:
+    """Today, where the template writes it by itself: where it asks for it, and goes by no day that it is given."""
+    text = json.dumps(template)
+    is_given = "date_string" in text and "date_string" in template_kwargs
+    return f"{datetime.now():%Y-%m-%d}" if "strftime_now" in text and not is_given else None
+
+
+def _module_digest(thing: Any) -> str:
+    """SHA-256 of the file that a function or class is from; never twice the same where there is none, as in a notebook."""
+    file = getattr(sys.modules.get(thing.__module__), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else repr(time.time_ns())
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of the code of the data room, of which any line may matter."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# An entry
+
+
+def open_store(folder: Path) -> Store | None:
+    """The rows in a folder, which is used now; None where there is no entry, or a damaged one."""
     try:
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        if meta["files"] != {file: _checksum(folder / file) for file in _FILES}:
+        checksums = {name: _checksum(folder / name) for name in (*_ARRAYS, _ROWS)}
+        if json.loads((folder / _CHECKSUMS).read_bytes()) != checksums:
             return None
-        entry = Entry(folder, name)
-    except (OSError, ValueError, LookupError, TypeError):
+        store = _mapped_store(folder)
+    except (OSError, ValueError):
         return None
     with suppress(OSError):  # of a cache that may only be read
-        os.utime(folder / _META)
-    return entry
+        os.utime(folder)
+    return store
 
 
-def publish(written: Path, folder: Path, name: str) -> Entry:
-    """Move a finished entry to its place, and open it; or the one that another run has put there meanwhile."""
-    entry = Entry(written, name)
-    (written / _LOCK).unlink(missing_ok=True)
-    for _ in range(3):
-        try:
-            written.rename(folder)
-        except OSError:
-            if found := open_entry(folder, name):
-                return found
-            remove(folder)  # a damaged one
-        else:
-            with suppress(OSError):
-                sync_path(folder.parent)
-            break
-    return entry  # where it could not be moved it serves this run alone
+def _mapped_store(folder: Path) -> Store:
+    """It stays usable where its files are removed from the disk."""
+    about = json.loads((folder / _ROWS).read_bytes())
+    lost = [LostRow(row["number"], Note(**row["note"]), row["mixed"]) for row in about["lost"]]
+    arrays = {name: _mapped(folder / name, dtype) for name, dtype in _ARRAYS.items()}
+    return Store(**arrays, rows=about["rows"], lost=lost, row_format=about["row_format"])
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
+class Writer:
+    """Writes an entry chunk by chunk; of what it wrote, only the lost rows stay in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._checksums = dict.fromkeys(_ARRAYS, 0)
+        self._lengths = dict.fromkeys(_ARRAYS, 0)
+        self._lost: list[LostRow] = []
+        self._row_format: str | None = None
+        self.rows = 0
+        for name in _ARRAYS:
+            (folder / name).touch()
+
+    def append(self, chunk: Store) -> Store:
+        """Write a chunk's rows; returns them as they are counted in the whole."""
+        lengths = self._lengths
+        chunk = chunk.behind(lengths["token_ids"], lengths["spans"], lengths["origins"], self.rows)
+        for name in _ARRAYS:
+            array: NDArray[Any] = getattr(chunk, name)
+            content = array.tobytes()
+            with (self._folder / name).open("ab") as file:
+                file.write(content)
+            self._checksums[name] = zlib.crc32(content, self._checksums[name])
+            lengths[name] += len(array)
+        self._lost += chunk.lost
+        self._row_format = chunk.row_format
+        self.rows += chunk.rows
+        return chunk
+
+    def finish(self) -> Store:
+        """The whole, mapped into memory."""
+        about = {"rows": self.rows, "row_format": self._row_format, "lost": [asdict(row) for row in self._lost]}
+        (self._folder / _ROWS).write_text(json.dumps(about))
+        checksums = self._checksums | {_ROWS: _checksum(self._folder / _ROWS)}
+        (self._folder / _CHECKSUMS).write_text(json.dumps(checksums))
+        return _mapped_store(self._folder)
+
+
+# Its folder
 
 
 @contextmanager
-def writing(parent: Path) -> Iterator[Path]:
-    """Yield a folder to write an entry in, beneath `parent`; it is removed afterwards, or by a later run if this one is killed.
+def writing(home: Path | None, progress: ReadingProgress) -> Iterator[Path]:
+    """Yield a folder to write an entry in; it is removed when the block ends, unless it has been moved to its home.
+
+    Args:
+        home: Where it is to be moved; None for an entry that is not kept, as are all where the cache cannot be written to.
 
     Raises:
-        OSError: where nothing can be written in `parent`.
-        UserError: where writing fails later on.
+        UserError: where writing fails.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(parent)
-    folder = Path(tempfile.mkdtemp(prefix=_WRITING, dir=parent))
+    with write_errors(Path(tempfile.gettempdir())):
+        temporary = _beside(home, progress) or tempfile.TemporaryDirectory(
+            prefix="mlx-sft-", ignore_cleanup_errors=True
+        )
+    with temporary as folder, write_errors(Path(folder).parent):
+        yield Path(folder)
+
+
+def _beside(home: Path | None, progress: ReadingProgress) -> tempfile.TemporaryDirectory[str] | None:
+    if home is None:
+        return None
     try:
-        locking = folder / f"{_LOCK}ing"
-        with locking.open("wb") as lock:
-            with suppress(OSError):  # not every file system has locks
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locking.rename(folder / _LOCK)  # another run, which tries it, finds it locked or not at all
-            with write_errors(parent):
-                yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        remove_unused(home.parent)
+        prefix = f"{_WRITING_HERE}{os.getpid()}-"
+        return tempfile.TemporaryDirectory(prefix=prefix, dir=home.parent, ignore_cleanup_errors=True)
+    except OSError as error:
+        progress.note(
+            f"cannot write to the cache {home.parent} ({error.strerror or error}): tokenized rows are not kept; "
+            "MLX_SFT_CACHE names another folder"
+        )
+        return None
 
 
 @contextmanager
@@ -154,112 +251,25 @@ def write_errors(parent: Path) -> Iterator[None]:
         raise UserError(what, where=str(parent), hint=f"check the disk, or {elsewhere}") from error
 
 
-def remove_leftovers(parent: Path) -> None:
-    """Remove what killed runs were writing."""
-    for folder in parent.glob(f"{_WRITING}*"):
-        if _is_abandoned(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def remove_unused(parent: Path) -> None:
-    """Remove entries that no run has used for `UNUSED_DAYS`."""
+    """Remove what no run has used for `UNUSED_DAYS`, and what dead processes were writing."""
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
-    for folder in [path for path in parent.iterdir() if _KEY.fullmatch(path.name)]:
-        with suppress(OSError):
-            if (folder / _META).stat().st_mtime < oldest:
-                remove(folder)
-
-
-def remove(folder: Path) -> None:
-    """Remove an entry so that no run finds a part of it."""
-    away = folder.with_name(f"{_WRITING}{folder.name[:8]}-{os.getpid()}-{time.monotonic_ns()}")
-    with suppress(OSError):
-        folder.rename(away)
-        shutil.rmtree(away, ignore_errors=True)
-
-
-class Writer:
-    """Writes an entry block by block; nothing of it stays in memory."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self._name = name
-        self._files = {file: (folder / file).open("xb") for file in _FILES}
-        self._tokens = self._spans = self._characters = self.rows = 0
-
-    def append(self, processed: Processed) -> None:
-        """Write a chunk's examples and lost rows."""
-        block = processed.block
-        table = moved(block, tokens=self._tokens, spans=self._spans, characters=self._characters, rows=self.rows)
-        for file, content in (
-            ("token_ids", np.ascontiguousarray(block.token_ids).data),
-            ("spans", block.spans.tobytes()),
-            ("table", table.tobytes()),
-            ("origins", block.origins),
-            (_LOST, b"".join(map(self._line, processed.lost))),
-        ):
-            self._files[file].write(content)
-        self._tokens += len(block.token_ids)
-        self._spans += len(block.spans)
-        self._characters += len(block.origins)
-        self.rows += block.rows
-
-    def _line(self, lost: LostRow) -> bytes:
-        note = lost.note
-        record = {
-            "row": self.rows + lost.number,
-            "mixed": lost.mixed,
-            "fate": note.fate,
-            **{key: getattr(note, key).replace(self._name, _NAME) for key in ("origin", "reason", "hint")},
-        }
-        return json.dumps(record).encode() + b"\n"
-
-    def finish(self, **meta: Any) -> None:
-        """Put everything on the disk, and the meta file last."""
-        for file in self._files.values():
-            file.flush()
-            sync(file.fileno())
-            file.close()
-        checksums = {file: _checksum(self._folder / file) for file in _FILES}
-        content = json.dumps({"rows": self.rows, **meta, "files": checksums}, indent=2) + "\n"
-        (self._folder / _META).write_text(content, encoding="utf-8")
-        sync_path(self._folder / _META)
-        sync_path(self._folder)
-
-    def close(self) -> None:
-        """Leave what is unfinished; do nothing after `finish`."""
-        for file in self._files.values():
+    for folder in parent.iterdir():
+        if _KEY.fullmatch(folder.name) or folder.name.startswith(_WRITING):
             with suppress(OSError):
-                file.close()
+                if folder.stat().st_mtime < oldest or _is_abandoned(folder.name):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype, mode="r").view(np.ndarray)
-
-
-def _checksum(path: Path) -> list[int]:
-    """A file's size and CRC-32, of a large one's samples."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        last, crc = max(0, size - _PIECE), 0
-        pieces = -(-size // _PIECE)
-        for number in range(min(pieces, _PIECES)):
-            file.seek(number * _PIECE if pieces <= _PIECES else last * number // (_PIECES - 1))
-            crc = zlib.crc32(file.read(_PIECE), crc)
-    return [size, crc]
-
-
-def _is_abandoned(folder: Path) -> bool:
-    """Whether the process that was writing a folder is dead; without a lock, one is given an hour."""
+def _is_abandoned(name: str) -> bool:
+    """Whether a process of this machine was writing the folder of this name, and is dead."""
+    process = name.removeprefix(_WRITING_HERE).partition("-")[0]
+    if not name.startswith(_WRITING_HERE) or not process.isdigit():
+        return False
     try:
-        with (folder / _LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    except FileNotFoundError:
-        with suppress(OSError):
-            return folder.stat().st_mtime < time.time() - 3600
-    except OSError:
-        pass  # its process is alive, or there are no locks here
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's, and alive
+        pass
     return False

@@ -1,7 +1,11 @@
-"""Packed examples of one or several sources → a sequence of `Example`s and their columns, whatever their size.
+"""Examples as flat arrays, one `Store` a source, and as a sequence of `Example`s with columns, whatever their size.
 
-The arrays may be mapped from disk: an example's tokens are read when it is asked for. Knows how examples are selected, joined
-and cut; knows nothing of where they are kept or how they are made.
+    token_ids   int32: those of all examples, one after another
+    spans       (start, end, weight): the stretches of an example that are supervised, and each one's weight in the loss
+    table       a record an example: where its tokens, spans and origin lie, its row, its lengths, signs, facts and SHA-256
+    origins     UTF-8: each example's origin, which begins with that of its row
+
+The arrays may be mapped from disk: an example's tokens are read when it is asked for.
 """
 
 from __future__ import annotations
@@ -9,57 +13,81 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mlx_sft.data.example import Example
-from mlx_sft.data.packing import FACTS, TABLE, Block, PackedRow, origin_from, pack, weights_of
+from mlx_sft.data.example import Example, Note, Outcome
 from mlx_sft.data.template import Facts
 from mlx_sft.errors import UserError
 
-_AT_ONCE = 1 << 16
+CONTENT: dict[str, tuple[str, Callable[[Example], Any]]] = {
+    "length": ("<i4", len),
+    "needed_length": ("<i4", lambda example: example.needed_length),
+    "supervised_tokens": ("<i4", lambda example: example.supervised_tokens),
+    "largest_token_id": ("<i4", lambda example: example.token_ids.max(initial=0)),
+    "digest": ("V32", Example.digest),
+}
+"""The columns that depend on an example's tokens and weights, and so change where it is truncated."""
+FACTS = tuple(field.name for field in fields(Facts))
+SPAN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
+TABLE = np.dtype(
+    [
+        ("first_token", "<i8"),
+        ("first_span", "<i8"),
+        ("spans", "<i4"),
+        ("first_character", "<i8"),
+        ("characters", "<i4"),
+        ("row_characters", "<i4"),
+        ("row", "<i8"),
+        ("signs", "<u4"),
+        *((name, dtype) for name, (dtype, _) in CONTENT.items()),
+        *((name, "<i4") for name in FACTS),
+    ]
+)
+"""`characters` are the bytes of the example's origin, the first `row_characters` of them its row's origin."""
+
+
+@dataclass(frozen=True, slots=True)
+class LostRow:
+    """A row without an example: its number from 0, the note that says why, and whether it has another format than others."""
+
+    number: int
+    note: Note
+    mixed: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The examples of one source, as a block or mapped from disk.
+    """Some rows of one source in order, in memory or mapped from disk; what is counted in it is counted from its beginning.
 
     Attributes:
-        name: The source's, with which the origins begin.
-        rows: How many rows were read of it.
+        rows: How many rows were read for it, those without an example included.
+        lost: Those without an example.
+        row_format: The name of the rows' format, where it is known.
     """
 
-    name: str
     token_ids: NDArray[np.int32]
     spans: NDArray[np.void]
     table: NDArray[np.void]
     origins: NDArray[np.uint8]
     rows: int
+    lost: list[LostRow] = field(default_factory=list)
+    row_format: str | None = None
 
-    @classmethod
-    def of_block(cls, block: Block, name: str = "") -> Store:
-        return cls(name, block.token_ids, block.spans, block.table, np.frombuffer(block.origins, np.uint8), block.rows)
-
-    def example(self, index: int, longest: int | None = None) -> Example:
-        """Example number `index`, its first `longest` tokens."""
+    def example(self, index: int) -> Example:
+        """Example number `index`."""
         record = dict(zip(TABLE.names or (), self.table[index].item(), strict=True))
-        length = record["length"] if longest is None else min(longest, record["length"])
-        first = record["first_token"]
+        length, token, span = record["length"], record["first_token"], record["first_span"]
         return Example(
             self._origin(record, "characters"),
-            self.token_ids[first : first + length],
-            weights_of(self.spans_of(record), length),
+            self.token_ids[token : token + length],
+            weights_of(self.spans[span : span + record["spans"]], length),
             Facts(*(record[name] for name in FACTS)),
         )
-
-    def spans_of(self, record: Any) -> NDArray[np.void]:
-        """The supervised spans of the whole example that a record of the table is of."""
-        first = record["first_span"]
-        return self.spans[first : first + record["spans"]]
 
     def row_origin(self, index: int) -> str:
         """The origin of the row that example number `index` is of."""
@@ -67,8 +95,83 @@ class Store:
 
     def _origin(self, record: Any, characters: str) -> str:
         first = record["first_character"]
-        stored = self.origins[first : first + record[characters]].tobytes().decode("utf-8", "surrogatepass")
-        return origin_from(stored, self.name)
+        return self.origins[first : first + record[characters]].tobytes().decode("utf-8", "surrogatepass")
+
+    def truncated_to(self, longest: int) -> Store:
+        """With the first `longest` tokens of every example that is longer; of what is stored, only the table changes."""
+        too_long = np.flatnonzero(self.table["length"] > longest).tolist()
+        if not too_long:
+            return self
+        table = self.table.copy()
+        for index in too_long:
+            example = self.example(index).truncated(longest)
+            for name, (_, of) in CONTENT.items():
+                table[name][index] = of(example)
+        return replace(self, table=table)
+
+    def behind(self, tokens: int, spans: int, characters: int, rows: int) -> Store:
+        """The same rows, counted as they are behind so many tokens, spans, characters of origins, and rows."""
+        table = self.table.copy()
+        table["first_token"] += tokens
+        table["first_span"] += spans
+        table["first_character"] += characters
+        table["row"] += rows
+        return replace(self, table=table, lost=[replace(row, number=rows + row.number) for row in self.lost])
+
+
+def pack(outcomes: Iterable[Outcome], row_format: str | None = None) -> Store:
+    """What became of some rows, as a store in memory."""
+    token_ids: list[NDArray[np.int32]] = []
+    spans: list[NDArray[np.void]] = []
+    records: list[tuple[object, ...]] = []
+    lost: list[LostRow] = []
+    origins = bytearray()
+    first_token, first_span, number = 0, 0, -1
+    for number, outcome in enumerate(outcomes):
+        if outcome.note:
+            lost.append(LostRow(number, outcome.note, outcome.mixed))
+        for example in outcome.examples:
+            origin = example.origin.encode("utf-8", "surrogatepass")
+            row_origin = outcome.origin.encode("utf-8", "surrogatepass")
+            row_characters = len(row_origin if origin.startswith(row_origin) else origin)
+            own_spans = spans_of(example.loss_weights)
+            where = (first_token, first_span, len(own_spans), len(origins), len(origin), row_characters, number)
+            content = (of(example) for _, of in CONTENT.values())
+            records.append((*where, outcome.sign_mask, *content, *(getattr(example.facts, name) for name in FACTS)))
+            token_ids.append(example.token_ids)
+            spans.append(own_spans)
+            origins += origin
+            first_token += len(example)
+            first_span += len(own_spans)
+    return Store(
+        np.concatenate([np.zeros(0, np.int32), *token_ids]).astype("<i4", copy=False),
+        np.concatenate([np.zeros(0, SPAN), *spans]),
+        np.array(records, TABLE),
+        np.frombuffer(bytes(origins), np.uint8),
+        number + 1,
+        lost,
+        row_format,
+    )
+
+
+def spans_of(loss_weights: NDArray[np.float32]) -> NDArray[np.void]:
+    """The stretches of equal weight other than 0, shape (spans,) of dtype `SPAN`; `weights_of` is the inverse."""
+    bounds = np.flatnonzero(loss_weights[1:] != loss_weights[:-1]) + 1
+    starts = np.concatenate([[0], bounds]) if len(loss_weights) else bounds
+    spans = np.zeros(len(starts), SPAN)
+    spans["start"] = starts
+    spans["end"] = np.concatenate([bounds, [len(loss_weights)]])[: len(starts)]
+    spans["weight"] = loss_weights[starts]
+    supervised: NDArray[np.void] = spans[spans["weight"] != 0]
+    return supervised
+
+
+def weights_of(spans: NDArray[np.void], length: int) -> NDArray[np.float32]:
+    """float32, shape (length,): the weight of each token; spans may reach beyond the length."""
+    weights = np.zeros(length, np.float32)
+    for start, end, weight in spans.tolist():
+        weights[start:end] = weight
+    return weights
 
 
 class Examples(Sequence[Example]):
@@ -77,31 +180,23 @@ class Examples(Sequence[Example]):
     Args:
         stores: Of the sources.
         chosen: int64, which of the stores' examples these are, counted over all; None: all.
-        longest: Every example is its first so many tokens; None: the whole.
     """
 
-    def __init__(
-        self, stores: Sequence[Store], chosen: NDArray[np.int64] | None = None, longest: int | None = None
-    ) -> None:
+    def __init__(self, stores: Sequence[Store], chosen: NDArray[np.int64] | None = None) -> None:
         self._stores = tuple(stores)
         sizes = [len(store.table) for store in self._stores]
         self._starts: list[int] = np.cumsum([0, *sizes]).tolist()
         self._chosen = chosen
-        self._longest = longest
-        self._known: dict[str, NDArray[Any]] = {}
+        self._columns: dict[str, NDArray[Any]] = {}
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Examples:
         """These examples, each as a row of its own."""
-        return cls([Store.of_block(pack(PackedRow(example.origin, [example]) for example in examples))])
+        return cls([pack(Outcome(example.origin, [example]) for example in examples)])
 
     @classmethod
     def joined(cls, parts: Sequence[Examples]) -> Examples:
-        """The examples of all parts, one part after another; those that are cut, all to the same length."""
-        longest = min((part._longest for part in parts if part._longest is not None), default=None)
-        for part in parts:
-            if part._longest != longest and part.lengths.max(initial=0) > (longest or 0):
-                raise ValueError("examples that are cut to different lengths cannot be joined")
+        """The examples of all parts, one part after another."""
         stores: list[Store] = []
         chosen: list[NDArray[np.int64]] = []
         for part in parts:
@@ -109,8 +204,7 @@ class Examples(Sequence[Example]):
             chosen.append(first + part._numbers())
             stores.extend(part._stores)
         whole = all(part._chosen is None for part in parts)
-        result = cls(stores, None if whole else np.concatenate(chosen))
-        return result if longest is None else result.truncated_to(longest)
+        return cls(stores, None if whole else np.concatenate(chosen))
 
     def __len__(self) -> int:
         return self._starts[-1] if self._chosen is None else len(self._chosen)
@@ -123,40 +217,25 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return self.select(np.arange(len(self))[index])
         store, number = self._find(index)
-        return store.example(number, self._longest)
+        return store.example(number)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
     def select(self, indices: ArrayLike) -> Examples:
         """Those with these indices, in this order."""
-        indices = np.asarray(indices, np.int64)
-        result = Examples(self._stores, self._numbers()[indices], self._longest)
-        result._known = {name: column[indices] for name, column in self._known.items()}
-        return result
+        return Examples(self._stores, self._numbers()[np.asarray(indices, np.int64)])
 
     def truncated_to(self, longest: int) -> Examples:
         """Every example's first `longest` tokens, where it is longer; supervised may then be none of them."""
-        if self._longest is not None:
-            longest = min(longest, self._longest)
-        result = Examples(self._stores, self._chosen, longest)
-        supervised_tokens, needed_lengths = result.supervised_tokens, result.needed_lengths
-        for index in result._cut():
-            store, number = self._find(index)
-            spans = store.spans_of(store.table[number])
-            spans = spans[spans["start"] < longest]
-            ends = np.minimum(spans["end"], longest)
-            supervised_tokens[index] = (ends - spans["start"]).sum()
-            needed_lengths[index] = min(int(spans["end"][-1]), longest) - 1 if len(spans) else 0
-        return result
+        return Examples([store.truncated_to(longest) for store in self._stores], self._chosen)
 
     # Columns: shape (examples,)
 
     @property
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of each example."""
-        whole = self._column("length")
-        return whole if self._longest is None else np.minimum(whole, self._longest)
+        return self._column("length")
 
     @property
     def needed_lengths(self) -> NDArray[np.int32]:
@@ -171,10 +250,6 @@ class Examples(Sequence[Example]):
     @property
     def largest_token_ids(self) -> NDArray[np.int32]:
         """The largest id in each."""
-        if "largest_token_id" not in self._known:
-            column = self._column("largest_token_id")
-            for index in self._cut():
-                column[index] = self[index].token_ids.max(initial=0)
         return self._column("largest_token_id")
 
     @property
@@ -185,16 +260,7 @@ class Examples(Sequence[Example]):
     @property
     def rows(self) -> NDArray[np.int64]:
         """The number, from 0 and over all sources, of the row that each is of; the turns of one row share it."""
-        if "row" not in self._known:
-            behind = np.cumsum([0, *(store.rows for store in self._stores)])
-            stores = np.searchsorted(self._starts, self._numbers(), side="right") - 1
-            self._known["row"] = self._gathered("row") + behind[stores]
-        return self._known["row"]
-
-    def row_of(self, index: int) -> int:
-        """What `rows` has at this index; the others are not looked at."""
-        which, number = self._place(index)
-        return sum(store.rows for store in self._stores[:which]) + int(self._stores[which].table["row"][number])
+        return self._column("row")
 
     def by_row(self) -> list[list[int]]:
         """The indices of the examples of each row that has some."""
@@ -225,48 +291,26 @@ class Examples(Sequence[Example]):
 
     # Contents
 
-    def digest(self, index: int) -> bytes:
-        """`Example.digest` of one."""
-        return bytes(self._digests()[index].tobytes())
-
     def content_ids(self) -> NDArray[np.uint64]:
         """The first eight bytes of each digest: among millions, equal only for equal examples."""
-        digests = np.ascontiguousarray(self._digests())
+        digests = np.ascontiguousarray(self._gathered("digest"))
         return digests.view("<u8").reshape(-1, 4)[:, 0].astype(np.uint64) if len(digests) else np.zeros(0, np.uint64)
 
     def fingerprint(self) -> str:
         """SHA-256 over the examples' tokens and weights, in order; the same on every machine."""
-        digests, result = self._digests(), hashlib.sha256()
-        for first in range(0, len(digests), _AT_ONCE):
-            result.update(digests[first : first + _AT_ONCE].tobytes())
-        return result.hexdigest()
-
-    def _digests(self) -> NDArray[np.void]:
-        if "digest" in self._known:
-            return self._known["digest"]
-        digests = self._gathered("digest")
-        if cut := self._cut():
-            digests = digests.copy()
-            for index in cut:
-                digests[index] = np.void(self[index].digest())
-            self._known["digest"] = digests
-        return digests
-
-    def _cut(self) -> list[int]:
-        """Indices of the examples that are not whole."""
-        if self._longest is None:
-            return []
-        cut: list[int] = np.flatnonzero(self._column("length") > self._longest).tolist()
-        return cut
+        return hashlib.sha256(self._gathered("digest").tobytes()).hexdigest()
 
     def _column(self, name: str) -> NDArray[Any]:
-        if name not in self._known:
-            self._known[name] = np.array(self._gathered(name))
-        return self._known[name]
+        if name not in self._columns:
+            self._columns[name] = np.array(self._gathered(name))
+        return self._columns[name]
 
     def _gathered(self, name: str) -> NDArray[Any]:
-        """A field of the stores' tables, as it was written."""
+        """A field of the stores' tables; rows are counted over all stores."""
         columns = [store.table[name] for store in self._stores]
+        if name == "row":
+            before = np.cumsum([0, *(store.rows for store in self._stores)])
+            columns = [column + first for column, first in zip(columns, before.tolist(), strict=False)]
         column = columns[0] if len(columns) == 1 else np.concatenate([np.zeros(0, TABLE[name]), *columns])
         return column if self._chosen is None else column[self._chosen]
 
@@ -274,15 +318,11 @@ class Examples(Sequence[Example]):
         return np.arange(len(self)) if self._chosen is None else self._chosen
 
     def _find(self, index: int) -> tuple[Store, int]:
-        which, number = self._place(index)
-        return self._stores[which], number
-
-    def _place(self, index: int) -> tuple[int, int]:
         number = range(len(self))[index]
         if self._chosen is not None:
             number = int(self._chosen[number])
         which = bisect_right(self._starts, number) - 1
-        return which, number - self._starts[which]
+        return self._stores[which], number - self._starts[which]
 
 
 def check_vocabulary(examples: Examples, vocabulary: int) -> None:

@@ -1,18 +1,22 @@
-"""`Example`: token ids with the weight of each in the loss; and an example as text again."""
+"""`Example`: token ids with the weight of each in the loss, and as text again; `Outcome`: what became of a row."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.mask.traced_rendering import Integers
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
 from mlx_sft.data.tokenizer import unwrapped
+
+Fate = Literal["truncated", "dropped", "bad"]
 
 IGNORED = -100
 """The label of a token that is not supervised, as in PyTorch."""
@@ -69,6 +73,38 @@ class Example:
         return hashlib.sha256(
             self.token_ids.astype("<i4").tobytes() + self.loss_weights.astype("<f4").tobytes()
         ).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A row that was truncated, dropped or bad: where it is, what became of it, why, and what would help."""
+
+    origin: str
+    fate: Fate
+    reason: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a row: examples, of which each has something to train on, or a note that says why there are none.
+
+    Attributes:
+        origin: The row's; those of its examples begin with it.
+        signs: Those of `screening.SIGNS` that it shows.
+        mixed: Whether the note is that the row has another format than its source.
+    """
+
+    origin: str
+    examples: Sequence[Example]
+    signs: frozenset[str] = frozenset()
+    note: Note | None = None
+    mixed: bool = False
+
+    @property
+    def sign_mask(self) -> int:
+        """The signs as bits, in the order of `SIGNS`."""
+        return sum(1 << bit for bit, name in enumerate(SIGNS) if name in self.signs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,65 @@
-"""The steps of a plan as arrays, made in a thread before they are asked for. NumPy only; knows nothing of what a step does."""
+"""What training takes next, made in a thread a little before it is asked for: any iterator's items, and the steps of a plan as arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 from mlx_sft.data.batches import Batch, Layout, Plan, Step, collate, cut
 from mlx_sft.data.dataset import Examples
-from mlx_sft.data.prefetch import Prefetch
+
+T = TypeVar("T")
+
+
+class Prefetch(Generic[T]):
+    """An iterator over the items, in their order, and a context: when it ends, however it ends, so has the thread.
+
+    An error in making an item comes out where the item was asked for, with the thread's traceback.
+
+    Args:
+        items: Gone through in the thread alone, one item after another.
+        ahead: How many items are made before they are asked for.
+
+    Attributes:
+        waited: Seconds that the last item was waited for.
+    """
+
+    def __init__(self, items: Iterable[T], ahead: int = 2) -> None:
+        self.waited = 0.0
+        self._take = iter(items).__next__
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._coming: deque[Future[T]] = deque(self._thread.submit(self._take) for _ in range(ahead))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if not self._coming:  # closed
+            raise StopIteration
+        started = time.perf_counter()
+        try:
+            item = self._coming.popleft().result()
+        except BaseException:  # the end of the items is one too
+            self.close()
+            raise
+        self.waited = time.perf_counter() - started
+        self._coming.append(self._thread.submit(self._take))
+        return item
+
+    def close(self) -> None:
+        """End the thread; an item that it is at is finished first, and what was not asked for is forgotten."""
+        self._coming.clear()
+        self._thread.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from typing import Any, Literal, Protocol
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.conversation import Conversation, Items, items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
-from mlx_sft.data.example import Example
+from mlx_sft.data.example import Example, Note, Outcome
 from mlx_sft.data.readers import Row
-from mlx_sft.data.report import Note
 from mlx_sft.data.row_reader import MixedFormats, RowReader
-from mlx_sft.data.screening import SIGNS, SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
+from mlx_sft.data.screening import SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.data.template_limits import TemplateStopped
 from mlx_sft.errors import UserError
 from mlx_sft.registry import OBJECTIVES
@@ -25,7 +24,7 @@ from mlx_sft.registry import OBJECTIVES
 SpecialInContent = Literal["error", "drop", "keep"]
 
 
-class Progress(Protocol):
+class ReadingProgress(Protocol):
     """Is told how the reading of sources goes."""
 
     def reading(self, name: str, rows: int, bytes_done: int, bytes_total: int | None) -> None:
@@ -38,8 +37,8 @@ class Progress(Protocol):
         """Something that a person may want to know."""
 
 
-class Silence:
-    """No progress is shown."""
+class NoProgress:
+    """Shows nothing."""
 
     def reading(self, name: str, rows: int, bytes_done: int, bytes_total: int | None) -> None:
         pass
@@ -49,28 +48,6 @@ class Silence:
 
     def note(self, message: str) -> None:
         pass
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a row: examples, of which each has something to train on, or a note that says why there are none.
-
-    Attributes:
-        origin: The row's; those of its examples begin with it.
-        signs: Those of `screening.SIGNS` that it shows.
-        mixed: Whether the note is that the row has another format than its source.
-    """
-
-    origin: str
-    examples: list[Example]
-    signs: frozenset[str]
-    note: Note | None
-    mixed: bool = False
-
-    @property
-    def sign_mask(self) -> int:
-        """The signs as bits, in the order of `SIGNS`."""
-        return sum(1 << bit for bit, name in enumerate(SIGNS) if name in self.signs)
 
 
 @dataclass(frozen=True)
@@ -118,16 +95,16 @@ class Pipeline:
             if found and self.special_in_content == "error":
                 raise UserError(found, where=items[0].origin, hint=SPECIAL_HINT)
             if found and self.special_in_content == "drop":
-                return Outcome(origin, [], frozenset(), Note(items[0].origin, "dropped", found, SPECIAL_HINT))
+                return Outcome(origin, [], note=Note(items[0].origin, "dropped", found, SPECIAL_HINT))
             signs = frozenset().union(*(signs_of(one, self.special.user_header) for one in items)) | (
                 {SPECIAL_SIGN} if found else set()
             )
-            return Outcome(origin, self._encode(item), signs, None)
+            return Outcome(origin, self._encode(item), signs)
         except TemplateStopped as stopped:
             raise stopped.at(origin) from None
         except UserError as error:
             note = Note(error.where or origin, "bad", error.what, error.hint)
-            return Outcome(origin, [], frozenset(), note, isinstance(error, MixedFormats))
+            return Outcome(origin, [], note=note, mixed=isinstance(error, MixedFormats))
 
     def _encode(self, item: Items) -> list[Example]:
         encode = self.encoder.encode

@@ -1,7 +1,6 @@
 """The data room's entrance: the configuration's data → examples to train and to validate on, and the report.
 
-Knows which sources there are, which rows are kept, and what is too much to lose; knows nothing of how a row is read, rendered,
-tokenized or stored.
+Here stands which sources there are, which rows are kept, what is too much to lose, and what is held out.
 """
 
 from __future__ import annotations
@@ -12,19 +11,19 @@ from heapq import merge
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_sft.common_settings import common_sections
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import shares
-from mlx_sft.data.dataset import Examples
-from mlx_sft.data.pipeline import Pipeline, Progress, Silence
-from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
+from mlx_sft.data.dataset import Examples, LostRow
+from mlx_sft.data.example import Note
+from mlx_sft.data.pipeline import NoProgress, Pipeline, ReadingProgress
+from mlx_sft.data.report import DataReport, PartReport, SourceReport, reasons
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
-from mlx_sft.data.split import split
-from mlx_sft.data.tokenize import LostRow
-from mlx_sft.data.tokenized import tokenized
-from mlx_sft.data.truncation import Fitted, fit
+from mlx_sft.data.tokenize import tokenized
+from mlx_sft.data.truncation import Truncation, truncate
 from mlx_sft.errors import USAGE, UserError
 
 SHOWN_BAD_ROWS = 10
@@ -50,16 +49,13 @@ class PreparedData:
     mixture: list[tuple[int, float | None]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What a source gave."""
-
-    examples: Examples
-    report: SourceReport
-
-
 def prepare(
-    config: TrainConfig, tokenizer: Any, progress: Progress | None = None, *, rows: Any = None, valid_rows: Any = None
+    config: TrainConfig,
+    tokenizer: Any,
+    progress: ReadingProgress | None = None,
+    *,
+    rows: Any = None,
+    valid_rows: Any = None,
 ) -> PreparedData:
     """Read, encode and split the data that the configuration names.
 
@@ -77,20 +73,20 @@ def prepare(
             row that is too long where that is an error; where nothing is left to train on a source; and where more than
             half of the rows are lost, unless that is allowed.
     """
-    return _prepare(config, tokenizer, progress or Silence(), strict=True, rows=rows, valid_rows=valid_rows)
+    return _prepare(config, tokenizer, progress or NoProgress(), strict=True, rows=rows, valid_rows=valid_rows)
 
 
-def survey(config: TrainConfig, tokenizer: Any, progress: Progress | None = None) -> PreparedData:
+def survey(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None) -> PreparedData:
     """As `prepare`, for a look: whatever is wrong with rows is in the report, and nothing of it is an error.
 
     Raises:
         UserError: for data that cannot be read at all.
     """
-    return _prepare(config, tokenizer, progress or Silence(), strict=False)
+    return _prepare(config, tokenizer, progress or NoProgress(), strict=False)
 
 
 def prepare_file(
-    data: str, config: TrainConfig, tokenizer: Any, progress: Progress | None = None
+    data: str, config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None
 ) -> tuple[Examples, SourceReport]:
     """The examples of one source as the configuration's settings make them; of a folder, its test or else valid part.
 
@@ -98,22 +94,27 @@ def prepare_file(
         UserError: as `prepare` does, but for rows that are lost.
     """
     source = _named_part(locate(data), data, "test", "valid")
-    part = _Reader(config, tokenizer, progress or Silence(), strict=True).read(source)
-    return part.examples, part.report
+    return _Reader(config, tokenizer, progress or NoProgress(), strict=True).read(source)
 
 
 def _prepare(
-    config: TrainConfig, tokenizer: Any, progress: Progress, *, strict: bool, rows: Any = None, valid_rows: Any = None
+    config: TrainConfig,
+    tokenizer: Any,
+    progress: ReadingProgress,
+    *,
+    strict: bool,
+    rows: Any = None,
+    valid_rows: Any = None,
 ) -> PreparedData:
     train_sources, weights, valid_sources = _sources(config, rows, valid_rows)
     reader = _Reader(config, tokenizer, progress, strict=strict)
     train_parts = [reader.read(source) for source in train_sources]
     valid_parts = [reader.read(source) for source in valid_sources]
-    sources = [part.report for part in (*train_parts, *valid_parts)]
+    sources = [report for _, report in (*train_parts, *valid_parts)]
     if strict and not config.allow_lost_rows:
         _refuse_lost_rows(sources)
-    train = Examples.joined([part.examples for part in train_parts])
-    valid = Examples.joined([part.examples for part in valid_parts])
+    train = Examples.joined([examples for examples, _ in train_parts])
+    valid = Examples.joined([examples for examples, _ in valid_parts])
     if config.valid_fraction > 0:
         try:
             train, valid = split(train, config.valid_fraction, config.seed)
@@ -209,13 +210,13 @@ class _Reader:
         strict: Whether what is wrong with rows is an error, as far as the configuration says so, or a note.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Any, progress: Progress, *, strict: bool) -> None:
+    def __init__(self, config: TrainConfig, tokenizer: Any, progress: ReadingProgress, *, strict: bool) -> None:
         self._config = config
         self._pipeline = Pipeline.from_config(config, tokenizer)
         self._progress = progress
         self._strict = strict
 
-    def read(self, source: Source) -> _Part:
+    def read(self, source: Source) -> tuple[Examples, SourceReport]:
         """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row."""
         config = self._config
         bad = _BadRows(source.name, refused=self._strict and not config.skip_bad_rows)
@@ -228,14 +229,14 @@ class _Reader:
             on_lost=bad.add,
         )
         bad.refuse()
-        fitted = self._fit(Examples([result.entry.store]))
-        examples = fitted.examples
-        lost = ((row.number, row.note) for row in result.entry.lost())
-        notes = [note for _, note in merge(lost, fitted.notes, key=lambda numbered: numbered[0])]
+        truncation = self._truncated(Examples([result.store]))
+        examples = truncation.examples
+        lost = ((row.number, row.note) for row in result.store.lost)
+        notes = [note for _, note in merge(lost, truncation.notes, key=lambda numbered: numbered[0])]
         report = SourceReport(
             source.name,
             result.sha256,
-            result.row_format,
+            result.store.row_format,
             kept=len(np.unique(examples.rows)),
             examples=len(examples),
             facts=examples.facts(),
@@ -248,15 +249,15 @@ class _Reader:
                 where=source.name,
                 hint=f"the first: {notes[0].origin}: {notes[0].reason}",
             )
-        return _Part(examples, report)
+        return examples, report
 
-    def _fit(self, examples: Examples) -> Fitted:
+    def _truncated(self, examples: Examples) -> Truncation:
         config = self._config
         if self._strict or config.overlong != "error":
-            return fit(examples, config.max_length, config.overlong)
-        fitted = fit(examples, config.max_length, "drop")
-        notes = [(row, replace(note, fate="bad")) for row, note in fitted.notes if note.fate == "dropped"]
-        return replace(fitted, notes=notes)
+            return truncate(examples, config.max_length, config.overlong)
+        dropped = truncate(examples, config.max_length, "drop")
+        notes = [(row, replace(note, fate="bad")) for row, note in dropped.notes if note.fate == "dropped"]
+        return replace(dropped, notes=notes)
 
 
 class _BadRows:
@@ -312,3 +313,58 @@ def _refuse_lost_rows(sources: Sequence[SourceReport]) -> None:
         where=", ".join(source.name for source in sources if source.kept < source.rows),
         hint="put them right, or train on the rest with --allow-lost-rows",
     )
+
+
+# What is held out
+
+
+def split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Training and validation examples, drawn by the seed; the order is kept.
+
+    Equal rows stay together, so do the turns of one row, and rows that have a turn in common.
+
+    Raises:
+        UserError: where the two cannot both have an example.
+    """
+    groups, sizes = _groups(examples)
+    if len(sizes) < 2:
+        raise UserError(
+            f"cannot hold out a part of {len(sizes)} different conversation",
+            hint="give more rows, or a validation file with --valid",
+        )
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    wanted = max(1, round(fraction * len(examples)))
+    held_out = np.zeros(len(sizes), bool)
+    taken = 0
+    for group, size in zip(order[:-1].tolist(), sizes[order[:-1]].tolist(), strict=True):
+        if taken + size <= wanted:
+            held_out[group] = True
+            taken += size
+            if taken == wanted:
+                break
+    if not taken:
+        held_out[order[np.argmin(sizes[order])]] = True
+    chosen = held_out[groups]
+    return examples.select(np.flatnonzero(~chosen)), examples.select(np.flatnonzero(chosen))
+
+
+def _groups(examples: Examples) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which group each example is of, groups numbered as they first appear; and the groups' sizes in examples.
+
+    Rows are of one group where an example of the one equals an example of the other: conversations with the same first turns
+    have these in common where each turn is an example.
+    """
+    _, content_of = np.unique(examples.content_ids(), return_inverse=True)
+    _, row_of = np.unique(examples.rows, return_inverse=True)
+    group_of_row = np.arange(row_of.max(initial=-1) + 1)  # the first row that each is known to be with
+    while True:
+        first = np.full(content_of.max(initial=-1) + 1, len(group_of_row))
+        np.minimum.at(first, content_of, group_of_row[row_of])
+        nearer = group_of_row.copy()
+        np.minimum.at(nearer, group_of_row[row_of], first[content_of])  # the whole group goes over, not a row at a time
+        nearer = nearer[nearer]
+        if np.array_equal(nearer, group_of_row):
+            break
+        group_of_row = nearer
+    _, groups = np.unique(group_of_row[row_of], return_inverse=True)
+    return groups, np.bincount(groups)

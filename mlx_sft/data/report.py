@@ -11,33 +11,22 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.dataset import Examples
+from mlx_sft.data.example import Fate, Note
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
-
-if TYPE_CHECKING:
-    from mlx_sft.data.dataset import Examples
-
-Fate = Literal["truncated", "dropped", "bad"]
 
 ORIGINS_NAMED = 10
 """How many of the longest rows, and how many rows of each sign, are named."""
 _MANY_DUPLICATES = 0.05
 """The share of the examples from which on duplicates are worth a warning."""
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """A row that was truncated, dropped or bad: where it is, what became of it, why, and what would help."""
-
-    origin: str
-    fate: Fate
-    reason: str
-    hint: str = ""
+PERCENTILES = (10, 50, 90, 95, 99)
+_BARS = 20
 
 
 @dataclass
@@ -344,3 +333,53 @@ def many(number: int, thing: str) -> str:
 
 def _of(number: int, whole: int, thing: str) -> str:
     return f"{number:,} of {many(whole, thing)}"
+
+
+# Lengths in a few numbers
+
+
+def length_summary(lengths: ArrayLike) -> dict[str, float]:
+    """`min`, `mean`, percentiles and `max`, in tokens; percentiles are lengths that occur. Empty without lengths."""
+    lengths = np.asarray(lengths)
+    if not len(lengths):
+        return {}
+    percentiles = np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()
+    return {
+        "min": int(lengths.min()),
+        "mean": round(float(lengths.mean()), 1),
+        **{f"p{percent}": int(length) for percent, length in zip(PERCENTILES, percentiles, strict=True)},
+        "max": int(lengths.max()),
+    }
+
+
+def histogram(lengths: ArrayLike) -> list[dict[str, int]]:
+    """Counts of lengths `from`..`to`, both included, in about 20 bars of a round width; the last one takes the tail.
+
+    The width follows the 99th percentile, so that a few giants do not press all others into one bar.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if not len(lengths):
+        return []
+    least, longest = int(lengths.min()), int(lengths.max())
+    common = int(np.percentile(lengths, 99, method="inverted_cdf"))
+    width = _round_width((common - least + 1) / _BARS)
+    first = least // width * width
+    starts = np.arange(first, common + 1, width)
+    if longest >= starts[-1] + width:
+        starts = np.append(starts, starts[-1] + width)
+    ends = np.append(starts[1:] - 1, max(longest, starts[-1] + width - 1))
+    counts = np.bincount(np.searchsorted(starts, lengths, side="right") - 1, minlength=len(starts))
+    return [
+        {"from": start, "to": end, "count": number}
+        for start, end, number in zip(starts.tolist(), ends.tolist(), counts.tolist(), strict=True)
+    ]
+
+
+def _round_width(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is at least this."""
+    power = 1
+    while True:
+        for step in (1, 2, 5):
+            if step * power >= least:
+                return step * power
+        power *= 10

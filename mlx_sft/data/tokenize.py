@@ -1,7 +1,6 @@
-"""Rows → packed blocks of outcomes, in order, by one process or by several; the result is the same.
+"""A source → its tokenized rows, mapped into memory: found in the cache, or made now by one process or several.
 
-Knows processes; knows nothing of files or of what is done with a row. Rows wait in memory only while they are being worked on,
-and none is lost where a process cannot start or dies: this one goes on.
+The result is the same for any number of processes. Rows wait in memory only while they are being worked on.
 """
 
 from __future__ import annotations
@@ -9,19 +8,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any
+from pathlib import Path
 
-from mlx_sft.data.packing import Block, PackedRow, pack
-from mlx_sft.data.pipeline import Outcome, Pipeline, Progress
+from mlx_sft.data.cache import Writer, cache_folder, entry_key, open_store, writing
+from mlx_sft.data.dataset import LostRow, Store, pack
+from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.readers import Row
-from mlx_sft.data.report import Note
+from mlx_sft.data.sources import FileSource, Source
 from mlx_sft.errors import USAGE, UserError
 
 ROWS_AT_ONCE = 128
@@ -32,29 +33,81 @@ _PARALLEL_FROM = 16_000_000
 _MOST_WORKERS = 4
 
 AnyRow = Row | UserError
+OnLost = Callable[[LostRow], None]
+"""Told of each row without an example, in order; it may raise to end the reading."""
 
 
 @dataclass(frozen=True, slots=True)
-class LostRow:
-    """A row without an example: its number from 0, the note that says why, and whether it has another format than others."""
+class Tokenized:
+    """A source's tokenized rows, and the digest of its bytes where it has one."""
 
-    number: int
-    note: Note
-    mixed: bool
+    store: Store
+    sha256: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Processed:
-    """A chunk's examples, and its other rows, counted from its beginning."""
+def tokenized(
+    source: Source, pipeline: Pipeline, progress: ReadingProgress, *, workers: int | None, keep: bool, on_lost: OnLost
+) -> Tokenized:
+    """The tokenized rows of a source.
 
-    block: Block
-    lost: list[LostRow]
+    Args:
+        workers: Processes that share the work; None: as many as its size is worth.
+        keep: Use the cache; else, and for a source without a digest, what is written to the disk is gone with this process.
 
-    @classmethod
-    def of(cls, outcomes: Sequence[Outcome], name: str) -> Processed:
-        rows = [PackedRow(outcome.origin, outcome.examples, outcome.sign_mask) for outcome in outcomes]
-        lost = [LostRow(number, one.note, one.mixed) for number, one in enumerate(outcomes) if one.note]
-        return cls(pack(rows, name), lost)
+    Raises:
+        UserError: where the source cannot be read, or changes meanwhile; and what `on_lost` raises.
+    """
+    before = _state(source)
+    sha256 = source.sha256()
+    home = cache_folder() / entry_key(sha256, source.name, pipeline) if keep and sha256 else None
+    store = open_store(home) if home else None
+    if store is not None:
+        progress.finished(source.name, store.rows, cached=True)
+        for lost in store.lost:
+            on_lost(lost)
+        return Tokenized(store, sha256)
+    if home and home.exists():
+        progress.note(f"the cache entry {home} is damaged; its rows are tokenized again")
+        shutil.rmtree(home, ignore_errors=True)
+    with writing(home, progress) as folder:
+        store = _write(folder, source, pipeline, progress, workers, on_lost)
+        if _state(source) != before:
+            hint = "run again when nothing writes to it any more"
+            raise UserError("it changed while it was being read", where=source.name, hint=hint)
+        if home:
+            # Where another run was first, or the cache cannot be written to, this entry serves this run alone.
+            with suppress(OSError):
+                folder.rename(home)
+    progress.finished(source.name, store.rows, cached=False)
+    return Tokenized(store, sha256)
+
+
+def _state(source: Source) -> tuple[int, int, int] | None:
+    """What changes with any change of a source's file."""
+    if not isinstance(source, FileSource):
+        return None
+    source.size()  # raises `UserError` where there is no such file
+    found = source.path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _write(
+    folder: Path, source: Source, pipeline: Pipeline, progress: ReadingProgress, workers: int | None, on_lost: OnLost
+) -> Store:
+    size = source.size()
+    done = 0
+
+    def count(position: int) -> None:
+        nonlocal done
+        done = position
+
+    writer = Writer(folder)
+    with closing(chunks_tokenized(source.rows(count), pipeline, workers_for(size, workers), progress)) as chunks:
+        for chunk in chunks:
+            for lost in writer.append(chunk).lost:
+                on_lost(lost)
+            progress.reading(source.name, writer.rows, done, size)
+    return writer.finish()
 
 
 def workers_for(size: int | None, asked: int | None) -> int:
@@ -67,50 +120,30 @@ def workers_for(size: int | None, asked: int | None) -> int:
     return min(_MOST_WORKERS, cores)
 
 
-class Reading:
-    """The reading of one source.
+def chunks_tokenized(
+    rows: Iterable[AnyRow], pipeline: Pipeline, workers: int, progress: ReadingProgress
+) -> Generator[Store]:
+    """What becomes of every row, a chunk of rows at a time, in order.
 
     Args:
-        rows: Of the source.
-        pipeline: What is done with each; its reader is settled by the first row that has a known format.
-        name: The source's.
-
-    Attributes:
-        row_format: The name of the rows' format, known once they are read.
+        pipeline: Its reader is settled by the first row that has a known format.
     """
-
-    def __init__(self, rows: Iterable[AnyRow], pipeline: Pipeline, name: str) -> None:
-        self._rows = iter(rows)
-        self._pipeline = pipeline
-        self._name = name
-
-    @property
-    def row_format(self) -> str | None:
-        return self._pipeline.reader.format_name
-
-    def blocks(self, workers: int, progress: Progress) -> Generator[Processed]:
-        """Every row's outcome, a chunk of rows at a time, in order."""
-        yield from self._before_settled()
-        chunks = chunks_of(self._rows)
-        if workers > 1:
-            yield from _in_processes(chunks, self._pipeline, self._name, workers, progress)
-        for chunk in chunks:
-            yield _process(chunk, self._pipeline, self._name)
-
-    def _before_settled(self) -> Iterator[Processed]:
-        for row in self._rows:
-            if isinstance(row, Row):
-                try:
-                    reader = self._pipeline.reader.settled_by(row)
-                except UserError as error:
-                    if error.exit_code == USAGE:
-                        raise  # a column that was asked for is not there
-                    reader = None
-                if reader is not None and reader.format_name is not None:
-                    self._pipeline = replace(self._pipeline, reader=reader)
-                    self._rows = chain([row], self._rows)
-                    return
-            yield _process([row], self._pipeline, self._name)
+    chunks = chunks_of(rows)
+    for chunk in chunks:
+        settled = _settled_by(chunk, pipeline)
+        yield _process(chunk, settled or pipeline)
+        if settled:
+            pipeline = settled
+            break
+    if workers > 1:
+        try:
+            work = pickle.dumps(pipeline)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            progress.note(f"this tokenizer cannot be sent to other processes ({error}); going on in one")
+        else:
+            yield from _in_processes(chunks, work, workers)
+    for chunk in chunks:
+        yield _process(chunk, pipeline)
 
 
 def chunks_of(rows: Iterable[AnyRow]) -> Iterator[list[AnyRow]]:
@@ -119,7 +152,7 @@ def chunks_of(rows: Iterable[AnyRow]) -> Iterator[list[AnyRow]]:
     characters = 0
     for row in rows:
         chunk.append(row)
-        characters += _characters(row.value) if isinstance(row, Row) else 0
+        characters += len(repr(row.value)) if isinstance(row, Row) else 0
         if len(chunk) >= ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
             yield chunk
             chunk, characters = [], 0
@@ -127,83 +160,59 @@ def chunks_of(rows: Iterable[AnyRow]) -> Iterator[list[AnyRow]]:
         yield chunk
 
 
-def _characters(value: Any) -> int:
-    """About how much text is in a JSON value."""
-    total, values = 0, [value]
-    while values:
-        value = values.pop()
-        if isinstance(value, str):
-            total += len(value)
-        elif isinstance(value, dict):
-            values.extend(value.values())
-        elif isinstance(value, list):
-            total += len(value)
-            values.extend(value)
-    return total
+def _settled_by(chunk: Sequence[AnyRow], pipeline: Pipeline) -> Pipeline | None:
+    """The pipeline for rows of the format of the first row of a known one; None where no row has one."""
+    for row in chunk:
+        if isinstance(row, Row):
+            try:
+                return replace(pipeline, reader=pipeline.reader.settled_by(row))
+            except UserError as error:
+                if error.exit_code == USAGE:
+                    raise  # a column that was asked for is not there
+    return None
 
 
-def _process(rows: Sequence[AnyRow], pipeline: Pipeline, name: str) -> Processed:
-    return Processed.of([pipeline.process(row) for row in rows], name)
+def _process(chunk: Sequence[AnyRow], pipeline: Pipeline) -> Store:
+    return pack(map(pipeline.process, chunk), pipeline.reader.format_name)
 
 
-def _in_processes(
-    chunks: Iterator[list[AnyRow]], pipeline: Pipeline, name: str, workers: int, progress: Progress
-) -> Iterator[Processed]:
-    """The chunks' outcomes by several processes; where these fail, of as many chunks as were given to them."""
-    try:
-        work = pickle.dumps((pipeline, name))
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        progress.note(f"this tokenizer cannot be sent to other processes ({error}); going on in one")
-        return
-    waiting: deque[tuple[list[AnyRow], Future[Processed] | None]] = deque()
+# Several processes
+
+
+def _in_processes(chunks: Iterator[list[AnyRow]], work: bytes, workers: int) -> Iterator[Store]:
+    waiting: deque[Future[Store]] = deque()
     spawn = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin, initargs=(work,))
     try:
         for chunk in chunks:
-            future = _submitted(executor, chunk)
-            waiting.append((chunk, future))
-            if future is None:
-                break
+            waiting.append(_submitted(executor, chunk))
             if len(waiting) > 2 * workers:
-                processed = _result(waiting[0][1])
-                if processed is None:
-                    break
-                waiting.popleft()
-                yield processed
-        failed = False
+                yield waiting.popleft().result()
         while waiting:
-            chunk, future = waiting.popleft()
-            processed = None if failed else _result(future)
-            if processed is None and not failed:
-                failed = True
-                progress.note("the processes that should share the work cannot start or died; going on in one")
-            yield processed or _process(chunk, pipeline, name)
+            yield waiting.popleft().result()
+    except BrokenExecutor as error:
+        raise UserError(
+            "a process that shares the tokenizing died or could not start",
+            hint="--data-workers 1 (data_workers=1 from Python) does without: it may be for want of memory, or the script "
+            'that began it has no `if __name__ == "__main__":`',
+        ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _submitted(executor: ProcessPoolExecutor, chunk: list[AnyRow]) -> Future[Processed] | None:
+def _submitted(executor: ProcessPoolExecutor, chunk: list[AnyRow]) -> Future[Store]:
     # Ctrl-C is for this process, which ends the others; a process begins with the signals blocked that are so here.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return executor.submit(_work, chunk)
-    except (BrokenExecutor, OSError):
-        return None
+    except OSError as error:
+        raise BrokenExecutor(str(error)) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _result(future: Future[Processed] | None) -> Processed | None:
-    """A chunk's outcomes; None where its process could not be started or died."""
-    try:
-        return future.result() if future else None
-    except BrokenExecutor:
-        return None
-
-
-# In a worker process
-
-_own: tuple[Pipeline, str]
+_own: Pipeline
+"""That of a worker process."""
 
 
 def _begin(work: bytes) -> None:
@@ -220,6 +229,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(rows: list[AnyRow]) -> Processed:
-    pipeline, name = _own
-    return _process(rows, pipeline, name)
+def _work(chunk: list[AnyRow]) -> Store:
+    return _process(chunk, _own)

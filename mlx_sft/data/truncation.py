@@ -1,7 +1,4 @@
-"""Examples → those that fit into `max_length`, and a note of every row that is not as it was.
-
-Knows lengths; knows nothing of where examples come from.
-"""
+"""Examples → those that fit into `max_length`, and a note of every row that is not as it was."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from typing import Literal
 import numpy as np
 
 from mlx_sft.data.dataset import Examples
-from mlx_sft.data.report import Note
+from mlx_sft.data.example import Note
 from mlx_sft.errors import UserError
 
 Overlong = Literal["truncate", "drop", "error"]
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class Truncation:
     """The examples that are left, each no longer than allowed and with something to train on.
 
     Attributes:
@@ -29,7 +26,7 @@ class Fitted:
     notes: list[tuple[int, Note]]
 
 
-def fit(examples: Examples, max_length: int, overlong: Overlong) -> Fitted:
+def truncate(examples: Examples, max_length: int, overlong: Overlong) -> Truncation:
     """Cut, drop or refuse what is longer than `max_length` tokens.
 
     Args:
@@ -41,7 +38,7 @@ def fit(examples: Examples, max_length: int, overlong: Overlong) -> Fitted:
     lengths, rows = examples.lengths, examples.rows
     too_long = lengths > max_length
     if not too_long.any():
-        return Fitted(examples, [])
+        return Truncation(examples, [])
     if overlong == "error":
         first = int(np.argmax(too_long))
         raise UserError(
@@ -61,7 +58,7 @@ def fit(examples: Examples, max_length: int, overlong: Overlong) -> Fitted:
             shortened = int((too_long & kept)[own].sum())
             note = _of_several(examples, first, end - first, shortened, int((~kept[own]).sum()), max_length)
         notes.append((row, note))
-    return Fitted(cut.select(np.flatnonzero(kept)), notes)
+    return Truncation(cut.select(np.flatnonzero(kept)), notes)
 
 
 def _of_one(examples: Examples, index: int, length: int, longest: int, overlong: Overlong, *, kept: bool) -> Note:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
-from mlx_sft.data.pipeline import Progress
+from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
@@ -34,7 +34,7 @@ def inspect(
     only: str | None = None,
     limit: int = ROWS_SHOWN,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: ReadingProgress | None = None,
 ) -> Inspection:
     """Look at the data that a configuration names, as training with it would see it. Whatever is wrong with rows is shown.
 
@@ -73,7 +73,7 @@ def inspect(
 
 
 def _untruncated(
-    prepared: PreparedData, config: TrainConfig, tokenizer: Any, progress: Progress | None
+    prepared: PreparedData, config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None
 ) -> PreparedData:
     """The data without a longest length; it is the same where nothing was too long."""
     report = prepared.report

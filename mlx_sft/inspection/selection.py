@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.example import Note
 from mlx_sft.data.prepare import PreparedData
-from mlx_sft.data.report import Note, SourceReport
+from mlx_sft.data.report import SourceReport
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.errors import USAGE, UserError
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_sft.data.batches import Batch, Layout, collate, cut_all
 from mlx_sft.data.dataset import Examples
-from mlx_sft.data.prefetch import Prefetch
+from mlx_sft.data.feed import Prefetch
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.training.batch_settings import compiled_shapes, configured

@@ -17,7 +17,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Look, count, duration, size
 from mlx_sft.data.batches import Layout, padded_width
 from mlx_sft.data.dataset import Examples
-from mlx_sft.data.pipeline import Progress
+from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.files import read_yaml
@@ -112,7 +112,7 @@ class RunPlan:
         UserError: For a model, data or machine that cannot be read.
     """
 
-    def __init__(self, config: TrainConfig, machine_name: str | None = None, progress: Progress | None = None) -> None:
+    def __init__(self, config: TrainConfig, machine_name: str | None = None, progress: ReadingProgress | None = None) -> None:
         self.config = config
         self.measured = machine_name is None
         machine = self.machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
@@ -246,7 +246,7 @@ def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfi
     return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
 
 
-def _data(config: TrainConfig, path: Path, progress: Progress | None) -> PreparedData | None:
+def _data(config: TrainConfig, path: Path, progress: ReadingProgress | None) -> PreparedData | None:
     if config.data == [NO_DATA]:
         return None
     tokenizer = load_tokenizer(path)

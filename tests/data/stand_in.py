@@ -26,7 +26,7 @@ from mlx_sft.data.pipeline import Pipeline, SpecialInContent
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.sources import FileSource
 from mlx_sft.data.template import Facts
-from mlx_sft.data.tokenized import Tokenized, tokenized
+from mlx_sft.data.tokenize import Tokenized, tokenized
 from mlx_sft.errors import UserError
 
 
@@ -115,8 +115,8 @@ def peak_memory() -> int:
 def main() -> None:
     told = Told()
     result = read(sys.argv[1], told, workers=int(sys.argv[2]))
-    examples = Examples([result.entry.store])
-    record = {"fingerprint": examples.fingerprint(), "rows": result.entry.store.rows, "peak": peak_memory()}
+    examples = Examples([result.store])
+    record = {"fingerprint": examples.fingerprint(), "rows": result.store.rows, "peak": peak_memory()}
     print(json.dumps(record | {"cached": told.sources[-1][2], "notes": told.notes}))
 
 

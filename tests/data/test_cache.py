@@ -18,14 +18,13 @@ from typing import Any
 import pytest
 
 from mlx_sft.data import cache
-from mlx_sft.data import key as cache_key
 from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import UserError
 
 WriteRows = Callable[..., str]
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("folder")
-FILES = ["token_ids", "spans", "table", "origins", "lost.jsonl"]
+FILES = ["token_ids", "spans", "table", "origins", "rows.json", "checksums.json"]
 
 
 @pytest.fixture
@@ -34,11 +33,11 @@ def rows(write_rows: WriteRows) -> str:
 
 
 def texts(result: Any) -> list[str]:
-    return [bytes(example.token_ids.astype("u1")).decode() for example in Examples([result.entry.store])]
+    return [bytes(example.token_ids.astype("u1")).decode() for example in Examples([result.store])]
 
 
 def entries(folder: Path) -> list[str]:
-    """The names in the cache, but for remembered digests."""
+    """The names in the cache."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -63,10 +62,10 @@ def test_a_second_run_finds_the_rows_of_the_first(stand_in: ModuleType, rows: st
     first, second = stand_in.read(rows, told), stand_in.read(rows, told)
     assert told.sources == [(rows, 302, False), (rows, 302, True)]
     assert texts(first) == texts(second) == [f"row {number}" for number in range(300)]
-    assert (first.sha256, first.row_format) == (second.sha256, second.row_format)
-    assert second.row_format == "text"
+    assert (first.sha256, first.store.row_format) == (second.sha256, second.store.row_format)
+    assert second.store.row_format == "text"
     assert len(entries(folder)) == 1
-    assert [example.origin for example in Examples([second.entry.store])][-1] == f"{rows}:300"
+    assert [example.origin for example in Examples([second.store])][-1] == f"{rows}:300"
 
 
 def test_lost_rows_are_remembered_with_their_numbers_and_reasons(stand_in: ModuleType, rows: str) -> None:
@@ -82,28 +81,22 @@ def test_lost_rows_are_remembered_with_their_numbers_and_reasons(stand_in: Modul
         assert lost[1].note.hint
 
 
-def test_a_moved_file_is_found_and_its_rows_are_named_anew(stand_in: ModuleType, rows: str, tmp_path: Path) -> None:
+def test_the_rows_of_a_renamed_file_have_its_new_name(
+    stand_in: ModuleType, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = write_rows({"text": "plain"}, {"prompt": "a", "completion": "b"}, "nonsense")
     stand_in.read(rows)
     moved, told = tmp_path / "elsewhere" / "other.jsonl", stand_in.Told()
     moved.parent.mkdir()
     Path(rows).rename(moved)
-    result = stand_in.read(moved, told)
-    assert told.sources == [(str(moved), 302, True)]
-    assert Examples([result.entry.store])[2].origin == f"{moved}:3"
-    assert [row.note.origin for row in result.entry.lost()] == [f"{moved}:301", f"{moved}:302"]
-
-
-def test_a_note_that_names_another_row_follows_a_moved_file(
-    stand_in: ModuleType, write_rows: WriteRows, tmp_path: Path
-) -> None:
-    rows = write_rows({"text": "plain"}, {"prompt": "a", "completion": "b"})
-    (lost,) = stand_in.read(rows).entry.lost()
-    assert lost.mixed
-    assert f"{rows}:1 is text" in lost.note.reason
-    moved = Path(rows).rename(tmp_path / "moved.jsonl")
-    (lost,) = stand_in.read(moved).entry.lost()
-    assert f"{moved}:1 is text" in lost.note.reason
-    assert rows not in lost.note.reason
+    for _ in range(2):
+        result = stand_in.read(moved, told)
+        assert Examples([result.store])[0].origin == f"{moved}:1"
+        mixed, bad = result.store.lost
+        assert mixed.mixed
+        assert (mixed.note.origin, bad.note.origin) == (f"{moved}:2", f"{moved}:3")
+        assert f"{moved}:1 is text" in mixed.note.reason
+    assert told.sources == [(str(moved), 3, False), (str(moved), 3, True)]
 
 
 def test_an_abandoned_reading_leaves_nothing(stand_in: ModuleType, rows: str, folder: Path) -> None:
@@ -142,9 +135,9 @@ def test_every_part_of_the_tokenizer_is_in_the_key(make_tokenizer: Any) -> None:
     from mlx_sft.config import TrainConfig
     from mlx_sft.data.pipeline import Pipeline
 
-    def key(tokenizer: Any, **settings: Any) -> str | None:
+    def key(tokenizer: Any, **settings: Any) -> str:
         config = TrainConfig(data="a.jsonl", **settings)
-        return cache_key.entry_key("0" * 64, "a.jsonl", Pipeline.from_config(config, tokenizer))
+        return cache.entry_key("0" * 64, "a.jsonl", Pipeline.from_config(config, tokenizer))
 
     grown = make_tokenizer()
     grown.add_tokens(["more"])
@@ -162,7 +155,6 @@ def test_every_part_of_the_tokenizer_is_in_the_key(make_tokenizer: Any) -> None:
         key(make_tokenizer(), chat_template_kwargs={"user": {"name": "A", "age": 3}}),
         key(make_tokenizer(), chat_template_kwargs={"user": {"age": 3, "name": "A"}}),
     ]
-    assert None not in keys
     assert len(set(keys)) == len(keys)
     assert key(make_tokenizer(name="moved")) == keys[0]
     cut = make_tokenizer()
@@ -174,11 +166,11 @@ def test_every_part_of_the_tokenizer_is_in_the_key(make_tokenizer: Any) -> None:
 def test_the_day_matters_only_where_the_template_writes_it(
     stand_in: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def key(template: str, **template_kwargs: str) -> str | None:
+    def key(template: str, **template_kwargs: str) -> str:
         encoder = stand_in.Encoder(template, template_kwargs=template_kwargs)
-        return cache_key.entry_key("0" * 64, "a.jsonl", stand_in.make_pipeline(encoder))
+        return cache.entry_key("0" * 64, "a.jsonl", stand_in.make_pipeline(encoder))
 
-    class Tomorrow(cache_key.datetime):
+    class Tomorrow(cache.datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
             return super().now(tz).replace(year=2000)
@@ -186,19 +178,17 @@ def test_the_day_matters_only_where_the_template_writes_it(
     dated = "{{ date_string or strftime_now('%d') }}"
     always = "{{ strftime_now('%d') }}"
     today = [key("plain"), key(dated, date_string="1 May"), key(dated), key(always, date_string="1 May")]
-    monkeypatch.setattr(cache_key, "datetime", Tomorrow)
+    monkeypatch.setattr(cache, "datetime", Tomorrow)
     tomorrow = [key("plain"), key(dated, date_string="1 May"), key(dated), key(always, date_string="1 May")]
     assert today[:2] == tomorrow[:2]
     assert today[2] != tomorrow[2]
     assert today[3] != tomorrow[3]
 
 
-def test_the_same_content_of_another_format_is_another_entry(stand_in: ModuleType) -> None:
+def test_the_same_content_under_another_name_is_another_entry(stand_in: ModuleType) -> None:
     pipeline = stand_in.make_pipeline()
-    names = ["a.jsonl", "a.json", "a.csv"]
-    assert len({cache_key.entry_key("0", name, pipeline) for name in names}) == 3
-    same = ["a.jsonl", "b.v2.jsonl", "folder/c.JSONL"]
-    assert len({cache_key.entry_key("0", name, pipeline) for name in same}) == 1
+    names = ["a.jsonl", "a.json", "a.csv", "b.jsonl", "folder/a.jsonl"]
+    assert len({cache.entry_key("0", name, pipeline) for name in names}) == len(names)
 
 
 def test_an_edit_that_leaves_size_and_time_as_they_were_misses(stand_in: ModuleType, rows: str) -> None:
@@ -213,7 +203,7 @@ def test_an_edit_that_leaves_size_and_time_as_they_were_misses(stand_in: ModuleT
 # Damage, kills and other runs
 
 
-@pytest.mark.parametrize("file", [*FILES, "meta.json"])
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_damaged_entry_is_noticed_and_made_again(
     stand_in: ModuleType, rows: str, folder: Path, file: str, damage: str
@@ -262,25 +252,29 @@ def test_a_kill_in_the_middle_leaves_what_the_next_run_removes(
 
 
 def test_what_a_living_run_is_writing_stays(stand_in: ModuleType, rows: str, folder: Path) -> None:
-    with cache.writing(folder) as written:
+    with cache.writing(folder / "key", stand_in.Told()) as written:
         stand_in.read(rows)
-        assert (written / "lock").exists()
+        assert written.parent == folder
+        assert written.exists()
     assert len(entries(folder)) == 1
 
 
-def test_what_a_run_begins_to_write_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    locked = cache.fcntl.flock
-
-    def late(lock: Any, operation: int) -> None:
-        monkeypatch.setattr(cache.fcntl, "flock", locked)
-        cache.remove_leftovers(folder)  # another run, before this one has its lock
-        locked(lock, operation)
-
-    monkeypatch.setattr(cache.fcntl, "flock", late)
-    with cache.writing(folder) as written:
-        assert (written / "lock").exists()
-        cache.remove_leftovers(folder)
-        assert written.exists()
+def test_what_a_run_of_another_machine_is_writing_stays_for_a_month(
+    stand_in: ModuleType, rows: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_WRITING_HERE", ".writing-mlx-sft-elsewhere-")
+        patch.setattr(os, "getpid", lambda: 2**22 + 1)  # that of no process
+        folder.mkdir()
+        theirs = cache.writing(folder / "key", stand_in.Told())
+        written = theirs.__enter__()
+    stand_in.read(rows)
+    assert written.exists()
+    month = time.time() - 31 * 24 * 3600
+    os.utime(written, (month, month))
+    stand_in.read(rows, pipeline=stand_in.make_pipeline(special_in_content="keep"))
+    assert not written.exists()
+    theirs.__exit__(None, None, None)
 
 
 def test_concurrent_runs_agree_and_leave_one_entry(write_rows: WriteRows, folder: Path) -> None:
@@ -292,26 +286,29 @@ def test_concurrent_runs_agree_and_leave_one_entry(write_rows: WriteRows, folder
     assert outcome(start(rows))["cached"]
 
 
-def test_whoever_comes_second_takes_the_first_ones(
+def test_whoever_comes_second_leaves_the_first_ones(
     stand_in: ModuleType, rows: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def publish_late(written: Path, home: Path, name: str) -> cache.Entry:
-        if not home.exists():
-            monkeypatch.undo()
-            monkeypatch.setenv("MLX_SFT_CACHE", str(folder))
-            stand_in.read(rows)
-        return cache.publish(written, home, name)
+    finish = cache.Writer.finish
 
-    monkeypatch.setattr("mlx_sft.data.tokenized.publish", publish_late)
+    def finish_late(writer: cache.Writer) -> Any:
+        monkeypatch.setattr(cache.Writer, "finish", finish)
+        stand_in.read(rows)
+        return finish(writer)
+
+    monkeypatch.setattr(cache.Writer, "finish", finish_late)
     assert len(texts(stand_in.read(rows))) == 300
     assert len(entries(folder)) == 1
+    told = stand_in.Told()
+    stand_in.read(rows, told)
+    assert told.sources == [(rows, 302, True)]
 
 
 def test_an_entry_can_be_removed_while_it_is_in_use(stand_in: ModuleType, rows: str, folder: Path) -> None:
     result = stand_in.read(rows)
     shutil.rmtree(folder)
     assert texts(result)[-1] == "row 299"
-    assert len(list(result.entry.lost())) == 2
+    assert len(list(result.store.lost)) == 2
 
 
 def test_ctrl_c_leaves_nothing(stand_in: ModuleType, rows: str, folder: Path) -> None:
@@ -344,7 +341,7 @@ def test_entries_that_no_run_has_used_for_a_month_are_removed_when_one_is_writte
         stand_in.read(file)
     month = time.time() - 31 * 24 * 3600
     for name in entries(folder):
-        os.utime(folder / name / "meta.json", (month, month))
+        os.utime(folder / name, (month, month))
     stand_in.read(files[1])
     stand_in.read(write_rows({"text": "new"}))
     told = stand_in.Told()

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_sft.data.dataset import Examples, Store
-from mlx_sft.data.example import Example
-from mlx_sft.data.packing import PackedRow, pack, spans_of, weights_of
+from mlx_sft.data.dataset import Examples, Store, pack, spans_of, weights_of
+from mlx_sft.data.example import Example, Outcome
+from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import Facts
 
 pytestmark = pytest.mark.fast
@@ -38,7 +38,6 @@ def same(found: Examples, expected: list[Example]) -> None:
     assert found.largest_token_ids.tolist() == [one.token_ids.max(initial=0) for one in expected]
     needed = [one.needed_length if one.supervised_tokens else 0 for one in expected]
     assert found.needed_lengths.tolist() == needed
-    assert [found.digest(index) for index in range(len(found))] == [one.digest() for one in expected]
     assert found.fingerprint() == hashlib.sha256(b"".join(one.digest() for one in expected)).hexdigest()
     assert found.facts() == sum((one.facts for one in expected), Facts())
     assert len(set(found.content_ids().tolist())) == len({one.digest() for one in expected})
@@ -100,22 +99,21 @@ def test_examples_are_found_by_any_index_and_slice() -> None:
 
 def store(name: str, *rows: tuple[int, int]) -> Store:
     """A source whose rows have so many examples and these signs."""
-    packed = [
-        PackedRow(
+    outcomes = [
+        Outcome(
             f"{name}:{number}",
             [example(0, 1, origin=f"{name}:{number}" + (f"#{turn}" if turns > 1 else "")) for turn in range(turns)],
-            signs,
+            frozenset(name for bit, name in enumerate(SIGNS) if signs >> bit & 1),
         )
         for number, (turns, signs) in enumerate(rows)
     ]
-    return Store.of_block(pack(packed, name), name)
+    return pack(outcomes)
 
 
 def test_the_turns_of_a_row_share_its_number_and_no_other_row_has_it() -> None:
     first, second = Examples([store("a", (1, 0), (3, 0), (0, 0))]), Examples([store("b", (0, 0), (1, 0), (2, 0))])
     found = Examples.joined([first, second])
     assert found.rows.tolist() == [0, 1, 1, 1, 4, 5, 5]
-    assert [found.row_of(index) for index in range(7)] == found.rows.tolist()
     assert found.by_row() == [[0], [1, 2, 3], [4], [5, 6]]
     assert found.select([6, 0, 5]).by_row() == [[1], [0, 2]]
     assert [found.row_origin(index) for index in (0, 1, 3, 4, 6)] == ["a:0", "a:1", "a:1", "b:1", "b:2"]
@@ -131,15 +129,11 @@ def test_signs_are_counted_by_row() -> None:
     assert found.signs.tolist() == [1, 3, 3, 3, 0]
 
 
-def test_an_origin_that_does_not_begin_with_the_name_stays_as_it_is() -> None:
-    block = pack([PackedRow("elsewhere:1", [example(0, 1, origin="elsewhere:1")])], "a.jsonl")
-    assert Examples([Store.of_block(block, "a.jsonl")])[0].origin == "elsewhere:1"
-
-
-def test_examples_of_different_cuts_are_not_joined() -> None:
+def test_what_is_joined_stays_as_it_is_truncated() -> None:
     found = Examples.of(EXAMPLES)
-    with pytest.raises(ValueError):
-        Examples.joined([found.truncated_to(2), found.truncated_to(3)])
+    expected = [one.truncated(longest) for longest in (2, 3) for one in EXAMPLES]
+    same(Examples.joined([found.truncated_to(2), found.truncated_to(3)]), expected)
+    same(found, EXAMPLES)
     assert len(Examples.joined([])) == 0
 
 

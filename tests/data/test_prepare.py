@@ -11,10 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data import Examples, PreparedData, prepare, prepare_file, survey
-from mlx_sft.data.dataset import Store
-from mlx_sft.data.example import IGNORED, Example
-from mlx_sft.data.packing import PackedRow, pack
-from mlx_sft.data.split import split
+from mlx_sft.data.dataset import pack
+from mlx_sft.data.example import IGNORED, Example, Outcome
+from mlx_sft.data.prepare import split
 from mlx_sft.errors import USAGE, UserError
 
 pytestmark = pytest.mark.fast
@@ -250,8 +249,8 @@ def test_rows_that_have_a_turn_in_common_stay_on_one_side(
 
 def test_a_chain_of_rows_with_turns_in_common_is_one_group() -> None:
     order = np.random.default_rng(0).permutation(3000).tolist()
-    rows = [PackedRow(f":{n}", [example(1, n), example(1, n + 1)]) for n in [*order, 5000]]
-    _, valid = split(Examples([Store.of_block(pack(rows))]), 0.5, seed=0)
+    rows = [Outcome(f":{n}", [example(1, n), example(1, n + 1)]) for n in [*order, 5000]]
+    _, valid = split(Examples([pack(rows)]), 0.5, seed=0)
     assert valid.rows.tolist() == [3000, 3000]
 
 

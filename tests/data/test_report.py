@@ -6,11 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mlx_sft.data.dataset import Examples, Store
-from mlx_sft.data.encode import Example
-from mlx_sft.data.packing import PackedRow, pack
-from mlx_sft.data.report import DataReport, Note, PartReport, SourceReport, reasons
-from mlx_sft.data.screening import SIGNS
+from mlx_sft.data.dataset import Examples, pack
+from mlx_sft.data.example import Example, Note, Outcome
+from mlx_sft.data.report import DataReport, PartReport, SourceReport, histogram, length_summary, reasons
 from mlx_sft.data.template import Facts
 
 pytestmark = pytest.mark.fast
@@ -22,8 +20,8 @@ def example(length: int, origin: str = "chats.jsonl:1", fill: int = 5) -> Exampl
     return Example(origin, np.full(length, fill, np.int32), weights)
 
 
-def stored(*rows: PackedRow) -> Examples:
-    return Examples([Store.of_block(pack(rows))])
+def stored(*rows: Outcome) -> Examples:
+    return Examples([pack(rows)])
 
 
 def part(*examples: Example) -> PartReport:
@@ -45,9 +43,9 @@ def test_a_part_is_told_by_its_lengths_its_longest_and_its_duplicates() -> None:
 
 
 def test_signs_are_counted_by_example_and_name_the_first_rows_once() -> None:
-    mojibake = 1 << SIGNS.index("mojibake")
+    mojibake = frozenset({"mojibake"})
     turns = [example(5, "a:1#1"), example(6, "a:1#2")]
-    told = PartReport.of(stored(PackedRow("a:1", turns, mojibake), PackedRow("a:2", [example(7, "a:2")]))).signs
+    told = PartReport.of(stored(Outcome("a:1", turns, mojibake), Outcome("a:2", [example(7, "a:2")]))).signs
     assert told == {"mojibake": {"count": 2, "origins": ["a:1"]}}
 
 
@@ -146,3 +144,38 @@ def test_the_formats_of_several_sources_are_told_with_their_rows() -> None:
     two = report()
     two.sources.append(SourceReport("b.jsonl", None, "text", kept=3))
     assert two.summary()["format"] == "messages (4), text (3)"
+
+
+# Lengths in a few numbers
+
+
+def test_percentiles_are_lengths_that_occur() -> None:
+    summary = length_summary([1, 2, 3, 4, 1000])
+    assert summary == {"min": 1, "mean": 202.0, "p10": 1, "p50": 3, "p90": 1000, "p95": 1000, "p99": 1000, "max": 1000}
+
+
+def test_no_lengths_have_no_summary() -> None:
+    assert length_summary([]) == {}
+    assert histogram([]) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_histogram_counts_every_length_once_in_bars_that_touch(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 10 ** (seed + 1), 500)
+    bars = histogram(lengths)
+    assert sum(bar["count"] for bar in bars) == 500
+    assert len(bars) <= 24
+    for bar, after in zip(bars, [*bars[1:], None], strict=True):
+        assert bar["count"] == np.count_nonzero((lengths >= bar["from"]) & (lengths <= bar["to"]))
+        assert after is None or after["from"] == bar["to"] + 1
+
+
+def test_a_few_giants_share_the_last_bar() -> None:
+    bars = histogram([*range(100, 300), 100_000])
+    assert bars[-1] == {"from": 300, "to": 100_000, "count": 1}
+    assert bars[0] == {"from": 100, "to": 109, "count": 10}
+
+
+def test_one_length_is_one_bar() -> None:
+    assert histogram([7, 7]) == [{"from": 7, "to": 7, "count": 2}]

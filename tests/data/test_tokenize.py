@@ -1,8 +1,7 @@
-"""Several processes give what one gives, to the byte, and no row is lost where one fails."""
+"""Several processes give what one gives, to the byte, and one that fails is one clear error."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("folder")
 
 
 def texts(result: Any) -> list[str]:
-    return [bytes(example.token_ids.astype("u1")).decode() for example in Examples([result.entry.store])]
+    return [bytes(example.token_ids.astype("u1")).decode() for example in Examples([result.store])]
 
 
 def test_rows_go_out_in_small_chunks_and_large_ones_alone() -> None:
@@ -59,14 +58,15 @@ def test_two_processes_write_what_one_writes(stand_in: ModuleType, write_rows: W
     assert len(contents[0]["table"]) > 100_000
 
 
-def test_a_row_that_kills_its_process_is_not_lost(stand_in: ModuleType, write_rows: WriteRows) -> None:
+def test_a_process_that_dies_is_one_clear_error(stand_in: ModuleType, write_rows: WriteRows, folder: Path) -> None:
     rows = [f"row {n}" for n in range(700)]
     rows[300] = "die"
-    told = stand_in.Told()
-    result = stand_in.read(write_rows(*({"text": row} for row in rows)), told, workers=2)
-    assert texts(result) == rows
-    (note,) = told.notes
-    assert "going on in one" in note
+    data = write_rows(*({"text": row} for row in rows))
+    with pytest.raises(UserError, match="died or could not start") as caught:
+        stand_in.read(data, workers=2)
+    assert "--data-workers 1" in caught.value.hint
+    assert list(folder.iterdir()) == []
+    assert texts(stand_in.read(data, workers=1)) == rows
 
 
 def test_a_pipeline_that_cannot_be_sent_is_used_here(stand_in: ModuleType, write_rows: WriteRows) -> None:
@@ -79,16 +79,13 @@ def test_a_pipeline_that_cannot_be_sent_is_used_here(stand_in: ModuleType, write
     assert "cannot be sent to other processes" in note
 
 
-def test_a_script_without_a_main_guard_goes_on_in_one_process(write_rows: WriteRows, tmp_path: Path) -> None:
+def test_a_script_without_a_main_guard_is_told_what_it_lacks(write_rows: WriteRows, tmp_path: Path) -> None:
     data = write_rows(*({"text": f"row {n}"} for n in range(400)))
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport stand_in\nstand_in.main()\n")
     done = subprocess.run([sys.executable, str(script), data, "2"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
-    record = json.loads(line)
-    assert record["rows"] == 400
-    assert "going on in one" in record["notes"][0]
+    assert done.returncode == 1
+    assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
 
 
 def test_workers_do_not_outlive_a_killed_parent(write_rows: WriteRows) -> None:
