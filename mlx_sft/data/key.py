@@ -22,7 +22,7 @@ from mlx_sft.data.packing import TABLE
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.sources import Source
-from mlx_sft.data.streams import COMPRESSIONS
+from mlx_sft.data.text_files import COMPRESSIONS
 from mlx_sft.registry import FORMATS
 
 _PACKAGES = ("mlx-sft", "transformers", "tokenizers", "jinja2")
