@@ -23,7 +23,7 @@ from mlx_sft.data.text_files import (
     text_chunks,
     text_lines,
 )
-from mlx_sft.errors import UserError
+from mlx_sft.errors import UserError, blamed_on
 
 _JSON_LINES_HINT = 'write one JSON object a line, such as {"messages": [...]}'
 _JSON_HINT = 'a .json file is a list of rows, or {"data": [rows]}; for one object a line name it .jsonl'
@@ -102,26 +102,24 @@ def _csv(path: Path, on_bytes: OnBytes | None) -> Rows:
     # The csv module refuses cells over 128 KiB unless told otherwise; a long conversation is one cell.
     csv.field_size_limit(LONGEST_ROW)
     reader = csv.reader(_csv_lines(path, on_bytes), strict=True)
-    header: list[str] | None = None
-    while True:
-        origin = f"{path}:{reader.line_num + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            # Raised, not handed out: a stray quote swallows the rows behind it.
-            reason = str(error).partition(" - ")[0]  # behind it is advice to a programmer
-            raise UserError(f"not CSV: {reason}", where=origin, hint=_CSV_HINT) from None
-        if not cells:
-            continue
-        if header is None:
-            header = _csv_header(cells, origin)
-        elif len(cells) != len(header):
-            what = f"{len(cells)} cells under {len(header)} columns"
-            yield UserError(what, where=origin, hint=_CSV_HINT)
-        else:
-            yield Row(origin, dict(zip(header, cells, strict=True)))
+    header: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            origin, line = f"{path}:{line}", reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = _csv_header(cells, origin)
+            elif len(cells) != len(header):
+                what = f"{len(cells)} cells under {len(header)} columns"
+                yield UserError(what, where=origin, hint=_CSV_HINT)
+            else:
+                yield Row(origin, dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        # Raised, not handed out: a stray quote swallows the rows behind it.
+        reason = str(error).partition(" - ")[0]  # behind it is advice to a programmer
+        raise UserError(f"not CSV: {reason}", where=f"{path}:{line}", hint=_CSV_HINT) from None
 
 
 def _csv_header(cells: list[str], origin: str) -> list[str]:
@@ -163,7 +161,6 @@ def _passages(path: Path, on_bytes: OnBytes | None) -> Rows:
 
 def _parquet(path: Path, on_bytes: OnBytes | None) -> Rows:
     try:
-        import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError("reading .parquet needs the package `pyarrow`", where=str(path), hint=INSTALL_HINT) from None
@@ -172,19 +169,16 @@ def _parquet(path: Path, on_bytes: OnBytes | None) -> Rows:
     if not start.startswith(b"PAR1"):
         refuse_other_kinds(start, path)
     index = 0
-    try:
-        with parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as file:
-            # Over all groups at once it would keep every one that it has read.
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(batch_size=256, row_groups=[group]):
-                    for value in batch.to_pylist():
-                        yield table_row(f"{path}[{index}]", value)
-                        index += 1
-                if on_bytes:
-                    on_bytes(path.stat().st_size * index // max(1, file.metadata.num_rows))
-    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        what = f"not a readable Parquet file: {first_line(error)}"
-        raise UserError(what, where=f"{path}[{index}]" if index else str(path), hint="write the file anew") from error
+    damaged = blamed_on(path, "not a readable Parquet file", "write the file anew")
+    with damaged, parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as table:
+        # Over all groups at once it would keep every one that it has read.
+        for group in range(table.num_row_groups):
+            for batch in table.iter_batches(batch_size=256, row_groups=[group]):
+                for value in batch.to_pylist():
+                    yield table_row(f"{path}[{index}]", value)
+                    index += 1
+            if on_bytes:
+                on_bytes(path.stat().st_size * index // max(1, table.metadata.num_rows))
 
 
 def table_row(origin: str, value: dict[str, Any]) -> Row:
@@ -216,7 +210,3 @@ def reader_of(path: Path) -> Reader | None:
     packed = path.suffix.lower() in COMPRESSIONS
     suffix = (path.with_suffix("") if packed else path).suffix.lower()
     return None if packed and suffix == ".parquet" else READERS.get(suffix)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.common_settings import IN_MEMORY
-from mlx_sft.data.readers import READERS, Reader, Rows, first_line, reader_of, table_row
+from mlx_sft.data.readers import READERS, Reader, Rows, reader_of, table_row
 from mlx_sft.data.text_files import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import user_path
@@ -87,23 +87,17 @@ class HubSource(_NoFile):
         try:
             import datasets
         except ImportError:
-            raise UserError(
-                "reading a Hugging Face dataset needs the package `datasets`",
-                where=self.name,
-                hint=INSTALL_HINT,
-            ) from None
+            what = "reading a Hugging Face dataset needs the package `datasets`"
+            raise UserError(what, where=self.name, hint=INSTALL_HINT) from None
         identifier, _, split = self.name.removeprefix(HUB_PREFIX).partition(":")
         owner, _, rest = identifier.partition("/")
         name, _, config = rest.partition("/")
         try:
             dataset = datasets.load_dataset(f"{owner}/{name}", config or None, split=split or "train")
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"cannot load this dataset: {first_line(error)}",
-                where=self.name,
-                hint="check its name (hf:owner/name[/config][:split]) and the network, "
-                "or give a file that is on this machine",
-            ) from error
+            what = f"cannot load this dataset: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            hint = "check its name (hf:owner/name[/config][:split]) and the network, or give a file that is on this machine"
+            raise UserError(what, where=self.name, hint=hint) from error
         for index, value in enumerate(dataset):
             yield table_row(f"{self.name}[{index}]", value)
 
@@ -208,21 +202,12 @@ def _folder(folder: Path) -> dict[str, Source]:
         files = [folder / name for name in names if reader_of(Path(name)) and (folder / name).is_file()]
         if len(files) > 1:
             both = " and ".join(file.name for file in files)
-            raise UserError(
-                f"{both} are both the {part} part",
-                where=str(folder),
-                hint="keep one",
-                exit_code=USAGE,
-            )
+            raise UserError(f"{both} are both the {part} part", where=str(folder), hint="keep one", exit_code=USAGE)
         if files:
             found[part] = FileSource(files[0])
     if not found:
-        raise UserError(
-            "the folder holds no rows",
-            where=str(folder),
-            hint="put train.jsonl in it (and valid.jsonl, test.jsonl); .json, .csv, .parquet and .txt do as well",
-            exit_code=USAGE,
-        )
+        hint = "put train.jsonl in it (and valid.jsonl, test.jsonl); .json, .csv, .parquet and .txt do as well"
+        raise UserError("the folder holds no rows", where=str(folder), hint=hint, exit_code=USAGE)
     return found
 
 
