@@ -1,7 +1,4 @@
-"""JSON text → values, strictly: what a lenient parser passes over without a word (NaN, a key given twice) is an error here.
-
-Knows JSON; knows nothing of files, or of what a value means.
-"""
+"""JSON text → values, strictly: what a lenient parser passes over without a word (NaN, a key given twice) is an error here."""
 
 from __future__ import annotations
 
@@ -44,14 +41,15 @@ def parse_json(text: str) -> Any:
             object, numbers beyond all measure, and nesting deeper than `DEEPEST`.
     """
     try:
-        value = _STRICT.decode(text)
+        value, end = _decoded(text, _after_space(text, 0))
+        end = _after_space(text, end)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         line = f" of line {error.lineno}" if error.lineno > 1 else ""
         raise ValueError(f"{_reason(error)} in column {error.colno}{line}") from None
-    except (ValueError, RecursionError) as error:
-        raise _plain(error) from None
-    if text.count("[") + text.count("{") > DEEPEST:
-        _check_depth(value)
+    if isinstance(value, ValueError):
+        raise value
     return value
 
 
@@ -70,14 +68,12 @@ def list_elements(chunks: Iterator[str]) -> Iterator[Any | ValueError]:
         NotRowsError: where it is something else than a list or an object with one.
     """
     text = _Text(chunks)
-    if not text.peek():
-        return
-    if text.peek() == "{":
+    first = text.peek()
+    if first == "[":
+        yield from text.elements()
+    elif first == "{":
         yield from _under_data(text)
-    elif text.peek() == "[":
-        yield from _elements(text)
-    else:
-        text.value()
+    elif first:
         raise NotRowsError
     if text.peek():
         raise text.broken("Extra data")
@@ -98,30 +94,23 @@ def _under_data(text: _Text) -> Iterator[Any | ValueError]:
             raise NotRowsError
         else:
             found = True
-            yield from _elements(text)
+            yield from text.elements()
     if not found:
         raise NotRowsError
-
-
-def _elements(text: _Text) -> Iterator[Any | ValueError]:
-    for _ in text.separated("[", "]"):
-        yield text.value()
 
 
 class _Text:
     """Text that comes in pieces, of which only what is not yet read is kept, and a place in it."""
 
     def __init__(self, chunks: Iterator[str]) -> None:
-        self._chunks = chunks
-        self._buffer = ""
-        self._place = 0
+        self._chunks = filter(None, chunks)
+        self._buffer, self._place = "", 0
         self._line, self._column = 1, 1  # of the buffer's first character
 
     def peek(self) -> str:
         """The next character that is not white space, or nothing at the end."""
         while True:
-            if space := _SPACE.match(self._buffer, self._place):  # of no characters, too
-                self._place = space.end()
+            self._place = _after_space(self._buffer, self._place)
             if self._place < len(self._buffer) or not self._more():
                 return self._buffer[self._place : self._place + 1]
 
@@ -140,11 +129,15 @@ class _Text:
                 yield
         self.expect(closing)
 
+    def elements(self) -> Iterator[Any | ValueError]:
+        for _ in self.separated("[", "]"):
+            yield self.value()
+
     def value(self) -> Any | ValueError:
         self.peek()
         while True:
             try:
-                value, end = self._decoded()
+                value, end = _decoded(self._buffer, self._place)
             except json.JSONDecodeError as error:
                 # What is cut off fails at its end; a string, where it begins.
                 cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - _LONGEST_LITERAL
@@ -154,45 +147,21 @@ class _Text:
                     raise self.broken(_reason(error), error.pos) from None
                 continue
             # A number may go on in the next piece, from `1` or the 1 of `1e+`.
-            if end + 2 < len(self._buffer) or self._buffer[end - 1] in '"]}' or not self._more():
+            if end + 2 < len(self._buffer) or not self._more():
                 length, self._place = end - self._place, end
                 return value if length <= LONGEST_ROW else ValueError(_TOO_LONG)
-
-    def _decoded(self) -> tuple[Any | ValueError, int]:
-        try:
-            value, end = _STRICT.raw_decode(self._buffer, self._place)
-            if self._buffer.count("[", self._place, end) + self._buffer.count("{", self._place, end) > DEEPEST:
-                _check_depth(value)
-        except json.JSONDecodeError:
-            raise
-        except RecursionError as error:
-            raise self.broken(str(_plain(error))) from None
-        except ValueError as error:
-            try:
-                _, end = _LENIENT.raw_decode(self._buffer, self._place)
-            except RecursionError as deeper:
-                raise self.broken(str(_plain(deeper))) from None
-            return _plain(error), end
-        return value, end
 
     def broken(self, reason: str, place: int | None = None) -> BrokenJsonError:
         line, column = self._line_and_column(self._place if place is None else place)
         return BrokenJsonError(f"{reason} in column {column}", line)
 
     def _more(self) -> bool:
-        """Read on by as much as is there, so that a long value is not tried too often; False, and no change, at the end."""
-        rest = self._buffer[self._place :]
-        parts, read = [rest], 0
-        for chunk in self._chunks:
-            parts.append(chunk)
-            read += len(chunk)
-            if read > len(rest):
-                break
-        if not read:
-            return False
-        self._line, self._column = self._line_and_column(self._place)
-        self._buffer, self._place = "".join(parts), 0
-        return True
+        """Read on, and leave out what has been read; False at the end."""
+        chunk = next(self._chunks, "")
+        if chunk:
+            self._line, self._column = self._line_and_column(self._place)
+            self._buffer, self._place = self._buffer[self._place :] + chunk, 0
+        return bool(chunk)
 
     def _line_and_column(self, place: int) -> tuple[int, int]:
         newlines = self._buffer.count("\n", 0, place)
@@ -219,47 +188,45 @@ _LENIENT = json.JSONDecoder(parse_int=str)
 """It finds where a value ends that the strict one does not accept."""
 
 
+def _decoded(text: str, place: int) -> tuple[Any | ValueError, int]:
+    """The value at a place and where it ends; its error where it is JSON only to a lenient parser."""
+    try:
+        try:
+            value, end = _STRICT.raw_decode(text, place)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:
+            too_long = str(error).startswith("Exceeds the limit")
+            value = ValueError("a number of more than 4300 digits") if too_long else error
+            _, end = _LENIENT.raw_decode(text, place)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, place) from None
+    brackets = text.count("[", place, end) + text.count("{", place, end)
+    return ValueError("nested too deeply") if brackets > DEEPEST and _is_too_deep(value) else value, end
+
+
+def _after_space(text: str, place: int) -> int:
+    space = _SPACE.match(text, place)
+    return space.end() if space else place
+
+
 def _reason(error: json.JSONDecodeError) -> str:
     """What is wrong; some of Python's messages end in `at`, for a place to be put behind them."""
     return error.msg.removesuffix(" at")
 
 
-def _plain(error: ValueError | RecursionError) -> ValueError:
-    """The reason in words that are not Python's."""
-    if isinstance(error, RecursionError):
-        return ValueError("nested too deeply")
-    if str(error).startswith("Exceeds the limit"):
-        return ValueError("a number of more than 4300 digits")
-    return error
-
-
-def _check_depth(value: Any) -> None:
+def _is_too_deep(value: Any) -> bool:
     level = [value]
     for _ in range(DEEPEST):
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise ValueError("nested too deeply")
+        nested = [one for one in level if isinstance(one, dict | list)]
+        level = [child for one in nested for child in (one.values() if isinstance(one, dict) else one)]
+    return any(isinstance(one, dict | list) for one in level)
+
+
+_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
+_KINDS |= {list: "a list", dict: "an object"}
 
 
 def kind(value: Any) -> str:
     """What a value is, in JSON's words."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case dict():
-            return "an object"
-    return f"a {type(value).__name__}"
+    return _KINDS.get(type(value), f"a {type(value).__name__}")

@@ -1,12 +1,12 @@
-"""A file's text → rows, one reader a format.
+"""A file → rows, one reader a format.
 
-Knows formats; knows nothing of encodings (`lines`), compressions (`streams`) or of what a row means. Rows are read lazily. A
-row that cannot be read is handed out in its place as the `UserError` that says why, so that who reads the rows decides whether
-to go on; a reader raises where the whole file cannot be read, or what follows cannot be told apart.
+Rows are read lazily. A row that cannot be read is handed out in its place as the `UserError` that says why, so that who reads
+the rows decides whether to go on; a reader raises where the whole file cannot be read, or what follows cannot be told apart.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.data.json_text import LONGEST_ROW, BrokenJsonError, NotRowsError, kind, list_elements, parse_json
-from mlx_sft.data.lines import first_character, first_lines, text_chunks, text_lines
-from mlx_sft.data.streams import COMPRESSIONS, INSTALL_HINT, OnBytes, refuse_other_kinds
-from mlx_sft.errors import UserError
+from mlx_sft.data.text_files import (
+    COMPRESSIONS,
+    INSTALL_HINT,
+    OnBytes,
+    open_bytes,
+    refuse_other_kinds,
+    text_chunks,
+    text_lines,
+)
+from mlx_sft.errors import UserError, blamed_on
 
 _JSON_LINES_HINT = 'write one JSON object a line, such as {"messages": [...]}'
 _JSON_HINT = 'a .json file is a list of rows, or {"data": [rows]}; for one object a line name it .jsonl'
 _CSV_HINT = "quote cells that hold a comma, quote or line break"
+_HEAD = 1 << 16
 _PARQUET_BUFFER = 1 << 20
 _PASSAGE = 1 << 12
 """Bytes, which are about 1,000 tokens in most languages: half of the default `max_length`."""
@@ -38,51 +46,34 @@ Rows = Iterator[Row | UserError]
 Reader = Callable[[Path, OnBytes | None], Rows]
 
 
-def as_row(origin: str, value: Any, hint: str = _JSON_LINES_HINT) -> Row | UserError:
-    if isinstance(value, dict):
-        return Row(origin, value)
-    return UserError(f"a row must be an object, not {kind(value)}", where=origin, hint=hint)
+def _told_by_content(otherwise: Reader) -> Reader:
+    """A reader of rows as JSON where a file begins as lines or a list of them, and `otherwise` of any other."""
+    return lambda path, on_bytes: (_json_reader(path) or otherwise)(path, on_bytes)
 
 
-def _read_json_lines(path: Path, on_bytes: OnBytes | None) -> Rows:
-    if _is_list(path):
-        return _json_list(path, on_bytes)
-    return _json_lines(path, on_bytes)
-
-
-def _read_json(path: Path, on_bytes: OnBytes | None) -> Rows:
-    if _is_lines(path):
-        return _json_lines(path, on_bytes)
-    return _json_list(path, on_bytes)
-
-
-def _is_list(path: Path) -> bool:
-    """Whether a file that should hold an object a line is one list of them, over several lines or in its only one."""
-    if first_character(path) != "[":
-        return False
-    first, second = first_lines(path)
-    return first[1:].lstrip(" \t")[:1] in ("", "{") and (not first.endswith("]") or not second)
-
-
-def _is_lines(path: Path) -> bool:
-    """Whether a file that should be one JSON value holds an object a line."""
-    if first_character(path) != "{":
-        return False
-    first, _ = first_lines(path)
+def _json_reader(path: Path) -> Reader | None:
+    with open_bytes(path) as file:
+        head = file.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
+        first, line_break, rest = head.partition(b"\n")
+        if head.startswith(b"["):
+            is_list = first[1:].strip()[:1] in (b"", b"{") and not (first.rstrip().endswith(b"]") and rest.strip())
+            return _json_list if is_list else None
+        if not head.startswith(b"{"):
+            return None
+        line = first if line_break else first + file.readline(LONGEST_ROW)
     try:
-        return first.endswith("}") and not isinstance(parse_json(first).get("data"), list)
+        return _json_lines if not isinstance(parse_json(line.decode("utf-8")).get("data"), list) else None
     except ValueError:
-        return False
+        return None
 
 
 def _json_lines(path: Path, on_bytes: OnBytes | None) -> Rows:
-    for number, line in text_lines(path, on_bytes):
+    for origin, line in text_lines(path, on_bytes):
         if isinstance(line, UserError):
             yield line
         elif text := line.rstrip(" \t\r\n"):
-            origin = f"{path}:{number}"
             try:
-                yield as_row(origin, parse_json(text))
+                yield _row(origin, parse_json(text), _JSON_LINES_HINT)
             except ValueError as error:
                 yield UserError(f"not JSON: {error}", where=origin, hint=_JSON_LINES_HINT)
 
@@ -94,37 +85,41 @@ def _json_list(path: Path, on_bytes: OnBytes | None) -> Rows:
             if isinstance(value, ValueError):
                 yield UserError(f"not JSON: {value}", where=origin, hint=_JSON_HINT)
             else:
-                yield as_row(origin, value, hint='write each row as an object, such as {"messages": [...]}')
+                yield _row(origin, value, 'write each row as an object, such as {"messages": [...]}')
     except BrokenJsonError as error:
         raise UserError(f"not JSON: {error}", where=f"{path}:{error.line}", hint=_JSON_HINT) from None
     except NotRowsError:
         raise UserError("neither a list of rows nor an object with them", where=str(path), hint=_JSON_HINT) from None
 
 
-def _read_csv(path: Path, on_bytes: OnBytes | None) -> Rows:
+def _row(origin: str, value: Any, hint: str) -> Row | UserError:
+    if isinstance(value, dict):
+        return Row(origin, value)
+    return UserError(f"a row must be an object, not {kind(value)}", where=origin, hint=hint)
+
+
+def _csv(path: Path, on_bytes: OnBytes | None) -> Rows:
     # The csv module refuses cells over 128 KiB unless told otherwise; a long conversation is one cell.
     csv.field_size_limit(LONGEST_ROW)
     reader = csv.reader(_csv_lines(path, on_bytes), strict=True)
-    header: list[str] | None = None
-    while True:
-        origin = f"{path}:{reader.line_num + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            # Raised, not handed out: a stray quote swallows the rows behind it.
-            reason = str(error).partition(" - ")[0]  # behind it is advice to a programmer
-            raise UserError(f"not CSV: {reason}", where=origin, hint=_CSV_HINT) from None
-        if not cells:
-            continue
-        if header is None:
-            header = _csv_header(cells, origin)
-        elif len(cells) != len(header):
-            what = f"{len(cells)} cells under {len(header)} columns"
-            yield UserError(what, where=origin, hint=_CSV_HINT)
-        else:
-            yield Row(origin, dict(zip(header, cells, strict=True)))
+    header: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            origin, line = f"{path}:{line}", reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = _csv_header(cells, origin)
+            elif len(cells) != len(header):
+                what = f"{len(cells)} cells under {len(header)} columns"
+                yield UserError(what, where=origin, hint=_CSV_HINT)
+            else:
+                yield Row(origin, dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        # Raised, not handed out: a stray quote swallows the rows behind it.
+        reason = str(error).partition(" - ")[0]  # behind it is advice to a programmer
+        raise UserError(f"not CSV: {reason}", where=f"{path}:{line}", hint=_CSV_HINT) from None
 
 
 def _csv_header(cells: list[str], origin: str) -> list[str]:
@@ -143,42 +138,29 @@ def _csv_lines(path: Path, on_bytes: OnBytes | None) -> Iterator[str]:
         yield line
 
 
-def _read_text(path: Path, on_bytes: OnBytes | None) -> Rows:
-    if _is_lines(path):
-        return _json_lines(path, on_bytes)
-    if _is_list(path):
-        return _json_list(path, on_bytes)
-    return _passages(path, on_bytes)
-
-
 def _passages(path: Path, on_bytes: OnBytes | None) -> Rows:
     """Plain text in rows of some paragraphs: each ends at a blank line once it is half full, and between two lines at the latest."""
     lines: list[str] = []
-    first = size = 0
-    for number, line in text_lines(path, on_bytes):
+    first, size = "", 0
+    for origin, line in text_lines(path, on_bytes):
         text = "" if isinstance(line, UserError) else line.rstrip("\r\n")
         added = len(text.encode()) + 1
         is_break = not text.strip() and (size > _PASSAGE // 2 or isinstance(line, UserError))
         if lines and (is_break or size + added > _PASSAGE):
-            yield _passage(lines, f"{path}:{first}")
+            yield Row(first, {"text": "\n".join(lines).rstrip()})
             lines, size = [], 0
         if isinstance(line, UserError):
             yield line
         elif lines or text.strip():
-            first = first if lines else number
+            first = first if lines else origin
             lines.append(text)
             size += added
     if lines:
-        yield _passage(lines, f"{path}:{first}")
+        yield Row(first, {"text": "\n".join(lines).rstrip()})
 
 
-def _passage(lines: list[str], origin: str) -> Row:
-    return Row(origin, {"text": "\n".join(lines).rstrip()})
-
-
-def _read_parquet(path: Path, on_bytes: OnBytes | None) -> Rows:
+def _parquet(path: Path, on_bytes: OnBytes | None) -> Rows:
     try:
-        import pyarrow as arrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError("reading .parquet needs the package `pyarrow`", where=str(path), hint=INSTALL_HINT) from None
@@ -187,19 +169,16 @@ def _read_parquet(path: Path, on_bytes: OnBytes | None) -> Rows:
     if not start.startswith(b"PAR1"):
         refuse_other_kinds(start, path)
     index = 0
-    try:
-        with parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as file:
-            # Over all groups at once it would keep every one that it has read.
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(batch_size=256, row_groups=[group]):
-                    for value in batch.to_pylist():
-                        yield table_row(f"{path}[{index}]", value)
-                        index += 1
-                if on_bytes:
-                    on_bytes(path.stat().st_size * index // max(1, file.metadata.num_rows))
-    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        what = f"not a readable Parquet file: {first_line(error)}"
-        raise UserError(what, where=f"{path}[{index}]" if index else str(path), hint="write the file anew") from error
+    damaged = blamed_on(path, "not a readable Parquet file", "write the file anew")
+    with damaged, parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as table:
+        # Over all groups at once it would keep every one that it has read.
+        for group in range(table.num_row_groups):
+            for batch in table.iter_batches(batch_size=256, row_groups=[group]):
+                for value in batch.to_pylist():
+                    yield table_row(f"{path}[{index}]", value)
+                    index += 1
+            if on_bytes:
+                on_bytes(path.stat().st_size * index // max(1, table.metadata.num_rows))
 
 
 def table_row(origin: str, value: dict[str, Any]) -> Row:
@@ -216,24 +195,18 @@ def _without_nulls(value: Any) -> Any:
 
 
 READERS: dict[str, Reader] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-    ".md": _read_text,
+    ".jsonl": _told_by_content(_json_lines),
+    ".json": _told_by_content(_json_list),
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".txt": _told_by_content(_passages),
+    ".md": _told_by_content(_passages),
 }
 """A file's suffix → the reader of its rows. All but .parquet may be compressed, which their first bytes tell."""
 
 
 def reader_of(path: Path) -> Reader | None:
     """The reader for a file's name: `chats.jsonl`, `chats.jsonl.gz`; None for a name that is not known."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSIONS:
-        suffix = Path(path.stem).suffix.lower()
-        return READERS.get(suffix) if suffix != ".parquet" else None
-    return READERS.get(suffix)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    packed = path.suffix.lower() in COMPRESSIONS
+    suffix = (path.with_suffix("") if packed else path).suffix.lower()
+    return None if packed and suffix == ".parquet" else READERS.get(suffix)

@@ -111,32 +111,28 @@ class RowReader:
         """The row with its parts under the keys of the formats."""
         if not self.columns:
             return row
-        others = {key: value for key, value in row.value.items() if key not in self.columns.values()}
         keys = _parts()
+        others = {key: value for key, value in row.value.items() if key not in self.columns.values()}
         parts = {keys[part]: row.value.get(column) for part, column in self.columns.items()}
         return Row(row.origin, others | parts)
 
     def _format_of(self, row: Row) -> RowFormat:
         present = {key for key, value in row.value.items() if value is not None}
-        found = self._told_by(present)
         settled = self.settled
-        if settled is None:
-            if found is None:
-                raise _unknown(row)
-            return found
-        if present.issuperset(settled.keys):
+        if settled and present.issuperset(settled.keys):
             return settled
-        if self.format != "auto":
+        if settled and self.format != "auto":
             missing = " and ".join(shown(key) for key in settled.keys if key not in present)
             what = f"not a row of the format {settled.name}: it has no {missing}"
             raise UserError(what, where=row.origin, hint=f"such a row is {settled.example}")
-        if found is None or self._first is None:
+        found = self._told_by(present)
+        if found is None:
             raise _unknown(row)
-        raise MixedFormats(
-            f"this row is {found.name}, where {self._first[1]} is {settled.name}",
-            where=row.origin,
-            hint="put rows of one format into one file, and give both: --data a.jsonl --data b.jsonl",
-        )
+        if self._first:
+            what = f"this row is {found.name}, where {self._first[1]} is {self._first[0].name}"
+            hint = "put rows of one format into one file, and give both: --data a.jsonl --data b.jsonl"
+            raise MixedFormats(what, where=row.origin, hint=hint)
+        return found
 
     def _told_by(self, present: set[str]) -> RowFormat | None:
         """The first format whose keys are there; where columns name keys that tell a format, one that they tell."""
@@ -147,18 +143,14 @@ class RowReader:
 
 
 def _unknown(row: Row) -> UserError:
-    is_preference = {"chosen", "rejected"} <= row.value.keys()
-    kind = (
-        "a row of preferences, of which only the chosen answer can be trained on"
-        if is_preference
-        else "a row without a known format"
-    )
+    kind = "a row without a known format"
+    if {"chosen", "rejected"} <= row.value.keys():
+        kind = "a row of preferences, of which only the chosen answer can be trained on"
     what = f"{kind}: {'it has ' + _keys_shown(row.value) if row.value else 'it is empty'}"
     hint = "a row is one of " + ", ".join(row_format.example for row_format in _formats())
-    columns = _columns_for(row.value)
-    return UserError(
-        what, where=row.origin, hint=f"say where its parts are: --columns {columns}; {hint}" if columns else hint
-    )
+    if columns := _columns_for(row.value):
+        hint = f"say where its parts are: --columns {columns}; {hint}"
+    return UserError(what, where=row.origin, hint=hint)
 
 
 def _keys_shown(value: dict[str, Any]) -> str:

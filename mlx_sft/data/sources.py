@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import math
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 from mlx_sft.common_settings import IN_MEMORY
-from mlx_sft.data.readers import READERS, Rows, first_line, reader_of, table_row
-from mlx_sft.data.streams import COMPRESSIONS, INSTALL_HINT, OnBytes
+from mlx_sft.data.readers import READERS, Reader, Rows, reader_of, table_row
+from mlx_sft.data.text_files import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import user_path
 
@@ -24,27 +25,6 @@ SPLIT_FILES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "te
 """The parts of a dataset folder, and the names that a part's file may have."""
 KNOWN = ", ".join(READERS) + f" (all but .parquet also with {' or '.join(COMPRESSIONS)} behind it)"
 """The suffixes of files of rows."""
-
-
-class Source(Protocol):
-    """Something that rows come from. It can be pickled."""
-
-    @property
-    def name(self) -> str:
-        """As a person would name it; the origins of its rows begin with it."""
-
-    def rows(self, on_bytes: OnBytes | None = None) -> Rows:
-        """Its rows in order; raises `UserError` where the whole cannot be read.
-
-        Args:
-            on_bytes: Called now and then with the number of bytes read so far, of `size()`; never where that is None.
-        """
-
-    def size(self) -> int | None:
-        """Its bytes, where it is a file."""
-
-    def sha256(self) -> str | None:
-        """The digest of its bytes, where it is a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,41 +37,48 @@ class FileSource:
     def name(self) -> str:
         return str(self.path)
 
-    def rows(self, on_bytes: OnBytes | None = None) -> Rows:
-        read = reader_of(self.path)
+    def reader(self) -> Reader:
+        with _reading(self.name):
+            if not stat.S_ISREG(self.path.stat().st_mode):  # to open a pipe could wait for ever
+                hint = f"give a {KNOWN} file"
+                raise UserError("not a regular file", where=self.name, hint=hint, exit_code=USAGE)
+        read, suffix = reader_of(self.path), self.path.suffix
         if read is None:
-            raise UserError(_unknown_kind(self.path), where=self.name, hint=f"known are {KNOWN}", exit_code=USAGE)
-        empty = True
-        try:
-            found = self.path.stat()
-            if not stat.S_ISREG(found.st_mode):  # to open a pipe could wait for ever
-                raise _not_a_file(self.path)
-            if found.st_size == 0:
-                raise UserError("the file is empty", where=self.name, hint="put at least one row in it")
-            for row in read(self.path, on_bytes):
+            what = f"`{suffix}` is not a known kind of file" if suffix else "the file's name has no suffix"
+            raise UserError(what, where=self.name, hint=f"known are {KNOWN}", exit_code=USAGE)
+        return read
+
+    def rows(self, on_bytes: OnBytes | None = None) -> Rows:
+        read, empty = self.reader(), True
+        with _reading(self.name):
+            for row in read(self.path, on_bytes) if self.size() else ():
                 empty = False
                 yield row
-        except OSError as error:
-            _cannot_read(self.name, error)
         if empty:
-            raise UserError("the file holds no rows", where=self.name, hint="put at least one row in it")
+            what = "the file holds no rows" if self.size() else "the file is empty"
+            raise UserError(what, where=self.name, hint="put at least one row in it")
 
     def size(self) -> int:
-        try:
+        with _reading(self.name):
             return self.path.stat().st_size
-        except OSError as error:
-            _cannot_read(self.name, error)
 
     def sha256(self) -> str:
-        try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            _cannot_read(self.name, error)
+        with _reading(self.name), self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _NoFile:
+    __slots__ = ()
+
+    def size(self) -> None:
+        """None, as there are no bytes to count, ..."""
+
+    def sha256(self) -> None:
+        """... or to take the digest of."""
 
 
 @dataclass(frozen=True, slots=True)
-class HubSource:
+class HubSource(_NoFile):
     """A split of a Hugging Face dataset: `hf:owner/name`, `hf:owner/name:split`, `hf:owner/name/config:split`."""
 
     name: str
@@ -100,35 +87,23 @@ class HubSource:
         try:
             import datasets
         except ImportError:
-            raise UserError(
-                "reading a Hugging Face dataset needs the package `datasets`",
-                where=self.name,
-                hint=INSTALL_HINT,
-            ) from None
+            what = "reading a Hugging Face dataset needs the package `datasets`"
+            raise UserError(what, where=self.name, hint=INSTALL_HINT) from None
         identifier, _, split = self.name.removeprefix(HUB_PREFIX).partition(":")
         owner, _, rest = identifier.partition("/")
         name, _, config = rest.partition("/")
         try:
             dataset = datasets.load_dataset(f"{owner}/{name}", config or None, split=split or "train")
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"cannot load this dataset: {first_line(error)}",
-                where=self.name,
-                hint="check its name (hf:owner/name[/config][:split]) and the network, "
-                "or give a file that is on this machine",
-            ) from error
+            what = f"cannot load this dataset: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            hint = "check its name (hf:owner/name[/config][:split]) and the network, or give a file that is on this machine"
+            raise UserError(what, where=self.name, hint=hint) from error
         for index, value in enumerate(dataset):
             yield table_row(f"{self.name}[{index}]", value)
 
-    def size(self) -> None:
-        return None
-
-    def sha256(self) -> None:
-        return None
-
 
 @dataclass(frozen=True, slots=True)
-class MemorySource:
+class MemorySource(_NoFile):
     """Rows in memory: a list of dicts, a `datasets.Dataset`, or any sequence of mappings. A row is named by its index, `data[17]`."""
 
     name: str
@@ -147,11 +122,10 @@ class MemorySource:
             else:
                 yield UserError(f"the row is a {type(value).__name__}, not a mapping", where=origin)
 
-    def size(self) -> None:
-        return None
 
-    def sha256(self) -> None:
-        return None
+Source = FileSource | HubSource | MemorySource
+"""Something that rows come from, in order; it can be pickled, and the origins of its rows begin with its name. `rows` raises
+`UserError` where the whole cannot be read, and calls `on_bytes` now and then with the bytes read so far, of `size()`."""
 
 
 def locate(data: str) -> dict[str, Source]:
@@ -169,10 +143,8 @@ def locate(data: str) -> dict[str, Source]:
             raise UserError("not a dataset id", where=data, hint="write hf:owner/name[:split]", exit_code=USAGE)
         return {"all": HubSource(data)}
     path = user_path(data)
-    try:
+    with _reading(str(path)):
         return _folder(path) if path.is_dir() else {"all": _file(path)}
-    except OSError as error:
-        _cannot_read(str(path), error)
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
@@ -211,19 +183,9 @@ def _file(path: Path) -> FileSource:
             hint = "give the file itself, or mend the link"
             raise UserError("a link that leads nowhere", where=str(path), hint=hint, exit_code=USAGE)
         raise UserError("no such file or folder", where=str(path), hint=_missing_hint(path), exit_code=USAGE)
-    if not path.is_file():
-        raise _not_a_file(path)
-    if reader_of(path) is None:
-        raise UserError(_unknown_kind(path), where=str(path), hint=f"known are {KNOWN}", exit_code=USAGE)
-    return FileSource(path)
-
-
-def _not_a_file(path: Path) -> UserError:
-    return UserError("not a regular file", where=str(path), hint=f"give a {KNOWN} file", exit_code=USAGE)
-
-
-def _unknown_kind(path: Path) -> str:
-    return f"`{path.suffix}` is not a known kind of file" if path.suffix else "the file's name has no suffix"
+    source = FileSource(path)
+    source.reader()
+    return source
 
 
 def _missing_hint(path: Path) -> str:
@@ -240,24 +202,19 @@ def _folder(folder: Path) -> dict[str, Source]:
         files = [folder / name for name in names if reader_of(Path(name)) and (folder / name).is_file()]
         if len(files) > 1:
             both = " and ".join(file.name for file in files)
-            raise UserError(
-                f"{both} are both the {part} part",
-                where=str(folder),
-                hint="keep one",
-                exit_code=USAGE,
-            )
+            raise UserError(f"{both} are both the {part} part", where=str(folder), hint="keep one", exit_code=USAGE)
         if files:
             found[part] = FileSource(files[0])
     if not found:
-        raise UserError(
-            "the folder holds no rows",
-            where=str(folder),
-            hint="put train.jsonl in it (and valid.jsonl, test.jsonl); .json, .csv, .parquet and .txt do as well",
-            exit_code=USAGE,
-        )
+        hint = "put train.jsonl in it (and valid.jsonl, test.jsonl); .json, .csv, .parquet and .txt do as well"
+        raise UserError("the folder holds no rows", where=str(folder), hint=hint, exit_code=USAGE)
     return found
 
 
-def _cannot_read(name: str, error: OSError) -> NoReturn:
-    hint = "check its permissions" if isinstance(error, PermissionError) else "check the path"
-    raise UserError(f"cannot read: {error.strerror or error}", where=name, hint=hint) from error
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = "check its permissions" if isinstance(error, PermissionError) else "check the path"
+        raise UserError(f"cannot read: {error.strerror or error}", where=name, hint=hint) from error

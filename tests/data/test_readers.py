@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data import json_text, lines
+from mlx_sft.data import json_text, text_files
 from mlx_sft.data.json_text import BrokenJsonError, NotRowsError, list_elements, parse_json
 from mlx_sft.data.readers import Row
 from mlx_sft.data.sources import FileSource, locate
@@ -18,11 +18,12 @@ from mlx_sft.errors import UserError
 
 pytestmark = pytest.mark.fast
 
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 Compress = Callable[[bytes], bytes]
 
 
 def zstd(data: bytes) -> bytes:
-    compressed: bytes = pytest.importorskip("zstandard").compress(data)
+    compressed: bytes = pytest.importorskip(ZSTD).compress(data)
     return compressed
 
 
@@ -360,11 +361,28 @@ def test_gzip_may_be_padded_and_not_be_followed_by_anything_else(tmp_path: Path)
     assert "damaged" in whole(path).what
 
 
+def test_a_zstd_frame_that_wants_gigabytes_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip(ZSTD)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(bytes.fromhex("28b52ffd 00 a8 010000"))  # a window of 2 GiB, and an empty last block
+    assert "too much memory" in whole(path).what
+
+
+def test_bytes_of_a_list_that_are_not_utf_8_are_named_with_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes('[{"text": "ä"},\n\n'.encode() + b'{"text": "\xe4"}]')
+    error = whole(path)
+    assert (error.where, error.what) == (f"{path}:3", "not UTF-8 text: byte 0xe4")
+    path.write_bytes('[{"text": "ä"}]\nä'.encode()[:-1])
+    assert (whole(path).where, whole(path).what) == (f"{path}:2", "not UTF-8 text: byte 0xc3")
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads zstd itself")
 def test_zstd_without_its_package_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(b"\x28\xb5\x2f\xfd0000")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.delattr("backports.zstd", raising=False)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
     assert "mlx-sft[data]" in whole(path).hint
 
 
@@ -392,7 +410,7 @@ def test_another_kind_of_file_is_named(tmp_path: Path, suffix: str, content: byt
 
 
 def test_a_line_without_end_is_an_error_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(text_files, "LONGEST_ROW", 1 << 20)
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"text": "a"}\n{"text": "')

@@ -9,12 +9,20 @@ import csv
 import gzip
 import io
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 Rows = dict[str, Any]
 """The value of each row by what follows the file's name in its origin: `:17`, `[16]`."""
+
+
+def zstd() -> ModuleType:
+    """Python's own module, or the same for Pythons before 3.14."""
+    return import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
 
 
 def readings(name: str, content: bytes) -> Iterator[Rows]:
@@ -23,9 +31,7 @@ def readings(name: str, content: bytes) -> Iterator[Rows]:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         elif content.startswith(b"\x28\xb5\x2f\xfd"):
-            import zstandard
-
-            content = zstandard.ZstdDecompressor().decompressobj().decompress(content)
+            content = zstd().decompress(content)
     if ".parquet" in name:
         yield from _parquet(content)
         return
