@@ -17,8 +17,6 @@ from mlx_sft.data.mask.traced_rendering import Refusal
 
 _TELLING = 4
 """A shorter header than this (in characters other than white space at its ends) may stand anywhere by chance."""
-_LONGEST = 10_000
-"""Characters. No template has a header like this, but a hostile one."""
 _SHOWN = 200
 
 
@@ -64,15 +62,15 @@ class Headers:
 
     def start_in_tag(self, index: int, first: int, last: int) -> int:
         """Where the turn starts in what a tag encloses, `text[first:last]`, which may begin with its header or a part of it."""
-        text, headers = self._reference.text, [one for one in self._candidates(index) if len(one) <= _LONGEST]
+        text, headers = self._reference.text, list(self._candidates(index))
         context = self._reference.context(index) if index else None
         if context is not None and text.startswith(context):
             encloses_its_end = any(len(context) - len(header) <= first < len(context) <= last for header in headers)
             return len(context) if encloses_its_end else first
-        for header in (*headers, *map(before_no_reasoning, headers)):
-            for end in range(first, min(first + len(header), last) + 1) if header else ():
-                if text.endswith(header, 0, end):
-                    return end
+        for header in filter(None, (*headers, *map(before_no_reasoning, headers))):
+            start = self._after(header, first, min(first + len(header), last))
+            if start is not None:
+                return start
         return first
 
     def _start_of_opening(self, first: int, last: int) -> int:
