@@ -143,9 +143,9 @@ class Trace:
 
     def _range_item(self, *targets: Any) -> str:
         """A number may be that of a message; the probe letters show whether it is."""
-        number = targets[0] if targets else None
-        is_index = isinstance(number, int) and self._outer[-1] == NOBODY and 0 <= number < self._messages
-        return self._write(number if isinstance(number, int) and is_index else self._outer[-1])
+        number, outer = (targets or (None,))[0], self._outer[-1]
+        is_index = isinstance(number, int) and outer == NOBODY and 0 <= number < self._messages
+        return self._write(number if is_index else outer)
 
     def _loop_ends(self) -> str:
         return self._write(self._outer.pop())

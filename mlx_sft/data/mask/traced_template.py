@@ -112,7 +112,8 @@ class _InsertCalls(NodeTransformer):
         if not self._variant.loops:
             return [node]
         function = RANGE_ITEM if self._variant.variables and _is_range(node.iter) else LOOP_ITEM
-        return self._around(node, node.body, function, _names([node.target]))
+        node.body.insert(0, _output(_call(function, *_names([node.target])), node.lineno))
+        return [_output(_call(LOOP_STARTS), node.lineno), node, _output(_call(LOOP_ENDS), node.lineno)]
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
         if not self._variant.captured:
@@ -174,13 +175,6 @@ class _InsertCalls(NodeTransformer):
 
     def _captured(self, node: nodes.Node) -> nodes.Node:
         return self.generic_visit(node) if self._variant.captured else node
-
-    def _around(
-        self, node: nodes.Node, body: list[nodes.Node], function: str, arguments: Sequence[nodes.Expr]
-    ) -> list[nodes.Node]:
-        line = node.lineno
-        body.insert(0, _output(_call(function, *arguments), line))
-        return [_output(_call(LOOP_STARTS), line), node, _output(_call(LOOP_ENDS), line)]
 
 
 def _names(targets: Sequence[nodes.Node]) -> list[nodes.Expr]:
