@@ -154,15 +154,10 @@ class Trace:
         return self._write(self._indices.get(id(value), self._current))
 
     def _appended(self, old: Any, new: Any) -> Any:
-        """`old + new`, where what is new is marked as written for the present message."""
-        if isinstance(old, str) and isinstance(new, str):
-            return old + self._marked(new)
-        if isinstance(old, list) and isinstance(new, list):
-            return old + [self._marked(item) if isinstance(item, str) else item for item in new]
+        """`old + new`, where new text is marked as written for the present message."""
+        if isinstance(old, str) and isinstance(new, str) and new:
+            return old + self._characters.marker(self._current) + new
         return old + new
-
-    def _marked(self, text: str) -> str:
-        return self._characters.marker(self._current) + text if text else text
 
     def _printed(self, value: Any) -> Any:
         """What holds markers of its own is followed by one that says which message goes on."""
