@@ -110,7 +110,6 @@ class Trace:
     def __init__(self, messages: list[dict[str, Any]], characters: PrivateCharacters) -> None:
         self._messages = len(messages)
         self._indices = {id(message): index for index, message in enumerate(messages)}
-        self._made: list[Any] = []  # kept, so that no other object gets the same id
         self._characters = characters
         self._markers = characters.markers()
         self._current = NOBODY
@@ -128,7 +127,6 @@ class Trace:
             traced_template.TAG_ENDS: lambda: self._characters.tag_ends,
             traced_template.APPENDED: self._appended,
             traced_template.PRINTED: self._printed,
-            traced_template.MADE: self._make,
             traced_template.STRIPPED: self._stripped,
         }
 
@@ -163,13 +161,6 @@ class Trace:
         """What holds markers of its own is followed by one that says which message goes on."""
         if isinstance(value, str) and self._markers.search(value):
             return value + self._characters.marker(self._current)
-        return value
-
-    def _make(self, value: Any) -> Any:
-        """An object that is made while a message is being written stands for that message."""
-        if self._current != NOBODY:
-            self._made.append(value)
-            self._indices[id(value)] = self._current
         return value
 
     def _stripped(self, value: Any, method: str, *characters: Any) -> Any:

@@ -29,8 +29,8 @@ TAG_STARTS = "mlx_sft_tag_starts"
 TAG_ENDS = "mlx_sft_tag_ends"
 APPENDED = "mlx_sft_appended"
 PRINTED = "mlx_sft_printed"
-MADE = "mlx_sft_made"
 STRIPPED = "mlx_sft_stripped"
+_STRIPS = ("strip", "lstrip", "rstrip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Variant:
         loops: Loops over messages.
         captured: Also inside of macros, call, set and filter blocks, whose text the template may change before it prints it.
         variables: Also what goes through variables: `{% set message = messages[i] %}` inside a loop, text that is written
-            later (`ns.text = ns.text + ...`), messages that the template makes of others, arguments of macros, `range` over
-            messages. White space is stripped through markers.
+            later (`ns.text = ns.text + ...`), arguments of macros, `range` over messages. White space is stripped through
+            markers.
     """
 
     loops: bool = True
@@ -160,18 +160,12 @@ class _InsertCalls(NodeTransformer):
             ]
         return node
 
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _call(MADE, node) if self._variant.variables else node
-
     def visit_Call(self, node: nodes.Call) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        if not self._variant.variables:
-            return node
         called, is_plain = node.node, not (node.kwargs or node.dyn_args or node.dyn_kwargs)
-        if is_plain and isinstance(called, nodes.Getattr) and called.attr in ("strip", "lstrip", "rstrip"):
+        if self._variant.variables and is_plain and isinstance(called, nodes.Getattr) and called.attr in _STRIPS:
             return _call(STRIPPED, called.node, nodes.Const(called.attr), *node.args)
-        return _call(MADE, node) if _is_name(called, "dict") else node
+        return node
 
     def _captured(self, node: nodes.Node) -> nodes.Node:
         return self.generic_visit(node) if self._variant.captured else node

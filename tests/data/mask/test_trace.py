@@ -108,17 +108,6 @@ def test_a_macro_writes_for_the_message_that_it_is_given() -> None:
     )
 
 
-@pytest.mark.parametrize("made", ["{'c': m.content}", "dict(c=m.content)"])
-def test_an_object_that_is_made_of_a_message_stands_for_it(made: str) -> None:
-    by_variables(
-        "{% set ns = namespace(l=[FIRST]) %}{% for m in messages %}{% set ns.l = ns.l + [MADE] %}{% endfor %}"
-        "{% for m in ns.l %}{{ m.c }};{% endfor %}".replace("MADE", made).replace(
-            "FIRST", made.replace("m.content", "''")
-        ),
-        [(";", -1), ("a;", 0), ("b;", 1), ("a;", 2)],
-    )
-
-
 @pytest.mark.parametrize(
     ("strip", "expected"),
     [
