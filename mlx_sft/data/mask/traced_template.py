@@ -39,7 +39,7 @@ class Variant:
 
     Args:
         loops: Loops over messages.
-        captured: Also inside of macros, call, set and filter blocks, whose text the template may change before it prints it.
+        captured: Also inside of macros and set blocks, whose text the template may change before it prints it.
         variables: Also what goes through variables: `{% set message = messages[i] %}` inside a loop, text that is written
             later (`ns.text = ns.text + ...`), arguments of macros, `range` over messages. White space is stripped through
             markers.
@@ -128,18 +128,14 @@ class _InsertCalls(NodeTransformer):
         return node
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
         if _is_tag(node):
-            self.generic_visit(node)
             starts, ends = (_output(_call(name), node.lineno) for name in (TAG_STARTS, TAG_ENDS))
             node.body = [starts, *node.body, ends]
-            return node
-        return self._captured(node)
+        return node
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:  # noqa: N802
-        return self._captured(node)
-
-    def visit_FilterBlock(self, node: nodes.FilterBlock) -> nodes.Node:  # noqa: N802
-        return self._captured(node)
+        return self.generic_visit(node) if self._variant.captured else node
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node | list[nodes.Node]:  # noqa: N802
         if not self._variant.variables:
@@ -166,9 +162,6 @@ class _InsertCalls(NodeTransformer):
         if self._variant.variables and is_plain and isinstance(called, nodes.Getattr) and called.attr in _STRIPS:
             return _call(STRIPPED, called.node, nodes.Const(called.attr), *node.args)
         return node
-
-    def _captured(self, node: nodes.Node) -> nodes.Node:
-        return self.generic_visit(node) if self._variant.captured else node
 
 
 def _names(targets: Sequence[nodes.Node]) -> list[nodes.Expr]:
