@@ -293,6 +293,12 @@ def test_an_end_token_is_appended_where_asked(make_tokenizer: MakeTokenizer) -> 
     assert only(ending.encode(last_unsupervised)).token_ids.tolist() == without.token_ids.tolist()
 
 
+def test_a_tokenizer_without_an_end_token_appends_none(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer, item = make_tokenizer(UNENDED, eos=None), Conversation("a:1", DIALOGUE)
+    ending = only(Encoder(tokenizer, EncodeSettings(append_eos=True)).encode(item))
+    assert ending.digest() == only(Encoder(tokenizer).encode(item)).digest()
+
+
 def test_an_end_token_is_not_appended_where_there_is_one(tokenizer: PreTrainedTokenizerFast) -> None:
     item = Conversation("a:1", DIALOGUE)
     appended = only(Encoder(tokenizer, EncodeSettings(append_eos=True)).encode(item))

@@ -37,7 +37,7 @@ def tagged_turns(
 
 
 def _messages_of_tags(rendering: TracedRendering, ending: re.Pattern[str]) -> list[int]:
-    """The assistant message of each span: whose letters are in it, else for which it was written, else in their order."""
+    """The assistant message of each span: whose letters are in it, else for which it was written."""
     assistants = assistant_messages(rendering.messages)
     found: list[int] = []
     for start, end in rendering.tags:
@@ -48,11 +48,9 @@ def _messages_of_tags(rendering: TracedRendering, ending: re.Pattern[str]) -> li
         if not candidates and found and ending.fullmatch(rendering.text[start:end].strip()):
             candidates = {found[-1]}  # what ends the conversation
         found.append(candidates.pop() if len(candidates) == 1 else NOBODY)
-    if set(found) <= set(assistants):
-        return found
-    if len(found) == len(assistants):
-        return assistants
-    raise Refusal("it is not certain to which message each part belongs that it tags as generated")
+    if not set(found) <= set(assistants):
+        raise Refusal("it is not certain to which message each part belongs that it tags as generated")
+    return found
 
 
 def _turn(

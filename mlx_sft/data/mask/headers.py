@@ -9,16 +9,12 @@ to the prompt after the question begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from mlx_sft.data.mask.reasoning import before_no_reasoning, before_reasoning, without_opened_reasoning
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.mask.traced_rendering import Refusal
 
 _TELLING = 4
 """A shorter header than this (in characters other than white space at its ends) may stand anywhere by chance."""
-_LONGEST = 10_000
-"""Characters. No template has a header like this, but a hostile one."""
 _SHOWN = 200
 
 
@@ -64,31 +60,28 @@ class Headers:
 
     def start_in_tag(self, index: int, first: int, last: int) -> int:
         """Where the turn starts in what a tag encloses, `text[first:last]`, which may begin with its header or a part of it."""
-        text, headers = self._reference.text, [one for one in self._candidates(index) if len(one) <= _LONGEST]
+        text, header = self._reference.text, self._usual() or self._whole
         context = self._reference.context(index) if index else None
         if context is not None and text.startswith(context):
-            encloses_its_end = any(len(context) - len(header) <= first < len(context) <= last for header in headers)
-            return len(context) if encloses_its_end else first
-        for header in (*headers, *map(before_no_reasoning, headers)):
-            for end in range(first, min(first + len(header), last) + 1) if header else ():
-                if text.endswith(header, 0, end):
-                    return end
+            return len(context) if len(context) - len(header) <= first < len(context) <= last else first
+        for part in filter(None, (header, before_no_reasoning(header))):
+            start = self._after(part, first, min(first + len(part), last))
+            if start is not None:
+                return start
         return first
 
     def _start_of_opening(self, first: int, last: int) -> int:
         """Nothing stands before the first message, and few templates write a prompt there: other turns' headers tell."""
-        start = self._by_answer(first, last)
+        start = self._by_answer(last)
+        if start is None and _is_telling(header := self._usual() or self._whole):
+            start = self._after(header, first, last)
         if start is not None:
             return start
-        for header in filter(_is_telling, self._candidates(0)):
-            start = self._after(header, first, last)
-            if start is not None:
-                return start
         if first == last:
             return first  # its own words begin it, so it has no header
         raise Refusal(f"message 1 does not begin with the generation prompt {self._whole[:_SHOWN]!r}")
 
-    def _by_answer(self, first: int, last: int) -> int | None:
+    def _by_answer(self, last: int) -> int | None:
         """Where what the model would add to a question, were this message its answer, begins here."""
         answered, alone, text = self._reference.as_answer, self._reference.beginning(1), self._reference.text
         context, through = answered.context(1), answered.beginning(2)
@@ -96,9 +89,7 @@ class Headers:
             return None
         answer = through[len(context) :]
         start = len(alone) - len(answer)
-        if not alone.endswith(answer) or not text.startswith(alone[:start]) or start > last:
-            return None
-        return None if text[start:first].strip() else start
+        return start if alone.endswith(answer) and text.startswith(alone[:start]) and start <= last else None
 
     def _by_prompt(self, index: int, first: int, last: int) -> int:
         """By the prompt that stands before this very turn."""
@@ -122,16 +113,13 @@ class Headers:
         return None if text[len(context) : first].strip() else len(context)
 
     def _is_confirmed(self, index: int, start: int | None) -> bool:
-        """Whether the beginning of the conversation ends, with its prompt, where the turn starts; or, where the template
-        writes it otherwise than the whole conversation begins, whether its prompt is the same."""
+        """Whether the beginning of the conversation ends, with its prompt, where the turn starts."""
         if start is None or not _is_telling(self._whole):
             return False
         prompted = self._reference.beginning(index, prompt=True)
         if prompted is None:
             return True
-        if prompted.startswith(self._reference.text[:start]):
-            return not before_reasoning(prompted[start:])
-        return self._reference.header(index) in (None, self._whole)
+        return prompted.startswith(self._reference.text[:start]) and not before_reasoning(prompted[start:])
 
     def _after_unprompted(self, start: int, last: int) -> int:
         """After a header that the template writes here, and its prompt does not."""
@@ -147,14 +135,6 @@ class Headers:
         if "user" in roles:
             return self._reference.header(roles.index("user") + 1)
         return self._reference.as_answer.header(1)
-
-    def _candidates(self, index: int) -> Iterator[str]:
-        header = self._reference.header(index) if index else None
-        if header is not None:
-            yield header
-            return
-        yield self._usual() or ""
-        yield self._whole
 
     def _after(self, header: str, first: int, last: int) -> int | None:
         """Where the header ends that is the first to end between two places; it may begin before them."""

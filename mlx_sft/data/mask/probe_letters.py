@@ -167,5 +167,4 @@ def _code_points(text: str) -> NDArray[np.uint32]:
 def _letter_numbers(code_points: NDArray[np.uint32]) -> NDArray[np.int64]:
     """0 to 25 for A to Z and a to z, -1 for other characters."""
     numbers = (code_points | 0x20).astype(np.int64) - ord("a")
-    ascii_letter = (numbers >= 0) & (numbers < _LETTERS) & (code_points < 128)
-    return np.where(ascii_letter, numbers, -1)
+    return np.where((numbers >= 0) & (numbers < _LETTERS), numbers, -1)

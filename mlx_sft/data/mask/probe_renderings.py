@@ -150,10 +150,7 @@ def _with_untraced(reference: ReferenceRendering, variant: Variant, char_to_mess
 
 
 def _found_letters(traces: list[TracedText], text: str, letters: ProbeLetters) -> Integers | None:
-    char_to_message = traces[0].char_to_message[: len(text)]
-    if any(not np.array_equal(other.char_to_message[: len(text)], char_to_message) for other in traces[1:]):
-        return None
-    return letters.find([trace.text[: len(text)] for trace in traces], text, char_to_message)
+    return letters.find([trace.text[: len(text)] for trace in traces], text, traces[0].char_to_message[: len(text)])
 
 
 def _after_messages(trace: TracedText) -> str:

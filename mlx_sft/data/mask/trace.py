@@ -110,7 +110,6 @@ class Trace:
     def __init__(self, messages: list[dict[str, Any]], characters: PrivateCharacters) -> None:
         self._messages = len(messages)
         self._indices = {id(message): index for index, message in enumerate(messages)}
-        self._made: list[Any] = []  # kept, so that no other object gets the same id
         self._characters = characters
         self._markers = characters.markers()
         self._current = NOBODY
@@ -128,7 +127,6 @@ class Trace:
             traced_template.TAG_ENDS: lambda: self._characters.tag_ends,
             traced_template.APPENDED: self._appended,
             traced_template.PRINTED: self._printed,
-            traced_template.MADE: self._make,
             traced_template.STRIPPED: self._stripped,
         }
 
@@ -143,9 +141,9 @@ class Trace:
 
     def _range_item(self, *targets: Any) -> str:
         """A number may be that of a message; the probe letters show whether it is."""
-        number = targets[0] if targets else None
-        is_index = isinstance(number, int) and self._outer[-1] == NOBODY and 0 <= number < self._messages
-        return self._write(number if isinstance(number, int) and is_index else self._outer[-1])
+        number, outer = (targets or (None,))[0], self._outer[-1]
+        is_index = isinstance(number, int) and outer == NOBODY and 0 <= number < self._messages
+        return self._write(number if is_index else outer)
 
     def _loop_ends(self) -> str:
         return self._write(self._outer.pop())
@@ -154,27 +152,15 @@ class Trace:
         return self._write(self._indices.get(id(value), self._current))
 
     def _appended(self, old: Any, new: Any) -> Any:
-        """`old + new`, where what is new is marked as written for the present message."""
-        if isinstance(old, str) and isinstance(new, str):
-            return old + self._marked(new)
-        if isinstance(old, list) and isinstance(new, list):
-            return old + [self._marked(item) if isinstance(item, str) else item for item in new]
+        """`old + new`, where new text is marked as written for the present message."""
+        if isinstance(old, str) and isinstance(new, str) and new:
+            return old + self._characters.marker(self._current) + new
         return old + new
-
-    def _marked(self, text: str) -> str:
-        return self._characters.marker(self._current) + text if text else text
 
     def _printed(self, value: Any) -> Any:
         """What holds markers of its own is followed by one that says which message goes on."""
         if isinstance(value, str) and self._markers.search(value):
             return value + self._characters.marker(self._current)
-        return value
-
-    def _make(self, value: Any) -> Any:
-        """An object that is made while a message is being written stands for that message."""
-        if self._current != NOBODY:
-            self._made.append(value)
-            self._indices[id(value)] = self._current
         return value
 
     def _stripped(self, value: Any, method: str, *characters: Any) -> Any:

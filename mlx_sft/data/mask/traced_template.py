@@ -29,8 +29,8 @@ TAG_STARTS = "mlx_sft_tag_starts"
 TAG_ENDS = "mlx_sft_tag_ends"
 APPENDED = "mlx_sft_appended"
 PRINTED = "mlx_sft_printed"
-MADE = "mlx_sft_made"
 STRIPPED = "mlx_sft_stripped"
+_STRIPS = ("strip", "lstrip", "rstrip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class Variant:
 
     Args:
         loops: Loops over messages.
-        captured: Also inside of macros, call, set and filter blocks, whose text the template may change before it prints it.
+        captured: Also inside of macros and set blocks, whose text the template may change before it prints it.
         variables: Also what goes through variables: `{% set message = messages[i] %}` inside a loop, text that is written
-            later (`ns.text = ns.text + ...`), messages that the template makes of others, arguments of macros, `range` over
-            messages. White space is stripped through markers.
+            later (`ns.text = ns.text + ...`), arguments of macros, `range` over messages. White space is stripped through
+            markers.
     """
 
     loops: bool = True
@@ -112,7 +112,8 @@ class _InsertCalls(NodeTransformer):
         if not self._variant.loops:
             return [node]
         function = RANGE_ITEM if self._variant.variables and _is_range(node.iter) else LOOP_ITEM
-        return self._around(node, node.body, function, _names([node.target]))
+        node.body.insert(0, _output(_call(function, *_names([node.target])), node.lineno))
+        return [_output(_call(LOOP_STARTS), node.lineno), node, _output(_call(LOOP_ENDS), node.lineno)]
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:  # noqa: N802
         if not self._variant.captured:
@@ -127,18 +128,14 @@ class _InsertCalls(NodeTransformer):
         return node
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
         if _is_tag(node):
-            self.generic_visit(node)
             starts, ends = (_output(_call(name), node.lineno) for name in (TAG_STARTS, TAG_ENDS))
             node.body = [starts, *node.body, ends]
-            return node
-        return self._captured(node)
+        return node
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:  # noqa: N802
-        return self._captured(node)
-
-    def visit_FilterBlock(self, node: nodes.FilterBlock) -> nodes.Node:  # noqa: N802
-        return self._captured(node)
+        return self.generic_visit(node) if self._variant.captured else node
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Node | list[nodes.Node]:  # noqa: N802
         if not self._variant.variables:
@@ -159,28 +156,12 @@ class _InsertCalls(NodeTransformer):
             ]
         return node
 
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _call(MADE, node) if self._variant.variables else node
-
     def visit_Call(self, node: nodes.Call) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        if not self._variant.variables:
-            return node
         called, is_plain = node.node, not (node.kwargs or node.dyn_args or node.dyn_kwargs)
-        if is_plain and isinstance(called, nodes.Getattr) and called.attr in ("strip", "lstrip", "rstrip"):
+        if self._variant.variables and is_plain and isinstance(called, nodes.Getattr) and called.attr in _STRIPS:
             return _call(STRIPPED, called.node, nodes.Const(called.attr), *node.args)
-        return _call(MADE, node) if _is_name(called, "dict") else node
-
-    def _captured(self, node: nodes.Node) -> nodes.Node:
-        return self.generic_visit(node) if self._variant.captured else node
-
-    def _around(
-        self, node: nodes.Node, body: list[nodes.Node], function: str, arguments: Sequence[nodes.Expr]
-    ) -> list[nodes.Node]:
-        line = node.lineno
-        body.insert(0, _output(_call(function, *arguments), line))
-        return [_output(_call(LOOP_STARTS), line), node, _output(_call(LOOP_ENDS), line)]
+        return node
 
 
 def _names(targets: Sequence[nodes.Node]) -> list[nodes.Expr]:

@@ -55,7 +55,7 @@ def test_a_tag_around_anothers_words_is_refused_though_there_are_as_many_tags_as
 
 @pytest.mark.parametrize("variant", ["as they should be", "not watched"])
 def test_tags_of_answers_without_letters_are_told_apart(make_tokenizer: MakeTokenizer, variant: str) -> None:
-    """By the message that they were written for, else by their order."""
+    """By the message that they were written for; where that is not seen, by the conversation's prefixes."""
     tokenizer = make_tokenizer(TAGGED_VARIANTS[variant])
     messages = [user("1?"), assistant("42."), user("2?"), assistant("...")]
     for supervised, said in (([1], "42."), ([3], "...")):

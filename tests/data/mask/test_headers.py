@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from tests.data.mask.pictures import (
     MakeTokenizer,
     assistant,
@@ -249,3 +250,20 @@ def test_a_prompt_that_says_that_there_is_no_reasoning_is_the_header_up_to_that(
         "<user>Hi<|im_end|><assistant></think>⟦Hello<|im_end|>⟧"
         "<user>?<|im_end|><assistant>⟦<think>hm</think>Yes<|im_end|>⟧"
     )
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "{{ '<|im_start|>assistant\n' if add_generation_prompt else '<eos>' }}"])
+def test_a_long_conversation_asks_for_a_beginning_once_for_each_kind_of_message(
+    make_tokenizer: MakeTokenizer, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    """Else its turns would take the square of their number."""
+    asked, beginning = set(), ReferenceRendering.beginning
+
+    def counted(self: ReferenceRendering, count: int, prompt: bool = False) -> str | None:
+        asked.add(count)
+        return beginning(self, count, prompt)
+
+    monkeypatch.setattr(ReferenceRendering, "beginning", counted)
+    messages = [message for _ in range(9) for message in (user("Hi"), assistant("I look"), tool("3"), assistant("Yes"))]
+    assert shown(make_tokenizer(LOOP + TURN + END + prompt), *messages).count("⟦") == 18
+    assert asked == {1, 3}

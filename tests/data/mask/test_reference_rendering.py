@@ -153,8 +153,9 @@ def test_messages_are_what_transformers_gives_a_template(make_tokenizer: MakeTok
     assert given == [{"role": "assistant", "reasoning": "hm", "thinking": "hm", "reasoning_content": "hm"}]
 
 
-def test_tools_that_are_no_schemas_are_an_error(make_tokenizer: MakeTokenizer) -> None:
-    error = refusal(make_tokenizer(), user("Hi"), assistant("Hello"), tools=["now"])
+@pytest.mark.parametrize("tools", [["now"], [*TOOLS, "now"]], ids=["none", "not all"])
+def test_tools_that_are_no_schemas_are_an_error(make_tokenizer: MakeTokenizer, tools: list[Any]) -> None:
+    error = refusal(make_tokenizer(), user("Hi"), assistant("Hello"), tools=tools)
     assert error.what == "the chat template rejects this conversation: tools must be JSON schemas"
 
 

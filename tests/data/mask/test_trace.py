@@ -79,14 +79,6 @@ def test_text_that_is_written_later_belongs_to_the_message_that_added_it(sign: s
     )
 
 
-def test_parts_of_a_list_belong_to_the_message_that_added_them() -> None:
-    by_variables(
-        "{% set ns = namespace(p=[]) %}{% for m in messages %}{% set ns.p = ns.p + [m.content, 1] %}{% endfor %}"
-        "[{{ ns.p | join }}]",
-        [("[", -1), ("a1", 0), ("b1", 1), ("a1", 2), ("]", -1)],
-    )
-
-
 @pytest.mark.parametrize("sum_", ["ns.i + 1", "1 + ns.i", "ns.i + 0 + 1"])
 def test_numbers_are_added_as_ever(sum_: str) -> None:
     by_variables(
@@ -113,17 +105,6 @@ def test_a_macro_writes_for_the_message_that_it_is_given() -> None:
     by_variables(
         "{% macro say(m, sign) %}{{ m.content + sign }}{% endmacro %}{{ say(messages[1], ',') }}{{ say({'content': ''}, '.') }}",
         [("b,", 1), (".", -1)],
-    )
-
-
-@pytest.mark.parametrize("made", ["{'c': m.content}", "dict(c=m.content)"])
-def test_an_object_that_is_made_of_a_message_stands_for_it(made: str) -> None:
-    by_variables(
-        "{% set ns = namespace(l=[FIRST]) %}{% for m in messages %}{% set ns.l = ns.l + [MADE] %}{% endfor %}"
-        "{% for m in ns.l %}{{ m.c }};{% endfor %}".replace("MADE", made).replace(
-            "FIRST", made.replace("m.content", "''")
-        ),
-        [(";", -1), ("a;", 0), ("b;", 1), ("a;", 2)],
     )
 
 
