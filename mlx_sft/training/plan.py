@@ -112,7 +112,9 @@ class RunPlan:
         UserError: For a model, data or machine that cannot be read.
     """
 
-    def __init__(self, config: TrainConfig, machine_name: str | None = None, progress: ReadingProgress | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, machine_name: str | None = None, progress: ReadingProgress | None = None
+    ) -> None:
         self.config = config
         self.measured = machine_name is None
         machine = self.machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
