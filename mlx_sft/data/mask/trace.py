@@ -127,7 +127,6 @@ class Trace:
             traced_template.TAG_ENDS: lambda: self._characters.tag_ends,
             traced_template.APPENDED: self._appended,
             traced_template.PRINTED: self._printed,
-            traced_template.STRIPPED: self._stripped,
         }
 
     def _loop_starts(self) -> str:
@@ -162,20 +161,6 @@ class Trace:
         if isinstance(value, str) and self._markers.search(value):
             return value + self._characters.marker(self._current)
         return value
-
-    def _stripped(self, value: Any, method: str, *characters: Any) -> Any:
-        """`value.strip(*characters)`, which strips through markers."""
-        if not isinstance(value, str) or not self._markers.search(value):
-            return getattr(str(value), method)(*characters)
-        pieces = self._markers.split(value)
-        texts = range(0, len(pieces), 2)
-        sides = {"strip": ("lstrip", "rstrip")}.get(method, (method,))
-        for side in sides:
-            for index in texts if side == "lstrip" else reversed(texts):
-                pieces[index] = getattr(pieces[index], side)(*characters)
-                if pieces[index]:
-                    break
-        return "".join(pieces)
 
     def _write(self, index: int) -> str:
         if index == self._current:

@@ -12,10 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-from jinja2 import Template, nodes, pass_context
-from jinja2.runtime import Context
+from jinja2 import Template, nodes
 from jinja2.visitor import NodeTransformer
 
 from mlx_sft.data.sandbox import compiled, parsed
@@ -29,8 +27,6 @@ TAG_STARTS = "mlx_sft_tag_starts"
 TAG_ENDS = "mlx_sft_tag_ends"
 APPENDED = "mlx_sft_appended"
 PRINTED = "mlx_sft_printed"
-STRIPPED = "mlx_sft_stripped"
-_STRIPS = ("strip", "lstrip", "rstrip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +37,7 @@ class Variant:
         loops: Loops over messages.
         captured: Also inside of macros and set blocks, whose text the template may change before it prints it.
         variables: Also what goes through variables: `{% set message = messages[i] %}` inside a loop, text that is written
-            later (`ns.text = ns.text + ...`), arguments of macros, `range` over messages. White space is stripped through
-            markers.
+            later (`ns.text = ns.text + ...`), arguments of macros, `range` over messages.
     """
 
     loops: bool = True
@@ -62,9 +57,7 @@ VARIANTS = (
 @lru_cache(maxsize=64)
 def traced(source: str, variant: Variant, name: str = "this tokenizer") -> Template:
     """The template with calls that trace this, in the environment of all its renderings; the result is kept."""
-    environment = compiled(source, name).environment.overlay()
-    if variant.variables:
-        environment.add_filter("trim", _trim)
+    environment = compiled(source, name).environment
     return environment.from_string(_InsertCalls(variant).visit(environment.parse(source)))
 
 
@@ -79,11 +72,6 @@ def string_constants(source: str) -> frozenset[str]:
 def has_tags(source: str) -> bool:
     """Whether the template's author tagged what is generated."""
     return any(_is_tag(block) for block in parsed(source).find_all(nodes.CallBlock))
-
-
-@pass_context
-def _trim(context: Context, value: Any, characters: str | None = None) -> Any:
-    return context.resolve(STRIPPED)(value, "strip", *(() if characters is None else (characters,)))
 
 
 def _is_tag(block: nodes.CallBlock) -> bool:
@@ -154,13 +142,6 @@ class _InsertCalls(NodeTransformer):
                 part if isinstance(part, nodes.TemplateData | nodes.Const) else _call(PRINTED, part)
                 for part in node.nodes
             ]
-        return node
-
-    def visit_Call(self, node: nodes.Call) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        called, is_plain = node.node, not (node.kwargs or node.dyn_args or node.dyn_kwargs)
-        if self._variant.variables and is_plain and isinstance(called, nodes.Getattr) and called.attr in _STRIPS:
-            return _call(STRIPPED, called.node, nodes.Const(called.attr), *node.args)
         return node
 
 

@@ -265,5 +265,6 @@ def test_a_long_conversation_asks_for_a_beginning_once_for_each_kind_of_message(
 
     monkeypatch.setattr(ReferenceRendering, "beginning", counted)
     messages = [message for _ in range(9) for message in (user("Hi"), assistant("I look"), tool("3"), assistant("Yes"))]
-    assert shown(make_tokenizer(LOOP + TURN + END + prompt), *messages).count("⟦") == 18
+    template = LOOP + TURN + "{{ '*' if message.role == 'assistant' else '' }}" + END + prompt
+    assert shown(make_tokenizer(template), *messages).count("⟦") == 18
     assert asked == {1, 3}

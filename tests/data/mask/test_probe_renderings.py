@@ -87,18 +87,10 @@ def test_tool_results_inside_the_turn_that_called_are_found_by_the_conversations
     )
 
 
-SAY = "{% macro say(m) %}  {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}\n{% endmacro %}"
 TRACED_ALONE = {
     name: text
     for name, text in WRITTEN_LATER.items()
     if name not in ("a list that is joined", "messages made of messages", "the last outside the loop", "no loop at all")
-} | {
-    "a macro that is called for the first messages and then in a loop": SAY
-    + "{{ say(messages[0]).strip() + '\n' }}{{ say(messages[1]).strip() + '\n' }}"
-    "{% for m in messages[2:] %}{{ say(m).strip() + '\n' }}{% endfor %}" + PROMPT,
-    "white space at the start of each message, and stripped": "{% macro all(list) %}{% for m in list %}"
-    "{{ '\n<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}{% endmacro %}"
-    "{{ all(messages) | trim + '\n' }}" + PROMPT,
 }
 
 

@@ -108,28 +108,6 @@ def test_a_macro_writes_for_the_message_that_it_is_given() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("strip", "expected"),
-    [
-        ("t | trim", [("[", -1), ("a ", 0), (" b ", 1), (" a", 2), ("]", -1)]),
-        ("t.strip()", [("[", -1), ("a ", 0), (" b ", 1), (" a", 2), ("]", -1)]),
-        ("t.lstrip()", [("[", -1), ("a ", 0), (" b ", 1), (" a ", 2), (" ]", -1)]),
-        ("t.rstrip()", [("[ ", -1), (" a ", 0), (" b ", 1), (" a", 2), ("]", -1)]),
-        ("t | trim(' a')", [("[", -1), ("b", 1), ("]", -1)]),
-        ("t.strip(' a')", [("[", -1), ("b", 1), ("]", -1)]),
-        ("'  x '.strip()", [("[x]", -1)]),
-        ("1 | trim", [("[1]", -1)]),
-    ],
-)
-def test_white_space_is_stripped_through_markers(strip: str, expected: list[tuple[str, int]]) -> None:
-    by_variables(
-        "{% set t %} {% for m in messages %} {{ m.content }} {% endfor %} {% endset %}[{{ STRIP }}]".replace(
-            "STRIP", strip
-        ),
-        expected,
-    )
-
-
 def test_tags_are_read_with_the_inner_ones_first() -> None:
     characters = PrivateCharacters.absent_from("", 1)
     assert characters is not None
