@@ -11,8 +11,10 @@ A script or a test adds one with `METHODS.register("ia3", IA3)`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -120,7 +122,13 @@ class Registry(Generic[T]):
         return entries
 
     def _entry_points(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.room)}
+        return _entry_points_on(tuple(sys.path), self.room)
+
+
+@cache
+def _entry_points_on(path: tuple[str, ...], group: str) -> dict[str, EntryPoint]:
+    """Those of a group in the packages on the path; to read what all of them declare takes 8 ms, and each row asks for it."""
+    return {point.name: point for point in entry_points(group=group)}
 
 
 FORMATS: Registry[Any] = Registry("row format", "mlx_sft.data.formats")
