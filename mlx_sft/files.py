@@ -260,7 +260,7 @@ def _replace_folder(new: Path, path: Path) -> None:
     """Where the file system cannot exchange folders, `path` is missing for an instant: `recover_replaced_folder` mends a kill there."""
     if not path.exists():
         new.rename(path)
-    elif _exchange(new, path):
+    elif exchange(new, path):
         sync_path(path.parent)
         shutil.rmtree(new)
     else:
@@ -269,7 +269,7 @@ def _replace_folder(new: Path, path: Path) -> None:
         shutil.rmtree(old)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Exchange two names atomically; whether this system and its file system can."""
     library = ctypes.CDLL(None)
     names = os.fsencode(one), os.fsencode(other)

@@ -289,7 +289,7 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "file").write_text("old")
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)  # as on a memory stick
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)  # as on a memory stick
     rename = Path.rename
 
     def refuse(path: Path, to: Path) -> Path:

@@ -31,14 +31,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.dataset import SPAN, TABLE, LostRow, Store
+from mlx_sft.data.dataset import CONTENTS, SPAN, TABLE, LostRow, Store
 from mlx_sft.data.example import Note
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.errors import UserError
 from mlx_sft.registry import FORMATS
 
 UNUSED_DAYS = 30
-_ARRAYS = {"token_ids": np.dtype("<i4"), "spans": SPAN, "table": TABLE, "origins": np.dtype("u1")}
+_ARRAYS = {
+    "token_ids": np.dtype("<i4"),
+    "spans": SPAN,
+    "table": TABLE,
+    "contents": CONTENTS,
+    "origins": np.dtype("u1"),
+}
 _ROWS, _CHECKSUMS = "rows.json", "checksums.json"
 _KEY = re.compile("[0-9a-f]{64}")
 _WRITING = ".writing-mlx-sft-"

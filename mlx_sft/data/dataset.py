@@ -2,7 +2,8 @@
 
     token_ids   int32: those of all examples, one after another
     spans       (start, end, weight): the stretches of an example that are supervised, and each one's weight in the loss
-    table       a record an example: where its tokens, spans and origin lie, its row, its lengths, signs, facts and SHA-256
+    table       a record an example: where its tokens, spans and origin lie, its row, signs and facts
+    contents    a record an example: its lengths, its largest token, its SHA-256
     origins     UTF-8: each example's origin, which begins with that of its row
 
 The arrays may be mapped from disk: an example's tokens are read when it is asked for.
@@ -24,14 +25,15 @@ from mlx_sft.data.example import Example, Note, Outcome
 from mlx_sft.data.template import Facts
 from mlx_sft.errors import UserError
 
-CONTENT: dict[str, tuple[str, Callable[[Example], Any]]] = {
+_CONTENT: dict[str, tuple[str, Callable[[Example], Any]]] = {
     "length": ("<i4", len),
     "needed_length": ("<i4", lambda example: example.needed_length),
     "supervised_tokens": ("<i4", lambda example: example.supervised_tokens),
     "largest_token_id": ("<i4", lambda example: example.token_ids.max(initial=0)),
     "digest": ("V32", Example.digest),
 }
-"""The columns that depend on an example's tokens and weights, and so change where it is truncated."""
+CONTENTS = np.dtype([(name, dtype) for name, (dtype, _) in _CONTENT.items()])
+"""What depends on an example's tokens and weights, and so changes where it is truncated."""
 FACTS = tuple(field.name for field in fields(Facts))
 SPAN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
 TABLE = np.dtype(
@@ -44,7 +46,6 @@ TABLE = np.dtype(
         ("row_characters", "<i4"),
         ("row", "<i8"),
         ("signs", "<u4"),
-        *((name, dtype) for name, (dtype, _) in CONTENT.items()),
         *((name, "<i4") for name in FACTS),
     ]
 )
@@ -73,6 +74,7 @@ class Store:
     token_ids: NDArray[np.int32]
     spans: NDArray[np.void]
     table: NDArray[np.void]
+    contents: NDArray[np.void]
     origins: NDArray[np.uint8]
     rows: int
     lost: list[LostRow] = field(default_factory=list)
@@ -81,7 +83,7 @@ class Store:
     def example(self, index: int) -> Example:
         """Example number `index`."""
         record = dict(zip(TABLE.names or (), self.table[index].item(), strict=True))
-        length, token, span = record["length"], record["first_token"], record["first_span"]
+        length, token, span = self.contents["length"][index].item(), record["first_token"], record["first_span"]
         return Example(
             self._origin(record, "characters"),
             self.token_ids[token : token + length],
@@ -98,16 +100,14 @@ class Store:
         return self.origins[first : first + record[characters]].tobytes().decode("utf-8", "surrogatepass")
 
     def truncated_to(self, longest: int) -> Store:
-        """With the first `longest` tokens of every example that is longer; of what is stored, only the table changes."""
-        too_long = np.flatnonzero(self.table["length"] > longest).tolist()
+        """With the first `longest` tokens of every example that is longer; of what is stored, only the contents change."""
+        too_long = np.flatnonzero(self.contents["length"] > longest).tolist()
         if not too_long:
             return self
-        table = self.table.copy()
+        contents = self.contents.copy()
         for index in too_long:
-            example = self.example(index).truncated(longest)
-            for name, (_, of) in CONTENT.items():
-                table[name][index] = of(example)
-        return replace(self, table=table)
+            contents[index] = _content(self.example(index).truncated(longest))
+        return replace(self, contents=contents)
 
     def behind(self, tokens: int, spans: int, characters: int, rows: int) -> Store:
         """The same rows, counted as they are behind so many tokens, spans, characters of origins, and rows."""
@@ -119,11 +119,16 @@ class Store:
         return replace(self, table=table, lost=[replace(row, number=rows + row.number) for row in self.lost])
 
 
+def _content(example: Example) -> tuple[Any, ...]:
+    return tuple(of(example) for _, of in _CONTENT.values())
+
+
 def pack(outcomes: Iterable[Outcome], row_format: str | None = None) -> Store:
     """What became of some rows, as a store in memory."""
     token_ids: list[NDArray[np.int32]] = []
     spans: list[NDArray[np.void]] = []
     records: list[tuple[object, ...]] = []
+    contents: list[tuple[Any, ...]] = []
     lost: list[LostRow] = []
     origins = bytearray()
     first_token, first_span, number = 0, 0, -1
@@ -136,8 +141,8 @@ def pack(outcomes: Iterable[Outcome], row_format: str | None = None) -> Store:
             row_characters = len(row_origin if origin.startswith(row_origin) else origin)
             own_spans = spans_of(example.loss_weights)
             where = (first_token, first_span, len(own_spans), len(origins), len(origin), row_characters, number)
-            content = (of(example) for _, of in CONTENT.values())
-            records.append((*where, outcome.sign_mask, *content, *(getattr(example.facts, name) for name in FACTS)))
+            records.append((*where, outcome.sign_mask, *(getattr(example.facts, name) for name in FACTS)))
+            contents.append(_content(example))
             token_ids.append(example.token_ids)
             spans.append(own_spans)
             origins += origin
@@ -147,6 +152,7 @@ def pack(outcomes: Iterable[Outcome], row_format: str | None = None) -> Store:
         np.concatenate([np.zeros(0, np.int32), *token_ids]).astype("<i4", copy=False),
         np.concatenate([np.zeros(0, SPAN), *spans]),
         np.array(records, TABLE),
+        np.array(contents, CONTENTS),
         np.frombuffer(bytes(origins), np.uint8),
         number + 1,
         lost,
@@ -306,12 +312,13 @@ class Examples(Sequence[Example]):
         return self._columns[name]
 
     def _gathered(self, name: str) -> NDArray[Any]:
-        """A field of the stores' tables; rows are counted over all stores."""
-        columns = [store.table[name] for store in self._stores]
+        """A field of the stores' tables or contents; rows are counted over all stores."""
+        columns = [(store.contents if name in _CONTENT else store.table)[name] for store in self._stores]
         if name == "row":
             before = np.cumsum([0, *(store.rows for store in self._stores)])
             columns = [column + first for column, first in zip(columns, before.tolist(), strict=False)]
-        column = columns[0] if len(columns) == 1 else np.concatenate([np.zeros(0, TABLE[name]), *columns])
+        dtype = (CONTENTS if name in _CONTENT else TABLE)[name]
+        column = columns[0] if len(columns) == 1 else np.concatenate([np.zeros(0, dtype), *columns])
         return column if self._chosen is None else column[self._chosen]
 
     def _numbers(self) -> NDArray[np.int64]:

@@ -200,10 +200,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "-", "*", "**", "%"})
     owner = "this tokenizer"
 
-    def add_filter(self, name: str, function: Callable[..., Any]) -> None:
-        """Add a filter, or replace one; it is checked by its name."""
-        self.filters = {**self.filters, name: _checked(function, name)}
-
     def stop(self, reason: str) -> NoReturn:
         raise TemplateStopped.because(self.owner, reason)
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 Arrays = dict[str, mx.array]
 
-_PART_BYTES = 16 * 2**20
+PART_BYTES = 16 * 2**20
 
 
 def global_norm(gradients: Arrays) -> mx.array:
@@ -33,7 +33,7 @@ def parts(names: list[str], arrays: Arrays) -> Iterator[list[str]]:
     part: list[str] = []
     taken = 0
     for name in names:
-        if part and taken + arrays[name].nbytes > _PART_BYTES:
+        if part and taken + arrays[name].nbytes > PART_BYTES:
             yield part
             part, taken = [], 0
         part.append(name)

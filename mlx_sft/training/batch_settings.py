@@ -59,7 +59,7 @@ PROBE_TOKENS = 256
 _PROBE_SUPERVISED = 16
 """So few that the layers are measured, and not the logits."""
 
-_TRUSTED = (0.9, 1.5)
+TRUSTED = (0.9, 1.5)
 """A small step that takes less than was counted says little of a large one; one that takes much more measured something else."""
 
 MOST_TRACES = 24
@@ -344,7 +344,7 @@ class MemoryPlanner:
                 hint="free some memory, or give a smaller model, --dtype bfloat16 or --grad-checkpoint blocks",
             ) from error
         correction = (mx.get_peak_memory() - before) / max(1, predicted.kept + predicted.passing)
-        low, high = _TRUSTED
+        low, high = TRUSTED
         return Probe(min(high, max(low, correction)), time.perf_counter() - started)
 
 

@@ -140,7 +140,7 @@ def test_a_rolled_back_run_that_is_killed_anywhere_ends_the_same(
 def test_a_run_that_diverges_at_every_rate_ends_in_words(
     diverging: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(divergence, "_FACTOR", 1.0)
+    monkeypatch.setattr(divergence, "FACTOR", 1.0)
     with pytest.raises(UserError, match=f"it was rolled back {MOST_ROLLBACKS} times before"):
         train(TrainConfig(**diverging, on_divergence="rollback"))
 

@@ -74,7 +74,7 @@ def test_where_it_is_close_a_small_step_is_measured_and_nothing_of_the_run_chang
     state = [mx.array(part) for part in mx.random.state]
     mx.random.seed(7)
     # A measurement that finds what was counted, so that the choice is that of the count.
-    monkeypatch.setattr("mlx_sft.training.batch_settings._TRUSTED", (1.0, 1.0))
+    monkeypatch.setattr("mlx_sft.training.batch_settings.TRUSTED", (1.0, 1.0))
     job = job_of(long_settings | {"memory_limit": limit})
     assert job.memory.probe is not None
     assert job.memory.probe.seconds > 0

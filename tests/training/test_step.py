@@ -329,7 +329,7 @@ def test_a_sum_of_gradients_takes_the_place_of_the_one_before(heavy: Subject, ex
 def test_an_update_takes_parameters_gradients_moments_and_a_part_more(
     heavy: Subject, examples: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients_module, "_PART_BYTES", 2**18)
+    monkeypatch.setattr(gradients_module, "PART_BYTES", 2**18)
     size = _bytes(heavy.parameters)
     optimizer = make_optimizer(TrainConfig(data="-"), heavy.parameters, lambda name: "norm" not in name)
     mx.eval(optimizer.state)

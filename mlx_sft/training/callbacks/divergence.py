@@ -22,7 +22,7 @@ from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 MOST_ROLLBACKS = 5
 """The rate is then a thirty-second of what was asked for."""
 
-_FACTOR = 0.5
+FACTOR = 0.5
 
 IN_A_ROW = 3
 """Losses above the bound that are a divergence: one or two may be of hard rows."""
@@ -110,7 +110,7 @@ class Divergence(Callback):
 
     def _go_back(self, run: TrainingRun, last: int, step: int, what: str) -> None:
         rollbacks = self._rollbacks + 1
-        factor = _FACTOR**rollbacks
+        factor = FACTOR**rollbacks
         run.go_back(step, rate_factor=factor)
         self._rollbacks = rollbacks  # the checkpoint does not know of this one
         run.console.warn(f"{what}; going back to step {step}, and on with {factor:g} times the learning rate")
