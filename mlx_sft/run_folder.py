@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class RunFolder:
         self.last = self.path / "last"
         self.checkpoints = self.path / "checkpoints"
         self.card = self.path / "README.md"
+        self._made = False
 
     @classmethod
     def new(cls, path: str | Path) -> RunFolder:
@@ -59,15 +61,24 @@ class RunFolder:
     def create(cls, path: str | Path) -> RunFolder:
         """Make a new, empty run folder; refuse as `new` does."""
         run = cls.new(path)
+        run._made = not run.path.exists()
         with disk_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         return run
 
     def write_head(self, config: str, data_report: str, environment: str) -> None:
-        """Write the files that a run begins with. From the last on it can be resumed; before, `create` takes the folder over."""
-        write_file(self.data_report, data_report)
-        write_file(self.environment, environment)
-        write_file(self.config, config)
+        """Write the files that a run begins with, all three or none; from then on it can be resumed."""
+        try:
+            write_file(self.data_report, data_report)
+            write_file(self.environment, environment)
+            write_file(self.config, config)
+        except BaseException:
+            for file in (self.data_report, self.environment, self.config):
+                with suppress(OSError):  # what keeps it from being written may keep it from being removed
+                    file.unlink(missing_ok=True)
+            if self._made:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def _is_free(self) -> bool:
         names = {path.name.removeprefix(".writing-") for path in self.path.iterdir()}

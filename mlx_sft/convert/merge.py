@@ -82,6 +82,7 @@ def write_merged(merging: Merging, folder: Path) -> Merging:
         UserError: If the run has not finished, the base does not fit, or a merged weight is not finite in the tensor's dtype.
     """
     config, checkpoint = merging.config, merging.checkpoint
+    refuse_unmergeable(merging.run, config)
     packed = is_packed(checkpoint.path)
     _check_base(merging, packed)
     bases: dict[str, Rows] = {}
