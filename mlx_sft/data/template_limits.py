@@ -53,10 +53,11 @@ _MOST_SQUARED = 1 << 12
 _UNKNOWN_LENGTH = 100_000
 """Counted for items that come one after another; Jinja allows a range no more."""
 
-_SPEC = r"%(?:\([^)]*\))?[-#0 +]*"
-_WIDE = re.compile(rf"{_SPEC}[\d*]*\.?\d{{3}}|\{{[^{{}}]*:[^{{}}]*\d{{3}}")
+_WIDE = re.compile(r"%[-# +]*[\d*]*\.?\d{3}|\{[^{}:]*:[^{}]*\d{3}")
 """A width or a precision of more than two digits."""
-_GIVEN_WIDTH = re.compile(rf"{_SPEC}[\d.]*\*|\{{[^{{}}]+\{{")
+_GIVEN_WIDTH = re.compile(r"%[-# +]*[\d.]*\*|\{[^{}]+\{")
+_WIDE_BEHIND_KEY = re.compile(r"\)[-# +]*[\d*]*\.?(?:\d{3}|\*)")
+"""As `%(key)100d`, where the key may hold brackets itself."""
 _TWO_GIVEN = re.compile(r"\{[^{}]*\{[^{}]*\}[^{}]*\{")
 _MOST_GIVEN = 1000
 """Characters of a text that takes widths from its arguments."""
@@ -187,7 +188,8 @@ class Meter:
             self._check_widths(first, given)
         if name == "tojson" and amount:
             amount *= _depth(first)
-        at_most = amount * (UNIT if name in _PADDING else size)
+        times = UNIT if name in _PADDING else _places(first) if formats else size
+        at_most = amount * times
         if at_most > MOST_MULTIPLIED and name not in _LINEAR and at_most > MOST_MULTIPLIED * self.allowance:
             self.stop(TOO_LARGE)
         self.spend(UNIT + size + amount)
@@ -196,10 +198,11 @@ class Meter:
         text = text.decode("latin-1") if isinstance(text, bytes) else text
         if not isinstance(text, str):
             return
-        if _WIDE.search(text) or (
-            _GIVEN_WIDTH.search(text)
-            and (len(text) > _MOST_GIVEN or _TWO_GIVEN.search(text) or any(map(_is_wide, _leaves(arguments))))
-        ):
+        text = text.replace("{{", "").replace("}}", "")  # braces that are written
+        is_given = _GIVEN_WIDTH.search(text) and (
+            len(text) > _MOST_GIVEN or _TWO_GIVEN.search(text) or any(map(_is_wide, _leaves(arguments)))
+        )
+        if is_given or _WIDE.search(text) or ("%(" in text and _WIDE_BEHIND_KEY.search(text)):
             self.stop(TOO_LARGE)
 
     def stop(self, reason: str) -> NoReturn:
@@ -258,6 +261,11 @@ def _depth(value: Any) -> int:
         levels += 1
         level = [inner for item in level for inner in _parts(item)]
     return levels
+
+
+def _places(text: Any) -> int:
+    """How many places a format has for its arguments, at the most."""
+    return text.count("%") + text.count("{") if isinstance(text, str) else len(text)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -343,7 +343,9 @@ def test_methods_of_long_texts_and_large_numbers_are_no_reason_to_stop() -> None
     source = (
         "{{ (a ~ b).replace(a, '') | length }}{{ (a ~ b) | replace(b, 'x') | length }}{{ (a ~ b).startswith(a) }}"
         "{{ (a ~ b).split(b) | length }}{{ a is eq b }}{{ a == b }}{{ b in a ~ b }}{{ [a, b] | join('\n\n') | length }}"
-        "{{ ('%s %d' % (a, 1700000000)) | length }}{{ '{}'.format(1700000000) }}{{ n is gt 1600000000 }}{{ [n] | first }}"
+        "{{ (('%s ' ~ a) % b) | length }}{{ (a ~ '{}{x}').format(b, x=b) | length }}"
+        "{{ '{{\"id\": 1000}} **(note)** 300 {}'.format(1) }}{{ ('%s %d' % (a, 1700000000)) | length }}"
+        "{{ '{}'.format(1700000000) }}{{ n is gt 1600000000 }}{{ [n] | first }}"
         "{{ [{'n': n}] | selectattr('n', 'gt', 1600000000) | list }}{{ a | truncate(500) | length }}{{ n | default(10 ** 9) }}"
         "{{ [a, b, a, b] | tojson(indent=4) | length }}{{ a.removeprefix(b) | trim | length }}{{ (a ~ '!').rstrip('!') == a }}"
     )
@@ -390,6 +392,8 @@ NUMBERS = {
         for one in (
             *("'a' | center(10 ** 10)", "'a'.ljust(10 ** 10)", "'a'.rjust(10 ** 10)", "'a'.zfill(10 ** 10)"),
             *("'\t'.expandtabs(10 ** 10)", "'a\nb' | indent(10 ** 10)", "'a' | map('center', 10 ** 10) | list"),
+            *("'%((a))9999999999d' % {'(a)': 1}", "'%(a)*d' % {'a': 1}", "('%0' ~ '0' * 100000 ~ 'x') % 1"),
+            *("('{' ~ ':' * 1000000) | format(1)", "('%(' * 1000000) % {'a': 1}", "'{:{w}9}'.format(1, w='>9999999')"),
             *("'%10000000000d' % 1", "'%*d' % (10 ** 10, 1)", "'%.1000000000f' % 1", "'%10000000000d' | format(1)"),
             *(
                 "'{:>10000000000}'.format(1)",
