@@ -25,9 +25,9 @@ from jinja2.utils import _PassArg
 from jinja2.visitor import NodeTransformer
 
 from mlx_sft.data.template_limits import (
-    LAZY,
     METER,
     ONE_THING,
+    SHALLOW,
     TEXTS,
     TOO_LARGE,
     UNIT,
@@ -138,7 +138,7 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             meter.read((*values[1:], *named.values()))
         else:
             meter.check_call(name, values, named.values())
-        if name not in ONE_THING and name not in LAZY:
+        if name not in ONE_THING and name not in SHALLOW:
             values = meter.read_later(values)
         if passed is _PassArg.context:
             values = (context, *values)

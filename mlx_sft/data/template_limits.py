@@ -37,8 +37,10 @@ TOO_LARGE = "it computes a number or a text that is too large"
 
 ONE_THING = frozenset({"abs", "attr", "count", "d", "default", "first", "length"})
 """Filters that look at one thing, whatever they are given."""
-LAZY = frozenset({"map", "reject", "rejectattr", "select", "selectattr"})
+_LAZY = frozenset({"map", "reject", "rejectattr", "select", "selectattr"})
 """Filters that look at an item when one is asked for."""
+SHALLOW = _LAZY | {"batch", "items", "last", "list", "random", "reverse", "slice"}
+"""Filters that look at no item's content."""
 _LINEAR = frozenset(
     {"count", "endswith", "find", "float", "index", "int", "partition", "removeprefix", "removesuffix", "split"}
     | {"startswith", "test", "truncate"}
@@ -146,7 +148,7 @@ class Meter:
         if isinstance(value, int):
             self.check_number(value.bit_length())
         elif isinstance(value, GeneratorType):
-            return self._read_one_by_one(value)
+            return self._one_by_one(value)
         elif isinstance(value, _HOLDERS):
             size *= len(value)
         self.spend(size)
@@ -155,6 +157,11 @@ class Meter:
     def read_later(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """The values; of those whose items come one after another, each item is read when it comes."""
         return tuple([self._read_one_by_one(value) if _is_iterator(value) else value for value in values])
+
+    def _one_by_one(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self.spend(UNIT)
+            yield item
 
     def _read_one_by_one(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
@@ -171,8 +178,8 @@ class Meter:
             TemplateStopped: where it reads too much, or may make far more of it.
         """
         first, given = values[0], [*values[1:], *named]
-        formats, is_lazy = name in ("format", "format_map"), name in LAZY
-        size = _length(first) if is_lazy or _is_iterator(first) else self.weigh(first)
+        formats, is_lazy = name in ("format", "format_map"), name in _LAZY
+        size = _length(first) if name in SHALLOW or _is_iterator(first) else self.weigh(first)
         squares = (
             name in _SQUARE
             or (name == "sum" and any(isinstance(value, list | tuple) for value in given))

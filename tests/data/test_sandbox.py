@@ -353,6 +353,16 @@ def test_methods_of_long_texts_and_large_numbers_are_no_reason_to_stop() -> None
     assert compiled(source).render(**variables) == transformers_writes(source, **variables)
 
 
+def test_a_list_of_long_messages_may_be_looked_at_from_every_message() -> None:
+    source = (
+        "{% for m in messages %}{{ (messages | last).role }}{{ messages | length }}{{ (messages | reverse | first).role }}"
+        "{{ (messages | selectattr('role', 'equalto', 'user') | list)[-1].content | length }}{{ messages[loop.index0:] | length }}"
+        "{% if m == (messages | list)[-1] %}!{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": f"{number} " * 2_000} for number in range(300)]
+    assert compiled(source).render(messages=messages) == transformers_writes(source, messages=messages)
+
+
 # Stopped
 
 
