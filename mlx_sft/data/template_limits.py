@@ -6,7 +6,7 @@ Sizes are counted in characters; an item of a list or an object counts as `UNIT`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from time import monotonic, thread_time
@@ -148,7 +148,7 @@ class Meter:
         if isinstance(value, int):
             self.check_number(value.bit_length())
         elif isinstance(value, GeneratorType):
-            return self._one_by_one(value)
+            return self._one_by_one(value, self.made)
         elif isinstance(value, _HOLDERS):
             size *= len(value)
         self.spend(size)
@@ -156,16 +156,11 @@ class Meter:
 
     def read_later(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """The values; of those whose items come one after another, each item is read when it comes."""
-        return tuple([self._read_one_by_one(value) if _is_iterator(value) else value for value in values])
+        return tuple([self._one_by_one(value, self.read) if _is_iterator(value) else value for value in values])
 
-    def _one_by_one(self, items: Iterable[Any]) -> Iterator[Any]:
+    def _one_by_one(self, items: Iterable[Any], count: Callable[[Any], Any]) -> Iterator[Any]:
         for item in items:
-            self.spend(UNIT)
-            yield item
-
-    def _read_one_by_one(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            yield self.read(item)
+            yield count(item)
 
     def check_call(self, name: str, values: Sequence[Any], named: Iterable[Any] = ()) -> None:
         """Check a filter or a method before it is called.

@@ -457,6 +457,7 @@ GROWING = {
     + "z" * 50_000
     + "{% endmacro %}"
     + FOREVER.replace("BODY", "{% set x = f() %}"),
+    "lists that are kept": doubling("{% set ns.l = [ns.l, [1] | batch(200000, 'x') | list] %}"),
     "texts that are kept": BIG + doubling("{% set ns.l = ns.l + [big ~ i] %}"),
     "parts that are kept": BIG + doubling("{% set ns.l = ns.l + [big[i:]] %}"),
     "a separator": BIG + "{{ items | map('string') | join(big) | length }}",
