@@ -85,7 +85,8 @@ def test_a_script_without_a_main_guard_is_told_what_it_lacks(write_rows: WriteRo
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport stand_in\nstand_in.main()\n")
     done = subprocess.run([sys.executable, str(script), data, "2"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]
+    (hint,) = (line for line in done.stderr.splitlines() if line.startswith("hint: "))
+    assert 'if __name__ == "__main__":' in hint
 
 
 def test_workers_do_not_outlive_a_killed_parent(write_rows: WriteRows) -> None:
