@@ -138,8 +138,8 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             meter.read((*values[1:], *named.values()))
         else:
             meter.check_call(name, values, named.values())
-        if name not in ONE_THING and name not in SHALLOW:
-            values = meter.read_later(values)
+            if name not in SHALLOW:
+                values = meter.read_later(values)
         if passed is _PassArg.context:
             values = (context, *values)
         elif passed is not None:
