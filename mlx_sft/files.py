@@ -172,6 +172,16 @@ def disk_errors(path: Path, needed: int = 0) -> Iterator[None]:
         raise UserError(f"cannot write: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
+@contextmanager
+def read_errors(where: str | Path, hint: str = "") -> Iterator[None]:
+    """Turn a failed read into a `UserError` that names the place and a way out."""
+    try:
+        yield
+    except OSError as error:
+        hint = hint or ("check its permissions" if isinstance(error, PermissionError) else "check the path")
+        raise UserError(f"cannot read: {error.strerror or error}", where=str(where), hint=hint) from error
+
+
 def sync(descriptor: int) -> None:
     """Make what was written survive a loss of power."""
     os.fsync(descriptor)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mlx_sft.errors import UserError
+from mlx_sft.files import read_errors
 
 STORED_AS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -30,6 +30,8 @@ STORED_AS: dict[str, np.dtype[Any]] = {
 """The dtypes of plain weights, which convert to and from float32, as NumPy has them."""
 
 MOST_DIMENSIONS = 16
+
+_CHECK = "check the path and the disk"
 
 COPY_BYTES = 16 << 20
 
@@ -72,7 +74,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
     Raises `UserError` naming the file where it is missing, cut short, or not what the format allows.
     """
-    with _reading(path), path.open("rb") as file:
+    with read_errors(path, _CHECK), path.open("rb") as file:
         length = file.read(8)
         if length == b"version ":
             hint = "fetch them with `git lfs pull`"
@@ -113,7 +115,7 @@ def read_bytes(tensor: StoredTensor) -> Iterator[memoryview]:
 
 def _read(tensor: StoredTensor, dtype: np.dtype[Any], start: int, count: int) -> NDArray[Any]:
     """So many numbers of a tensor from number `start` on."""
-    with _reading(tensor.file):
+    with read_errors(tensor.file, _CHECK):
         found = np.fromfile(tensor.file, dtype, count=count, offset=tensor.offset + start * dtype.itemsize)
     if len(found) < count:
         raise _damaged(tensor.file, f"it ends within tensor {tensor.name}")
@@ -197,16 +199,6 @@ def _written_as(name: str, value: Any) -> str:
     if dtype not in _ARRAYS:
         raise ValueError(f"{name} cannot be written as {dtype}")
     return _ARRAYS[dtype]
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """A file that cannot be read is told from one that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        hint = "check the path and the disk"
-        raise UserError(f"cannot read: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
 def _stored_tensor(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.data.readers import READERS, Reader, Rows, reader_of, table_row
 from mlx_sft.data.text_files import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.errors import USAGE, UserError, did_you_mean
-from mlx_sft.files import user_path
+from mlx_sft.files import read_errors, user_path
 
 HUB_PREFIX = "hf:"
 SPLIT_FILES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
@@ -38,7 +37,7 @@ class FileSource:
         return str(self.path)
 
     def reader(self) -> Reader:
-        with _reading(self.name):
+        with read_errors(self.name):
             if not stat.S_ISREG(self.path.stat().st_mode):  # to open a pipe could wait for ever
                 hint = f"give a {KNOWN} file"
                 raise UserError("not a regular file", where=self.name, hint=hint, exit_code=USAGE)
@@ -50,7 +49,7 @@ class FileSource:
 
     def rows(self, on_bytes: OnBytes | None = None) -> Rows:
         read, empty = self.reader(), True
-        with _reading(self.name):
+        with read_errors(self.name):
             for row in read(self.path, on_bytes) if self.size() else ():
                 empty = False
                 yield row
@@ -59,11 +58,11 @@ class FileSource:
             raise UserError(what, where=self.name, hint="put at least one row in it")
 
     def size(self) -> int:
-        with _reading(self.name):
+        with read_errors(self.name):
             return self.path.stat().st_size
 
     def sha256(self) -> str:
-        with _reading(self.name), self.path.open("rb") as file:
+        with read_errors(self.name), self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -143,7 +142,7 @@ def locate(data: str) -> dict[str, Source]:
             raise UserError("not a dataset id", where=data, hint="write hf:owner/name[:split]", exit_code=USAGE)
         return {"all": HubSource(data)}
     path = user_path(data)
-    with _reading(str(path)):
+    with read_errors(str(path)):
         return _folder(path) if path.is_dir() else {"all": _file(path)}
 
 
@@ -209,12 +208,3 @@ def _folder(folder: Path) -> dict[str, Source]:
         hint = "put train.jsonl in it (and valid.jsonl, test.jsonl); .json, .csv, .parquet and .txt do as well"
         raise UserError("the folder holds no rows", where=str(folder), hint=hint, exit_code=USAGE)
     return found
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = "check its permissions" if isinstance(error, PermissionError) else "check the path"
-        raise UserError(f"cannot read: {error.strerror or error}", where=name, hint=hint) from error
