@@ -30,7 +30,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 ROOT = Path(__file__).parents[1]
 ROOM = [
     *sorted(p.relative_to(ROOT) for p in (ROOT / "mlx_sft/data/mask").glob("*.py") if p.name != "__init__.py"),
-    Path("mlx_sft/data/alignment.py"),
+    Path("mlx_sft/data/encode.py"),
     Path("mlx_sft/data/encode.py"),
 ]
 TESTS = ["tests/data/mask", "tests/data/test_encode.py", "tests/data/test_alignment.py", "tests/data/test_example.py"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.mask.traced_rendering import Integers
+from mlx_sft.data.mask.trace import Integers
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
 from mlx_sft.data.tokenizer import unwrapped

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.common_settings import IN_MEMORY
-from mlx_sft.data.readers import READERS, Reader, Rows, reader_of, table_row
-from mlx_sft.data.text_files import COMPRESSIONS, INSTALL_HINT, OnBytes
+from mlx_sft.data.readers import COMPRESSIONS, INSTALL_HINT, READERS, OnBytes, Reader, Rows, reader_of, table_row
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_errors, user_path
 

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.mask.assistant_spans import Turn, traced_turns
-from mlx_sft.data.mask.generation_tags import tagged_turns
+from mlx_sft.data.mask.assistant_spans import Turn, tagged_turns, traced_turns
 from mlx_sft.data.mask.headers import Headers
-from mlx_sft.data.mask.probe_renderings import traced_renderings
+from mlx_sft.data.mask.probes import traced_renderings
 from mlx_sft.data.mask.reference_rendering import SYSTEM_ROLES, ReferenceRendering
-from mlx_sft.data.mask.traced_rendering import NOBODY, Integers, Refusal, TracedRendering
+from mlx_sft.data.mask.trace import NOBODY, Integers, Refusal, TracedRendering
 from mlx_sft.data.mask.traced_template import has_tags
 from mlx_sft.data.sandbox import compiled
 from mlx_sft.errors import UserError

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.conversation import Conversation, Document, Item, items_of
 from mlx_sft.data.encode import View
-from mlx_sft.data.mask.traced_rendering import NOBODY
+from mlx_sft.data.mask.trace import NOBODY
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.readers import Row
 from mlx_sft.data.report import SourceReport

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_sft.data.alignment import Alignment
+from mlx_sft.data.encode import Alignment
 
 pytestmark = pytest.mark.fast
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data import json_text, text_files
+from mlx_sft.data import json_text, readers
 from mlx_sft.data.json_text import BrokenJsonError, NotRowsError, list_elements, parse_json
 from mlx_sft.data.readers import Row
 from mlx_sft.data.sources import FileSource, locate
@@ -410,7 +410,7 @@ def test_another_kind_of_file_is_named(tmp_path: Path, suffix: str, content: byt
 
 
 def test_a_line_without_end_is_an_error_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(readers, "LONGEST_ROW", 1 << 20)
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"text": "a"}\n{"text": "')

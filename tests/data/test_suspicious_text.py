@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_sft.data.suspicious_text import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
+from mlx_sft.data.screening import has_user_marker, is_cut_off, is_mojibake, is_refusal, says_nothing
 
 pytestmark = pytest.mark.fast
 

@@ -19,11 +19,9 @@ tracing is free of contradictions, the conversation is refused.
 
     reference_rendering        the tokenizer's own text, its beginnings, and the prompts before its turns
     traced_template, trace     the template with calls put in that print a private marker wherever another message begins
-    probe_letters              letters by which a message is known where the template writes it
-    probe_renderings           every way of tracing, the plainest first  →  traced_rendering: what was seen
+    probes                     letters by which a message is known where it is written; every way of tracing, the plainest first
     headers, reasoning         where a turn starts
-    assistant_spans            where it ends  →  the spans; generation_tags, where the template has them
-    tool_arguments             arguments of tool calls in the form that the template takes
+    assistant_spans            where it ends  →  the spans; those of the template's own tags, where it has them
 
 `chat_template.render` puts them together.
 """

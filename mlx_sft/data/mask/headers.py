@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from mlx_sft.data.mask.reasoning import before_no_reasoning, before_reasoning, without_opened_reasoning
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
-from mlx_sft.data.mask.traced_rendering import Refusal
+from mlx_sft.data.mask.trace import Refusal
 
 _TELLING = 4
 """A shorter header than this (in characters other than white space at its ends) may stand anywhere by chance."""

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.mask.traced_rendering import assistant_messages
+from mlx_sft.data.mask.trace import assistant_messages
 from mlx_sft.data.template import Rendering, render
 from mlx_sft.errors import UserError
 

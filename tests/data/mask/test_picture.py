@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.data import mask
 from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.mask.probe_renderings import traced_renderings
+from mlx_sft.data.mask.probes import traced_renderings
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
-from mlx_sft.data.mask.traced_rendering import NOBODY, TracedRendering
+from mlx_sft.data.mask.trace import NOBODY, TracedRendering
 from tests.data.mask.pictures import assistant, rendered, shown, user
 
 pytestmark = pytest.mark.fast

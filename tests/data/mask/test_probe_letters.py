@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from mlx_sft.data.mask import probe_letters
-from mlx_sft.data.mask.probe_letters import AsciiProbeLetters, Constants, PrivateProbeLetters, count_letters
-from mlx_sft.data.mask.trace import PrivateCharacters
-from mlx_sft.data.mask.traced_rendering import NOBODY
+from mlx_sft.data.mask import probes
+from mlx_sft.data.mask.probes import AsciiProbeLetters, Constants, PrivateProbeLetters, count_letters
+from mlx_sft.data.mask.trace import NOBODY, PrivateCharacters
 from tests.data.mask.pictures import (
     MakeTokenizer,
     assistant,
@@ -72,7 +71,7 @@ def test_the_pictures_are_what_happens() -> None:
     characters, private, ascii_letters = letters()
     drawn = [
         line.split('"content": "')[1].split('"}')[0]
-        for line in (probe_letters.__doc__ or "").splitlines()
+        for line in (probes.__doc__ or "").splitlines()
         if '"content"' in line
     ]
     ((_, hidden, _),) = private.replace_in(MESSAGES)

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data.mask.trace import PrivateCharacters, Trace
-from mlx_sft.data.mask.traced_rendering import NOBODY
+from mlx_sft.data.mask.trace import NOBODY, PrivateCharacters, Trace
 from mlx_sft.data.mask.traced_template import VARIANTS, Variant, traced
 
 pytestmark = pytest.mark.fast

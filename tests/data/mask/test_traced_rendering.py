@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_sft.data.mask.traced_rendering import (
+from mlx_sft.data.mask.trace import (
     Refusal,
     TracedRendering,
     assistant_messages,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_sft.data.mask.traced_rendering import NOBODY
+from mlx_sft.data.mask.trace import NOBODY
 from mlx_sft.data.mask.traced_template import Variant, has_tags, string_constants
 from tests.data.mask.test_trace import pieces_by_message
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.encode import IGNORED, Encoder, encode_conversation
 from mlx_sft.data.mask.assistant_spans import Turn
-from mlx_sft.data.mask.traced_rendering import TracedRendering
+from mlx_sft.data.mask.trace import TracedRendering
 from mlx_sft.data.template import Facts
 from tests.data.mask.pictures import (
     CALL,
