@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.data.batches import Step
-from mlx_sft.data.feed import StepFeed
+from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.errors import UserError
-from mlx_sft.training.callbacks import Callback
+from mlx_sft.optimizers.gradients import clip, global_norm
+from mlx_sft.training import checkpoint
+from mlx_sft.training.callbacks import Callback, Record
 from mlx_sft.training.disk_need import begins_with_a_checkpoint
-from mlx_sft.training.evaluation import evaluate
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import memory_limit_restored
-from mlx_sft.training.optimizer_step import train_step
+from mlx_sft.training.out_of_memory import evaluate_in_memory, recover
 from mlx_sft.training.preview import show_plan
-from mlx_sft.training.results import finish, save
+from mlx_sft.training.results import finish, save, save_result
 from mlx_sft.training.setup import Given, prepare_job
-from mlx_sft.training.step import is_out_of_memory
+from mlx_sft.training.step import OutOfMemory, StepGradient, is_out_of_memory, to_float
 from mlx_sft.training.stopping import Stopped, stop_request
 
 _MOST_SKIPPED = 5
@@ -191,3 +196,112 @@ def _ended_in_words(job: Job) -> Iterator[None]:
 def _saved(job: Job) -> str:
     saved = job.run.checkpoint_steps()
     return f"the newest checkpoint is of step {saved[-1]}" if saved else "there is no checkpoint yet"
+
+
+def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
+    """The job's parameters and progress move on; the record of the step is returned.
+
+    A step without a finite gradient is left out, and says so. Where memory runs out the step is repeated from its start, cut smaller;
+    the job's state has not changed by then. Nor has it where the job is asked to stop, which raises `Stopped`.
+    """
+    config, step = job.config, prepared.step
+    started = time.perf_counter() - prepared.waited
+    computer = job.gradient_computer
+    traces_before = len(computer.trace_seconds)
+    found, prepared = _gradient(job, prepared, feed)
+    loss, gradients, metrics = to_float(found.loss), found.gradients, found.metrics
+    del found  # so that nothing but `gradients` keeps them
+    norm = global_norm(gradients)
+    finite = math.isfinite(loss) and math.isfinite(to_float(norm))
+    rate = job.learning_rate(step)
+    if finite:
+        gradients = clip(gradients, norm, config.max_grad_norm)
+        job.parameters = job.optimizer.update(job.parameters, gradients, rate)
+        computer.bind(job.parameters)
+    del gradients
+    seconds, rows, examples = time.perf_counter() - started, list(step.rows), job.data.train
+    tokens = int(examples.lengths[rows].sum())
+    record: Record = {
+        "kind": "train",
+        "step": step.number,
+        "epoch": round(step.epoch, 6),
+        "loss": loss if finite else None,
+        "learning_rate": rate,
+        "grad_norm": to_float(norm) if finite else None,
+        "tokens": tokens,
+        "supervised_tokens": int(examples.supervised_tokens[rows].sum()),
+        "computed_tokens": sum(batch.needed_tokens for batch in prepared.batches),
+        "padded_tokens": sum(batch.token_ids.size for batch in prepared.batches),
+        "micro_batches": len(prepared.batches),
+        "tokens_per_second": round(tokens / seconds, 2),
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "seconds": round(seconds, 4),
+        "data_wait_seconds": round(prepared.waited, 4),
+        **metrics,
+    }
+    if computer.compiled:
+        traces = computer.trace_seconds[traces_before:]
+        record |= {"traces": len(traces), "trace_seconds": round(sum(traces), 4)}
+    progress: dict[str, Any] = {"step": step.number, "skipped_in_a_row": 0}
+    if not finite:
+        record["skipped_rows"] = [examples[row].origin for row in rows]
+        origins = ", ".join(record["skipped_rows"])
+        job.console.warn(f"step {step.number} skipped, its gradient is not finite; rows {origins}")
+        progress["skipped"] = job.progress.skipped + 1
+        progress["skipped_in_a_row"] = job.progress.skipped_in_a_row + 1
+    job.progress = job.progress.after(**progress)
+    return record
+
+
+def _gradient(job: Job, prepared: PreparedStep, feed: StepFeed) -> tuple[StepGradient, PreparedStep]:
+    """Loss and gradient, and the step as it was cut in the end."""
+    key = checkpoint.dropout_key(job.config.seed, prepared.step.number) if job.method.uses_dropout else None
+    while True:
+        try:
+            computer = job.gradient_computer
+            return computer.gradient(job.parameters, prepared.batches, key, job.request.check), prepared
+        except OutOfMemory as error:
+            too_large = error.too_large
+        recover(job, too_large)  # out here, where the error and the arrays of its frames are gone
+        prepared = feed.again(job.settings.micro_batch_tokens)
+
+
+def evaluate(job: Job, step: Step) -> None:
+    """Loss over the whole validation set; the best parameters so far become the run's result."""
+    started = time.perf_counter()
+    tokens = job.settings.micro_batch_tokens
+    budget = min(tokens, job.progress.evaluation_tokens or tokens)
+    result, fitting = evaluate_in_memory(
+        job.gradient_computer, job.parameters, job.data.valid, budget, job.settings.layout
+    )
+    if fitting < budget:
+        job.console.warn(
+            f"out of memory in the evaluation after step {step.number}; evaluations take up to {fitting} tokens at once from now on"
+        )
+        job.progress = job.progress.after(evaluation_tokens=fitting)
+    seconds = time.perf_counter() - started
+    best_loss = job.progress.best_loss
+    finite = math.isfinite(result.loss)
+    best = finite and (best_loss is None or result.loss < best_loss)
+    if best:
+        job.progress = job.progress.after(best_loss=result.loss, best_step=step.number)
+    record: Record = {
+        "kind": "evaluation",
+        "step": step.number,
+        "epoch": round(step.epoch, 6),
+        "loss": result.loss if finite else None,
+        "perplexity": math.exp(min(result.loss, 700)) if finite else None,
+        "token_accuracy": result.token_accuracy,
+        **result.own,
+        "best": best,
+        "learning_rate": job.learning_rate(step),
+        "grad_norm": None,
+        "tokens": result.tokens,
+        "supervised_tokens": result.supervised_tokens,
+        "tokens_per_second": round(result.tokens / seconds, 2),
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "seconds": round(seconds, 4),
+    }
+    job.emit(record)
+    if best:
+        save_result(job)
