@@ -31,6 +31,8 @@ CALL_COST = 32
 """What one more call costs, in tokens: reading the weights again and launching the kernels."""
 ATTENTION_WIDTH = 4096
 """The width at which attention costs a token as much as the products with the weights: 3,840 in Qwen3-0.6B, more in larger models."""
+_LEAST_WIDTH = 16
+"""Of a grid, which is for GPUs: for queries of up to 8 positions Metal's attention takes another kernel, which has no gradient."""
 _CUT_AT_ONCE = 4096
 
 
@@ -229,7 +231,7 @@ def row_cost(width: int) -> int:
 
 def padded_width(length: int, layout: Layout) -> int:
     """The width that a row takes which is the longest of its micro-batch."""
-    return round_up(length) if layout == "grid" else length
+    return max(_LEAST_WIDTH, round_up(length)) if layout == "grid" else length
 
 
 def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout = "grid") -> list[MicroBatch]:

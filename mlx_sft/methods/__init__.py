@@ -263,6 +263,7 @@ def attach_trained(model: nn.Module, method: Method, trained: Parameters, where:
     _check_same(trained, start, where)
     parameters = {name: trained[name] for name in start}
     method.bind(model, parameters)
+    model.eval()  # modules that were attached are made in training mode
     return parameters
 
 

@@ -8,7 +8,8 @@ returns given hidden states. So soft-capping, scaled logits and tied embeddings 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -95,7 +96,7 @@ class SplitModel:
         states = hidden_states[None]
         with replaced_children(self._owner, {self.body_name: _FixedBody(self.body, states)}):
             logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
-        return logits[0]
+        return logits.squeeze(0)  # an index would be a gather, whose gradient is a scatter over all logits
 
     def output_matrix(self) -> tuple[nn.Module, str] | None:
         """The module that holds the output matrix, and the matrix's name in it; None where no known name is found."""
@@ -132,6 +133,16 @@ class SplitModel:
     def model_dtype(self) -> mx.Dtype:
         """The precision of the model's first floating weight; `load_model` gives all of them the same."""
         return next(iter(floating_weights(self.model).values())).dtype
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block a model is in training mode, and after it in evaluation mode: by that mlx-lm chooses kernels with a gradient."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def floating_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -171,6 +171,7 @@ def given_model(
             f"the model in memory {what}", where=name, hint="let `train` load it, with --quantize", exit_code=USAGE
         )
     loaded.freeze()
+    loaded.eval()
     return LoadedModel(loaded, tokenizer, path, name, read_config(path))
 
 

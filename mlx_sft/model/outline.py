@@ -48,6 +48,7 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     if quantize is not None:
         quantize_model(model, quantize)
     model.freeze()
+    model.eval()
     return _UncheckedSplit(model)
 
 

@@ -322,7 +322,7 @@ class MemoryPlanner:
         if footprint.predict(mode, 1).peak > memory:
             raise self.refusal()
         most = settings.micro_batch_tokens if settings else footprint.most_tokens(mode, memory, self.longest.tokens)
-        length = max(1, min(most, PROBE_TOKENS))
+        length = padded_width(max(1, min(most, PROBE_TOKENS)), self.layout)
         supervised = min(length, _PROBE_SUPERVISED)
         predicted = footprint.predict(mode, length, supervised=supervised)
         loss_weights = np.zeros(length + 1, np.float32)

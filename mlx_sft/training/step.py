@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.data.batches import Batch, round_up
 from mlx_sft.methods import Binder, Parameters
-from mlx_sft.model.head import SplitModel
+from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
 from mlx_sft.objectives.sft import SFT
@@ -131,6 +131,7 @@ class GradientComputer:
         self._vocabulary = vocabulary
         self._objective = objective or SFT()
         split.run_body = method.run_body
+        split.model.eval()  # but while gradients are taken
         self.tiled_head = tiled_head(split)
         self._head_chunk: int | None = None
         self.mode = recompute
@@ -172,19 +173,21 @@ class GradientComputer:
         loss = mx.array(0.0)
         total: Parameters = {}
         try:
-            if weighting is None:
-                weighting = self._objective.weigh(batches, self._first_pass(parameters, batches, keys, before_each))
-            for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
-                before_each()
-                started = time.perf_counter()
-                with out_of_memory_noticed(batch):
-                    weights = (own_weights / weighting.normalizer).astype(np.float32)
-                    batch_loss, gradients = self.micro_step(parameters, batch, weights, batch_key)
-                    loss = loss + batch_loss
-                    total = {name: total[name] + g if total else g for name, g in gradients.items()}
-                    del gradients  # so that the sum can take its place
-                    mx.eval(loss, total)
-                self._note_trace(batch, time.perf_counter() - started)
+            with training_mode(self._split.model):
+                if weighting is None:
+                    first_pass = self._first_pass(parameters, batches, keys, before_each)
+                    weighting = self._objective.weigh(batches, first_pass)
+                for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
+                    before_each()
+                    started = time.perf_counter()
+                    with out_of_memory_noticed(batch):
+                        weights = (own_weights / weighting.normalizer).astype(np.float32)
+                        batch_loss, gradients = self.micro_step(parameters, batch, weights, batch_key)
+                        loss = loss + batch_loss
+                        total = {name: total[name] + g if total else g for name, g in gradients.items()}
+                        del gradients  # so that the sum can take its place
+                        mx.eval(loss, total)
+                    self._note_trace(batch, time.perf_counter() - started)
         finally:
             self.bind(parameters)
         return StepGradient(loss if weighting.loss is None else mx.array(weighting.loss), total, weighting.metrics)

@@ -82,6 +82,13 @@ def test_widths_are_on_a_small_grid_just_above(length: int) -> None:
     assert round_up(width) == width
 
 
+@pytest.mark.parametrize(("length", "width"), [(1, 16), (8, 16), (9, 16), (16, 16), (17, 24)])
+def test_on_a_gpu_no_row_is_narrower_than_its_attention_can_be_trained(length: int, width: int) -> None:
+    assert padded_width(length, "grid") == width
+    assert all(micro.width >= 16 for micro in cut([0, 1, 2], [length, 3, 1], 64))
+    assert padded_width(length, "padded") == length
+
+
 def test_the_grid_has_few_widths() -> None:
     assert len({round_up(length) for length in range(1, 4097)}) < 80
 
