@@ -34,7 +34,7 @@ from mlx_sft.training.loss import chunk_choices
 from mlx_sft.training.machine import Machine, memory_limit_restored
 from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import GradientComputer, OutOfMemory, Shape
+from mlx_sft.training.step import GPU_HINT, GradientComputer, Interrupted, OutOfMemory, Shape
 
 MOST_TOKENS, MOST_JOINED = 2048, 512
 """More at once is no faster. Rows that are padded want a larger budget, so that they are cut by their lengths and not by it."""
@@ -339,10 +339,12 @@ class MemoryPlanner:
                 gradient_computer.gradient(parameters, [batch], weighting=Weighting([batch.weights], supervised))
         except OutOfMemory as error:
             raise UserError(
-                f"out of memory at a row of {error.too_large.width} tokens: {error.too_large.message}",
+                f"out of memory at a row of {error.batch.width} tokens: {error.batch.message}",
                 where="memory",
                 hint="free some memory, or give a smaller model, --dtype bfloat16 or --grad-checkpoint blocks",
             ) from error
+        except Interrupted as error:
+            raise UserError(f"the system took the GPU away: {error}", where="memory", hint=GPU_HINT) from error
         correction = (mx.get_peak_memory() - before) / max(1, predicted.kept + predicted.passing)
         low, high = TRUSTED
         return Probe(min(high, max(low, correction)), time.perf_counter() - started)

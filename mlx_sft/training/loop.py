@@ -23,11 +23,19 @@ from mlx_sft.training.callbacks import Callback, Record
 from mlx_sft.training.disk_need import begins_with_a_checkpoint
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import memory_limit_restored
-from mlx_sft.training.out_of_memory import evaluate_in_memory, recover
+from mlx_sft.training.out_of_memory import evaluate_in_memory, recover, wait_for_gpu
 from mlx_sft.training.preview import show_plan
 from mlx_sft.training.results import finish, save, save_result
 from mlx_sft.training.setup import Given, prepare_job
-from mlx_sft.training.step import OutOfMemory, StepGradient, is_out_of_memory, to_float
+from mlx_sft.training.step import (
+    GPU_HINT,
+    BatchFailed,
+    Interrupted,
+    StepGradient,
+    is_interrupted,
+    is_out_of_memory,
+    to_float,
+)
 from mlx_sft.training.stopping import Stopped, stop_request
 
 _MOST_SKIPPED = 5
@@ -182,6 +190,12 @@ def _ended_in_words(job: Job) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if is_interrupted(error):
+            raise UserError(
+                f"the system took the GPU away after step {job.progress.step}, in its update: {error}; {_saved(job)}",
+                where=str(job.run.path),
+                hint=f"{GPU_HINT}, and go on with --resume",
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise UserError(
@@ -256,13 +270,19 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
 def _gradient(job: Job, prepared: PreparedStep, feed: StepFeed) -> tuple[StepGradient, PreparedStep]:
     """Loss and gradient, and the step as it was cut in the end."""
     key = checkpoint.dropout_key(job.config.seed, prepared.step.number) if job.method.uses_dropout else None
+    times = 0
     while True:
         try:
             computer = job.gradient_computer
             return computer.gradient(job.parameters, prepared.batches, key, job.request.check), prepared
-        except OutOfMemory as error:
-            too_large = error.too_large
-        recover(job, too_large)  # out here, where the error and the arrays of its frames are gone
+        except BatchFailed as error:
+            failed, interrupted = error.batch, isinstance(error, Interrupted)
+        # Out here, where the error and the arrays of its frames are gone.
+        if interrupted:
+            times += 1
+            wait_for_gpu(job, failed, times)
+        else:
+            recover(job, failed)
         prepared = feed.again(job.settings.micro_batch_tokens)
 
 

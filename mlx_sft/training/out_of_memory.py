@@ -1,13 +1,15 @@
-"""Out-of-memory recovery: smaller micro-batches, then stronger recomputation, from now to the end of the run.
+"""What is tried when a micro-batch fails: smaller ones, then stronger recomputation, from now to the end of the run.
 
-`step.py` notices that a micro-batch does not fit. Neither answer changes an update beyond rounding, but for dropout, which then drops
-other positions. The state before the step is saved first, so that a resumed run repeats what the interrupted one did, and nothing is
-lost should the next try end the process.
+`step.py` notices that a micro-batch does not fit, or that the system took the GPU away; then the same is tried twice again before it is
+cut smaller. No answer changes an update beyond rounding, but for dropout, which then drops other positions. The state before the step is
+saved before anything is computed otherwise, so that a resumed run repeats what the interrupted one did, and nothing is lost should the
+next try end the process.
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,49 +25,90 @@ from mlx_sft.training.job import Job
 from mlx_sft.training.memory import MODES
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.results import save
-from mlx_sft.training.step import Evaluation, GradientComputer, OutOfMemory, TooLarge
+from mlx_sft.training.step import GPU_HINT, BatchFailed, Evaluation, FailedBatch, GradientComputer, Interrupted
+
+WAITS = (2, 10)
+"""Seconds before what the system interrupted is tried again as it is."""
 
 
-def recover(job: Job, too_large: TooLarge) -> None:
+def recover(job: Job, failed: FailedBatch) -> None:
     """Make the job compute smaller, after a micro-batch of its next step did not fit; the arrays of that step must be gone by now.
 
     Raises:
         UserError: If nothing smaller is left to try.
     """
-    gc.collect()
-    mx.clear_cache()
+    free_memory()
     step = job.progress.step + 1
-    tried = next_try(too_large, job.settings.micro_batch_tokens, job.settings.mode)
+    tried = next_try(failed, job.settings.micro_batch_tokens, job.settings.mode)
     if tried is None:
         save(job)
         raise UserError(
-            f"out of memory in step {step}: a row of {too_large.width} tokens does not fit, with all that can be recomputed: "
-            f"{too_large.message}",
+            f"out of memory in step {step}: a row of {failed.width} tokens does not fit, with all that can be recomputed: "
+            f"{failed.message}",
             where=str(job.run.path),
             hint="what was trained is saved; free some memory and go on with --resume, or start a new run with a shorter --max-length",
         )
-    tokens, mode = tried
+    _go_on_with(job, failed, "out_of_memory", *tried)
+
+
+def wait_for_gpu(job: Job, failed: FailedBatch, times: int) -> None:
+    """After the system took the GPU away in the job's next step: wait, and after the second time make it compute smaller pieces.
+
+    Args:
+        times: How often it has happened in this step.
+
+    Raises:
+        UserError: If it happens with the smallest there is.
+    """
+    free_memory()
+    step = job.progress.step + 1
+    if times <= len(WAITS):
+        seconds = WAITS[times - 1]
+        job.console.warn(f"step {step}: {failed.message}; it is repeated in {seconds} s")
+        job.emit({"kind": "interrupted", "step": step, "times": times, "message": failed.message})
+        time.sleep(seconds)
+        return
+    smaller = smaller_budget(failed)
+    if smaller is None:
+        save(job)
+        raise UserError(
+            f"the system took the GPU away {times} times in step {step}: {failed.message}",
+            where=str(job.run.path),
+            hint=f"what was trained is saved; {GPU_HINT}, and go on with --resume",
+        )
+    _go_on_with(job, failed, "interrupted", smaller, job.settings.mode)
+
+
+def _go_on_with(job: Job, failed: FailedBatch, cause: str, tokens: int, mode: Mode) -> None:
+    """From now on the job computes so many tokens at once, in this mode; saved before it is tried."""
+    step = job.progress.step + 1
     stronger = "" if mode == job.settings.mode else f", --grad-checkpoint {configured(mode)}"
     job.console.warn(
-        f"out of memory in step {step}, at {too_large.rows} rows of up to {too_large.width} tokens; it is repeated "
+        f"{cause.replace('_', ' ')} in step {step}, at {failed.rows} rows of up to {failed.width} tokens; it is repeated "
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
     job.settings = replace(job.settings, micro_batch_tokens=tokens, mode=mode)
     job.gradient_computer.configure(mode, compiled_shapes(job.memory.machine, job.plan, job.data.train, tokens))
     kept = {"micro_batch_tokens": tokens, "recompute": mode}
     job.progress = job.progress.after(**kept)
-    job.emit({"kind": "out_of_memory", "step": step, "rows": too_large.rows, "width": too_large.width, **kept})
+    job.emit({"kind": cause, "step": step, "rows": failed.rows, "width": failed.width, **kept})
     save(job)
 
 
-def smaller_budget(too_large: TooLarge) -> int | None:
-    """Half of the micro-batch that did not fit; None where that was a single row."""
-    return too_large.tokens // 2 if too_large.rows > 1 else None
+def free_memory() -> None:
+    """What a failed computation has left."""
+    gc.collect()
+    mx.clear_cache()
 
 
-def next_try(too_large: TooLarge, token_budget: int, mode: Mode) -> tuple[int, Mode] | None:
+def smaller_budget(failed: FailedBatch) -> int | None:
+    """Half of the micro-batch that failed; None where that was a single row."""
+    return failed.tokens // 2 if failed.rows > 1 else None
+
+
+def next_try(failed: FailedBatch, token_budget: int, mode: Mode) -> tuple[int, Mode] | None:
     """The budget and the recomputation to try next, smaller micro-batches first; None after the last."""
-    smaller = smaller_budget(too_large)
+    smaller = smaller_budget(failed)
     if smaller is not None:
         return smaller, mode
     stronger = MODES[MODES.index(mode) + 1 :]
@@ -75,24 +118,28 @@ def next_try(too_large: TooLarge, token_budget: int, mode: Mode) -> tuple[int, M
 def evaluate_in_memory(
     gradient_computer: GradientComputer, parameters: Parameters, examples: Examples, token_budget: int, layout: Layout
 ) -> tuple[Evaluation, int]:
-    """An evaluation of all examples, and the budget that it fits in; where memory runs out it begins again with smaller micro-batches.
+    """An evaluation of all examples, and the budget that it fits in; where it fails it begins again, with smaller micro-batches
+    for want of memory, and after a while where the system took the GPU away.
 
     Raises:
-        UserError: If a single row does not fit.
+        UserError: If a single row does not fit, or the GPU is taken away again and again.
     """
+    waits = iter(WAITS)
     while True:
         try:
             with Prefetch(_collated(examples, token_budget, layout)) as batches:
                 return gradient_computer.evaluate(parameters, batches), token_budget
-        except OutOfMemory as error:
-            too_large = error.too_large
-        gc.collect()
-        mx.clear_cache()
-        smaller = smaller_budget(too_large)
+        except BatchFailed as error:
+            failed, interrupted = error.batch, isinstance(error, Interrupted)
+        free_memory()
+        if interrupted and (seconds := next(waits, None)) is not None:
+            time.sleep(seconds)
+            continue
+        smaller = smaller_budget(failed)
         if smaller is None:
-            what = (
-                f"out of memory in an evaluation: a row of {too_large.width} tokens does not fit: {too_large.message}"
-            )
+            if interrupted:
+                raise UserError(f"the system took the GPU away in an evaluation: {failed.message}", hint=GPU_HINT)
+            what = f"out of memory in an evaluation: a row of {failed.width} tokens does not fit: {failed.message}"
             raise UserError(what, hint="free some memory, or give shorter rows (--max-length)")
         token_budget = smaller
 

@@ -2,7 +2,8 @@
 
     gradient of a step = Σ over its supervised positions of weight · d(−log p)/dθ, divided by the objective's normalizer
 
-A micro-batch for which the device has no memory raises `OutOfMemory`; `out_of_memory.py` says what is tried then.
+A micro-batch for which the device has no memory raises `OutOfMemory`, and one that the system took the GPU away from `Interrupted`;
+`out_of_memory.py` says what is tried then.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ Shape = tuple[int, int, int]
 
 _OUT_OF_MEMORY = ("allocate", "insufficient memory", "out of memory", "bad_alloc")
 """What MLX's errors say where there is no memory, on Metal and CUDA. On the CPU the system ends the process instead."""
+
+_INTERRUPTED = ("command buffer execution failed", "resource limit (")
+"""What else Metal's errors say: a command took too long for the display (`Impacting Interactivity`) or at all (`Timeout`), another's failed
+(`Innocent Victim`, `SubmissionsIgnored`), or there were too many arrays at once."""
+
+GPU_HINT = "close what else draws on the display or let it sleep, or give a smaller --micro-batch-tokens"
 
 _Gradient = Callable[..., tuple[mx.array, Parameters]]
 
@@ -61,8 +68,8 @@ class StepGradient(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TooLarge:
-    """A micro-batch of `rows`, the longest of `width` tokens, did not fit, `tokens` in all; what was said about it."""
+class FailedBatch:
+    """A micro-batch of `rows`, the longest of `width` tokens, `tokens` in all, that was not computed; and what was said about it."""
 
     rows: int
     width: int
@@ -70,12 +77,20 @@ class TooLarge:
     message: str
 
 
-class OutOfMemory(Exception):
-    """A micro-batch did not fit. To keep the error would keep the arrays of the frames that it went through: keep its `too_large`."""
+class BatchFailed(Exception):
+    """A micro-batch was not computed. To keep the error would keep the arrays of the frames that it went through: keep its `batch`."""
 
-    def __init__(self, too_large: TooLarge) -> None:
-        super().__init__(too_large.message)
-        self.too_large = too_large
+    def __init__(self, batch: FailedBatch) -> None:
+        super().__init__(batch.message)
+        self.batch = batch
+
+
+class OutOfMemory(BatchFailed):
+    """It did not fit."""
+
+
+class Interrupted(BatchFailed):
+    """The system took the GPU away from it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -83,16 +98,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
+def is_interrupted(error: BaseException) -> bool:
+    """Whether the system took the GPU away, so that the same may succeed a little later."""
+    return not is_out_of_memory(error) and any(words in str(error).lower() for words in _INTERRUPTED)
+
+
 @contextmanager
-def out_of_memory_noticed(batch: Batch) -> Iterator[None]:
-    """Raise `OutOfMemory` where the block, which computes this micro-batch, has no memory for it."""
+def failures_noticed(batch: Batch) -> Iterator[None]:
+    """Raise `OutOfMemory` or `Interrupted` where the block, which computes this micro-batch, fails for it."""
     try:
         yield
         mx.synchronize()  # Metal may tell only then that a command failed, and its results are worth nothing
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(TooLarge(batch.rows, batch.longest, batch.token_ids.size, str(error))) from error
+        failed = FailedBatch(batch.rows, batch.longest, batch.token_ids.size, str(error))
+        if is_out_of_memory(error):
+            raise OutOfMemory(failed) from error
+        if is_interrupted(error):
+            raise Interrupted(failed) from error
+        raise
 
 
 def padded_shape(batch: Batch) -> Shape:
@@ -167,7 +190,7 @@ class GradientComputer:
             weighting: What the positions weigh; the objective says it where None.
 
         Raises:
-            OutOfMemory: If one of them does not fit; nothing has changed then.
+            OutOfMemory, Interrupted: If one of them fails; nothing has changed then.
         """
         keys = mx.random.split(key, len(batches) + 1) if key is not None else [None] * len(batches)
         loss = mx.array(0.0)
@@ -180,7 +203,7 @@ class GradientComputer:
                 for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
                     before_each()
                     started = time.perf_counter()
-                    with out_of_memory_noticed(batch):
+                    with failures_noticed(batch):
                         weights = (own_weights / weighting.normalizer).astype(np.float32)
                         batch_loss, gradients = self.micro_step(parameters, batch, weights, batch_key)
                         loss = loss + batch_loss
@@ -204,7 +227,7 @@ class GradientComputer:
         """The objective and the accuracy over all micro-batches, without dropout or gradients.
 
         Raises:
-            OutOfMemory: If one of them does not fit.
+            OutOfMemory, Interrupted: If one of them fails.
         """
         if self._objective.first_pass:
             return self._evaluate_as_a_whole(parameters, list(batches))
@@ -213,7 +236,7 @@ class GradientComputer:
         loss, correct, weight, tokens, supervised = 0.0, 0.0, 0.0, 0, 0
         for batch in batches:
             weighting = self._objective.weigh([batch])
-            with out_of_memory_noticed(batch):
+            with failures_noticed(batch):
                 hidden_states = self._states_of(batch)
                 targets, weights = mx.array(batch.targets), mx.array(weighting.weights[0])
                 sums = evaluate_positions(head, hidden_states, targets, weights, self._chunk(head))
@@ -266,7 +289,7 @@ class GradientComputer:
     ) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
         """log p of the targets of a micro-batch, and the likeliest tokens, both [positions]."""
         head = self._head_for(parameters)
-        with out_of_memory_noticed(batch):
+        with failures_noticed(batch):
             hidden_states = self._states_of(batch)
             losses, likeliest = position_losses(head, hidden_states, mx.array(batch.targets), self._chunk(head))
             mx.eval(losses, likeliest)

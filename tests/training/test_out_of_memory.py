@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mlx_sft.training import out_of_memory
 from mlx_sft.training.out_of_memory import next_try
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
-from mlx_sft.training.step import GradientComputer, OutOfMemory, TooLarge, out_of_memory_noticed
+from mlx_sft.training.step import FailedBatch, GradientComputer, Interrupted, OutOfMemory, failures_noticed
 from tests.chosen import without_adapter
 from tests.run_folders import outcome
 
@@ -279,7 +280,7 @@ def test_an_evaluation_that_does_not_fit_is_begun_again_in_smaller_parts(
             for batch in batches:
                 if batch.token_ids.size > 80:
                     failed.append(batch.token_ids.size)
-                    raise OutOfMemory(TooLarge(batch.rows, batch.longest, batch.token_ids.size, METAL))
+                    raise OutOfMemory(FailedBatch(batch.rows, batch.longest, batch.token_ids.size, METAL))
                 yield batch
 
         return own(gradient_computer, parameters, checked())
@@ -301,12 +302,152 @@ def test_an_evaluation_of_a_row_that_does_not_fit_ends_with_a_way_out(
 ) -> None:
     def evaluate(gradient_computer: GradientComputer, parameters: Any, batches: Iterator[Batch]) -> Any:
         batch = next(iter(batches))
-        raise OutOfMemory(TooLarge(1, batch.longest, batch.longest, METAL))
+        raise OutOfMemory(FailedBatch(1, batch.longest, batch.longest, METAL))
 
     monkeypatch.setattr(GradientComputer, "evaluate", evaluate)
     with pytest.raises(UserError, match="out of memory in an evaluation: a row of") as caught:
         train(TrainConfig(**settings | {"valid": str(chats), "eval_every": 2}))
     assert "--max-length" in caught.value.hint
+
+
+# A GPU that the system takes away
+
+
+WATCHDOG = (
+    "[METAL] Command buffer execution failed: Impacting Interactivity "
+    "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
+)
+TAKEN_AWAY = [
+    WATCHDOG,
+    "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)",
+    "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors) "
+    "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)",
+    "[METAL] Command buffer execution failed: Discarded (victim of GPU error/recovery) "
+    "(00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim)",
+    "[metal::malloc] Resource limit (499000) exceeded.",
+]
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was waited each time, without waiting."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def taken_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fits, str], None]:
+    """`taken_away(fits, message)`: micro-batches for which `fits` is false fail where MLX gives their results."""
+
+    def make(fits: Fits, message: str = WATCHDOG) -> None:
+        own = GradientComputer.micro_step
+
+        def micro_step(gradient_computer: GradientComputer, parameters: Any, batch: Batch, *further: Any) -> Any:
+            result = own(gradient_computer, parameters, batch, *further)
+            if not fits(gradient_computer, batch):
+                raise RuntimeError(message)
+            return result
+
+        monkeypatch.setattr(GradientComputer, "micro_step", micro_step)
+
+    return make
+
+
+@pytest.mark.parametrize("message", TAKEN_AWAY)
+def test_what_the_system_interrupts_is_repeated_to_the_byte(
+    message: str, settings: dict[str, Any], undisturbed: Path, taken_away: Callable[..., None], waits: list[float]
+) -> None:
+    calls = iter(range(1000))
+    taken_away(lambda *_: next(calls) not in (3, 4), message)
+    run = train(TrainConfig(**settings)).run_dir
+    assert adapter_bytes(run) == adapter_bytes(undisturbed)
+    told = lines(run, "interrupted")
+    assert [line["times"] for line in told] == [1, 2]
+    assert {line["message"] for line in told} == {message}
+    assert waits == sorted(waits)
+    assert len(waits) == 2
+    assert lines(run, "out_of_memory") == []
+
+
+def test_what_is_interrupted_again_and_again_is_cut_smaller(
+    settings: dict[str, Any], undisturbed: Path, taken_away: Callable[..., None], waits: list[float]
+) -> None:
+    taken_away(lambda _, batch: batch.token_ids.size <= 60)
+    run = train(TrainConfig(**settings)).run_dir
+    assert_same_result(run, undisturbed)
+    kinds = ["micro_batch_tokens" in line for line in lines(run, "interrupted")]
+    assert kinds[:3] == [False, False, True]
+    assert {line["recompute"] for line in lines(run, "interrupted") if "recompute" in line} == {"off"}
+
+
+def test_a_gpu_that_is_never_given_ends_the_run_with_its_state_saved(
+    settings: dict[str, Any],
+    undisturbed: Path,
+    taken_away: Callable[..., None],
+    waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken_away(lambda *_: len(lines(settings["out"], "train")) < 2)
+    with pytest.raises(UserError, match=r"the system took the GPU away .* times in step 3") as caught:
+        train(TrainConfig(**settings))
+    assert "--resume" in caught.value.hint
+    assert RunFolder(settings["out"]).checkpoint_steps() == [2]
+    monkeypatch.undo()
+    assert train(TrainConfig(resume=settings["out"], quiet=True)).steps == 6
+    assert_same_result(Path(settings["out"]), undisturbed)
+
+
+def test_an_update_that_is_interrupted_ends_the_run_with_its_last_checkpoint(
+    settings: dict[str, Any], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, calls = AdamW.update, iter(range(9))
+
+    def update(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            raise RuntimeError(WATCHDOG)
+        return own(*arguments)
+
+    monkeypatch.setattr(AdamW, "update", update)
+    with pytest.raises(UserError, match=r"took the GPU away after step 3.*the newest checkpoint is of step 2"):
+        train(TrainConfig(**settings | {"save_every": 2}))
+    assert train(TrainConfig(resume=settings["out"], quiet=True)).steps == 6
+    assert adapter_bytes(Path(settings["out"])) == adapter_bytes(undisturbed)
+
+
+def test_an_evaluation_that_is_interrupted_is_begun_again(
+    settings: dict[str, Any], chats: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings |= {"valid": str(chats), "eval_every": 2}
+    undisturbed = train(TrainConfig(**settings)).run_dir
+    own, calls = GradientComputer.evaluate, iter(range(99))
+
+    def evaluate(gradient_computer: GradientComputer, parameters: Any, batches: Iterator[Batch]) -> Any:
+        result = own(gradient_computer, parameters, batches)
+        if next(calls) == 0:
+            raise Interrupted(FailedBatch(1, 9, 9, WATCHDOG))
+        return result
+
+    monkeypatch.setattr(GradientComputer, "evaluate", evaluate)
+    run = train(TrainConfig(**settings | {"out": str(tmp_path / "again")})).run_dir
+    assert len(waits) == 1
+    assert [line["loss"] for line in lines(run, "evaluation")] == [
+        line["loss"] for line in lines(undisturbed, "evaluation")
+    ]
+
+
+@pytest.mark.parametrize("message", TAKEN_AWAY)
+def test_the_texts_of_drivers_are_told_apart(message: str, examples: Examples) -> None:
+    batch = collate(examples, MicroBatch((0, 1), 24))
+    with pytest.raises(Interrupted) as caught, failures_noticed(batch):
+        raise RuntimeError(message)
+    assert caught.value.batch == FailedBatch(2, 24, 48, message)
+    with pytest.raises(RuntimeError, match="a bug"), failures_noticed(batch):
+        raise RuntimeError("a bug")
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (RunFolder(run).adapter / "adapter_model.safetensors").read_bytes()
 
 
 # What counts as out of memory, and what follows from it
@@ -325,28 +466,28 @@ def test_an_evaluation_of_a_row_that_does_not_fit_ends_with_a_way_out(
 )
 def test_every_device_is_understood(error: Exception, examples: Examples) -> None:
     batch = collate(examples, MicroBatch((0, 1), 24))
-    with pytest.raises(OutOfMemory) as caught, out_of_memory_noticed(batch):
+    with pytest.raises(OutOfMemory) as caught, failures_noticed(batch):
         raise error
-    assert caught.value.too_large == TooLarge(2, 24, 48, str(error))
+    assert caught.value.batch == FailedBatch(2, 24, 48, str(error))
 
 
 def test_rows_end_to_end_are_counted(examples: Examples) -> None:
     batch = collate(examples, cut((0, 1), examples.needed_lengths, 1000, "joined")[0])
-    with pytest.raises(OutOfMemory) as caught, out_of_memory_noticed(batch):
+    with pytest.raises(OutOfMemory) as caught, failures_noticed(batch):
         raise MemoryError
     lengths = examples.needed_lengths[:2]
-    assert caught.value.too_large == TooLarge(2, lengths.max(), lengths.sum(), "")
+    assert caught.value.batch == FailedBatch(2, lengths.max(), lengths.sum(), "")
 
 
 def test_another_error_is_left_alone(examples: Examples) -> None:
     batch = collate(examples, MicroBatch((0, 1), 24))
-    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_noticed(batch):
+    with pytest.raises(RuntimeError, match="shapes"), failures_noticed(batch):
         raise RuntimeError("[matmul] shapes do not match")
 
 
 def test_a_micro_batch_is_halved_down_to_a_row_and_then_recomputed() -> None:
     budget, mode, rows, seen = 2000, "off", 12, []
-    while tried := next_try(TooLarge(rows, 100, 100 * rows, ""), budget, mode):
+    while tried := next_try(FailedBatch(rows, 100, 100 * rows, ""), budget, mode):
         budget, mode = tried
         rows = max(1, budget // 100)
         seen.append(tried)

@@ -130,7 +130,7 @@ class Callback:
         """After the last step, with the result in its place: `step`, `loss`, `best_loss`, `stopped` (why, or None)."""
 
     def on_record(self, run: TrainingRun, record: Record) -> None:
-        """Every record; calls the method for its kind. Others are `out_of_memory` and `rollback`."""
+        """Every record; calls the method for its kind. Others are `out_of_memory`, `interrupted` and `rollback`."""
         if heard_by := _HEARD_BY.get(record["kind"]):
             getattr(self, heard_by)(run, record)
 
