@@ -60,13 +60,20 @@ _trusting = click.option(
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
 @settings()
+@click.option(
+    "--supervise", is_flag=True, help="Train in a process of its own, which is resumed where a driver's error ends it."
+)
 @_trusting
-def train(config_file: str | None, **options: Any) -> None:
+def train(config_file: str | None, supervise: bool, **options: Any) -> None:
     """Fine-tune a model on chats.
 
     Options override the settings of --config. The last line on stdout is the run folder.
     """
     config = resolved(config_file, options)
+    if supervise:
+        from mlx_sft.training.supervise import supervised
+
+        raise click.exceptions.Exit(supervised(config, sys.argv[1:]))
     from mlx_sft.console import Console
     from mlx_sft.training.loop import train
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,3 +157,16 @@ def test_an_evaluation_has_its_loss_where_one_looks_for_it(settings: dict[str, A
     result = evaluate_run(train(TrainConfig(**settings)).run_dir, settings["data"])
     assert result.loss == result.evaluation.loss > 0
     assert result.perplexity > 1
+
+
+@pytest.mark.parametrize(("given", "held"), [(None, "0"), ("1", "1")])
+def test_float32_is_not_rounded_to_tf32_unless_that_is_asked_for(
+    given: str | None, held: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    if given is not None:
+        monkeypatch.setenv("MLX_ENABLE_TF32", given)
+    code = "import mlx_sft, os; print(os.environ['MLX_ENABLE_TF32'])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == held
+    )

@@ -93,6 +93,9 @@ class Job:
         self.stop_reason = reason
         self.progress = self.progress.after(stopped_of=self.plan.total_steps)
 
+    def check_stop(self) -> None:
+        self.request.check()
+
     def suspect(self, steps: int) -> None:
         self.progress = self.progress.after(suspect=steps)
 

@@ -27,6 +27,8 @@ ENTRIES = {
     "terminal": "mlx_sft.training.callbacks.terminal:Terminal",
     "divergence": "mlx_sft.training.callbacks.divergence:Divergence",
     "early-stopping": "mlx_sft.training.callbacks.early_stopping:EarlyStopping",
+    "keep-awake": "mlx_sft.training.callbacks.keep_awake:KeepAwake",
+    "power": "mlx_sft.training.callbacks.power:Power",
 }
 
 _BEFORE_OTHERS = ("metrics-file", "terminal")
@@ -83,6 +85,9 @@ class TrainingRun(Protocol):
 
     def go_back(self, step: int, *, rate_factor: float) -> None:
         """Undo all steps after a checkpoint, and go on from there with the schedule's learning rate times a factor."""
+
+    def check_stop(self) -> None:
+        """What waits calls this now and then: it ends the run, saved, where that was asked for."""
 
     def suspect(self, steps: int) -> None:
         """Keep a checkpoint from before the last so many steps, which may have to be undone."""

@@ -1,0 +1,105 @@
+"""A run that something ends from outside of Python is resumed, ends as it would have, and is given up where it gets nowhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_sft.run_folder import RunFolder
+from tests.chats import write_chats
+from tests.processes import wait_for_lines
+
+ABORTS = """
+import os, sys, threading, time
+from pathlib import Path
+
+def abort():
+    metrics, times = Path({metrics!r}), Path({times!r})
+    while True:
+        lines = metrics.read_bytes().count(b"\\n") if metrics.exists() else 0
+        tried = len(times.read_bytes()) if times.exists() else 0
+        if tried < len({after}) and lines >= {after}[tried]:
+            times.write_bytes(b"x" * (tried + 1))
+            os.abort()
+        time.sleep(0.001)
+
+if "train" in sys.orig_argv and "--supervise" not in sys.orig_argv:
+    threading.Thread(target=abort, daemon=True).start()
+"""
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    return write_chats(tmp_path / "chats.jsonl", 16, seed=1)
+
+
+@pytest.fixture
+def supervise(chats: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
+    """`supervise(after, *options)`: a supervised run whose process aborts once it has written so many lines, and then so many."""
+
+    def start(after: list[int], *options: str) -> subprocess.Popen[bytes]:
+        run, site = tmp_path / "run", tmp_path / "site"
+        site.mkdir(exist_ok=True)
+        metrics, times = str(run / "metrics.jsonl"), str(tmp_path / "times")
+        (site / "sitecustomize.py").write_text(ABORTS.format(metrics=metrics, times=times, after=after))
+        given = ["--data", str(chats), "--model", "tiny", "--out", str(run), "--batch-size", "1", "--save-every", "2"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "mlx_sft", "train", "--supervise", *given, "--data-workers", "1", *options],
+            env=os.environ | {"PYTHONPATH": f"{site}:{Path.cwd()}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return start
+
+
+def adapter(run: Path) -> bytes:
+    return (RunFolder(run).adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_that_aborts_twice_ends_as_it_would_have(
+    supervise: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    out, error = supervise([5, 11]).communicate(timeout=120)
+    assert (tmp_path / "times").read_bytes() == b"xx"
+    assert out.decode().split() == [str(tmp_path / "run")]
+    assert error.count(b"training ended with SIGABRT; it goes on from step") == 2
+    disturbed, metrics = adapter(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == 16
+    (tmp_path / "run").rename(tmp_path / "disturbed")
+    supervise([]).communicate(timeout=120)
+    assert adapter(tmp_path / "run") == disturbed
+
+
+def test_a_run_that_gets_nowhere_is_given_up(supervise: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    process = supervise([1, 1, 1, 1, 1])
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGABRT
+    assert (tmp_path / "times").read_bytes() == b"xxx"
+    assert b"3 times without a step more" in error
+
+
+def test_a_mistake_is_told_once(supervise: Callable[..., subprocess.Popen[bytes]]) -> None:
+    process = supervise([], "--valid", "missing.jsonl")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert error.count(b"missing.jsonl") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_reaches_the_run_once(
+    number: signal.Signals, supervise: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    process = supervise([], "--epochs", "500")
+    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 3)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert b"which is saved" in error
+    assert RunFolder(tmp_path / "run").checkpoint_steps()
