@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -40,6 +41,7 @@ class Optimizer:
         settings: The chosen ones.
         parameters: Flat float32 arrays by name; the state is float32 as they are.
         decayed: Which names weight decay applies to.
+        compiled: Whether a part's updates are one compiled graph, in which an array takes three kernels and not thirty. It pays on GPUs.
 
     Attributes:
         name: By which the configuration chooses it.
@@ -49,7 +51,9 @@ class Optimizer:
     name: ClassVar[str]
     Settings: ClassVar[type[NoSettings]] = NoSettings
 
-    def __init__(self, settings: Any, parameters: Arrays, decayed: Callable[[str], bool]) -> None:
+    def __init__(
+        self, settings: Any, parameters: Arrays, decayed: Callable[[str], bool], *, compiled: bool = False
+    ) -> None:
         self.settings = settings
         groups: dict[tuple[bool, str], list[str]] = {}
         for name, value in parameters.items():
@@ -57,6 +61,9 @@ class Optimizer:
         self._groups = [(groups[key], self.make(settings, key[1], decayed=not key[0])) for key in sorted(groups)]
         for names, optimizer in self._groups:
             optimizer.init({name: parameters[name] for name in names})
+        self._compiled = compiled
+        applies = (partial(_apply, optimizer) for _, optimizer in self._groups)
+        self._applies = [mx.compile(apply) if compiled else apply for apply in applies]
 
     @classmethod
     def make(cls, settings: Any, kind: str, *, decayed: bool) -> optim.Optimizer:
@@ -78,20 +85,30 @@ class Optimizer:
             total += sum(value.nbytes for value in state.values())  # of arrays that are never computed
         return total
 
-    def update(self, parameters: Arrays, gradients: Arrays, learning_rate: float) -> Arrays:
+    def update(
+        self, parameters: Arrays, gradients: Arrays, learning_rate: float, scale: mx.array | None = None
+    ) -> Arrays:
         """The parameters after one step, evaluated as the state is, a part after another.
 
         `gradients` is empty afterwards: what is new takes their place in memory.
+
+        Args:
+            scale: What the gradients are multiplied with first, where they are clipped.
         """
         updated: Arrays = {}
-        for names, optimizer in self._groups:
+        for (names, optimizer), apply in zip(self._groups, self._applies, strict=True):
             optimizer.learning_rate = learning_rate
             optimizer.state["step"] = optimizer.step + 1
+            shared = {name: optimizer.state[name] for name in _SHARED}
             for part in parts(names, parameters):
-                for name in part:
-                    gradient = gradients.pop(name)
-                    updated[name] = optimizer.apply_single(gradient, parameters[name], optimizer.state[name])
-                    del gradient
+                for together in [part] if self._compiled else [[name] for name in part]:
+                    old = {name: parameters[name] for name in together}
+                    states = {name: optimizer.state[name] for name in together}
+                    taken = {name: gradients.pop(name) for name in together}
+                    new, states = apply(shared, old, taken, states, scale)
+                    del taken
+                    updated |= new
+                    optimizer.state.update(states)
                 mx.eval([optimizer.state[name] for name in part])  # first, so that the gradients are gone
                 mx.eval([updated[name] for name in part])
         return {name: updated[name] for name in parameters}
@@ -124,7 +141,37 @@ class Optimizer:
                     optimizer.state[name] = flat[f"{index}|{name}|"]
 
 
-def make_optimizer(config: TrainConfig, parameters: Arrays, decayed: Callable[[str], bool]) -> Optimizer:
+_SHARED = ("step", "learning_rate")
+"""What of an optimizer's state is of all its parameters."""
+
+
+def _apply(
+    optimizer: optim.Optimizer,
+    shared: Arrays,
+    parameters: Arrays,
+    gradients: Arrays,
+    states: dict[str, Arrays],
+    scale: mx.array | None,
+) -> tuple[Arrays, dict[str, Arrays]]:
+    """The parameters and their states after a step, by name; the optimizer itself stays as it is."""
+    before = {name: optimizer.state[name] for name in _SHARED}
+    optimizer.state.update(shared)
+    states = {name: dict(state) for name, state in states.items()}
+    try:
+        updated = {
+            name: optimizer.apply_single(
+                gradients[name] if scale is None else gradients[name] * scale, parameter, states[name]
+            )
+            for name, parameter in parameters.items()
+        }
+    finally:
+        optimizer.state.update(before)
+    return updated, states
+
+
+def make_optimizer(
+    config: TrainConfig, parameters: Arrays, decayed: Callable[[str], bool], *, compiled: bool = False
+) -> Optimizer:
     """The optimizer that a configuration asks for, with a state as training starts with it."""
     kind: type[Optimizer] = OPTIMIZERS[config.optimizer]
-    return kind(config.settings(kind.Settings), parameters, decayed)
+    return kind(config.settings(kind.Settings), parameters, decayed, compiled=compiled)

@@ -20,12 +20,9 @@ def global_norm(gradients: Arrays) -> mx.array:
     return mx.sqrt(mx.stack(squares).sum())
 
 
-def clip(gradients: Arrays, norm: mx.array, max_norm: float) -> Arrays:
-    """Scale gradients down to a global norm of `max_norm`, as `torch.nn.utils.clip_grad_norm_`; 0 leaves them."""
-    if max_norm == 0:
-        return gradients
-    scale = mx.minimum(max_norm / (norm + 1e-6), 1.0)
-    return {name: gradient * scale for name, gradient in gradients.items()}
+def clip_scale(norm: mx.array, max_norm: float) -> mx.array | None:
+    """What gradients of this norm are multiplied with, as `torch.nn.utils.clip_grad_norm_` does; None where `max_norm` is 0."""
+    return mx.minimum(max_norm / (norm + 1e-6), 1.0) if max_norm else None
 
 
 def parts(names: list[str], arrays: Arrays) -> Iterator[list[str]]:

@@ -17,7 +17,7 @@ from mlx_sft.console import Console
 from mlx_sft.data.batches import Step
 from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.errors import UserError
-from mlx_sft.optimizers.gradients import clip, global_norm
+from mlx_sft.optimizers.gradients import clip_scale, global_norm
 from mlx_sft.training import checkpoint
 from mlx_sft.training.callbacks import Callback, Record
 from mlx_sft.training.disk_need import begins_with_a_checkpoint
@@ -229,8 +229,8 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
     finite = math.isfinite(loss) and math.isfinite(to_float(norm))
     rate = job.learning_rate(step)
     if finite:
-        gradients = clip(gradients, norm, config.max_grad_norm)
-        job.parameters = job.optimizer.update(job.parameters, gradients, rate)
+        scale = clip_scale(norm, config.max_grad_norm)
+        job.parameters = job.optimizer.update(job.parameters, gradients, rate, scale)
         computer.bind(job.parameters)
     del gradients
     seconds, rows, examples = time.perf_counter() - started, list(step.rows), job.data.train

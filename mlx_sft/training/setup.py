@@ -120,7 +120,7 @@ def prepare_job(
     memory, settings = planner.plan(computer, parameters, len(data.train))
     config = _decided(config, settings)
     plan = planned_steps(config, data)
-    optimizer = make_optimizer(config, parameters, method.decayed)
+    optimizer = make_optimizer(config, parameters, method.decayed, compiled=machine.compiles)
     identity = identity_of(config, data, path)
     if run:
         refuse_changes(run, config, data, identity)

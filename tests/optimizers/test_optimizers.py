@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.registry import OPTIMIZERS
+from tests.graphs import primitives
 
 pytestmark = pytest.mark.parity
 
@@ -220,3 +222,56 @@ def test_settings_of_another_optimizer_are_refused_by_name(settings: dict[str, o
     with pytest.raises(UserError) as caught:
         _config(**settings)
     assert message in caught.value.what
+
+
+# Compiled, as on a GPU
+
+
+def _two(config: TrainConfig, shapes: dict[str, tuple[int, ...]], *, compiled: bool) -> list[Arrays]:
+    """The parameters after each of three steps, of which gradients are clipped in two."""
+    parameters = _mlx(_arrays(0, shapes))
+    optimizer = make_optimizer(config, parameters, _decayed, compiled=compiled)
+    found = []
+    for step, scale in ((1, None), (2, mx.array(0.25)), (3, mx.array(0.5))):
+        parameters = optimizer.update(parameters, _mlx(_arrays(step, shapes)), 0.1 / step, scale)
+        found.append({name: np.array(value) for name, value in parameters.items()})
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_a_compiled_update_is_the_same(name: str) -> None:
+    config = _config(optimizer=name, weight_decay=0.1)
+    for ours, plain in zip(_two(config, SHAPES, compiled=True), _two(config, SHAPES, compiled=False), strict=True):
+        for parameter, value in plain.items():
+            np.testing.assert_allclose(ours[parameter], value, rtol=1e-5, atol=1e-6, err_msg=parameter)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_a_compiled_optimizer_goes_on_to_the_bit(name: str) -> None:
+    config = _config(optimizer=name)
+    parameters = _mlx(_arrays(0))
+    before = make_optimizer(config, parameters, _decayed, compiled=True)
+    parameters = before.update(parameters, _mlx(_arrays(1)), 0.1)
+    again = make_optimizer(config, parameters, _decayed, compiled=True)
+    again.load_flat_state(before.flat_state())
+    one, two = (optimizer.update(parameters, _mlx(_arrays(2)), 0.05, mx.array(0.5)) for optimizer in (before, again))
+    for parameter, value in one.items():
+        assert np.array_equal(np.array(value), np.array(two[parameter]))
+
+
+def test_a_compiled_update_with_its_clipping_takes_one_kernel_an_array(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Counted in the graph that is left to compute; a launch costs as much as some million numbers."""
+    shapes = {f"layers.{number}.lora_A": (4, 6) for number in range(30)}
+    counts = []
+    for compiled in (False, True):
+        parameters = _mlx(_arrays(0, shapes))
+        optimizer = make_optimizer(_config(), parameters, _decayed, compiled=compiled)
+        mx.eval(optimizer.flat_state())
+        monkeypatch.setattr(mx, "eval", lambda *_: None)
+        updated = optimizer.update(parameters, _mlx(_arrays(1, shapes)), 0.1, mx.array(0.5))
+        monkeypatch.undo()
+        counts.append(primitives(tmp_path / "graph.dot", *updated.values(), *optimizer.flat_state().values()))
+    assert counts[0] > 15 * len(shapes)
+    assert counts[1] <= 1.2 * len(shapes)
