@@ -71,11 +71,12 @@ class Chat:
         self.messages.append({"role": "assistant", "content": answer})
 
     def _changed(self, folder: str) -> str:
+        before = self._loaded
+        attached = before.method if isinstance(before, AdaptedModel) else None
         try:
-            method = put_adapter(self._loaded.model, folder or None)
+            method = put_adapter(before.model, folder or None, attached)
         except UserError as error:
             return f"{error}; the adapter is as it was"
-        before = self._loaded
         run, config = (before.run, before.train_config) if isinstance(before, AdaptedModel) else (None, None)
         self._loaded = adapted(before, method, run, config)
         return f"from here on with {folder}" if folder else "from here on without an adapter"

@@ -81,12 +81,18 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
     return adapted(loaded, put_adapter(loaded.model, folder))
 
 
-def put_adapter(model: nn.Module, folder: str | Path | None) -> Method | None:
+def put_adapter(model: nn.Module, folder: str | Path | None, attached: Method | None = None) -> Method | None:
     """Put an adapter on a model, in place of the one that is on it; with None, none. Returns the adapter's method.
 
+    Args:
+        attached: The method of the one that is on it, where that is known.
+
     Raises:
-        UserError: If it is damaged, or for another model; then the model is as it was.
+        UserError: If it is damaged, or for another model, or what is on the model cannot be taken off; then the model is as it was.
     """
+    if attached is not None and type(attached).detach is Method.detach:
+        what = f"--method {attached.name} does not say how it is taken off a model"
+        raise UserError(what, hint="start again, with --base or with another --adapter")
     trained = None if folder is None else method_in(Path(folder)).read(Path(folder))
     put_back = [kind.detach(model) for _, kind in METHODS.items()]
     if trained is None:
@@ -95,8 +101,8 @@ def put_adapter(model: nn.Module, folder: str | Path | None) -> Method | None:
     try:
         attach_trained(model, method, parameters, Path(str(folder)))
     except BaseException:
-        for kind in METHODS.names():
-            METHODS[kind].detach(model)
+        for _, kind in METHODS.items():
+            kind.detach(model)
         for undo in put_back:
             undo()
         raise

@@ -27,7 +27,7 @@ from mlx_sft.data.example import IGNORED, Example
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.readers import Row
 from mlx_sft.errors import USAGE
-from mlx_sft.generate import end_tokens, generate_text, prompt_tokens
+from mlx_sft.generate import Chat, end_tokens, generate_text, prompt_tokens
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import load_model
 from mlx_sft.objectives import LogProbs, Objective, Weighting
@@ -351,6 +351,17 @@ def test_a_method_that_does_not_say_how_generation_starts_does_not_generate(sett
         run = train(TrainConfig(**given))
         with pytest.raises(UserError, match="--method silent runs the model in a way of its own"):
             generate_text(load_run(run.run_dir), "the cat")
+
+
+def test_a_method_that_does_not_say_how_it_is_taken_off_stays_on_in_a_talk(settings: dict[str, Any]) -> None:
+    given = {name: value for name, value in settings.items() if name != "rank"} | {"method": "soft-prompt", "lr": 0.5}
+    with METHODS.registered("soft-prompt", SoftPrompt):
+        run = train(TrainConfig(**given))
+        talk = Chat(load_run(run.run_dir), max_tokens=4)
+        for command in ("/adapter", f"/adapter {run.run_dir / 'adapter'}"):
+            told = "".join(talk.say(command))
+            assert "--method soft-prompt does not say how it is taken off a model" in told
+            assert told.endswith("the adapter is as it was")
 
 
 def _read_pair(row: Row) -> tuple[Tokens, ...]:
