@@ -22,8 +22,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
 from mlx_sft.data.batches import Batch
-from mlx_sft.data.conversation import Item, Items, Tokens, items_of
-from mlx_sft.data.example import IGNORED, Example
+from mlx_sft.data.conversation import Tokens
+from mlx_sft.data.example import IGNORED
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.readers import Row
 from mlx_sft.errors import USAGE
@@ -384,9 +384,6 @@ class SimPO(Objective):
     first_pass: ClassVar = True
     compares: ClassVar = True
 
-    def examples(self, item: Items, encode: Callable[[Item], list[Example]]) -> list[Example]:
-        return [example for part in items_of(item) for example in encode(part)]
-
     def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:
         assert log_probs is not None
         means: dict[int, dict[int, float]] = {}
@@ -439,6 +436,34 @@ def test_pairs_are_compared_within_a_step_as_pytorch_compares_them(
     assert next(r for r in records[::-1] if r["kind"] == "evaluation")["loss"] == pytest.approx(
         held_out.item(), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_a_pair_that_loses_one_of_its_texts_is_lost(settings: dict[str, Any], overlong: str) -> None:
+    short, long = [9, 8, 7], [*range(9, 29)]
+    rows = [
+        {"prompt_ids": [5], "better": short, "worse": short[::-1]},
+        {"prompt_ids": [5], "better": long, "worse": short},
+        {"prompt_ids": long, "better": short, "worse": short},
+    ]
+    given = without_adapter(settings) | {"method": "full", "objective": "simpo", "max_steps": 1, "overlong": overlong}
+    del given["data"]
+    with OBJECTIVES.registered("simpo", SimPO), FORMATS.registered("pair", PAIR):
+        run = train(TrainConfig(**given | {"max_length": 8, "allow_lost_rows": True}), data=rows)
+    (source,) = json.loads((run.run_dir / "data_report.json").read_text())["sources"]
+    kept = 1 if overlong == "drop" else 2
+    assert (source["kept"], source["examples"]) == (kept, 2 * kept)
+    assert (source["truncated"], source["dropped"]) == (kept - 1, 3 - kept)
+
+
+def test_what_is_no_pair_is_named(settings: dict[str, Any]) -> None:
+    given = without_adapter(settings) | {"method": "full", "objective": "simpo", "max_steps": 1}
+    del given["data"]
+    with OBJECTIVES.registered("simpo", SimPO), FORMATS.registered("pair", PAIR):
+        with pytest.raises(UserError, match="a row of one text, and --objective simpo compares"):
+            train(TrainConfig(**given), data=[{"text": "the cat"}])
+        with pytest.raises(UserError, match="nothing to compare: 1 of its 2 texts have no token to train on"):
+            train(TrainConfig(**given), data=[{"prompt_ids": [5], "better": [6], "worse": []}])
 
 
 def _simpo(model: torch.nn.Module, row: dict[str, list[int]]) -> torch.Tensor:

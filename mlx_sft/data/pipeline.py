@@ -111,6 +111,11 @@ class Pipeline:
         items = items_of(item)
         found = self.objective.examples(item, encode) if self.objective else [e for one in items for e in encode(one)]
         examples = [example for example in found if example.supervised_tokens]
+        if self.objective and self.objective.compares and len(examples) < len(found):
+            raise UserError(
+                f"nothing to compare: {len(found) - len(examples)} of its {len(found)} texts have no token to train on",
+                where=items[0].origin,
+            )
         if not examples:
             raise UserError(
                 "a conversation with nothing to train on: no token of it is the model's to write",

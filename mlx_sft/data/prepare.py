@@ -252,10 +252,10 @@ class _Reader:
         return examples, report
 
     def _truncated(self, examples: Examples) -> Truncation:
-        config = self._config
+        config, compared = self._config, bool(self._pipeline.objective and self._pipeline.objective.compares)
         if self._strict or config.overlong != "error":
-            return truncate(examples, config.max_length, config.overlong)
-        dropped = truncate(examples, config.max_length, "drop")
+            return truncate(examples, config.max_length, config.overlong, compared=compared)
+        dropped = truncate(examples, config.max_length, "drop", compared=compared)
         notes = [(row, replace(note, fate="bad")) for row, note in dropped.notes if note.fate == "dropped"]
         return replace(dropped, notes=notes)
 

@@ -26,11 +26,12 @@ class Truncation:
     notes: list[tuple[int, Note]]
 
 
-def truncate(examples: Examples, max_length: int, overlong: Overlong) -> Truncation:
+def truncate(examples: Examples, max_length: int, overlong: Overlong, *, compared: bool = False) -> Truncation:
     """Cut, drop or refuse what is longer than `max_length` tokens.
 
     Args:
         examples: Of one source; the turns of a row stand one after another.
+        compared: Whether the examples of a row are compared, so that all of them are lost with one.
 
     Raises:
         UserError: at the first that is too long, where that is an error.
@@ -48,11 +49,15 @@ def truncate(examples: Examples, max_length: int, overlong: Overlong) -> Truncat
         )
     cut = examples.truncated_to(max_length)
     kept = cut.supervised_tokens > 0 if overlong == "truncate" else ~too_long
+    if compared:
+        kept &= ~np.isin(rows, rows[~kept])
     notes = []
     for row in np.unique(rows[too_long]).tolist():
         first, end = np.searchsorted(rows, [row, row + 1]).tolist()
         own = slice(first, end)
-        if end - first == 1:
+        if compared:
+            note = _of_compared(examples, first, int(lengths[own].max()), max_length, overlong, kept=bool(kept[first]))
+        elif end - first == 1:
             note = _of_one(examples, first, int(lengths[first]), max_length, overlong, kept=bool(kept[first]))
         else:
             shortened = int((too_long & kept)[own].sum())
@@ -68,6 +73,16 @@ def _of_one(examples: Examples, index: int, length: int, longest: int, overlong:
     if overlong == "drop":
         return Note(origin, "dropped", f"{length} tokens, more than {longest}")
     return Note(origin, "dropped", f"none of its first {longest} tokens (of {length}) is supervised")
+
+
+def _of_compared(examples: Examples, first: int, length: int, longest: int, overlong: Overlong, *, kept: bool) -> Note:
+    """A row whose texts are compared; it is kept as long as all of them are."""
+    origin = examples.row_origin(first)
+    if kept:
+        return Note(origin, "truncated", f"its longest text of {length} tokens, cut to {longest}")
+    if overlong == "drop":
+        return Note(origin, "dropped", f"its longest text has {length} tokens, more than {longest}")
+    return Note(origin, "dropped", f"of one of its texts, none of the first {longest} tokens is supervised")
 
 
 def _of_several(examples: Examples, first: int, turns: int, shortened: int, dropped: int, longest: int) -> Note:

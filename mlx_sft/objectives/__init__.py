@@ -59,7 +59,8 @@ class Objective:
         Settings: Its settings, each of which becomes an option.
         settings: The chosen ones.
         first_pass: Whether `weigh` needs the log-probabilities of the model as it is, which costs a forward pass more.
-        compares: Whether it compares the examples of a row: they then stand in one step together, and `batch_size` counts rows.
+        compares: Whether it compares the texts of a row: their examples, one of each, then stand in one step together, a row that loses
+            one is lost, and `batch_size` counts rows.
             `batch.data_rows` tells which of a step's examples are of one row, and their order in it is that of `batch.examples`.
     """
 
@@ -81,10 +82,19 @@ class Objective:
         Raises:
             UserError: For a row that the objective cannot train on.
         """
-        if isinstance(item, tuple):
+        if isinstance(item, tuple) and not self.compares:
             what = f"a row of {len(item)} texts to compare, and --objective {self.name} takes one"
             raise UserError(what, where=item[0].origin, hint="choose an objective that compares the texts of a row")
-        return encode(item)
+        if not self.compares:
+            return encode(item)
+        if not isinstance(item, tuple):
+            what = f"a row of one text, and --objective {self.name} compares the texts of a row"
+            raise UserError(what, where=item.origin, hint="choose an objective that takes one, or give rows of several")
+        encoded = [encode(part) for part in item]
+        if any(len(examples) > 1 for examples in encoded):
+            what = f"a text gives an example a turn, and --objective {self.name} compares one of each"
+            raise UserError(what, where=item[0].origin, hint="choose another --train-on than every-turn")
+        return [example for examples in encoded for example in examples]
 
     def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:
         """The weights of a step's micro-batches, or of all those of an evaluation.
