@@ -82,14 +82,14 @@ class Objective:
         Raises:
             UserError: For a row that the objective cannot train on.
         """
-        if isinstance(item, tuple) and not self.compares:
-            what = f"a row of {len(item)} texts to compare, and --objective {self.name} takes one"
-            raise UserError(what, where=item[0].origin, hint="choose an objective that compares the texts of a row")
-        if not self.compares:
-            return encode(item)
         if not isinstance(item, tuple):
+            if not self.compares:
+                return encode(item)
             what = f"a row of one text, and --objective {self.name} compares the texts of a row"
             raise UserError(what, where=item.origin, hint="choose an objective that takes one, or give rows of several")
+        if not self.compares:
+            what = f"a row of {len(item)} texts to compare, and --objective {self.name} takes one"
+            raise UserError(what, where=item[0].origin, hint="choose an objective that compares the texts of a row")
         encoded = [encode(part) for part in item]
         if any(len(examples) > 1 for examples in encoded):
             what = f"a text gives an example a turn, and --objective {self.name} compares one of each"
