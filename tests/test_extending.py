@@ -294,6 +294,42 @@ def test_a_method_that_changes_no_weight_is_not_merged(
         assert load_run(result.run_dir).method is not None
 
 
+class Shift(Method):
+    """Adds a map of the state before to what the first layer's MLP gives; it starts at zero, where it does nothing."""
+
+    name: ClassVar = "shift"
+
+    class Shifted(nn.Module):
+        def __init__(self, mlp: nn.Module, width: int) -> None:
+            super().__init__()
+            self.mlp, self.up = mlp, mx.zeros((width, width))
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.mlp(x) + mx.pad(x[:, :-1], ((0, 0), (1, 0), (0, 0))) @ self.up
+
+    def attach(self, model: nn.Module, seed: int) -> Parameters:
+        modules = dict(model.named_modules())
+        layer = modules["model.layers.0"]
+        self.shifted = layer.mlp = self.Shifted(layer.mlp, modules["model.norm"].weight.shape[0])
+        return {"model.layers.0.up": self.shifted.up}
+
+    def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
+        for value in parameters.values():
+            self.shifted.up = value
+
+
+def test_rows_are_not_joined_under_a_method_that_will_look_from_one_into_the_next(settings: dict[str, Any]) -> None:
+    """At its start it does not, and a probe of the model as it is then sees nothing."""
+    given = {name: value for name, value in settings.items() if name != "rank"} | {"method": "shift", "lr": 0.05}
+    given |= {"dtype": "float32", "batch_size": 4, "max_steps": 4, "warmup": 0}
+    with METHODS.registered("shift", Shift):
+        runs = [
+            train(TrainConfig(**given | {"micro_batch_tokens": tokens, "out": f"{given['out']}-{tokens}"}))
+            for tokens in (1000, 1)
+        ]
+    assert runs[0].loss == pytest.approx(runs[1].loss, rel=1e-5)
+
+
 class SoftPrompt(Method):
     """Virtual tokens before the text (Lester et al. 2021), which change no weight."""
 

@@ -100,11 +100,11 @@ def configured(mode: Mode) -> str:
     return "on" if mode == "layers" else mode
 
 
-def layout_on(machine: Machine, gradient_computer: GradientComputer) -> Layout:
+def layout_on(machine: Machine, gradient_computer: GradientComputer, parameters: Parameters) -> Layout:
     """On a grid where shapes are compiled; else joined, if the model can be computed so."""
     if machine.compiles:
         return "grid"
-    return "joined" if gradient_computer.keeps_rows_apart() else "padded"
+    return "joined" if gradient_computer.keeps_rows_apart(parameters) else "padded"
 
 
 # By prediction

@@ -237,7 +237,7 @@ def _planner(
     vocabulary: int,
     data: PreparedData,
 ) -> MemoryPlanner:
-    tiled, layout = computer.tiled_head is not None, layout_on(machine, computer)
+    tiled, layout = computer.tiled_head is not None, layout_on(machine, computer, parameters)
     footprint = Footprint.of(config, split, method, parameters, vocabulary, tiled=tiled, fused=machine.fused)
     return MemoryPlanner(config, machine, footprint, LongestRow.of(data.train, layout), layout)
 

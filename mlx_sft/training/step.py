@@ -39,6 +39,9 @@ _INTERRUPTED = ("command buffer execution failed", "resource limit (")
 
 GPU_HINT = "close what else draws on the display or let it sleep, or give a smaller --micro-batch-tokens"
 
+_SMALL = 0.02
+"""A number like those of a model's weights."""
+
 _Gradient = Callable[..., tuple[mx.array, Parameters]]
 
 
@@ -219,9 +222,18 @@ class GradientComputer:
         """Put parameters into the model, without dropout."""
         self._method.bind(self._split.model, parameters)
 
-    def keeps_rows_apart(self) -> bool:
-        """Whether the rows of a micro-batch may be joined, end to end."""
-        return self._recomputation.keeps_rows_apart()
+    def keeps_rows_apart(self, parameters: Parameters) -> bool:
+        """Whether the rows of a micro-batch may be joined, end to end; it is tried with no parameter at zero, where it would do nothing."""
+        keys = mx.random.split(mx.random.key(0), max(1, len(parameters)))
+        moved = {
+            name: value if value.any().item() else _SMALL * mx.random.normal(value.shape, value.dtype, key=key)
+            for (name, value), key in zip(parameters.items(), keys, strict=False)
+        }
+        self.bind(moved)
+        try:
+            return self._recomputation.keeps_rows_apart()
+        finally:
+            self.bind(parameters)
 
     def evaluate(self, parameters: Parameters, batches: Iterable[Batch]) -> Evaluation:
         """The objective and the accuracy over all micro-batches, without dropout or gradients.
