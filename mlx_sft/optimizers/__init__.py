@@ -35,7 +35,8 @@ class DecaySettings(NoSettings):
 class Optimizer:
     """An optimizer of MLX's over named arrays, with a state that a checkpoint keeps exactly.
 
-    A subclass says with `make` which of MLX's it is. One that is none of MLX's gives an object with `init_single` and `apply_single`.
+    A subclass says with `make` which of MLX's it is. One that is none of MLX's derives it from
+    `mlx.optimizers.Optimizer`, with `init_single` and `apply_single`.
 
     Args:
         settings: The chosen ones.
