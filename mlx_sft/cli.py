@@ -82,7 +82,7 @@ def train(config_file: str | None, supervise: bool, **options: Any) -> None:
 
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
-@settings(only=(*sections()["Data"], "model", "seed", "quiet"))
+@settings(only=(*sections()["Data"], "model", "objective", "seed", "quiet"))
 @click.option("--row", metavar="N", help="One row, whole: its line or index as messages name it, 17 or chats.jsonl:17.")
 @click.option(
     "--only", metavar="KIND", help="Only rows of a kind: kept, truncated, dropped, bad, suspicious, duplicate, ..."

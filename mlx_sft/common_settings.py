@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from mlx_sft.errors import did_you_mean
 from mlx_sft.registry import CALLBACKS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Registry
 from mlx_sft.settings import OnResume, Settings, parse_bytes, split_pairs, writable
 
@@ -151,7 +152,8 @@ class CommonSettings(Settings):
         registry = FORMATS if info.field_name == "format" else CHOOSING[str(info.field_name)]
         known = registry.names() + (["auto"] if info.field_name == "format" else [])
         if value not in known:
-            raise ValueError(f"there is {', '.join(known)}")
+            near = did_you_mean(value, known)
+            raise ValueError(f"there is {', '.join(known)}, not {value!r}{f'; {near}' if near else ''}")
         return value
 
     @field_validator("quantize", mode="before")

@@ -196,7 +196,8 @@ def _as_user_error(error: ValidationError, settings: dict[str, Any]) -> UserErro
             message = problem["msg"].removeprefix("Value error, ")
             wrong.setdefault(key, []).append(message[0].lower() + message[1:])
     for key, messages in wrong.items():
-        value = f", not {_shortened(settings[key])}" if key in settings else ""
+        told = any("not " in message or message.endswith("?") for message in messages)
+        value = f", not {_shortened(settings[key])}" if key in settings and not told else ""
         place = f"{key}: " if key else ""
         lines.append(f"{place}{' or '.join(dict.fromkeys(messages))}{value}")
     hint = next((h for h in hints if h), "`mlx-sft train --help` names every setting and its values")

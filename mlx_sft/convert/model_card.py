@@ -200,10 +200,12 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
     named = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else _code(base.name)
     revision = f', revision="{base.revision}"' if base.revision else ""
     card = ModelCard.from_template(
-        _metadata(summary, whole),
+        _metadata(summary, method, whole),
         template_path=_TEMPLATE,
         title=published.repository if published else f"A fine-tuned {_code(base.name)}",
         what_it_is=_what_it_is(method, named, whole),
+        peft=method.peft,
+        mergeable=method.mergeable,
         base=base,
         named_base=named,
         base_arguments=f'"{base.name}"{revision}' if base.on_hub else '"path/to/the/base"',
@@ -220,7 +222,7 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
     return f"{card}\n"
 
 
-def _metadata(summary: RunSummary, whole: bool) -> ModelCardData:
+def _metadata(summary: RunSummary, method: Method, whole: bool) -> ModelCardData:
     """What the Hub reads of a card."""
     base = summary.base
     relation = "finetune" if whole else "adapter"
@@ -231,7 +233,7 @@ def _metadata(summary: RunSummary, whole: bool) -> ModelCardData:
         license=base.licence.get("license"),
         license_name=base.licence.get("license_name"),
         license_link=base.licence.get("license_link"),
-        library_name="transformers" if whole else "peft",
+        library_name="transformers" if whole else "peft" if method.peft else "mlx",
         pipeline_tag="text-generation",
         tags=["mlx-sft", summary.config.objective, summary.config.method],
         datasets=list(datasets) or None,

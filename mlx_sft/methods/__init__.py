@@ -91,6 +91,7 @@ class Method:
         mergeable: Whether what it trains can be written into the model's weights; `changed_shapes`, `changed_weight` and `edits`
             say how. A run of a method that is not is refused by every export with merged weights.
         mlx_lm: The module that writes and reads its result in mlx-lm's form; None where mlx-lm has no such adapter.
+        peft: Whether the files of its result are PEFT's, so that PEFT opens them.
         starts_in_trl: Whether PEFT's form of its parameters at the start is one that TRL goes on from.
         folder: What the folder of its result is called in a run.
     """
@@ -100,6 +101,7 @@ class Method:
     frozen_base: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     mlx_lm: ClassVar[Any] = None
+    peft: ClassVar[bool] = False
     starts_in_trl: ClassVar[bool] = False
     folder: ClassVar[str] = "adapter"
 

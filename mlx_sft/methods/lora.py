@@ -62,6 +62,7 @@ class Lora(Method):
     Settings: ClassVar = LoraSettings
     mergeable: ClassVar = True
     mlx_lm: ClassVar = mlx_lm_files
+    peft: ClassVar = True
     starts_in_trl: ClassVar = True
     settings: LoraSettings
 

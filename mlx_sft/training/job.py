@@ -59,6 +59,7 @@ class Job:
     request: StopRequest = field(default_factory=StopRequest)
     stop_reason: str | None = None
     went_back: bool = False
+    told_of_no_gradient: bool = False
 
     def learning_rate(self, step: Step) -> float:
         """That of the schedule, or what rollbacks have left of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,11 +251,16 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
         "peak_memory_bytes": mx.get_peak_memory(),
         "seconds": round(seconds, 4),
         "data_wait_seconds": round(prepared.waited, 4),
-        **metrics,
     }
+    _add_metrics(record, metrics, config)
     if computer.compiled:
         traces = computer.trace_seconds[traces_before:]
         record |= {"traces": len(traces), "trace_seconds": round(sum(traces), 4)}
+    if record["grad_norm"] == 0 and not job.told_of_no_gradient:
+        job.told_of_no_gradient = True
+        job.console.warn(
+            f"step {step.number}: the gradient is zero, so that nothing is trained (--method {config.method})"
+        )
     progress: dict[str, Any] = {"step": step.number, "skipped_in_a_row": 0}
     if not finite:
         record["skipped_rows"] = [examples[row].origin for row in rows]
@@ -265,6 +270,14 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
         progress["skipped_in_a_row"] = job.progress.skipped_in_a_row + 1
     job.progress = job.progress.after(**progress)
     return record
+
+
+def _add_metrics(record: Record, metrics: Mapping[str, float], config: TrainConfig) -> None:
+    """What the objective says of itself, beside what every record has; a number that is not finite is null."""
+    if taken := sorted(metrics.keys() & record.keys()):
+        what = f"--objective {config.objective} has a metric named {taken[0]}, as every record has"
+        raise UserError(what, hint="whoever wrote it can give it another name")
+    record.update({name: value if math.isfinite(value) else None for name, value in metrics.items()})
 
 
 def _gradient(job: Job, prepared: PreparedStep, feed: StepFeed) -> tuple[StepGradient, PreparedStep]:
@@ -312,7 +325,6 @@ def evaluate(job: Job, step: Step) -> None:
         "loss": result.loss if finite else None,
         "perplexity": math.exp(min(result.loss, 700)) if finite else None,
         "token_accuracy": result.token_accuracy,
-        **result.own,
         "best": best,
         "learning_rate": job.learning_rate(step),
         "grad_norm": None,
@@ -322,6 +334,7 @@ def evaluate(job: Job, step: Step) -> None:
         "peak_memory_bytes": mx.get_peak_memory(),
         "seconds": round(seconds, 4),
     }
+    _add_metrics(record, result.own, job.config)
     job.emit(record)
     if best:
         save_result(job)

@@ -68,7 +68,11 @@ def starting_parameters(
     where = None if begun else _given_adapter(config)
     if where is None:
         method = make_method(config)
-        return config, method, method.attach(model, config.seed)
+        parameters = method.attach(model, config.seed)
+        if not parameters:
+            raise UserError(f"--method {config.method} trains nothing of this model", where="method", exit_code=USAGE)
+        method.bind(model, parameters)
+        return config, method, parameters
     adapter, trained = METHODS[config.method].read(where)
     decided = adapter.decides(where)
     for name, value in decided.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.batches import Batch, round_up
+from mlx_sft.errors import UserError
 from mlx_sft.methods import Binder, Parameters
 from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.model.tiles import TiledHead, tiled_head
@@ -201,8 +202,7 @@ class GradientComputer:
         try:
             with training_mode(self._split.model):
                 if weighting is None:
-                    first_pass = self._first_pass(parameters, batches, keys, before_each)
-                    weighting = self._objective.weigh(batches, first_pass)
+                    weighting = self._weigh(batches, self._first_pass(parameters, batches, keys, before_each))
                 for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
                     before_each()
                     started = time.perf_counter()
@@ -241,43 +241,58 @@ class GradientComputer:
         Raises:
             OutOfMemory, Interrupted: If one of them fails.
         """
-        if self._objective.first_pass:
-            return self._evaluate_as_a_whole(parameters, list(batches))
         self.bind(parameters)
-        head = self._head_for(parameters)
-        loss, correct, weight, tokens, supervised = 0.0, 0.0, 0.0, 0, 0
-        for batch in batches:
-            weighting = self._objective.weigh([batch])
-            with failures_noticed(batch):
-                hidden_states = self._states_of(batch)
-                targets, weights = mx.array(batch.targets), mx.array(weighting.weights[0])
-                sums = evaluate_positions(head, hidden_states, targets, weights, self._chunk(head))
-                mx.eval(sums)
-            loss += to_float(sums[0])
-            correct += to_float(sums[1])
-            weight += weighting.normalizer
-            tokens += batch.tokens
-            supervised += len(batch.targets)
-        return Evaluation(loss / weight, correct / weight, tokens, supervised)
-
-    def _evaluate_as_a_whole(self, parameters: Parameters, batches: list[Batch]) -> Evaluation:
-        """As `evaluate`, of an objective that weighs all positions only once it knows the probability of each."""
-        self.bind(parameters)
-        log_probs, correct = [], 0.0
-        for batch in batches:
-            found, likeliest = self._position_log_probs(parameters, batch)
-            log_probs.append(found)
-            correct += float(batch.weights[likeliest == batch.targets].sum(dtype=np.float64))
-        weighting = self._objective.weigh(batches, log_probs)
-        weighed = zip(weighting.weights, log_probs, strict=True)
-        mean = sum(float((-log_p * own).sum(dtype=np.float64)) for own, log_p in weighed) / weighting.normalizer
+        batches = list(batches)
+        loss = correct = 0.0
+        log_probs = []
+        weighting = None if self._objective.first_pass else self._weigh(batches, None)
+        for number, batch in enumerate(batches):
+            if weighting is None:
+                found, likeliest = self._position_log_probs(parameters, batch)
+                log_probs.append(found)
+                correct += float(batch.weights[likeliest == batch.targets].sum(dtype=np.float64))
+            else:
+                sums = self._evaluation_sums(parameters, batch, weighting.weights[number])
+                loss, correct = loss + sums[0], correct + sums[1]
+        if weighting is None:
+            weighting = self._weigh(batches, log_probs)
+            loss = sum(
+                float((-log_p * own).sum(dtype=np.float64))
+                for own, log_p in zip(weighting.weights, log_probs, strict=True)
+            )
+            weight = sum(float(batch.weights.sum(dtype=np.float64)) for batch in batches)
+        else:
+            weight = weighting.normalizer
         return Evaluation(
-            loss=mean if weighting.loss is None else weighting.loss,
-            token_accuracy=correct / sum(float(batch.weights.sum(dtype=np.float64)) for batch in batches),
+            loss=loss / weighting.normalizer if weighting.loss is None else weighting.loss,
+            token_accuracy=correct / weight,
             tokens=sum(batch.tokens for batch in batches),
             supervised_tokens=sum(len(batch.targets) for batch in batches),
             own=weighting.metrics,
         )
+
+    def _evaluation_sums(
+        self, parameters: Parameters, batch: Batch, weights: NDArray[np.float32]
+    ) -> tuple[float, float]:
+        """The weighted sum of a micro-batch's losses, and the weighted count of its likeliest tokens that are the targets."""
+        head = self._head_for(parameters)
+        with failures_noticed(batch):
+            hidden_states, targets = self._states_of(batch), mx.array(batch.targets)
+            sums = evaluate_positions(head, hidden_states, targets, mx.array(weights), self._chunk(head))
+            mx.eval(sums)
+        return to_float(sums[0]), to_float(sums[1])
+
+    def _weigh(self, batches: Sequence[Batch], log_probs: list[NDArray[np.float32]] | None) -> Weighting:
+        """What the objective says; raises `UserError` where it is not of these micro-batches."""
+        weighting, name = self._objective.weigh(batches, log_probs), self._objective.name
+        expected = [len(batch.targets) for batch in batches]
+        given = [len(weights) for weights in weighting.weights]
+        if given != expected:
+            what = f"--objective {name} gives weights for {given} positions of micro-batches that have {expected}"
+            raise UserError(what, hint="one array a micro-batch, with a number for each of its `targets`")
+        if not weighting.normalizer > 0:
+            raise UserError(f"--objective {name} divides by {weighting.normalizer}", hint="a normalizer is above 0")
+        return replace(weighting, metrics={of: float(value) for of, value in weighting.metrics.items()})
 
     def _first_pass(
         self,

@@ -6,6 +6,7 @@ The built-in ones in `ENTRIES` are always on. One of another package is chosen w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -155,6 +156,10 @@ class Callbacks:
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self._callbacks = list(callbacks)
+        for callback in self._callbacks:
+            if not isinstance(callback, Callback):
+                hint = "give objects of a subclass of `mlx_sft.training.callbacks.Callback`: Mine(), not Mine"
+                raise UserError(f"{callback!r} is no callback", where="callbacks", hint=hint, exit_code=USAGE)
         names = [self._key(callback) for callback in self._callbacks]
         if twice := next((name for name in names if names.count(name) > 1), None):
             hint = "give it once, or give the classes names of their own"
@@ -176,13 +181,22 @@ class Callbacks:
             callback.check(config, data)
 
     def emit(self, run: TrainingRun, record: Record) -> None:
-        """Tell every callback of a record."""
+        """Tell every callback of a record; raises `UserError` for one that is none."""
+        if not isinstance(record.get("kind"), str):
+            raise UserError(f"a callback's record has no kind: {record}", hint='emit {"kind": "sample", ...}')
         for callback in self._callbacks:
             callback.on_record(run, record)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The state of each that has one, by name."""
-        return {self._key(callback): state for callback in self._callbacks if (state := callback.state())}
+        states = {self._key(callback): state for callback in self._callbacks if (state := callback.state())}
+        for name, state in states.items():
+            try:
+                json.dumps(state, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                what = f"the state of the callback {name} cannot be kept in a checkpoint: {error}"
+                raise UserError(what, hint="whoever wrote it can give plain numbers, texts, lists and dicts") from error
+        return states
 
     def load_state(self, states: dict[str, dict[str, Any]]) -> list[str]:
         """Give each its state; returns the names of states that nobody takes."""

@@ -12,6 +12,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mlx_sft.errors import UserError
 from mlx_sft.files import disk_errors, sync
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 
@@ -34,7 +35,13 @@ class MetricsFile(Callback):
         super().on_record(run, record)
         if record["kind"] in _NOT_WRITTEN or self._file is None:
             return
-        line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        try:
+            line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        except (TypeError, ValueError) as error:
+            what = f"a record of the kind {record['kind']} cannot be written: {error}"
+            raise UserError(
+                what, where=str(self._path), hint="give plain and finite numbers, texts, lists and dicts"
+            ) from error
         with disk_errors(self._path):
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "no space left for a whole line")
