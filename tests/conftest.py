@@ -30,7 +30,7 @@ from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import write_adapter
 from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training.machine import memory_limit_restored
+from mlx_sft.training.machine import memory_limits_restored
 from tests.chats import write_chats
 from tests.neighbours import find_neighbour
 from tests.trl_exports import half, half_trained, pair, trained  # noqa: F401  fixtures
@@ -82,9 +82,9 @@ def _cache_of_tokenized_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(autouse=True)
-def _memory_limit_restored() -> Iterator[None]:
+def _memory_limits_restored() -> Iterator[None]:
     """A run that is prepared and not trained leaves MLX's limit as the run has it."""
-    with memory_limit_restored():
+    with memory_limits_restored():
         yield
 
 

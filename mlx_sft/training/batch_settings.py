@@ -31,7 +31,7 @@ from mlx_sft.model.load import resolve_dtype
 from mlx_sft.model.outline import outline
 from mlx_sft.objectives import Weighting
 from mlx_sft.training.loss import chunk_choices
-from mlx_sft.training.machine import Machine, memory_limit_restored
+from mlx_sft.training.machine import Machine, memory_limits_restored
 from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.step import GPU_HINT, GradientComputer, Interrupted, OutOfMemory, Shape
@@ -332,7 +332,7 @@ class MemoryPlanner:
         started, before = time.perf_counter(), mx.get_active_memory()
         mx.reset_peak_memory()
         try:
-            with memory_limit_restored():
+            with memory_limits_restored():
                 if footprint.held:
                     mx.set_memory_limit(before + predicted.limit - predicted.weights - predicted.trained)
                 gradient_computer.configure(mode)

@@ -22,7 +22,7 @@ from mlx_sft.training import checkpoint
 from mlx_sft.training.callbacks import Callback, Record
 from mlx_sft.training.disk_need import begins_with_a_checkpoint
 from mlx_sft.training.job import Job
-from mlx_sft.training.machine import memory_limit_restored
+from mlx_sft.training.machine import footprint_bytes, memory_limits_restored
 from mlx_sft.training.out_of_memory import evaluate_in_memory, recover, wait_for_gpu
 from mlx_sft.training.preview import show_plan
 from mlx_sft.training.results import finish, save, save_result
@@ -86,7 +86,7 @@ def train(
     """
     console = Console(quiet=config.quiet, json_lines=config.json_lines)
     given = Given(data, valid, model, tokenizer, tuple(callbacks))
-    with memory_limit_restored(), ExitStack() as held:
+    with memory_limits_restored(), ExitStack() as held:
         job = prepare_job(config, console, held, given)
         held.callback(job.callbacks.close)
         show_plan(job)
@@ -249,6 +249,9 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
         "micro_batches": len(prepared.batches),
         "tokens_per_second": round(tokens / seconds, 2),
         "peak_memory_bytes": mx.get_peak_memory(),
+        "active_memory_bytes": mx.get_active_memory(),
+        "cache_memory_bytes": mx.get_cache_memory(),
+        "footprint_bytes": footprint_bytes(),
         "seconds": round(seconds, 4),
         "data_wait_seconds": round(prepared.waited, 4),
     }

@@ -57,7 +57,7 @@ from mlx_sft.training.callbacks import Callback, Callbacks
 from mlx_sft.training.checkpoint import CallbackStates, Progress
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.job import Job
-from mlx_sft.training.machine import Machine, prepare_device, this_machine, within
+from mlx_sft.training.machine import Machine, hold_to, prepare_device, this_machine, within
 from mlx_sft.training.memory import Footprint
 from mlx_sft.training.resume import (
     CONFIG_HEADER,
@@ -143,9 +143,7 @@ def prepare_job(
     else:
         environment = describe_environment(config, identity) | {"memory": memory.describe(predicted)}
         run = _create(config, data, environment, held)
-    if memory.footprint.held:
-        # A third less, in the same time. Far below what is needed, where each operation waits for the last, it would take twice as long.
-        mx.set_memory_limit(min(machine.memory, predicted.limit))
+    hold_to(machine, predicted)
     compiled = compiled_shapes(machine, plan, data.train, settings.micro_batch_tokens)
     computer.configure(settings.mode, compiled, settings.head_chunk)
     computer.bind(parameters)

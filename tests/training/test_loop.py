@@ -37,7 +37,8 @@ from tests.chosen import without_adapter
 TRAIN_FIELDS = [
     *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens"),
     *("computed_tokens", "padded_tokens", "micro_batches"),
-    *("tokens_per_second", "peak_memory_bytes", "seconds", "data_wait_seconds"),
+    *("tokens_per_second", "peak_memory_bytes", "active_memory_bytes", "cache_memory_bytes", "footprint_bytes"),
+    *("seconds", "data_wait_seconds"),
 ]
 EVALUATION_FIELDS = [
     *(
@@ -94,6 +95,7 @@ def test_every_step_has_a_line_with_the_promised_fields(settings: dict[str, Any]
     assert all(
         line["seconds"] > 0 and line["tokens_per_second"] > 0 and line["peak_memory_bytes"] > 0 for line in lines
     )
+    assert all(0 < line["active_memory_bytes"] <= line["peak_memory_bytes"] < line["footprint_bytes"] for line in lines)
     assert result.loss == lines[-1]["loss"] < lines[0]["loss"]
     assert (result.steps, result.skipped, result.best_loss) == (6, 0, None)
 

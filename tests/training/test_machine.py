@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.training.machine import COMMON_MACS, GIB, free_bytes, mac, read_machine, this_machine, usable_bytes
+from mlx_sft.training.machine import (
+    COMMON_MACS,
+    GIB,
+    Machine,
+    footprint_bytes,
+    free_bytes,
+    hold_to,
+    mac,
+    memory_limits_restored,
+    read_machine,
+    this_machine,
+    usable_bytes,
+)
+from mlx_sft.training.memory import Prediction
 
 pytestmark = pytest.mark.fast
 
@@ -119,3 +133,62 @@ def test_a_control_group_may_leave_less(tmp_path: Path, groups: dict[str, str], 
 
 def test_without_linux_files_half_of_the_memory_counts(tmp_path: Path) -> None:
     assert 2**26 < free_bytes(tmp_path) < 2**50
+
+
+# What MLX is held to
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The limits that MLX was given, by name."""
+    given: dict[str, int] = {}
+    for name in ("memory", "cache", "wired"):
+        monkeypatch.setattr(mx, f"set_{name}_limit", lambda limit, name=name: given.update({name: limit}))
+    return given
+
+
+def test_on_a_cpu_arrays_take_what_is_predicted(limits: dict[str, int]) -> None:
+    predicted = Prediction(weights=GIB, trained=GIB, kept=GIB, passing=GIB)
+    hold_to(Machine("a PC", "cpu", 64 * GIB, ""), predicted)
+    assert limits == {"memory": predicted.limit}
+    hold_to(Machine("a small one", "cpu", 2 * GIB, ""), predicted)
+    assert limits == {"memory": 2 * GIB}
+
+
+@pytest.mark.parametrize(
+    ("kept", "passing", "cache"),
+    [(3, 2, 5), (0, 1, 2)],
+    ids=["what a step takes", "never so little that it costs speed"],
+)
+def test_on_a_mac_the_cache_holds_a_step_and_no_more_is_wired(
+    kept: int, passing: int, cache: int, limits: dict[str, int]
+) -> None:
+    predicted = Prediction(weights=4 * GIB, trained=GIB, kept=kept * GIB, passing=passing * GIB)
+    hold_to(mac("", 64), predicted)
+    assert limits == {"cache": cache * GIB, "wired": predicted.peak + cache * GIB}
+    hold_to(mac("", 8), predicted)
+    assert limits["wired"] == min(mac("", 8).memory, predicted.peak + cache * GIB)
+
+
+def test_on_cuda_nothing_is_wired(limits: dict[str, int]) -> None:
+    hold_to(Machine("a GPU", "cuda", 64 * GIB, ""), Prediction(GIB, 0, 0, 0))
+    assert set(limits) == {"cache"}
+
+
+def test_limits_are_what_they_were_afterwards() -> None:
+    mx.set_cache_limit(123456)
+    with memory_limits_restored():
+        assert mx.set_cache_limit(7) == 123456
+        mx.set_memory_limit(GIB)
+    assert mx.set_cache_limit(123456) == 123456
+    assert mx.get_memory_limit() != GIB
+
+
+def test_the_system_says_how_large_the_process_is() -> None:
+    before = footprint_bytes()
+    held = b"x" * 2**27
+    after = footprint_bytes()
+    assert before is not None
+    assert after is not None
+    assert 2**26 < after - before < 2**28
+    del held
