@@ -30,7 +30,6 @@ from mlx_sft.methods import Parameters
 from mlx_sft.model.load import resolve_dtype
 from mlx_sft.model.outline import outline
 from mlx_sft.objectives import Weighting
-from mlx_sft.training.loss import chunk_choices
 from mlx_sft.training.machine import Machine, memory_limits_restored
 from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
 from mlx_sft.training.recompute import Mode
@@ -131,7 +130,7 @@ def choose(
         modes: To choose among, those that compute least again first.
         micro_batch_tokens, head_chunk: As configured; None to choose.
     """
-    chunks = chunk_choices(footprint.columns) if head_chunk is None else (head_chunk,)
+    chunks = footprint.chunks if head_chunk is None else (head_chunk,)
     least, most = max(longest, micro_batch_tokens or 0), _most_at_once(layout)
     options = [
         BatchSettings(most_tokens(footprint, mode, limit, max(least, most), chunk), mode, chunk, layout)
@@ -158,7 +157,7 @@ def most_tokens(
     Args:
         head_chunk: The smallest that would be chosen where None.
     """
-    chunk = chunk_choices(footprint.columns)[-1] if head_chunk is None else head_chunk
+    chunk = footprint.chunks[-1] if head_chunk is None else head_chunk
     return footprint.most_tokens(mode, int(_MARGIN * limit), most, chunk)
 
 

@@ -5,14 +5,15 @@
 No positions × vocabulary tensor ever exists: a chunk's logits become its loss and its gradient at once, and backward is one
 multiplication. Where the head is frozen and can be computed in tiles of the vocabulary, there are not even the logits of a chunk, but
 those of a tile: the softmax runs along as in FlashAttention (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models",
-https://arxiv.org/abs/2411.09009). Knows nothing of the body, or of where the positions come from.
+https://arxiv.org/abs/2411.09009). On a GPU tiles would move each logit five times as often, and MLX's own kernel takes the whole vocabulary
+at once. Knows nothing of the body, or of where the positions come from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -25,21 +26,27 @@ HeadParameters = dict[str, mx.array]
 Head = Callable[[HeadParameters, mx.array], mx.array]
 """`head(parameters, hidden_states[positions, hidden]) -> logits[positions, vocabulary]`."""
 
+HeadWay = Literal["fused", "tiles", "whole"]
+"""How the loss of some positions is computed: by MLX's kernel from all logits, from those of a tile at a time, or from all in float32."""
+
 _CHUNK_BYTES = 128 * 2**20
+_FUSED_ROWS = 512
 
 
-def chunk_rows(columns: int) -> int:
+def chunk_rows(columns: int, way: HeadWay = "tiles") -> int:
     """Rows whose float32 logits fit 128 MiB, from 64 to 1,024: 220 for 152k logits a row. More of them are multiplied no faster.
+
+    By MLX's kernel it is 512 rows or more: on a GPU fewer would be a matrix too small for it.
 
     Args:
         columns: Logits of a row that exist at once, of a tile or of the whole vocabulary.
     """
-    return max(64, min(1024, _CHUNK_BYTES // (4 * columns)))
+    return max(_FUSED_ROWS if way == "fused" else 64, min(1024, _CHUNK_BYTES // (4 * columns)))
 
 
-def chunk_choices(columns: int) -> tuple[int, int, int]:
+def chunk_choices(columns: int, way: HeadWay = "tiles") -> tuple[int, int, int]:
     """Chunks to choose among: the one that is as fast as any, and smaller ones, with which the head's weights are read more often."""
-    rows = chunk_rows(columns)
+    rows = chunk_rows(columns, way)
     return rows, rows // 2, rows // 8
 
 
@@ -55,6 +62,8 @@ def cross_entropy_sum(
     targets: mx.array,
     weights: mx.array,
     chunk: int,
+    *,
+    fused: bool = False,
 ) -> mx.array:
     """Σ weights · (log Σ exp(logits) − logits[target]), differentiable in the hidden states and the head's parameters.
 
@@ -65,17 +74,19 @@ def cross_entropy_sum(
         targets: [positions], the tokens that they predict.
         weights: [positions] float32; 0 leaves a position out.
         chunk: Positions whose logits exist at a time, at most.
+        fused: Whether MLX's kernel computes it, where the head is whole.
 
     Returns:
         A float32 scalar.
     """
 
     chunk = even_chunk(targets.shape[0], chunk)
-    of_chunk = partial(_by_tiles, head) if isinstance(head, TiledHead) else partial(_at_once, head)
+    way = _fused if fused else _at_once
+    of_chunk = partial(_by_tiles, head) if isinstance(head, TiledHead) else partial(way, head)
 
     # Every array comes in as an argument: a closure over a traced array breaks `mx.compile`.
     @mx.custom_function
-    def fused(
+    def computed(
         parameters: HeadParameters, hidden_states: mx.array, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, HeadParameters, mx.array]:
         loss = mx.array(0.0)
@@ -91,7 +102,7 @@ def cross_entropy_sum(
             for_hidden.append(chunk_hidden)
         return loss, for_parameters, mx.concatenate(for_hidden)
 
-    @fused.vjp
+    @computed.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         _, for_parameters, for_hidden = outputs
         scale = cotangents[0]
@@ -101,7 +112,7 @@ def cross_entropy_sum(
             *map(mx.zeros_like, primals[2:]),
         )
 
-    outputs: Any = fused(parameters, hidden_states, targets, weights)
+    outputs: Any = computed(parameters, hidden_states, targets, weights)
     loss: mx.array = outputs[0]
     return loss
 
@@ -128,6 +139,38 @@ def _at_once(
         flat_head, [hidden_states, *parameters.values()], [for_logits.astype(logits.dtype)]
     )
     return (weights * losses).sum(), dict(zip(names, for_values, strict=True)), for_hidden
+
+
+def _fused(
+    head: Head,
+    parameters: HeadParameters,
+    hidden_states: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+) -> tuple[mx.array, HeadParameters, mx.array]:
+    """The same by MLX's kernel, which reads the logits as they are and sums them up in float32."""
+    names = list(parameters)
+
+    def losses_of(hidden_states: mx.array, *values: mx.array) -> mx.array:
+        return mx.fast.cross_entropy(head(dict(zip(names, values, strict=True)), hidden_states), targets)
+
+    (losses,), (for_hidden, *for_values) = mx.vjp(losses_of, [hidden_states, *parameters.values()], [weights])
+    return (weights * losses).sum(), dict(zip(names, for_values, strict=True)), for_hidden
+
+
+def fused_holds(head: Head, hidden_states: mx.array) -> bool:
+    """Whether MLX's kernel gives what is computed here of some hidden states [positions, hidden], the loss of each and the gradient."""
+    positions, vocabulary = head({}, hidden_states).shape
+    targets = mx.arange(positions) * 7919 % vocabulary
+    for weights in mx.eye(positions):  # one after another: a sum would hide what is wrong with one
+        (loss, _, gradient), (plain, _, expected) = (
+            way(head, {}, hidden_states, targets, weights) for way in (_fused, _at_once)
+        )
+        losses_agree = mx.abs(loss - plain) <= 1e-4 * mx.abs(plain)
+        gradients_agree = mx.abs(gradient - expected).max() <= 2e-2 * mx.abs(expected).max()
+        if not (losses_agree.item() and gradients_agree.item()):
+            return False
+    return True
 
 
 def _by_tiles(
@@ -171,12 +214,18 @@ def _exponentials(logits: mx.array, highest: mx.array) -> tuple[mx.array, mx.arr
 
 
 def evaluate_positions(
-    head: Head | TiledHead, hidden_states: mx.array, targets: mx.array, weights: mx.array, chunk: int
+    head: Head | TiledHead,
+    hidden_states: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    chunk: int,
+    *,
+    fused: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """The weighted sum of losses, and the weighted count of positions whose likeliest token is the target; no gradients."""
     loss, correct = mx.array(0.0), mx.array(0.0)
     chunk = even_chunk(targets.shape[0], chunk)
-    of_chunk = partial(_evaluate_by_tiles, head) if isinstance(head, TiledHead) else partial(_evaluate_at_once, head)
+    of_chunk = _evaluated(head, fused=fused)
     for start in range(0, targets.shape[0], chunk):
         rows = slice(start, start + chunk)
         losses, likeliest = of_chunk(after([loss, correct], hidden_states[rows]), targets[rows])
@@ -186,11 +235,11 @@ def evaluate_positions(
 
 
 def position_losses(
-    head: Head | TiledHead, hidden_states: mx.array, targets: mx.array, chunk: int
+    head: Head | TiledHead, hidden_states: mx.array, targets: mx.array, chunk: int, *, fused: bool = False
 ) -> tuple[mx.array, mx.array]:
     """The loss −log p(target) and the likeliest token of each position, [positions]; no gradients."""
     chunk = even_chunk(targets.shape[0], chunk)
-    of_chunk = partial(_evaluate_by_tiles, head) if isinstance(head, TiledHead) else partial(_evaluate_at_once, head)
+    of_chunk = _evaluated(head, fused=fused)
     losses: list[mx.array] = []
     likeliest: list[mx.array] = []
     for start in range(0, targets.shape[0], chunk):
@@ -201,10 +250,16 @@ def position_losses(
     return mx.concatenate(losses), mx.concatenate(likeliest)
 
 
-def _evaluate_at_once(head: Head, hidden_states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+def _evaluated(head: Head | TiledHead, *, fused: bool) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+    if isinstance(head, TiledHead):
+        return partial(_evaluate_by_tiles, head)
+    return partial(_evaluate_at_once, head, fused)
+
+
+def _evaluate_at_once(head: Head, fused: bool, hidden_states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Losses and likeliest tokens, [positions]."""
-    logits = head({}, hidden_states).astype(mx.float32)
-    losses, _, _ = _losses(logits, targets)
+    logits = head({}, hidden_states)
+    losses = mx.fast.cross_entropy(logits, targets) if fused else _losses(logits.astype(mx.float32), targets)[0]
     return losses, logits.argmax(-1)
 
 

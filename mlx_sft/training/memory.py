@@ -26,7 +26,7 @@ from mlx_sft.model.names import transformers_name
 from mlx_sft.model.tiles import COLUMNS
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.registry import OPTIMIZERS
-from mlx_sft.training.loss import chunk_rows, even_chunk
+from mlx_sft.training.loss import HeadWay, chunk_choices, chunk_rows, even_chunk
 from mlx_sft.training.recompute import Mode
 
 MODES: tuple[Mode, ...] = ("off", "light", "layers", "blocks")
@@ -64,6 +64,9 @@ class _Passing:
 _NEEDED = _Passing(chunk=4.4, next_chunk=0.0, features=1.1, recomputed_multiplier=1.5, norms=7.0)
 _AHEAD = _Passing(chunk=5.0, next_chunk=5.5, features=2.0, recomputed_multiplier=2.5, norms=6.0)
 """What must exist, and what does where MLX makes room for operations ahead of their computation and nothing holds it back."""
+
+_FUSED_LOGITS = 3.0
+"""Of a chunk's logits and of the next one's, in the model's precision: they, their gradient, and what the head makes of them."""
 
 _SCORES_LIGHT, _SCORES_RECOMPUTED = 2.25, 1.5
 """Of scores, where attention keeps them: what passes when they alone are recomputed, and besides what is kept with their layer."""
@@ -136,6 +139,7 @@ class Footprint:
         hidden: Width of its hidden states.
         vocabulary: Width of its logits.
         columns: Of a position's logits, those that exist at once.
+        head: How the head's loss is computed.
         trains_weights: Whether weights of the model are trained as they are.
         accumulates: Whether a step may have several micro-batches, whose gradients are added up.
         held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
@@ -151,6 +155,7 @@ class Footprint:
     hidden: int
     vocabulary: int
     columns: int
+    head: HeadWay = "tiles"
     trains_weights: bool = False
     accumulates: bool = True
     held: bool = True
@@ -165,13 +170,13 @@ class Footprint:
         parameters: Parameters,
         vocabulary: int,
         *,
-        tiled: bool,
+        head: HeadWay,
         fused: bool,
     ) -> Footprint:
         """Of a model that a method is attached to, loaded or outlined.
 
         Args:
-            tiled: Whether the head can be had in tiles of the vocabulary; it is where nothing but layers is trained.
+            head: How its loss is computed; not in tiles where more than layers is trained.
             fused: Whether the device computes attention and norms in one piece, as GPUs do.
         """
         weights: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
@@ -194,7 +199,8 @@ class Footprint:
             itemsize=split.model_dtype().size,
             hidden=max((layer.states for layer in layers), default=0) if split.body_name else vocabulary,
             vocabulary=vocabulary,
-            columns=min(COLUMNS, vocabulary) if tiled and not outside else vocabulary,
+            columns=min(COLUMNS, vocabulary) if head == "tiles" and not outside else vocabulary,
+            head=head,
             trains_weights=not parameters.keys().isdisjoint(method.changed_shapes(parameters)),
             accumulates=config.batch_size > 1,
             held=not fused,
@@ -219,7 +225,7 @@ class Footprint:
             head_chunk: Positions that go through the head at once; as many as are fast where None.
         """
         kept, work = self._of_layers(mode, tokens, tokens if width is None else width)
-        rows = head_chunk or chunk_rows(self.columns)
+        rows = head_chunk or chunk_rows(self.columns, self.head)
         if supervised is None:
             positions, chunk = tokens, min(tokens, rows)
         else:
@@ -227,7 +233,10 @@ class Footprint:
         states = (tokens + _STATES_A_POSITION * positions) * self.hidden * self.itemsize
         arrays = self._passing
         at_once = chunk * self.columns
-        logits = arrays.chunk * at_once + arrays.next_chunk * min(positions * self.vocabulary - at_once, at_once)
+        following = min(positions * self.vocabulary - at_once, at_once)
+        logits = arrays.chunk * at_once + arrays.next_chunk * following
+        if self.head == "fused":
+            logits = _FUSED_LOGITS * (at_once + following) * self.itemsize / 4
         sums = _SUMS_A_POSITION * chunk * self.hidden if self.columns < self.vocabulary else 0
         passing = max(states + 4 * (logits + sums), work)
         # The gradient comes to be while what was kept goes.
@@ -270,6 +279,11 @@ class Footprint:
             return layer.light, arrays.features * layer.features + _SCORES_LIGHT * scores
         recomputed = arrays.recomputed_multiplier * layer.features + arrays.norms * layer.norms
         return layer.states, layer.off + (1 + _SCORES_RECOMPUTED) * scores + recomputed
+
+    @property
+    def chunks(self) -> tuple[int, int, int]:
+        """Positions that may go through the head at once, the most first."""
+        return chunk_choices(self.columns, self.head)
 
     @property
     def _passing(self) -> _Passing:

@@ -34,6 +34,7 @@ from mlx_sft.training.batch_settings import (
     most_tokens,
     predicted_peak,
 )
+from mlx_sft.training.loss import HeadWay
 from mlx_sft.training.machine import COMMON_MACS, mac, measured_teraflops, read_machine, this_machine, within
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
@@ -260,8 +261,8 @@ def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> F
     split = outline(path, dtype, config.quantize)
     config, method, parameters = starting_parameters(config, split.model, begun=False)
     vocabulary = vocabulary_size(split.model, read_config(path))
-    tiled = expected_tiles(split) is not None
-    return Footprint.of(config, split, method, parameters, vocabulary, tiled=tiled, fused=fused)
+    head: HeadWay = "fused" if fused else "whole" if expected_tiles(split) is None else "tiles"
+    return Footprint.of(config, split, method, parameters, vocabulary, head=head, fused=fused)
 
 
 def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:

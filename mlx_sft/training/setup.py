@@ -235,8 +235,8 @@ def _planner(
     vocabulary: int,
     data: PreparedData,
 ) -> MemoryPlanner:
-    tiled, layout = computer.tiled_head is not None, layout_on(machine, computer, parameters)
-    footprint = Footprint.of(config, split, method, parameters, vocabulary, tiled=tiled, fused=machine.fused)
+    head, layout = computer.head_way, layout_on(machine, computer, parameters)
+    footprint = Footprint.of(config, split, method, parameters, vocabulary, head=head, fused=machine.fused)
     return MemoryPlanner(config, machine, footprint, LongestRow.of(data.train, layout), layout)
 
 

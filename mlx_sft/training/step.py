@@ -25,7 +25,15 @@ from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
 from mlx_sft.objectives.sft import SFT
-from mlx_sft.training.loss import Head, chunk_rows, cross_entropy_sum, evaluate_positions, position_losses
+from mlx_sft.training.loss import (
+    Head,
+    HeadWay,
+    chunk_rows,
+    cross_entropy_sum,
+    evaluate_positions,
+    fused_holds,
+    position_losses,
+)
 from mlx_sft.training.recompute import Mode, Recomputation
 
 Shape = tuple[int, int, int]
@@ -39,6 +47,8 @@ _INTERRUPTED = ("command buffer execution failed", "resource limit (")
 (`Innocent Victim`, `SubmissionsIgnored`), or there were too many arrays at once."""
 
 GPU_HINT = "close what else draws on the display or let it sleep, or give a smaller --micro-batch-tokens"
+
+_PROBE = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 _SMALL = 0.02
 """A number like those of a model's weights."""
@@ -138,7 +148,7 @@ class GradientComputer:
         head_chunk: Positions that go through the head at once; where None, as many as are fast.
 
     Attributes:
-        tiled_head: The head in tiles of the vocabulary; None where it cannot be had so.
+        tiled_head: The head in tiles of the vocabulary; None where it cannot be had so, or MLX's own kernel is used.
         trace_seconds: What the first run of each compiled shape took, in which it is traced; one for each trace.
     """
 
@@ -159,7 +169,8 @@ class GradientComputer:
         self._objective = objective or SFT()
         split.run_body = method.run_body
         split.model.eval()  # but while gradients are taken
-        self.tiled_head = tiled_head(split)
+        self._fused = mx.default_device() == mx.Device(mx.gpu) and self._fused_holds()
+        self.tiled_head = None if self._fused else tiled_head(split)
         self._head_chunk: int | None = None
         self.mode = recompute
         self._recomputation = Recomputation(split, recompute)
@@ -217,6 +228,11 @@ class GradientComputer:
         finally:
             self.bind(parameters)
         return StepGradient(loss if weighting.loss is None else mx.array(weighting.loss), total, weighting.metrics)
+
+    @property
+    def head_way(self) -> HeadWay:
+        """How the head's loss is computed where the head is frozen."""
+        return "fused" if self._fused else "whole" if self.tiled_head is None else "tiles"
 
     def bind(self, parameters: Parameters) -> None:
         """Put parameters into the model, without dropout."""
@@ -278,7 +294,8 @@ class GradientComputer:
         head = self._head_for(parameters)
         with failures_noticed(batch):
             hidden_states, targets = self._states_of(batch), mx.array(batch.targets)
-            sums = evaluate_positions(head, hidden_states, targets, mx.array(weights), self._chunk(head))
+            chunk = self._chunk(head)
+            sums = evaluate_positions(head, hidden_states, targets, mx.array(weights), chunk, fused=self._fused)
             mx.eval(sums)
         return to_float(sums[0]), to_float(sums[1])
 
@@ -318,7 +335,8 @@ class GradientComputer:
         head = self._head_for(parameters)
         with failures_noticed(batch):
             hidden_states = self._states_of(batch)
-            losses, likeliest = position_losses(head, hidden_states, mx.array(batch.targets), self._chunk(head))
+            targets, chunk = mx.array(batch.targets), self._chunk(head)
+            losses, likeliest = position_losses(head, hidden_states, targets, chunk, fused=self._fused)
             mx.eval(losses, likeliest)
         return -np.array(losses), np.array(likeliest)
 
@@ -375,6 +393,7 @@ class GradientComputer:
             targets,
             weights,
             self._chunk(head),
+            fused=self._fused,
         )
 
     def _supervised_states(self, token_ids: mx.array, positions: mx.array) -> mx.array:
@@ -387,7 +406,12 @@ class GradientComputer:
         return self.tiled_head if frozen and self.tiled_head is not None else self._head
 
     def _chunk(self, head: Head | TiledHead) -> int:
-        return self._head_chunk or chunk_rows(head.columns if isinstance(head, TiledHead) else self._vocabulary)
+        columns = head.columns if isinstance(head, TiledHead) else self._vocabulary
+        return self._head_chunk or chunk_rows(columns, "fused" if self._fused else "whole")
+
+    def _fused_holds(self) -> bool:
+        states = self._split.hidden_states(_PROBE)
+        return fused_holds(lambda _, hidden: self._split.logits(hidden), states.reshape(-1, states.shape[-1]))
 
     def _head(self, parameters: Parameters, hidden_states: mx.array) -> mx.array:
         if parameters:

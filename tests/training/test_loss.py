@@ -217,6 +217,8 @@ def test_chunks_are_128_mebibytes_of_logits_and_never_too_small_for_a_matrix_pro
     assert chunk_rows(151_936) == 220
     assert chunk_rows(264) == 1024
     assert chunk_rows(10**6) == 64
+    assert chunk_rows(151_936, "fused") == 512
+    assert chunk_rows(264, "fused") == 1024
 
 
 @pytest.mark.parametrize("case", ["frozen head", "trained head", "evaluation"])

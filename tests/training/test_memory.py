@@ -41,7 +41,7 @@ def trained(make_base: Callable[..., Path]) -> Callable[..., Trained]:
         method = make_method(config)
         parameters = method.attach(split.model, seed=0)
         vocabulary = shape.get("vocab_size", VOCABULARY)
-        footprint = Footprint.of(config, split, method, parameters, vocabulary, tiled=True, fused=False)
+        footprint = Footprint.of(config, split, method, parameters, vocabulary, head="tiles", fused=False)
         return split, GradientComputer(split, method, vocabulary, recompute=mode), parameters, footprint
 
     return make
@@ -158,7 +158,7 @@ def test_what_is_trained_before_the_layers_is_reached_through_all_of_them(
     method = VirtualTokens()
     parameters = method.attach(split.model, seed=0)
     alone = TrainConfig(data="-", optimizer="sgd", batch_size=1)  # nothing beside the parameters
-    found = Footprint.of(alone, split, method, parameters, VOCABULARY, tiled=True, fused=False)
+    found = Footprint.of(alone, split, method, parameters, VOCABULARY, head="tiles", fused=False)
     assert (len(found.layers), len(found.below)) == (SHAPE["num_hidden_layers"], 0)
     assert not found.trains_weights
     assert found.predict("off", 1).trained == 4 * parameters["prompt"].size
