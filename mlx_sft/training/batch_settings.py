@@ -30,10 +30,11 @@ from mlx_sft.methods import Parameters
 from mlx_sft.model.load import resolve_dtype
 from mlx_sft.model.outline import outline
 from mlx_sft.objectives import Weighting
+from mlx_sft.training.failures import GPU_HINT, Interrupted, OutOfMemory
 from mlx_sft.training.machine import Machine, memory_limits_restored
 from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import GPU_HINT, GradientComputer, Interrupted, OutOfMemory, Shape
+from mlx_sft.training.step import GradientComputer, Shape
 
 MOST_TOKENS, MOST_JOINED = 2048, 512
 """More at once is no faster. Rows that are padded want a larger budget, so that they are cut by their lengths and not by it."""

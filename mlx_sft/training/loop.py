@@ -21,21 +21,14 @@ from mlx_sft.optimizers.gradients import clip_scale, global_norm
 from mlx_sft.training import checkpoint
 from mlx_sft.training.callbacks import Callback, Record
 from mlx_sft.training.disk_need import begins_with_a_checkpoint
+from mlx_sft.training.failures import GPU_HINT, BatchFailed, Interrupted, is_interrupted, is_out_of_memory
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import footprint_bytes, memory_limits_restored
 from mlx_sft.training.out_of_memory import evaluate_in_memory, recover, wait_for_gpu
 from mlx_sft.training.preview import show_plan
 from mlx_sft.training.results import finish, save, save_result
 from mlx_sft.training.setup import Given, prepare_job
-from mlx_sft.training.step import (
-    GPU_HINT,
-    BatchFailed,
-    Interrupted,
-    StepGradient,
-    is_interrupted,
-    is_out_of_memory,
-    to_float,
-)
+from mlx_sft.training.step import StepGradient, to_float
 from mlx_sft.training.stopping import Stopped, stop_request
 
 _MOST_SKIPPED = 5

@@ -172,18 +172,20 @@ class Footprint:
         *,
         head: HeadWay,
         fused: bool,
+        composes_attention: bool = False,
     ) -> Footprint:
         """Of a model that a method is attached to, loaded or outlined.
 
         Args:
             head: How its loss is computed; not in tiles where more than layers is trained.
             fused: Whether the device computes attention and norms in one piece, as GPUs do.
+            composes_attention: Whether attention alone is composed of plain operations all the same.
         """
         weights: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
         held = {transformers_name(path): weight for path, weight in weights.items()}
         # Parameters of the model's own precision are not there twice.
         shared = sum(held[name].nbytes for name in parameters if name in held and held[name].dtype == mx.float32)
-        layers = count_layers(split, fused=fused)
+        layers = count_layers(split, fused=fused, composes_attention=composes_attention)
         lowest = next((index for index, layer in enumerate(layers) if layer.trained), len(layers))
         outside = split.outside_layers(parameters)
         if any("embed" in name or name not in held for name in outside):
@@ -296,18 +298,15 @@ def weight_bytes(split: SplitModel) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
-def count_layers(split: SplitModel, *, fused: bool) -> list[LayerCounts]:
-    """Of each layer of a model that a method is attached to.
-
-    Args:
-        fused: Whether the device computes attention and norms in one piece, as GPUs do.
-    """
+def count_layers(split: SplitModel, *, fused: bool, composes_attention: bool = False) -> list[LayerCounts]:
+    """Of each layer of a model that a method is attached to; the arguments are those of `Footprint.of`."""
     probe = mx.zeros((1, 8), mx.int32)
     blocks = find_blocks(split.layers, lambda: split.hidden_states(probe))  # whose result is never computed
-    return [_count(layer, found, fused) for layer, found in zip(split.layers, blocks, strict=True)]
+    composed = composes_attention or not fused
+    return [_count(layer, found, fused, composed) for layer, found in zip(split.layers, blocks, strict=True)]
 
 
-def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool) -> LayerCounts:
+def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bool) -> LayerCounts:
     norms = [child for child in layer.children().values() if _is_norm(child)]
     products = list(_products(layer))
     # A norm keeps its input, and where it is made of several operations, a multiple of it; its result too where its own weight is trained.
@@ -326,7 +325,7 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool) -> LayerCoun
         if not block.positionwise:
             off += _between(block, fused)
             attended += _widths(last)[0]
-            scores += 0 if fused or fast_core(block) is not None else 2 * _heads(block.module)
+            scores += 2 * _heads(block.module) if composed and fast_core(block) is None else 0
     for module in products:
         if id(module) not in inside:
             light += sum(_widths(module))

@@ -21,11 +21,12 @@ from mlx_sft.data.feed import Prefetch
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.training.batch_settings import compiled_shapes, configured
+from mlx_sft.training.failures import GPU_HINT, BatchFailed, FailedBatch, Interrupted
 from mlx_sft.training.job import Job
 from mlx_sft.training.memory import MODES
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.results import save
-from mlx_sft.training.step import GPU_HINT, BatchFailed, Evaluation, FailedBatch, GradientComputer, Interrupted
+from mlx_sft.training.step import Evaluation, GradientComputer
 
 WAITS = (2, 10)
 """Seconds before what the system interrupted is tried again as it is."""

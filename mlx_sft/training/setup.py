@@ -18,6 +18,7 @@ from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.merge import check_exportable
+from mlx_sft.data.batches import padded_width
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
@@ -42,6 +43,7 @@ from mlx_sft.objectives import make_objective
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
+from mlx_sft.training.attention import what_the_device_refuses
 from mlx_sft.training.batch_settings import (
     BatchSettings,
     LongestRow,
@@ -116,6 +118,7 @@ def prepare_job(
     config, method, parameters = _attach_exportable(config, base, begun=begun)
     _refuse_dropout_outside_layers(method, split, parameters)
     computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
+    _ask_device(config, computer, parameters, data.train, machine, console)
     planner = _planner(config, machine, computer, split, method, parameters, vocabulary, data)
     memory, settings = planner.plan(computer, parameters, len(data.train))
     config = _decided(config, settings)
@@ -225,6 +228,30 @@ def _attach_exportable(
     return config, method, parameters
 
 
+def _ask_device(
+    config: TrainConfig,
+    computer: GradientComputer,
+    parameters: Parameters,
+    examples: Examples,
+    machine: Machine,
+    console: Console,
+) -> None:
+    """On a GPU, have it differentiate the shortest and the longest row that there will be; where it refuses, compose attention."""
+    if not machine.fused:
+        return
+    computer.configure(asked_for(config)[-1])  # which takes the least memory
+    widths = sorted({padded_width(length, "grid") for length in (1, int(examples.needed_lengths.max()))})
+    if said := what_the_device_refuses(computer, parameters, widths):
+        computer.composes_attention = True
+        if again := what_the_device_refuses(computer, parameters, widths):
+            raise UserError(
+                f"this device cannot train this model: {again}", hint="a newer mlx may; or train on the CPU"
+            )
+        console.note(
+            f"attention is composed of plain operations, and takes more memory: the device has no gradient ({said})"
+        )
+
+
 def _planner(
     config: TrainConfig,
     machine: Machine,
@@ -236,7 +263,16 @@ def _planner(
     data: PreparedData,
 ) -> MemoryPlanner:
     head, layout = computer.head_way, layout_on(machine, computer, parameters)
-    footprint = Footprint.of(config, split, method, parameters, vocabulary, head=head, fused=machine.fused)
+    footprint = Footprint.of(
+        config,
+        split,
+        method,
+        parameters,
+        vocabulary,
+        head=head,
+        fused=machine.fused,
+        composes_attention=computer.composes_attention,
+    )
     return MemoryPlanner(config, machine, footprint, LongestRow.of(data.train, layout), layout)
 
 

@@ -2,15 +2,14 @@
 
     gradient of a step = Σ over its supervised positions of weight · d(−log p)/dθ, divided by the objective's normalizer
 
-A micro-batch for which the device has no memory raises `OutOfMemory`, and one that the system took the GPU away from `Interrupted`;
-`out_of_memory.py` says what is tried then.
+A micro-batch that fails raises what `failures.py` has; `out_of_memory.py` says what is tried then.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -25,6 +24,8 @@ from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
 from mlx_sft.objectives.sft import SFT
+from mlx_sft.training.attention import composed
+from mlx_sft.training.failures import failures_noticed
 from mlx_sft.training.loss import (
     Head,
     HeadWay,
@@ -38,15 +39,6 @@ from mlx_sft.training.recompute import Mode, Recomputation
 
 Shape = tuple[int, int, int]
 """Rows, width and supervised positions of a micro-batch: what a compiled trace is for."""
-
-_OUT_OF_MEMORY = ("allocate", "insufficient memory", "out of memory", "bad_alloc")
-"""What MLX's errors say where there is no memory, on Metal and CUDA. On the CPU the system ends the process instead."""
-
-_INTERRUPTED = ("command buffer execution failed", "resource limit (")
-"""What else Metal's errors say: a command took too long for the display (`Impacting Interactivity`) or at all (`Timeout`), another's failed
-(`Innocent Victim`, `SubmissionsIgnored`), or there were too many arrays at once."""
-
-GPU_HINT = "close what else draws on the display or let it sleep, or give a smaller --micro-batch-tokens"
 
 _PROBE = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -81,57 +73,6 @@ class StepGradient(NamedTuple):
     metrics: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class FailedBatch:
-    """A micro-batch of `rows`, the longest of `width` tokens, `tokens` in all, that was not computed; and what was said about it."""
-
-    rows: int
-    width: int
-    tokens: int
-    message: str
-
-
-class BatchFailed(Exception):
-    """A micro-batch was not computed. To keep the error would keep the arrays of the frames that it went through: keep its `batch`."""
-
-    def __init__(self, batch: FailedBatch) -> None:
-        super().__init__(batch.message)
-        self.batch = batch
-
-
-class OutOfMemory(BatchFailed):
-    """It did not fit."""
-
-
-class Interrupted(BatchFailed):
-    """The system took the GPU away from it."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether MLX or Python ended for want of memory."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
-
-
-def is_interrupted(error: BaseException) -> bool:
-    """Whether the system took the GPU away, so that the same may succeed a little later."""
-    return not is_out_of_memory(error) and any(words in str(error).lower() for words in _INTERRUPTED)
-
-
-@contextmanager
-def failures_noticed(batch: Batch) -> Iterator[None]:
-    """Raise `OutOfMemory` or `Interrupted` where the block, which computes this micro-batch, fails for it."""
-    try:
-        yield
-        mx.synchronize()  # Metal may tell only then that a command failed, and its results are worth nothing
-    except (RuntimeError, MemoryError) as error:
-        failed = FailedBatch(batch.rows, batch.longest, batch.token_ids.size, str(error))
-        if is_out_of_memory(error):
-            raise OutOfMemory(failed) from error
-        if is_interrupted(error):
-            raise Interrupted(failed) from error
-        raise
-
-
 def padded_shape(batch: Batch) -> Shape:
     """The shape of a micro-batch with its supervised positions rounded up to the grid."""
     rows, width = batch.token_ids.shape
@@ -149,6 +90,7 @@ class GradientComputer:
 
     Attributes:
         tiled_head: The head in tiles of the vocabulary; None where it cannot be had so, or MLX's own kernel is used.
+        composes_attention: Whether attention is composed of plain operations while gradients are taken.
         trace_seconds: What the first run of each compiled shape took, in which it is traced; one for each trace.
     """
 
@@ -172,6 +114,7 @@ class GradientComputer:
         self._fused = mx.default_device() == mx.Device(mx.gpu) and self._fused_holds()
         self.tiled_head = None if self._fused else tiled_head(split)
         self._head_chunk: int | None = None
+        self.composes_attention = False
         self.mode = recompute
         self._recomputation = Recomputation(split, recompute)
         self.trace_seconds: list[float] = []
@@ -211,7 +154,7 @@ class GradientComputer:
         loss = mx.array(0.0)
         total: Parameters = {}
         try:
-            with training_mode(self._split.model):
+            with training_mode(self._split.model), composed() if self.composes_attention else nullcontext():
                 if weighting is None:
                     weighting = self._weigh(batches, self._first_pass(parameters, batches, keys, before_each))
                 for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):

@@ -23,10 +23,11 @@ from mlx_sft.optimizers.adamw import AdamW
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 from mlx_sft.training import out_of_memory
+from mlx_sft.training.failures import FailedBatch, Interrupted, OutOfMemory, failures_noticed
 from mlx_sft.training.out_of_memory import next_try
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
-from mlx_sft.training.step import FailedBatch, GradientComputer, Interrupted, OutOfMemory, failures_noticed
+from mlx_sft.training.step import GradientComputer
 from tests.chosen import without_adapter
 from tests.run_folders import outcome
 

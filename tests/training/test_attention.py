@@ -1,0 +1,139 @@
+"""Attention composed of plain operations is MLX's own; and it is used where the device has no gradient, which is asked beforehand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sft import TrainConfig, load_model
+from mlx_sft.methods import Parameters, make_method
+from mlx_sft.model.head import SplitModel
+from mlx_sft.training.attention import composed, composed_attention, what_the_device_refuses
+from mlx_sft.training.failures import FailedBatch, OutOfMemory
+from mlx_sft.training.step import GradientComputer
+
+pytestmark = pytest.mark.fast
+
+ROWS, QUERIES, KEYS, WIDTH = 2, 5, 7, 8
+
+
+def random(*shape: int, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+MASKS: dict[str, Any] = {
+    "none": None,
+    "causal": "causal",
+    "which count": random(QUERIES, KEYS, seed=5) < 1,
+    "which count in each row": mx.concatenate(
+        [random(ROWS, 1, QUERIES, KEYS - 1) < 1, mx.ones((ROWS, 1, QUERIES, 1), mx.bool_)], -1
+    ),
+    "what is added": random(QUERIES, KEYS, seed=6),
+    "what is added in each head": random(ROWS, 6, QUERIES, KEYS, seed=7),
+}
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_it_is_mlxs_own_in_value_and_gradient(mask: Any, sinks: bool, kv_heads: int) -> None:
+    arrays = [
+        random(ROWS, 6, QUERIES, WIDTH),
+        random(ROWS, kv_heads, KEYS, WIDTH, seed=1),
+        random(ROWS, kv_heads, KEYS, WIDTH, seed=2),
+    ]
+    further = {"scale": 0.3, "mask": mask, "sinks": random(6, seed=3) if sinks else None}
+    weights = random(ROWS, 6, QUERIES, WIDTH, seed=4)
+
+    def results(attention: Any) -> list[np.ndarray]:
+        def value(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return (weights * attention(q, k, v, **further)).sum()
+
+        _, gradients = mx.value_and_grad(value, argnums=(0, 1, 2))(*arrays)
+        return [np.array(array) for array in (attention(*arrays, **further), *gradients)]
+
+    for ours, theirs in zip(results(composed_attention), results(mx.fast.scaled_dot_product_attention), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_it_sums_up_in_float32(dtype: mx.Dtype) -> None:
+    q, k, v = (random(1, 2, 9, WIDTH, seed=seed).astype(dtype) for seed in range(3))
+    ours = composed_attention(q, k, v, scale=0.3, mask="causal")
+    theirs = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal")
+    assert ours.dtype == dtype
+    np.testing.assert_allclose(*(np.array(a.astype(mx.float32)) for a in (ours, theirs)), rtol=2e-2, atol=2e-2)
+
+
+def subject() -> tuple[GradientComputer, Parameters]:
+    base = load_model("tiny")
+    method = make_method(TrainConfig(data="-", model="tiny"))
+    parameters = method.attach(base.model, 0)
+    return GradientComputer(SplitModel(base.model), method, base.config["vocab_size"]), parameters
+
+
+@pytest.fixture
+def no_gradient(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device whose attention fails for fewer than nine queries; what it says."""
+    said = "[scaled_dot_product_attention] the vector kernels do not produce a logsumexp"
+    own = mx.fast.scaled_dot_product_attention
+
+    def attention(q: mx.array, *further: Any, **named: Any) -> mx.array:
+        if q.shape[2] < 9:
+            raise ValueError(said)
+        return own(q, *further, **named)
+
+    monkeypatch.setattr("mlx_sft.training.recompute.fast_core", lambda block: None)
+    made = subject()
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr("tests.training.test_attention.subject", lambda: made)
+    return said
+
+
+def test_the_device_is_asked_for_each_width(no_gradient: str) -> None:
+    computer, parameters = subject()
+    assert what_the_device_refuses(computer, parameters, [16, 32]) == ""
+    assert what_the_device_refuses(computer, parameters, [8, 32]) == no_gradient
+    computer.composes_attention = True
+    assert what_the_device_refuses(computer, parameters, [8, 32]) == ""
+
+
+def test_what_does_not_fit_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    computer, parameters = subject()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OutOfMemory(FailedBatch(1, 9, 9, "no memory"))
+
+    monkeypatch.setattr(computer, "gradient", full)
+    assert what_the_device_refuses(computer, parameters, [16]) == ""
+
+
+def test_a_step_is_the_same_with_composed_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.training.test_gpu import assert_same, batch
+
+    monkeypatch.setattr("mlx_sft.training.recompute.fast_core", lambda block: None)
+    computer, parameters = subject()
+    plain = computer.gradient(parameters, [batch()])
+    computer.composes_attention = True
+    own = mx.fast.scaled_dot_product_attention
+    found = computer.gradient(parameters, [batch()])
+    assert mx.fast.scaled_dot_product_attention is own
+    assert_same((found.loss.item(), found.gradients), (plain.loss.item(), plain.gradients), 1e-5)
+
+
+def test_the_models_own_is_put_back_whatever_happens() -> None:
+    own = mx.fast.scaled_dot_product_attention
+    seen = []
+
+    def used() -> None:
+        with composed():
+            seen.append(mx.fast.scaled_dot_product_attention)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        used()
+    assert seen == [composed_attention]
+    assert mx.fast.scaled_dot_product_attention is own
