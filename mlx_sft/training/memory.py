@@ -2,30 +2,25 @@
 
     peak = weights + what is trained + what is kept for the backward pass + what passes at the highest point
 
-What a layer keeps is counted from its modules, whose values need not be there. The tests hold the sum against what MLX measures.
+What a layer keeps is counted in `layer_counts.py`. The tests hold the sum against what MLX measures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.methods import Method, Parameters
-from mlx_sft.model.blocks import Block, find_blocks, is_linear
 from mlx_sft.model.head import SplitModel
-from mlx_sft.model.linears import weight_shape
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.tiles import COLUMNS
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.registry import OPTIMIZERS
+from mlx_sft.training.layer_counts import LayerCounts, count_layers
 from mlx_sft.training.loss import HeadWay, chunk_choices, chunk_rows, even_chunk
 from mlx_sft.training.recompute import Mode
 
@@ -68,35 +63,16 @@ _AHEAD = _Passing(chunk=5.0, next_chunk=5.5, features=2.0, recomputed_multiplier
 _FUSED_LOGITS = 3.0
 """Of a chunk's logits and of the next one's, in the model's precision: they, their gradient, and what the head makes of them."""
 
+_UNDER_WAY = 10 * 50 * 2**20
+"""Bytes of commands that a GPU has not finished: MLX waits for the first of ten, and ends one where it holds 50 MB (0.32.4)."""
+
+_TILE, _TILES = 1024, 3
+_FLOATS_OF_ATTENDED, _FLOATS_OF_KEYS = 3.5, 2
+"""In the backward pass of a GPU's attention: scores of so many queries and keys, and as many arrays of them; and in float32 for each
+position, in widths of its result and of its keys (Metal, MLX 0.32.4)."""
+
 _SCORES_LIGHT, _SCORES_RECOMPUTED = 2.25, 1.5
 """Of scores, where attention keeps them: what passes when they alone are recomputed, and besides what is kept with their layer."""
-
-
-@dataclass(frozen=True)
-class LayerCounts:
-    """Numbers that one layer keeps for each token, in the model's precision.
-
-    Attributes:
-        states: Its input.
-        light: What its norms are of, what its products are of, and what the products of its input give.
-        off: The same, and what lies between the products of attention.
-        features: Inputs and outputs of all its products.
-        norms: Widths of the norms between its blocks.
-        scores: Numbers kept besides, for each token and each position: where MLX's own attention on the CPU keeps its scores.
-        weights: Numbers that one token is multiplied with.
-        attended: Width of attention's result.
-        trained: Whether something of it is trained.
-    """
-
-    states: int
-    light: int
-    off: int
-    features: int
-    norms: int
-    scores: int
-    weights: int
-    attended: int
-    trained: bool
 
 
 @dataclass(frozen=True)
@@ -241,6 +217,7 @@ class Footprint:
             logits = _FUSED_LOGITS * (at_once + following) * self.itemsize / 4
         sums = _SUMS_A_POSITION * chunk * self.hidden if self.columns < self.vocabulary else 0
         passing = max(states + 4 * (logits + sums), work)
+        passing += 0 if self.held else min(_UNDER_WAY, kept + passing)
         # The gradient comes to be while what was kept goes.
         kept = max(kept * self.correction, 4 * self.trainable)
         trained = (4 + (4 if self.accumulates else 0)) * self.trainable + self.optimizer_state_bytes
@@ -275,12 +252,20 @@ class Footprint:
     def _of_layer(self, layer: LayerCounts, mode: Mode, width: int) -> tuple[int, float]:
         """What it keeps for each token, and what passes in its backward pass."""
         scores, arrays = width * layer.scores, self._passing
+        attention = self._attention_backward(layer, width)
         if mode == "off":
-            return layer.off + scores, arrays.features * layer.features
+            return layer.off + scores, arrays.features * layer.features + attention
         if mode == "light":  # what lies between its products is recomputed
-            return layer.light, arrays.features * layer.features + _SCORES_LIGHT * scores
+            return layer.light, arrays.features * layer.features + _SCORES_LIGHT * scores + attention
         recomputed = arrays.recomputed_multiplier * layer.features + arrays.norms * layer.norms
-        return layer.states, layer.off + (1 + _SCORES_RECOMPUTED) * scores + recomputed
+        return layer.states, layer.off + (1 + _SCORES_RECOMPUTED) * scores + recomputed + attention
+
+    def _attention_backward(self, layer: LayerCounts, width: int) -> float:
+        """What passes for each token in the backward pass of attention that the device computes in one piece."""
+        if not layer.heads:
+            return 0.0
+        tiles = _TILES * layer.heads * min(width, _TILE) ** 2 / width
+        return tiles + 4 / self.itemsize * (_FLOATS_OF_ATTENDED * layer.attended + _FLOATS_OF_KEYS * layer.keys)
 
     @property
     def chunks(self) -> tuple[int, int, int]:
@@ -296,78 +281,3 @@ def weight_bytes(split: SplitModel) -> int:
     """Of all arrays of the model."""
     arrays: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
     return sum(array.nbytes for array in arrays.values())
-
-
-def count_layers(split: SplitModel, *, fused: bool, composes_attention: bool = False) -> list[LayerCounts]:
-    """Of each layer of a model that a method is attached to; the arguments are those of `Footprint.of`."""
-    probe = mx.zeros((1, 8), mx.int32)
-    blocks = find_blocks(split.layers, lambda: split.hidden_states(probe))  # whose result is never computed
-    composed = composes_attention or not fused
-    return [_count(layer, found, fused, composed) for layer, found in zip(split.layers, blocks, strict=True)]
-
-
-def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bool) -> LayerCounts:
-    norms = [child for child in layer.children().values() if _is_norm(child)]
-    products = list(_products(layer))
-    # A norm keeps its input, and where it is made of several operations, a multiple of it; its result too where its own weight is trained.
-    widths = {id(norm): int(norm.weight.shape[-1]) for norm in norms}
-    light = sum(widths[id(norm)] * ((1 if fused else 2) + (1 if _trains(norm) else 0)) for norm in norms)
-    light += sum(getattr(product, "kept_numbers", 0) for product in products)  # of an adapter beside it
-    off, scores, attended = light, 0, 0
-    inside: set[int] = set()
-    for block in blocks.values():
-        first, last = [block.module[name] for name in block.first], block.module[block.last]
-        inside |= {id(module) for module in (*first, last)}
-        given = sum(_widths(module)[1] for module in first)
-        kept = given + (_widths(first[0])[0] if any(map(_trains, first)) else 0)
-        light += kept
-        off += kept
-        if not block.positionwise:
-            off += _between(block, fused)
-            attended += _widths(last)[0]
-            scores += 2 * _heads(block.module) if composed and fast_core(block) is None else 0
-    for module in products:
-        if id(module) not in inside:
-            light += sum(_widths(module))
-            off += sum(_widths(module))
-    states = _widths(products[0])[0] if products else 0
-    features, weights = (sum(count(_widths(product)) for product in products) for count in (sum, math.prod))
-    return LayerCounts(states, light, off, features, sum(widths.values()), scores, weights, attended, _trains(layer))
-
-
-def _between(block: Block, fused: bool) -> int:
-    """What attention keeps besides its products' results: turned queries and keys where these were normalized, and its result."""
-    queries_and_keys = sum(_widths(block.module[name])[1] for name in block.first[:-1])
-    normalized = any(_is_norm(child) for child in block.module.children().values())
-    result = _widths(block.module[block.last])[0]
-    return (queries_and_keys if normalized else 0) + result
-
-
-def _products(module: nn.Module) -> Iterator[Any]:
-    """The modules inside that multiply with weights, those with an adapter beside them as one."""
-    for child in module.children().values():
-        for part in child if isinstance(child, list) else [child]:
-            if is_linear(part) or getattr(getattr(getattr(part, "linear", part), "weight", None), "ndim", 0) == 3:
-                yield part
-            elif isinstance(part, nn.Module):
-                yield from _products(part)
-
-
-def _widths(product: Any) -> tuple[int, int]:
-    """In and out; of several experts' matrices, those that one token goes through are taken for one."""
-    outputs, inputs = weight_shape(getattr(product, "linear", product))[-2:]
-    return inputs, outputs
-
-
-def _is_norm(module: Any) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(module, nn.Module) and not is_linear(module) and isinstance(weight, mx.array) and weight.ndim == 1
-
-
-def _heads(attention: nn.Module) -> int:
-    names = ("n_heads", "num_heads", "num_attention_heads", "n_head")
-    return next((int(getattr(attention, name)) for name in names if hasattr(attention, name)), 1)
-
-
-def _trains(module: nn.Module) -> bool:
-    return bool(tree_flatten(module.trainable_parameters()))

@@ -29,9 +29,10 @@ from mlx_sft.training.batch_settings import (
     most_tokens,
     planned_shape,
 )
+from mlx_sft.training.layer_counts import LayerCounts
 from mlx_sft.training.loss import chunk_choices, chunk_rows
 from mlx_sft.training.machine import Machine, mac
-from mlx_sft.training.memory import MODES, Footprint, LayerCounts
+from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.step import padded_shape

@@ -18,6 +18,7 @@ from mlx_sft.data.batches import Batch
 from mlx_sft.methods import Method, Parameters, make_method
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
+from mlx_sft.training.layer_counts import LayerCounts, count_layers
 from mlx_sft.training.memory import MODES, Footprint, Prediction
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.step import GradientComputer
@@ -142,6 +143,44 @@ def test_layers_below_the_lowest_adapter_keep_nothing(trained: Callable[..., Tra
     top = trained(target="model.layers.4.self_attn.q_proj,model.layers.5.self_attn.q_proj")[-1]
     assert (len(every.layers), len(top.layers), len(top.below)) == (6, 2, 4)
     assert top.predict("off", 4096).kept == pytest.approx(every.predict("off", 4096).kept / 3)
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "width", "bytes_taken"),
+    [(16, 4, 512, 176_160_768), (32, 2, 1024, 536_870_912)],
+    ids=["0.6B, four rows of 512", "4B, two rows of 1,024"],
+)
+def test_the_tiles_of_attentions_backward_pass_are_counted(heads: int, rows: int, width: int, bytes_taken: int) -> None:
+    """Three arrays of scores a row and head in bfloat16, and float32 of what is added up."""
+    plain = LayerCounts(8, 8, 8, 8, 8, 0, 8, attended=128 * heads, trained=True)
+    fused = replace(plain, heads=heads, keys=1024)
+    with_tiles, without = (
+        Footprint((layer,), (), 0, 0, 0, 2, 1, 1, 1, head="fused", held=False).predict(
+            "off", rows * width, width=width, supervised=1
+        )
+        for layer in (fused, plain)
+    )
+    ahead = min(10 * 50 * 2**20, with_tiles.passing - without.passing)
+    assert bytes_taken <= with_tiles.passing - without.passing <= bytes_taken + ahead
+
+
+@pytest.mark.parametrize(("family", "scores"), [("gemma2", True), ("qwen3", False)])
+def test_attention_that_no_gpu_computes_in_one_piece_keeps_its_scores(
+    family: str, scores: bool, make_base: Callable[..., Path]
+) -> None:
+    split = SplitModel(load_model(str(make_base(family, head_dim=64)), "float32").model)
+    counted = count_layers(split, fused=True)
+    assert all((layer.scores > 0, layer.heads == 0) == (scores, scores) for layer in counted)
+    composed = count_layers(split, fused=True, composes_attention=True)
+    assert all(layer.scores > 0 and layer.heads == 0 for layer in composed)
+
+
+def test_a_size_of_heads_that_metal_has_no_kernel_for_keeps_its_scores(make_base: Callable[..., Path]) -> None:
+    split = SplitModel(load_model(str(make_base("qwen3", head_dim=40)), "float32").model)
+    assert all(layer.scores for layer in count_layers(split, fused=True))
 
 
 class VirtualTokens(Method):
