@@ -331,6 +331,20 @@ def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "
     Console().done(str(merge_adapters(adapters, to, method=method, rank=rank)))
 
 
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Write each finding as a line of JSON.")
+def doctor(as_json: bool) -> None:
+    """What this machine is, what a run may take of it, what is missing, and the largest model that fits."""
+    from mlx_sft import doctor
+
+    found = []
+    for finding in doctor.findings():
+        found.append(finding)
+        write_text(doctor.as_json(finding) if as_json else doctor.described(finding))
+    if any(finding.wrong for finding in found):
+        raise click.exceptions.Exit(1)
+
+
 @main.command(name="eval")
 @click.option("--run", required=True, metavar="RUN", help="The run folder.")
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")

@@ -49,6 +49,8 @@ def blamed_on(where: object, what: str, hint: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        if isinstance(error, OSError) and error.filename and error.strerror:  # without its number
+            said = f"{error.strerror} ({error.filename})"
         reason = " ".join(str(said).split()) or type(error).__name__
         shown = reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]}..."
         raise UserError(f"{what}: {shown}", where=str(where), hint=hint) from error

@@ -123,8 +123,8 @@ class RunPlan:
         data = _data(config, path, progress)
         given = config.dtype != "auto"
         self.dtype = config.dtype if given else machine.dtype
-        self.footprint = _footprint(config, path, self.dtype, fused=machine.fused)
-        self.on_macs = _footprint(config, path, self.dtype if given else "bfloat16", fused=True)
+        self.footprint = footprint_of(config, path, self.dtype, fused=machine.fused)
+        self.on_macs = footprint_of(config, path, self.dtype if given else "bfloat16", fused=True)
         layout: Layout = "grid" if machine.compiles else "joined"
         self.longest = _longest(config, layout, data)
         planner = MemoryPlanner(config, machine, self.footprint, self.longest, layout)
@@ -257,7 +257,8 @@ def _data(config: TrainConfig, path: Path, progress: ReadingProgress | None) -> 
     return prepare(config.model_copy(update={"chat_template_kwargs": pinned}), tokenizer, progress)
 
 
-def _footprint(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
+def footprint_of(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
+    """Of a model in this precision, whose weights need not be there, on a CPU or on a GPU (`fused`)."""
     split = outline(path, dtype, config.quantize)
     config, method, parameters = starting_parameters(config, split.model, begun=False)
     vocabulary = vocabulary_size(split.model, read_config(path))

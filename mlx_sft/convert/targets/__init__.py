@@ -82,6 +82,11 @@ class Target:
         """The base that is read; a folder that must not be written over."""
         return Path(self.export.config.model)
 
+    @classmethod
+    def needs(cls) -> list[tuple[str, str, str]]:
+        """Programs of others that the form needs: the name of each, where it is (empty where it is not), and what to do then."""
+        return []
+
     def check(self) -> None:
         """Raise `UserError` where this run cannot leave in this form, before anything is written."""
 

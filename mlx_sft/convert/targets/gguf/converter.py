@@ -25,7 +25,7 @@ _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 """The converter's names of the dtypes. Its own choice, `auto`, would round float32 to half precision."""
 
 _PACKAGES = "requirements/requirements-convert_hf_to_gguf.txt"
-_REPOSITORY = "https://github.com/ggml-org/llama.cpp"
+REPOSITORY = "https://github.com/ggml-org/llama.cpp"
 _LINES_SHOWN = 10
 
 
@@ -101,7 +101,7 @@ def find_converter(folder: str | Path | None = None) -> Converter | None:
         named = user_path(folder)
         found = next(_scripts_in(named), None)
         if found is None:
-            hint = f"give the folder of a clone of {_REPOSITORY}"
+            hint = f"give the folder of a clone of {REPOSITORY}"
             raise UserError(f"there is no {SCRIPT} in this folder", where=str(folder), hint=hint, exit_code=USAGE)
         return Converter(found)
     on_path = shutil.which(SCRIPT)
@@ -123,7 +123,7 @@ def no_converter(run: Path, target: Path, checkpoint: Checkpoint) -> UserError:
     merged = target.with_name(f"{target.name}-merged")
     outfile = ["--outfile", f"{target}.gguf", "--outtype", outtype(checkpoint)]
     commands = [
-        ["git", "clone", _REPOSITORY],
+        ["git", "clone", REPOSITORY],
         ["python3", "-m", "pip", "install", "-r", f"llama.cpp/{_PACKAGES}"],
         ["mlx-sft", "export", "--run", str(run), "--to", str(merged)],
         ["python3", f"llama.cpp/{SCRIPT}", str(merged), *outfile],

@@ -17,7 +17,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import write_merged
 from mlx_sft.convert.targets import MergeSettings, WholeModel
 from mlx_sft.convert.targets.gguf.comparison import GgufFacts, check_gguf
-from mlx_sft.convert.targets.gguf.converter import OUTPUT, Converter, find_converter, no_converter
+from mlx_sft.convert.targets.gguf.converter import OUTPUT, REPOSITORY, Converter, find_converter, no_converter
 from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
 from mlx_sft.convert.verify import Verification, verify_merged
 from mlx_sft.errors import UserError
@@ -45,6 +45,13 @@ class Gguf(WholeModel):
     Settings: ClassVar = GgufSettings
 
     _verification: Verification | None = None
+
+    @classmethod
+    def needs(cls) -> list[tuple[str, str, str]]:
+        converter, ollama = find_converter(), shutil.which("ollama")
+        clone = f"git clone {REPOSITORY} ~/llama.cpp, or name its folder with --llama-cpp" if converter is None else ""
+        install = "" if ollama else "for `--ollama`: https://ollama.com/download"
+        return [("llama.cpp", str(converter.script) if converter else "", clone), ("Ollama", ollama or "", install)]
 
     def check(self) -> None:
         super().check()
