@@ -132,9 +132,9 @@ def _largest(machine: Machine) -> Finding:
     """The largest of Qwen3's sizes with which a row of some use fits, plain and quantized."""
     found = []
     for quantize in (None, "4"):
-        fitting = [(name, tokens) for name in _QWEN3 if (tokens := _longest(name, machine, quantize)) >= USEFUL_TOKENS]
-        if fitting:
-            name, tokens = fitting[-1]
+        sizes = ((name, _longest(name, machine, quantize)) for name in reversed(_QWEN3))
+        name, tokens = next(((name, tokens) for name, tokens in sizes if tokens >= USEFUL_TOKENS), ("", 0))
+        if name:
             how = f" with --quantize {quantize}" if quantize else ""
             found.append(f"Qwen3-{name}{how} (rows of up to {count(tokens)} tokens)")
     hint = "" if found else f"no size of Qwen3 fits with rows of {USEFUL_TOKENS} tokens"

@@ -15,8 +15,6 @@ from mlx_sft.cli import main
 from mlx_sft.doctor import Finding, described
 from mlx_sft.training.machine import GIB, Machine, mac
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Finding]]:
