@@ -129,8 +129,13 @@ def _validators(owner: type[Settings]) -> set[str]:
 
 def _choices_of(run: Any) -> dict[str, Any]:
     """The entries that a resumed run has chosen, so that their settings can be given with it; empty for a folder that is no run."""
-    file = Path(run) / "config.yaml" if isinstance(run, str) else None
-    if file is None or not file.is_file():
+    if not isinstance(run, str):
+        return {}
+    file = Path(run) / "config.yaml"
+    try:
+        if not file.is_file():
+            return {}
+    except (OSError, ValueError):  # no name that a file can have; who opens the run says so
         return {}
     saved = read_yaml(file)
     return {name: saved[name] for name in (*CHOOSING, "callbacks") if name in saved}

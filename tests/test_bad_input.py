@@ -104,6 +104,13 @@ def test_a_file_that_holds_no_rows_is_named(fails: Fails, tmp_path: Path, suffix
     assert str(data) in fails(FAILURE, data=data)
 
 
+@pytest.mark.parametrize(
+    "name", ["ä" * 300, "x" * 5000, "no-such-folder"], ids=["too long in bytes", "too long", "missing"]
+)
+def test_a_run_by_a_name_that_nothing_has_is_told(name: str, fails: Fails) -> None:
+    assert name in fails(USAGE, resume=name)
+
+
 def test_junk_in_any_place_is_never_a_traceback(fails: Fails, chats: Path, tmp_path: Path) -> None:
     rows = chats.read_bytes()
     data = tmp_path / "x.jsonl"
