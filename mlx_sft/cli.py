@@ -333,8 +333,20 @@ def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Write each finding as a line of JSON.")
-def doctor(as_json: bool) -> None:
+@click.option(
+    "--device",
+    is_flag=True,
+    help="Ask the device instead what it does and how fast: some minutes, a line of JSON a question.",
+)
+@click.option("--small", is_flag=True, help="With --device: with matrices that a CPU multiplies in a minute.")
+def doctor(as_json: bool, device: bool, small: bool) -> None:
     """What this machine is, what a run may take of it, what is missing, and the largest model that fits."""
+    if device:
+        from mlx_sft.device_check import device_check
+
+        for answered in device_check(small=small):
+            write_text(answered.line())
+        return
     from mlx_sft import doctor
 
     found = []

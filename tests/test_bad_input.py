@@ -104,9 +104,7 @@ def test_a_file_that_holds_no_rows_is_named(fails: Fails, tmp_path: Path, suffix
     assert str(data) in fails(FAILURE, data=data)
 
 
-@pytest.mark.parametrize(
-    "name", ["ä" * 300, "x" * 5000], ids=["too long in bytes", "too long"]
-)
+@pytest.mark.parametrize("name", ["ä" * 300, "x" * 5000], ids=["too long in bytes", "too long"])
 def test_a_run_by_a_name_that_no_file_can_have_is_told(name: str, fails: Fails) -> None:
     assert name in fails(USAGE, resume=name)
 
