@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data docs audit test-lowest wheel clean
+.PHONY: help demo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs audit test-lowest wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +73,9 @@ bench-quick: $(VENV)/.ready-dev  ## the same on 6 layers and a few short rows: u
 
 bench-report: $(VENV)/.ready-dev  ## the tables and plots of docs/performance.md from the newest results
 	@$(BIN)/python -m benchmarks.report
+
+device-check: $(VENV)/.ready  ## what this machine's GPU does and how fast, a line of JSON a question: some minutes
+	@$(BIN)/python -m mlx_sft doctor --device $(ARGS)
 
 bench-data: $(VENV)/.ready  ## conversations a second, and memory against file size
 	@$(BIN)/python benchmarks/data.py $(ARGS)
