@@ -280,7 +280,7 @@ def _theirs(model: Any, batch: Batch, vocabulary: int) -> Callable[[], Any]:
 
 
 def _optimizer(small: bool) -> Answer:
-    shapes = {f"layers.{n}.lora_A": (16, 64 if small else 1024) for n in range(20 if small else 392)}
+    shapes = {f"layers.{n}.down": (16, 64 if small else 1024) for n in range(20 if small else 392)}
     figures = {}
     for compiled in (False, True):
         parameters: Parameters = {name: mx.random.normal(shape) for name, shape in shapes.items()}

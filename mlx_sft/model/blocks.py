@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 Call = Callable[..., Any]
+
+_ATTENTION = "scaled_dot_product_attention"
+_NO_CODE = (lambda: None).__code__
 
 
 @dataclass
@@ -27,12 +32,14 @@ class Block:
         first: Names of the children that multiply the input with weights, in the order in which they are called.
         last: Name of the child that computes the result.
         positionwise: Whether the module was called with its input alone, so that no position sees another.
+        run: The module's code, where it is not run as it is.
     """
 
     module: nn.Module
     first: tuple[str, ...]
     last: str
     positionwise: bool
+    run: Call | None = None
 
     def projected(self, x: mx.array) -> list[mx.array]:
         return [getattr(self.module, name)(x) for name in self.first]
@@ -43,7 +50,7 @@ class Block:
             name: (lambda _, result=result: result) for name, result in zip(self.first, projected, strict=True)
         }
         with replaced_children(self.module, results | {self.last: lambda hidden: hidden}):
-            result: mx.array = self.module(x, *args, **kwargs)
+            result: mx.array = (self.run or self.module)(x, *args, **kwargs)
         return result
 
 
@@ -69,6 +76,41 @@ def find_blocks(layers: list[nn.Module], run: Callable[[], object]) -> list[dict
         if block is not None:
             found[places[id(watch.layer)]][watch.name] = block
     return found
+
+
+def calls_attention(module: nn.Module) -> bool:
+    """Whether a module's own code calls MLX's attention."""
+    return _ATTENTION in getattr(type(module).__call__, "__code__", _NO_CODE).co_names
+
+
+def with_attention(module: nn.Module, attention: Call) -> Call:
+    """A module's own code, which calls another function where it calls MLX's attention; the module and its class stay as they are.
+
+    Args:
+        attention: With the arguments of `mx.fast.scaled_dot_product_attention`.
+    """
+
+    def of_mlx_lm(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, **named: Any) -> Any:
+        return attention(queries, keys, values, scale=scale, **named)
+
+    function: Any = type(module).__call__
+    names = function.__globals__ | {"mx": _With(mx, fast=_With(mx.fast, **{_ATTENTION: attention}))}
+    if _ATTENTION in names:  # mlx-lm's own, with a cache among its arguments
+        names[_ATTENTION] = of_mlx_lm
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return partial(copy, module)
+
+
+class _With:
+    """A namespace with some names of its own before another's."""
+
+    def __init__(self, other: Any, **own: Any) -> None:
+        self._other = other
+        vars(self).update(own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._other, name)
 
 
 @contextmanager

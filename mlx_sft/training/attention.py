@@ -7,8 +7,7 @@ version. So the device is asked before the first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -58,17 +57,6 @@ def composed_attention(
         scores = mx.concatenate([mx.broadcast_to(column, (*scores.shape[:-1], 1)), scores], axis=-1)
     weights = mx.softmax(scores, axis=-1)[..., -keys:].astype(v.dtype)
     return (weights @ v[:, :, None]).reshape(rows, heads, queries, -1)
-
-
-@contextmanager
-def composed() -> Iterator[None]:
-    """Within the block, models' attention is composed of plain operations."""
-    own = mx.fast.scaled_dot_product_attention
-    mx.fast.scaled_dot_product_attention = composed_attention
-    try:
-        yield
-    finally:
-        mx.fast.scaled_dot_product_attention = own
 
 
 def what_the_device_refuses(computer: GradientComputer, parameters: Parameters, widths: Sequence[int]) -> str:

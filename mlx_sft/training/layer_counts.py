@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_sft.cpu.fast_core import fast_core
-from mlx_sft.model.blocks import Block, find_blocks, is_linear
+from mlx_sft.model.blocks import Block, calls_attention, find_blocks, is_linear
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import weight_shape
 
@@ -94,23 +94,12 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bo
 
 
 def _is_one_piece(block: Block) -> bool:
-    """Whether attention calls MLX's own with a size of heads for which a GPU computes it in one piece, or is no attention at all."""
-    sizes: list[int] = []
-
-    def noted(q: mx.array, *further: Any, **named: Any) -> mx.array:
-        sizes.append(q.shape[-1])
-        return own(q, *further, **named)
-
-    own = mx.fast.scaled_dot_product_attention
-    mx.fast.scaled_dot_product_attention = noted
-    projected = [mx.zeros((1, 8, _widths(block.module[name])[1])) for name in block.first]
-    try:
-        block.core(projected, mx.zeros((1, 8, 1)), None, None)
-    except (AttributeError, TypeError, ValueError):
-        return True  # called otherwise, and not to be told
-    finally:
-        mx.fast.scaled_dot_product_attention = own
-    return all(size in _FUSED_HEADS for size in sizes) if sizes else not _has_heads(block.module)
+    """Whether it is attention that a GPU computes in one piece, or no attention at all."""
+    if not any(hasattr(block.module, name) for name in _HEADS):
+        return True
+    return (
+        calls_attention(block.module) and _widths(block.module[block.last])[0] // _heads(block.module) in _FUSED_HEADS
+    )
 
 
 def _between(block: Block, fused: bool) -> int:
@@ -143,10 +132,6 @@ def _is_norm(module: Any) -> bool:
 
 
 _HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_head")
-
-
-def _has_heads(attention: nn.Module) -> bool:
-    return any(hasattr(attention, name) for name in _HEADS)
 
 
 def _heads(attention: nn.Module) -> int:

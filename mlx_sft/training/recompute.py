@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -26,8 +27,9 @@ import mlx.nn as nn
 from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.cpu.joined_rows import JoinedRows, row_by_row
 from mlx_sft.data.batches import Spans
-from mlx_sft.model.blocks import Block, find_blocks, replaced_children
+from mlx_sft.model.blocks import Block, calls_attention, find_blocks, replaced_children, with_attention
 from mlx_sft.model.head import SplitModel
+from mlx_sft.training.attention import composed_attention
 
 Mode = Literal["off", "light", "layers", "blocks"]
 
@@ -45,15 +47,18 @@ class Recomputation:
             is taken, since layers that are computed again read it then.
     """
 
-    def __init__(self, split: SplitModel, mode: Mode) -> None:
+    def __init__(self, split: SplitModel, mode: Mode, *, composes_attention: bool = False) -> None:
         self.rows = JoinedRows()
         self._split = split
         self._layers = split.layers
         blocks = find_blocks(split.layers, lambda: split.hidden_states(_PROBE))
-        self._replacements = _layers_in(mode, split.layers, blocks, self.rows)
+        if composes_attention:
+            blocks = [{name: _composed_block(block) for name, block in found.items()} for found in blocks]
+        self._replacements = _layers_in(mode, split.layers, blocks, self.rows, composes_attention)
         if not self._reproduces(split):
             unsplit: list[dict[str, Block]] = [{} for _ in blocks]
-            self._replacements = _layers_in("layers" if mode == "blocks" else mode, split.layers, unsplit, self.rows)
+            mode = "layers" if mode == "blocks" else mode
+            self._replacements = _layers_in(mode, split.layers, unsplit, self.rows, composes_attention)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -82,14 +87,20 @@ class Recomputation:
             return split.agree(split.hidden_states(_PROBE), plain)
 
 
-def _layers_in(mode: Mode, layers: list[nn.Module], blocks: list[dict[str, Block]], rows: JoinedRows) -> list[Any]:
+def _layers_in(
+    mode: Mode, layers: list[nn.Module], blocks: list[dict[str, Block]], rows: JoinedRows, composes_attention: bool
+) -> list[Any]:
     """What takes the place of each layer in a mode."""
 
     def recomputed(block: Block) -> _RecomputedBlock:
         return _RecomputedBlock(block, rows, recompute=block.positionwise or mode == "light")
 
     each = [
-        _LayerOfBlocks(layer, {name: recomputed(block) for name, block in found.items()})
+        _LayerOfBlocks(
+            layer,
+            (_composed_children(layer) if composes_attention else {})
+            | {name: recomputed(block) for name, block in found.items()},
+        )
         for layer, found in zip(layers, blocks, strict=True)
     ]
     if mode in ("off", "light"):
@@ -100,6 +111,21 @@ def _layers_in(mode: Mode, layers: list[nn.Module], blocks: list[dict[str, Block
     size = math.ceil(math.sqrt(len(whole)))
     groups = [_RecomputedLayers(whole[i : i + size]) for i in range(0, len(whole), size)]
     return [member for group in groups for member in _members(group)]
+
+
+def _composed_block(block: Block) -> Block:
+    """With attention of plain operations."""
+    if not calls_attention(block.module):
+        return block
+    return replace(block, run=with_attention(block.module, composed_attention))
+
+
+def _composed_children(layer: nn.Module) -> dict[str, Any]:
+    return {
+        name: _Member(child, with_attention(child, composed_attention))
+        for name, child in layer.children().items()
+        if isinstance(child, nn.Module) and calls_attention(child)
+    }
 
 
 class _RecomputedBlock:
@@ -133,7 +159,7 @@ class _RecomputedBlock:
 class _LayerOfBlocks:
     """A layer with recomputed blocks in the place of its own."""
 
-    def __init__(self, layer: nn.Module, parts: dict[str, _RecomputedBlock]) -> None:
+    def __init__(self, layer: nn.Module, parts: dict[str, Any]) -> None:
         self.layer = layer
         self._parts = parts
 
@@ -201,7 +227,7 @@ def _members(group: _RecomputedLayers) -> list[Any]:
 
 
 class _Member:
-    """A layer that is computed by its group."""
+    """A layer, or a child of one, that something else computes."""
 
     def __init__(self, layer: Any, call: Any) -> None:
         self._layer = layer

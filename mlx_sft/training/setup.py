@@ -242,7 +242,7 @@ def _ask_device(
     computer.configure(asked_for(config)[-1])  # which takes the least memory
     widths = sorted({padded_width(length, "grid") for length in (1, int(examples.needed_lengths.max()))})
     if said := what_the_device_refuses(computer, parameters, widths):
-        computer.composes_attention = True
+        computer.compose_attention()
         if again := what_the_device_refuses(computer, parameters, widths):
             raise UserError(
                 f"this device cannot train this model: {again}", hint="a newer mlx may; or train on the CPU"

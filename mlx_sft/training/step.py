@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
 from mlx_sft.objectives.sft import SFT
-from mlx_sft.training.attention import composed
 from mlx_sft.training.failures import failures_noticed
 from mlx_sft.training.loss import (
     Head,
@@ -90,7 +88,7 @@ class GradientComputer:
 
     Attributes:
         tiled_head: The head in tiles of the vocabulary; None where it cannot be had so, or MLX's own kernel is used.
-        composes_attention: Whether attention is composed of plain operations while gradients are taken.
+        composes_attention: Whether attention is composed of plain operations.
         trace_seconds: What the first run of each compiled shape took, in which it is traced; one for each trace.
     """
 
@@ -120,10 +118,18 @@ class GradientComputer:
         self.trace_seconds: list[float] = []
         self.configure(recompute, compiled, head_chunk)
 
+    def compose_attention(self) -> None:
+        """Compose attention of plain operations from now on."""
+        self.composes_attention = True
+        self._recomputation = Recomputation(self._split, self.mode, composes_attention=True)
+        self.configure(self.mode, self.compiled)
+
     def configure(self, recompute: Mode, compiled: Collection[Shape] = (), head_chunk: int | None = None) -> None:
         """Compute from now on in this mode, compile these shapes, and take so many positions through the head at once (None: as before)."""
         if recompute != self.mode:
-            self.mode, self._recomputation = recompute, Recomputation(self._split, recompute)
+            self.mode = recompute
+            composes = self.composes_attention
+            self._recomputation = Recomputation(self._split, recompute, composes_attention=composes)
         self._head_chunk = head_chunk or self._head_chunk
         self.compiled = frozenset(compiled)
         self._traced: set[Shape] = set()
@@ -154,7 +160,7 @@ class GradientComputer:
         loss = mx.array(0.0)
         total: Parameters = {}
         try:
-            with training_mode(self._split.model), composed() if self.composes_attention else nullcontext():
+            with training_mode(self._split.model):
                 if weighting is None:
                     weighting = self._weigh(batches, self._first_pass(parameters, batches, keys, before_each))
                 for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_sft import TrainConfig, load_model
 from mlx_sft.methods import Parameters, make_method
+from mlx_sft.model.blocks import calls_attention, with_attention
 from mlx_sft.model.head import SplitModel
-from mlx_sft.training.attention import composed, composed_attention, what_the_device_refuses
+from mlx_sft.training.attention import composed_attention, what_the_device_refuses
 from mlx_sft.training.failures import FailedBatch, OutOfMemory
+from mlx_sft.training.recompute import Mode
 from mlx_sft.training.step import GradientComputer
+from tests.training.test_gpu import assert_same, batch
 
 pytestmark = pytest.mark.fast
 
@@ -77,19 +82,25 @@ def subject() -> tuple[GradientComputer, Parameters]:
 
 @pytest.fixture
 def no_gradient(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device whose attention fails for fewer than nine queries; what it says."""
+    """A device whose attention has no gradient for fewer than nine queries; what it says."""
     said = "[scaled_dot_product_attention] the vector kernels do not produce a logsumexp"
-    own = mx.fast.scaled_dot_product_attention
+    own, gradient, taken = mx.fast.scaled_dot_product_attention, GradientComputer.gradient, []
 
     def attention(q: mx.array, *further: Any, **named: Any) -> mx.array:
-        if q.shape[2] < 9:
+        if taken and q.shape[2] < 9:
             raise ValueError(said)
         return own(q, *further, **named)
 
+    def noted(*arguments: Any, **named: Any) -> Any:
+        taken.append(1)
+        try:
+            return gradient(*arguments, **named)
+        finally:
+            taken.clear()
+
     monkeypatch.setattr("mlx_sft.training.recompute.fast_core", lambda block: None)
-    made = subject()
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr("tests.training.test_attention.subject", lambda: made)
+    monkeypatch.setattr(GradientComputer, "gradient", noted)
     return said
 
 
@@ -97,7 +108,7 @@ def test_the_device_is_asked_for_each_width(no_gradient: str) -> None:
     computer, parameters = subject()
     assert what_the_device_refuses(computer, parameters, [16, 32]) == ""
     assert what_the_device_refuses(computer, parameters, [8, 32]) == no_gradient
-    computer.composes_attention = True
+    computer.compose_attention()
     assert what_the_device_refuses(computer, parameters, [8, 32]) == ""
 
 
@@ -111,29 +122,58 @@ def test_what_does_not_fit_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None
     assert what_the_device_refuses(computer, parameters, [16]) == ""
 
 
-def test_a_step_is_the_same_with_composed_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.training.test_gpu import assert_same, batch
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_a_step_is_the_same_with_composed_attention(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def counted(*arrays: mx.array, **named: Any) -> mx.array:
+        called.append(1)
+        return composed_attention(*arrays, **named)
 
     monkeypatch.setattr("mlx_sft.training.recompute.fast_core", lambda block: None)
+    monkeypatch.setattr("mlx_sft.training.recompute.composed_attention", counted)
     computer, parameters = subject()
     plain = computer.gradient(parameters, [batch()])
-    computer.composes_attention = True
-    own = mx.fast.scaled_dot_product_attention
+    computer.configure(mode)
+    assert not called
+    computer.compose_attention()
+    called.clear()
     found = computer.gradient(parameters, [batch()])
-    assert mx.fast.scaled_dot_product_attention is own
+    assert called
     assert_same((found.loss.item(), found.gradients), (plain.loss.item(), plain.gradients), 1e-5)
 
 
-def test_the_models_own_is_put_back_whatever_happens() -> None:
-    own = mx.fast.scaled_dot_product_attention
-    seen = []
+class OfMlx(nn.Module):
+    """Attention that calls MLX's itself, as some families' does, with what it has of its own besides."""
 
-    def used() -> None:
-        with composed():
-            seen.append(mx.fast.scaled_dot_product_attention)
-            raise KeyboardInterrupt
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.5
 
-    with pytest.raises(KeyboardInterrupt):
-        used()
-    assert seen == [composed_attention]
-    assert mx.fast.scaled_dot_product_attention is own
+    def __call__(self, x: mx.array, mask: Any = "causal", *, turned: bool = False) -> mx.array:
+        turn = mx.negative if turned else (lambda array: array)
+        return turn(mx.fast.scaled_dot_product_attention(x, x, x, scale=self.scale, mask=mask))
+
+
+class OfMlxLm(nn.Module):
+    """Attention that calls mlx-lm's helper, as most families' does."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return scaled_dot_product_attention(x, x, x, cache=None, scale=0.5, mask="causal", sinks=mx.ones(2))
+
+
+class NoAttention(nn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, None, 1e-6)
+
+
+def test_a_modules_own_code_runs_with_another_attention() -> None:
+    x = random(1, 2, 5, WIDTH)
+    for module, arguments in ((OfMlx(), {}), (OfMlx(), {"mask": None, "turned": True}), (OfMlxLm(), {})):
+        expected = module(x, **arguments)
+        assert calls_attention(module)
+        np.testing.assert_allclose(with_attention(module, composed_attention)(x, **arguments), expected, atol=1e-5)
+        marked = with_attention(module, lambda q, k, v, **_: mx.full(q.shape, 7.0))(x, **arguments)
+        assert set(np.abs(np.array(marked)).ravel().tolist()) == {7.0}
+        np.testing.assert_array_equal(module(x, **arguments), expected)  # the module and its class are as they were
+    assert not calls_attention(NoAttention())
