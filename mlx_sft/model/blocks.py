@@ -78,28 +78,32 @@ def find_blocks(layers: list[nn.Module], run: Callable[[], object]) -> list[dict
     return found
 
 
+def names_in(module: nn.Module, name: str) -> bool:
+    """Whether a module's own code has this name in it, of a function of MLX's or of mlx-lm's."""
+    return name in getattr(type(module).__call__, "__code__", _NO_CODE).co_names
+
+
 def calls_attention(module: nn.Module) -> bool:
     """Whether a module's own code calls MLX's attention."""
-    return _ATTENTION in getattr(type(module).__call__, "__code__", _NO_CODE).co_names
+    return names_in(module, _ATTENTION)
 
 
-def with_attention(module: nn.Module, attention: Call) -> Call:
-    """A module's own code, which calls another function where it calls MLX's attention; the module and its class stay as they are.
+def with_names(module: nn.Module, names: Mapping[str, Any]) -> Call:
+    """A module's own code with other things where it has these global names; the module and its class stay as they are."""
+    function: Any = type(module).__call__
+    known = function.__globals__ | names
+    copy = FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return partial(copy, module)
 
-    Args:
-        attention: With the arguments of `mx.fast.scaled_dot_product_attention`.
-    """
+
+def attention_names(attention: Call) -> dict[str, Any]:
+    """The global names by which code calls MLX's attention, for another function with its arguments."""
 
     def of_mlx_lm(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, **named: Any) -> Any:
         return attention(queries, keys, values, scale=scale, **named)
 
-    function: Any = type(module).__call__
-    names = function.__globals__ | {"mx": _With(mx, fast=_With(mx.fast, **{_ATTENTION: attention}))}
-    if _ATTENTION in names:  # mlx-lm's own, with a cache among its arguments
-        names[_ATTENTION] = of_mlx_lm
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return partial(copy, module)
+    return {"mx": _With(mx, fast=_With(mx.fast, **{_ATTENTION: attention})), _ATTENTION: of_mlx_lm}
 
 
 class _With:

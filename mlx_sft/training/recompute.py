@@ -27,9 +27,10 @@ import mlx.nn as nn
 from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.cpu.joined_rows import JoinedRows, row_by_row
 from mlx_sft.data.batches import Spans
-from mlx_sft.model.blocks import Block, calls_attention, find_blocks, replaced_children, with_attention
+from mlx_sft.model.blocks import Block, attention_names, find_blocks, names_in, replaced_children, with_names
 from mlx_sft.model.head import SplitModel
 from mlx_sft.training.attention import composed_attention
+from mlx_sft.training.gated_delta import UPDATE, chunked_holds, chunked_update
 
 Mode = Literal["off", "light", "layers", "blocks"]
 
@@ -52,13 +53,13 @@ class Recomputation:
         self._split = split
         self._layers = split.layers
         blocks = find_blocks(split.layers, lambda: split.hidden_states(_PROBE))
-        if composes_attention:
-            blocks = [{name: _composed_block(block) for name, block in found.items()} for found in blocks]
-        self._replacements = _layers_in(mode, split.layers, blocks, self.rows, composes_attention)
+        code = _Code(split, composes_attention=composes_attention)
+        blocks = [{name: code.of_block(block) for name, block in found.items()} for found in blocks]
+        self._replacements = _layers_in(mode, split.layers, blocks, self.rows, code)
         if not self._reproduces(split):
             unsplit: list[dict[str, Block]] = [{} for _ in blocks]
             mode = "layers" if mode == "blocks" else mode
-            self._replacements = _layers_in(mode, split.layers, unsplit, self.rows, composes_attention)
+            self._replacements = _layers_in(mode, split.layers, unsplit, self.rows, code)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -88,7 +89,7 @@ class Recomputation:
 
 
 def _layers_in(
-    mode: Mode, layers: list[nn.Module], blocks: list[dict[str, Block]], rows: JoinedRows, composes_attention: bool
+    mode: Mode, layers: list[nn.Module], blocks: list[dict[str, Block]], rows: JoinedRows, code: _Code
 ) -> list[Any]:
     """What takes the place of each layer in a mode."""
 
@@ -98,8 +99,7 @@ def _layers_in(
     each = [
         _LayerOfBlocks(
             layer,
-            (_composed_children(layer) if composes_attention else {})
-            | {name: recomputed(block) for name, block in found.items()},
+            code.of_children(layer) | {name: recomputed(block) for name, block in found.items()},
         )
         for layer, found in zip(layers, blocks, strict=True)
     ]
@@ -113,19 +113,34 @@ def _layers_in(
     return [member for group in groups for member in _members(group)]
 
 
-def _composed_block(block: Block) -> Block:
-    """With attention of plain operations."""
-    if not calls_attention(block.module):
-        return block
-    return replace(block, run=with_attention(block.module, composed_attention))
+class _Code:
+    """What runs in the place of modules' own code: the same with other functions where it calls some of MLX's or mlx-lm's.
 
+    Args:
+        composes_attention: Whether attention is composed of plain operations.
+    """
 
-def _composed_children(layer: nn.Module) -> dict[str, Any]:
-    return {
-        name: _Member(child, with_attention(child, composed_attention))
-        for name, child in layer.children().items()
-        if isinstance(child, nn.Module) and calls_attention(child)
-    }
+    def __init__(self, split: SplitModel, *, composes_attention: bool) -> None:
+        self._names = attention_names(composed_attention) if composes_attention else {}
+        modules = [child for layer in split.layers for child in layer.children().values()]
+        loops = any(isinstance(module, nn.Module) and names_in(module, UPDATE) for module in modules)
+        if loops and mx.default_device() == mx.Device(mx.gpu) and chunked_holds(split.model_dtype()):
+            self._names = self._names | {UPDATE: chunked_update}
+
+    def of(self, module: Any) -> Any:
+        """Its code with other functions; None where it calls none of them."""
+        if not isinstance(module, nn.Module) or not any(names_in(module, name) for name in self._names if name != "mx"):
+            return None
+        return with_names(module, self._names)
+
+    def of_block(self, block: Block) -> Block:
+        run = self.of(block.module)
+        return block if run is None else replace(block, run=run)
+
+    def of_children(self, layer: nn.Module) -> dict[str, Any]:
+        return {
+            name: _Member(child, run) for name, child in layer.children().items() if (run := self.of(child)) is not None
+        }
 
 
 class _RecomputedBlock:

@@ -12,7 +12,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_sft import TrainConfig, load_model
 from mlx_sft.methods import Parameters, make_method
-from mlx_sft.model.blocks import calls_attention, with_attention
+from mlx_sft.model.blocks import attention_names, calls_attention, with_names
 from mlx_sft.model.head import SplitModel
 from mlx_sft.training.attention import composed_attention, what_the_device_refuses
 from mlx_sft.training.failures import FailedBatch, OutOfMemory
@@ -172,8 +172,10 @@ def test_a_modules_own_code_runs_with_another_attention() -> None:
     for module, arguments in ((OfMlx(), {}), (OfMlx(), {"mask": None, "turned": True}), (OfMlxLm(), {})):
         expected = module(x, **arguments)
         assert calls_attention(module)
-        np.testing.assert_allclose(with_attention(module, composed_attention)(x, **arguments), expected, atol=1e-5)
-        marked = with_attention(module, lambda q, k, v, **_: mx.full(q.shape, 7.0))(x, **arguments)
+        np.testing.assert_allclose(
+            with_names(module, attention_names(composed_attention))(x, **arguments), expected, atol=1e-5
+        )
+        marked = with_names(module, attention_names(lambda q, k, v, **_: mx.full(q.shape, 7.0)))(x, **arguments)
         assert set(np.abs(np.array(marked)).ravel().tolist()) == {7.0}
         np.testing.assert_array_equal(module(x, **arguments), expected)  # the module and its class are as they were
     assert not calls_attention(NoAttention())
