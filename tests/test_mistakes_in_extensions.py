@@ -25,8 +25,6 @@ from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 from tests.chats import write_chats
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:

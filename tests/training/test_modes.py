@@ -22,8 +22,6 @@ from mlx_sft.training.recompute import Mode
 from mlx_sft.training.step import GradientComputer
 from tests.chats import write_chats
 
-pytestmark = pytest.mark.fast
-
 ROW = Example("row", np.arange(9, dtype=np.int32), np.ones(9, np.float32))
 
 

@@ -18,8 +18,6 @@ from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.callbacks.power import SLOWER, WINDOW, Conditions, Power, conditions, read_conditions
 from tests.chats import write_chats
 
-pytestmark = pytest.mark.fast
-
 ON_BATTERY = "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=4653155)\t85%; discharging; 3:21 remaining present: true\n"
 PLUGGED_IN = (
     "Now drawing from 'AC Power'\n -InternalBattery-0 (id=4653155)\t100%; charged; 0:00 remaining present: true\n"
