@@ -14,7 +14,7 @@ from mlx_sft.errors import USAGE, UserError
 from tests.hub import TOKEN, Asked, Hub, Stored
 
 # huggingface_hub sends files in a way that its HTTP library has renamed.
-pytestmark = [pytest.mark.fast, pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
 
 
 @pytest.fixture
