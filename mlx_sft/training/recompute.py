@@ -128,7 +128,7 @@ class _Code:
             self._names = self._names | {UPDATE: chunked_update}
 
     def of(self, module: Any) -> Any:
-        """Its code with other functions; None where it calls none of them."""
+        """Its code with other functions; None where it calls none of them; all code names `mx`, which tells nothing."""
         if not isinstance(module, nn.Module) or not any(names_in(module, name) for name in self._names if name != "mx"):
             return None
         return with_names(module, self._names)
