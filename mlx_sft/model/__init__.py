@@ -4,7 +4,6 @@ import os
 
 import mlx.core as mx
 
-if (
-    os.environ.get("MLX_SFT_DEVICE") == "cpu"
-):  # before any array: what is loaded is computed there, in the precision of a CPU
+# Before any array: what is loaded is computed there, in the precision of a CPU.
+if os.environ.get("MLX_SFT_DEVICE") == "cpu":
     mx.set_default_device(mx.cpu)

@@ -126,13 +126,17 @@ class SplitModel:
 
     def agree(self, found: mx.array, expected: mx.array) -> bool:
         """Whether two results are equal within the model's precision."""
-        found, expected = found.astype(mx.float32), expected.astype(mx.float32)
-        tolerance = 1e-4 if self.model_dtype() == mx.float32 else 2e-2
-        return bool((mx.abs(found - expected).max() <= tolerance * mx.abs(expected).max()).item())
+        return agree_within(found, expected, 1e-4 if self.model_dtype() == mx.float32 else 2e-2)
 
     def model_dtype(self) -> mx.Dtype:
         """The precision of the model's first floating weight; `load_model` gives all of them the same."""
         return next(iter(floating_weights(self.model).values())).dtype
+
+
+def agree_within(found: mx.array, expected: mx.array, tolerance: float) -> bool:
+    """Whether no number of a result is off by more than a share of the largest that is expected."""
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    return bool((mx.abs(found - expected).max() <= tolerance * mx.abs(expected).max()).item())
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_sft.model.head import agree_within
+
 UPDATE = "gated_delta_update"
 """By this name the code of families calls mlx-lm's."""
 
@@ -72,10 +74,6 @@ def chunked_holds(dtype: mx.Dtype) -> bool:
             for update in (chunked_update, gated_delta_update)
         )
         pairs = [(ours[0], theirs[0]), *zip(ours[1], theirs[1], strict=True)]
-        apart = [
-            mx.abs((one - other).astype(mx.float32)).max() <= tolerance * mx.abs(other.astype(mx.float32)).max()
-            for one, other in pairs
-        ]
-        return all(bool(close.item()) for close in apart)
+        return all(agree_within(one, other, tolerance) for one, other in pairs)
     except (RuntimeError, ValueError):
         return False

@@ -11,7 +11,7 @@ at once. Knows nothing of the body, or of where the positions come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -130,15 +130,9 @@ def _at_once(
     losses, exponentials, total = _losses(precise, targets)
     for_logits = exponentials * (weights[:, None] / total)
     for_logits = for_logits.at[mx.arange(targets.shape[0]), targets].add(-weights)
-    names = list(parameters)
-
-    def flat_head(hidden_states: mx.array, *values: mx.array) -> mx.array:
-        return head(dict(zip(names, values, strict=True)), hidden_states)
-
-    _, (for_hidden, *for_values) = mx.vjp(
-        flat_head, [hidden_states, *parameters.values()], [for_logits.astype(logits.dtype)]
-    )
-    return (weights * losses).sum(), dict(zip(names, for_values, strict=True)), for_hidden
+    flat = [hidden_states, *parameters.values()]
+    _, (for_hidden, *for_values) = mx.vjp(_of_arrays(head, parameters), flat, [for_logits.astype(logits.dtype)])
+    return (weights * losses).sum(), dict(zip(parameters, for_values, strict=True)), for_hidden
 
 
 def _fused(
@@ -149,13 +143,23 @@ def _fused(
     weights: mx.array,
 ) -> tuple[mx.array, HeadParameters, mx.array]:
     """The same by MLX's kernel, which reads the logits as they are and sums them up in float32."""
-    names = list(parameters)
+    logits_of = _of_arrays(head, parameters)
 
-    def losses_of(hidden_states: mx.array, *values: mx.array) -> mx.array:
-        return mx.fast.cross_entropy(head(dict(zip(names, values, strict=True)), hidden_states), targets)
+    def losses_of(*flat: mx.array) -> mx.array:
+        return mx.fast.cross_entropy(logits_of(*flat), targets)
 
     (losses,), (for_hidden, *for_values) = mx.vjp(losses_of, [hidden_states, *parameters.values()], [weights])
-    return (weights * losses).sum(), dict(zip(names, for_values, strict=True)), for_hidden
+    return (weights * losses).sum(), dict(zip(parameters, for_values, strict=True)), for_hidden
+
+
+def _of_arrays(head: Head, parameters: HeadParameters) -> Callable[..., mx.array]:
+    """The head as a function of hidden states and of the values of its parameters, one after another."""
+    names = list(parameters)
+
+    def flat_head(hidden_states: mx.array, *values: mx.array) -> mx.array:
+        return head(dict(zip(names, values, strict=True)), hidden_states)
+
+    return flat_head
 
 
 def fused_holds(head: Head, hidden_states: mx.array) -> bool:
@@ -224,11 +228,7 @@ def evaluate_positions(
 ) -> tuple[mx.array, mx.array]:
     """The weighted sum of losses, and the weighted count of positions whose likeliest token is the target; no gradients."""
     loss, correct = mx.array(0.0), mx.array(0.0)
-    chunk = even_chunk(targets.shape[0], chunk)
-    of_chunk = _evaluated(head, fused=fused)
-    for start in range(0, targets.shape[0], chunk):
-        rows = slice(start, start + chunk)
-        losses, likeliest = of_chunk(after([loss, correct], hidden_states[rows]), targets[rows])
+    for rows, losses, likeliest in _evaluated(head, hidden_states, targets, chunk, fused=fused):
         loss = loss + (weights[rows] * losses).sum()
         correct = correct + (weights[rows] * (likeliest == targets[rows])).sum()
     return loss, correct
@@ -238,22 +238,23 @@ def position_losses(
     head: Head | TiledHead, hidden_states: mx.array, targets: mx.array, chunk: int, *, fused: bool = False
 ) -> tuple[mx.array, mx.array]:
     """The loss −log p(target) and the likeliest token of each position, [positions]; no gradients."""
-    chunk = even_chunk(targets.shape[0], chunk)
-    of_chunk = _evaluated(head, fused=fused)
-    losses: list[mx.array] = []
-    likeliest: list[mx.array] = []
-    for start in range(0, targets.shape[0], chunk):
-        rows = slice(start, start + chunk)
-        found = of_chunk(after([*losses[-1:], *likeliest[-1:]], hidden_states[rows]), targets[rows])
-        losses.append(found[0])
-        likeliest.append(found[1])
+    _, losses, likeliest = zip(*_evaluated(head, hidden_states, targets, chunk, fused=fused), strict=True)
     return mx.concatenate(losses), mx.concatenate(likeliest)
 
 
-def _evaluated(head: Head | TiledHead, *, fused: bool) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
-    if isinstance(head, TiledHead):
-        return partial(_evaluate_by_tiles, head)
-    return partial(_evaluate_at_once, head, fused)
+def _evaluated(
+    head: Head | TiledHead, hidden_states: mx.array, targets: mx.array, chunk: int, *, fused: bool
+) -> Iterator[tuple[slice, mx.array, mx.array]]:
+    """Each chunk of positions, with their losses and likeliest tokens, which are computed one after another."""
+    of_chunk = (
+        partial(_evaluate_by_tiles, head) if isinstance(head, TiledHead) else partial(_evaluate_at_once, head, fused)
+    )
+    chunk = even_chunk(targets.shape[0], chunk)
+    found: tuple[mx.array, ...] = ()
+    for start in range(0, targets.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        losses, likeliest = found = of_chunk(after(found, hidden_states[rows]), targets[rows])
+        yield rows, losses, likeliest
 
 
 def _evaluate_at_once(head: Head, fused: bool, hidden_states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

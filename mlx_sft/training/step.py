@@ -356,7 +356,7 @@ class GradientComputer:
 
     def _chunk(self, head: Head | TiledHead) -> int:
         columns = head.columns if isinstance(head, TiledHead) else self._vocabulary
-        return self._head_chunk or chunk_rows(columns, "fused" if self._fused else "whole")
+        return self._head_chunk or chunk_rows(columns, self.head_way)
 
     def _fused_holds(self) -> bool:
         states = self._split.hidden_states(_PROBE)

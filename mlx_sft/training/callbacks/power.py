@@ -115,6 +115,7 @@ class Power(Callback):
         self._first: list[float] = []
         self._last: deque[float] = deque(maxlen=WINDOW)
         self._told = False
+        self._asks = shutil.which("pmset") is not None
         self._asked = 0.0
         """When the battery was last looked at."""
 
@@ -123,7 +124,7 @@ class Power(Callback):
             run.console.warn(f"this Mac may be slow, or stop: {'; '.join(words)}")
 
     def on_step(self, run: TrainingRun, record: Record) -> None:
-        if shutil.which("pmset") is None:
+        if not self._asks:
             return
         self._notice_slowdown(run, record)
         if self.settings.on_battery == "pause":
