@@ -34,7 +34,8 @@ from mlx_sft.training.failures import is_out_of_memory
 from mlx_sft.training.loss import cross_entropy_sum
 from mlx_sft.training.machine import footprint_bytes, this_machine
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import GradientComputer, padded_shape
+from mlx_sft.training.shapes import padded_shape
+from mlx_sft.training.step import GradientComputer
 
 Answer = tuple[str, bool, dict[str, Any]]
 """What was found, in words; whether it is as expected; and the figures."""

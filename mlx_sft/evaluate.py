@@ -116,5 +116,7 @@ def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> Evaluatio
     split, method = SplitModel(loaded.model), _Bound(loaded.method)
     computer = GradientComputer(split, method, vocabulary, objective, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
-    evaluation, _ = evaluate_in_memory(computer, {}, examples, budget, layout_on(this_machine(), computer, {}))
+    evaluation, _ = evaluate_in_memory(
+        computer, {}, examples, budget, layout_on(this_machine(), computer, {}, examples)
+    )
     return EvaluationResult(evaluation, report)

@@ -16,7 +16,8 @@ from mlx_sft.methods.lora import Lora
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import GradientComputer, padded_shape
+from mlx_sft.training.shapes import padded_shape
+from mlx_sft.training.step import GradientComputer
 
 
 def assert_close(ours: object, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:

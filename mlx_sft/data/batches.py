@@ -9,9 +9,9 @@ arguments, so that a resumed run goes on with the very step that the killed one 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +21,50 @@ from mlx_sft.data.example import Example
 
 Lengths = Sequence[int] | NDArray[np.int32]
 
-Layout = Literal["grid", "padded", "joined"]
-"""How the rows of a micro-batch lie: padded to a width of a small grid, padded to the longest of them, or end to end, unpadded."""
-
 Spans = tuple[tuple[int, int], ...]
 """Where each row begins and ends."""
 
 CALL_COST = 32
-"""What one more call costs, in tokens: reading the weights again and launching the kernels."""
+"""What one more call costs on a CPU, in tokens: reading the weights again."""
 ATTENTION_WIDTH = 4096
 """The width at which attention costs a token as much as the products with the weights: 3,840 in Qwen3-0.6B, more in larger models."""
 _LEAST_WIDTH = 16
 """Of a grid, which is for GPUs: for queries of up to 8 positions Metal's attention takes another kernel, which has no gradient."""
+_MOST_WIDTHS = 16
+"""So many leave less than a tenth of the tokens of chats or short pairs as padding."""
 _CUT_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the rows of a micro-batch lie, and what decides how many there are.
+
+    Attributes:
+        joined: End to end, unpadded; else each row is padded to the longest.
+        widths: The widths that there are, in rising order, where shapes are to be few: a micro-batch then has 1, 2, 4, 8, ... rows of
+            one of them. Empty where any will do.
+        call_cost: What one more micro-batch costs, in tokens.
+    """
+
+    joined: bool = False
+    widths: tuple[int, ...] = ()
+    call_cost: int = CALL_COST
+
+    @classmethod
+    def of_few_shapes(cls, lengths: Lengths, call_cost: int = CALL_COST) -> Layout:
+        """With the widths that leave rows of these lengths the least padding."""
+        on_fine_grid = [round_up(max(_LEAST_WIDTH, int(length)), steps=32) for length in lengths]
+        return cls(widths=levels(on_fine_grid, _MOST_WIDTHS), call_cost=call_cost)
+
+    def width_of(self, length: int) -> int:
+        """The width that a row takes which is the longest of its micro-batch."""
+        if not self.widths:
+            return length
+        at = bisect_left(self.widths, length)
+        return self.widths[at] if at < len(self.widths) else round_up(length)
+
+
+PADDED, JOINED = Layout(), Layout(joined=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +249,34 @@ def shares(rows: int, weights: Sequence[float]) -> list[int]:
     return whole
 
 
-def round_up(length: int) -> int:
-    """The next width of a small fixed grid, at most an eighth (or 7 tokens) above; `mx.compile` keeps a trace a shape."""
-    step = max(8, 1 << max(0, (length - 1).bit_length() - 4))
+def round_up(length: int, *, steps: int = 8) -> int:
+    """The next width of a fixed grid with so many steps an octave, of 8 at least: by default an eighth (or 7 tokens) above at most."""
+    step = max(8, (1 << max(0, (length - 1).bit_length() - 1)) // steps)
     return -(-length // step) * step
+
+
+def levels(numbers: Sequence[int], most: int) -> tuple[int, ...]:
+    """At most so many of these numbers, in rising order, so that rounding each number up to one of them adds the least in all.
+
+    A dynamic program; its time grows with `most` times the square of how many different numbers there are.
+    """
+    values, times = np.unique(np.asarray(numbers), return_counts=True)
+    below = np.concatenate([[0], np.cumsum(times)])  # how many numbers there are before each value, and in all
+    # [start, end]: what it adds to round the values from `start` to `end`, which is not among them, up to the last of them
+    added = (below[None, 1:] - below[:-1, None]) * values.astype(float)
+    added[np.tril_indices(len(values), -1)] = np.inf
+    least, lasts = added[0], []
+    for _ in range(min(most, len(values)) - 1):
+        ways = np.concatenate([added[:1], least[:-1, None] + added[1:]])
+        lasts.append(ways.argmin(0))
+        least = ways.min(0)
+    end, chosen = len(values) - 1, []
+    for last in [*lasts[::-1], np.zeros(len(values), int)]:
+        chosen.append(int(values[end]))
+        if last[end] == 0:
+            break
+        end = int(last[end]) - 1
+    return tuple(chosen[::-1])
 
 
 def row_cost(width: int) -> int:
@@ -229,13 +284,8 @@ def row_cost(width: int) -> int:
     return width + width * width // ATTENTION_WIDTH
 
 
-def padded_width(length: int, layout: Layout) -> int:
-    """The width that a row takes which is the longest of its micro-batch."""
-    return max(_LEAST_WIDTH, round_up(length)) if layout == "grid" else length
-
-
-def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout = "grid") -> list[MicroBatch]:
-    """Cut a step's rows, sorted by length, where the estimated time is least: `row_cost` of every row plus `CALL_COST` a call.
+def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout = PADDED) -> list[MicroBatch]:
+    """Cut a step's rows, sorted by length, where the estimated time is least: `row_cost` of every row, and what each call costs.
 
     A dynamic program over where the last cut lies. Its time grows with the rows times those that fit the budget at once.
 
@@ -244,22 +294,24 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout
         lengths: Needed length of every example.
         token_budget: Tokens, padding included, that fit at once; a single longer row goes alone.
     """
-    joined = layout == "joined"
+    joined = layout.joined
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    widths = [padded_width(int(lengths[row]), layout) for row in ordered]
+    widths = [layout.width_of(int(lengths[row])) for row in ordered]
+    counts = 1 << np.arange(len(ordered).bit_length())
     ends, own_costs = np.cumsum([0, *widths]), np.cumsum([0, *map(row_cost, widths)])
     costs = np.zeros(len(ordered) + 1, np.int64)  # of the first so many rows
     last_cuts = [0]
     for end, width in enumerate(widths, 1):
         if joined:
-            first = min(end - 1, int(np.searchsorted(ends, ends[end] - token_budget)))
-            candidates = costs[first:end] + own_costs[end] - own_costs[first:end]
+            firsts = np.arange(min(end - 1, int(np.searchsorted(ends, ends[end] - token_budget))), end)
+            candidates = costs[firsts] + own_costs[end] - own_costs[firsts]
         else:
-            first = max(0, end - max(1, token_budget // width))
-            candidates = costs[first:end] + np.arange(end - first, 0, -1) * row_cost(width)
+            most = min(end, max(1, token_budget // width))
+            firsts = end - counts[counts <= most][::-1] if layout.widths else np.arange(end - most, end)
+            candidates = costs[firsts] + (end - firsts) * row_cost(width)
         best = int(candidates.argmin())
-        costs[end] = candidates[best] + CALL_COST
-        last_cuts.append(first + best)
+        costs[end] = candidates[best] + layout.call_cost
+        last_cuts.append(int(firsts[best]))
     micro_batches = []
     end = len(ordered)
     while end > 0:
@@ -270,7 +322,7 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout
     return micro_batches[::-1]
 
 
-def cut_all(lengths: Lengths, token_budget: int, layout: Layout = "grid") -> list[MicroBatch]:
+def cut_all(lengths: Lengths, token_budget: int, layout: Layout = PADDED) -> list[MicroBatch]:
     """All rows cut for evaluation, where there are no steps: similar lengths together, whatever their order."""
     ordered = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     groups = (ordered[i : i + _CUT_AT_ONCE] for i in range(0, len(ordered), _CUT_AT_ONCE))

@@ -1,26 +1,15 @@
 """Attention where the device's own has no gradient: composed of plain operations, which every device can differentiate.
 
 Metal's kernels have none for attention sinks, for masks that are trained, and for some head sizes and lengths; which, depends on MLX's
-version. So the device is asked before the first step.
+version. So the device is asked before the first step (`device.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
-
-from mlx_sft.data.batches import MicroBatch, collate
-from mlx_sft.data.example import Example
-from mlx_sft.methods import Parameters
-from mlx_sft.objectives import Weighting
-from mlx_sft.training.failures import BatchFailed
-
-if TYPE_CHECKING:
-    from mlx_sft.training.step import GradientComputer
 
 
 def composed_attention(
@@ -57,18 +46,3 @@ def composed_attention(
         scores = mx.concatenate([mx.broadcast_to(column, (*scores.shape[:-1], 1)), scores], axis=-1)
     weights = mx.softmax(scores, axis=-1)[..., -keys:].astype(v.dtype)
     return (weights @ v[:, :, None]).reshape(rows, heads, queries, -1)
-
-
-def what_the_device_refuses(computer: GradientComputer, parameters: Parameters, widths: Sequence[int]) -> str:
-    """What the device says against the gradient of a row of one of these widths; empty where it can compute all of them."""
-    for width in widths:
-        weights = np.ones(width + 1, np.float32)
-        row = Example("a row of one token over and over", np.zeros(width + 1, np.int32), weights)
-        batch = collate([row], MicroBatch((0,), width))
-        try:
-            computer.gradient(parameters, [batch], weighting=Weighting([batch.weights], float(width)))
-        except BatchFailed:
-            continue  # for want of memory, say: another cut may do, and it is no answer to this question
-        except (RuntimeError, ValueError) as error:
-            return str(error)
-    return ""

@@ -1,4 +1,4 @@
-"""How a step is computed: tokens of a micro-batch, recomputation, the head's chunk, the layout of rows, the shapes that are compiled.
+"""How a step is computed: tokens of a micro-batch, recomputation, the head's chunk, the layout of rows.
 
     footprint + machine + longest row ─► MemoryPlanner ─► BatchSettings
 
@@ -10,7 +10,6 @@ first.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -22,7 +21,7 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
-from mlx_sft.data.batches import Layout, MicroBatch, Plan, collate, cut, padded_width, round_up
+from mlx_sft.data.batches import JOINED, PADDED, Layout, MicroBatch, Plan, collate, cut
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.errors import UserError
@@ -34,7 +33,7 @@ from mlx_sft.training.failures import GPU_HINT, Interrupted, OutOfMemory
 from mlx_sft.training.machine import Machine, memory_limits_restored
 from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import GradientComputer, Shape
+from mlx_sft.training.step import GradientComputer
 
 MOST_TOKENS, MOST_JOINED = 2048, 512
 """More at once is no faster. Rows that are padded want a larger budget, so that they are cut by their lengths and not by it."""
@@ -62,14 +61,6 @@ _PROBE_SUPERVISED = 16
 TRUSTED = (0.9, 1.5)
 """A small step that takes less than was counted says little of a large one; one that takes much more measured something else."""
 
-MOST_TRACES = 24
-"""At 16 conversations a step, so many serve two micro-batches in five of short pairs, and half of those of chats."""
-
-_TIMES_THAT_PAY = 3
-"""Micro-batches of a shape, among those looked at, from which on a trace is worth making: it takes seconds, and is kept to the end."""
-
-_STEPS_LOOKED_AT = 2000
-
 
 @dataclass(frozen=True)
 class BatchSettings:
@@ -85,7 +76,7 @@ class BatchSettings:
     micro_batch_tokens: int
     mode: Mode
     head_chunk: int
-    layout: Layout = "grid"
+    layout: Layout = PADDED
 
 
 def asked_for(config: TrainConfig) -> tuple[Mode, ...]:
@@ -100,11 +91,13 @@ def configured(mode: Mode) -> str:
     return "on" if mode == "layers" else mode
 
 
-def layout_on(machine: Machine, gradient_computer: GradientComputer, parameters: Parameters) -> Layout:
-    """On a grid where shapes are compiled; else joined, if the model can be computed so."""
+def layout_on(
+    machine: Machine, gradient_computer: GradientComputer, parameters: Parameters, examples: Examples
+) -> Layout:
+    """Of few shapes where they are compiled; else joined, if the model can be computed so."""
     if machine.compiles:
-        return "grid"
-    return "joined" if gradient_computer.keeps_rows_apart(parameters) else "padded"
+        return Layout.of_few_shapes(examples.needed_lengths)
+    return JOINED if gradient_computer.keeps_rows_apart(parameters) else PADDED
 
 
 # By prediction
@@ -118,7 +111,7 @@ def choose(
     modes: Sequence[Mode] = MODES,
     micro_batch_tokens: int | None = None,
     head_chunk: int | None = None,
-    layout: Layout = "grid",
+    layout: Layout = PADDED,
 ) -> BatchSettings | None:
     """The largest micro-batch that fits, in the first mode in which enough fits; None where the longest row fits in none.
 
@@ -164,20 +157,20 @@ def most_tokens(
 
 def _most_at_once(layout: Layout) -> int:
     """As many tokens of a micro-batch as pay off."""
-    return MOST_JOINED if layout == "joined" else MOST_TOKENS
+    return MOST_JOINED if layout.joined else MOST_TOKENS
 
 
 def predicted_peak(footprint: Footprint, settings: BatchSettings, plan: Plan, examples: Examples) -> Prediction:
     """What the largest micro-batch is predicted to take: of the longest row, and of the first steps."""
     lengths, layout = examples.needed_lengths, settings.layout
     longest = int(lengths.argmax())
-    micro_batches = [MicroBatch((longest,), padded_width(int(lengths[longest]), layout))]
+    micro_batches = [MicroBatch((longest,), layout.width_of(int(lengths[longest])))]
     for step in islice(plan.steps(), _STEPS_PREDICTED):
         micro_batches += cut(step.rows, lengths, settings.micro_batch_tokens, layout)
 
     def predicted(micro_batch: MicroBatch) -> Prediction:
         rows = list(micro_batch.rows)
-        width, supervised = padded_width(int(lengths[rows].max()), layout), int(examples.supervised_tokens[rows].sum())
+        width, supervised = layout.width_of(int(lengths[rows].max())), int(examples.supervised_tokens[rows].sum())
         chunk = settings.head_chunk
         return footprint.predict(
             settings.mode, micro_batch.tokens, width=width, supervised=supervised, head_chunk=chunk
@@ -199,7 +192,7 @@ class LongestRow:
     @classmethod
     def of(cls, examples: Examples, layout: Layout) -> LongestRow:
         row = int(examples.needed_lengths.argmax())
-        return cls(padded_width(int(examples.needed_lengths[row]), layout), examples[row].origin)
+        return cls(layout.width_of(int(examples.needed_lengths[row])), examples[row].origin)
 
 
 @dataclass(frozen=True)
@@ -322,7 +315,7 @@ class MemoryPlanner:
         if footprint.predict(mode, 1).peak > memory:
             raise self.refusal()
         most = settings.micro_batch_tokens if settings else footprint.most_tokens(mode, memory, self.longest.tokens)
-        length = padded_width(max(1, min(most, PROBE_TOKENS)), self.layout)
+        length = self.layout.width_of(max(1, min(most, PROBE_TOKENS)))
         supervised = min(length, _PROBE_SUPERVISED)
         predicted = footprint.predict(mode, length, supervised=supervised)
         loss_weights = np.zeros(length + 1, np.float32)
@@ -360,24 +353,3 @@ def refuse_too_large(config: TrainConfig, path: Path, machine: Machine) -> None:
             where=config.model,
             hint="give a smaller model, --dtype bfloat16, or --memory-limit, if more may be taken",
         )
-
-
-# Shapes
-
-
-def planned_shape(examples: Examples, micro_batch: MicroBatch) -> Shape:
-    """`padded_shape` of the batch that `collate` would make, without making it."""
-    supervised = int(examples.supervised_tokens[list(micro_batch.rows)].sum())
-    return len(micro_batch.rows), micro_batch.width, round_up(supervised)
-
-
-def compiled_shapes(machine: Machine, plan: Plan, examples: Examples, token_budget: int) -> list[Shape]:
-    """Those that pay for their traces on a machine: the most frequent ones, of the first 2,000 steps of the first epoch."""
-    if not machine.compiles:
-        return []
-    lengths = examples.needed_lengths
-    shapes: Counter[Shape] = Counter()
-    for step in islice(plan.steps(), min(plan.steps_per_epoch, _STEPS_LOOKED_AT)):
-        shapes.update(planned_shape(examples, micro_batch) for micro_batch in cut(step.rows, lengths, token_budget))
-    frequent = sorted(shapes.items(), key=lambda item: (-item[1], item[0]))
-    return [shape for shape, times in frequent[:MOST_TRACES] if times >= _TIMES_THAT_PAY]

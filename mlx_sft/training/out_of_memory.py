@@ -20,12 +20,13 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.feed import Prefetch
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
-from mlx_sft.training.batch_settings import compiled_shapes, configured
+from mlx_sft.training.batch_settings import configured
 from mlx_sft.training.failures import GPU_HINT, BatchFailed, FailedBatch, Interrupted
 from mlx_sft.training.job import Job
 from mlx_sft.training.memory import MODES
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.results import save
+from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.step import Evaluation, GradientComputer
 
 WAITS = (2, 10)
@@ -89,7 +90,7 @@ def _go_on_with(job: Job, failed: FailedBatch, cause: str, tokens: int, mode: Mo
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
     job.settings = replace(job.settings, micro_batch_tokens=tokens, mode=mode)
-    job.gradient_computer.configure(mode, compiled_shapes(job.memory.machine, job.plan, job.data.train, tokens))
+    job.gradient_computer.configure(mode, compiled_shapes(job.plan, job.data.train, tokens, job.settings.layout))
     kept = {"micro_batch_tokens": tokens, "recompute": mode}
     job.progress = job.progress.after(**kept)
     job.emit({"kind": cause, "step": step, "rows": failed.rows, "width": failed.width, **kept})

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Look, count, duration, size
-from mlx_sft.data.batches import Layout, padded_width
+from mlx_sft.data.batches import JOINED, Layout
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, prepare
@@ -125,7 +125,8 @@ class RunPlan:
         self.dtype = config.dtype if given else machine.dtype
         self.footprint = footprint_of(config, path, self.dtype, fused=machine.fused)
         self.on_macs = footprint_of(config, path, self.dtype if given else "bfloat16", fused=True)
-        layout: Layout = "grid" if machine.compiles else "joined"
+        lengths = data.train.needed_lengths if data else [config.max_length - 1]
+        layout = Layout.of_few_shapes(lengths) if machine.compiles else JOINED
         self.longest = _longest(config, layout, data)
         planner = MemoryPlanner(config, machine, self.footprint, self.longest, layout)
         settings = self.settings = planner.choose()
@@ -268,7 +269,7 @@ def footprint_of(config: TrainConfig, path: Path, dtype: str, *, fused: bool) ->
 
 def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:
     if data is None:
-        return LongestRow(padded_width(config.max_length - 1, layout), f"a row of --max-length {config.max_length}")
+        return LongestRow(layout.width_of(config.max_length - 1), f"a row of --max-length {config.max_length}")
     return LongestRow.of(data.train, layout)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.merge import check_exportable
-from mlx_sft.data.batches import padded_width
+from mlx_sft.data.batches import Layout
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
@@ -42,14 +42,12 @@ from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.objectives import make_objective
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training import checkpoint
-from mlx_sft.training.attention import what_the_device_refuses
+from mlx_sft.training import checkpoint, device
 from mlx_sft.training.batch_settings import (
     BatchSettings,
     LongestRow,
     MemoryPlanner,
     asked_for,
-    compiled_shapes,
     configured,
     layout_on,
     predicted_peak,
@@ -57,6 +55,7 @@ from mlx_sft.training.batch_settings import (
 )
 from mlx_sft.training.callbacks import Callback, Callbacks
 from mlx_sft.training.checkpoint import CallbackStates, Progress
+from mlx_sft.training.device import Measured, attention_in_blocks
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import Machine, hold_to, prepare_device, this_machine, within
@@ -71,6 +70,7 @@ from mlx_sft.training.resume import (
     resumed_config,
 )
 from mlx_sft.training.schedule import planned_steps
+from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import GradientComputer
 
@@ -118,8 +118,12 @@ def prepare_job(
     config, method, parameters = _attach_exportable(config, base, begun=begun)
     _refuse_dropout_outside_layers(method, split, parameters)
     computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
-    _ask_device(config, computer, parameters, data.train, machine, console)
-    planner = _planner(config, machine, computer, split, method, parameters, vocabulary, data)
+    layout = layout_on(machine, computer, parameters, data.train)
+    measured = device.ask(computer, split, parameters, data.train, layout, asked_for(config)[-1], machine, console)
+    measured = Measured.of_run(run) if run else measured
+    held.enter_context(attention_in_blocks(measured.attention_block))
+    layout = replace(layout, call_cost=measured.call_cost)
+    planner = _planner(config, machine, computer, split, method, parameters, vocabulary, data, layout)
     memory, settings = planner.plan(computer, parameters, len(data.train))
     config = _decided(config, settings)
     plan = planned_steps(config, data)
@@ -144,10 +148,11 @@ def prepare_job(
     if run:
         record_revision(run, config)
     else:
-        environment = describe_environment(config, identity) | {"memory": memory.describe(predicted)}
+        environment = describe_environment(config, identity)
+        environment |= {"memory": memory.describe(predicted), "measured": asdict(measured)}
         run = _create(config, data, environment, held)
     hold_to(machine, predicted)
-    compiled = compiled_shapes(machine, plan, data.train, settings.micro_batch_tokens)
+    compiled = compiled_shapes(plan, data.train, settings.micro_batch_tokens, settings.layout)
     computer.configure(settings.mode, compiled, settings.head_chunk)
     computer.bind(parameters)
     return Job(
@@ -228,30 +233,6 @@ def _attach_exportable(
     return config, method, parameters
 
 
-def _ask_device(
-    config: TrainConfig,
-    computer: GradientComputer,
-    parameters: Parameters,
-    examples: Examples,
-    machine: Machine,
-    console: Console,
-) -> None:
-    """On a GPU, have it differentiate the shortest and the longest row that there will be; where it refuses, compose attention."""
-    if not machine.fused:
-        return
-    computer.configure(asked_for(config)[-1])  # which takes the least memory
-    widths = sorted({padded_width(length, "grid") for length in (1, int(examples.needed_lengths.max()))})
-    if said := what_the_device_refuses(computer, parameters, widths):
-        computer.compose_attention()
-        if again := what_the_device_refuses(computer, parameters, widths):
-            raise UserError(
-                f"this device cannot train this model: {again}", hint="a newer mlx may; or train on the CPU"
-            )
-        console.note(
-            f"attention is composed of plain operations, and takes more memory: the device has no gradient ({said})"
-        )
-
-
 def _planner(
     config: TrainConfig,
     machine: Machine,
@@ -261,15 +242,15 @@ def _planner(
     parameters: Parameters,
     vocabulary: int,
     data: PreparedData,
+    layout: Layout,
 ) -> MemoryPlanner:
-    head, layout = computer.head_way, layout_on(machine, computer, parameters)
     footprint = Footprint.of(
         config,
         split,
         method,
         parameters,
         vocabulary,
-        head=head,
+        head=computer.head_way,
         fused=machine.fused,
         composes_attention=computer.composes_attention,
     )

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.batches import Batch, round_up
+from mlx_sft.data.batches import Batch
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Binder, Parameters
 from mlx_sft.model.head import SplitModel, training_mode
@@ -34,9 +34,7 @@ from mlx_sft.training.loss import (
     position_losses,
 )
 from mlx_sft.training.recompute import Mode, Recomputation
-
-Shape = tuple[int, int, int]
-"""Rows, width and supervised positions of a micro-batch: what a compiled trace is for."""
+from mlx_sft.training.shapes import Shape, compiled_shape
 
 _PROBE = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -69,12 +67,6 @@ class StepGradient(NamedTuple):
     loss: mx.array
     gradients: Parameters
     metrics: Mapping[str, float]
-
-
-def padded_shape(batch: Batch) -> Shape:
-    """The shape of a micro-batch with its supervised positions rounded up to the grid."""
-    rows, width = batch.token_ids.shape
-    return rows, width, round_up(len(batch.targets))
 
 
 class GradientComputer:
@@ -299,10 +291,10 @@ class GradientComputer:
         self, parameters: Parameters, batch: Batch, weights: NDArray[np.float32], key: mx.array | None
     ) -> tuple[mx.array, Parameters]:
         """Σ weights · −log p(target) over a micro-batch, and its gradient, not yet evaluated."""
-        compiled = self._is_compiled(batch)
+        shape = compiled_shape(batch, self.compiled)
         self._recomputation.rows.spans = batch.spans
-        padding = padded_shape(batch)[2] - len(batch.targets) if compiled else 0
-        function = self._compiled_gradient if compiled else self._gradient
+        padding = shape[2] - len(batch.targets) if shape else 0
+        function = self._compiled_gradient if shape else self._gradient
         return function(
             parameters,
             mx.array(batch.token_ids),
@@ -312,13 +304,9 @@ class GradientComputer:
             key,
         )
 
-    def _is_compiled(self, batch: Batch) -> bool:
-        """Whether there is a trace for it; none is for rows end to end, which would lie elsewhere the next time."""
-        return not batch.spans and padded_shape(batch) in self.compiled
-
     def _note_trace(self, batch: Batch, seconds: float) -> None:
-        shape = padded_shape(batch)
-        if self._is_compiled(batch) and shape not in self._traced:
+        shape = compiled_shape(batch, self.compiled)
+        if shape and shape not in self._traced:
             self._traced.add(shape)
             self.trace_seconds.append(seconds)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from mlx_sft.data.batches import (
     CALL_COST,
+    JOINED,
+    PADDED,
     Layout,
     MicroBatch,
     Plan,
@@ -19,7 +23,7 @@ from mlx_sft.data.batches import (
     collate,
     cut,
     cut_all,
-    padded_width,
+    levels,
     round_up,
     row_cost,
     shares,
@@ -82,11 +86,29 @@ def test_widths_are_on_a_small_grid_just_above(length: int) -> None:
     assert round_up(width) == width
 
 
-@pytest.mark.parametrize(("length", "width"), [(1, 16), (8, 16), (9, 16), (16, 16), (17, 24)])
-def test_on_a_gpu_no_row_is_narrower_than_its_attention_can_be_trained(length: int, width: int) -> None:
-    assert padded_width(length, "grid") == width
-    assert all(micro.width >= 16 for micro in cut([0, 1, 2], [length, 3, 1], 64))
-    assert padded_width(length, "padded") == length
+@given(st.lists(st.integers(1, 4000), min_size=1, max_size=30))
+def test_on_a_gpu_no_row_is_narrower_than_its_attention_can_be_trained(lengths: list[int]) -> None:
+    layout = Layout.of_few_shapes(lengths)
+    assert all(micro.width >= 16 for micro in cut(range(len(lengths)), lengths, 64, layout))
+    assert all(layout.width_of(length) >= length for length in (*lengths, 5000))
+    assert len(layout.widths) <= 16
+    assert PADDED.width_of(9) == 9
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5))
+def test_levels_add_the_least_that_so_many_can(numbers: list[int], most: int) -> None:
+    def added(chosen: tuple[int, ...]) -> int:
+        return sum(min(level for level in chosen if level >= number) - number for number in numbers)
+
+    found, values = levels(numbers, most), sorted(set(numbers))
+    assert found == tuple(sorted(set(found)))
+    assert len(found) <= most
+    ways = [
+        (*lower, values[-1])
+        for count in range(most)
+        for lower in combinations(values[:-1], min(count, len(values) - 1))
+    ]
+    assert added(found) == min(map(added, ways))
 
 
 def test_the_grid_has_few_widths() -> None:
@@ -107,34 +129,40 @@ def _partitions(rows: list[int]) -> list[list[list[int]]]:
     return alone + joined
 
 
-LAYOUTS: tuple[Layout, ...] = ("grid", "padded", "joined")
+LAYOUTS: tuple[Callable[[Any], Layout], ...] = (Layout.of_few_shapes, lambda _: PADDED, lambda _: JOINED)
+"""Of few shapes, padded to the longest, and end to end."""
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, BUDGETS, st.sampled_from(LAYOUTS))
-def test_no_grouping_that_fits_is_cheaper(lengths: list[int], budget: int, layout: Layout) -> None:
+def test_no_grouping_that_fits_is_cheaper(
+    lengths: list[int], budget: int, layout_of: Callable[[list[int]], Layout]
+) -> None:
+    layout = layout_of(lengths)
+
     def made(groups: list[list[int]]) -> list[MicroBatch]:
-        joined = layout == "joined"
-        whole = sum if joined else max
+        whole = sum if layout.joined else max
         return [
-            MicroBatch(tuple(group), whole(padded_width(lengths[row], layout) for row in group), joined)
+            MicroBatch(tuple(group), whole(layout.width_of(lengths[row]) for row in group), layout.joined)
             for group in groups
         ]
 
     def cost(micro_batches: list[MicroBatch]) -> int:
-        if layout != "joined":
+        if not layout.joined:
             return _cost(micro_batches)
         return sum(CALL_COST + sum(row_cost(lengths[row]) for row in micro.rows) for micro in micro_batches)
 
     def keeps_the_order(groups: list[list[int]]) -> bool:
-        """Joined rows could be put together in any way; here they go together by length, as padded ones must."""
+        """Joined rows could be put together in any way, and so could powers of two; here rows go together by length."""
         places = {
             row: place for place, row in enumerate(sorted(range(len(lengths)), key=lambda row: (lengths[row], row)))
         }
         return all(max(map(places.get, group)) - min(map(places.get, group)) < len(group) for group in groups)
 
     partitions = _partitions(list(range(len(lengths))))
-    every = map(made, filter(keeps_the_order, partitions) if layout == "joined" else partitions)
+    if layout.widths:
+        partitions = [groups for groups in partitions if all(len(group) in (1, 2, 4) for group in groups)]
+    every = map(made, filter(keeps_the_order, partitions) if layout.joined or layout.widths else partitions)
     fits = [ms for ms in every if all(len(m.rows) == 1 or m.tokens <= budget for m in ms)]
     assert cost(cut(range(len(lengths)), lengths, budget, layout)) == min(map(cost, fits))
 
@@ -146,8 +174,9 @@ def test_no_grouping_that_fits_is_cheaper(lengths: list[int], budget: int, layou
     st.randoms(),
 )
 def test_a_cut_has_every_row_once_and_keeps_to_its_budget(
-    lengths: list[int], budget: int, layout: Layout, random: object
+    lengths: list[int], budget: int, layout_of: Callable[[list[int]], Layout], random: object
 ) -> None:
+    layout = layout_of(lengths)
     rows = [row for row in range(len(lengths)) if row % 3 != 1] or [0]
     random.shuffle(rows)
 
@@ -155,8 +184,8 @@ def test_a_cut_has_every_row_once_and_keeps_to_its_budget(
 
     assert sorted(row for micro in micro_batches for row in micro.rows) == sorted(rows)
     for micro in micro_batches:
-        whole = sum if layout == "joined" else max
-        assert micro.width == whole(padded_width(lengths[row], layout) for row in micro.rows)
+        whole = sum if layout.joined else max
+        assert micro.width == whole(layout.width_of(lengths[row]) for row in micro.rows)
         assert len(micro.rows) == 1 or micro.tokens <= budget
     assert micro_batches == cut(sorted(rows), lengths, budget, layout)
 
@@ -166,14 +195,15 @@ PAIRS = (0, 0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1), (31, 39, 49, 100, 150, 1
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout_of", LAYOUTS)
 @pytest.mark.parametrize("kind", ["pairs", "chats"])
-def test_less_than_a_tenth_is_padding(kind: str, layout: Layout, seed: int) -> None:
+def test_less_than_a_tenth_is_padding(kind: str, layout_of: Callable[[Any], Layout], seed: int) -> None:
     random = np.random.default_rng(seed)
     if kind == "pairs":
         lengths = np.interp(random.random(1600), *PAIRS).astype(int)
     else:
         lengths = np.clip(random.lognormal(np.log(400), 0.8, 1600), 20, 2048).astype(int)
+    layout = layout_of(lengths)
     steps = [cut(range(first, first + 16), lengths, 2048, layout) for first in range(0, 1600, 16)]
     padded = sum(micro.tokens for step in steps for micro in step)
     assert 1 - lengths.sum() / padded < 0.1

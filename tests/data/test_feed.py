@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mlx_sft.data.batches import Batch, Layout, Plan, collate, cut
+from mlx_sft.data.batches import JOINED, PADDED, Batch, Layout, Plan, collate, cut
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
 from mlx_sft.data.feed import Prefetch, StepFeed
@@ -44,7 +44,7 @@ def _content(batch: Batch) -> tuple[object, ...]:
     return batch.token_ids.tolist(), batch.positions.tolist(), batch.targets.tolist(), batch.tokens
 
 
-@pytest.mark.parametrize("layout", ["grid", "joined"])
+@pytest.mark.parametrize("layout", [Layout.of_few_shapes(LENGTHS), JOINED])
 @pytest.mark.parametrize("after", [0, 2, 6])
 def test_it_gives_the_steps_that_are_left_as_they_are_cut_and_collated(
     after: int, layout: Layout, plan: Plan, examples: Examples
@@ -60,15 +60,15 @@ def test_it_gives_the_steps_that_are_left_as_they_are_cut_and_collated(
 
 
 def test_a_step_comes_again_cut_smaller_and_so_do_those_behind_it(plan: Plan, examples: Examples) -> None:
-    with StepFeed(plan, examples, after=1, token_budget=200, layout="grid") as feed:
+    with StepFeed(plan, examples, after=1, token_budget=200, layout=PADDED) as feed:
         second, third = next(feed), next(feed)
-        again = feed.again(40)
+        again = feed.again(30)
         later = list(feed)
     assert (second.step.number, third.step, again.step.number) == (2, again.step, 3)
-    assert max(batch.token_ids.size for batch in third.batches) > 40
+    assert max(batch.token_ids.size for batch in third.batches) > 30
     assert [prepared.step.number for prepared in later] == [4, 5, 6]
     for prepared in (again, *later):
-        assert all(len(batch.token_ids) == 1 or batch.token_ids.size <= 40 for batch in prepared.batches)
+        assert all(len(batch.token_ids) == 1 or batch.token_ids.size <= 30 for batch in prepared.batches)
     assert sum(batch.tokens for batch in again.batches) == sum(batch.tokens for batch in third.batches)
 
 

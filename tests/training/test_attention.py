@@ -14,8 +14,7 @@ from mlx_sft import TrainConfig, load_model
 from mlx_sft.methods import Parameters, make_method
 from mlx_sft.model.blocks import attention_names, calls_attention, with_names
 from mlx_sft.model.head import SplitModel
-from mlx_sft.training.attention import composed_attention, what_the_device_refuses
-from mlx_sft.training.failures import FailedBatch, OutOfMemory
+from mlx_sft.training.attention import composed_attention
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.step import GradientComputer
 from tests.training.test_gpu import assert_same, batch
@@ -78,48 +77,6 @@ def subject() -> tuple[GradientComputer, Parameters]:
     method = make_method(TrainConfig(data="-", model="tiny"))
     parameters = method.attach(base.model, 0)
     return GradientComputer(SplitModel(base.model), method, base.config["vocab_size"]), parameters
-
-
-@pytest.fixture
-def no_gradient(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device whose attention has no gradient for fewer than nine queries; what it says."""
-    said = "[scaled_dot_product_attention] the vector kernels do not produce a logsumexp"
-    own, gradient, taken = mx.fast.scaled_dot_product_attention, GradientComputer.gradient, []
-
-    def attention(q: mx.array, *further: Any, **named: Any) -> mx.array:
-        if taken and q.shape[2] < 9:
-            raise ValueError(said)
-        return own(q, *further, **named)
-
-    def noted(*arguments: Any, **named: Any) -> Any:
-        taken.append(1)
-        try:
-            return gradient(*arguments, **named)
-        finally:
-            taken.clear()
-
-    monkeypatch.setattr("mlx_sft.training.recompute.fast_core", lambda block: None)
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
-    monkeypatch.setattr(GradientComputer, "gradient", noted)
-    return said
-
-
-def test_the_device_is_asked_for_each_width(no_gradient: str) -> None:
-    computer, parameters = subject()
-    assert what_the_device_refuses(computer, parameters, [16, 32]) == ""
-    assert what_the_device_refuses(computer, parameters, [8, 32]) == no_gradient
-    computer.compose_attention()
-    assert what_the_device_refuses(computer, parameters, [8, 32]) == ""
-
-
-def test_what_does_not_fit_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    computer, parameters = subject()
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OutOfMemory(FailedBatch(1, 9, 9, "no memory"))
-
-    monkeypatch.setattr(computer, "gradient", full)
-    assert what_the_device_refuses(computer, parameters, [16]) == ""
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))

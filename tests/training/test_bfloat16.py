@@ -16,7 +16,8 @@ from mlx_sft.data.batches import MicroBatch, collate
 from mlx_sft.data.dataset import Examples
 from mlx_sft.methods import make_method
 from mlx_sft.model.head import SplitModel
-from mlx_sft.training.step import GradientComputer, padded_shape
+from mlx_sft.training.shapes import padded_shape
+from mlx_sft.training.step import GradientComputer
 
 Found = tuple[float, dict[str, np.ndarray]]
 """A loss and its gradients."""

@@ -18,7 +18,8 @@ from mlx_sft.methods import Parameters, make_method
 from mlx_sft.model.head import SplitModel
 from mlx_sft.training import loss
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import GradientComputer, padded_shape
+from mlx_sft.training.shapes import padded_shape
+from mlx_sft.training.step import GradientComputer
 from tests.graphs import recorded
 
 pytestmark = pytest.mark.fast

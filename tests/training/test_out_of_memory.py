@@ -17,7 +17,7 @@ import pytest
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.console import Console
-from mlx_sft.data.batches import Batch, MicroBatch, collate, cut
+from mlx_sft.data.batches import JOINED, Batch, MicroBatch, collate, cut
 from mlx_sft.data.dataset import Examples
 from mlx_sft.optimizers.adamw import AdamW
 from mlx_sft.run_folder import RunFolder
@@ -473,7 +473,7 @@ def test_every_device_is_understood(error: Exception, examples: Examples) -> Non
 
 
 def test_rows_end_to_end_are_counted(examples: Examples) -> None:
-    batch = collate(examples, cut((0, 1), examples.needed_lengths, 1000, "joined")[0])
+    batch = collate(examples, cut((0, 1), examples.needed_lengths, 1000, JOINED)[0])
     with pytest.raises(OutOfMemory) as caught, failures_noticed(batch):
         raise MemoryError
     lengths = examples.needed_lengths[:2]

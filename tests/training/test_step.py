@@ -14,7 +14,7 @@ import pytest
 
 from mlx_sft import train
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.batches import Batch, MicroBatch, collate, cut, cut_all, round_up
+from mlx_sft.data.batches import JOINED, Batch, MicroBatch, collate, cut, cut_all, round_up
 from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
@@ -27,7 +27,8 @@ from mlx_sft.optimizers import make_optimizer
 from mlx_sft.optimizers.gradients import clip_scale, global_norm
 from mlx_sft.training.checkpoint import dropout_key
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import GradientComputer, padded_shape
+from mlx_sft.training.shapes import padded_shape
+from mlx_sft.training.step import GradientComputer
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 DROPOUT = {"rank": 4, "alpha": 8.0, "dropout": 0.3}
@@ -107,12 +108,12 @@ def test_rows_end_to_end_give_the_same_step_and_evaluation(
     subject = make_subject(method, recompute=mode)
     assert subject.gradient_computer.keeps_rows_apart(subject.parameters)
     for budget in (1, 60, 1000):
-        joined = cut(range(5), examples.needed_lengths, budget, "joined")
+        joined = cut(range(5), examples.needed_lengths, budget, JOINED)
         _assert_equal(subject.gradient(examples, joined), whole)
     _assert_equal(subject.gradient(examples, _whole(examples)), whole)  # and nothing of it is left behind
     evaluations = [
         subject.gradient_computer.evaluate(subject.parameters, [collate(examples, micro) for micro in micro_batches])
-        for micro_batches in (_whole(examples), cut_all(examples.needed_lengths, 1000, "joined"))
+        for micro_batches in (_whole(examples), cut_all(examples.needed_lengths, 1000, JOINED))
     ]
     assert evaluations[0].loss == pytest.approx(evaluations[1].loss, rel=1e-6)
     assert evaluations[0].token_accuracy == pytest.approx(evaluations[1].token_accuracy)
