@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from mlx_sft.errors import did_you_mean
 from mlx_sft.registry import CALLBACKS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Registry
-from mlx_sft.settings import OnResume, Settings, parse_bytes, split_pairs, writable
+from mlx_sft.settings import OnResume, Settings, parse_bytes, parse_duration, split_pairs, writable
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 
@@ -96,6 +96,8 @@ class CommonSettings(Settings):
     """Passes over the data."""
     max_steps: Annotated[int | None, OnResume.GROWS] = Field(default=None, ge=1)
     """Optimizer steps, instead of --epochs."""
+    time_limit: Annotated[str | None, OnResume.REVISED] = Field(default=None, alias="for")
+    """Time that the run may take in all, such as 45m or 1h30m: at most as many steps as end, evaluated and saved, within it."""
     batch_size: int = Field(default=8, ge=1)
     """Conversations an optimizer step."""
     micro_batch_tokens: Annotated[int | None, OnResume.COMPUTED] = Field(default=None, ge=1)
@@ -194,6 +196,13 @@ class CommonSettings(Settings):
     def _readable_limit(cls, value: str | None) -> str | None:
         if value is not None:
             parse_bytes(value)
+        return value
+
+    @field_validator("time_limit")
+    @classmethod
+    def _readable_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_duration(value)
         return value
 
     @field_validator("columns", mode="before")

@@ -68,6 +68,17 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
+def parse_duration(text: str) -> int:
+    """`45m`, `1h30m` or `90s` → seconds. Raises `ValueError` for anything else."""
+    match = re.fullmatch(r"(?:(\d+)\s*h)?\s*(?:(\d+)\s*m(?:in)?)?\s*(?:(\d+)\s*s)?", text.strip(), re.IGNORECASE)
+    seconds = (
+        sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    )
+    if seconds == 0:
+        raise ValueError("write a time such as 45m, 1h30m or 90s")
+    return seconds
+
+
 def split_pairs(value: Any, example: str) -> Any:
     """`user=question,assistant=answer` → a mapping; what is no text is left as it is. Raises `ValueError` that shows the example."""
     if not isinstance(value, str):

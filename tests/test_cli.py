@@ -38,6 +38,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "rank_pattern": (["down_proj=32,q_proj=8"], {"down_proj": 32, "q_proj": 8}),
     "alpha_pattern": (["down_proj=0.5"], {"down_proj": 0.5}),
     "betas": (["0.5", "0.6"], (0.5, 0.6)),
+    "time_limit": (["45m"], "45m"),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
 }
 """What to type for an option whose kind alone does not say it, and the value that it means."""

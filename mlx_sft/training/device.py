@@ -31,6 +31,7 @@ from mlx_sft.training.failures import BatchFailed, failures_noticed
 from mlx_sft.training.layer_counts import LayerCounts, count_layers
 from mlx_sft.training.machine import Machine
 from mlx_sft.training.recompute import Mode
+from mlx_sft.training.resume import NEW_RUN
 from mlx_sft.training.step import GradientComputer
 
 _BLOCK = "MLX_SDPA_VJP_BLOCK"
@@ -63,7 +64,7 @@ class Measured:
     def of_run(cls, run: RunFolder) -> Measured:
         """As the run began; raises `UserError` where its folder says what cannot be."""
         try:
-            return TypeAdapter(cls).validate_python(read_json(run.environment).get("measured", {}))
+            return TypeAdapter(cls).validate_python(read_json(run.environment, hint=NEW_RUN).get("measured", {}))
         except ValidationError as error:
             what = f"what was measured cannot be read: {error.errors()[0]['msg']}"
             raise UserError(what, where=str(run.environment), hint="remove its part `measured`") from error

@@ -22,7 +22,8 @@ from mlx_sft.training.callbacks import Callbacks, Record
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.memory import Prediction
-from mlx_sft.training.schedule import learning_rate
+from mlx_sft.training.resume import record_revision
+from mlx_sft.training.schedule import learning_rate, planned_steps
 from mlx_sft.training.step import GradientComputer
 from mlx_sft.training.stopping import StopRequest
 
@@ -58,7 +59,7 @@ class Job:
     disk: DiskNeed
     request: StopRequest = field(default_factory=StopRequest)
     stop_reason: str | None = None
-    went_back: bool = False
+    replanned: bool = False
     told_of_no_gradient: bool = False
 
     def learning_rate(self, step: Step) -> float:
@@ -97,6 +98,12 @@ class Job:
     def check_stop(self) -> None:
         self.request.check()
 
+    def shorten(self, total_steps: int) -> None:
+        self.config = self.config.model_copy(update={"max_steps": total_steps})
+        self.plan = planned_steps(self.config, self.data)
+        record_revision(self.run, self.config)
+        self.replanned = True
+
     def suspect(self, steps: int) -> None:
         self.progress = self.progress.after(suspect=steps)
 
@@ -108,4 +115,4 @@ class Job:
         )
         self.progress = progress.after(rate_factor=rate_factor)
         self.callbacks.load_state(states)
-        self.went_back = True
+        self.replanned = True

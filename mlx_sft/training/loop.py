@@ -111,18 +111,18 @@ def _take_steps(job: Job) -> float | None:
 
 
 def _take_steps_from_here(job: Job) -> float | None:
-    """As many as there are up to the end, or to where a callback goes back to an earlier one."""
+    """As many as there are up to the end, or to where a callback goes back to an earlier one or plans fewer."""
     loss = None
-    job.went_back = False
+    job.replanned = False
     with _steps_left(job) as steps:
         for prepared in steps:
             step = prepared.step
             record = train_step(job, prepared, steps)
             loss = record["loss"]
             job.emit(record)
-            if job.went_back:
+            if job.replanned:
                 break
-            if job.data.valid and _due(job.config.eval_every, step, job):
+            if job.data.valid and (job.progress.stopped_of is not None or _due(job.config.eval_every, step, job)):
                 evaluate(job, step)
             stopped = job.progress.stopped_of is not None
             if stopped or _due(job.config.save_every, step, job):
@@ -130,6 +130,7 @@ def _take_steps_from_here(job: Job) -> float | None:
             _stop_if_lost(job, step)
             if stopped:
                 job.console.note(f"stopped after step {step.number}: {job.stop_reason}")
+            if stopped or job.replanned:
                 break
     return loss
 

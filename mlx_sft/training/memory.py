@@ -268,6 +268,11 @@ class Footprint:
         return tiles + 4 / self.itemsize * (_FLOATS_OF_ATTENDED * layer.attended + _FLOATS_OF_KEYS * layer.keys)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Of the parameters and the optimizer's state, on the disk."""
+        return 4 * self.trainable + self.optimizer_state_bytes
+
+    @property
     def chunks(self) -> tuple[int, int, int]:
         """Positions that may go through the head at once, the most first."""
         return chunk_choices(self.columns, self.head)

@@ -25,7 +25,7 @@ from mlx_sft.run_folder import RunFolder
 from mlx_sft.settings import OnResume, on_resume
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
-_NEW_RUN = "start a new run with `mlx-sft train --config` on its config.yaml"
+NEW_RUN = "start a new run with `mlx-sft train --config` on its config.yaml"
 
 _SHORTER = "a run can be given more of them, not fewer, and not one instead of the other; leave it out to resume"
 
@@ -78,7 +78,7 @@ def record_revision(run: RunFolder, config: TrainConfig) -> None:
     news = {name: getattr(config, name) for name in sorted(_revised(config))}
     if any(getattr(saved, name) != value for name, value in news.items()):
         write_file(run.config, saved.model_copy(update=news).to_yaml(CONFIG_HEADER))
-    began = read_json(run.environment, hint=_NEW_RUN)
+    began = read_json(run.environment, hint=NEW_RUN)
     settings = began.get("settings", {}) | news
     if settings != began.get("settings"):
         write_file(run.environment, to_json(began | {"settings": settings}))
@@ -128,7 +128,7 @@ def refuse_changes(run: RunFolder, config: TrainConfig, data: PreparedData, iden
         what = f"{', '.join(changed)} changed since the run began"
         raise UserError(what, where=str(run.config), hint=hint)
     if known.get("data") != identity["data"]:
-        sources = read_json(run.data_report, hint=_NEW_RUN).get("sources")
+        sources = read_json(run.data_report, hint=NEW_RUN).get("sources")
         reported = [source for source in (sources if isinstance(sources, list) else []) if isinstance(source, dict)]
         hashes = {source.get("name"): source.get("sha256") for source in reported}
         files = [s.name for s in data.report.sources if hashes.get(s.name) != s.sha256]
@@ -141,10 +141,10 @@ def refuse_changes(run: RunFolder, config: TrainConfig, data: PreparedData, iden
 
 def _as_it_began(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings and the identity with which a run began."""
-    began = read_json(run.environment, hint=_NEW_RUN)
+    began = read_json(run.environment, hint=NEW_RUN)
     settings, identity = began.get("settings"), began.get("identity")
     if not isinstance(settings, dict) or not isinstance(identity, dict):
-        raise UserError("it does not say with what the run began", where=str(run.environment), hint=_NEW_RUN)
+        raise UserError("it does not say with what the run began", where=str(run.environment), hint=NEW_RUN)
     return settings, identity
 
 
@@ -172,7 +172,7 @@ def _owners_said(field: str) -> str:
 
 def differences(run: RunFolder, config: TrainConfig) -> list[str]:
     """What of this machine, and of how the run is computed, is not as it was when it began, in words; the last bits may differ."""
-    began, now = read_json(run.environment, hint=_NEW_RUN), _machine()
+    began, now = read_json(run.environment, hint=NEW_RUN), _machine()
     packages = began.get("packages")
     before = packages if isinstance(packages, dict) else {}
     changed = [f"{name} {before.get(name)} → {new}" for name, new in now["packages"].items() if before.get(name) != new]

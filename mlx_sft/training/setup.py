@@ -5,6 +5,7 @@ Nothing is written before all of it is known to be good.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -73,6 +74,7 @@ from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import GradientComputer
+from mlx_sft.training.time_plan import within_time
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,12 @@ def prepare_job(
     Raises:
         UserError: For anything in data, model, adapter or configuration that cannot be.
     """
+    started = time.monotonic()
     prepare_device()
     mx.reset_peak_memory()
     held = ExitStack() if held is None else held
     given = given or Given()
-    anew = computed_anew(config)
+    anew, more_time = computed_anew(config), config.time_limit is not None
     config, run = _opened(_with_given(config, given), console, held)
     path = resolve_checkpoint(config.model)
     callbacks = Callbacks.of_run(config, given.callbacks)
@@ -127,6 +130,13 @@ def prepare_job(
     memory, settings = planner.plan(computer, parameters, len(data.train))
     config = _decided(config, settings)
     plan = planned_steps(config, data)
+    if run is None and config.time_limit is not None:
+        compiled = compiled_shapes(plan, data.train, settings.micro_batch_tokens, settings.layout)
+        computer.configure(settings.mode, compiled, settings.head_chunk)
+        config, plan = within_time(
+            config, plan, data, computer, parameters, settings, uses_dropout=method.uses_dropout,
+            checkpoint_bytes=memory.footprint.checkpoint_bytes, started=started, console=console,
+        )  # fmt: skip
     optimizer = make_optimizer(config, parameters, method.decayed, compiled=machine.compiles)
     identity = identity_of(config, data, path)
     if run:
@@ -137,7 +147,7 @@ def prepare_job(
     else:
         progress = starting_progress(config, parameters, optimizer, identity, plan.total_steps)
     if run:
-        if progress.stopped_of != plan.total_steps:  # one that a callback ended early goes on with more steps
+        if more_time or progress.stopped_of != plan.total_steps:  # one that a callback ended early goes on with more
             progress = progress.after(stopped_of=None)
         settings, progress = _resumed(settings, progress, anew)
     predicted = predicted_peak(memory.footprint, settings, plan, data.train)

@@ -169,7 +169,16 @@ def test_what_lies_on_disk_is_recorded_by_its_full_path_and_what_was_auto_as_it_
 def test_the_environment_says_what_the_result_depends_on(settings: dict[str, Any]) -> None:
     train(TrainConfig(**settings | {"max_steps": 1}))
     environment = json.loads(RunFolder(settings["out"]).environment.read_text())
-    assert set(environment) == {"packages", "python", "platform", "device", "identity", "settings", "memory"}
+    assert set(environment) == {
+        "packages",
+        "python",
+        "platform",
+        "device",
+        "identity",
+        "settings",
+        "memory",
+        "measured",
+    }
     assert {"mlx", "mlx-lm", "mlx-sft", "transformers"} <= set(environment["packages"])
     assert set(environment["identity"]) == {"config", "data", "model"}
 

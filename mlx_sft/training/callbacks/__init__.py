@@ -30,6 +30,7 @@ ENTRIES = {
     "early-stopping": "mlx_sft.training.callbacks.early_stopping:EarlyStopping",
     "keep-awake": "mlx_sft.training.callbacks.keep_awake:KeepAwake",
     "power": "mlx_sft.training.callbacks.power:Power",
+    "time-limit": "mlx_sft.training.callbacks.time_limit:TimeLimit",
 }
 
 _BEFORE_OTHERS = ("metrics-file", "terminal")
@@ -79,13 +80,16 @@ class TrainingRun(Protocol):
     def tokenizer(self) -> Any: ...
 
     def stop(self, reason: str) -> None:
-        """End the run after this step, with a checkpoint; the reason is shown."""
+        """End the run after this step, evaluated and with a checkpoint; the reason is shown."""
 
     def emit(self, record: Record) -> None:
         """Tell every callback; `{"kind": "sample", ...}` is heard by `on_sample`, and all but start, save and end are written."""
 
     def go_back(self, step: int, *, rate_factor: float) -> None:
         """Undo all steps after a checkpoint, and go on from there with the schedule's learning rate times a factor."""
+
+    def shorten(self, total_steps: int) -> None:
+        """Plan so many steps in all from now on, over which the learning rate runs its course; only when a checkpoint was just written."""
 
     def check_stop(self) -> None:
         """What waits calls this now and then: it ends the run, saved, where that was asked for."""
