@@ -74,8 +74,8 @@ bench-quick: $(VENV)/.ready-dev  ## the same on 6 layers and a few short rows: u
 bench-report: $(VENV)/.ready-dev  ## the tables and plots of docs/performance.md from the newest results
 	@$(BIN)/python -m benchmarks.report
 
-device-check: $(VENV)/.ready  ## what this machine's GPU does and how fast, a line of JSON a question: some minutes
-	@$(BIN)/python -m mlx_sft doctor --device $(ARGS)
+device-check: $(VENV)/.ready  ## what this machine's GPU does and how fast: some minutes, a line of JSON a question, and a page device.md
+	@$(BIN)/python -m mlx_sft doctor --device --report device.md $(ARGS)
 
 bench-data: $(VENV)/.ready  ## conversations a second, and memory against file size
 	@$(BIN)/python benchmarks/data.py $(ARGS)

@@ -339,13 +339,23 @@ def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "
     help="Ask the device instead what it does and how fast: some minutes, a line of JSON a question.",
 )
 @click.option("--small", is_flag=True, help="With --device: with matrices that a CPU multiplies in a minute.")
-def doctor(as_json: bool, device: bool, small: bool) -> None:
+@click.option(
+    "--report", metavar="FILE", help="With --device: write a page of Markdown too, of what was expected and found."
+)
+def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None:
     """What this machine is, what a run may take of it, what is missing, and the largest model that fits."""
     if device:
-        from mlx_sft.device_check import device_check
+        from pathlib import Path
 
-        for answered in device_check(small=small):
+        from mlx_sft import device_check
+        from mlx_sft.files import write_file
+
+        answers = []
+        for answered in device_check.device_check(small=small):
+            answers.append(answered)
             write_text(answered.line())
+        if report is not None:
+            write_file(Path(report), device_check.report(answers))
         return
     from mlx_sft import doctor
 

@@ -30,12 +30,15 @@ from mlx_sft.model.load import load_model
 from mlx_sft.objectives import Weighting
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.training.attention import composed_attention
+from mlx_sft.training.device import BLOCKS, attention_in_blocks, attention_seconds, call_cost
 from mlx_sft.training.failures import is_out_of_memory
+from mlx_sft.training.layer_counts import LayerCounts
 from mlx_sft.training.loss import cross_entropy_sum
 from mlx_sft.training.machine import footprint_bytes, this_machine
+from mlx_sft.training.memory import Footprint
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.shapes import padded_shape
-from mlx_sft.training.step import GradientComputer
+from mlx_sft.training.step import GradientComputer, StepGradient
 
 Answer = tuple[str, bool, dict[str, Any]]
 """What was found, in words; whether it is as expected; and the figures."""
@@ -64,9 +67,8 @@ def device_check(*, small: bool = False) -> Iterator[Answered]:
     """
     machine = this_machine()
     facts = {name: str(value) for name, value in mx.device_info().items()}
-    yield Answered(
-        "which device", "-", f"{machine.name} ({machine.backend})", True, {"mlx": version("mlx"), **facts}, 0.0
-    )
+    facts["mlx"] = version("mlx")
+    yield Answered("which device", "-", f"{machine.name} ({machine.backend})", True, facts, 0.0)
     for question, expected, ask in QUESTIONS:
         started = time.perf_counter()
         try:
@@ -74,6 +76,23 @@ def device_check(*, small: bool = False) -> Iterator[Answered]:
         except (RuntimeError, ValueError, MemoryError) as error:
             found, holds, figures = f"it fails: {error}", False, {}
         yield Answered(question, expected, found, holds, figures, round(time.perf_counter() - started, 2))
+
+
+def report(answers: Sequence[Answered]) -> str:
+    """A page of Markdown: what was expected and what was found, and the figures below."""
+    rows = [
+        f"| {'yes' if one.as_expected else '**no**'} | {one.question} | {one.expected} | {one.found} | {one.seconds:g} |"
+        for one in answers
+    ]
+    details = [
+        f"## {one.question}\n\n```json\n{json.dumps(one.figures, indent=1, ensure_ascii=False)}\n```\n"
+        for one in answers
+        if one.figures
+    ]
+    unexpected = sum(not one.as_expected for one in answers)
+    head = f"# What this device does\n\n{len(answers)} questions, {unexpected} answered otherwise than expected.\n"
+    table = "\n".join(["| as expected | question | expected | found | seconds |", "|---|---|---|---|---|", *rows])
+    return "\n".join([head, table, "", *details])
 
 
 def _seconds(compute: Callable[[], Any], times: int = 5) -> float:
@@ -126,15 +145,10 @@ def _attention(_: bool) -> Answer:
     for width, size, mask, sinks in cases:
         name = f"{width} positions, heads of {size}, mask {mask}{', sinks' if sinks else ''}"
         keys = mx.random.split(mx.random.key(0), 3)
-        arrays = [
-            mx.random.normal((2, heads, width, size), key=key) for heads, key in zip((8, 2, 2), keys, strict=True)
-        ]
+        arrays = [mx.random.normal((2, (8, 2, 2)[at], width, size), key=key) for at, key in enumerate(keys)]
         seen = mx.arange(width)[None] <= mx.arange(width)[:, None]
-        further = {
-            "scale": size**-0.5,
-            "mask": seen if mask == "array" else mask,
-            "sinks": mx.ones(8) if sinks else None,
-        }
+        given_mask, given_sinks = (seen if mask == "array" else mask), (mx.ones(8) if sinks else None)
+        further = {"scale": size**-0.5, "mask": given_mask, "sinks": given_sinks}
         gradients = []
         for attention in (composed_attention, mx.fast.scaled_dot_product_attention):
 
@@ -153,6 +167,23 @@ def _attention(_: bool) -> Answer:
     return found, not wrong, {"refused": refused, "wrong": wrong}
 
 
+def _attention_backward(small: bool) -> Answer:
+    """Attention's forward and backward pass in milliseconds a row, by length: in MLX's two blocks, and composed of plain operations."""
+    figures: dict[str, Any] = {}
+    layer = LayerCounts(0, 0, 0, 0, 0, 0, 0, attended=2048, trained=True, heads=16, keys=1024)
+    dtype = mx.float32 if small else mx.bfloat16
+    for width in (64,) if small else (512, 1024, 2048):
+        figure: dict[str, float] = {}
+        for block in BLOCKS:
+            with attention_in_blocks(block):
+                figure[f"blocks of {block}"] = attention_seconds(layer, width, dtype)
+        figure["composed"] = attention_seconds(layer, width, dtype, composed_attention)
+        figures[str(width)] = {name: round(1e3 * seconds, 2) for name, seconds in figure.items()}
+    best = {width: min(figure, key=lambda name: figure[name]) for width, figure in figures.items()}
+    found = ", ".join(f"{width} positions: {way} ({figures[width][way]} ms)" for width, way in best.items())
+    return f"fastest at {found}", small or "composed" not in best.values(), figures
+
+
 def _difference(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> float:
     """The largest of some arrays, relative to the largest number."""
     pairs = [
@@ -169,17 +200,31 @@ def _batch(rows: int, width: int, vocabulary: int, seed: int = 0) -> Batch:
     return collate(made, MicroBatch(tuple(range(rows)), width))
 
 
-def _tiny(dtype: str, quantize: str | None = None, **options: Any) -> tuple[GradientComputer, Parameters, int]:
+@dataclass(frozen=True)
+class _Tiny:
     """The embedded model under LoRA that does something."""
-    base = load_model("tiny", dtype, quantize=quantize)
-    method = make_method(TrainConfig(data="-", model="tiny"))
-    random = np.random.default_rng(1)
-    parameters = {
-        name: value + mx.array(random.normal(0, 0.05, value.shape).astype(np.float32))
-        for name, value in method.attach(base.model, 0).items()
-    }
-    vocabulary = int(base.config["vocab_size"])
-    return GradientComputer(SplitModel(base.model), method, vocabulary, **options), parameters, vocabulary
+
+    config: TrainConfig
+    split: SplitModel
+    method: Any
+    parameters: Parameters
+    vocabulary: int
+    computer: GradientComputer
+
+    @classmethod
+    def make(cls, dtype: str = "float32", quantize: str | None = None, mode: Mode = "off") -> _Tiny:
+        base, config = load_model("tiny", dtype, quantize=quantize), TrainConfig(data="-", model="tiny")
+        method, split, random = make_method(config), SplitModel(base.model), np.random.default_rng(1)
+        parameters = {
+            name: value + mx.array(random.normal(0, 0.05, value.shape).astype(np.float32))
+            for name, value in method.attach(base.model, 0).items()
+        }
+        vocabulary = int(base.config["vocab_size"])
+        computer = GradientComputer(split, method, vocabulary, recompute=mode)
+        return cls(config, split, method, parameters, vocabulary, computer)
+
+    def step(self, rows: int, width: int, seed: int = 0) -> StepGradient:
+        return self.computer.gradient(self.parameters, [_batch(rows, width, self.vocabulary, seed)])
 
 
 def _gradients(_: bool) -> Answer:
@@ -187,8 +232,7 @@ def _gradients(_: bool) -> Answer:
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     try:
-        computer, parameters, vocabulary = _tiny("float32")
-        plain = computer.gradient(parameters, [_batch(3, 48, vocabulary)]).gradients
+        plain = _Tiny.make().step(3, 48).gradients
         mx.eval(plain)
     finally:
         mx.set_default_device(device)
@@ -196,10 +240,9 @@ def _gradients(_: bool) -> Answer:
     for dtype, quantize, tolerance in (("float32", None, 1e-4), ("bfloat16", None, 6e-2), ("float32", "8", 0.3)):
         for mode in get_args(Mode):
             for compiled in (False, True):
-                computer, parameters, vocabulary = _tiny(dtype, quantize, recompute=mode)
-                batch = _batch(3, 48, vocabulary)
-                computer.configure(mode, [padded_shape(batch)] if compiled else [])
-                found = computer.gradient(parameters, [batch]).gradients
+                tiny = _Tiny.make(dtype, quantize, mode)
+                tiny.computer.configure(mode, [padded_shape(_batch(3, 48, tiny.vocabulary))] if compiled else [])
+                found = tiny.step(3, 48).gradients
                 error = _difference(list(found.values()), [plain[name] for name in found])
                 name = f"{dtype}{', 8 bits' if quantize else ''}, {mode}{', compiled' if compiled else ''}"
                 figures[name] = {"error": error, "holds": error <= tolerance}
@@ -213,8 +256,7 @@ def _head(small: bool) -> Answer:
     weight = mx.random.normal((vocabulary, hidden), key=mx.random.key(0)) * hidden**-0.5
     states = mx.random.normal((positions, hidden), key=mx.random.key(1))
     targets, weights = mx.arange(positions) * 7919 % vocabulary, mx.ones(positions)
-    figures: dict[str, Any] = {}
-    gradients = []
+    figures, gradients = dict[str, Any](), []
 
     def head(_: Any, states: mx.array) -> mx.array:
         logits: mx.array = states @ weight.T
@@ -229,7 +271,7 @@ def _head(small: bool) -> Answer:
         figures[name] = round(1e3 * _seconds(partial(gradient, states)), 2)
         gradients.append([gradient(states)])
     apart = _difference(*gradients)
-    figures |= {"apart": apart, "chosen for the embedded model": _tiny("float32")[0].head_way}
+    figures |= {"apart": apart, "chosen for the embedded model": _Tiny.make().computer.head_way}
     return f"whole {figures['whole']} ms, fused {figures['fused']} ms, {apart:.0e} apart", apart < 1e-4, figures
 
 
@@ -295,21 +337,36 @@ def _optimizer(small: bool) -> Answer:
     return ", ".join(f"{name} {ms} ms" for name, ms in figures.items()), True, figures
 
 
+def _call(small: bool) -> Answer:
+    """Of the embedded model, and as a run would measure it."""
+    tiny = _Tiny.make("float32" if small else this_machine().dtype)
+    cost = call_cost(tiny.computer, tiny.split, tiny.parameters, 64 if small else 2048)
+    return f"{cost} tokens", True, {"tokens": cost}
+
+
 def _mixed(small: bool) -> Answer:
-    """Steps of mixed lengths: what MLX's arrays take, what its cache keeps, what the process is."""
-    computer, parameters, vocabulary = _tiny("float32")
-    random = np.random.default_rng(0)
+    """Steps of mixed lengths: what MLX's arrays take beside what was predicted, what its cache keeps, what the process is."""
+    tiny, machine, random = _Tiny.make(), this_machine(), np.random.default_rng(0)
+    footprint = Footprint.of(
+        tiny.config, tiny.split, tiny.method, tiny.parameters, tiny.vocabulary,
+        head=tiny.computer.head_way, fused=machine.fused,
+    )  # fmt: skip
+    widths = [8 * int(random.integers(2, 40)) for _ in range(5 if small else 30)]
+    before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for number in range(5 if small else 30):
-        computer.gradient(parameters, [_batch(2, int(random.integers(2, 40)) * 8, vocabulary, number)])
+    for number, width in enumerate(widths):
+        tiny.step(2, width, number)
+    predicted = footprint.predict("off", 2 * max(widths), width=max(widths))
+    taken, expected = mx.get_peak_memory() - before, predicted.kept + predicted.passing
     figures = {
+        "taken": taken,
+        "predicted": expected,
         "active": mx.get_active_memory(),
         "cache": mx.get_cache_memory(),
-        "peak": mx.get_peak_memory(),
         "footprint": footprint_bytes(),
     }
     found = ", ".join(f"{name} {value / 1e6:.0f} MB" for name, value in figures.items() if value is not None)
-    return found, True, figures
+    return found, taken <= expected, figures
 
 
 def _out_of_memory(_: bool) -> Answer:
@@ -323,8 +380,7 @@ def _out_of_memory(_: bool) -> Answer:
         said, told = str(error), is_out_of_memory(error)
     if not said:
         return "an array of 16 TB was made", False, {}
-    computer, parameters, vocabulary = _tiny("float32")
-    loss = computer.gradient(parameters, [_batch(1, 16, vocabulary)]).loss
+    loss = _Tiny.make().step(1, 16).loss
     return f"it says: {said}", told and bool(mx.isfinite(loss).item()), {"understood": told}
 
 
@@ -333,14 +389,12 @@ QUESTIONS: tuple[tuple[str, str, Callable[[bool], Answer]], ...] = (
     ("is float32 float32", "an error below 1e-5: no TF32", _float32),
     ("what does an operation cost", "some microseconds", _launches),
     ("which attention can be differentiated", "what is not refused is that of plain operations", _attention),
-    (
-        "are gradients right",
-        "those of the CPU in float32, but for rounding, in every mode, compiled or not",
-        _gradients,
-    ),
+    ("how is attention's gradient fastest", "not composed of plain operations", _attention_backward),
+    ("are gradients right", "the CPU's in float32 but for rounding, in every mode, compiled or not", _gradients),
     ("which head is fastest", "fused on a GPU, and the same", _head),
     ("what does a micro-step cost", "no more than mlx-lm's", _micro_steps),
     ("what does an update cost", "compiled a fraction of plain on a GPU", _optimizer),
-    ("what do steps of mixed lengths keep", "a cache that does not grow beyond some steps", _mixed),
+    ("what does one more micro-batch cost", "as much as some ten tokens", _call),
+    ("what do steps of mixed lengths take", "no more than was predicted, and a cache of some steps", _mixed),
     ("what happens without memory", "an error that is understood, and a step after it", _out_of_memory),
 )

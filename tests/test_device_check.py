@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -11,13 +12,16 @@ from mlx_sft import device_check
 from mlx_sft.cli import main
 
 
-def test_every_question_is_answered_as_expected_on_a_cpu() -> None:
-    result = CliRunner().invoke(main, ["doctor", "--device", "--small"])
+def test_every_question_is_answered_as_expected_on_a_cpu(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    result = CliRunner().invoke(main, ["doctor", "--device", "--small", "--report", str(page)])
     assert result.exit_code == 0, result.output
     answers = {record["question"]: record for record in map(json.loads, result.stdout.splitlines())}
-    assert len(answers) >= 11
+    assert len(answers) >= 13
     fields = {"question", "expected", "found", "as_expected", "figures", "seconds"}
     assert all(set(record) == fields for record in answers.values())
+    for question, record in answers.items():
+        assert f"| {question} | {record['expected']} | {record['found']} |" in page.read_text()
     del answers["what does a micro-step cost"]  # a matter of speed
     assert [name for name, record in answers.items() if not record["as_expected"]] == []
     ways = answers["are gradients right"]["figures"]
@@ -38,3 +42,7 @@ def test_a_question_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert not first.as_expected
     assert "Command buffer" in first.found
     assert second.found == "well"
+    page = device_check.report([first, second])
+    assert "2 questions, 1 answered otherwise than expected" in page
+    assert "| **no** | first |" in page
+    assert "| yes | second | - | well |" in page

@@ -36,7 +36,7 @@ from mlx_sft.training.step import GradientComputer
 
 _BLOCK = "MLX_SDPA_VJP_BLOCK"
 """By this variable MLX's attention on Metal is told, in each backward pass, how many queries and keys to take at once."""
-_BLOCKS = (1024, 256)
+BLOCKS = (1024, 256)
 """MLX's own choice, and one that computes less of what is masked."""
 _PAYS = 0.95
 """Of the time with MLX's own choice, above which that stays."""
@@ -155,16 +155,16 @@ def attention_block(layers: Sequence[LayerCounts], examples: Examples, layout: L
     """The block in which attention's backward pass takes least time for the rows of these widths; None for MLX's own."""
     layer = next((layer for layer in layers if layer.heads), None)
     widths = [layout.width_of(int(length)) for length in examples.needed_lengths]
-    times = {width: widths.count(width) for width in layout.widths if width > min(_BLOCKS)}
+    times = {width: widths.count(width) for width in layout.widths if width > min(BLOCKS)}
     if layer is None or not times:
         return None
 
     def seconds(block: int) -> float:
         with attention_in_blocks(block):
-            return sum(count * _attention_seconds(layer, width, dtype) for width, count in times.items())
+            return sum(count * attention_seconds(layer, width, dtype) for width, count in times.items())
 
-    own, other = map(seconds, _BLOCKS)
-    return _BLOCKS[1] if other < _PAYS * own else None
+    own, other = map(seconds, BLOCKS)
+    return BLOCKS[1] if other < _PAYS * own else None
 
 
 @contextmanager
@@ -193,14 +193,19 @@ def seconds_of(make: Callable[[], Any]) -> float:
     return min(taken[1:])
 
 
-def _attention_seconds(layer: LayerCounts, width: int, dtype: mx.Dtype) -> float:
+def attention_seconds(
+    layer: LayerCounts,
+    width: int,
+    dtype: mx.Dtype,
+    attention: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention,
+) -> float:
     """Of the attention of one row, forward and backward, among as many as are computed at once."""
     rows, size = max(1, _TOKENS_AT_ONCE // width), layer.attended // layer.heads
     shapes = [(rows, heads, width, size) for heads in (layer.heads, *(layer.keys // size,) * 2)]
     arrays = [mx.random.normal(shape, dtype, key=mx.random.key(place)) for place, shape in enumerate(shapes)]
 
     def summed(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=size**-0.5, mask="causal").sum()
+        return attention(q, k, v, scale=size**-0.5, mask="causal").sum()
 
     mx.eval(arrays)
     return seconds_of(lambda: mx.grad(summed, argnums=(0, 1, 2))(*arrays)) / rows

@@ -142,7 +142,7 @@ def test_attention_takes_the_smaller_block_where_it_is_faster(
         asked.append((os.environ["MLX_SDPA_VJP_BLOCK"], width))
         return width * (small if asked[-1][0] == "256" else 1.0)
 
-    monkeypatch.setattr(device, "_attention_seconds", seconds)
+    monkeypatch.setattr(device, "attention_seconds", seconds)
     lengths = [100, 300, 300, 900]
     layout = Layout.of_few_shapes(lengths)
     assert attention_block([LAYER], Rows(lengths), layout, mx.float32) == expected  # type: ignore[arg-type]
@@ -152,14 +152,14 @@ def test_attention_takes_the_smaller_block_where_it_is_faster(
 
 
 def test_short_rows_and_models_without_such_attention_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_attention_seconds", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(device, "attention_seconds", lambda *_: pytest.fail("timed"))
     short, long = Rows([20, 200]), Rows([20, 900])
     assert attention_block([LAYER], short, Layout.of_few_shapes([20, 200]), mx.float32) is None  # type: ignore[arg-type]
     assert attention_block([], long, Layout.of_few_shapes([20, 900]), mx.float32) is None  # type: ignore[arg-type]
 
 
 def test_attention_is_timed_in_the_shape_that_it_has() -> None:
-    assert 0 < device._attention_seconds(LAYER, 300, mx.float32) < 10
+    assert 0 < device.attention_seconds(LAYER, 300, mx.float32) < 10
 
 
 def test_a_block_holds_as_long_as_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
