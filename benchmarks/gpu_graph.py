@@ -292,51 +292,81 @@ def _with_gradients(graph: Graph, marked: Mapping[str, Kind]) -> Graph:
 
 def _with_recomputation(graph: Graph, tags: Mapping[str, int], marks: _Marks) -> Graph:
     """With a copy of what the backward pass reads of each checkpoint's inside; inner ones first, which outer ones then copy."""
-    names = {number: name for name, number in tags.items()}
+    recomputation, names = _Recomputation(graph), {number: name for name, number in tags.items()}
     open_marks: list[int] = []
     for number, kind in enumerate(marks.kinds):
         if kind == "enter":
             open_marks.append(number)
         elif kind == "leave":
-            graph = _recomputed(graph, names.get(open_marks.pop()), names.get(number))
-    return graph
+            recomputation.add(names.get(open_marks.pop()), names.get(number))
+    return recomputation.graph()
 
 
-def _recomputed(graph: Graph, first_tag: str | None, last_tag: str | None) -> Graph:
-    by_tag = {node.inputs[-1]: node for node in graph.nodes if node.name == "Depends"}
-    if first_tag not in by_tag or last_tag not in by_tag:
-        return graph  # nothing needs it
-    enter, leave = by_tag[first_tag], by_tag[last_tag]
-    after_enter, nodes_after = set(enter.outputs), []
-    for node in graph.nodes:
-        if not after_enter.isdisjoint(node.inputs):
-            after_enter.update(node.outputs)
-            nodes_after.append(node)
-    inside = _before(leave.inputs, nodes_after)
-    outside = [node for node in graph.nodes if id(node) not in inside and node is not leave and node is not enter]
-    held = {*enter.outputs, *(name for node in inside.values() for name in node.outputs)}
-    copied = _before([name for node in outside for name in node.inputs if name in held], list(inside.values()))
-    new_names = {name: f"{name}.{last_tag}" for node in (enter, *copied.values()) for name in node.outputs}
-    again = [_with_inputs(node, new_names, new_names) for node in copied.values()]
-    nodes = [
-        *inside.values(),
-        replace(leave, inputs=(*leave.inputs[:-1], *enter.inputs[:-1])),
-        replace(enter, inputs=enter.inputs[:-1], outputs=tuple(new_names[name] for name in enter.outputs)),
-        *again,
-        *(_with_inputs(node, new_names) for node in outside),
-    ]
-    arrays = graph.arrays | {new: graph.arrays[name] for name, new in new_names.items()}
-    return _renamed(Graph(nodes, arrays, graph.outputs), dict(zip(enter.outputs, enter.inputs, strict=False)))
+class _Recomputation:
+    """A graph to which copies are added; a node's key is its first result."""
 
+    def __init__(self, graph: Graph) -> None:
+        self._before = graph
+        self._arrays = dict(graph.arrays)
+        self._nodes = {node.outputs[0]: node for node in graph.nodes}
+        self._keys = {name: key for key, node in self._nodes.items() for name in node.outputs}
+        self._by_tag = {node.inputs[-1]: key for key, node in self._nodes.items() if node.name == "Depends"}
+        self._enters: set[str] = set()
+        self._readers: dict[str, set[str]] = {}
+        for node in graph.nodes:
+            self._note_readers(node)
 
-def _before(names: Iterable[str], nodes: list[Node]) -> dict[int, Node]:
-    """Those of the nodes from which arrays are computed, by id, in their order."""
-    wanted, found = set(names), []
-    for node in reversed(nodes):
-        if not wanted.isdisjoint(node.outputs):
-            wanted.update(node.inputs)
-            found.append(node)
-    return {id(node): node for node in reversed(found)}
+    def add(self, first_tag: str | None, last_tag: str | None) -> None:
+        """The copy of what is between two marks, as far as others read it; they read the copy then."""
+        if first_tag not in self._by_tag or last_tag not in self._by_tag:
+            return  # no result needs it
+        first, last = self._by_tag[first_tag], self._by_tag[last_tag]
+        enter, leave = self._nodes[first], self._nodes[last]
+        inside = self._nodes_before(leave.inputs, lambda key: key != first)
+        held = {*enter.outputs, *(name for key in inside for name in self._nodes[key].outputs)}
+        readers = {key for name in held for key in self._readers.get(name, ())} - inside - {last}
+        read = {name for key in readers for name in self._nodes[key].inputs if name in held}
+        copied = self._nodes_before(read, lambda key: key in inside)
+        again = {name: f"{name}.{last_tag}" for key in (*copied, first) for name in self._nodes[key].outputs}
+        self._arrays |= {new: self._arrays[name] for name, new in again.items()}
+        for key in copied:
+            self._put(_with_names(self._nodes[key], again))
+            if key in self._enters:
+                self._enters.add(again[key])
+        # A copy waits for all results of the checkpoint; so they too are computed where an outer one is computed again.
+        waiting = replace(enter, inputs=(*enter.inputs, *leave.outputs))
+        self._put(replace(waiting, outputs=tuple(again[name] for name in enter.outputs)))
+        for key in readers:
+            self._put(_with_inputs(self._nodes[key], again))
+        self._enters.add(first)
+        # A checkpoint's results are of one node with its arguments, which `mx.compile` makes nothing else of.
+        self._put(replace(leave, inputs=(*leave.inputs[:-1], *enter.inputs[:-1])))
+
+    def graph(self) -> Graph:
+        """With arguments in the place of their marks, but in the copies, where a node stands between."""
+        marks = [self._nodes[key] for key in self._enters]
+        same = {own: of for node in marks for own, of in zip(node.outputs, node.inputs, strict=False)}
+        return _renamed(replace(self._before, nodes=list(self._nodes.values()), arrays=self._arrays), same)
+
+    def _nodes_before(self, names: Iterable[str], belongs: Callable[[str], bool]) -> set[str]:
+        """The keys of nodes from which arrays are computed, as far as they belong there."""
+        found: set[str] = set()
+        waiting = [self._keys[name] for name in names if name in self._keys]
+        while waiting:
+            key = waiting.pop()
+            if key not in found and belongs(key):
+                found.add(key)
+                waiting += [self._keys[name] for name in self._nodes[key].inputs if name in self._keys]
+        return found
+
+    def _put(self, node: Node) -> None:
+        self._nodes[node.outputs[0]] = node
+        self._keys |= dict.fromkeys(node.outputs, node.outputs[0])
+        self._note_readers(node)
+
+    def _note_readers(self, node: Node) -> None:
+        for name in node.inputs:
+            self._readers.setdefault(name, set()).add(node.outputs[0])
 
 
 def _renamed(graph: Graph, same: Mapping[str, str]) -> Graph:
@@ -352,6 +382,11 @@ def _renamed(graph: Graph, same: Mapping[str, str]) -> Graph:
     return Graph(nodes, graph.arrays, [names.get(name, name) for name in graph.outputs]).ordered()
 
 
-def _with_inputs(node: Node, names: Mapping[str, str], outputs: Mapping[str, str] | None = None) -> Node:
-    renamed = tuple(names.get(name, name) for name in node.inputs)
-    return replace(node, inputs=renamed, outputs=tuple((outputs or {}).get(name, name) for name in node.outputs))
+def _with_inputs(node: Node, names: Mapping[str, str]) -> Node:
+    if names.keys().isdisjoint(node.inputs):
+        return node
+    return replace(node, inputs=tuple(names.get(name, name) for name in node.inputs))
+
+
+def _with_names(node: Node, names: Mapping[str, str]) -> Node:
+    return replace(_with_inputs(node, names), outputs=tuple(names[name] for name in node.outputs))

@@ -29,12 +29,12 @@ VIEWS = frozenset(
 _READERS_OF_ROWS = ("RMSNorm", "RMSNormVJP", "CrossEntropy", "CrossEntropyVJP", "ScaledDotProductAttentionVJP")
 """They read rows that lie one after another; others are copied first."""
 
-_BACKWARD_LAUNCHES = 9
-"""Of attention's gradient, if its blocks are one: Σ o · do, the products s, dp, dv, dk and dq, ds, and the sums of dk and dv over the heads of a
-group (the names of the kernels in the Metal library of MLX 0.32.4)."""
+_TILE = 1024
+"""Queries and keys whose scores attention's gradient computes at once (Metal, MLX 0.32.4); tiles of keys behind their queries are left out."""
 
-_SCORE_PASSES = 9
-"""Times that gradient moves its scores: it writes s and dp, reads both, writes p and ds, and reads p once and ds twice."""
+_LAUNCHES_A_TILE, _PASSES_A_TILE = 8, 9
+"""Of attention's gradient: the products s, dp, dv, dk and dq, ds, and the sums of dk and dv over the heads of a group, after the names of its
+kernels; and how often scores are moved: s and dp are written, both are read, p and ds are written, p is read once and ds twice."""
 
 _NORM_GROUPS = 512
 """Groups of rows that the gradient of a norm's weight is summed up in first."""
@@ -237,12 +237,12 @@ class _Costs:
                 inner = self._shape(node.inputs[0])[-1]
                 return replace(plain, flops=2 * math.prod(self._shape(node.outputs[0])) * inner)
             case "ScaledDotProductAttention":
-                # Its result lies as the next product reads it; log Σ e^s is written for the backward pass.
-                return replace(plain, written=written + 4 * self._rows(node.inputs[0]), flops=2 * self._scores(node))
+                # Half of the scores, for those that no query sees are left out; log Σ e^s is written for the backward pass.
+                queries, keys = (self._shape(name) for name in node.inputs[:2])
+                flops = 2 * 2 * math.prod(queries) * keys[-2] // 2
+                return replace(plain, written=written + 4 * self._rows(node.inputs[0]), flops=flops)
             case "ScaledDotProductAttentionVJP":
-                scores = _SCORE_PASSES * self._scores_bytes(node)
-                flops, half = 5 * self._scores(node), scores // 2
-                return Kernel(node.name, _BACKWARD_LAUNCHES, read + half, written + scores - half, flops)
+                return self._attention_gradient(node, plain)
             case "Gather" | "GatherAxis":
                 return replace(plain, read=written + sum(map(self._read, node.inputs[1:])))
             case "Scatter" | "ScatterAxis" | "SliceUpdate":
@@ -263,14 +263,20 @@ class _Costs:
                 return plain
         raise ValueError(f"no cost is known of {node.name}")
 
-    def _scores(self, node: Node) -> int:
-        """Operations of a product of all queries with the keys that they see, half of them."""
-        queries, keys = self._shape(node.inputs[0]), self._shape(node.inputs[1])
-        return 2 * math.prod(queries) * keys[-2] // 2
-
-    def _scores_bytes(self, node: Node) -> int:
-        queries, keys = self._array(node.inputs[0]), self._shape(node.inputs[1])
-        return math.prod(queries.shape[:-1]) * keys[-2] * queries.itemsize // 2
+    def _attention_gradient(self, node: Node, plain: Kernel) -> Kernel:
+        """Of queries and keys of one width, in tiles."""
+        *_, width, size = self._shape(node.inputs[0])
+        across = -(-width // _TILE)
+        tiles = across * (across + 1) // 2
+        scores = self._rows(node.inputs[0]) // width * tiles * min(width, _TILE) ** 2
+        moved = _PASSES_A_TILE * scores * self._array(node.inputs[0]).itemsize
+        return Kernel(
+            node.name,
+            launches=1 + _LAUNCHES_A_TILE * tiles,  # Σ o · do first
+            read=plain.read + moved // 2,
+            written=plain.written + moved - moved // 2,
+            flops=5 * 2 * scores * size,
+        )
 
     def _rows(self, name: str) -> int:
         return math.prod(self._shape(name)[:-1])

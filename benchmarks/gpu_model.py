@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +48,6 @@ SHAPES = ((4, 512), (1, 2048), (16, 64))
 SHARES = (1.0, 0.4)
 """Of positions that are supervised."""
 
-LAUNCH_SECONDS = 5e-6
-"""Of a launch: an assumption."""
-
 BANDWIDTHS = {
     "M1": 68.25, "M1 Pro": 200, "M1 Max": 400, "M1 Ultra": 800,
     "M2": 100, "M2 Pro": 200, "M2 Max": 400, "M2 Ultra": 800,
@@ -76,7 +73,7 @@ class Chip:
             raise ValueError(f"no speed is known of {name}")
         return cls(name, BANDWIDTHS[name] * 1e9, teraflops * 1e12)
 
-    def seconds(self, found: list[Kernel], launch: float = LAUNCH_SECONDS) -> float:
+    def seconds(self, found: list[Kernel], launch: float) -> float:
         return sum(
             max(kernel.moved / self.bandwidth, kernel.flops / self.flops) + launch * kernel.launches for kernel in found
         )
@@ -145,90 +142,103 @@ def taken_for_gpu() -> Iterator[None]:
 # The model
 
 
-def trainers(config: Mapping[str, Any], rows: int, width: int, share: float) -> dict[str, list[Kernel]]:
-    """The kernels of each trainer's step."""
-    steps: dict[str, Step] = {
-        "ours": ours(config, rows, width, share, "off"),
-        "mlx-lm": mlx_lms(config, rows, width, checkpoint=False),
-        "ours, light": ours(config, rows, width, share, "light"),
-        "ours, layers": ours(config, rows, width, share, "layers"),
-        "mlx-lm, --grad-checkpoint": mlx_lms(config, rows, width, checkpoint=True),
+def kernels_of(step: Step) -> list[Kernel]:
+    """Of a step, as a GPU starts them."""
+    function, given = step
+    return kernels(fused(record(function, *given)))
+
+
+def trainers(
+    config: Mapping[str, Any], shape: tuple[int, int], shares: Sequence[float]
+) -> Iterator[tuple[float, dict[str, list[Kernel]]]]:
+    """The kernels of each trainer's step for each share of supervised positions, which changes nothing of mlx-lm's."""
+    theirs = {
+        "mlx-lm": kernels_of(mlx_lms(config, *shape, checkpoint=False)),
+        "mlx-lm, --grad-checkpoint": kernels_of(mlx_lms(config, *shape, checkpoint=True)),
     }
-    return {name: kernels(fused(record(function, *given))) for name, (function, given) in steps.items()}
+    modes: dict[str, Mode] = {"ours": "off", "ours, light": "light", "ours, layers": "layers"}
+    for share in shares:
+        yield share, {name: kernels_of(ours(config, *shape, share, mode)) for name, mode in modes.items()} | theirs
 
 
-def by_kind(found: list[Kernel]) -> dict[str, dict[str, int]]:
-    """Launches, bytes and FLOPs of each kind of kernel, the most bytes first."""
+def points(
+    config: Mapping[str, Any], shapes: Sequence[tuple[int, int]], shares: Sequence[float], launch: float
+) -> list[dict[str, Any]]:
+    """For each shape and share, of each trainer the counts, and the seconds on each chip."""
+    chips = [Chip.named(name) for name in BANDWIDTHS]
+    found = []
+    for rows, width in shapes:
+        for share, of_each in trainers(config, (rows, width), shares):
+            counts = {
+                name: {
+                    **summed(own),
+                    "seconds": {chip.name: chip.seconds(own, launch) for chip in chips},
+                    "kinds": by_kind(own),
+                }
+                for name, own in of_each.items()
+            }
+            found.append({"rows": rows, "width": width, "supervised": share, "trainers": counts})
+    return found
+
+
+def summed(found: Iterable[Kernel]) -> dict[str, int]:
+    sums = total(found)
+    return {"launches": sums.launches, "bytes": sums.moved, "flops": sums.flops}
+
+
+def by_kind(found: Iterable[Kernel]) -> dict[str, dict[str, int]]:
+    """The sums of each kind of kernel, those that move most first."""
     kinds: dict[str, list[Kernel]] = {}
     for kernel in found:
         kinds.setdefault(kernel.name, []).append(kernel)
-    sums = {name: total(of_kind) for name, of_kind in kinds.items()}
-    ordered = sorted(sums, key=lambda name: -sums[name].moved)
-    return {name: {"launches": sums[name].launches, "bytes": sums[name].moved, "flops": sums[name].flops} for name in ordered}
+    sums = {name: summed(of_kind) for name, of_kind in kinds.items()}
+    return dict(sorted(sums.items(), key=lambda item: -item[1]["bytes"]))
 
 
-def model_of(config: Mapping[str, Any], shapes: Sequence[tuple[int, int]], shares: Sequence[float]) -> list[dict[str, Any]]:
-    """A record for each shape and share: of each trainer its counts, and its seconds on each chip."""
-    chips = [Chip.named(name) for name in BANDWIDTHS]
-    records = []
-    for rows, width in shapes:
-        for share in shares:
-            found = trainers(config, rows, width, share)
-            counts = {
-                name: {
-                    "launches": total(own).launches,
-                    "bytes": total(own).moved,
-                    "flops": total(own).flops,
-                    "kinds": by_kind(own),
-                    "seconds": {chip.name: chip.seconds(own) for chip in chips},
-                }
-                for name, own in found.items()
-            }
-            records.append({"rows": rows, "width": width, "supervised": share, "trainers": counts})
-    return records
+PAIRS = (
+    ("ours", "mlx-lm"),
+    ("ours, light", "mlx-lm, --grad-checkpoint"),
+    ("ours, layers", "mlx-lm, --grad-checkpoint"),
+)
 
 
-PAIRS = (("ours", "mlx-lm"), ("ours, light", "mlx-lm, --grad-checkpoint"), ("ours, layers", "mlx-lm, --grad-checkpoint"))
-
-
-def tables(records: list[dict[str, Any]]) -> str:
-    """In Markdown: counts, then how much faster ours is on each chip."""
+def tables(found: list[dict[str, Any]]) -> str:
+    """In Markdown: the counts, then mlx-lm's seconds for one of ours on each chip."""
     lines = ["| rows × tokens | supervised | | launches | GB moved | TFLOP |", "|---|--:|---|--:|--:|--:|"]
-    for record in records:
-        for name, own in record["trainers"].items():
+    for point in found:
+        for name, own in point["trainers"].items():
             numbers = f"{own['launches']:,} | {own['bytes'] / 1e9:.1f} | {own['flops'] / 1e12:.2f}"
-            lines.append(f"| {_title(record)} | {record['supervised']:.0%} | {name} | {numbers} |")
+            lines.append(f"| {_title(point)} | {point['supervised']:.0%} | {name} | {numbers} |")
     for one, other in PAIRS:
-        lines += ["", f"{other} / {one}, seconds:", ""]
-        lines += [
-            "| | " + " | ".join(f"{_title(record)}, {record['supervised']:.0%}" for record in records) + " |",
-            "|---|" + "--:|" * len(records),
-        ]
+        titles = [f"{_title(point)}, {point['supervised']:.0%}" for point in found]
+        lines += ["", f"| {other} / {one} | {' | '.join(titles)} |", "|---|" + "--:|" * len(found)]
         for chip in BANDWIDTHS:
-            ratios = [_seconds(record, other, chip) / _seconds(record, one, chip) for record in records]
+            ratios = (_seconds(point, other, chip) / _seconds(point, one, chip) for point in found)
             lines.append(f"| {chip} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
     return "\n".join(lines)
 
 
-def _title(record: Mapping[str, Any]) -> str:
-    return f"{record['rows']} × {record['width']:,}"
+def _title(point: Mapping[str, Any]) -> str:
+    return f"{point['rows']} × {point['width']:,}"
 
 
-def _seconds(record: Mapping[str, Any], name: str, chip: str) -> float:
-    return float(record["trainers"][name]["seconds"][chip])
+def _seconds(point: Mapping[str, Any], name: str, chip: str) -> float:
+    return float(point["trainers"][name]["seconds"][chip])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__)
-    parser.add_argument("--layers", type=int, default=QWEN3_600M["num_hidden_layers"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all counts there, each kind of kernel by itself")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__.partition(":")[0])
+    parser.add_argument("--layers", type=int, default=QWEN3_600M["num_hidden_layers"], help="of the model")
+    parser.add_argument("--launch", type=float, default=5.0, metavar="MICROSECONDS", help="what a launch costs: assumed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all counts, of each kind of kernel by itself")
     arguments = parser.parse_args()
-    records = model_of(QWEN3_600M | {"num_hidden_layers": arguments.layers}, SHAPES, SHARES)
-    print(tables(records))
+    config = QWEN3_600M | {"num_hidden_layers": arguments.layers}
+    found = points(config, SHAPES, SHARES, arguments.launch / 1e6)
+    print(tables(found))
     if arguments.json:
-        result = {"case": "gpu-model", "environment": environment(["mlx", "mlx-lm"]), "launch_seconds": LAUNCH_SECONDS}
-        text = json.dumps(result | {"layers": arguments.layers, "points": records}, indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        about = {"case": "gpu-model", "measured": False, "layers": arguments.layers, "launch_us": arguments.launch}
+        result = about | {"environment": environment(["mlx", "mlx-lm"]), "points": found}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
