@@ -255,7 +255,7 @@ def _with_kernels(graph: Graph, marked: Mapping[str, Kind]) -> Graph:
     def is_mark(node: Node) -> bool:
         return node.name == "Depends" and node.inputs[-1] in marked
 
-    replaced, results = dict(producers), {}
+    replaced, arrays, results = dict(producers), dict(graph.arrays), {}
     for node in graph.nodes:
         if node.name == "Scan" and not node.arguments[2]:
             mark = origin(node.inputs[0], is_mark)
@@ -271,9 +271,13 @@ def _with_kernels(graph: Graph, marked: Mapping[str, Kind]) -> Graph:
             if kind == "RoPE":
                 kept = ()
             elif kind != "RMSNorm":
-                kept = (*kept, results[mark.inputs[-1]])
+                result = results.setdefault(mark.inputs[-1], f"{mark.inputs[-1]}.result")
+                if result not in arrays:  # no one else needs it
+                    arrays[result] = arrays[cotangent]
+                    replaced[result] = Node(kind, kept, (result,))
+                kept = (*kept, result)
             replaced[node.outputs[0]] = Node(f"{kind}VJP", (*kept, cotangent), node.outputs)
-    return graph.ordered(replaced)
+    return replace(graph, arrays=arrays).ordered(replaced)
 
 
 def _with_gradients(graph: Graph, marked: Mapping[str, Kind]) -> Graph:

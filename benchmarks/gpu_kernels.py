@@ -1,7 +1,7 @@
-"""The kernels of a recorded graph on a GPU: which element-wise operations `mx.compile` makes one of, and what each kernel moves and computes.
+"""The kernels of a recorded graph on a GPU: which element-wise operations `mx.compile` makes one of, and what each moves and computes.
 
-`fused` follows `compile_fuse` of MLX (mlx/compile.cpp) step by step. The costs are those of MLX's Metal kernels where every input is read once
-and every output written once; a view moves nothing.
+`fused` follows `compile_fuse` of MLX (mlx/compile.cpp) step by step. The costs are those of MLX's Metal kernels, where every input is
+read once and every output written once; a view moves nothing.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from benchmarks.gpu_graph import Array, Graph, Node
 
 MOST_DEPTH, MOST_ARRAYS = 11, 24
 """Of what is fused, in operations and in inputs."""
 
-ELEMENTWISE = frozenset(
-    "Abs Add ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTan2 ArcTanh AsType BitwiseBinary BitwiseInvert Ceil Conjugate Cos Cosh Divide "
-    "Equal Erf ErfInv Exp Expm1 Floor Greater GreaterEqual Imag Less LessEqual Log Log10 Log1p Log2 LogAddExp LogicalAnd LogicalNot "
-    "LogicalOr Maximum Minimum Multiply Negative NotEqual Power Real Remainder Round Rsqrt Select Sigmoid Sign Sin Sinh Sqrt Square "
-    "Subtract Tan Tanh".split()
-)
-VIEWS = frozenset(
-    "Broadcast BroadcastAxes Depends ExpandDims Flatten NumberOfElements Reshape Slice Split Squeeze StopGradient Transpose Unflatten".split()
-)
+ELEMENTWISE = frozenset({
+    "Abs", "Add", "ArcCos", "ArcCosh", "ArcSin", "ArcSinh", "ArcTan", "ArcTan2", "ArcTanh", "AsType", "BitwiseBinary",
+    "BitwiseInvert", "Ceil", "Conjugate", "Cos", "Cosh", "Divide", "Equal", "Erf", "ErfInv", "Exp", "Expm1", "Floor",
+    "Greater", "GreaterEqual", "Imag", "Less", "LessEqual", "Log", "Log1p", "LogAddExp", "LogicalAnd", "LogicalNot",
+    "LogicalOr", "Maximum", "Minimum", "Multiply", "Negative", "NotEqual", "Power", "Real", "Remainder", "Round",
+    "Select", "Sigmoid", "Sign", "Sin", "Sinh", "Sqrt", "Square", "Subtract", "Tan", "Tanh",
+})  # fmt: skip
+VIEWS = frozenset({
+    "Broadcast", "BroadcastAxes", "Depends", "ExpandDims", "Flatten", "NumberOfElements", "Reshape", "Slice", "Split",
+    "Squeeze", "StopGradient", "Transpose", "Unflatten",
+})  # fmt: skip
 _READERS_OF_ROWS = ("RMSNorm", "RMSNormVJP", "CrossEntropy", "CrossEntropyVJP", "ScaledDotProductAttentionVJP")
 """They read rows that lie one after another; others are copied first."""
 
 _TILE = 1024
-"""Queries and keys whose scores attention's gradient computes at once (Metal, MLX 0.32.4); tiles of keys behind their queries are left out."""
+"""Queries and keys whose scores attention's gradient computes at once (Metal, MLX 0.32.4); tiles that no query sees are left out."""
 
 _LAUNCHES_A_TILE, _PASSES_A_TILE = 8, 9
-"""Of attention's gradient: the products s, dp, dv, dk and dq, ds, and the sums of dk and dv over the heads of a group, after the names of its
-kernels; and how often scores are moved: s and dp are written, both are read, p and ds are written, p is read once and ds twice."""
+"""Of attention's gradient, after the names of its kernels: the products s, dp, dv, dk and dq, ds, and the sums of dk and dv over a group's
+heads; and how often scores are moved: s and dp are written, both are read, p and ds are written, p is read once and ds twice."""
 
 _NORM_GROUPS = 512
 """Groups of rows that the gradient of a norm's weight is summed up in first."""
@@ -60,11 +61,6 @@ class Kernel:
     @property
     def moved(self) -> int:
         return self.read + self.written
-
-
-class _Use(NamedTuple):
-    node: Node
-    position: int
 
 
 # What is fused

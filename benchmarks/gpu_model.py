@@ -54,7 +54,7 @@ BANDWIDTHS = {
     "M3": 100, "M3 Pro": 150, "M3 Max": 400, "M3 Ultra": 819,
     "M4": 120, "M4 Pro": 273, "M4 Max": 546, "M5": 153,
 }  # fmt: skip
-"""10⁹ bytes a second, of the largest GPU of each chip, as Apple publishes them (https://support.apple.com/en-us/docs/mac)."""
+"""10⁹ bytes a second, of the largest GPU of each chip, from the technical specifications that Apple publishes of its Macs."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,9 @@ def _seconds(point: Mapping[str, Any], name: str, chip: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__.partition(":")[0])
     parser.add_argument("--layers", type=int, default=QWEN3_600M["num_hidden_layers"], help="of the model")
-    parser.add_argument("--launch", type=float, default=5.0, metavar="MICROSECONDS", help="what a launch costs: assumed")
+    parser.add_argument(
+        "--launch", type=float, default=5.0, metavar="MICROSECONDS", help="what a launch costs: assumed"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="all counts, of each kind of kernel by itself")
     arguments = parser.parse_args()
     config = QWEN3_600M | {"num_hidden_layers": arguments.layers}
