@@ -93,12 +93,8 @@ def _layers_in(
 ) -> list[Any]:
     """What takes the place of each layer in a mode."""
 
-    # In a layer that is computed again, an activation that is computed once more costs the block's last product too, since the copy in a
-    # checkpoint waits for its result. The CPU's predictions of memory were measured so.
-    again = mode in ("off", "light") or mx.default_device() != mx.Device(mx.gpu)
-
     def recomputed(block: Block) -> _RecomputedBlock:
-        return _RecomputedBlock(block, rows, recompute=mode == "light" or (block.positionwise and again))
+        return _RecomputedBlock(block, rows, recompute=block.positionwise or mode == "light")
 
     each = [
         _LayerOfBlocks(
