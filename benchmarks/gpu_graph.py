@@ -108,7 +108,8 @@ def record(function: Callable[..., Any], *arguments: Any, kernels: bool = True) 
     Args:
         arguments: Trees of arrays, and of what is constant.
     """
-    marks, events = _Marks(), []
+    marks = _Marks()
+    events: list[dict[str, Any]] = []
 
     def of_arrays(*values: mx.array) -> list[mx.array]:
         return _arrays(function(*_with_arrays(arguments, values)))

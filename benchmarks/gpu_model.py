@@ -4,17 +4,17 @@
 
 A kernel takes as long as its bytes at the memory's published bandwidth, or as its operations at the speed that products reach, whichever
 is longer, and a launch more. Both trainers are counted by the same rules, on Qwen3-0.6B in bfloat16 with LoRA on every linear layer; the
-optimizer is left out, which has the same arrays in both.
+optimizer is left out, which has the same arrays in both. docs/performance.md says what else is assumed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +28,6 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from benchmarks.gpu_graph import record
 from benchmarks.gpu_kernels import Kernel, fused, kernels, total
-from benchmarks.machine import environment
 from benchmarks.workload import QWEN3_600M
 from mlx_sft import TrainConfig
 from mlx_sft.data.batches import MicroBatch, collate
@@ -232,15 +231,20 @@ def main() -> None:
     parser.add_argument(
         "--launch", type=float, default=5.0, metavar="MICROSECONDS", help="what a launch costs: assumed"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all counts, of each kind of kernel by itself")
+    parser.add_argument(
+        "--write", action="store_true", help="write all counts to results/, each kind of kernel by itself"
+    )
     arguments = parser.parse_args()
+    began = time.perf_counter()
     config = QWEN3_600M | {"num_hidden_layers": arguments.layers}
     found = points(config, SHAPES, SHARES, arguments.launch / 1e6)
     print(tables(found))
-    if arguments.json:
-        about = {"case": "gpu-model", "measured": False, "layers": arguments.layers, "launch_us": arguments.launch}
-        result = about | {"environment": environment(["mlx", "mlx-lm"]), "points": found}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if arguments.write:
+        from benchmarks.run import write  # which needs what only the other benchmarks do
+
+        about = {"measured": False, "layers": arguments.layers, "launch_microseconds": arguments.launch}
+        file = write("gpu-model", False, about | {"points": found}, time.perf_counter() - began)
+        print(f"written to {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":
