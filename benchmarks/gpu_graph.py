@@ -3,7 +3,8 @@
 `mx.export_function` names every primitive of a function and the arrays between them, also of the gradients inside. Three things it does
 not show as they are on a GPU, and while a function is recorded something else stands in for them:
 
-- a kernel of `mx.fast`: on a CPU it is many plain operations, so a mark of plain operations that no model has becomes one node here;
+- a kernel of `mx.fast`: on a CPU it is many plain operations, so a mark of plain operations that no model has becomes one node here
+  (of a norm whose weight is frozen, of causal attention);
 - `mx.checkpoint`: it cannot be exported, so its ends are marked, and what the backward pass reads of its inside is copied here;
 - `mx.custom_function`: it cannot be exported, so its gradient is taken at once, for a result whose own gradient is 1.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from unittest.mock import patch
@@ -138,7 +139,9 @@ def standing_in(marks: _Marks, *, kernels: bool = True) -> Iterator[None]:
     def rope(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         return _kernel(marks, "RoPE", [x], [], x.shape, x.dtype)
 
-    def attention(q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
+    def attention(q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, **kwargs: Any) -> mx.array:
+        if not isinstance(mask, str):
+            raise ValueError("only causal attention has a known cost")
         return _kernel(marks, "ScaledDotProductAttention", [q, k, v], [], (*q.shape[:-1], v.shape[-1]), q.dtype)
 
     def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -148,7 +151,7 @@ def standing_in(marks: _Marks, *, kernels: bool = True) -> Iterator[None]:
     own["default_device"] = lambda: mx.Device(mx.gpu)
     fast: dict[str, Any] = {"rms_norm": rms_norm, "rope": rope, "scaled_dot_product_attention": attention}
     fast["cross_entropy"] = cross_entropy
-    with patch.multiple(mx, **own), patch.multiple(mx.fast, **(fast if kernels else {"rope": mx.fast.rope})):
+    with patch.multiple(mx, **own), patch.multiple(mx.fast, **fast) if kernels else nullcontext():
         yield
 
 
