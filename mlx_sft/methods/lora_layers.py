@@ -40,9 +40,14 @@ class LoraLinear(nn.Module):
         return int(self.lora_A.shape[-2])
 
     def __call__(self, x: mx.array) -> mx.array:
-        down = self._drop(x) @ self.lora_A.T.astype(x.dtype)
+        frozen: mx.array = self.linear(x)
         # One pass over the output for the product and the sum.
-        return mx.addmm(self.linear(x), self.scale * down, self.lora_B.T.astype(x.dtype))
+        if x.dtype == self.lora_A.dtype:
+            return mx.addmm(frozen, self.scale * (self._drop(x) @ self.lora_A.T), self.lora_B.T)
+        # A is rounded and scaled in one kernel, and of rows side by side B's gradient would be a product each, and their sum.
+        down = self._drop(x) @ (self.scale * self.lora_A.T).astype(x.dtype)
+        rows = mx.addmm(_joined(frozen), _joined(down), self.lora_B.T.astype(x.dtype))
+        return rows.reshape(frozen.shape)
 
     def _drop(self, x: mx.array) -> mx.array:
         if self._dropout_key is None or self._dropout == 0:
@@ -105,3 +110,8 @@ class LoraSwitchLinear(LoraLinear):
         update = product(self.scale * product(self._drop(x), self.lora_A), self.lora_B)
         frozen: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
         return frozen + update
+
+
+def _joined(x: mx.array) -> mx.array:
+    """[..., features] → [rows, features]."""
+    return x.reshape(-1, x.shape[-1])

@@ -20,6 +20,7 @@ from mlx_sft.methods import make_method
 from mlx_sft.methods.lora import DoraLinear, Lora, LoraLinear, LoraSettings, resolve_targets
 from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
+from tests.graphs import primitives
 
 # PEFT asks a transformers model in a way that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
@@ -151,6 +152,45 @@ def test_the_output_keeps_the_precision_of_the_base() -> None:
     module = LoraLinear(linear, 2, 1.0, 0.0)
     assert module(mx.ones((1, 6), mx.bfloat16)).dtype == mx.bfloat16
     assert module.lora_A.dtype == mx.float32
+
+
+def _adapted(dtype: mx.Dtype) -> tuple[Callable[..., mx.array], list[mx.array]]:
+    """An adapter's result [2, 5, 3] as a function of x, A and B, and these."""
+    linear = nn.Linear(6, 3, bias=False)
+    linear.weight = mx.random.normal((3, 6), dtype, key=mx.random.key(1))
+    module = LoraLinear(linear, 4, 1.5, 0.0)
+    x, *halves = (mx.random.normal(shape, key=mx.random.key(2)) for shape in ((2, 5, 6), (4, 6), (3, 4)))
+
+    def adapted(x: mx.array, lora_A: mx.array, lora_B: mx.array) -> mx.array:
+        module.lora_A, module.lora_B = lora_A, lora_B
+        result: mx.array = module(x)
+        return result
+
+    given = [x.astype(dtype), *halves]
+    mx.eval(linear.parameters(), given)
+    return adapted, given
+
+
+def test_in_the_bases_precision_an_adapter_is_the_same_within_it() -> None:
+    found = []
+    for dtype in (mx.float32, mx.bfloat16):
+        adapted, given = _adapted(dtype)
+        cotangent = mx.random.normal((2, 5, 3), dtype, key=mx.random.key(3))
+        results, gradients = mx.vjp(adapted, given, [cotangent])
+        assert [array.dtype for array in (*results, *gradients)] == [dtype, dtype, mx.float32, mx.float32]
+        found.append([*results, *gradients])
+    for expected, rounded in zip(*found, strict=True):
+        assert rounded.shape == expected.shape
+        assert mx.abs(rounded.astype(mx.float32) - expected).max() <= 2e-2 * mx.abs(expected).max()
+
+
+def test_an_adapters_gradients_take_eight_kernels_in_bfloat16(tmp_path: Path) -> None:
+    """Rounded A and B, A x, the gradients of A x, A and B, and these rounded: the scale and rows side by side take none."""
+    adapted, (x, *halves) = _adapted(mx.bfloat16)
+    ones = mx.ones((2, 5, 3), mx.bfloat16)
+    mx.eval(ones)
+    gradients = mx.compile(lambda *halves: mx.vjp(lambda *own: adapted(x, *own), halves, [ones])[1])
+    assert primitives(tmp_path / "graph.dot", *gradients(*halves)) == 8
 
 
 def test_dropout_zeroes_its_share_of_inputs_and_keeps_their_mean() -> None:
