@@ -36,7 +36,8 @@ from mlx_sft.methods import make_method
 from mlx_sft.model.head import SplitModel
 from mlx_sft.training.machine import mac
 from mlx_sft.training.recompute import Mode
-from mlx_sft.training.step import GradientComputer, padded_shape
+from mlx_sft.training.shapes import padded_shape
+from mlx_sft.training.step import GradientComputer
 
 Step = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function, and what it is recorded with."""
@@ -96,7 +97,8 @@ def ours(config: Mapping[str, Any], rows: int, width: int, share: float, mode: M
             SplitModel(model), method, config["vocab_size"], recompute=mode, compiled=[padded_shape(batch)]
         )
     model.train()
-    return lambda parameters: computer.micro_step(parameters, batch, batch.weights, None), (parameters,)
+    rounded = method.rounded(parameters)  # once a step
+    return lambda parameters: computer.micro_step(parameters, batch, batch.weights, None), (rounded,)
 
 
 def mlx_lms(config: Mapping[str, Any], rows: int, width: int, *, checkpoint: bool) -> Step:

@@ -83,10 +83,11 @@ class EvaluationResult:
         )
 
 
-class _Bound:
+class _Bound(Method):
     """A method whose parameters are in the model already; without a method, the model runs as it stands."""
 
     def __init__(self, method: Method | None) -> None:
+        super().__init__()
         self._method = method
 
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:

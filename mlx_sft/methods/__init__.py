@@ -79,6 +79,12 @@ class Binder(Protocol):
     def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
         """[rows, width] → hidden states [rows, width, hidden]."""
 
+    def rounded(self, parameters: Parameters) -> Parameters:
+        """See `Method.rounded`."""
+
+    def unrounded(self, gradients: Parameters) -> Parameters:
+        """See `Method.rounded`."""
+
 
 class Method:
     """One method. `attach` and `bind` are all that a method must have; the rest says how it differs from an adapter of modules.
@@ -122,6 +128,17 @@ class Method:
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         """Put parameters (all, or some of them) into the model; a random key switches dropout on."""
         raise NotImplementedError
+
+    def rounded(self, parameters: Parameters) -> Parameters:
+        """What the model computes with in place of the parameters, where it is not float32: made once a step, and bound in their place.
+
+        It is linear in each parameter, and `unrounded` makes of the gradients with respect to it those of the parameters, float32.
+        """
+        return parameters
+
+    def unrounded(self, gradients: Parameters) -> Parameters:
+        """See `rounded`."""
+        return gradients
 
     def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
         """The model's body on [rows, width] tokens → hidden states [rows, width, hidden], with the parameters that are bound.

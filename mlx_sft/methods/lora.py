@@ -22,6 +22,7 @@ from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
 from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
 from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, write_adapter
+from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import is_experts, linear_modules, weight_shape
 from mlx_sft.model.names import EXPERTS_PART
 
@@ -69,6 +70,8 @@ class Lora(Method):
     def __init__(self, settings: LoraSettings | None = None) -> None:
         super().__init__(settings)
         self.modules: dict[str, LoraLinear] = {}
+        self._dtype = mx.float32
+        """Of the model."""
 
     @property
     def uses_dropout(self) -> bool:
@@ -80,6 +83,7 @@ class Lora(Method):
         Raises:
             UserError: If a target names no linear module of the model.
         """
+        self._dtype = next(iter(floating_weights(model).values())).dtype
         linears = linear_modules(model)
         chosen = _chosen(list(linears), self.settings.targets)
         widest = max(max(weight_shape(linears[name][1])[-2:]) for name in chosen)
@@ -106,6 +110,22 @@ class Lora(Method):
             if given:  # binding some of them, as a head does, leaves the others' dropout alone
                 module.update(given)
                 module.drop_with(module_key)
+
+    def rounded(self, parameters: Parameters) -> Parameters:
+        if self._dtype == mx.float32:
+            return parameters
+        return {
+            name: self._of(name).rounded(name.rpartition(".")[2], value, self._dtype)
+            for name, value in parameters.items()
+        }
+
+    def unrounded(self, gradients: Parameters) -> Parameters:
+        if self._dtype == mx.float32:
+            return gradients
+        return {name: self._of(name).unrounded(name.rpartition(".")[2], value) for name, value in gradients.items()}
+
+    def _of(self, parameter: str) -> LoraLinear:
+        return self.modules[parameter.rpartition(".")[0]]
 
     @staticmethod
     def detach(model: nn.Module) -> Callable[[], None]:

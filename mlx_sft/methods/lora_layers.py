@@ -12,7 +12,7 @@ from mlx_sft.model.quantize import dequantized
 class LoraLinear(nn.Module):
     """A frozen linear layer with a low-rank update beside it: [..., in] → [..., out].
 
-    The update is computed in the precision of the input, from float32 parameters.
+    The update is computed in the precision of the input, from float32 parameters, or from those that `rounded` made of them.
     """
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
@@ -42,12 +42,29 @@ class LoraLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         frozen: mx.array = self.linear(x)
         # One pass over the output for the product and the sum.
-        if x.dtype == self.lora_A.dtype:
+        if x.dtype == self.lora_A.dtype == mx.float32:
             return mx.addmm(frozen, self.scale * (self._drop(x) @ self.lora_A.T), self.lora_B.T)
-        # A is rounded and scaled in one kernel, and of rows side by side B's gradient would be a product each, and their sum.
-        down = self._drop(x) @ (self.scale * self.lora_A.T).astype(x.dtype)
-        rows = mx.addmm(_joined(frozen), _joined(down), self.lora_B.T.astype(x.dtype))
+        lora_A, lora_B = self._halves(x.dtype)
+        # Of rows side by side B's gradient would be a product each, and their sum.
+        rows = mx.addmm(_joined(frozen), _joined(self._drop(x) @ lora_A.T), lora_B.T)
         return rows.reshape(frozen.shape)
+
+    def rounded(self, half: str, value: mx.array, dtype: mx.Dtype) -> mx.array:
+        """scale · A or B in a precision that is not float32."""
+        return ((self.scale * value) if half == "lora_A" else value).astype(dtype)
+
+    def unrounded(self, half: str, gradient: mx.array) -> mx.array:
+        """The gradient of what `rounded` gave → of A or B, float32; one that is float32 already is theirs."""
+        if gradient.dtype == mx.float32:
+            return gradient
+        precise = gradient.astype(mx.float32)
+        return self.scale * precise if half == "lora_A" else precise
+
+    def _halves(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """As `rounded` makes them, if it has not made them yet."""
+        if self.lora_A.dtype != mx.float32:
+            return self.lora_A, self.lora_B
+        return self.rounded("lora_A", self.lora_A, dtype), self.rounded("lora_B", self.lora_B, dtype)
 
     def _drop(self, x: mx.array) -> mx.array:
         if self._dropout_key is None or self._dropout == 0:
@@ -85,6 +102,13 @@ class DoraLinear(LoraLinear):
             result = result + self.linear.bias
         return result
 
+    def rounded(self, half: str, value: mx.array, dtype: mx.Dtype) -> mx.array:
+        """As it is: the norms are of the float32 parameters."""
+        return value
+
+    def unrounded(self, half: str, gradient: mx.array) -> mx.array:
+        return gradient
+
     def _norms(self) -> mx.array:
         """‖V‖ of each row, without V: ‖W‖² + 2 s Σ B ∘ (W Aᵀ) + s² Σ B ∘ (B A Aᵀ)."""
         lora_A, lora_B = self.lora_A, self.lora_B
@@ -104,12 +128,13 @@ class LoraSwitchLinear(LoraLinear):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # type: ignore[override]
         def product(x: mx.array, weight: mx.array) -> mx.array:
-            weight = weight.astype(x.dtype).swapaxes(-1, -2)
-            return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=sorted_indices)
+            return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
 
-        update = product(self.scale * product(self._drop(x), self.lora_A), self.lora_B)
         frozen: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
-        return frozen + update
+        if x.dtype == self.lora_A.dtype == mx.float32:
+            return frozen + product(self.scale * product(self._drop(x), self.lora_A), self.lora_B)
+        lora_A, lora_B = self._halves(x.dtype)
+        return frozen + product(product(self._drop(x), lora_A), lora_B)
 
 
 def _joined(x: mx.array) -> mx.array:

@@ -127,6 +127,7 @@ class GradientComputer:
         self._traced: set[Shape] = set()
         self._gradient: _Gradient = mx.value_and_grad(self._loss)
         self._compiled_gradient: _Gradient = mx.compile(mx.value_and_grad(self._loss))
+        self._added = mx.compile(self._add) if self.compiled else self._add
 
     def gradient(
         self,
@@ -155,14 +156,16 @@ class GradientComputer:
             with training_mode(self._split.model):
                 if weighting is None:
                     weighting = self._weigh(batches, self._first_pass(parameters, batches, keys, before_each))
+                # Not those of the head, whose gradients are sums over its chunks.
+                rounded = self._method.rounded(parameters) | self._split.outside_layers(parameters)
                 for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
                     before_each()
                     started = time.perf_counter()
                     with failures_noticed(batch):
                         weights = (own_weights / weighting.normalizer).astype(np.float32)
-                        batch_loss, gradients = self.micro_step(parameters, batch, weights, batch_key)
+                        batch_loss, gradients = self.micro_step(rounded, batch, weights, batch_key)
                         loss = loss + batch_loss
-                        total = {name: total[name] + g if total else g for name, g in gradients.items()}
+                        total = self._added(total, gradients)
                         del gradients  # so that the sum can take its place
                         mx.eval(loss, total)
                     self._note_trace(batch, time.perf_counter() - started)
@@ -287,10 +290,16 @@ class GradientComputer:
         with self._recomputation.active():
             return self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
 
+    def _add(self, total: Parameters, gradients: Parameters) -> Parameters:
+        """The sum of some micro-batches' gradients, float32; `total` is empty before the first."""
+        gradients = self._method.unrounded(gradients)
+        return {name: total[name] + gradient if total else gradient for name, gradient in gradients.items()}
+
     def micro_step(
         self, parameters: Parameters, batch: Batch, weights: NDArray[np.float32], key: mx.array | None
     ) -> tuple[mx.array, Parameters]:
-        """Σ weights · −log p(target) over a micro-batch, and its gradient, not yet evaluated."""
+        """Σ weights · −log p(target) over a micro-batch, and its gradient, not yet evaluated, with respect to parameters or what
+        the method has rounded them to."""
         shape = compiled_shape(batch, self.compiled)
         self._recomputation.rows.spans = batch.spans
         padding = shape[2] - len(batch.targets) if shape else 0

@@ -17,11 +17,12 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import JOINED, Batch, MicroBatch, collate, cut, cut_all, round_up
 from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import UserError
-from mlx_sft.methods import Parameters
+from mlx_sft.methods import Parameters, make_method
 from mlx_sft.methods.full import Full
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
+from mlx_sft.objectives import Weighting
 from mlx_sft.optimizers import gradients as gradients_module
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.optimizers.gradients import clip_scale, global_norm
@@ -366,3 +367,42 @@ def test_the_size_of_tiles_leaves_no_trace(
         assert result.token_accuracy == pytest.approx(evaluated.token_accuracy, rel=1e-6)
     subject.gradient_computer.tiled_head = None  # the head as a whole
     _assert_equal(subject.gradient(examples, cut_once), expected, tolerance=1e-5)
+
+
+# Parameters that are rounded once a step
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "settings", [{"alpha": 24.0}, {"dora": True}, {"target": "all-linear,lm_head", "dropout": 0.2}], ids=str
+)
+def test_rounding_parameters_once_a_step_changes_no_bit(
+    dtype: str, settings: dict[str, Any], examples: Examples, make_base: Callable[..., Path]
+) -> None:
+    base = load_model(str(make_base("qwen3", tied=False)), dtype)
+    method = make_method(TrainConfig(data="-", **settings))
+    random = np.random.default_rng(1)
+    parameters = {
+        name: value + mx.array(random.normal(0, 0.05, value.shape).astype(np.float32))
+        for name, value in method.attach(base.model, 0).items()
+    }
+    computer = GradientComputer(SplitModel(base.model), method, base.config["vocab_size"])
+    batches = [collate(examples, MicroBatch(rows, 40)) for rows in ((0, 1), (2,))]
+    keys = mx.random.split(mx.random.key(7), 3) if method.uses_dropout else [None] * 3
+    weights = [batch.weights / 10 for batch in batches]
+    expected: Parameters = {}
+    for batch, own, key in zip(batches, weights, keys, strict=False):
+        _, gradients = computer.micro_step(parameters, batch, own, key)
+        expected = {name: expected[name] + g if expected else g for name, g in gradients.items()}
+    key = mx.random.key(7) if method.uses_dropout else None
+    found = computer.gradient(parameters, batches, key, weighting=Weighting(weights, 1.0)).gradients
+    assert {value.dtype for value in found.values()} == {mx.float32}
+    for name, gradient in expected.items():
+        assert mx.array_equal(found[name], gradient).item(), name
+
+
+def test_float32_parameters_are_computed_with_as_they_are() -> None:
+    base = load_model("tiny", "float32")
+    method = make_method(TrainConfig(data="-", model="tiny"))
+    parameters = method.attach(base.model, 0)
+    assert method.rounded(parameters) is parameters
