@@ -50,14 +50,18 @@ class TurnedConv1d(nn.Module):
 
 
 class ShiftedRMSNorm(nn.Module):
-    """An RMSNorm that multiplies with 1 + weight."""
+    """An RMSNorm that multiplies with 1 + weight, in float32 as transformers does.
+
+    In bfloat16, 1 + weight would keep 8 bits of it, the same wrong ones for every token.
+    """
 
     def __init__(self, weight: mx.array, eps: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.weight, self.eps = weight, eps
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, 1.0 + self.weight, self.eps)
+        weight = 1.0 + self.weight.astype(mx.float32)
+        return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
 
     def to_mlx(self) -> nn.RMSNorm:
         """The same with the weight as mlx-lm has it."""

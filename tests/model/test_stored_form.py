@@ -11,6 +11,7 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as load_model_of_mlx_lm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.targets.mlx import convert
@@ -70,6 +71,21 @@ def test_a_coarse_file_computes_in_float32_what_transformers_does(
     base = make_base(family, dtype=torch.bfloat16)
     theirs = torch.tensor(torch_logits(torch_model(base), token_ids))
     assert_close(mlx_logits(load_model(str(base), "float32").model, token_ids), theirs, 1e-4)
+
+
+def test_the_norm_is_transformers_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    theirs = Qwen3NextRMSNorm(256, eps=1e-6).to(torch.bfloat16)
+    x = torch.randn(64, 256).to(torch.bfloat16)
+    with torch.no_grad():
+        theirs.weight.normal_(0, 0.2)
+        expected = theirs(x).float().numpy()
+    norm = ShiftedRMSNorm(mx.array(theirs.weight.detach().float().numpy()).astype(mx.bfloat16), 1e-6)
+    result = norm(mx.array(x.float().numpy()).astype(mx.bfloat16))
+    assert result.dtype == mx.bfloat16
+    apart = np.abs(np.array(result.astype(mx.float32)) - expected)
+    assert (apart == 0).mean() > 0.99
+    assert (apart <= 2**-7 * np.abs(expected)).all()
 
 
 @each_family
