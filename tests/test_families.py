@@ -184,7 +184,7 @@ def test_loss_and_the_gradient_of_every_weight_are_those_of_torch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", OTHERWISE_IN_MLX_LM)
+@pytest.mark.parametrize("kind", [*OTHERWISE_IN_MLX_LM, "mixtral"])
 def test_a_full_run_goes_on_to_the_byte_and_what_it_leaves_alone_is_written_back_to_the_bit(
     kind: str, dtype: torch.dtype, settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
