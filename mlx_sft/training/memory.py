@@ -76,7 +76,7 @@ _SCORES_LIGHT, _SCORES_RECOMPUTED = 2.25, 1.5
 
 _STATES_KEPT = {"off": 2.2, "light": 0.9}
 _STATES_PASSING = {"off": 1.2, "light": 1.0, "layers": 4.2, "blocks": 4.2}
-"""Of the state of linear attention for each token, where a loop goes over the positions (MLX 0.32.4)."""
+"""Of the state of linear attention, in float32 for each token, where a loop goes over the positions (MLX 0.32.4)."""
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,9 @@ class Footprint:
     def _of_layer(self, layer: LayerCounts, mode: Mode, width: int) -> tuple[float, float]:
         """What it keeps for each token, and what passes in its backward pass."""
         scores, arrays = width * layer.scores, self._passing
-        attention = self._attention_backward(layer, width) + _STATES_PASSING[mode] * layer.recurrent
-        states = _STATES_KEPT.get(mode, 0.0) * layer.recurrent
+        recurrent = 4 / self.itemsize * layer.recurrent
+        attention = self._attention_backward(layer, width) + _STATES_PASSING[mode] * recurrent
+        states = _STATES_KEPT.get(mode, 0.0) * recurrent
         if mode == "off":
             return layer.off + scores + states, arrays.features * layer.features + attention
         if mode == "light":  # what lies between its products is recomputed

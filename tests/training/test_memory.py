@@ -112,6 +112,9 @@ def test_on_a_gpu_a_state_of_each_position_is_kept_only_where_the_loop_stays(
     monkeypatch.setattr(layer_counts, "chunked_holds", lambda _: False)
     looped = count_layers(split, fused=True)
     assert [layer.recurrent for layer in chunked] == 6 * [0]
+    assert {layer.states for layer in chunked} == {
+        SHAPE["hidden_size"]
+    }  # a convolution, which comes first, is no product
     assert [layer.recurrent for layer in looped] == [*(4 * [4 * 32 * 32]), 0, 4 * 32 * 32]
     assert [replace(layer, recurrent=0) for layer in looped] == chunked
 
