@@ -25,12 +25,16 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.load import load_adapter
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.compose import merge_adapters
+from mlx_sft.methods.full import Full
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import TESTED, load_model
 from mlx_sft.model.rope import correct_ropes
+from mlx_sft.run_folder import RunFolder
+from tests.chosen import without_adapter
 from tests.conftest import Run
 from tests.parity import assert_close, loss_and_gradients
+from tests.run_folders import outcome
 from tests.torch_families import TORCH_FAMILIES
 
 pytestmark = [
@@ -43,11 +47,20 @@ pytestmark = [
 ROOT = Path(__file__).parent.parent
 SETTINGS = TrainConfig(data="-", rank=4, alpha=8.0).settings(LoraSettings)
 
-# transformers computes the recurrence of Qwen3.5 in chunks, and MLX one position at a time.
-TOLERANCE = {"qwen3_5_text": 1e-4}
+# transformers computes the recurrence of linear attention in chunks, and MLX one position at a time.
+TOLERANCE = {"qwen3_5_text": 1e-4, "qwen3_next": 1e-4}
 
-# PEFT puts experts' adapters together for transformers 5 in the families that are like Qwen 2 MoE, but not in that one.
-_READ_BY_PEFT = {"qwen2_moe": {"target": ["q_proj", "o_proj", "shared_expert.up_proj", "shared_expert_gate"]}}
+OTHERWISE_IN_MLX_LM = ["lfm2", "qwen3_5_text", "qwen3_next"]
+"""Families whose convolutions mlx-lm turns, and whose norms it may shift."""
+
+# PEFT puts experts' adapters together for transformers 5 in the families that are like Qwen 2 MoE, but not in that one, and where
+# there is a shared expert, takes the adapters on it for those on the others.
+_READ_BY_PEFT = {
+    "qwen2_moe": {"target": ["q_proj", "o_proj", "shared_expert.up_proj", "shared_expert_gate"]},
+    "qwen3_next": {
+        "target": ["q_proj", "in_proj_qkvz", "in_proj_ba", "experts.gate_proj", "experts.up_proj", "experts.down_proj"]
+    },
+}
 
 DISTILLED = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "use_sliding_window": False}
 ROPES: list[tuple[str, dict[str, Any]]] = [
@@ -148,6 +161,50 @@ def test_loss_and_every_gradient_of_an_adapter_are_those_of_torch(
     assert gradients.keys() == adapter.keys()
     for name, gradient in gradients.items():
         assert_close(gradient, adapter[name].grad, 10 * TOLERANCE.get(family, 1e-5))
+
+
+def test_loss_and_the_gradient_of_every_weight_are_those_of_torch(
+    family: str, base: Path, examples: Examples, torch_model: Callable, torch_loss: Callable
+) -> None:
+    model = torch_model(base)
+    expected = torch_loss(model, examples)
+    expected.backward()
+    weights = dict(model.named_parameters())
+
+    loss, gradients = loss_and_gradients(base, Full(), None, examples)
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    places = {name: _weight_and_half(name.removesuffix(".weight")) for name in gradients}
+    places = {name: place if name.endswith(".weight") else (name, None) for name, place in places.items()}
+    assert {place for place, _ in places.values()} == weights.keys()
+    for name, gradient in gradients.items():
+        place, half = places[name]
+        theirs = weights[place].grad
+        assert_close(gradient, theirs if half is None else theirs.chunk(2, dim=1)[half], TOLERANCE.get(family, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [*OTHERWISE_IN_MLX_LM, "mixtral"])
+def test_a_full_run_goes_on_to_the_byte_and_what_it_leaves_alone_is_written_back_to_the_bit(
+    kind: str, dtype: torch.dtype, settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base(kind, dtype=dtype)
+    settings = without_adapter(settings) | {"model": str(base), "method": "full", "max_steps": 2, "save_every": 1}
+    still = train(TrainConfig(**settings | {"lr": 0.0, "out": str(tmp_path / "still")})).run_dir
+    before = load_file(base / "model.safetensors")
+    after = load_file(export(still, tmp_path / "left").path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    run = RunFolder(train(TrainConfig(**settings | {"lr": 1e-2})).run_dir)
+    expected = outcome(run.path)
+    shutil.rmtree(run.checkpoint(2))
+    shutil.rmtree(run.weights)
+    train(TrainConfig(resume=str(run.path), quiet=True))
+    assert outcome(run.path) == expected
+    moved = load_file(export(run.path, tmp_path / "merged").path / "model.safetensors")
+    assert before.keys() == moved.keys()
+    assert not any(torch.equal(before[name], moved[name]) for name in before if "expert" not in name)
 
 
 def test_peft_opens_the_adapter_and_transformers_the_merged_checkpoint(

@@ -14,7 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
@@ -32,6 +32,8 @@ from tests.parity import assert_close, loss_and_gradients
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")]
 
 STEPS = 20
+
+TOLERANCE = {"qwen3_5_text": 1e-4, "qwen3_next": 1e-4}
 
 _WORDS = ("the", "cat", "sat", "on", "mat", "dog", "and", "it", "ran")
 
@@ -326,7 +328,12 @@ def test_what_a_run_leaves_is_the_same_model_in_peft_and_in_transformers(
         assert_close(ours, torch.tensor(torch_logits(model, token_ids)))
 
 
-def test_full_fine_tuning_leaves_the_same_model_in_transformers(
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", True), ("lfm2", True), ("qwen3_5_text", False), ("qwen3_next", False)]
+)
+def test_full_fine_tuning_follows_torch_and_leaves_the_same_model_in_transformers(
+    family: str,
+    tied: bool,
     tmp_path: Path,
     make_base: Callable[..., Path],
     tokenizer: object,
@@ -336,7 +343,7 @@ def test_full_fine_tuning_leaves_the_same_model_in_transformers(
     mlx_logits: Callable,
     token_ids: list[list[int]],
 ) -> None:
-    base = make_base("llama", tied=True)
+    base = make_base(family, tied=tied)
     config = TrainConfig(
         data=str(write_chats(tmp_path / "chats.jsonl", 4, seed=5, turns=2, words=_WORDS)),
         model=str(base),
@@ -356,9 +363,11 @@ def test_full_fine_tuning_leaves_the_same_model_in_transformers(
 
     ours = mlx_logits(load_run(result.run_dir, dtype="float32").model, token_ids)
     merged = torch_logits(torch_model(export(result.run_dir, tmp_path / "merged").path), token_ids)
-    assert_close(ours, torch.tensor(merged))
+    assert_close(ours, torch.tensor(merged), TOLERANCE.get(family, 1e-5))
     model, examples = torch_model(base), prepare(config, tokenizer).train
-    groups = [[p for p in model.parameters() if p.ndim == dimensions] for dimensions in (1, 2)]
+    trainer = Trainer(model, TrainingArguments(str(tmp_path / "trainer"), use_cpu=True, report_to=[]))
+    decayed = trainer.get_decay_parameter_names(model)
+    groups = [[p for name, p in model.named_parameters() if (name in decayed) is has] for has in (False, True)]
     decays = [{"params": g, "weight_decay": d} for g, d in zip(groups, (0.0, 0.1), strict=True)]
     optimizer = torch.optim.AdamW(decays, lr=1e-3)
     for record in _recorded(config):
@@ -368,6 +377,8 @@ def test_full_fine_tuning_leaves_the_same_model_in_transformers(
         assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
         optimizer.step()
         optimizer.zero_grad()
+    # AdamW's first steps are as long for a gradient of rounding errors as for any other.
+    assert_close(merged, torch.tensor(torch_logits(model.eval(), token_ids)), 5e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")

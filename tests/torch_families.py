@@ -10,6 +10,15 @@ _NO_PADDING = {"pad_token_id": None}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 _OF_GEMMA = {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "pad_token_id": None}
 
+_LINEAR_ATTENTION = {
+    "num_hidden_layers": 4,
+    "layer_types": [LINEAR, FULL, LINEAR, FULL],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
 TORCH_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
@@ -40,14 +49,14 @@ TORCH_FAMILIES: dict[str, dict[str, Any]] = {
         "block_auto_adjust_ff_dim": False,
     },
     "qwen3_5_text": _NO_PADDING
+    | _LINEAR_ATTENTION
+    | {"rope_parameters": {"rope_theta": 50_000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
+    "qwen3_next": _NO_PADDING
+    | _LINEAR_ATTENTION
+    | _EXPERTS
     | {
-        "num_hidden_layers": 4,
-        "layer_types": [LINEAR, FULL, LINEAR, FULL],
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "rope_parameters": {"rope_theta": 50_000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        "shared_expert_intermediate_size": 40,
+        "rope_parameters": {"rope_theta": 50_000.0, "partial_rotary_factor": 0.5},
     },
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 40, "norm_topk_prob": False},
     "qwen3_moe": _EXPERTS,

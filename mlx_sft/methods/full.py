@@ -5,6 +5,7 @@ The parameters are float32 masters; the model computes with them in its own prec
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_arrays
 WEIGHTS_FILE = "model.safetensors"
 
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+_NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,8 @@ class Full(Method):
         model.update(tree_unflatten([(path, value.astype(dtype)) for path, dtype, value in places]))
 
     def decayed(self, name: str) -> bool:
-        """As transformers' Trainer: weight decay for matrices, not for norms and biases."""
-        return not (name.endswith(".bias") or "norm" in name.lower())
+        """As transformers' Trainer, whose patterns these are: weight decay for all but norms and biases."""
+        return _NOT_DECAYED.search(name.lower()) is None
 
     def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
         return {name: value.shape for name, value in parameters.items()}

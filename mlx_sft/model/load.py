@@ -23,6 +23,7 @@ from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import stored_quantization
 from mlx_sft.model.rope import correct_ropes
+from mlx_sft.model.stored_form import take_stored_form
 from mlx_sft.model.translate import read_config, translate_config
 from mlx_sft.model.weights import (
     INDEX,
@@ -30,6 +31,7 @@ from mlx_sft.model.weights import (
     MODEL_FILES,
     SINGLE,
     TOKENIZER_FILES,
+    Checkpoint,
     check_weights,
     weight_files,
 )
@@ -39,7 +41,7 @@ TINY = Path(__file__).parent / "tiny"
 
 TESTED = frozenset({
     "gemma2", "gemma3_text", "glm4", "granite", "lfm2", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_5_text", "qwen3_moe", "smollm3",
+    "qwen3_5_text", "qwen3_moe", "qwen3_next", "smollm3",
 })  # fmt: skip
 """The families, by `model_type`, that tests/test_families.py compares with transformers and PEFT; docs/models.md has a row for each."""
 
@@ -105,13 +107,14 @@ def load_model(
     """
     path = resolve_checkpoint(name)
     config = read_config(path)
-    check_weights(path)
+    checkpoint = check_weights(path)
     refuse_other_forms(path, config, quantize)
     settings = translate_config(path)
     trusted = may_run_code_of(path)
     with blamed_on(path, "cannot load this checkpoint", "if it should be whole, copy or download it again"):
         model, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=settings, trust_remote_code=trusted)
         correct_ropes(model, settings)
+        take_stored_form(model, checkpoint)
         cast(model, dtype)
         if quantize is not None:
             quantize_model(model, quantize)
@@ -170,6 +173,7 @@ def given_model(
         raise UserError(
             f"the model in memory {what}", where=name, hint="let `train` load it, with --quantize", exit_code=USAGE
         )
+    take_stored_form(loaded, Checkpoint.open(path))
     loaded.freeze()
     loaded.eval()
     return LoadedModel(loaded, tokenizer, path, name, read_config(path))

@@ -160,8 +160,8 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def check_weights(path: Path) -> None:
-    """Check that every weight file of the checkpoint is there and complete, and that mlx-lm will read these and no others.
+def check_weights(path: Path) -> Checkpoint:
+    """Open a checkpoint once it is sure that every weight file is there and complete, and that mlx-lm will read these and no others.
 
     Raises:
         UserError: Naming the files that are missing, damaged or not of this model.
@@ -181,7 +181,7 @@ def check_weights(path: Path) -> None:
             where=str(path),
             hint="keep the weights of one model in the folder, and move the others away",
         )
-    Checkpoint.open(path)
+    return Checkpoint.open(path)
 
 
 def _present_files(path: Path) -> list[Path]:

@@ -12,9 +12,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_sft.cpu.fast_core import fast_core
-from mlx_sft.model.blocks import Block, calls_attention, find_blocks, is_linear
+from mlx_sft.model.blocks import Block, calls_attention, find_blocks, is_linear, names_in
 from mlx_sft.model.head import SplitModel
-from mlx_sft.model.linears import weight_shape
+from mlx_sft.model.linears import is_experts, weight_shape
+from mlx_sft.model.stored_form import ShiftedRMSNorm
+from mlx_sft.training.gated_delta import UPDATE, chunked_holds
 
 _FUSED_HEADS = (64, 72, 80, 96, 128, 192, 256)
 """Sizes of a head for which Metal computes attention in one piece."""
@@ -35,6 +37,7 @@ class LayerCounts:
         attended: Width of attention's result.
         heads: Of attention that the device computes in one piece; 0 where there is none, or it keeps its scores.
         keys: Width of its keys.
+        recurrent: Of the state of linear attention, where that is computed position by position.
         trained: Whether something of it is trained.
     """
 
@@ -49,6 +52,7 @@ class LayerCounts:
     trained: bool
     heads: int = 0
     keys: int = 0
+    recurrent: int = 0
 
 
 def count_layers(split: SplitModel, *, fused: bool, composes_attention: bool = False) -> list[LayerCounts]:
@@ -56,17 +60,19 @@ def count_layers(split: SplitModel, *, fused: bool, composes_attention: bool = F
     probe = mx.zeros((1, 8), mx.int32)
     blocks = find_blocks(split.layers, lambda: split.hidden_states(probe))  # whose result is never computed
     composed = composes_attention or not fused
-    return [_count(layer, found, fused, composed) for layer, found in zip(split.layers, blocks, strict=True)]
+    linear = any(_is_linear_attention(block.module) for found in blocks for block in found.values())
+    loops = linear and not (fused and chunked_holds(split.model_dtype()))
+    return [_count(layer, found, fused, composed, loops) for layer, found in zip(split.layers, blocks, strict=True)]
 
 
-def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bool) -> LayerCounts:
+def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bool, loops: bool) -> LayerCounts:
     norms = [child for child in layer.children().values() if _is_norm(child)]
     products = list(_products(layer))
     # A norm keeps its input, and where it is made of several operations, a multiple of it; its result too where its own weight is trained.
     widths = {id(norm): int(norm.weight.shape[-1]) for norm in norms}
-    light = sum(widths[id(norm)] * ((1 if fused else 2) + (1 if _trains(norm) else 0)) for norm in norms)
+    light = sum(widths[id(norm)] * (_inputs_kept(norm, fused) + (1 if _trains(norm) else 0)) for norm in norms)
     light += sum(getattr(product, "kept_numbers", 0) for product in products)  # of an adapter beside it
-    off, scores, attended, heads, keys = light, 0, 0, 0, 0
+    off, scores, attended, heads, keys, recurrent = light, 0, 0, 0, 0, 0
     inside: set[int] = set()
     for block in blocks.values():
         first, last = [block.module[name] for name in block.first], block.module[block.last]
@@ -75,7 +81,10 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bo
         kept = given + (_widths(first[0])[0] if any(map(_trains, first)) else 0)
         light += kept
         off += kept
-        if not block.positionwise:
+        if _is_linear_attention(block.module):
+            between, state = _of_linear_attention(block.module)
+            off, recurrent = off + between, recurrent + (state if loops else 0)
+        elif not block.positionwise:
             off += _between(block, fused)
             attended += _widths(last)[0]
             if composed or not _is_one_piece(block):
@@ -90,7 +99,9 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bo
     states = _widths(products[0])[0] if products else 0
     features, weights = (sum(count(_widths(product)) for product in products) for count in (sum, math.prod))
     norm_widths, trained = sum(widths.values()), _trains(layer)
-    return LayerCounts(states, light, off, features, norm_widths, scores, weights, attended, trained, heads, keys)
+    return LayerCounts(
+        states, light, off, features, norm_widths, scores, weights, attended, trained, heads, keys, recurrent
+    )
 
 
 def _is_one_piece(block: Block) -> bool:
@@ -110,11 +121,28 @@ def _between(block: Block, fused: bool) -> int:
     return (queries_and_keys if normalized else 0) + result
 
 
+_LINEAR_ATTENTION = ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+
+
+def _is_linear_attention(module: nn.Module) -> bool:
+    return names_in(module, UPDATE) and all(hasattr(module, name) for name in _LINEAR_ATTENTION)
+
+
+def _of_linear_attention(module: Any) -> tuple[int, int]:
+    """What it keeps besides its products' results, and the size of its state.
+
+    Kept are, of queries, keys and values, the convolution's results and their activations; normalized queries and keys; and of the
+    result itself, its norm and its product with the gate.
+    """
+    queries_and_keys, values = 2 * module.num_k_heads * module.head_k_dim, module.num_v_heads * module.head_v_dim
+    return 3 * queries_and_keys + 5 * values, values * module.head_k_dim
+
+
 def _products(module: nn.Module) -> Iterator[Any]:
     """The modules inside that multiply with weights, those with an adapter beside them as one."""
     for child in module.children().values():
         for part in child if isinstance(child, list) else [child]:
-            if is_linear(part) or getattr(getattr(getattr(part, "linear", part), "weight", None), "ndim", 0) == 3:
+            if is_linear(part) or is_experts(getattr(part, "linear", part)):
                 yield part
             elif isinstance(part, nn.Module):
                 yield from _products(part)
@@ -124,6 +152,13 @@ def _widths(product: Any) -> tuple[int, int]:
     """In and out; of several experts' matrices, those that one token goes through are taken for one."""
     outputs, inputs = weight_shape(getattr(product, "linear", product))[-2:]
     return inputs, outputs
+
+
+def _inputs_kept(norm: Any, fused: bool) -> int:
+    """How many arrays of the size of its input a norm keeps: one in float32 where it computes in that."""
+    if not fused:
+        return 2
+    return int(4 // norm.weight.dtype.size) if isinstance(norm, ShiftedRMSNorm) else 1
 
 
 def _is_norm(module: Any) -> bool:

@@ -74,6 +74,10 @@ position, in widths of its result and of its keys (Metal, MLX 0.32.4)."""
 _SCORES_LIGHT, _SCORES_RECOMPUTED = 2.25, 1.5
 """Of scores, where attention keeps them: what passes when they alone are recomputed, and besides what is kept with their layer."""
 
+_STATES_KEPT = {"off": 2.2, "light": 0.9}
+_STATES_PASSING = {"off": 1.2, "light": 1.0, "layers": 4.2, "blocks": 4.2}
+"""Of the state of linear attention, in float32 for each token, where a loop goes over the positions (MLX 0.32.4)."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -249,14 +253,16 @@ class Footprint:
         size = tokens * self.itemsize
         return size * (sum(kept) if mode in ("off", "light") else number * max(kept)), size * max(passing)
 
-    def _of_layer(self, layer: LayerCounts, mode: Mode, width: int) -> tuple[int, float]:
+    def _of_layer(self, layer: LayerCounts, mode: Mode, width: int) -> tuple[float, float]:
         """What it keeps for each token, and what passes in its backward pass."""
         scores, arrays = width * layer.scores, self._passing
-        attention = self._attention_backward(layer, width)
+        recurrent = 4 / self.itemsize * layer.recurrent
+        attention = self._attention_backward(layer, width) + _STATES_PASSING[mode] * recurrent
+        states = _STATES_KEPT.get(mode, 0.0) * recurrent
         if mode == "off":
-            return layer.off + scores, arrays.features * layer.features + attention
+            return layer.off + scores + states, arrays.features * layer.features + attention
         if mode == "light":  # what lies between its products is recomputed
-            return layer.light, arrays.features * layer.features + _SCORES_LIGHT * scores + attention
+            return layer.light + states, arrays.features * layer.features + _SCORES_LIGHT * scores + attention
         recomputed = arrays.recomputed_multiplier * layer.features + arrays.norms * layer.norms
         return layer.states, layer.off + (1 + _SCORES_RECOMPUTED) * scores + recomputed + attention
 

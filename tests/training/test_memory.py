@@ -18,6 +18,7 @@ from mlx_sft.data.batches import Batch
 from mlx_sft.methods import Method, Parameters, make_method
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
+from mlx_sft.training import layer_counts
 from mlx_sft.training.layer_counts import LayerCounts, count_layers
 from mlx_sft.training.memory import MODES, Footprint, Prediction
 from mlx_sft.training.recompute import Mode
@@ -25,6 +26,12 @@ from mlx_sft.training.step import GradientComputer
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "head_dim": 32}
 VOCABULARY = 264
+
+_LINEAR_ATTENTION = {
+    "layer_types": [*(4 * ["linear_attention"]), "full_attention", "linear_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 
 Trained = tuple[SplitModel, GradientComputer, Parameters, Footprint]
 
@@ -80,8 +87,10 @@ def measured(gradient_computer: GradientComputer, parameters: Parameters, batch:
         ("llama", {"num_key_value_heads": 4}, {"rank": 16}),
         ("qwen3", {"hidden_size": 64, "vocab_size": 16384}, {"rank": 2}),
         ("qwen3", {"num_hidden_layers": 2}, {"method": "full"}),
+        ("qwen3_5_text", _LINEAR_ATTENTION, {"rank": 4}),
+        ("lfm2", {"layer_types": 3 * ["conv", "full_attention"]}, {"rank": 4}),
     ],
-    ids=["lora", "llama", "vocabulary", "full"],
+    ids=["lora", "llama", "vocabulary", "full", "linear attention", "convolutions"],
 )
 def test_a_prediction_is_near_what_is_measured(
     trained: Callable[..., Trained], family: str, shape: dict[str, Any], settings: dict[str, Any], mode: Mode
@@ -93,6 +102,21 @@ def test_a_prediction_is_near_what_is_measured(
     # Were it too little, MLX would take more than it is held to; were it too much, less.
     assert 0.75 * above < predicted.kept + predicted.passing < 1.4 * above
     assert 0.85 < predicted.peak / (predicted.weights + predicted.trained + above) < 1.25
+
+
+def test_on_a_gpu_a_state_of_each_position_is_kept_only_where_the_loop_stays(
+    make_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = SplitModel(load_model(str(make_base("qwen3_5_text", **SHAPE | _LINEAR_ATTENTION)), "bfloat16").model)
+    chunked = count_layers(split, fused=True)
+    monkeypatch.setattr(layer_counts, "chunked_holds", lambda _: False)
+    looped = count_layers(split, fused=True)
+    assert [layer.recurrent for layer in chunked] == 6 * [0]
+    assert {layer.states for layer in chunked} == {
+        SHAPE["hidden_size"]
+    }  # a convolution, which comes first, is no product
+    assert [layer.recurrent for layer in looped] == [*(4 * [4 * 32 * 32]), 0, 4 * 32 * 32]
+    assert [replace(layer, recurrent=0) for layer in looped] == chunked
 
 
 def test_without_being_held_back_more_is_taken(trained: Callable[..., Trained]) -> None:

@@ -21,6 +21,7 @@ from mlx_sft.files import free_folder, refuse_full_disk, write_folder
 from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
+from mlx_sft.model.stored_form import give_mlx_form
 from mlx_sft.model.translate import translate_config
 from mlx_sft.model.weights import Checkpoint, copy_side_files
 from mlx_sft.safetensors_file import read_float32
@@ -82,6 +83,7 @@ class Mlx(Merged):
 
 def _write(loaded: LoadedModel, folder: Path, quantization: str | None) -> None:
     config = config_for_both(loaded.config, translate_config(loaded.path))
+    give_mlx_form(loaded.model)
     if quantization is not None:
         config["quantization"] = quantize(loaded.model, quantization)
     copy_side_files(loaded.path, folder)
