@@ -71,18 +71,10 @@ class Measured:
 
 
 def ask(
-    computer: GradientComputer,
-    split: SplitModel,
-    parameters: Parameters,
-    examples: Examples,
-    layout: Layout,
-    mode: Mode,
-    machine: Machine,
-    console: Console,
-) -> Measured:
-    """Have a GPU differentiate the shortest and the longest row that there will be, and measure it.
-
-    Where it refuses, attention is composed of plain operations. On a CPU there is nothing to ask.
+    computer: GradientComputer, parameters: Parameters, layout: Layout, mode: Mode, machine: Machine, console: Console
+) -> None:
+    """Have a GPU differentiate the shortest and the longest row that there will be; where it refuses, compose attention of plain
+    operations. On a CPU there is nothing to ask.
 
     Args:
         mode: Of recomputation; the one that takes the least memory.
@@ -91,7 +83,7 @@ def ask(
         UserError: Where it refuses that too.
     """
     if not machine.fused:
-        return Measured()
+        return
     computer.configure(mode)
     widths = sorted({layout.widths[0], layout.widths[-1]})
     if said := what_it_refuses(computer, parameters, widths):
@@ -103,6 +95,19 @@ def ask(
         console.note(
             f"attention is composed of plain operations, and takes more memory: the device has no gradient ({said})"
         )
+
+
+def measure(
+    computer: GradientComputer,
+    split: SplitModel,
+    parameters: Parameters,
+    examples: Examples,
+    layout: Layout,
+    machine: Machine,
+) -> Measured:
+    """How a GPU is best given its work, after `ask`; on a CPU that is known."""
+    if not machine.fused:
+        return Measured()
     cost = call_cost(computer, split, parameters, layout.widths[-1])
     if machine.backend != "metal" or computer.composes_attention or _BLOCK in os.environ:
         return Measured(cost)

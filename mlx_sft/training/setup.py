@@ -56,7 +56,7 @@ from mlx_sft.training.batch_settings import (
 )
 from mlx_sft.training.callbacks import Callback, Callbacks
 from mlx_sft.training.checkpoint import CallbackStates, Progress
-from mlx_sft.training.device import Measured, attention_in_blocks
+from mlx_sft.training.device import Measured, attention_in_blocks, measure
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import Machine, hold_to, prepare_device, this_machine, within
@@ -122,8 +122,8 @@ def prepare_job(
     _refuse_dropout_outside_layers(method, split, parameters)
     computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
     layout = layout_on(machine, computer, parameters, data.train)
-    measured = device.ask(computer, split, parameters, data.train, layout, asked_for(config)[-1], machine, console)
-    measured = Measured.of_run(run) if run else measured
+    device.ask(computer, parameters, layout, asked_for(config)[-1], machine, console)
+    measured = Measured.of_run(run) if run else measure(computer, split, parameters, data.train, layout, machine)
     held.enter_context(attention_in_blocks(measured.attention_block))
     layout = replace(layout, call_cost=measured.call_cost)
     planner = _planner(config, machine, computer, split, method, parameters, vocabulary, data, layout)

@@ -200,5 +200,5 @@ def test_on_a_cpu_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(computer, "gradient", lambda *_: pytest.fail("asked"))
     machine = Machine("a PC", "cpu", 2**34, "")
     rows: Any = Rows([9])
-    found = device.ask(computer, split, parameters, rows, Layout(), "off", machine, Console(quiet=True))
-    assert found == Measured(CALL_COST, None)
+    device.ask(computer, parameters, Layout(), "off", machine, Console(quiet=True))
+    assert device.measure(computer, split, parameters, rows, Layout(), machine) == Measured(CALL_COST, None)
