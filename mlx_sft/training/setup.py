@@ -130,7 +130,7 @@ def prepare_job(
     memory, settings = planner.plan(computer, parameters, len(data.train))
     config = _decided(config, settings)
     plan = planned_steps(config, data)
-    if run is None and config.time_limit is not None:
+    if run is None and config.time_limit is not None and config.resume_from_peft is None:
         compiled = compiled_shapes(plan, data.train, settings.micro_batch_tokens, settings.layout)
         computer.configure(settings.mode, compiled, settings.head_chunk)
         config, plan = within_time(
