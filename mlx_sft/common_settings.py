@@ -62,6 +62,8 @@ class CommonSettings(Settings):
     """Train on an empty think block that the template puts before an answer, so that the tuned model does not start to think."""
     append_eos: bool = False
     """Put the end-of-sequence token after a conversation whose last turn the template leaves without one."""
+    chat_template: str | None = None
+    """A chat template in place of the model's own: a file in Jinja, or chatml, gemma, llama3, mistral or plain. The run keeps its text."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables for the chat template, as JSON: {"enable_thinking": false}. A row's own go before them."""
     skip_bad_rows: bool = False

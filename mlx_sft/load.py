@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method, Parameters, attach_trained, method_in
-from mlx_sft.model.load import LoadedModel, cast, load_model
+from mlx_sft.model.load import LoadedModel, cast, load_model, load_tokenizer, resolve_checkpoint
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
 
@@ -51,8 +51,9 @@ def load_run(run: str | Path, *, base: bool = False, dtype: str | None = None) -
     config = TrainConfig.resolve(folder.config)
     trained = None if base else load_trained(folder, config)
     # A base that training quantized is quantized from the same numbers.
+    tokenizer = load_tokenizer(resolve_checkpoint(config.model), config.chat_template)
     loaded = load_model(
-        config.model, config.dtype if config.quantize else dtype or config.dtype, quantize=config.quantize
+        config.model, config.dtype if config.quantize else dtype or config.dtype, tokenizer, quantize=config.quantize
     )
     cast(loaded.model, dtype or config.dtype)
     method = None

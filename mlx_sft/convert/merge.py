@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.dequantize import dequantized_edits, say_unpacked, unpacked
+from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.load import finished_folder, load_run, load_trained
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
@@ -96,6 +97,7 @@ def write_merged(merging: Merging, folder: Path) -> Merging:
     merge(checkpoint, kind.edits(finished_folder(merging.run, config)), folder, bases)
     if packed:
         say_unpacked(checkpoint, folder)
+    write_template(config.chat_template, folder)
     return replace(merging, checkpoint=checkpoint)
 
 

@@ -211,7 +211,7 @@ def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
         config: The run's.
         base: Its base checkpoint.
     """
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, config.chat_template)
     try:
         source, description = _source(config)
         reader = RowReader(config.format, config.columns)

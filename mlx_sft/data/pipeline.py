@@ -17,7 +17,7 @@ from mlx_sft.data.example import Example, Note, Outcome
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.data.screening import SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
-from mlx_sft.data.template_limits import TemplateStopped
+from mlx_sft.data.template_limits import NoTemplate, TemplateStopped
 from mlx_sft.errors import UserError
 from mlx_sft.registry import OBJECTIVES
 
@@ -82,7 +82,7 @@ class Pipeline:
         """What becomes of one row, or of what could not be read as one.
 
         Raises:
-            TemplateStopped: where the chat template would hang or fill the memory, which no other row would change.
+            NoTemplate: where there is no chat template, or it would hang or fill the memory, which no other row would change.
         """
         origin = row.where if isinstance(row, UserError) else row.origin
         try:
@@ -102,6 +102,8 @@ class Pipeline:
             return Outcome(origin, self._encode(item), signs)
         except TemplateStopped as stopped:
             raise stopped.at(origin) from None
+        except NoTemplate:
+            raise
         except UserError as error:
             note = Note(error.where or origin, "bad", error.what, error.hint)
             return Outcome(origin, [], note=note, mixed=isinstance(error, MixedFormats))

@@ -69,8 +69,12 @@ _LISTS: tuple[Any, ...] = (list, tuple, set, frozenset, range, type({}.keys()), 
 _HOLDERS = (bytes, dict, *_LISTS)
 
 
-class TemplateStopped(UserError):
-    """A template was stopped. This is the fault of the model and not of a row: no other row would fare better."""
+class NoTemplate(UserError):
+    """The model has no template, or none that can be used: its fault and not that of a row, for no other row would fare better."""
+
+
+class TemplateStopped(NoTemplate):
+    """A template was stopped."""
 
     @classmethod
     def because(cls, owner: str, reason: str) -> TemplateStopped:

@@ -54,7 +54,7 @@ def inspect(
     if tokenizer is None:
         from mlx_sft.model.load import load_tokenizer, resolve_checkpoint  # imports MLX, which takes seconds
 
-        tokenizer = load_tokenizer(resolve_checkpoint(config.model, weights=False))
+        tokenizer = load_tokenizer(resolve_checkpoint(config.model, weights=False), config.chat_template)
     variables = todays_variables(tokenizer) | config.chat_template_kwargs  # as `train` does
     config = config.model_copy(update={"chat_template_kwargs": variables})
     prepared = survey(config, tokenizer, progress)

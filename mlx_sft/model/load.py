@@ -16,6 +16,7 @@ from mlx_lm import utils as mlx_lm_utils
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_sft.console import count
+from mlx_sft.data.chat_template import with_template
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.files import user_path
 from mlx_sft.model.head import floating_weights
@@ -313,8 +314,8 @@ def checkpoint_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; raises `UserError` where there is none."""
+def load_tokenizer(path: Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, with another chat template where one is given; raises `UserError` where there is none."""
     hint = "the folder needs tokenizer.json and tokenizer_config.json"
     if not _has_tokenizer(path):
         # transformers would make one without a vocabulary.
@@ -330,7 +331,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(what, where=str(path / "tokenizer_config.json"), hint=hint)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError("its tokenizer is not one that transformers knows", where=str(path))
-    return tokenizer
+    return with_template(tokenizer, chat_template, path)
 
 
 def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:

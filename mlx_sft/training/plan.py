@@ -253,7 +253,7 @@ def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfi
 def _data(config: TrainConfig, path: Path, progress: ReadingProgress | None) -> PreparedData | None:
     if config.data == [NO_DATA]:
         return None
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, config.chat_template)
     pinned = todays_variables(tokenizer) | config.chat_template_kwargs
     return prepare(config.model_copy(update={"chat_template_kwargs": pinned}), tokenizer, progress)
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_sft.common_settings import option_name, public_name
 from mlx_sft.config import TrainConfig, owners_of
+from mlx_sft.data.chat_template import template_text
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.sources import split_weight
 from mlx_sft.errors import USAGE, UserError
@@ -28,6 +29,9 @@ _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
 NEW_RUN = "start a new run with `mlx-sft train --config` on its config.yaml"
 
 _SHORTER = "a run can be given more of them, not fewer, and not one instead of the other; leave it out to resume"
+
+_MOST_SHOWN = 100
+"""Characters of a setting that a message shows."""
 
 CONFIG_HEADER = "# mlx-sft train --config config.yaml\n"
 
@@ -46,7 +50,7 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
             now = before | now  # the run added the day on which it began
         if now not in ("auto", None) and not _agrees(saved, field, before, now):
             raise UserError(
-                f"{option_name(field)} {now} differs from the run's {before}",
+                f"{option_name(field)} {_shortened(now)} differs from the run's {_shortened(before)}",
                 where=str(run.config),
                 hint=_SHORTER
                 if field in _marked(saved, OnResume.GROWS)
@@ -60,6 +64,12 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
     revised = {name: getattr(given, name) for name in given.model_fields_set & _revised(given)}
     revised = {name: value for name, value in revised.items() if value is not None}
     return saved.model_copy(update={name: getattr(given, name) for name in names} | revised | computed_anew(given))
+
+
+def _shortened(value: Any) -> str:
+    """As a message shows it: the text of a chat template by its first words."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def continued_config(given: TrainConfig, trl: RunFolder) -> TrainConfig:
@@ -98,6 +108,8 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
     full: dict[str, Any] = {
         name: _full_path(value) for name, value in given.items() if value is not None and value != "tiny"
     }
+    if config.chat_template is not None:
+        full["chat_template"] = template_text(config.chat_template)
     full["data"] = [_full_path(name) + spec[len(name) :] for spec in config.data for name, _ in [split_weight(spec)]]
     return config.model_copy(update=full)
 

@@ -5,6 +5,7 @@ Nothing is written before all of it is known to be good.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.data.batches import Layout
+from mlx_sft.data.chat_template import template_text, with_template
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
@@ -205,8 +207,14 @@ def _read_data(
 ) -> tuple[TrainConfig, PreTrainedTokenizerBase, PreparedData]:
     """The tokenizer, and the rows as it writes them; a new run pins the day on which it begins."""
     read_config(path)  # first, because the tokenizer would take the blame
-    tokenizer = given_tokenizer(given.model, given.tokenizer) or load_tokenizer(path)
+    tokenizer = given_tokenizer(given.model, given.tokenizer)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path, config.chat_template)
+    elif config.chat_template is not None:
+        tokenizer = with_template(copy.copy(tokenizer), config.chat_template, path)
     if new:
+        if config.chat_template is not None:
+            config = config.model_copy(update={"chat_template": template_text(config.chat_template)})
         pinned = todays_variables(tokenizer) | config.chat_template_kwargs
         config = config.model_copy(update={"chat_template_kwargs": pinned})
     with console.reading() as reading:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mlx_sft.convert.targets.peft import AdapterAlone, same
+from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.load import load_trained
 from mlx_sft.model.linears import linear_modules
@@ -34,6 +35,7 @@ class MlxLm(AdapterAlone):
         if method.mlx_lm is not None:
             name = name_elsewhere(self.export.config.model)
             method.mlx_lm.write_adapter(folder, method.settings, parameters, name, self._paths())
+        write_template(self.export.config.chat_template, folder)
 
     def verify(self, folder: Path) -> None:
         method, parameters = load_trained(self.export.run, self.export.config)

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_sft.convert.base_info import base_info
 from mlx_sft.convert.targets import Target
+from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import folder_bytes
 from mlx_sft.load import finished_folder, load_trained
@@ -40,6 +41,7 @@ class Peft(AdapterAlone):
         run, config = self.export.run, self.export.config
         method, parameters = load_trained(run, config)
         method.write(folder, parameters, name_elsewhere(config.model), base_info(run, config).revision)
+        write_template(config.chat_template, folder)
         if not (folder / CONFIG).is_file():
             self.notes.append(
                 f"PEFT has no form for what --method {method.name} trains: these files are for mlx-sft alone"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from mlx_sft.data.json_text import parse_json
 from mlx_sft.data.mask.trace import called_functions
-from mlx_sft.data.template_limits import TemplateStopped
+from mlx_sft.data.template_limits import NoTemplate, TemplateStopped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,10 +105,10 @@ class ReferenceRendering:
 
     def _whole(self, prompt: bool) -> str:
         if not self.tokenizer.chat_template:
-            raise UserError(
+            raise NoTemplate(
                 f"{self.name} has no chat template",
                 where=self.conversation.origin,
-                hint="use an instruct model, whose tokenizer has one, or give rows of plain `text`",
+                hint="give --chat-template chatml, or another name or a file; or use an instruct model, or rows of plain `text`",
             )
         try:
             return self._render(self.messages, prompt)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.fast
 def test_a_tokenizer_without_a_template_is_an_error(make_tokenizer: MakeTokenizer) -> None:
     error = refusal(make_tokenizer(None, name="base-model"), user("Hi"), assistant("Hello"))
     assert error.what == "base-model has no chat template"
-    assert "instruct model" in error.hint
+    assert "--chat-template" in error.hint
 
 
 def test_what_the_template_rejects_is_an_error_with_its_words(

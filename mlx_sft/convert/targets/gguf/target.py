@@ -100,7 +100,9 @@ class Gguf(WholeModel):
 def _modelfile(config: TrainConfig, base: Path, facts: GgufFacts | None = None) -> Modelfile:
     """The Modelfile for a GGUF file, where there is one already of what that was found to be."""
     adds_bos, found = (None, None) if facts is None else (facts.adds_bos, facts.chat_template)
-    modelfile = make_modelfile(load_tokenizer(base), config.chat_template_kwargs, f"./{OUTPUT}", adds_bos)
+    modelfile = make_modelfile(
+        load_tokenizer(base, config.chat_template), config.chat_template_kwargs, f"./{OUTPUT}", adds_bos
+    )
     if modelfile.chat_template is not None and found is not None and found != modelfile.chat_template:
         what = f"the chat template in {OUTPUT}, which Ollama follows, is not the tokenizer's"
         raise UserError(what, where=str(base), hint="leave out --ollama, or update llama.cpp")

@@ -64,7 +64,7 @@ class Trl(Target):
 
     def write(self, folder: Path) -> None:
         run, config, path = self.export.run, self.export.config, self.source
-        data = prepare(config, load_tokenizer(path))
+        data = prepare(config, load_tokenizer(path, config.chat_template))
         identity = identity_of(config, data, path)
         refuse_changes(run, config, data, identity)
         method, parameters = _start(config, path)
