@@ -39,7 +39,7 @@ class CommonSettings(Settings):
 
     # data
     data: list[str] = Field(default_factory=list)
-    """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, a folder with train/valid/test files, or hf:owner/name[:split].
+    """Training rows: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder with train/valid/test files, or hf:owner/name[:split].
     Give it again for several; with shares of the mixture, `a.jsonl:0.7` and `b.jsonl:0.3`."""
     valid: str | None = None
     """Validation rows, in any form that --data takes."""

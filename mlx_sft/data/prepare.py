@@ -39,6 +39,7 @@ class PreparedData:
     """Examples in the order of their rows, and what became of every row.
 
     Attributes:
+        sources: Where the rows are, those to train on before those to validate on; as in the report.
         mixture: Of each source to train on, in order: how many of the examples in `train` are its, and its weight beside the
             others; None for all where they are simply put together.
     """
@@ -46,6 +47,7 @@ class PreparedData:
     train: Examples
     valid: Examples
     report: DataReport
+    sources: list[Source]
     mixture: list[tuple[int, float | None]]
 
 
@@ -135,7 +137,7 @@ def _prepare(
         shared=int(np.isin(valid.content_ids(), train.content_ids()).sum()),
         settings=config.model_dump(mode="json", include=_SETTINGS),
     )
-    return PreparedData(train, valid, report, mixture)
+    return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture)
 
 
 def _refuse_empty_shares(sources: Sequence[Source], weights: Sequence[float], examples: int) -> None:
