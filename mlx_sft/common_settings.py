@@ -67,7 +67,7 @@ class CommonSettings(Settings):
     skip_bad_rows: bool = False
     """Go on past rows that cannot be used, and report them."""
     allow_lost_rows: Annotated[bool, OnResume.FREE] = False
-    """Train although more than half of the rows are lost."""
+    """Train although more than half of the rows, or of the supervised tokens, are lost."""
     data_workers: Annotated[int | None, OnResume.FREE] = Field(default=None, ge=1)
     """Processes that read and tokenize; chosen by the size of the data where not given. It does not change the result."""
     data_cache: Annotated[bool, OnResume.FREE] = True
