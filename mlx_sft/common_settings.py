@@ -39,7 +39,7 @@ class CommonSettings(Settings):
 
     # data
     data: list[str] = Field(default_factory=list)
-    """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, a folder with train/valid/test files, or hf:owner/name[:split].
+    """Training rows: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder with train/valid/test files, or hf:owner/name[:split].
     Give it again for several; with shares of the mixture, `a.jsonl:0.7` and `b.jsonl:0.3`."""
     valid: str | None = None
     """Validation rows, in any form that --data takes."""
@@ -69,7 +69,7 @@ class CommonSettings(Settings):
     skip_bad_rows: bool = False
     """Go on past rows that cannot be used, and report them."""
     allow_lost_rows: Annotated[bool, OnResume.FREE] = False
-    """Train although more than half of the rows are lost."""
+    """Train although more than half of the rows, or of the supervised tokens, are lost."""
     data_workers: Annotated[int | None, OnResume.FREE] = Field(default=None, ge=1)
     """Processes that read and tokenize; chosen by the size of the data where not given. It does not change the result."""
     data_cache: Annotated[bool, OnResume.FREE] = True

@@ -79,6 +79,20 @@ def list_elements(chunks: Iterator[str]) -> Iterator[Any | ValueError]:
         raise text.broken("Extra data")
 
 
+def first_value(chunks: Iterator[str]) -> tuple[Any | ValueError, bool]:
+    """The first value in a text, and whether anything stands behind it.
+
+    Args:
+        chunks: The text in pieces, which may end anywhere; nothing is read behind the first value.
+
+    Raises:
+        BrokenJsonError: where it is not JSON.
+    """
+    text = _Text(chunks)
+    value = text.value()
+    return value, bool(text.peek())
+
+
 def _under_data(text: _Text) -> Iterator[Any | ValueError]:
     found = False
     for _ in text.separated("{", "}"):

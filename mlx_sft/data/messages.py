@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -184,6 +185,10 @@ def check_characters(value: Any, place: str) -> None:
         ) from None
 
 
+_REPR = re.compile(r"\s*(?:array\()?[\[({][\s\[({]*'")
+"""How Python, and pandas where it saves a column of lists as .csv, begins what it prints of them."""
+
+
 def parsed(value: Any, name: str) -> Any:
     """A structured field, which tables (.csv, .parquet) may hold as JSON text; blank text is none."""
     if not isinstance(value, str):
@@ -193,6 +198,9 @@ def parsed(value: Any, name: str) -> Any:
     try:
         return parse_json(value)
     except ValueError as error:
+        if _REPR.match(value):
+            what = f"{name} is written as Python prints a list or dict, with single quotes, and not as JSON"
+            raise ValueError(f"{what}: write the column with json.dumps") from None
         raise ValueError(f"{name} is neither a list or object nor JSON text of one ({error})") from None
 
 

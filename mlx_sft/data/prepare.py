@@ -16,20 +16,16 @@ from numpy.typing import NDArray
 from mlx_sft.common_settings import common_sections
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import shares
-from mlx_sft.data.dataset import Examples, LostRow
-from mlx_sft.data.example import Note
+from mlx_sft.data.dataset import Examples
+from mlx_sft.data.lost_rows import BadRows, refuse_lost_data
 from mlx_sft.data.pipeline import NoProgress, Pipeline, ReadingProgress
-from mlx_sft.data.report import DataReport, PartReport, SourceReport, reasons
+from mlx_sft.data.report import DataReport, PartReport, SourceReport
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
 from mlx_sft.data.tokenize import tokenized
 from mlx_sft.data.truncation import Truncation, truncate
 from mlx_sft.errors import USAGE, UserError
 
-SHOWN_BAD_ROWS = 10
-"""So many bad rows are named in one error."""
-MOST_LOST = 0.5
-"""The share of the rows that may be dropped or bad."""
 _SETTINGS = {*common_sections()["Data"], "seed"} - {"data", "valid", "data_workers", "data_cache"}
 """What of the configuration shapes the data, beside the data itself."""
 
@@ -39,6 +35,7 @@ class PreparedData:
     """Examples in the order of their rows, and what became of every row.
 
     Attributes:
+        sources: Where the rows are, those to train on before those to validate on; as in the report.
         mixture: Of each source to train on, in order: how many of the examples in `train` are its, and its weight beside the
             others; None for all where they are simply put together.
     """
@@ -46,6 +43,7 @@ class PreparedData:
     train: Examples
     valid: Examples
     report: DataReport
+    sources: list[Source]
     mixture: list[tuple[int, float | None]]
 
 
@@ -71,7 +69,7 @@ def prepare(
     Raises:
         UserError: for data that cannot be read; naming up to ten bad rows at once, unless they are to be skipped; for a
             row that is too long where that is an error; where nothing is left to train on a source; and where more than
-            half of the rows are lost, unless that is allowed.
+            half of the rows, or of the supervised tokens, are lost, unless that is allowed.
     """
     return _prepare(config, tokenizer, progress or NoProgress(), strict=True, rows=rows, valid_rows=valid_rows)
 
@@ -112,7 +110,7 @@ def _prepare(
     valid_parts = [reader.read(source) for source in valid_sources]
     sources = [report for _, report in (*train_parts, *valid_parts)]
     if strict and not config.allow_lost_rows:
-        _refuse_lost_rows(sources)
+        refuse_lost_data(sources, config.max_length)
     train = Examples.joined([examples for examples, _ in train_parts])
     valid = Examples.joined([examples for examples, _ in valid_parts])
     if config.valid_fraction > 0:
@@ -135,7 +133,7 @@ def _prepare(
         shared=int(np.isin(valid.content_ids(), train.content_ids()).sum()),
         settings=config.model_dump(mode="json", include=_SETTINGS),
     )
-    return PreparedData(train, valid, report, mixture)
+    return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture)
 
 
 def _refuse_empty_shares(sources: Sequence[Source], weights: Sequence[float], examples: int) -> None:
@@ -219,7 +217,7 @@ class _Reader:
     def read(self, source: Source) -> tuple[Examples, SourceReport]:
         """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row."""
         config = self._config
-        bad = _BadRows(source.name, refused=self._strict and not config.skip_bad_rows)
+        bad = BadRows(source.name, refused=self._strict and not config.skip_bad_rows)
         result = tokenized(
             source,
             self._pipeline,
@@ -229,7 +227,8 @@ class _Reader:
             on_lost=bad.add,
         )
         bad.refuse()
-        truncation = self._truncated(Examples([result.store]))
+        whole = Examples([result.store])
+        truncation = self._truncated(whole)
         examples = truncation.examples
         lost = ((row.number, row.note) for row in result.store.lost)
         notes = [note for _, note in merge(lost, truncation.notes, key=lambda numbered: numbered[0])]
@@ -239,6 +238,8 @@ class _Reader:
             result.store.row_format,
             kept=len(np.unique(examples.rows)),
             examples=len(examples),
+            supervised_tokens=int(whole.supervised_tokens.sum(dtype=np.int64)),
+            supervised_tokens_lost=truncation.supervised_tokens_lost,
             facts=examples.facts(),
             signs=examples.sign_counts(SIGNS),
             notes=notes,
@@ -258,61 +259,6 @@ class _Reader:
         dropped = truncate(examples, config.max_length, "drop", compared=compared)
         notes = [(row, replace(note, fate="bad")) for row, note in dropped.notes if note.fate == "dropped"]
         return replace(dropped, notes=notes)
-
-
-class _BadRows:
-    """The bad rows of a source, which are an error together, or are let pass."""
-
-    def __init__(self, source: str, *, refused: bool) -> None:
-        self._source = source
-        self._refused = refused
-        self._notes: list[Note] = []
-
-    def add(self, row: LostRow) -> None:
-        """Raise `UserError` for a row of another format, and for the tenth bad one."""
-        if not self._refused or row.note.fate != "bad":
-            return
-        if row.mixed:
-            raise UserError(row.note.reason, where=row.note.origin, hint=row.note.hint)
-        self._notes.append(row.note)
-        if len(self._notes) == SHOWN_BAD_ROWS:
-            self.refuse()
-
-    def refuse(self) -> None:
-        """Raise `UserError` where there are any."""
-        notes = self._notes
-        if not notes:
-            return
-        go_on = "to go on past bad rows and have them reported: --skip-bad-rows"
-        if len(notes) == 1:
-            hint = f"{notes[0].hint}; {go_on}" if notes[0].hint else go_on
-            raise UserError(notes[0].reason, where=notes[0].origin, hint=hint)
-        count = f"at least {len(notes)}" if len(notes) == SHOWN_BAD_ROWS else str(len(notes))
-        lines = "".join(f"\n  {note.origin}: {note.reason}" for note in notes)
-        hints = list(dict.fromkeys(note.hint for note in notes if note.hint))
-        raise UserError(
-            f"{count} rows cannot be used:{lines}",
-            where=self._source,
-            hint="\n  ".join([*hints[:3], go_on]),
-        )
-
-
-def _refuse_lost_rows(sources: Sequence[SourceReport]) -> None:
-    """Raise `UserError` where more of the rows are lost than are likely to be meant to."""
-    rows = sum(source.rows for source in sources)
-    lost = rows - sum(source.kept for source in sources)
-    if lost <= MOST_LOST * rows:
-        return
-    notes = [note for source in sources for note in source.notes if note.fate != "truncated"]
-    reason_of = {note.origin: note.reason for note in reversed(notes)}
-    commonest = "".join(
-        f"\n  {group['count']} such as {group['first']}: {reason_of[group['first']]}" for group in reasons(notes)[:3]
-    )
-    raise UserError(
-        f"more than half of the rows are lost, {lost} of {rows}:{commonest}",
-        where=", ".join(source.name for source in sources if source.kept < source.rows),
-        hint="put them right, or train on the rest with --allow-lost-rows",
-    )
 
 
 # What is held out

@@ -14,10 +14,10 @@ from operator import add
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Fate, Note
+from mlx_sft.data.lengths import histogram, length_summary
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
 
@@ -25,8 +25,8 @@ ORIGINS_NAMED = 10
 """How many of the longest rows, and how many rows of each sign, are named."""
 _MANY_DUPLICATES = 0.05
 """The share of the examples from which on duplicates are worth a warning."""
-PERCENTILES = (10, 50, 90, 95, 99)
-_BARS = 20
+_MANY_LOST = 0.05
+"""The share of the supervised tokens above which what is lost of them is worth a warning."""
 
 
 @dataclass
@@ -39,6 +39,8 @@ class SourceReport:
         format: The format of its rows; None where they have none in common.
         kept: The number of rows that gave examples.
         examples: The number of these examples; more than the rows with `train_on: every-turn`.
+        supervised_tokens: Those of all rows that could be read, before anything was cut or dropped for its length.
+        supervised_tokens_lost: How many of them were cut off, or dropped with their row, for being too long.
         facts: What the chat template did to the examples, summed.
         signs: How many of the examples are suspicious in each way.
         notes: One for each row that was truncated, dropped or bad.
@@ -49,6 +51,8 @@ class SourceReport:
     format: str | None = None
     kept: int = 0
     examples: int = 0
+    supervised_tokens: int = 0
+    supervised_tokens_lost: int = 0
     facts: Facts = NO_FACTS
     signs: Counter[str] = field(default_factory=Counter)
     notes: list[Note] = field(default_factory=list)
@@ -82,6 +86,8 @@ class SourceReport:
             "format": self.format,
             **fates(self),
             "examples": self.examples,
+            "supervised_tokens": self.supervised_tokens,
+            "supervised_tokens_lost": self.supervised_tokens_lost,
             **asdict(self.facts),
             "signs": dict(self.signs),
             "reasons": reasons(self.notes),
@@ -193,6 +199,16 @@ class DataReport:
         return sum(source.bad for source in self.sources)
 
     @property
+    def supervised_tokens(self) -> int:
+        """Those of all rows that could be read, whatever their length."""
+        return sum(source.supervised_tokens for source in self.sources)
+
+    @property
+    def supervised_tokens_lost(self) -> int:
+        """How many of them were lost to the longest length."""
+        return sum(source.supervised_tokens_lost for source in self.sources)
+
+    @property
     def facts(self) -> Facts:
         """What the chat template did to all examples together."""
         return reduce(add, (source.facts for source in self.sources), NO_FACTS)
@@ -214,7 +230,7 @@ class DataReport:
 
     def warnings(self) -> list[str]:
         """What a person should know before training, a sentence each."""
-        return [*self._template_warnings(), *self._row_warnings()]
+        return [*self._template_warnings(), *self._lost_warnings(), *self._row_warnings()]
 
     def _template_warnings(self) -> list[str]:
         facts, warnings = self.facts, []
@@ -240,6 +256,15 @@ class DataReport:
                 "inside another message's turn"
             )
         return warnings
+
+    def _lost_warnings(self) -> list[str]:
+        lost, whole = self.supervised_tokens_lost, self.supervised_tokens
+        if lost <= _MANY_LOST * whole:
+            return []
+        return [
+            f"{_of(lost, whole, 'supervised token')} ({lost / whole:.0%}) are lost, as their rows are longer than "
+            f"{self.settings['max_length']:,} tokens; raise --max-length to train on them"
+        ]
 
     def _row_warnings(self) -> list[str]:
         warnings = []
@@ -285,6 +310,7 @@ class DataReport:
         """`data_report.json`."""
         return {
             "totals": fates(self),
+            "supervised_tokens_lost": self.supervised_tokens_lost,
             "train": self.train.to_json(),
             "valid": self.valid.to_json(),
             "validation_rows_also_in_train": self.shared,
@@ -333,53 +359,3 @@ def many(number: int, thing: str) -> str:
 
 def _of(number: int, whole: int, thing: str) -> str:
     return f"{number:,} of {many(whole, thing)}"
-
-
-# Lengths in a few numbers
-
-
-def length_summary(lengths: ArrayLike) -> dict[str, float]:
-    """`min`, `mean`, percentiles and `max`, in tokens; percentiles are lengths that occur. Empty without lengths."""
-    lengths = np.asarray(lengths)
-    if not len(lengths):
-        return {}
-    percentiles = np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()
-    return {
-        "min": int(lengths.min()),
-        "mean": round(float(lengths.mean()), 1),
-        **{f"p{percent}": int(length) for percent, length in zip(PERCENTILES, percentiles, strict=True)},
-        "max": int(lengths.max()),
-    }
-
-
-def histogram(lengths: ArrayLike) -> list[dict[str, int]]:
-    """Counts of lengths `from`..`to`, both included, in about 20 bars of a round width; the last one takes the tail.
-
-    The width follows the 99th percentile, so that a few giants do not press all others into one bar.
-    """
-    lengths = np.asarray(lengths, np.int64)
-    if not len(lengths):
-        return []
-    least, longest = int(lengths.min()), int(lengths.max())
-    common = int(np.percentile(lengths, 99, method="inverted_cdf"))
-    width = _round_width((common - least + 1) / _BARS)
-    first = least // width * width
-    starts = np.arange(first, common + 1, width)
-    if longest >= starts[-1] + width:
-        starts = np.append(starts, starts[-1] + width)
-    ends = np.append(starts[1:] - 1, max(longest, starts[-1] + width - 1))
-    counts = np.bincount(np.searchsorted(starts, lengths, side="right") - 1, minlength=len(starts))
-    return [
-        {"from": start, "to": end, "count": number}
-        for start, end, number in zip(starts.tolist(), ends.tolist(), counts.tolist(), strict=True)
-    ]
-
-
-def _round_width(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50, ... that is at least this."""
-    power = 1
-    while True:
-        for step in (1, 2, 5):
-            if step * power >= least:
-                return step * power
-        power *= 10

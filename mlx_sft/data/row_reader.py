@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -127,7 +127,7 @@ class RowReader:
             raise UserError(what, where=row.origin, hint=f"such a row is {settled.example}")
         found = self._told_by(present)
         if found is None:
-            raise _unknown(row)
+            raise _unknown(row, self._told_by)
         if self._first:
             what = f"this row is {found.name}, where {self._first[1]} is {self._first[0].name}"
             hint = "put rows of one format into one file, and give both: --data a.jsonl --data b.jsonl"
@@ -142,7 +142,15 @@ class RowReader:
         return next(told, None)
 
 
-def _unknown(row: Row) -> UserError:
+def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None]) -> UserError:
+    if {"role", "from"} & row.value.keys() and {"content", "value"} & row.value.keys():
+        hint = 'put the messages of a conversation into one row: {"messages": [...]}'
+        return UserError("a message where a row should be", where=row.origin, hint=hint)
+    for key, item in row.value.items():
+        first = item[0] if isinstance(item, list) and item else item
+        if isinstance(first, dict) and told_by(set(first)):
+            what = f"an object with rows inside of it, under {shown(key)}, where a row should be"
+            return UserError(what, where=row.origin, hint="make the rows the file's own list, or write one a line")
     kind = "a row without a known format"
     if {"chosen", "rejected"} <= row.value.keys():
         kind = "a row of preferences, of which only the chosen answer can be trained on"

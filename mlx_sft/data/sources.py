@@ -10,19 +10,21 @@ import math
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_sft.common_settings import IN_MEMORY
-from mlx_sft.data.readers import COMPRESSIONS, INSTALL_HINT, READERS, OnBytes, Reader, Rows, reader_of, table_row
+from mlx_sft.data.file_text import COMPRESSIONS, INSTALL_HINT, OnBytes
+from mlx_sft.data.folders import PartFiles, parts_of
+from mlx_sft.data.readers import READERS, Reader, Rows, reader_of, table_row
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_errors, user_path
 
 HUB_PREFIX = "hf:"
-SPLIT_FILES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
-"""The parts of a dataset folder, and the names that a part's file may have."""
 KNOWN = ", ".join(READERS) + f" (all but .parquet also with {' or '.join(COMPRESSIONS)} behind it)"
 """The suffixes of files of rows."""
+_NO_ROWS_HINT = "put at least one row in it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +48,24 @@ class FileSource:
             raise UserError(what, where=self.name, hint=f"known are {KNOWN}", exit_code=USAGE)
         return read
 
+    @property
+    def files(self) -> tuple[FileSource, ...]:
+        return (self,)
+
     def rows(self, on_bytes: OnBytes | None = None) -> Rows:
-        read, empty = self.reader(), True
+        return _rows_of(self, on_bytes)
+
+    def read(self, on_bytes: OnBytes | None = None) -> Rows:
+        """Its rows, which may be none.
+
+        Raises:
+            UserError: for a file without a byte.
+        """
+        read = self.reader()
         with read_errors(self.name):
-            for row in read(self.path, on_bytes) if self.size() else ():
-                empty = False
-                yield row
-        if empty:
-            what = "the file holds no rows" if self.size() else "the file is empty"
-            raise UserError(what, where=self.name, hint="put at least one row in it")
+            if not self.size():
+                raise UserError("the file is empty", where=self.name, hint=_NO_ROWS_HINT)
+            yield from read(self.path, on_bytes)
 
     def size(self) -> int:
         with read_errors(self.name):
@@ -65,11 +76,55 @@ class FileSource:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class ShardedSource:
+    """Several files that are one part of the data, in order; each row is named by its own file."""
+
+    name: str
+    files: tuple[FileSource, ...]
+
+    def rows(self, on_bytes: OnBytes | None = None) -> Rows:
+        return _rows_of(self, on_bytes)
+
+    def size(self) -> int:
+        return sum(file.size() for file in self.files)
+
+    def sha256(self) -> str:
+        """Of the files' names and digests."""
+        lines = "".join(f"{file.sha256()} {file.path.name}\n" for file in self.files)
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _rows_of(source: FileSource | ShardedSource, on_bytes: OnBytes | None) -> Rows:
+    before, empty = 0, True
+    for file in source.files:
+        told = partial(_told_behind, on_bytes, before) if on_bytes else None
+        for row in file.read(told):
+            empty = False
+            yield row
+        before += file.size()
+    if empty:
+        raise UserError(f"the {_kind(source)} no rows", where=source.name, hint=_NO_ROWS_HINT)
+
+
+def _told_behind(on_bytes: OnBytes, before: int, position: int) -> None:
+    on_bytes(before + position)
+
+
+def _kind(source: FileSource | ShardedSource) -> str:
+    return "file holds" if isinstance(source, FileSource) else "files hold"
+
+
 class _NoFile:
     __slots__ = ()
 
+    @property
+    def files(self) -> tuple[FileSource, ...]:
+        """None, ..."""
+        return ()
+
     def size(self) -> None:
-        """None, as there are no bytes to count, ..."""
+        """... and so no bytes to count, ..."""
 
     def sha256(self) -> None:
         """... or to take the digest of."""
@@ -121,9 +176,10 @@ class MemorySource(_NoFile):
                 yield UserError(f"the row is a {type(value).__name__}, not a mapping", where=origin)
 
 
-Source = FileSource | HubSource | MemorySource
-"""Something that rows come from, in order; it can be pickled, and the origins of its rows begin with its name. `rows` raises
-`UserError` where the whole cannot be read, and calls `on_bytes` now and then with the bytes read so far, of `size()`."""
+Source = FileSource | ShardedSource | HubSource | MemorySource
+"""Something that rows come from, in order; it can be pickled. The origins of its rows begin with its name, or with that of one of its
+files. `rows` raises `UserError` where the whole cannot be read, and calls `on_bytes` now and then with the bytes read so far, of
+`size()`."""
 
 
 def locate(data: str) -> dict[str, Source]:
@@ -142,7 +198,9 @@ def locate(data: str) -> dict[str, Source]:
         return {"all": HubSource(data)}
     path = user_path(data)
     with read_errors(str(path)):
-        return _folder(path) if path.is_dir() else {"all": _file(path)}
+        if not path.is_dir():
+            return {"all": _file(path)}
+        return {name: _part(part) for name, part in parts_of(path).items()}
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:
@@ -175,6 +233,11 @@ def _exists(name: str) -> bool:
         return False
 
 
+def _part(part: PartFiles) -> Source:
+    files = tuple(map(FileSource, part.files))
+    return files[0] if len(files) == 1 else ShardedSource(str(part.name), files)
+
+
 def _file(path: Path) -> FileSource:
     if not path.exists():
         if path.is_symlink():
@@ -191,19 +254,3 @@ def _missing_hint(path: Path) -> str:
     if not path.suffix and len(path.parts) == 2 and not path.is_absolute():
         return f"for a dataset on the Hugging Face Hub write {HUB_PREFIX}{path}"
     return did_you_mean(path.name, siblings) or "check the path"
-
-
-def _folder(folder: Path) -> dict[str, Source]:
-    found: dict[str, Source] = {}
-    for part, stems in SPLIT_FILES.items():
-        names = [f"{stem}{suffix}{packed}" for stem in stems for suffix in READERS for packed in ("", *COMPRESSIONS)]
-        files = [folder / name for name in names if reader_of(Path(name)) and (folder / name).is_file()]
-        if len(files) > 1:
-            both = " and ".join(file.name for file in files)
-            raise UserError(f"{both} are both the {part} part", where=str(folder), hint="keep one", exit_code=USAGE)
-        if files:
-            found[part] = FileSource(files[0])
-    if not found:
-        hint = "put train.jsonl in it (and valid.jsonl, test.jsonl); .json, .csv, .parquet and .txt do as well"
-        raise UserError("the folder holds no rows", where=str(folder), hint=hint, exit_code=USAGE)
-    return found

@@ -22,7 +22,7 @@ from mlx_sft.data.cache import Writer, cache_folder, entry_key, open_store, writ
 from mlx_sft.data.dataset import LostRow, Store, pack
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.readers import Row
-from mlx_sft.data.sources import FileSource, Source
+from mlx_sft.data.sources import Source
 from mlx_sft.errors import USAGE, UserError
 
 ROWS_AT_ONCE = 128
@@ -82,13 +82,11 @@ def tokenized(
     return Tokenized(store, sha256)
 
 
-def _state(source: Source) -> tuple[int, int, int] | None:
-    """What changes with any change of a source's file."""
-    if not isinstance(source, FileSource):
-        return None
+def _state(source: Source) -> list[tuple[int, int, int]]:
+    """What changes with any change of a source's files."""
     source.size()  # raises `UserError` where there is no such file
-    found = source.path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    states = [file.path.stat() for file in source.files]
+    return [(state.st_size, state.st_mtime_ns, state.st_ino) for state in states]
 
 
 def _write(

@@ -20,10 +20,12 @@ class Truncation:
 
     Attributes:
         notes: The number of each row that lost something, and its note, in order.
+        supervised_tokens_lost: Supervised tokens of the examples as they were that are no longer there.
     """
 
     examples: Examples
     notes: list[tuple[int, Note]]
+    supervised_tokens_lost: int = 0
 
 
 def truncate(examples: Examples, max_length: int, overlong: Overlong, *, compared: bool = False) -> Truncation:
@@ -63,7 +65,12 @@ def truncate(examples: Examples, max_length: int, overlong: Overlong, *, compare
             shortened = int((too_long & kept)[own].sum())
             note = _of_several(examples, first, end - first, shortened, int((~kept[own]).sum()), max_length)
         notes.append((row, note))
-    return Truncation(cut.select(np.flatnonzero(kept)), notes)
+    left = cut.select(np.flatnonzero(kept))
+    return Truncation(left, notes, _supervised(examples) - _supervised(left))
+
+
+def _supervised(examples: Examples) -> int:
+    return int(examples.supervised_tokens.sum(dtype=np.int64))
 
 
 def _of_one(examples: Examples, index: int, length: int, longest: int, overlong: Overlong, *, kept: bool) -> Note:

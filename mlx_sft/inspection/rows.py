@@ -19,7 +19,6 @@ from mlx_sft.data.readers import Row
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.screening import SIGNS, SPECIAL_SIGN, signs_of
-from mlx_sft.data.sources import locate
 from mlx_sft.errors import UserError
 from mlx_sft.inspection.selection import Part, Selection, SurveyedRows
 
@@ -173,7 +172,7 @@ class RowViewer:
         for index, source in enumerate(self.surveyed.sources):
             end = first + source.rows
             wanted = any(first <= key < end if isinstance(key, int) else key[0] == index for key in selection)
-            rows = locate(source.name)["all"].rows() if left and wanted else ()
+            rows = self.surveyed.located[index].rows() if left and wanted else ()
             for number, row in enumerate(rows, first):
                 if number in selection or (index, _origin(row)) in selection:
                     left -= 1

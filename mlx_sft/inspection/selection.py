@@ -20,6 +20,7 @@ from mlx_sft.data.example import Note
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.screening import SIGNS
+from mlx_sft.data.sources import Source
 from mlx_sft.errors import USAGE, UserError
 
 Part = Literal["train", "valid", ""]
@@ -41,12 +42,14 @@ class SurveyedRows:
     """All rows of the data, numbered from 0 through all sources, and what became of them.
 
     Attributes:
-        sources: Those to train on, then those to validate on.
+        sources: What became of those to train on, then of those to validate on.
+        located: Where the rows of each are.
         parts: The examples that are used.
         offsets: What to add to an example's row number in each part, which counts from the part's own first source.
     """
 
     sources: list[SourceReport]
+    located: list[Source]
     parts: dict[Part, Examples]
     offsets: dict[Part, int]
 
@@ -56,7 +59,8 @@ class SurveyedRows:
         sources = prepared.report.sources
         trained = sum(source.rows for source in sources[:train_sources])
         offset = trained if len(sources) > train_sources else 0
-        return cls(sources, {"train": prepared.train, "valid": prepared.valid}, {"train": 0, "valid": offset})
+        parts: dict[Part, Examples] = {"train": prepared.train, "valid": prepared.valid}
+        return cls(sources, prepared.sources, parts, {"train": 0, "valid": offset})
 
     @property
     def count(self) -> int:
@@ -115,13 +119,19 @@ def row_named(rows: SurveyedRows, name: str) -> Selection:
         raise UserError(f"not the name of a row: {name}", hint=hint, exit_code=USAGE)
     asked, number = parts[1], parts[2].lstrip("0") or "0"
     selection: Selection = set()
-    for index, source in enumerate(rows.sources):
-        if not asked or source.name == asked or source.name.endswith(f"/{asked}"):
-            selection |= {(index, f"{source.name}:{number}"), (index, f"{source.name}[{number}]")}
+    named = [(index, name) for index, source in enumerate(rows.located) for name in _files_of(source)]
+    for index, file in named:
+        if not asked or file == asked or file.endswith(f"/{asked}"):
+            selection |= {(index, f"{file}:{number}"), (index, f"{file}[{number}]")}
     if not selection:
-        known = ", ".join(source.name for source in rows.sources)
+        known = ", ".join(file for _, file in named)
         raise UserError(f"no data is called {asked}", hint=f"there is {known}", exit_code=USAGE)
     return selection
+
+
+def _files_of(source: Source) -> list[str]:
+    """What the origins of its rows begin with."""
+    return [file.name for file in source.files] or [source.name]
 
 
 def rows_of_kind(rows: SurveyedRows, kind: str, limit: int) -> Selection:

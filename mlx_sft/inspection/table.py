@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from mlx_sft.data.dataset import Examples
-from mlx_sft.data.report import ORIGINS_NAMED, DataReport, PartReport, fates, histogram, length_summary, reasons
+from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.report import ORIGINS_NAMED, DataReport, PartReport, fates, reasons
 from mlx_sft.data.screening import SIGN_MEANINGS
 from mlx_sft.inspection.selection import SurveyedRows
 

@@ -105,10 +105,10 @@ def test_turns_with_text_left_out_are_counted_in_rows_that_are_kept(
     qwen3 = make_tokenizer(public_template("qwen3"))
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "hmm"}]
     data = write_rows({"messages": turn}, {"messages": 3 * turn}, {"messages": [*turn, *turn]}, {"messages": 30 * turn})
-    prepared = run(qwen3, data, max_length=400, overlong="drop")
+    prepared = run(qwen3, data, max_length=400, overlong="drop", allow_lost_rows=True)
     assert [example.facts.turns_with_text_left_out for example in prepared.train] == [0, 2, 1]
     assert prepared.report.facts.turns_with_text_left_out == 3
-    cut = run(qwen3, data, max_length=100).train[-1]
+    cut = run(qwen3, data, max_length=100, allow_lost_rows=True).train[-1]
     assert (len(cut), cut.facts.turns_with_text_left_out) == (100, 29)
 
 
@@ -170,7 +170,7 @@ def long_rows(write_rows: WriteRows) -> str:
 def test_too_long_rows_are_cut_and_dropped_where_nothing_is_left_to_learn(
     tokenizer: PreTrainedTokenizerFast, long_rows: str
 ) -> None:
-    prepared = run(tokenizer, long_rows, max_length=60)
+    prepared = run(tokenizer, long_rows, max_length=60, allow_lost_rows=True)
     assert [len(example) for example in prepared.train] == [25, 60]
     assert [
         (note["origin"], note["fate"], note["reason"])
@@ -183,7 +183,8 @@ def test_too_long_rows_are_cut_and_dropped_where_nothing_is_left_to_learn(
 
 
 def test_a_row_that_is_cut_is_the_beginning_of_the_whole(tokenizer: PreTrainedTokenizerFast, long_rows: str) -> None:
-    whole, cut = run(tokenizer, long_rows).train[1], run(tokenizer, long_rows, max_length=60).train[1]
+    whole = run(tokenizer, long_rows).train[1]
+    cut = run(tokenizer, long_rows, max_length=60, allow_lost_rows=True).train[1]
     assert cut.token_ids.tolist() == whole.token_ids[:60].tolist()
     assert cut.labels.tolist() == whole.labels[:60].tolist()
 
@@ -211,7 +212,7 @@ def test_a_row_is_kept_as_long_as_one_of_its_turns_is(
     tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
 ) -> None:
     data = write_rows(every_turn("a", "b" * 60, "c"), every_turn("d" * 60, "e"), every_turn("f"))
-    settings = {"max_length": 60, "train_on": "every-turn"}
+    settings: dict[str, Any] = {"max_length": 60, "train_on": "every-turn", "allow_lost_rows": True}
     dropped = run(tokenizer, data, overlong="drop", **settings)
     assert [example.origin for example in dropped.train] == [f"{data}:1#1", f"{data}:3#1"]
     (source,) = dropped.report.sources
@@ -279,6 +280,30 @@ def test_half_of_the_rows_lost_is_let_pass_over_all_sources(
     with pytest.raises(UserError, match="more than half of the rows are lost, 2 of 3") as caught:
         run(tokenizer, bad, skip_bad_rows=True)
     assert caught.value.where == bad
+
+
+def test_more_than_half_of_the_supervised_tokens_lost_is_refused(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    data = write_rows(chat("a"), chat("b"), chat("c", "y" * 999))  # of the last, 1000 tokens are supervised
+    with pytest.raises(UserError, match=r"more than half of the supervised tokens are lost, 508 of 1,008") as caught:
+        run(tokenizer, data, max_length=512)
+    assert (caught.value.where, "--allow-lost-rows" in caught.value.hint) == (data, True)
+    assert len(run(tokenizer, data, max_length=512, allow_lost_rows=True).train) == 3
+    with pytest.raises(UserError, match="more than half of the supervised tokens are lost, 1,000 of"):
+        run(tokenizer, data, max_length=512, overlong="drop")
+
+
+def test_more_than_a_twentieth_of_the_supervised_tokens_lost_is_warned_of(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    data = write_rows(chat("a"), chat("c", "y" * 999))
+    (warning,) = run(tokenizer, data, max_length=900).report.warnings()
+    assert warning == (
+        "120 of 1,004 supervised tokens (12%) are lost, as their rows are longer than 900 tokens; "
+        "raise --max-length to train on them"
+    )
+    assert run(tokenizer, data, max_length=1000).report.warnings() == []
 
 
 # A look
@@ -478,7 +503,7 @@ def test_a_folder_without_a_train_part_is_refused(
 
 
 def test_the_report_adds_up_and_is_json(tokenizer: PreTrainedTokenizerFast, long_rows: str) -> None:
-    prepared = run(tokenizer, long_rows, max_length=60)
+    prepared = run(tokenizer, long_rows, max_length=60, allow_lost_rows=True)
     report = json.loads(json.dumps(prepared.report.to_json()))
     assert report["totals"] == {"rows": 3, "kept": 2, "truncated": 1, "dropped": 1, "bad": 0}
     train = report["train"]
@@ -488,6 +513,10 @@ def test_the_report_adds_up_and_is_json(tokenizer: PreTrainedTokenizerFast, long
     assert train["supervised_share"] == round(train["supervised_tokens"] / train["tokens"], 4)
     assert report["settings"]["max_length"] == 60
     assert len(report["sources"][0]["sha256"]) == 64
+    # Of 2, 101 and 4 supervised tokens, 2 and 38 are within the first 60.
+    (source,) = report["sources"]
+    assert (source["supervised_tokens"], source["supervised_tokens_lost"]) == (109, 65)
+    assert report["supervised_tokens_lost"] == 65
 
 
 def test_the_wwdc25_rows_under_the_real_qwen3_tokenizer(neighbour: Callable[[str], Path]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlx_sft.data import json_text, readers
+from mlx_sft.data import file_text, json_text
 from mlx_sft.data.json_text import BrokenJsonError, NotRowsError, list_elements, parse_json
 from mlx_sft.data.readers import Row
 from mlx_sft.data.sources import FileSource, locate
@@ -122,8 +122,8 @@ def test_a_json_element_that_is_no_object_is_bad_on_its_own(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "where", "reason"),
     [
-        ('{\n"text": "a"}', "", "neither a list of rows"),
-        ('{"data":\n3}', "", "neither a list of rows"),
+        ('{"a":\n1} {"a": 1}', "", "rows that stand one behind the other, over several lines each"),
+        ('{"a":\n"b', ":2", "not JSON: Unterminated string starting in column 1"),
         ('{"data": [], "data": []}', ":1", 'not JSON: the key "data" twice in one object in column 21'),
         ('[{"text": "a"},\n {"text": nonsense}]', ":2", "not JSON: Expecting value in column 11"),
         ('[{"text": "a"},\n]', ":2", "not JSON: Expecting value in column 1"),
@@ -168,7 +168,8 @@ def test_a_csv_cell_may_be_long(tmp_path: Path) -> None:
     ("content", "line", "reason"),
     [
         ("prompt,completion\na\n", 2, "1 cells under 2 columns"),
-        ("prompt,completion\na,b,c\n", 2, "3 cells under 2 columns"),
+        ("prompt,completion\na,b,c\n", 2, "3 cells under 2 columns, separated by commas"),
+        ("prompt;completion\na,b\n", 2, "1 cells under 2 columns, separated by semicolons"),
     ],
 )
 def test_a_bad_csv_row_is_an_error_with_its_line(tmp_path: Path, content: str, line: int, reason: str) -> None:
@@ -183,7 +184,6 @@ def test_a_bad_csv_row_is_an_error_with_its_line(tmp_path: Path, content: str, l
     ("content", "where", "reason"),
     [
         (b"text,text\na,b\n", ":1", "the column names are not distinct"),
-        (b"prompt;completion\na;b\n", ":1", "the columns are not separated by commas"),
         # A stray quote swallows the rows behind it, so that no row count would be right.
         (b'prompt,completion\na,"b\nc,d\n', ":2", "not CSV: unexpected end of data"),
         (b'prompt,completion\na,"b"c\nc,d\n', ":2", "not CSV: "),
@@ -198,6 +198,64 @@ def test_csv_that_cannot_be_read_on_is_one_error(tmp_path: Path, content: bytes,
         read(path)
     assert caught.value.where == f"{path}{where}"
     assert caught.value.what.startswith(reason)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.gz"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_the_delimiter_of_a_table_is_that_of_its_header(tmp_path: Path, name: str, delimiter: str) -> None:
+    path = tmp_path / name
+    path.write_text(f'\nprompt{delimiter}completion\nHow?{delimiter}"{delimiter}so, or; so"\n')
+    assert read(path) == [Row(f"{path}:3", {"prompt": "How?", "completion": f"{delimiter}so, or; so"})]
+
+
+def test_a_header_has_the_delimiter_of_its_files_name_before_another(tmp_path: Path) -> None:
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        path = tmp_path / name
+        path.write_text(f'"a,b;\tc"{delimiter}d;e\n1{delimiter}2\n')
+        assert values(path) == [{"a,b;\tc": "1", "d;e": "2"}]
+    path.write_text("text\na,b;c\n")
+    assert values(path) == [{"text": "a,b;c"}]
+
+
+def test_ndjson_is_an_object_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.ndjson"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert read(path) == [Row(f"{path}:1", {"text": "a"}), Row(f"{path}:2", {"text": "b"})]
+
+
+ROW = {"messages": [{"role": "user", "content": "Größe?"}, {"role": "assistant", "content": "Zwei Meter."}]}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson", "a.txt"])
+@pytest.mark.parametrize("indent", [None, 0, 2, "\t"])
+def test_a_file_that_is_one_object_is_one_row(tmp_path: Path, name: str, indent: int | str | None) -> None:
+    path = tmp_path / name
+    path.write_text(json.dumps(ROW, indent=indent))
+    assert values(path) == [ROW]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_rows_over_several_lines_are_one_error_and_not_one_a_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("\n".join([json.dumps(ROW, indent=2)] * 3))
+    error = whole(path)
+    assert error.what == "rows that stand one behind the other, over several lines each"
+    assert "jq -c" in error.hint
+    path.write_text(json.dumps(ROW, indent=2)[:-20])
+    assert whole(path).what.startswith("not JSON: ")
+
+
+def test_a_first_line_that_is_cut_off_is_bad_on_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a",\n{"text": "b"}\n')
+    assert bad(path).where == f"{path}:1"
+
+
+def test_one_object_may_not_be_longer_than_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_text, "LONGEST_ROW", 1000)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"text": "\n", "a": ["b" * 400] * 4}, indent=2))
+    assert "a row of more than" in bad(path).what
 
 
 def test_parquet_rows_are_read(tmp_path: Path) -> None:
@@ -410,7 +468,7 @@ def test_another_kind_of_file_is_named(tmp_path: Path, suffix: str, content: byt
 
 
 def test_a_line_without_end_is_an_error_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(file_text, "LONGEST_ROW", 1 << 20)
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.write(b'{"text": "a"}\n{"text": "')

@@ -8,7 +8,8 @@ import pytest
 
 from mlx_sft.data.dataset import Examples, pack
 from mlx_sft.data.example import Example, Note, Outcome
-from mlx_sft.data.report import DataReport, PartReport, SourceReport, histogram, length_summary, reasons
+from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.report import DataReport, PartReport, SourceReport, reasons
 from mlx_sft.data.template import Facts
 
 pytestmark = pytest.mark.fast

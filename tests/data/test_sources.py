@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_sft.data.readers import Row
-from mlx_sft.data.sources import FileSource, locate, split_weight
+from mlx_sft.data.sources import FileSource, Source, locate, split_weight
 from mlx_sft.errors import USAGE, UserError
 
 pytestmark = pytest.mark.fast
@@ -202,6 +203,94 @@ def test_a_folder_with_two_files_for_a_part_is_refused(tmp_path: Path) -> None:
     (tmp_path / "dev.csv").write_text("x")
     with pytest.raises(UserError, match=r"valid\.jsonl and dev\.csv are both the valid part"):
         locate(str(tmp_path))
+
+
+def write_parts(folder: Path, *names: str) -> None:
+    """Each file with one row, which says its name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}))
+
+
+def texts(source: Source) -> list[str]:
+    return [row.value["text"] for row in source.rows() if isinstance(row, Row)]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"train": ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"], "test": ["test-00000-of-00001.jsonl"]},
+        {"train": ["data/train-1-of-2-0123456789abcdef.json", "data/train-2-of-2-fedcba9876543210.json"]},
+        {"train": ["train/0000.jsonl", "train/0001.jsonl"], "valid": ["validation/0000.jsonl"]},
+        {"train": ["data/train/a.jsonl.gz", "data/train/b.jsonl.gz"], "valid": ["data/val/a.jsonl"]},
+        {"train": [f"train_{number}.ndjson" for number in range(12)], "valid": ["dev.jsonl"]},
+        {"train": ["data/train.jsonl"], "valid": ["data/validation.jsonl"], "test": ["data/test.jsonl"]},
+    ],
+)
+def test_a_folder_is_read_as_the_hub_lays_it_out(tmp_path: Path, parts: dict[str, list[str]]) -> None:
+    write_parts(tmp_path, *(name for names in parts.values() for name in names))
+    (tmp_path / "README.md").write_text("x")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    found = locate(str(tmp_path))
+    assert {part: texts(source) for part, source in found.items()} == parts
+    for source in found.values():
+        assert sum(1 for _ in source.rows()) == len(source.files)
+        assert all(row.origin.startswith(str(tmp_path)) for row in source.rows() if isinstance(row, Row))
+
+
+def test_several_files_of_a_part_tell_their_size_digest_and_how_far_they_are(tmp_path: Path) -> None:
+    write_parts(tmp_path, "train-0.jsonl", "train-1.jsonl")
+    source = pickle.loads(pickle.dumps(locate(str(tmp_path))["train"]))
+    positions: list[int] = []
+    assert len(list(source.rows(positions.append))) == 2
+    assert positions == sorted(positions)
+    assert positions[-1] == source.size() == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert source.name == str(tmp_path / "train")
+    before = source.sha256()
+    (tmp_path / "train-1.jsonl").write_text('{"text": "other"}')
+    assert source.sha256() != before
+    for file in tmp_path.iterdir():
+        file.write_text("\n")
+    with pytest.raises(UserError, match="the files hold no rows"):
+        list(source.rows())
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "it has 2 files, where their names count 3"),
+        (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], "2 files, where their names count 1 and 2"),
+        (["train-00000-of-00002-aaaaaaaa.jsonl", "train-00000-of-00002-bbbbbbbb.jsonl"], "it has 2 files"),
+        (["train-0-of-999999999.jsonl"], "it has 1 files"),
+        (["train/a.jsonl", "train/b.csv"], r"a\.jsonl and b\.csv are files of several kinds"),
+        (["train.jsonl", "data/train-0.jsonl"], r"train\.jsonl and data/train are both the train part"),
+        (["valid/a.jsonl", "dev.jsonl", "train.jsonl"], r"valid and dev\.jsonl are both the valid part"),
+    ],
+)
+def test_a_part_that_is_not_whole_or_there_twice_is_refused(tmp_path: Path, names: list[str], reason: str) -> None:
+    write_parts(tmp_path, *names)
+    with pytest.raises(UserError, match=reason) as caught:
+        locate(str(tmp_path))
+    assert caught.value.hint
+
+
+def test_the_folder_of_a_part_is_that_part(tmp_path: Path) -> None:
+    write_parts(tmp_path, "validation/0.jsonl", "validation/1.jsonl", "test/train.jsonl")
+    assert texts(locate(str(tmp_path / "validation"))["all"]) == ["validation/0.jsonl", "validation/1.jsonl"]
+    assert list(locate(str(tmp_path / "test"))) == ["train"]
+
+
+def test_a_folder_without_parts_says_what_it_has_instead(tmp_path: Path) -> None:
+    write_parts(tmp_path, "en/train-0.jsonl", "notes.txt")
+    with pytest.raises(UserError, match="the folder holds no rows") as caught:
+        locate(str(tmp_path))
+    assert "notes.txt, en/train-0.jsonl" in caught.value.hint
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "data-00000-of-00001.arrow").write_text("x")
+    with pytest.raises(UserError) as caught:
+        locate(str(tmp_path))
+    assert "to_parquet" in caught.value.hint
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -168,6 +168,22 @@ def test_a_row_and_a_kind_exclude_each_other(look: Look) -> None:
         look(row="1", only="bad")
 
 
+def test_rows_of_several_files_of_a_part_are_shown_by_their_own_file(
+    look: Look, tmp_path: Path, lines: list[str]
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(2):
+        name = f"train-0000{number}-of-00002.jsonl"
+        (shards / name).write_text(f"{lines[number]}\n{lines[6 + number]}\n")
+    inspection = look(data=[str(shards)])
+    assert [row.origin.rpartition("/")[2] for row in inspection.rows] == [
+        f"train-0000{number}-of-00002.jsonl:{line}" for number in range(2) for line in (1, 2)
+    ]
+    (row,) = look(row="train-00001-of-00002.jsonl:2", data=[str(shards)]).rows
+    assert row.raw == inspection.rows[3].raw
+
+
 def test_validation_rows_are_known_as_such(look: Look, tmp_path: Path, data: Path) -> None:
     valid = tmp_path / "valid.jsonl"
     valid.write_text(data.read_text().splitlines()[0] + "\n")
