@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_sft.data.json_text import kind
-from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, parsed, read_messages, take_weights
+from mlx_sft.data.json_text import kind, parsed
+from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, read_messages, take_weights
 from mlx_sft.data.readers import Row
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")

@@ -230,3 +230,19 @@ _KINDS |= {list: "a list", dict: "an object"}
 def kind(value: Any) -> str:
     """What a value is, in JSON's words."""
     return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def parsed(value: Any, name: str) -> Any:
+    """A structured field, which tables (.csv, .parquet) may hold as JSON text, once or more times encoded; blank text is none.
+
+    Raises:
+        ValueError: for text that is not JSON, or JSON of mere words.
+    """
+    while isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is neither a list or object nor JSON text of one ({error})") from None
+    return value

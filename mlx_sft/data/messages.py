@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlx_sft.data.json_text import kind, parse_json
+from mlx_sft.data.json_text import kind, parsed
+from mlx_sft.data.tool_calls import calls_in_content, read_call, read_calls
 from mlx_sft.errors import did_you_mean
 
 Message = dict[str, Any]
@@ -93,14 +94,10 @@ def _message(value: Any, place: str) -> Message:
             message = {key: message.pop(other), **message}
     role = _role(message, place)
     message["role"] = "assistant" if role == _CALL else role
-    if role == _CALL:
-        message["tool_calls"] = _calls_in_content(message, place)
-    elif role == "assistant" and _CALL in message:
-        message.setdefault("tool_calls", [_as_call(message.pop(_CALL), f"{place}.{_CALL}")])
     for key in REASONING_KEYS:
         if not isinstance(message.get(key, ""), str):
             raise ValueError(f"{place}.{key} must be a string, not {kind(message[key])}")
-    _check_tool_calls(message, place)
+    _read_calls(message, place, in_content=role == _CALL)
     if "content" in message:
         message["content"] = _text(message["content"], f"{place}.content")
     elif "tool_calls" not in message:
@@ -123,38 +120,21 @@ def _role(message: Message, place: str) -> str:
     raise ValueError(f"{place} has the unknown role {shown(role)}; {guess or 'known are ' + ', '.join(ROLES)}")
 
 
-def _calls_in_content(message: Message, place: str) -> list[Any]:
-    """The calls of a turn whose content is JSON of one or of several."""
-    content = message.pop("content", None)
-    calls = parsed(content, f"{place}, a function call,")
-    return [_as_call(call, place) for call in (calls if isinstance(calls, list) else [calls])]
-
-
-def _as_call(call: Any, place: str) -> dict[str, Any]:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise ValueError(f'{place} is a call, and must be {{"name": ..., "arguments": {{...}}}}')
-    return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-
-
-def _check_tool_calls(message: Message, place: str) -> None:
-    if "tool_calls" not in message:
-        return
-    calls = parsed(message["tool_calls"], f"{place}.tool_calls")
-    if not calls and isinstance(calls, list | None):
-        # Some templates ask only whether the key is there.
-        del message["tool_calls"]
-        return
-    if not isinstance(calls, list):
-        raise ValueError(f"{place}.tool_calls must be a list, not {kind(calls)}")
-    if message["role"] != "assistant":
+def _read_calls(message: Message, place: str, in_content: bool) -> None:
+    """Put the calls of a message under `tool_calls`, from wherever it has them; without one there is no such key."""
+    calls = read_calls(message.pop("tool_calls", None), f"{place}.tool_calls")
+    if (call := parsed(message.pop(_CALL, None), f"{place}.{_CALL}")) is not None:
+        calls.append(read_call(call, f"{place}.{_CALL}"))
+    if in_content and (message.get("content") or not calls):
+        reasoning, found = calls_in_content(message.pop("content", None), place)
+        calls += found
+        if reasoning and any(message.get(key, reasoning) != reasoning for key in REASONING_KEYS):
+            raise ValueError(f"{place} has two different reasonings, in its content and beside it")
+        message |= {REASONING_KEYS[0]: reasoning} if reasoning else {}
+    if calls and message["role"] != "assistant":
         raise ValueError(f"{place} has tool_calls, which only an assistant's message can have")
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{place}.tool_calls[{index}] names no function")
-        if not isinstance(function.get("arguments", {}), dict | str):
-            raise ValueError(f"{place}.tool_calls[{index}] has arguments that are neither an object nor a string")
-    message["tool_calls"] = calls
+    # Some templates ask only whether the key is there.
+    message |= {"tool_calls": calls} if calls else {}
 
 
 def _text(content: Any, place: str) -> str:
@@ -182,18 +162,6 @@ def check_characters(value: Any, place: str) -> None:
         raise ValueError(
             f"{place} holds half of a surrogate pair ({half}): it was cut inside a character, such as an emoji"
         ) from None
-
-
-def parsed(value: Any, name: str) -> Any:
-    """A structured field, which tables (.csv, .parquet) may hold as JSON text; blank text is none."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return parse_json(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is neither a list or object nor JSON text of one ({error})") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
