@@ -35,6 +35,8 @@ _HEAVIEST = 1e6
 def read_messages(value: Any, name: str) -> list[Message]:
     """A list of messages, written with role and content or with from and value, or JSON text of it.
 
+    A message that is a call by its role goes on with the assistant's turn before it, as in `assistant`, `tool_call`, `tool_call`.
+
     Returns:
         Messages with one of the `ROLES`, content as text, no nulls, and otherwise what they had.
 
@@ -46,7 +48,57 @@ def read_messages(value: Any, name: str) -> list[Message]:
         raise ValueError(f"{name} must be a list, not {kind(value)}")
     if not value:
         raise ValueError(f"{name} is empty")
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
+    messages: list[Message] = []
+    for index, item in enumerate(value):
+        message, is_call = _message(item, f"{name}[{index}]")
+        goes_on = is_call and messages and messages[-1]["role"] == "assistant"
+        whole = _one_turn(messages[-1], message, f"{name}[{index}]") if goes_on else None
+        if whole:
+            messages[-1] = whole
+        else:
+            messages.append(message)
+    return messages
+
+
+def joined(first: Message, second: Message) -> Message | None:
+    """Two assistant messages as one; None where it would say something in another order, or another speaker's.
+
+    A message's reasoning stands before its text and its calls behind it, wherever a template writes it. Texts are put a blank
+    line apart.
+    """
+    said = [{key: text for key, text in _said(message).items() if _says(text)} for message in (first, second)]
+    last_of_first = max((_ORDER.index(key) for key in said[0]), default=0)
+    first_of_second = min((_ORDER.index(key) for key in said[1]), default=len(_ORDER))
+    speakers = [message["name"] for message in (first, second) if "name" in message]
+    if last_of_first > first_of_second or speakers[:1] != speakers[-1:]:
+        return None
+    others = {key: item for key, item in (second | first).items() if key not in (*REASONING_KEYS, *_ORDER)}
+    empty = {"content": ""} if "content" in first or "content" in second else {}
+    both = {key: said[0][key] + _BETWEEN[key] + said[1][key] for key in said[0] if key in said[1]}
+    return others | empty | said[1] | said[0] | both
+
+
+_BETWEEN: dict[str, Any] = {REASONING_KEYS[0]: "\n\n", "content": "\n\n", "tool_calls": []}
+"""The parts of a turn in the order in which templates write them, and what is put between two of a kind."""
+_ORDER = tuple(_BETWEEN)
+
+
+def _said(message: Message) -> dict[str, Any]:
+    reasoning = next((message[key] for key in REASONING_KEYS if key in message), "")
+    return {key: reasoning if key == REASONING_KEYS[0] else message.get(key, "") for key in _ORDER}
+
+
+def _says(part: str | list[Any]) -> bool:
+    return bool(part.strip() if isinstance(part, str) else part)
+
+
+def _one_turn(turn: Message, call: Message, place: str) -> Message | None:
+    """An assistant's message with the calls that follow it."""
+    if any(turn.get(key) != call.get(key) for key in ("train", "weight")):
+        raise ValueError(
+            f"{place} goes on with the turn before it, and has another train or weight: give both the same"
+        )
+    return joined(turn, call)
 
 
 def take_weights(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], tuple[float, ...] | None]:
@@ -85,7 +137,8 @@ def _weight(message: Mapping[str, Any], place: str) -> float:
     return value
 
 
-def _message(value: Any, place: str) -> Message:
+def _message(value: Any, place: str) -> tuple[Message, bool]:
+    """A message, and whether it is a call by its role."""
     if not isinstance(value, dict):
         raise ValueError(f"{place} must be an object with role and content, not {kind(value)}")
     message = {key: item for key, item in value.items() if item is not None}
@@ -105,7 +158,7 @@ def _message(value: Any, place: str) -> Message:
     check_characters("".join(message), f"a key of {place}")
     for key, item in message.items():
         check_characters(item, f"{place}.{key}")
-    return message
+    return message, role == _CALL
 
 
 def _role(message: Message, place: str) -> str:
