@@ -8,6 +8,7 @@ from typing import Any
 from mlx_sft.data.json_text import kind, parsed
 from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, read_messages, take_weights
 from mlx_sft.data.readers import Row
+from mlx_sft.data.tool_calls import as_tool
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -102,8 +103,8 @@ def _check_that_messages_are_all(row: Row) -> None:
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
     """Under `tools`; or under `functions`, as they were written before there were tools."""
-    tools = _objects(row, "tools") or [as_tool(function) for function in _objects(row, "functions")]
-    return tools or None
+    key = "tools" if parsed(row.value.get("tools"), "tools") else "functions"
+    return [as_tool(tool, f"{key}[{index}]") for index, tool in enumerate(_objects(row, key))] or None
 
 
 def _objects(row: Row, key: str) -> list[dict[str, Any]]:
@@ -116,11 +117,6 @@ def _objects(row: Row, key: str) -> list[dict[str, Any]]:
             raise ValueError(f"{key}[{index}] must be an object, not {kind(item)}")
     check_characters(objects, key)
     return objects
-
-
-def as_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as templates take it, of one or of a bare function, as LLaMA-Factory's data have them."""
-    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
 
 
 def _template_kwargs(row: Row) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def _role(message: Message, place: str) -> str:
 
 def _read_calls(message: Message, place: str, in_content: bool) -> None:
     """Put the calls of a message under `tool_calls`, from wherever it has them; without one there is no such key."""
-    calls = read_calls(message.pop("tool_calls", None), f"{place}.tool_calls")
+    calls = read_calls(message.get("tool_calls"), f"{place}.tool_calls")
     if (call := parsed(message.pop(_CALL, None), f"{place}.{_CALL}")) is not None:
         calls.append(read_call(call, f"{place}.{_CALL}"))
     if in_content and (message.get("content") or not calls):
@@ -186,8 +186,9 @@ def _read_calls(message: Message, place: str, in_content: bool) -> None:
         message |= {REASONING_KEYS[0]: reasoning} if reasoning else {}
     if calls and message["role"] != "assistant":
         raise ValueError(f"{place} has tool_calls, which only an assistant's message can have")
-    # Some templates ask only whether the key is there.
-    message |= {"tool_calls": calls} if calls else {}
+    message["tool_calls"] = calls
+    if not calls:
+        del message["tool_calls"]  # some templates ask only whether the key is there
 
 
 def _text(content: Any, place: str) -> str:

@@ -1,4 +1,4 @@
-"""An assistant's calls as people write them → `{"type": "function", "function": {"name": ..., "arguments": ...}}`.
+"""An assistant's calls, and the tools that it may call, as people write them → `{"type": "function", "function": {...}}`.
 
 Arguments leave here as an object or as JSON text of one, never as text that no parser reads. What is wrong is a `ValueError`
 with the place and a reason.
@@ -16,6 +16,9 @@ Call = dict[str, Any]
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 """The names under which a call's arguments travel, the standard one first; `input` is Anthropic's, `parameters` Llama's."""
+_SCHEMAS = ("input_schema", "inputSchema")
+"""What Anthropic and MCP call a tool's `parameters`."""
+_BARE_TYPES = (None, "function", "custom")
 _THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _PYTHON = re.compile(r"\s*\{\s*'")
 
@@ -39,11 +42,14 @@ def read_call(value: Any, place: str) -> Call:
         raise ValueError(f'{place} names no function: a call is {{"name": ..., "arguments": {{...}}}}')
     holder = call if function.keys().isdisjoint(_ARGUMENTS) else function
     key = next((key for key in _ARGUMENTS if key in holder), "arguments")
-    arguments = _arguments(holder.pop(key, None), place)
+    arguments = _arguments(holder.get(key), place)
     if function is call:
-        call = {other: item for other, item in call.items() if other not in ("name", "type")}
-        function = {"name": name}
-    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+        others = {other: item for other, item in call.items() if other not in ("name", "type", key)}
+        return {**others, "type": "function", "function": {"name": name, "arguments": arguments}}
+    if holder is call or key != "arguments":
+        holder.pop(key, None)
+    # The order of the keys stays: some templates write a call as it is.
+    return call | {"type": call.get("type", "function"), "function": function | {"arguments": arguments}}
 
 
 def calls_in_content(content: Any, place: str) -> tuple[str, list[Call]]:
@@ -58,6 +64,34 @@ def calls_in_content(content: Any, place: str) -> tuple[str, list[Call]]:
         raise ValueError(f"{place} is a call, and its list of calls is empty")
     read = [read_call(call, f"{place}[{index}]" if len(calls) > 1 else place) for index, call in enumerate(calls)]
     return thinking[1].strip("\n") if thinking else "", read
+
+
+def as_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
+    """A tool as templates take it: of one, or of a bare function as LLaMA-Factory, OpenAI's Responses or Anthropic write it.
+
+    The schema of its parameters is an object; in tables it is JSON text.
+    """
+    bare = tool.get("function") is None and "name" in tool and tool.get("type") in _BARE_TYPES
+    function = tool if bare else parsed(tool.get("function"), f"{place}.function")
+    if not isinstance(function, dict):
+        return tool  # of another kind, such as a search that its provider runs
+    if bare:
+        names = {} if "parameters" in function else dict.fromkeys(_SCHEMAS, "parameters")
+        function = {names.get(key, key): item for key, item in function.items() if key not in ("type", "function")}
+    if isinstance(function.get("parameters"), str):
+        schema = parsed(function["parameters"], f"{place}.parameters")
+        if not isinstance(schema, dict | None):
+            raise ValueError(f"{place} has parameters that are {kind(schema)}, not an object")
+        function = function | {"parameters": schema or {}}
+    return (
+        {"type": "function", "function": function}
+        if bare
+        else tool
+        | {
+            "type": tool.get("type") or "function",
+            "function": function,
+        }
+    )
 
 
 def _without_nulls(value: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mlx_sft.data.encode import Encoder
 from mlx_sft.data.json_text import parse_json
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import RowReader
-from mlx_sft.data.tool_calls import calls_in_content, read_call, read_calls
+from mlx_sft.data.tool_calls import as_tool, calls_in_content, read_call, read_calls
 from mlx_sft.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -120,7 +120,9 @@ def test_a_call_is_read_in_every_form(call: Any) -> None:
     assert read_call(call, "call") == ROLL
 
 
-def test_what_else_a_call_has_stays_beside_it() -> None:
+def test_what_else_a_call_has_stays_beside_it_and_in_its_order() -> None:
+    call = {"id": "c1", "type": "function", "function": {"arguments": {"n": 6}, "name": "roll"}, "index": 0}
+    assert json.dumps(read_call(call, "call")) == json.dumps(call)
     assert read_call({"id": "c1", "name": "roll", "arguments": {"n": 6}}, "call") == {"id": "c1", **ROLL}
     assert read_calls(json.dumps([{"id": "c1", **ROLL}]), "tool_calls") == [{"id": "c1", **ROLL}]
 
@@ -178,3 +180,61 @@ def test_reasoning_in_a_call_is_the_assistants(qwen3: PreTrainedTokenizerFast) -
     assert one.loss_weights.tolist() == other.loss_weights.tolist()
     with pytest.raises(UserError, match="two different reasonings"):
         conversation(question, {"role": "function_call", "content": content, "reasoning": "Two dice."})
+
+
+# Tools
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
+TOOL = {"type": "function", "function": {"name": "roll", "description": "d", "parameters": SCHEMA}}
+BARE = TOOL["function"]
+ROWS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {"instruction": "a", "output": "b"},
+    {"prompt": "a", "completion": "b"},
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: next(iter(row)))
+@pytest.mark.parametrize("times", range(3))
+@pytest.mark.parametrize("tools", [[BARE], [TOOL], [json.dumps(BARE)], [json.dumps(TOOL)]])
+def test_tools_are_wrapped_and_parsed_in_every_row_format(row: dict[str, Any], times: int, tools: Any) -> None:
+    read = RowReader().read(Row("chats.jsonl:3", {**row, "tools": encoded(tools, times)}))
+    assert read.tools == [TOOL]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "function", **BARE},
+        {"type": "custom", **BARE},
+        {"name": "roll", "description": "d", "input_schema": SCHEMA},
+        {"name": "roll", "description": "d", "inputSchema": SCHEMA},
+        {**BARE, "parameters": json.dumps(SCHEMA)},
+        {"function": BARE},
+        {"type": None, "function": BARE},
+        {"type": "function", "function": json.dumps(BARE)},
+    ],
+)
+def test_a_tool_is_read_in_every_form(tool: dict[str, Any]) -> None:
+    assert as_tool(tool, "tools[0]") == TOOL
+
+
+@given(st.dictionaries(st.text().filter(lambda key: key != "parameters"), json_values, max_size=3))
+def test_a_tool_in_the_standard_form_stays_as_it_is(function: dict[str, Any]) -> None:
+    for tool in (
+        {"type": "function", "function": function},
+        {"function": function, "type": "function", "strict": True},
+    ):
+        assert json.dumps(as_tool(tool, "tools[0]")) == json.dumps(tool)
+
+
+@pytest.mark.parametrize("tool", [{"type": "web_search"}, {"type": "bash_20250124", "name": "bash"}])
+def test_a_tool_of_a_providers_own_stays_as_it_is(tool: dict[str, Any]) -> None:
+    assert as_tool(tool, "tools[0]") == tool
+
+
+def test_parameters_that_are_no_schema_are_an_error() -> None:
+    for parameters in ("n: int", "[1]"):
+        with pytest.raises(ValueError, match=r"^tools\[0\]"):
+            as_tool({"name": "roll", "parameters": parameters}, "tools[0]")
