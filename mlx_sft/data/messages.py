@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mlx_sft.data.content_parts import answers_apart, has_answers, read_parts, read_text
 from mlx_sft.data.json_text import kind, parsed
-from mlx_sft.data.tool_calls import calls_in_content, read_call, read_calls
+from mlx_sft.data.tool_calls import calls_in_content, read_call, read_calls, same_calls
 from mlx_sft.errors import did_you_mean
 
 Message = dict[str, Any]
@@ -50,13 +51,15 @@ def read_messages(value: Any, name: str) -> list[Message]:
         raise ValueError(f"{name} is empty")
     messages: list[Message] = []
     for index, item in enumerate(value):
-        message, is_call = _message(item, f"{name}[{index}]")
-        goes_on = is_call and messages and messages[-1]["role"] == "assistant"
-        whole = _one_turn(messages[-1], message, f"{name}[{index}]") if goes_on else None
-        if whole:
-            messages[-1] = whole
-        else:
-            messages.append(message)
+        place = f"{name}[{index}]"
+        for one in _apart(item, place):
+            message, is_call = _message(one, place)
+            goes_on = is_call and messages and messages[-1]["role"] == "assistant"
+            whole = _one_turn(messages[-1], message, place) if goes_on else None
+            if whole:
+                messages[-1] = whole
+            else:
+                messages.append(message)
     return messages
 
 
@@ -137,22 +140,43 @@ def _weight(message: Mapping[str, Any], place: str) -> float:
     return value
 
 
-def _message(value: Any, place: str) -> tuple[Message, bool]:
-    """A message, and whether it is a call by its role."""
+def _apart(value: Any, place: str) -> Iterable[Any]:
+    """A message, or the several that it is where its content holds the answers of tools."""
     if not isinstance(value, dict):
-        raise ValueError(f"{place} must be an object with role and content, not {kind(value)}")
+        return [value]
+    message = _standard_keys(value)
+    if not has_answers(message.get("content")):
+        return [value]
+    if _role(message, place) not in ("user", "tool"):
+        raise ValueError(f"{place} has a tool's answer, which only a user's message can bring")
+    return answers_apart(message, place)
+
+
+def _standard_keys(value: Message) -> Message:
+    """Without nulls, and with role and content where it has from and value."""
     message = {key: item for key, item in value.items() if item is not None}
     for key, other in (("role", "from"), ("content", "value")):
         if key not in message and other in message:
             message = {key: message.pop(other), **message}
+    return message
+
+
+def _message(value: Any, place: str) -> tuple[Message, bool]:
+    """A message, and whether it is a call by its role."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} must be an object with role and content, not {kind(value)}")
+    message = _standard_keys(value)
     role = _role(message, place)
     message["role"] = "assistant" if role == _CALL else role
     for key in REASONING_KEYS:
         if not isinstance(message.get(key, ""), str):
             raise ValueError(f"{place}.{key} must be a string, not {kind(message[key])}")
-    _read_calls(message, place, in_content=role == _CALL)
+    if message["role"] == "assistant":
+        _read_assistant(message, place, is_call=role == _CALL)
+    else:
+        _check_that_it_calls_nothing(message, place)
     if "content" in message:
-        message["content"] = _text(message["content"], f"{place}.content")
+        message["content"] = read_text(message["content"], f"{place}.content")
     elif "tool_calls" not in message:
         raise ValueError(f"{place} has no content")
     check_characters("".join(message), f"a key of {place}")
@@ -173,37 +197,39 @@ def _role(message: Message, place: str) -> str:
     raise ValueError(f"{place} has the unknown role {shown(role)}; {guess or 'known are ' + ', '.join(ROLES)}")
 
 
-def _read_calls(message: Message, place: str, in_content: bool) -> None:
-    """Put the calls of a message under `tool_calls`, from wherever it has them; without one there is no such key."""
-    calls = read_calls(message.get("tool_calls"), f"{place}.tool_calls")
+def _read_assistant(message: Message, place: str, is_call: bool) -> None:
+    """Put reasoning, text and calls where templates look for them, from wherever an assistant's message has them.
+
+    Without a call there is no `tool_calls`: some templates ask only whether the key is there.
+    """
+    found = [read_calls(message.get("tool_calls"), f"{place}.tool_calls")]
     if (call := parsed(message.pop(_CALL, None), f"{place}.{_CALL}")) is not None:
-        calls.append(read_call(call, f"{place}.{_CALL}"))
-    if in_content and (message.get("content") or not calls):
-        reasoning, found = calls_in_content(message.pop("content", None), place)
-        calls += found
-        if reasoning and any(message.get(key, reasoning) != reasoning for key in REASONING_KEYS):
-            raise ValueError(f"{place} has two different reasonings, in its content and beside it")
-        message |= {REASONING_KEYS[0]: reasoning} if reasoning else {}
-    if calls and message["role"] != "assistant":
+        found.append([read_call(call, f"{place}.{_CALL}")])
+    reasoning, content = "", message.get("content")
+    if is_call and (content or not any(found)):
+        reasoning, calls = calls_in_content(message.pop("content", None), place)
+        found.append(calls)
+    elif isinstance(content, list):
+        reasoning, text, calls = read_parts(content, f"{place}.content")
+        found.append(calls)
+        message["content"] = text
+        if text is None:
+            del message["content"]
+    if reasoning and any(message.get(key, reasoning) != reasoning for key in REASONING_KEYS):
+        raise ValueError(f"{place} has two different reasonings, in its content and beside it")
+    message |= {REASONING_KEYS[0]: reasoning} if reasoning else {}
+    calls = next(filter(None, found), [])
+    if any(other and not same_calls(other, calls) for other in found):
+        raise ValueError(f"{place} has different calls in two places, such as tool_calls and its content")
+    if calls:
+        message["tool_calls"] = calls
+    else:
+        message.pop("tool_calls", None)
+
+
+def _check_that_it_calls_nothing(message: Message, place: str) -> None:
+    if parsed(message.pop("tool_calls", None), f"{place}.tool_calls") or message.pop(_CALL, None):
         raise ValueError(f"{place} has tool_calls, which only an assistant's message can have")
-    message["tool_calls"] = calls
-    if not calls:
-        del message["tool_calls"]  # some templates ask only whether the key is there
-
-
-def _text(content: Any, place: str) -> str:
-    """Content as one string; text parts are joined, as templates that know parts write them."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(f"{place} must be a string or a list of text parts, not {kind(content)}")
-    texts = []
-    for index, part in enumerate(content):
-        is_text = isinstance(part, dict) and part.get("type", "text") == "text"
-        if not is_text or not isinstance(part.get("text"), str):
-            raise ValueError(f'{place}[{index}] is not a text part, such as {{"type": "text", "text": "..."}}')
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def check_characters(value: Any, place: str) -> None:

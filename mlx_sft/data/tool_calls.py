@@ -57,6 +57,10 @@ def calls_in_content(content: Any, place: str) -> tuple[str, list[Call]]:
 
     `<think>…</think>` before the JSON is reasoning, as LLaMA-Factory writes it.
     """
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        content = "".join(part["text"] for part in content)
     thinking = _THINKING.match(content) if isinstance(content, str) else None
     value = parsed(content[thinking.end() :] if thinking else content, f"{place}, a function call,")
     calls = value if isinstance(value, list) else [value]
@@ -64,6 +68,16 @@ def calls_in_content(content: Any, place: str) -> tuple[str, list[Call]]:
         raise ValueError(f"{place} is a call, and its list of calls is empty")
     read = [read_call(call, f"{place}[{index}]" if len(calls) > 1 else place) for index, call in enumerate(calls)]
     return thinking[1].strip("\n") if thinking else "", read
+
+
+def same_calls(some: list[Call], others: list[Call]) -> bool:
+    """Whether two lists call the same functions with the same arguments."""
+    return [_called(call) for call in some] == [_called(call) for call in others]
+
+
+def _called(call: Call) -> tuple[str, Any]:
+    arguments = call["function"]["arguments"]
+    return call["function"]["name"], parse_json(arguments) if isinstance(arguments, str) else arguments
 
 
 def as_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
