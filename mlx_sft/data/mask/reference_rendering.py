@@ -200,7 +200,8 @@ class ReferenceRendering:
                     "this template takes no system message, or not there: it renders the conversation without; "
                     "put the instruction at the start of the first user message, or leave it out"
                 )
-        if any(follows_a_turn(self.messages, index) for index in range(len(self.messages))):
+        given = self.conversation.messages
+        if any(follows_a_turn(given, index) for index in range(len(given))):
             return "it has assistant messages in a row: --consecutive-turns join makes them one turn"
         return "change the messages (roles, their order, the fields of tool calls) to what the template takes"
 
