@@ -55,6 +55,9 @@ class CommonSettings(Settings):
     """Where a row keeps its parts: user=question,assistant=answer (and system=...), or other names for a format's own keys."""
     special_in_content: Literal["error", "drop", "keep"] = "error"
     """What becomes of a row whose text holds a special token of the tokenizer, such as <|im_end|>, which can forge a turn."""
+    consecutive_turns: Literal["keep", "join", "error"] = "keep"
+    """What becomes of assistant messages in a row: each a turn of its own (and counted), joined to one with a blank line between texts, or
+    an error."""
     train_on: Literal["all", "last", "every-turn"] = "all"
     """Train on every assistant turn, or only on the last; every-turn makes each turn an example of its own, in the context in which
     the model would write it, for templates that rewrite history."""

@@ -214,7 +214,7 @@ def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
     tokenizer = load_tokenizer(base, config.chat_template)
     try:
         source, description = _source(config)
-        reader = RowReader(config.format, config.columns)
+        reader = RowReader.from_config(config)
         encoder = Encoder(tokenizer, EncodeSettings.from_config(config))
         rows = list(islice(_token_ids(source, reader, encoder, config.max_length), MOST_ROWS))
         if not rows:

@@ -83,7 +83,12 @@ def entry_key(sha256: str, name: str, pipeline: Pipeline) -> str:
         "end_tokens": sorted(encoder.end_tokens),
         "day": _day(encoder.tokenizer.chat_template, encoder.settings.template_kwargs),
         "encoding": asdict(encoder.settings),
-        "format": [reader.format, dict(reader.columns), *(_module_digest(row_format.read) for row_format in others)],
+        "format": [
+            reader.format,
+            dict(reader.columns),
+            reader.consecutive_turns,
+            *(_module_digest(row_format.read) for row_format in others),
+        ],
         "objective": objective and [objective.name, objective.settings.model_dump(), _module_digest(type(objective))],
         "special_in_content": pipeline.special_in_content,
         "code": [_code(), platform.python_version(), *map(version, _PACKAGES)],

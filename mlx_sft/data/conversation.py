@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_sft.data.json_text import kind
-from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, parsed, read_messages, take_weights
+from mlx_sft.data.content_parts import read_text
+from mlx_sft.data.json_text import kind, parsed
+from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, read_messages, take_weights
 from mlx_sft.data.readers import Row
+from mlx_sft.data.tool_calls import as_tool
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -60,7 +62,7 @@ def items_of(read: Items) -> tuple[Item, ...]:
 def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conversation:
     """Messages, of which the first `context` are not supervised, with what else the row has."""
     _check_that_messages_are_all(row)
-    system = text_of(row, "system")
+    system = text_of(row, "system", in_parts=True)
     if system and messages[0]["role"] in ("system", "developer"):
         if messages[0].get("content") != system:
             raise ValueError("the row's system and its first message are two different system prompts")
@@ -102,8 +104,8 @@ def _check_that_messages_are_all(row: Row) -> None:
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
     """Under `tools`; or under `functions`, as they were written before there were tools."""
-    tools = _objects(row, "tools") or [as_tool(function) for function in _objects(row, "functions")]
-    return tools or None
+    key = "tools" if parsed(row.value.get("tools"), "tools") else "functions"
+    return [as_tool(tool, f"{key}[{index}]") for index, tool in enumerate(_objects(row, key))] or None
 
 
 def _objects(row: Row, key: str) -> list[dict[str, Any]]:
@@ -116,11 +118,6 @@ def _objects(row: Row, key: str) -> list[dict[str, Any]]:
             raise ValueError(f"{key}[{index}] must be an object, not {kind(item)}")
     check_characters(objects, key)
     return objects
-
-
-def as_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool as templates take it, of one or of a bare function, as LLaMA-Factory's data have them."""
-    return tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
 
 
 def _template_kwargs(row: Row) -> dict[str, Any]:
@@ -139,9 +136,11 @@ def as_messages(value: Any, name: str, role: str) -> list[Message]:
     return read_messages(value, name)
 
 
-def text_of(row: Row, key: str) -> str:
-    """Text of a row; empty where it is blank or absent."""
+def text_of(row: Row, key: str, in_parts: bool = False) -> str:
+    """Text of a row; empty where it is blank or absent. Where it may be in parts, a list of text parts is one text."""
     text = row.value.get(key) or ""
+    if in_parts and isinstance(text, list):
+        text = read_text(text, key)
     if not isinstance(text, str):
         raise ValueError(f"{key} must be a string, not {kind(text)}")
     check_characters(text, key)

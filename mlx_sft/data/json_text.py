@@ -244,3 +244,26 @@ _KINDS |= {list: "a list", dict: "an object"}
 def kind(value: Any) -> str:
     """What a value is, in JSON's words."""
     return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+_PRINTED = re.compile(r"\s*(?:array\()?[\[({][\s\[({]*'")
+"""How Python, and pandas where it saves a column of lists as .csv, begins what it prints of them."""
+
+
+def parsed(value: Any, name: str) -> Any:
+    """A structured field, which tables (.csv, .parquet) may hold as JSON text, once or more times encoded; blank text is none.
+
+    Raises:
+        ValueError: for text that is not JSON, or JSON of mere words.
+    """
+    while isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            if _PRINTED.match(value):
+                what = f"{name} is written as Python prints a list or dict, with single quotes, and not as JSON"
+                raise ValueError(f"{what}: write the column with json.dumps") from None
+            raise ValueError(f"{name} is neither a list or object nor JSON text of one ({error})") from None
+    return value

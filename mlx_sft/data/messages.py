@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlx_sft.data.json_text import kind, parse_json
+from mlx_sft.data.content_parts import answers_apart, has_answers, read_parts, read_text
+from mlx_sft.data.json_text import kind, parsed
+from mlx_sft.data.tool_calls import calls_in_content, read_call, read_calls, same_calls
 from mlx_sft.errors import did_you_mean
 
 Message = dict[str, Any]
@@ -35,6 +36,8 @@ _HEAVIEST = 1e6
 def read_messages(value: Any, name: str) -> list[Message]:
     """A list of messages, written with role and content or with from and value, or JSON text of it.
 
+    A message that is a call by its role goes on with the assistant's turn before it, as in `assistant`, `tool_call`, `tool_call`.
+
     Returns:
         Messages with one of the `ROLES`, content as text, no nulls, and otherwise what they had.
 
@@ -46,7 +49,59 @@ def read_messages(value: Any, name: str) -> list[Message]:
         raise ValueError(f"{name} must be a list, not {kind(value)}")
     if not value:
         raise ValueError(f"{name} is empty")
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
+    messages: list[Message] = []
+    for index, item in enumerate(value):
+        place = f"{name}[{index}]"
+        for one in _apart(item, place):
+            message, is_call = _message(one, place)
+            goes_on = is_call and messages and messages[-1]["role"] == "assistant"
+            whole = _one_turn(messages[-1], message, place) if goes_on else None
+            if whole:
+                messages[-1] = whole
+            else:
+                messages.append(message)
+    return messages
+
+
+def joined(first: Message, second: Message) -> Message | None:
+    """Two assistant messages as one; None where it would say something in another order, or another speaker's.
+
+    A message's reasoning stands before its text and its calls behind it, wherever a template writes it. Texts are put a blank
+    line apart.
+    """
+    said = [{key: text for key, text in _said(message).items() if _says(text)} for message in (first, second)]
+    last_of_first = max((_ORDER.index(key) for key in said[0]), default=0)
+    first_of_second = min((_ORDER.index(key) for key in said[1]), default=len(_ORDER))
+    speakers = [message["name"] for message in (first, second) if "name" in message]
+    if last_of_first > first_of_second or speakers[:1] != speakers[-1:]:
+        return None
+    others = {key: item for key, item in (second | first).items() if key not in (*REASONING_KEYS, *_ORDER)}
+    empty = {"content": ""} if "content" in first or "content" in second else {}
+    both = {key: said[0][key] + _BETWEEN[key] + said[1][key] for key in said[0] if key in said[1]}
+    return others | empty | said[1] | said[0] | both
+
+
+_BETWEEN: dict[str, Any] = {REASONING_KEYS[0]: "\n\n", "content": "\n\n", "tool_calls": []}
+"""The parts of a turn in the order in which templates write them, and what is put between two of a kind."""
+_ORDER = tuple(_BETWEEN)
+
+
+def _said(message: Message) -> dict[str, Any]:
+    reasoning = next((message[key] for key in REASONING_KEYS if key in message), "")
+    return {key: reasoning if key == REASONING_KEYS[0] else message.get(key, "") for key in _ORDER}
+
+
+def _says(part: str | list[Any]) -> bool:
+    return bool(part.strip() if isinstance(part, str) else part)
+
+
+def _one_turn(turn: Message, call: Message, place: str) -> Message | None:
+    """An assistant's message with the calls that follow it."""
+    if any(turn.get(key) != call.get(key) for key in ("train", "weight")):
+        raise ValueError(
+            f"{place} goes on with the turn before it, and has another train or weight: give both the same"
+        )
+    return joined(turn, call)
 
 
 def take_weights(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], tuple[float, ...] | None]:
@@ -85,31 +140,49 @@ def _weight(message: Mapping[str, Any], place: str) -> float:
     return value
 
 
-def _message(value: Any, place: str) -> Message:
+def _apart(value: Any, place: str) -> Iterable[Any]:
+    """A message, or the several that it is where its content holds the answers of tools."""
     if not isinstance(value, dict):
-        raise ValueError(f"{place} must be an object with role and content, not {kind(value)}")
+        return [value]
+    message = _standard_keys(value)
+    if not has_answers(message.get("content")):
+        return [value]
+    if _role(message, place) not in ("user", "tool"):
+        raise ValueError(f"{place} has a tool's answer, which only a user's message can bring")
+    return answers_apart(message, place)
+
+
+def _standard_keys(value: Message) -> Message:
+    """Without nulls, and with role and content where it has from and value."""
     message = {key: item for key, item in value.items() if item is not None}
     for key, other in (("role", "from"), ("content", "value")):
         if key not in message and other in message:
             message = {key: message.pop(other), **message}
+    return message
+
+
+def _message(value: Any, place: str) -> tuple[Message, bool]:
+    """A message, and whether it is a call by its role."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} must be an object with role and content, not {kind(value)}")
+    message = _standard_keys(value)
     role = _role(message, place)
     message["role"] = "assistant" if role == _CALL else role
-    if role == _CALL:
-        message["tool_calls"] = _calls_in_content(message, place)
-    elif role == "assistant" and _CALL in message:
-        message.setdefault("tool_calls", [_as_call(message.pop(_CALL), f"{place}.{_CALL}")])
     for key in REASONING_KEYS:
         if not isinstance(message.get(key, ""), str):
             raise ValueError(f"{place}.{key} must be a string, not {kind(message[key])}")
-    _check_tool_calls(message, place)
+    if message["role"] == "assistant":
+        _read_assistant(message, place, is_call=role == _CALL)
+    else:
+        _check_that_it_calls_nothing(message, place)
     if "content" in message:
-        message["content"] = _text(message["content"], f"{place}.content")
+        message["content"] = read_text(message["content"], f"{place}.content")
     elif "tool_calls" not in message:
         raise ValueError(f"{place} has no content")
     check_characters("".join(message), f"a key of {place}")
     for key, item in message.items():
         check_characters(item, f"{place}.{key}")
-    return message
+    return message, role == _CALL
 
 
 def _role(message: Message, place: str) -> str:
@@ -124,53 +197,39 @@ def _role(message: Message, place: str) -> str:
     raise ValueError(f"{place} has the unknown role {shown(role)}; {guess or 'known are ' + ', '.join(ROLES)}")
 
 
-def _calls_in_content(message: Message, place: str) -> list[Any]:
-    """The calls of a turn whose content is JSON of one or of several."""
-    content = message.pop("content", None)
-    calls = parsed(content, f"{place}, a function call,")
-    return [_as_call(call, place) for call in (calls if isinstance(calls, list) else [calls])]
+def _read_assistant(message: Message, place: str, is_call: bool) -> None:
+    """Put reasoning, text and calls where templates look for them, from wherever an assistant's message has them.
+
+    Without a call there is no `tool_calls`: some templates ask only whether the key is there.
+    """
+    found = [read_calls(message.get("tool_calls"), f"{place}.tool_calls")]
+    if (call := parsed(message.pop(_CALL, None), f"{place}.{_CALL}")) is not None:
+        found.append([read_call(call, f"{place}.{_CALL}")])
+    reasoning, content = "", message.get("content")
+    if is_call and (content or not any(found)):
+        reasoning, calls = calls_in_content(message.pop("content", None), place)
+        found.append(calls)
+    elif isinstance(content, list):
+        reasoning, text, calls = read_parts(content, f"{place}.content")
+        found.append(calls)
+        message["content"] = text
+        if text is None:
+            del message["content"]
+    if reasoning and any(message.get(key, reasoning) != reasoning for key in REASONING_KEYS):
+        raise ValueError(f"{place} has two different reasonings, in its content and beside it")
+    message |= {REASONING_KEYS[0]: reasoning} if reasoning else {}
+    calls = next(filter(None, found), [])
+    if any(other and not same_calls(other, calls) for other in found):
+        raise ValueError(f"{place} has different calls in two places, such as tool_calls and its content")
+    if calls:
+        message["tool_calls"] = calls
+    else:
+        message.pop("tool_calls", None)
 
 
-def _as_call(call: Any, place: str) -> dict[str, Any]:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise ValueError(f'{place} is a call, and must be {{"name": ..., "arguments": {{...}}}}')
-    return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-
-
-def _check_tool_calls(message: Message, place: str) -> None:
-    if "tool_calls" not in message:
-        return
-    calls = parsed(message["tool_calls"], f"{place}.tool_calls")
-    if not calls and isinstance(calls, list | None):
-        # Some templates ask only whether the key is there.
-        del message["tool_calls"]
-        return
-    if not isinstance(calls, list):
-        raise ValueError(f"{place}.tool_calls must be a list, not {kind(calls)}")
-    if message["role"] != "assistant":
+def _check_that_it_calls_nothing(message: Message, place: str) -> None:
+    if parsed(message.pop("tool_calls", None), f"{place}.tool_calls") or message.pop(_CALL, None):
         raise ValueError(f"{place} has tool_calls, which only an assistant's message can have")
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{place}.tool_calls[{index}] names no function")
-        if not isinstance(function.get("arguments", {}), dict | str):
-            raise ValueError(f"{place}.tool_calls[{index}] has arguments that are neither an object nor a string")
-    message["tool_calls"] = calls
-
-
-def _text(content: Any, place: str) -> str:
-    """Content as one string; text parts are joined, as templates that know parts write them."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(f"{place} must be a string or a list of text parts, not {kind(content)}")
-    texts = []
-    for index, part in enumerate(content):
-        is_text = isinstance(part, dict) and part.get("type", "text") == "text"
-        if not is_text or not isinstance(part.get("text"), str):
-            raise ValueError(f'{place}[{index}] is not a text part, such as {{"type": "text", "text": "..."}}')
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def check_characters(value: Any, place: str) -> None:
@@ -183,25 +242,6 @@ def check_characters(value: Any, place: str) -> None:
         raise ValueError(
             f"{place} holds half of a surrogate pair ({half}): it was cut inside a character, such as an emoji"
         ) from None
-
-
-_REPR = re.compile(r"\s*(?:array\()?[\[({][\s\[({]*'")
-"""How Python, and pandas where it saves a column of lists as .csv, begins what it prints of them."""
-
-
-def parsed(value: Any, name: str) -> Any:
-    """A structured field, which tables (.csv, .parquet) may hold as JSON text; blank text is none."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return parse_json(value)
-    except ValueError as error:
-        if _REPR.match(value):
-            what = f"{name} is written as Python prints a list or dict, with single quotes, and not as JSON"
-            raise ValueError(f"{what}: write the column with json.dumps") from None
-        raise ValueError(f"{name} is neither a list or object nor JSON text of one ({error})") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

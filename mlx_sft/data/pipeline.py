@@ -71,7 +71,7 @@ class Pipeline:
     def from_config(cls, config: TrainConfig, tokenizer: Any) -> Pipeline:
         objective = OBJECTIVES[config.objective]
         return cls(
-            RowReader(config.format, config.columns),
+            RowReader.from_config(config),
             Encoder(tokenizer, EncodeSettings.from_config(config)),
             SpecialTokens(tokenizer),
             config.special_in_content,

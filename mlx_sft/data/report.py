@@ -255,6 +255,11 @@ class DataReport:
                 f"the chat template has no system role: it writes {many(facts.systems_folded, 'system message')} "
                 "inside another message's turn"
             )
+        if facts.consecutive_turns:
+            warnings.append(
+                f"{_of(facts.consecutive_turns, facts.turns, 'assistant turn')} directly behind another: the model is taught to end "
+                "its turn between them; --consecutive-turns join makes them one"
+            )
         return warnings
 
     def _lost_warnings(self) -> list[str]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_sft.data.conversation import Items
+from mlx_sft.data.conversation import Conversation, Item, Items, items_of
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.messages import nearest, shown
 from mlx_sft.data.readers import Row
+from mlx_sft.data.turns import ConsecutiveTurns, with_turns
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.registry import FORMATS
+
+if TYPE_CHECKING:
+    from mlx_sft.config import TrainConfig
 
 _ALIASES = {"user": "prompt", "assistant": "completion"}
 """What `--columns` may call a key besides its own name."""
@@ -38,6 +42,7 @@ class RowReader:
         format: The format's name, or `auto`: that of the first row.
         columns: Where a row keeps its parts: `{"user": "question", "assistant": "answer"}`, or a format's own keys under other
             names, `{"messages": "dialogue"}`.
+        consecutive_turns: What becomes of assistant turns in a row.
 
     Raises:
         UserError: for a format or a part that does not exist.
@@ -45,6 +50,7 @@ class RowReader:
 
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
+    consecutive_turns: ConsecutiveTurns = "keep"
     _first: tuple[RowFormat, str] | None = None
     """The settled format, and the origin of the row that settled it."""
 
@@ -62,6 +68,10 @@ class RowReader:
         if len(set(keys)) < len(keys):
             hint = "user is the same as prompt, and assistant the same as completion"
             raise UserError("a part of a row is named twice", where="columns", hint=hint, exit_code=USAGE)
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> RowReader:
+        return cls(config.format, config.columns, config.consecutive_turns)
 
     @property
     def settled(self) -> RowFormat | None:
@@ -100,12 +110,17 @@ class RowReader:
         renamed = self._renamed(row)
         row_format = self._format_of(renamed)
         try:
-            return row_format.read(renamed)
+            read = row_format.read(renamed)
         except ValueError as error:
             parts = _parts()
             names = [f"{parts[part]} is its column {shown(column)}" for part, column in self.columns.items()]
             hint = "; ".join([f"such a row is {row_format.example}", *names])
             raise UserError(str(error), where=row.origin, hint=hint) from None
+        items = (self._with_turns(item) for item in items_of(read))
+        return tuple(items) if isinstance(read, tuple) else next(items)
+
+    def _with_turns(self, item: Item) -> Item:
+        return with_turns(item, self.consecutive_turns) if isinstance(item, Conversation) else item
 
     def _renamed(self, row: Row) -> Row:
         """The row with its parts under the keys of the formats."""

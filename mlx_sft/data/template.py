@@ -20,6 +20,7 @@ from mlx_sft.data.mask.reference_rendering import SYSTEM_ROLES, ReferenceRenderi
 from mlx_sft.data.mask.trace import NOBODY, Integers, Refusal, TracedRendering
 from mlx_sft.data.mask.traced_template import has_tags
 from mlx_sft.data.sandbox import compiled
+from mlx_sft.data.turns import follows_a_turn
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Facts:
             such as earlier reasoning.
         systems_left_out: System messages of which the template writes nothing.
         systems_folded: System messages that the template writes inside another message's turn.
+        consecutive_turns: Of the supervised turns those that directly follow another assistant message.
     """
 
     turns: int = 0
@@ -56,6 +58,7 @@ class Facts:
     turns_with_text_left_out: int = 0
     systems_left_out: int = 0
     systems_folded: int = 0
+    consecutive_turns: int = 0
 
     def __add__(self, other: Facts) -> Facts:
         return Facts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Facts)))
@@ -137,6 +140,7 @@ def render(
         turns=len(turns),
         turns_without_end=sum(not turn.ends for turn in turns),
         turns_with_text_left_out=len(cut),
+        consecutive_turns=sum(follows_a_turn(conversation.messages, turn.message) for turn in turns),
         **_systems(traced),
     )
     rendering = Rendering(text, turns, traced.char_to_message, facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -207,7 +207,7 @@ class RowViewer:
         try:
             if isinstance(row, UserError):
                 raise row
-            items = items_of(RowReader(source.format or "auto", self._config.columns).read(row))
+            items = items_of(replace(RowReader.from_config(self._config), format=source.format or "auto").read(row))
             views = [(item, view) for item in items for view in pipeline.encoder.view(item)]
         except UserError:
             return [], frozenset()

@@ -60,7 +60,7 @@ def test_nulls_are_left_out_and_text_parts_joined() -> None:
 def test_a_tool_call_may_be_bare_and_its_arguments_text() -> None:
     bare = {"name": "weather", "arguments": '{"city": "Köln"}'}
     read = conversation(messages=[USER, {"role": "assistant", "tool_calls": [bare]}])
-    assert read.messages[1]["tool_calls"] == [bare]
+    assert read.messages[1]["tool_calls"] == [{"type": "function", "function": bare}]
 
 
 def test_prompt_and_completion_become_two_messages() -> None:
@@ -140,7 +140,7 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
         ({"messages": [{**ASSISTANT, "tool_calls": [{}]}]}, "messages[0].tool_calls[0] names no function"),
         (
             {"messages": [{**ASSISTANT, "tool_calls": [{"name": "f", "arguments": 3}]}]},
-            "messages[0].tool_calls[0] has arguments that are neither an object nor a string",
+            "messages[0].tool_calls[0] has arguments that are a number, not an object",
         ),
         ({"messages": [USER]}, "a conversation with nothing to train on: it has no assistant turn"),
         (
@@ -180,7 +180,7 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
         ),
         (
             {"conversations": [{"from": "function_call", "value": '{"a": 1}'}]},
-            "conversations[0] is a call, and must be",
+            "conversations[0] names no function: a call is",
         ),
         ({"instruction": " ", "output": "a"}, "instruction and input are both empty"),
         ({"instruction": 3, "output": "a"}, "instruction must be a string, not a number"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mlx_sft.data.conversation import Conversation, conversation_of, text_of
 from mlx_sft.data.formats import EXTRAS, RowFormat
-from mlx_sft.data.json_text import kind
-from mlx_sft.data.messages import Message, parsed, read_messages
+from mlx_sft.data.json_text import kind, parsed
+from mlx_sft.data.messages import Message, read_messages
 from mlx_sft.data.readers import Row
 
 

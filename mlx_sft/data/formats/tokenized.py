@@ -5,8 +5,8 @@ from __future__ import annotations
 from mlx_sft.data.conversation import Tokens
 from mlx_sft.data.example import IGNORED
 from mlx_sft.data.formats import RowFormat
-from mlx_sft.data.json_text import kind
-from mlx_sft.data.messages import parsed, shown
+from mlx_sft.data.json_text import kind, parsed
+from mlx_sft.data.messages import shown
 from mlx_sft.data.readers import Row
 
 

@@ -19,6 +19,7 @@ from mlx_sft.data.mask.trace import Messages, Span
 from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.sandbox import compiled
 from mlx_sft.data.template_limits import CLOCK, Clock
+from mlx_sft.data.turns import follows_a_turn
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -199,6 +200,9 @@ class ReferenceRendering:
                     "this template takes no system message, or not there: it renders the conversation without; "
                     "put the instruction at the start of the first user message, or leave it out"
                 )
+        given = self.conversation.messages
+        if any(follows_a_turn(given, index) for index in range(len(given))):
+            return "it has assistant messages in a row: --consecutive-turns join makes them one turn"
         return "change the messages (roles, their order, the fields of tool calls) to what the template takes"
 
 

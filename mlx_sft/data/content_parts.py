@@ -1,0 +1,98 @@
+"""Content that is a list of parts → text, reasoning, calls and the answers of tools, each where templates look for it.
+
+OpenAI's parts are `{"type": "text", "text": ...}`; Anthropic's are also `thinking`, `tool_use` and `tool_result`. What is wrong is a
+`ValueError` with the place and a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlx_sft.data.json_text import kind
+from mlx_sft.data.tool_calls import Call, read_call
+
+_TEXT_TYPES = ("text", "input_text", "output_text")
+_REASONING_TYPES = ("thinking", "reasoning")
+_CALL, _RESULT = "tool_use", "tool_result"
+
+
+def read_text(content: Any, place: str) -> str:
+    """Content as one string; text parts are joined, as templates that know parts write them."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"{place} must be a string or a list of text parts, not {kind(content)}")
+    return "".join(_text(part, f"{place}[{index}]") for index, part in enumerate(content))
+
+
+def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Call]]:
+    """What an assistant's parts say: reasoning, text (None where there are calls alone) and calls.
+
+    Raises:
+        ValueError: also for parts in another order, in which no template would write them.
+    """
+    reasoning: list[str] = []
+    texts: list[str] = []
+    calls: list[Call] = []
+    for index, part in enumerate(parts):
+        where = f"{place}[{index}]"
+        if _type(part) in _REASONING_TYPES:
+            if any(text.strip() for text in texts) or calls:
+                raise ValueError(f"{where} is reasoning behind text or a call: {_ORDER}")
+            said = next((part[key] for key in (*_REASONING_TYPES, "text") if part.get(key) is not None), "")
+            reasoning.append(read_text(said, where))
+        elif _type(part) == _CALL:
+            calls.append(read_call({key: part.get(key) for key in ("id", "name", "input")}, where))
+        else:
+            texts.append(_text(part, where))
+            if calls and texts[-1].strip():
+                raise ValueError(f"{where} is text behind a call: {_ORDER}")
+    text = "".join(texts) if texts or not calls else None
+    return "\n\n".join(filter(None, reasoning)), text, calls
+
+
+_ORDER = "a turn is reasoning, then text, then calls, and templates write it so"
+
+
+def answers_apart(message: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
+    """A user's message whose content holds answers of tools, as these answers and the rest of it, in their order."""
+    content = message["content"]
+    rest: list[Any] = []
+
+    def said() -> Iterator[dict[str, Any]]:
+        if rest:
+            yield {**message, "content": list(rest)}
+            rest.clear()
+
+    for index, part in enumerate(content):
+        if _type(part) != _RESULT:
+            rest.append(part)
+            continue
+        yield from said()
+        answer = part.get("content")
+        yield {
+            "role": "tool",
+            "tool_call_id": part.get("tool_use_id"),
+            "content": "" if answer is None else read_text(answer, f"{place}.content[{index}].content"),
+            **{key: True for key in ("is_error",) if part.get(key)},
+            **{key: message[key] for key in ("train", "weight") if key in message},
+        }
+    yield from said()
+
+
+def has_answers(content: Any) -> bool:
+    """Whether content is parts, one of which is the answer of a tool."""
+    return isinstance(content, list) and any(_type(part) == _RESULT for part in content)
+
+
+def _type(part: Any) -> str:
+    return str(part.get("type") or "text") if isinstance(part, dict) else ""
+
+
+def _text(part: Any, place: str) -> str:
+    if _type(part) in _TEXT_TYPES:
+        text = part["text"] if part.get("text") is not None else part.get("value")
+        if isinstance(text, str):
+            return text
+    raise ValueError(f'{place} is not a text part, such as {{"type": "text", "text": "..."}}')

@@ -1,0 +1,141 @@
+"""An assistant's calls, and the tools that it may call, as people write them → `{"type": "function", "function": {...}}`.
+
+Arguments leave here as an object or as JSON text of one, never as text that no parser reads. What is wrong is a `ValueError`
+with the place and a reason.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from mlx_sft.data.json_text import kind, parse_json, parsed
+
+Call = dict[str, Any]
+
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
+"""The names under which a call's arguments travel, the standard one first; `input` is Anthropic's, `parameters` Llama's."""
+_SCHEMAS = ("input_schema", "inputSchema")
+"""What Anthropic and MCP call a tool's `parameters`."""
+_BARE_TYPES = (None, "function", "custom")
+_THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_PYTHON = re.compile(r"\s*\{\s*'")
+
+
+def read_calls(value: Any, place: str) -> list[Call]:
+    """The calls under a message's `tool_calls`: a list of them, or JSON text of it."""
+    calls = parsed(value, place)
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise ValueError(f"{place} must be a list, not {kind(calls)}")
+    return [read_call(call, f"{place}[{index}]") for index, call in enumerate(calls)]
+
+
+def read_call(value: Any, place: str) -> Call:
+    """One call, with or without `{"function": ...}` around its name and arguments, or JSON text of it."""
+    call = _without_nulls(parsed(value, place))
+    function = _without_nulls(parsed(call["function"], f"{place}.function")) if "function" in call else call
+    name = function.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f'{place} names no function: a call is {{"name": ..., "arguments": {{...}}}}')
+    holder = call if function.keys().isdisjoint(_ARGUMENTS) else function
+    key = next((key for key in _ARGUMENTS if key in holder), "arguments")
+    arguments = _arguments(holder.get(key), place)
+    if function is call:
+        others = {other: item for other, item in call.items() if other not in ("name", "type", key)}
+        return {**others, "type": "function", "function": {"name": name, "arguments": arguments}}
+    if holder is call or key != "arguments":
+        holder.pop(key, None)
+    # The order of the keys stays: some templates write a call as it is.
+    return call | {"type": call.get("type", "function"), "function": function | {"arguments": arguments}}
+
+
+def calls_in_content(content: Any, place: str) -> tuple[str, list[Call]]:
+    """The reasoning and the calls of a message whose content is JSON of one call or of several.
+
+    `<think>…</think>` before the JSON is reasoning, as LLaMA-Factory writes it.
+    """
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        content = "".join(part["text"] for part in content)
+    thinking = _THINKING.match(content) if isinstance(content, str) else None
+    value = parsed(content[thinking.end() :] if thinking else content, f"{place}, a function call,")
+    calls = value if isinstance(value, list) else [value]
+    if not calls:
+        raise ValueError(f"{place} is a call, and its list of calls is empty")
+    read = [read_call(call, f"{place}[{index}]" if len(calls) > 1 else place) for index, call in enumerate(calls)]
+    return thinking[1].strip("\n") if thinking else "", read
+
+
+def same_calls(some: list[Call], others: list[Call]) -> bool:
+    """Whether two lists call the same functions with the same arguments."""
+    return [_called(call) for call in some] == [_called(call) for call in others]
+
+
+def _called(call: Call) -> tuple[str, Any]:
+    arguments = call["function"]["arguments"]
+    return call["function"]["name"], parse_json(arguments) if isinstance(arguments, str) else arguments
+
+
+def as_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
+    """A tool as templates take it: of one, or of a bare function as LLaMA-Factory, OpenAI's Responses or Anthropic write it.
+
+    The schema of its parameters is an object; in tables it is JSON text.
+    """
+    bare = tool.get("function") is None and "name" in tool and tool.get("type") in _BARE_TYPES
+    function = tool if bare else parsed(tool.get("function"), f"{place}.function")
+    if not isinstance(function, dict):
+        return tool  # of another kind, such as a search that its provider runs
+    if bare:
+        names = {} if "parameters" in function else dict.fromkeys(_SCHEMAS, "parameters")
+        function = {names.get(key, key): item for key, item in function.items() if key not in ("type", "function")}
+    if isinstance(function.get("parameters"), str):
+        schema = parsed(function["parameters"], f"{place}.parameters")
+        if not isinstance(schema, dict | None):
+            raise ValueError(f"{place} has parameters that are {kind(schema)}, not an object")
+        function = function | {"parameters": schema or {}}
+    return (
+        {"type": "function", "function": function}
+        if bare
+        else tool
+        | {
+            "type": tool.get("type") or "function",
+            "function": function,
+        }
+    )
+
+
+def _without_nulls(value: Any) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
+
+
+def _arguments(value: Any, place: str) -> dict[str, Any] | str:
+    """Arguments as an object or, where they are JSON text however often encoded, as the innermost text; `{}` for nothing."""
+    text: str | None = None
+    while isinstance(value, str):
+        text = value
+        if not text.strip():
+            return {}
+        try:
+            value = parse_json(text)
+        except ValueError as error:
+            python = "; Python's own notation is not JSON: write it with json.dumps" if _PYTHON.match(text) else ""
+            raise ValueError(f"{place} has arguments that are no JSON object ({error}){python}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} has arguments that are {kind(value)}, not an object")
+    if not _is_finite(value):
+        raise ValueError(f"{place} has a number in its arguments that JSON cannot write")
+    return value if text is None else text
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
