@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -158,6 +158,7 @@ def spoken(message: dict[str, Any]) -> str:
     return " ".join([message.get("reasoning_content", ""), message.get("content", ""), *names])
 
 
+@settings(deadline=None)
 @given(st.lists(turns, min_size=2, max_size=5))
 def test_a_joined_turn_says_the_same_words_in_the_same_order(messages: list[dict[str, Any]]) -> None:
     conversation = Conversation("", [USER, *messages, USER])
