@@ -87,6 +87,8 @@ def test_a_turn_in_parts_of_different_weight_is_an_error() -> None:
     ):
         read(USER, says("Let me see.", train=False), calls("f"))
     assert read(USER, says("A", weight=0.5), calls("f", weight=0.5)).weights == (1.0, 0.5)
+    assert len(read(USER, says("A"), calls("f", train=True)).messages) == 2
+    assert len(read(USER, says("A", train=True), calls("f", weight=1)).messages) == 2
 
 
 IN_A_ROW = [USER, says("One."), says("Two."), {**USER, "content": "And?"}, says("Three.")]
