@@ -22,6 +22,8 @@ class Conversation:
 
     Args:
         weights: Of each message in the loss; 0 where it is not to be supervised. None: all 1.
+        null_content: Give the template a null where a message of calls has no content. Otherwise there is no such key, as newer
+            releases of transformers have it.
     """
 
     origin: str
@@ -30,6 +32,7 @@ class Conversation:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     first_supervised: int = 0
     weights: tuple[float, ...] | None = None
+    null_content: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_sft.data.call_forms import as_the_template_takes_them, changed_calls
 from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
 from mlx_sft.data.example import IGNORED, Example, View, decoded_pieces, decoded_segments
-from mlx_sft.data.mask.reference_rendering import as_the_template_takes_them
 from mlx_sft.data.mask.trace import NOBODY, Integers, assistant_messages
 from mlx_sft.data.messages import take_weights
 from mlx_sft.data.template import NO_FACTS, Facts, render
@@ -47,9 +47,9 @@ class EncodeSettings:
         template_kwargs: Variables of the chat template; a conversation's own go before them.
         train_think_prefill: Train on an empty think block at the start of a turn.
         append_eos: Put the tokenizer's end-of-sequence token after a last turn that has none.
-        verbatim: Take the conversation as it stands. Otherwise calls' arguments that are JSON text are given to the template
-            as objects where it would quote the text, and a turn of whose words the template leaves nothing but its end is
-            not trained on: it would teach the model to say nothing.
+        verbatim: Take the conversation as it stands. Otherwise calls are given to the template in the form that it takes
+            (arguments as objects or text, content absent, null or empty), and a turn of whose words the template leaves nothing
+            but its end is not trained on: it would teach the model to say nothing.
     """
 
     train_on: Literal["all", "last", "every-turn"] = "all"
@@ -108,8 +108,14 @@ class Encoder:
         if isinstance(item, Tokens):
             return [self._tokens(item)]
         conversation = replace(item, template_kwargs=self.settings.template_kwargs | item.template_kwargs)
-        if not self.settings.verbatim:
-            conversation = as_the_template_takes_them(self.tokenizer, conversation)
+        if self.settings.verbatim:
+            return self._examples(conversation)
+        form = as_the_template_takes_them(self.tokenizer, conversation)
+        first, *others = self._examples(form)
+        facts = first.facts + Facts(**changed_calls(conversation, form))
+        return [replace(first, facts=facts), *others]
+
+    def _examples(self, conversation: Conversation) -> list[Encoded]:
         supervised = supervised_messages(conversation)
         if self.settings.train_on == "last":
             last = max(assistant_messages(conversation.messages), default=NOBODY)

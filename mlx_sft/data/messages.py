@@ -97,7 +97,7 @@ def _says(part: str | list[Any]) -> bool:
 
 def _one_turn(turn: Message, call: Message, place: str) -> Message | None:
     """An assistant's message with the calls that follow it."""
-    if any(turn.get(key) != call.get(key) for key in ("train", "weight")):
+    if _weight(turn, place) != _weight(call, place):
         raise ValueError(
             f"{place} goes on with the turn before it, and has another train or weight: give both the same"
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_sft.data.call_forms import FORMS_IN_WORDS
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Fate, Note
 from mlx_sft.data.lengths import histogram, length_summary
@@ -307,6 +308,10 @@ class DataReport:
         if self.signs:
             shown = ", ".join(f"{number:,} {name}" for name, number in self.signs.most_common())
             summary["suspicious"] = f"{shown}; `mlx-sft inspect --only suspicious` shows them"
+        if forms := [
+            f"{words} ({number:,})" for name, words in FORMS_IN_WORDS.items() if (number := getattr(self.facts, name))
+        ]:
+            summary["calls"] = f"as the chat template takes them: {', '.join(forms)}"
         if train.duplicates:
             summary["duplicates"] = f"{train.duplicates:,}"
         return summary

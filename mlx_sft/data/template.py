@@ -51,6 +51,11 @@ class Facts:
         systems_left_out: System messages of which the template writes nothing.
         systems_folded: System messages that the template writes inside another message's turn.
         consecutive_turns: Of the supervised turns those that directly follow another assistant message.
+        arguments_as_objects: Messages of calls whose arguments are text in the row, and are given to the template as objects.
+        arguments_as_text: The other way round.
+        contents_as_null: Messages of calls without words that are given to the template with a null for content.
+        contents_as_empty: Those that have no content in the row, and are given an empty one.
+        contents_left_out: Those that have an empty content in the row, and are given none.
     """
 
     turns: int = 0
@@ -59,6 +64,11 @@ class Facts:
     systems_left_out: int = 0
     systems_folded: int = 0
     consecutive_turns: int = 0
+    arguments_as_objects: int = 0
+    arguments_as_text: int = 0
+    contents_as_null: int = 0
+    contents_as_empty: int = 0
+    contents_left_out: int = 0
 
     def __add__(self, other: Facts) -> Facts:
         return Facts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Facts)))

@@ -106,6 +106,13 @@ def test_what_the_template_does_is_warned_of_once_with_counts(facts: Facts, word
     assert words in warning
 
 
+def test_the_form_in_which_calls_are_given_to_the_template_is_told() -> None:
+    told = report(facts=Facts(turns=4, arguments_as_text=3, contents_as_null=2))
+    assert told.warnings() == []
+    assert told.summary()["calls"] == "as the chat template takes them: arguments as text (3), content null (2)"
+    assert told.to_json()["contents_as_null"] == 2
+
+
 def test_append_eos_is_offered_where_it_is_not_taken() -> None:
     facts = Facts(turns=1, turns_without_end=1)
     assert "--append-eos" in report(facts=facts).warnings()[0]

@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -39,11 +39,13 @@ def arguments_of(value: Any) -> Any:
     return parse_json(arguments) if isinstance(arguments, str) else arguments
 
 
+@settings(deadline=None)
 @given(json_objects, st.integers(0, 5))
 def test_arguments_are_an_object_however_often_they_were_encoded(arguments: dict[str, Any], times: int) -> None:
     assert arguments_of(encoded(arguments, times)) == arguments
 
 
+@settings(deadline=None)
 @given(json_values, st.integers(0, 4))
 def test_no_other_arguments_are_passed_on(value: Any, times: int) -> None:
     innermost = value
@@ -127,6 +129,7 @@ def test_what_else_a_call_has_stays_beside_it_and_in_its_order() -> None:
     assert read_calls(json.dumps([{"id": "c1", **ROLL}]), "tool_calls") == [{"id": "c1", **ROLL}]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab<>/{} \n"))
 def test_reasoning_before_a_call_is_told_apart(words: str) -> None:
     call = {"name": "roll", "arguments": {"n": 6}}
@@ -220,6 +223,7 @@ def test_a_tool_is_read_in_every_form(tool: dict[str, Any]) -> None:
     assert as_tool(tool, "tools[0]") == TOOL
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text().filter(lambda key: key != "parameters"), json_values, max_size=3))
 def test_a_tool_in_the_standard_form_stays_as_it_is(function: dict[str, Any]) -> None:
     for tool in (

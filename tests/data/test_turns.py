@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +87,8 @@ def test_a_turn_in_parts_of_different_weight_is_an_error() -> None:
     ):
         read(USER, says("Let me see.", train=False), calls("f"))
     assert read(USER, says("A", weight=0.5), calls("f", weight=0.5)).weights == (1.0, 0.5)
+    assert len(read(USER, says("A"), calls("f", train=True)).messages) == 2
+    assert len(read(USER, says("A", train=True), calls("f", weight=1)).messages) == 2
 
 
 IN_A_ROW = [USER, says("One."), says("Two."), {**USER, "content": "And?"}, says("Three.")]
@@ -158,6 +160,7 @@ def spoken(message: dict[str, Any]) -> str:
     return " ".join([message.get("reasoning_content", ""), message.get("content", ""), *names])
 
 
+@settings(deadline=None)
 @given(st.lists(turns, min_size=2, max_size=5))
 def test_a_joined_turn_says_the_same_words_in_the_same_order(messages: list[dict[str, Any]]) -> None:
     conversation = Conversation("", [USER, *messages, USER])

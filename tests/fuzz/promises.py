@@ -53,6 +53,23 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "a", "completion": "b"},
     {"prompt": [USER], "completion": [ASSISTANT]},
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]},
+    {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": "a"},
+            {"role": "tool_call", "content": '{"name": "f", "arguments": "{\\"a\\": 1}"}'},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "i", "content": "b"}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "c"},
+                    {"type": "text", "value": "d"},
+                    {"type": "tool_use", "id": "i", "name": "f", "input": {"a": 1}},
+                ],
+            },
+        ],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+    },
     {"text": "a"},
 ]
 
@@ -92,6 +109,9 @@ def check(read: Item) -> None:
         assert isinstance(read, Conversation)
         assert all(message["role"] in ROLES for message in read.messages)
         assert all(isinstance(message.get("content", ""), str) for message in read.messages)
+        for call in (call for message in read.messages for call in message.get("tool_calls", [])):
+            arguments = call["function"]["arguments"]
+            assert isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, dict)
         assert not any("train" in message or "weight" in message for message in read.messages)
         assert read.weights is None or len(read.weights) == len(read.messages)
         assert any(message["role"] == "assistant" for message in read.messages[read.first_supervised :])

@@ -18,18 +18,9 @@ from mlx_sft.data.mask.reasoning import before_reasoning
 from mlx_sft.data.mask.trace import Messages, Span
 from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.sandbox import compiled
-from mlx_sft.data.template_limits import CLOCK, Clock
+from mlx_sft.data.template_limits import CLOCK, Clock, NoTemplate
 from mlx_sft.data.turns import follows_a_turn
 from mlx_sft.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-import json
-from typing import TYPE_CHECKING
-
-from mlx_sft.data.json_text import parse_json
-from mlx_sft.data.mask.trace import called_functions
-from mlx_sft.data.template_limits import NoTemplate, TemplateStopped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +66,10 @@ class ReferenceRendering:
     @cached_property
     def messages(self) -> Messages:
         """As the template sees them."""
-        return [_as_template_sees(message) for message in self.conversation.messages]
+        messages = [_as_template_sees(message) for message in self.conversation.messages]
+        if not self.conversation.null_content:
+            return messages
+        return [{"content": None, **message} if message.get("tool_calls") else message for message in messages]
 
     @cached_property
     def template(self) -> str:
@@ -243,45 +237,3 @@ def _length_in_common(one: str, other: str) -> int:
         else:
             most = middle - 1
     return same
-
-
-# Arguments of tool calls
-
-
-def as_the_template_takes_them(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Conversation:
-    """The conversation, with its calls' arguments as objects where the template would quote their text or rejects it.
-
-    OpenAI's files have JSON text there, most templates take objects, some take both or text alone. Given the wrong one, a template
-    writes text as a quoted string, `"{\\"city\\": ...}"`, which nobody reads as a call.
-    """
-    functions = [function for message in conversation.messages for function in called_functions(message)]
-    texts = [function["arguments"] for function in functions if isinstance(function.get("arguments"), str)]
-    if not texts:
-        return conversation
-    try:
-        written = ReferenceRendering(tokenizer, conversation).text
-        if not any(
-            quoted in written for text in texts for quoted in {json.dumps(text, ensure_ascii=False), json.dumps(text)}
-        ):
-            return conversation
-    except TemplateStopped:
-        raise
-    except UserError:
-        pass
-    return replace(conversation, messages=[_with_objects(message) for message in conversation.messages])
-
-
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    if not called_functions(message):
-        return message
-    return message | {"tool_calls": [_call_with_objects(call) for call in message["tool_calls"]]}
-
-
-def _call_with_objects(call: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _call_with_objects(call["function"])}
-    try:
-        arguments = parse_json(call["arguments"]) if isinstance(call.get("arguments"), str) else None
-    except ValueError:
-        arguments = None
-    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
