@@ -46,9 +46,9 @@ class CommonSettings(Settings):
     valid_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the conversations held out for validation (seeded; duplicates stay together); 0 holds out none."""
     max_length: int = Field(default=2048, ge=2)
-    """Longest conversation, in tokens."""
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What becomes of a longer one."""
+    """Longest conversation or piece of text, in tokens."""
+    overlong: Literal["split", "truncate", "drop", "error"] | None = None
+    """What becomes of a longer one; where not given, text is split, at paragraphs, else sentences, and conversations are truncated."""
     format: str = "auto"
     """The row format; auto tells it by the first row's keys."""
     columns: dict[str, str] = Field(default_factory=dict)

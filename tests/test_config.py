@@ -30,7 +30,7 @@ def test_the_defaults_are_the_promised_ones() -> None:
     promised = {
         "model": "Qwen/Qwen3-0.6B", "method": "lora", "rank": 16, "alpha": 32, "dropout": 0, "rslora": False,
         "target": "all-linear", "init": "kaiming", "epochs": 1, "batch_size": 8, "lr": 2e-4, "max_grad_norm": 1,
-        "overlong": "truncate", "keep": 3, "shuffle": True, "grad_checkpoint": "auto", "dtype": "auto",
+        "overlong": None, "keep": 3, "shuffle": True, "grad_checkpoint": "auto", "dtype": "auto",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in promised} == promised
 

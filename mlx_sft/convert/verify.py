@@ -216,7 +216,7 @@ def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
         source, description = _source(config)
         reader = RowReader.from_config(config)
         encoder = Encoder(tokenizer, EncodeSettings.from_config(config))
-        rows = list(islice(_token_ids(source, reader, encoder, config.max_length), MOST_ROWS))
+        rows = list(islice(_token_ids(source, reader, encoder, config), MOST_ROWS))
         if not rows:
             raise UserError("none of its rows can be used", where=source.name)
     except UserError as error:
@@ -238,7 +238,7 @@ def _source(config: TrainConfig) -> tuple[Source, str]:
     raise UserError("it has no training rows any more", where=", ".join(config.data))
 
 
-def _token_ids(source: Source, reader: RowReader, encoder: Encoder, max_length: int) -> Iterator[list[int]]:
+def _token_ids(source: Source, reader: RowReader, encoder: Encoder, config: TrainConfig) -> Iterator[list[int]]:
     """The rows that can be encoded, one at a time; why others cannot be is what training reported."""
     for row in source.rows():
         if isinstance(row, UserError):
@@ -247,4 +247,7 @@ def _token_ids(source: Source, reader: RowReader, encoder: Encoder, max_length: 
             examples = [example for item in items_of(reader.read(row)) for example in encoder.encode(item)]
         except UserError:
             continue
-        yield from (example.token_ids[:max_length].tolist() for example in examples if len(example))
+        for example in filter(len, examples):
+            split = config.overlong in ("split", None)
+            for start, end in example.pieces(config.max_length) if split else [(0, len(example))]:
+                yield example.token_ids[start:end][: config.max_length].tolist()

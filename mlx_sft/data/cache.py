@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from mlx_sft.data.dataset import CONTENTS, SPAN, TABLE, LostRow, Store
 from mlx_sft.data.example import Note
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
+from mlx_sft.data.splitting import BREAK
 from mlx_sft.errors import UserError
 from mlx_sft.registry import FORMATS
 
@@ -41,6 +42,7 @@ UNUSED_DAYS = 30
 _ARRAYS = {
     "token_ids": np.dtype("<i4"),
     "spans": SPAN,
+    "breaks": BREAK,
     "table": TABLE,
     "contents": CONTENTS,
     "origins": np.dtype("u1"),
@@ -189,7 +191,8 @@ class Writer:
     def append(self, chunk: Store) -> Store:
         """Write a chunk's rows; returns them as they are counted in the whole."""
         lengths = self._lengths
-        chunk = chunk.behind(lengths["token_ids"], lengths["spans"], lengths["origins"], self.rows)
+        tokens, spans, breaks, characters = (lengths[name] for name in ("token_ids", "spans", "breaks", "origins"))
+        chunk = chunk.behind(tokens, spans, breaks, characters, self.rows)
         for name in _ARRAYS:
             array: NDArray[Any] = getattr(chunk, name)
             content = array.tobytes()

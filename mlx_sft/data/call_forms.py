@@ -19,7 +19,7 @@ from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.json_text import parse_json
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.mask.trace import called_functions
-from mlx_sft.data.template_limits import TemplateStopped
+from mlx_sft.data.template_limits import NoTemplate
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
     """What the template writes; None where it rejects the conversation."""
     try:
         return ReferenceRendering(tokenizer, conversation).text
-    except TemplateStopped:
+    except NoTemplate:
         raise
     except UserError:
         return None

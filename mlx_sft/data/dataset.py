@@ -2,7 +2,8 @@
 
     token_ids   int32: those of all examples, one after another
     spans       (start, end, weight): the stretches of an example that are supervised, and each one's weight in the loss
-    table       a record an example: where its tokens, spans and origin lie, its row, signs and facts
+    table       a record an example: where its tokens, spans, breaks and origin lie, its row, signs and facts
+    breaks      (token, level): where an example may be split, counted from its first token; none where it may not
     contents    a record an example: its lengths, its largest token, its SHA-256
     origins     UTF-8: each example's origin, which begins with that of its row
 
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlx_sft.data.example import Example, Note, Outcome
+from mlx_sft.data.splitting import BREAK
 from mlx_sft.data.template import Facts
 from mlx_sft.errors import UserError
 
@@ -41,6 +43,8 @@ TABLE = np.dtype(
         ("first_token", "<i8"),
         ("first_span", "<i8"),
         ("spans", "<i4"),
+        ("first_break", "<i8"),
+        ("breaks", "<i4"),
         ("first_character", "<i8"),
         ("characters", "<i4"),
         ("row_characters", "<i4"),
@@ -73,6 +77,7 @@ class Store:
 
     token_ids: NDArray[np.int32]
     spans: NDArray[np.void]
+    breaks: NDArray[np.void]
     table: NDArray[np.void]
     contents: NDArray[np.void]
     origins: NDArray[np.uint8]
@@ -84,11 +89,13 @@ class Store:
         """Example number `index`."""
         record = dict(zip(TABLE.names or (), self.table[index].item(), strict=True))
         length, token, span = self.contents["length"][index].item(), record["first_token"], record["first_span"]
+        first_break = record["first_break"]
         return Example(
             self._origin(record, "characters"),
             self.token_ids[token : token + length],
             weights_of(self.spans[span : span + record["spans"]], length),
             Facts(*(record[name] for name in FACTS)),
+            self.breaks[first_break : first_break + record["breaks"]],
         )
 
     def row_origin(self, index: int) -> str:
@@ -109,11 +116,34 @@ class Store:
             contents[index] = _content(self.example(index).truncated(longest))
         return replace(self, contents=contents)
 
-    def behind(self, tokens: int, spans: int, characters: int, rows: int) -> Store:
-        """The same rows, counted as they are behind so many tokens, spans, characters of origins, and rows."""
+    def split_to(self, longest: int) -> Store:
+        """With every example that is longer and may be split in pieces of at most `longest` tokens, which stay where they are stored."""
+        found = np.flatnonzero((self.contents["length"] > longest) & (self.table["breaks"] > 0)).tolist()
+        if not found:
+            return self
+        spans, origins = [self.spans], [self.origins]
+        tables, contents = [self.table[: found[0]]], [self.contents[: found[0]]]
+        first_span, first_character = len(self.spans), len(self.origins)
+        for index, following in zip(found, [*found[1:], len(self.table)], strict=True):
+            whole = self.table[index]
+            row = pack([Outcome(self.row_origin(index), self.example(index).in_pieces(longest))])
+            row = row.behind(whole["first_token"], first_span, 0, first_character, whole["row"])
+            row.table["signs"] = whole["signs"]
+            tables += [row.table, self.table[index + 1 : following]]
+            contents += [row.contents, self.contents[index + 1 : following]]
+            spans.append(row.spans)
+            origins.append(row.origins)
+            first_span += len(row.spans)
+            first_character += len(row.origins)
+        table, joined = np.concatenate(tables), np.concatenate(contents)
+        return replace(self, table=table, contents=joined, spans=np.concatenate(spans), origins=np.concatenate(origins))
+
+    def behind(self, tokens: int, spans: int, breaks: int, characters: int, rows: int) -> Store:
+        """The same rows, counted as they are behind so many tokens, spans, breaks, characters of origins, and rows."""
         table = self.table.copy()
         table["first_token"] += tokens
         table["first_span"] += spans
+        table["first_break"] += breaks
         table["first_character"] += characters
         table["row"] += rows
         return replace(self, table=table, lost=[replace(row, number=rows + row.number) for row in self.lost])
@@ -127,11 +157,12 @@ def pack(outcomes: Iterable[Outcome], row_format: str | None = None) -> Store:
     """What became of some rows, as a store in memory."""
     token_ids: list[NDArray[np.int32]] = []
     spans: list[NDArray[np.void]] = []
+    breaks: list[NDArray[np.void]] = []
     records: list[tuple[object, ...]] = []
     contents: list[tuple[Any, ...]] = []
     lost: list[LostRow] = []
     origins = bytearray()
-    first_token, first_span, number = 0, 0, -1
+    first_token, first_span, first_break, number = 0, 0, 0, -1
     for number, outcome in enumerate(outcomes):
         if outcome.note:
             lost.append(LostRow(number, outcome.note, outcome.mixed))
@@ -140,17 +171,23 @@ def pack(outcomes: Iterable[Outcome], row_format: str | None = None) -> Store:
             row_origin = outcome.origin.encode("utf-8", "surrogatepass")
             row_characters = len(row_origin if origin.startswith(row_origin) else origin)
             own_spans = spans_of(example.loss_weights)
-            where = (first_token, first_span, len(own_spans), len(origins), len(origin), row_characters, number)
-            records.append((*where, outcome.sign_mask, *(getattr(example.facts, name) for name in FACTS)))
+            where = (first_token, first_span, len(own_spans), first_break, len(example.breaks))
+            called = (len(origins), len(origin), row_characters)
+            records.append(
+                (*where, *called, number, outcome.sign_mask, *(getattr(example.facts, name) for name in FACTS))
+            )
             contents.append(_content(example))
             token_ids.append(example.token_ids)
             spans.append(own_spans)
+            breaks.append(example.breaks)
             origins += origin
             first_token += len(example)
             first_span += len(own_spans)
+            first_break += len(example.breaks)
     return Store(
         np.concatenate([np.zeros(0, np.int32), *token_ids]).astype("<i4", copy=False),
         np.concatenate([np.zeros(0, SPAN), *spans]),
+        np.concatenate([np.zeros(0, BREAK), *breaks]),
         np.array(records, TABLE),
         np.array(contents, CONTENTS),
         np.frombuffer(bytes(origins), np.uint8),
@@ -235,6 +272,16 @@ class Examples(Sequence[Example]):
     def truncated_to(self, longest: int) -> Examples:
         """Every example's first `longest` tokens, where it is longer; supervised may then be none of them."""
         return Examples([store.truncated_to(longest) for store in self._stores], self._chosen)
+
+    def split_to(self, longest: int) -> Examples:
+        """Every example that is longer and may be split in pieces of at most `longest` tokens, one behind the other.
+
+        Raises:
+            ValueError: for a selection of what is stored.
+        """
+        if self._chosen is not None:
+            raise ValueError("only all examples of their stores can be split")
+        return Examples([store.split_to(longest) for store in self._stores])
 
     # Columns: shape (examples,)
 

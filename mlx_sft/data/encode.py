@@ -13,6 +13,7 @@ from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
 from mlx_sft.data.example import IGNORED, Example, View, decoded_pieces, decoded_segments
 from mlx_sft.data.mask.trace import NOBODY, Integers, assistant_messages
 from mlx_sft.data.messages import take_weights
+from mlx_sft.data.splitting import BREAK, text_breaks
 from mlx_sft.data.template import NO_FACTS, Facts, render
 from mlx_sft.data.tokenizer import end_tokens, unwrapped
 from mlx_sft.errors import UserError
@@ -161,7 +162,8 @@ class Encoder:
         appended = int(end is not None and token_ids[-1:].tolist() != [end])
         token_ids = np.append(token_ids, np.full(appended, end, np.int32)) if appended else token_ids
         weights = np.ones(len(token_ids), np.float32)
-        return Encoded(document.origin, token_ids, weights, alignment=alignment, appended=appended)
+        breaks = text_breaks(document.text, alignment.starts, len(token_ids))
+        return Encoded(document.origin, token_ids, weights, alignment=alignment, appended=appended, breaks=breaks)
 
     def _tokens(self, tokens: Tokens) -> Encoded:
         weights = np.array(tokens.labels, np.int64) != IGNORED
@@ -201,11 +203,12 @@ class Encoded:
     alignment: Alignment | None = None
     char_to_message: Integers | None = None
     appended: int = 0
+    breaks: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, BREAK))
 
     def example(self) -> Example:
         weights = self.weights.copy()
         weights[:1] = 0  # nothing stands before the first token to predict it from
-        return Example(self.origin, self.token_ids, weights, self.facts)
+        return Example(self.origin, self.token_ids, weights, self.facts, self.breaks)
 
     def view(self, tokenizer: PreTrainedTokenizerBase) -> View:
         token_ids: list[int] = self.token_ids.tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.data.mask.trace import Integers
 from mlx_sft.data.screening import SIGNS
+from mlx_sft.data.splitting import BREAK, pieces
 from mlx_sft.data.template import NO_FACTS, Facts
 from mlx_sft.data.tokenizer import unwrapped
 
@@ -40,12 +41,14 @@ class Example:
         token_ids: int32, shape (n,).
         loss_weights: float32, shape (n,): a token's weight in the mean loss, 0 where it is not supervised.
         facts: What a person should know about it.
+        breaks: Of dtype `splitting.BREAK`: where it may be split; none where it must stay in one piece, as a conversation must.
     """
 
     origin: str
     token_ids: NDArray[np.int32]
     loss_weights: NDArray[np.float32]
     facts: Facts = NO_FACTS
+    breaks: NDArray[np.void] = field(default_factory=lambda: np.zeros(0, BREAK))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -67,6 +70,21 @@ class Example:
     def truncated(self, length: int) -> Example:
         """Its first `length` tokens."""
         return replace(self, token_ids=self.token_ids[:length], loss_weights=self.loss_weights[:length])
+
+    def pieces(self, longest: int) -> list[tuple[int, int]]:
+        """The tokens, half-open, of each piece of at most `longest`; it alone where it is no longer, or may not be split."""
+        if not len(self.breaks):
+            return [(0, len(self))]
+        return list(pieces(self.breaks, len(self), longest))
+
+    def in_pieces(self, longest: int) -> list[Example]:
+        """Its pieces, `chats.jsonl:17#1` and so on; the first token of each is not supervised, as nothing stands before it."""
+        found = []
+        for number, (start, end) in enumerate(self.pieces(longest), 1):
+            weights = self.loss_weights[start:end].copy()
+            weights[:1] = 0
+            found.append(Example(f"{self.origin}#{number}", self.token_ids[start:end], weights))
+        return found
 
     def digest(self) -> bytes:
         """SHA-256 of its tokens and weights, the same on every machine; equal only for equal examples."""
@@ -120,6 +138,16 @@ class View:
     example: Example
     pieces: list[str]
     token_to_message: Integers
+
+    def in_pieces(self, longest: int) -> list[View]:
+        """The views of the example's pieces; itself where it is in one."""
+        bounds = self.example.pieces(longest)
+        if len(bounds) == 1:
+            return [self]
+        return [
+            View(example, self.pieces[start:end], self.token_to_message[start:end])
+            for example, (start, end) in zip(self.example.in_pieces(longest), bounds, strict=True)
+        ]
 
 
 def decoded_segments(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:

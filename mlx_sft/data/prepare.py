@@ -6,7 +6,7 @@ Here stands which sources there are, which rows are kept, what is too much to lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from heapq import merge
 from typing import Any
 
@@ -238,6 +238,7 @@ class _Reader:
             result.store.row_format,
             kept=len(np.unique(examples.rows)),
             examples=len(examples),
+            split=truncation.split,
             supervised_tokens=int(whole.supervised_tokens.sum(dtype=np.int64)),
             supervised_tokens_lost=truncation.supervised_tokens_lost,
             facts=examples.facts(),
@@ -254,11 +255,7 @@ class _Reader:
 
     def _truncated(self, examples: Examples) -> Truncation:
         config, compared = self._config, bool(self._pipeline.objective and self._pipeline.objective.compares)
-        if self._strict or config.overlong != "error":
-            return truncate(examples, config.max_length, config.overlong, compared=compared)
-        dropped = truncate(examples, config.max_length, "drop", compared=compared)
-        notes = [(row, replace(note, fate="bad")) for row, note in dropped.notes if note.fate == "dropped"]
-        return replace(dropped, notes=notes)
+        return truncate(examples, config.max_length, config.overlong, compared=compared, strict=self._strict)
 
 
 # What is held out

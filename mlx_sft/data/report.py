@@ -39,7 +39,8 @@ class SourceReport:
         sha256: Of its bytes, where it is a file.
         format: The format of its rows; None where they have none in common.
         kept: The number of rows that gave examples.
-        examples: The number of these examples; more than the rows with `train_on: every-turn`.
+        examples: The number of these examples; more than the rows where turns or pieces of text are examples of their own.
+        split: Rows of text that were too long, and are in several pieces.
         supervised_tokens: Those of all rows that could be read, before anything was cut or dropped for its length.
         supervised_tokens_lost: How many of them were cut off, or dropped with their row, for being too long.
         facts: What the chat template did to the examples, summed.
@@ -52,6 +53,7 @@ class SourceReport:
     format: str | None = None
     kept: int = 0
     examples: int = 0
+    split: int = 0
     supervised_tokens: int = 0
     supervised_tokens_lost: int = 0
     facts: Facts = NO_FACTS
@@ -87,6 +89,7 @@ class SourceReport:
             "format": self.format,
             **fates(self),
             "examples": self.examples,
+            "split": self.split,
             "supervised_tokens": self.supervised_tokens,
             "supervised_tokens_lost": self.supervised_tokens_lost,
             **asdict(self.facts),
@@ -200,6 +203,11 @@ class DataReport:
         return sum(source.bad for source in self.sources)
 
     @property
+    def split(self) -> int:
+        """Rows of text that are in several pieces."""
+        return sum(source.split for source in self.sources)
+
+    @property
     def supervised_tokens(self) -> int:
         """Those of all rows that could be read, whatever their length."""
         return sum(source.supervised_tokens for source in self.sources)
@@ -291,6 +299,7 @@ class DataReport:
             for fate, count in fates(self).items()
             if count and fate in ("truncated", "dropped", "bad")
         )
+        lost += f", {self.split:,} split into pieces" if self.split else ""
         train, lengths = self.train, self.train.lengths
         examples = f"{train.rows:,}" if self._unit == "row" else f"{self.kept:,} kept; {many(train.rows, 'example')}"
         formats = Counter[str]()
@@ -320,6 +329,7 @@ class DataReport:
         """`data_report.json`."""
         return {
             "totals": fates(self),
+            "split": self.split,
             "supervised_tokens_lost": self.supervised_tokens_lost,
             "train": self.train.to_json(),
             "valid": self.valid.to_json(),

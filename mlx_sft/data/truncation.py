@@ -1,8 +1,8 @@
-"""Examples → those that fit into `max_length`, and a note of every row that is not as it was."""
+"""Examples → those that fit into `max_length`, and a note of every row that lost something."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -11,7 +11,8 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Note
 from mlx_sft.errors import UserError
 
-Overlong = Literal["truncate", "drop", "error"]
+Overlong = Literal["split", "truncate", "drop", "error"] | None
+"""None: text is split, and what may not be split is truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,37 +21,46 @@ class Truncation:
 
     Attributes:
         notes: The number of each row that lost something, and its note, in order.
-        supervised_tokens_lost: Supervised tokens of the examples as they were that are no longer there.
+        split: Rows of text that are in several pieces now, of which none is lost.
+        supervised_tokens_lost: Supervised tokens of the examples as they were that are no longer there. The first token of a piece is
+            no lost one, though it is not supervised any more.
     """
 
     examples: Examples
     notes: list[tuple[int, Note]]
+    split: int = 0
     supervised_tokens_lost: int = 0
 
 
-def truncate(examples: Examples, max_length: int, overlong: Overlong, *, compared: bool = False) -> Truncation:
-    """Cut, drop or refuse what is longer than `max_length` tokens.
+def truncate(
+    examples: Examples, max_length: int, overlong: Overlong, *, compared: bool = False, strict: bool = True
+) -> Truncation:
+    """Split, cut, drop or refuse what is longer than `max_length` tokens.
 
     Args:
-        examples: Of one source; the turns of a row stand one after another.
-        compared: Whether the examples of a row are compared, so that all of them are lost with one.
+        examples: All of one source; the turns of a row stand one after another.
+        compared: Whether the examples of a row are compared, so that all of them are lost with one, and none is split.
+        strict: Whether a row that is to be refused is an error, or dropped with a note.
 
     Raises:
         UserError: at the first that is too long, where that is an error.
     """
+    whole_rows = np.unique(examples.rows[examples.lengths > max_length])
+    if not len(whole_rows):
+        return Truncation(examples, [])
+    if overlong in ("split", None) and not compared:
+        examples = examples.split_to(max_length)
     lengths, rows = examples.lengths, examples.rows
     too_long = lengths > max_length
-    if not too_long.any():
-        return Truncation(examples, [])
-    if overlong == "error":
+    split = len(np.setdiff1d(whole_rows, rows[too_long]))
+    refused = overlong in ("error", "split")
+    if too_long.any() and refused and strict:
         first = int(np.argmax(too_long))
-        raise UserError(
-            f"{lengths[first]} tokens, where max_length is {max_length}",
-            where=examples[first].origin,
-            hint="raise --max-length, or choose --overlong truncate or drop",
-        )
+        raise _refusal(examples[first].origin, int(lengths[first]), max_length, overlong)
     cut = examples.truncated_to(max_length)
-    kept = cut.supervised_tokens > 0 if overlong == "truncate" else ~too_long
+    kept = cut.supervised_tokens > 0
+    if overlong not in ("truncate", None):
+        kept &= ~too_long
     if compared:
         kept &= ~np.isin(rows, rows[~kept])
     notes = []
@@ -64,9 +74,20 @@ def truncate(examples: Examples, max_length: int, overlong: Overlong, *, compare
         else:
             shortened = int((too_long & kept)[own].sum())
             note = _of_several(examples, first, end - first, shortened, int((~kept[own]).sum()), max_length)
-        notes.append((row, note))
+        notes.append((row, replace(note, fate="bad") if refused and note.fate == "dropped" else note))
     left = cut.select(np.flatnonzero(kept))
-    return Truncation(left, notes, _supervised(examples) - _supervised(left))
+    lost = _supervised(examples) - _supervised(left) + int((~too_long & (examples.supervised_tokens == 0)).sum())
+    return Truncation(left, notes, split, lost)
+
+
+def _refusal(origin: str, length: int, max_length: int, overlong: Overlong) -> UserError:
+    what = f"{length} tokens, where max_length is {max_length}"
+    if overlong == "split":
+        what += ", and only text can be split"
+        hint = "leave out --overlong, so that text is split and conversations are cut; or raise --max-length"
+    else:
+        hint = "raise --max-length, or choose --overlong truncate or drop"
+    return UserError(what, where=origin, hint=hint)
 
 
 def _supervised(examples: Examples) -> int:
@@ -77,7 +98,7 @@ def _of_one(examples: Examples, index: int, length: int, longest: int, overlong:
     origin = examples.row_origin(index)
     if kept:
         return Note(origin, "truncated", f"{length} tokens, cut to {longest}")
-    if overlong == "drop":
+    if overlong not in ("truncate", None):
         return Note(origin, "dropped", f"{length} tokens, more than {longest}")
     return Note(origin, "dropped", f"none of its first {longest} tokens (of {length}) is supervised")
 
@@ -87,7 +108,7 @@ def _of_compared(examples: Examples, first: int, length: int, longest: int, over
     origin = examples.row_origin(first)
     if kept:
         return Note(origin, "truncated", f"its longest text of {length} tokens, cut to {longest}")
-    if overlong == "drop":
+    if overlong not in ("truncate", None):
         return Note(origin, "dropped", f"its longest text has {length} tokens, more than {longest}")
     return Note(origin, "dropped", f"of one of its texts, none of the first {longest} tokens is supervised")
 

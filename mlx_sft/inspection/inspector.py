@@ -77,7 +77,8 @@ def _untruncated(
 ) -> PreparedData:
     """The data without a longest length; it is the same where nothing was too long."""
     report = prepared.report
-    if not (report.truncated or report.dropped or (report.bad and config.overlong == "error")):
+    refused = report.bad and config.overlong in ("error", "split")
+    if not (report.truncated or report.dropped or report.split or refused):
         return prepared
     return survey(config.model_copy(update={"max_length": _NO_LIMIT, "overlong": "truncate"}), tokenizer, progress)
 

@@ -208,7 +208,9 @@ class RowViewer:
             if isinstance(row, UserError):
                 raise row
             items = items_of(replace(RowReader.from_config(self._config), format=source.format or "auto").read(row))
-            views = [(item, view) for item in items for view in pipeline.encoder.view(item)]
+            views = [
+                (item, view) for item in items for whole in pipeline.encoder.view(item) for view in self._pieces(whole)
+            ]
         except UserError:
             return [], frozenset()
         shown = [ShownExample.of(view, item, self._special_ids, self._config.max_length) for item, view in views]
@@ -217,6 +219,13 @@ class RowViewer:
         if pipeline.special_in_content == "keep" and any(pipeline.special.found_in(item) for item in conversations):
             signs |= {SPECIAL_SIGN}
         return shown, signs
+
+    def _pieces(self, view: View) -> list[View]:
+        """What training makes of an example that is too long."""
+        objective = self._pipeline.objective
+        if self._config.overlong not in ("split", None) or (objective and objective.compares):
+            return [view]
+        return view.in_pieces(self._config.max_length)
 
 
 def _origin(row: Row | UserError) -> str:

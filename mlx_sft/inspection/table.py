@@ -47,8 +47,9 @@ def table(report: DataReport, whole: Sequence[Examples], rows: SurveyedRows, max
         "max_length": max_length,
         "too_long": {
             "examples": int((lengths > max_length).sum()),
+            "split": report.split,
             "tokens_lost": tokens - train.tokens - valid.tokens,
-            "supervised_tokens_lost": supervised_tokens - train.supervised_tokens - valid.supervised_tokens,
+            "supervised_tokens_lost": report.supervised_tokens_lost,
         },
         "duplicates": _duplicates(rows),
         "longest": _longest(whole),

@@ -141,8 +141,9 @@ def _too_long(table: dict[str, Any]) -> str:
     limit = f"{table['max_length']:,} tokens"
     if not lost["examples"]:
         return f"none is longer than {limit}"
+    split = f", {lost['split']:,} of them split into pieces" if lost["split"] else ""
     return (
-        f"{lost['examples']:,} of more than {limit}; {lost['tokens_lost']:,} tokens are lost, "
+        f"{lost['examples']:,} of more than {limit}{split}; {lost['tokens_lost']:,} tokens are lost, "
         f"{lost['supervised_tokens_lost']:,} of them supervised"
     )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def run(
     assert report.rows == report.kept + report.dropped + report.bad
     assert sum(source.examples for source in report.sources) == len(prepared.train) + len(prepared.valid)
     assert (report.train.rows, report.valid.rows) == (len(prepared.train), len(prepared.valid))
-    if settings.get("train_on") != "every-turn":
+    if settings.get("train_on") != "every-turn" and not report.split:
         assert report.kept == len(prepared.train) + len(prepared.valid)
     assert sum(number for number, _ in prepared.mixture) == len(prepared.train)
     return prepared
@@ -253,6 +254,61 @@ def test_a_chain_of_rows_with_turns_in_common_is_one_group() -> None:
     rows = [Outcome(f":{n}", [example(1, n), example(1, n + 1)]) for n in [*order, 5000]]
     _, valid = split(Examples([pack(rows)]), 0.5, seed=0)
     assert valid.rows.tolist() == [3000, 3000]
+
+
+# Text that is too long
+
+
+def test_text_is_split_where_nothing_is_said_and_conversations_are_cut(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("One sentence. " * 40)
+    chats = write_rows(chat("a"), chat("b", "y" * 100))
+    prepared = run(tokenizer, [str(text), chats], max_length=100)
+    book, _ = prepared.report.sources
+    assert (book.rows, book.kept, book.split, book.truncated, book.examples) == (1, 1, 1, 0, 6)
+    assert (book.supervised_tokens_lost, prepared.report.truncated, prepared.report.split) == (0, 1, 1)
+    pieces = [one for one in prepared.train if one.origin.startswith(str(text))]
+    assert [one.origin for one in pieces] == [f"{text}:1#{number}" for number in range(1, 7)]
+    decoded = [str(tokenizer.decode(one.token_ids)) for one in pieces]
+    assert "".join(decoded) == ("One sentence. " * 40).rstrip() + "<|im_end|>"
+    assert all(piece.startswith("One") and re.search(r"sentence\.( |<.im_end.>)$", piece) for piece in decoded)
+    assert "1 split into pieces" in prepared.report.summary()["rows"]
+    cut = run(tokenizer, str(text), max_length=100, overlong="truncate", allow_lost_rows=True)
+    assert (len(cut.train), cut.report.truncated, cut.report.split) == (1, 1, 0)
+
+
+def test_only_text_can_be_told_to_be_split(tokenizer: PreTrainedTokenizerFast, long_rows: str) -> None:
+    with pytest.raises(UserError, match="and only text can be split") as caught:
+        run(tokenizer, long_rows, max_length=60, overlong="split")
+    assert caught.value.where == f"{long_rows}:2"
+    report = run(tokenizer, long_rows, survey, max_length=60, overlong="split").report
+    assert (report.kept, report.bad) == (1, 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_pieces_of_a_text_stay_together_in_the_split(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, seed: int
+) -> None:
+    data = write_rows(*({"text": f"Number {number}. " * 20} for number in range(6)))
+    prepared = run(tokenizer, data, max_length=50, valid_fraction=0.3, seed=seed)
+    rows = [{one.origin.partition("#")[0] for one in part} for part in (prepared.train, prepared.valid)]
+    assert all(rows)
+    assert not rows[0] & rows[1]
+    assert len(rows[0] | rows[1]) == 6
+
+
+def test_pieces_are_the_same_from_the_cache_and_for_another_length(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    data, told = write_rows({"text": "So it is. " * 30}, {"text": "short"}, {"text": "And so on. " * 30}), Told()
+    configs = [TrainConfig(data=data, max_length=length) for length in (50, 50, 80, 2000)]
+    prepared = [prepare(config, tokenizer, told) for config in configs]
+    assert [cached for *_, cached in told.sources] == [False, True, True, True]
+    assert prepared[0].report.to_json() == prepared[1].report.to_json()
+    assert len({tuple(token for one in each.train for token in one.token_ids.tolist()) for each in prepared}) == 1
+    assert [each.report.split for each in prepared] == [2, 2, 2, 0]
 
 
 # More is lost than is kept

@@ -184,6 +184,23 @@ def test_rows_of_several_files_of_a_part_are_shown_by_their_own_file(
     assert row.raw == inspection.rows[3].raw
 
 
+def test_a_text_that_is_split_is_shown_in_its_pieces(look: Look, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "One sentence. " * 40}) + "\n")
+    inspection = look(data=[str(path)])
+    (row,) = inspection.rows
+    assert (row.fate, row.tokens) == ("kept", 561)
+    assert [example.origin for example in row.examples] == [f"{path}:1#{number}" for number in range(1, 4)]
+    assert all(len(example.token_ids) == example.cut_at <= 200 for example in row.examples)
+    assert (
+        "".join(piece for example in row.examples for piece in example.pieces) == "One sentence. " * 40 + "<|im_end|>"
+    )
+    too_long = {"examples": 1, "split": 1, "tokens_lost": 0, "supervised_tokens_lost": 0}
+    assert inspection.table["too_long"] == too_long
+    assert inspection.table["lengths"]["max"] == 561
+    assert look(row="texts.jsonl:1#2", data=[str(path)]).rows[0].origin == f"{path}:1"
+
+
 def test_validation_rows_are_known_as_such(look: Look, tmp_path: Path, data: Path) -> None:
     valid = tmp_path / "valid.jsonl"
     valid.write_text(data.read_text().splitlines()[0] + "\n")
@@ -252,7 +269,7 @@ def test_the_table_tells_lengths_before_anything_is_cut(look: Look) -> None:
     assert lost["examples"] == 1
     assert lost["tokens_lost"] == table["tokens"] - table["train"]["tokens"]
     assert 0 < lost["supervised_tokens_lost"] <= lost["tokens_lost"]
-    assert whole["too_long"] == {"examples": 0, "tokens_lost": 0, "supervised_tokens_lost": 0}
+    assert whole["too_long"] == {"examples": 0, "split": 0, "tokens_lost": 0, "supervised_tokens_lost": 0}
 
 
 def test_the_table_tells_signs_duplicates_and_reasons_with_origins(look: Look, data: Path) -> None:
