@@ -84,6 +84,15 @@ def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conv
     return Conversation(row.origin, messages, _tools(row), _template_kwargs(row), context, weights)
 
 
+def answer_of(row: Row, text: str) -> Message:
+    """An assistant's message of this text, with the reasoning that the row has beside it, under one of the `REASONING_KEYS`."""
+    said = {key: reasoning for key in REASONING_KEYS if (reasoning := text_of(row, key))}
+    if len(set(said.values())) > 1:
+        raise ValueError(f"{' and '.join(said)} are two different reasonings of one answer")
+    message = {"role": "assistant", "content": text}
+    return message | {REASONING_KEYS[0]: next(iter(said.values()))} if said else message
+
+
 def _says_something(message: Message) -> bool:
     texts = [message.get(key) or "" for key in ("content", *REASONING_KEYS)]
     return "tool_calls" in message or any(text.strip() for text in texts)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlx_sft.data.conversation import Items
+from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.readers import Row
 
 ENTRIES = {
@@ -20,6 +21,9 @@ ENTRIES = {
 
 EXTRAS = ("system", "tools", "chat_template_kwargs")
 """What a row of every format of conversations may have besides."""
+
+ANSWER_EXTRAS = (*EXTRAS, *REASONING_KEYS)
+"""What a row may have besides where its answer is a text and no message: also that answer's reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
