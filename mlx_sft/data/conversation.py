@@ -8,6 +8,7 @@ from typing import Any
 from mlx_sft.data.json_text import kind
 from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, parsed, read_messages, take_weights
 from mlx_sft.data.readers import Row
+from mlx_sft.data.watched_row import WatchedRow
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -60,6 +61,8 @@ def items_of(read: Items) -> tuple[Item, ...]:
 def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conversation:
     """Messages, of which the first `context` are not supervised, with what else the row has."""
     _check_that_messages_are_all(row)
+    if isinstance(row.value, WatchedRow):
+        row.value.messages = messages
     system = text_of(row, "system")
     if system and messages[0]["role"] in ("system", "developer"):
         if messages[0].get("content") != system:
@@ -105,8 +108,6 @@ def _check_that_messages_are_all(row: Row) -> None:
         raise ValueError(
             f"only text is read, and the row has `{media}`: leave that out where the text stands for itself"
         )
-    if isinstance(row.value.get("rejected"), dict):
-        raise ValueError("a row of preferences: its answers are `chosen` and `rejected`, and not among its messages")
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Fate, Note
+from mlx_sft.data.key_counts import KeyCount, in_words, summed, unused_keys
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
 
@@ -42,6 +43,7 @@ class SourceReport:
         facts: What the chat template did to the examples, summed.
         signs: How many of the examples are suspicious in each way.
         notes: One for each row that was truncated, dropped or bad.
+        keys: What became of the rows' keys.
     """
 
     name: str
@@ -52,6 +54,7 @@ class SourceReport:
     facts: Facts = NO_FACTS
     signs: Counter[str] = field(default_factory=Counter)
     notes: list[Note] = field(default_factory=list)
+    keys: list[KeyCount] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"SourceReport({self.name}: {_in_words(self)})"
@@ -84,6 +87,7 @@ class SourceReport:
             "examples": self.examples,
             **asdict(self.facts),
             "signs": dict(self.signs),
+            "keys": [key.to_json() for key in self.keys],
             "reasons": reasons(self.notes),
             "not_simply_kept": [asdict(note) for note in self.notes],
         }
@@ -203,6 +207,11 @@ class DataReport:
         return reduce(add, (source.signs for source in self.sources), Counter())
 
     @property
+    def keys(self) -> list[KeyCount]:
+        """What became of the keys of all rows."""
+        return summed(source.keys for source in self.sources)
+
+    @property
     def _unit(self) -> str:
         """What is trained on: rows, or examples where a row gives several."""
         return "example" if any(source.examples > source.kept for source in self.sources) else "row"
@@ -254,7 +263,7 @@ class DataReport:
         return warnings
 
     def summary(self) -> dict[str, str]:
-        """The short form for a person: `rows`, `format`, `tokens` and, where there are any, `lengths` and `duplicates`."""
+        """The short form for a person; `lengths`, `suspicious`, `unused keys` and `duplicates` only where there are any."""
         lost = "".join(
             f", {count:,} {fate}"
             for fate, count in fates(self).items()
@@ -277,6 +286,8 @@ class DataReport:
         if self.signs:
             shown = ", ".join(f"{number:,} {name}" for name, number in self.signs.most_common())
             summary["suspicious"] = f"{shown}; `mlx-sft inspect --only suspicious` shows them"
+        if unused := unused_keys(self.keys):
+            summary["unused keys"] = in_words(unused)
         if train.duplicates:
             summary["duplicates"] = f"{train.duplicates:,}"
         return summary
@@ -290,6 +301,7 @@ class DataReport:
             "validation_rows_also_in_train": self.shared,
             **asdict(self.facts),
             "signs": dict(self.signs),
+            "unused_keys": [key.to_json() for key in unused_keys(self.keys)],
             "warnings": self.warnings(),
             "settings": self.settings,
             "fingerprint": self.fingerprint,

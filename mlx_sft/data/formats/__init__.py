@@ -33,7 +33,8 @@ class RowFormat:
     Attributes:
         name: By which `--format` chooses it.
         keys: Those that tell it.
-        optional: Those that a row may have besides.
+        optional: Those that a row may have besides, under which the one is sought that a misspelt key was meant to be. Whatever `read`
+            asks for counts as read, declared or not.
         example: How such a row is written.
         read: A row → what is in it, or several such items for an objective that compares them; raises `ValueError` with a reason.
     """
