@@ -100,12 +100,12 @@ def in_words(counts: Sequence[KeyCount]) -> str:
     groups = [[count for count in counts[:_MOST_SHOWN] if count.of == owner] for owner in ("row", "message", "call")]
     shown = []
     for group in filter(None, groups):
-        names = ", ".join(f"{name_of(one)} ({one.count:,}, first {one.first})" for one in group)
+        names = ", ".join(map(_in_words, group))
         shown.append(names if group[0].of == "row" else f"of {group[0].of}s: {names}")
     more = [f"and {len(counts) - _MOST_SHOWN:,} more"] if len(counts) > _MOST_SHOWN else []
     return "; ".join([*shown, *more])
 
 
-def name_of(count: KeyCount) -> str:
-    """The key, and what was probably meant."""
-    return count.key + (f' (did you mean "{count.suggestion}"?)' if count.suggestion else "")
+def _in_words(one: KeyCount) -> str:
+    guess = f'; did you mean "{one.suggestion}"?' if one.suggestion else ""
+    return f"{one.key} ({one.count:,}, first {one.first}{guess})"

@@ -253,7 +253,7 @@ def test_unused_keys_are_told_in_words() -> None:
         KeyCount("message", "mood", "unused", 2, "a:7"),
     ]
     assert in_words(unused_keys(counts)) == (
-        'tool (did you mean "tools"?) (3, first a:2), id (1,200, first a:1); of messages: mood (2, first a:7)'
+        'tool (3, first a:2; did you mean "tools"?), id (1,200, first a:1); of messages: mood (2, first a:7)'
     )
     many = [KeyCount("row", f"k{number}", "unused", 1, "a:1") for number in range(25)]
     assert in_words(many).endswith("k19 (1, first a:1); and 5 more")
@@ -344,7 +344,7 @@ def test_the_report_and_its_summary_list_the_keys_that_nothing_reads(
     assert "--ignore-unknown-keys" in caught.value.hint
     report = prepare(TrainConfig(data=data, ignore_unknown_keys=True), tokenizer).report
     assert report.summary()["unused keys"] == (
-        f'tool (did you mean "tools"?) (1, first {data[1]}:1), id (2, first {data[0]}:1)'
+        f'tool (1, first {data[1]}:1; did you mean "tools"?), id (2, first {data[0]}:1)'
     )
     unused = json.loads(json.dumps(report.to_json()))["unused_keys"]
     assert unused[1] == {
