@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 Owner = Literal["row", "message", "call"]
@@ -55,30 +55,37 @@ class KeyCounts:
     """Counts in the order in which keys first appear; rows must come in order."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[Owner, str, Use], KeyCount] = {}
+        self._counts: dict[tuple[Owner, str, Use], _Count] = {}
 
     def add(self, counts: Iterable[KeyCount]) -> None:
         """Add counts of later rows."""
-        for count in counts:
-            name = (count.of, count.key, count.use)
-            if name not in self._counts and len(self._counts) >= MOST_KEYS:
-                count = replace(count, key=OTHERS, suggestion="")
-                name = (count.of, OTHERS, count.use)
-            if before := self._counts.get(name):
-                count = replace(
-                    before,
-                    count=before.count + count.count,
-                    suggestion=before.suggestion or count.suggestion,
-                )
-            self._counts[name] = count
+        for one in counts:
+            self._add((one.of, one.key, one.use), one.count, one.first, one.suggestion)
 
     def add_row(self, origin: str, uses: Iterable[KeyUse]) -> None:
         """Add the keys of one row."""
-        self.add(KeyCount(use.of, use.key, use.use, 1, origin, use.suggestion) for use in uses)
+        for of, key, use, suggestion in uses:
+            self._add((of, key, use), 1, origin, suggestion)
+
+    def _add(self, name: tuple[Owner, str, Use], count: int, first: str, suggestion: str) -> None:
+        if name not in self._counts and len(self._counts) >= MOST_KEYS:
+            name, suggestion = (name[0], OTHERS, name[2]), ""
+        if found := self._counts.get(name):
+            found.count += count
+            found.suggestion = found.suggestion or suggestion
+        else:
+            self._counts[name] = _Count(count, first, suggestion)
 
     @property
     def counts(self) -> list[KeyCount]:
-        return list(self._counts.values())
+        return [KeyCount(*name, one.count, one.first, one.suggestion) for name, one in self._counts.items()]
+
+
+@dataclass(slots=True)
+class _Count:
+    count: int
+    first: str
+    suggestion: str
 
 
 def summed(parts: Iterable[Iterable[KeyCount]]) -> list[KeyCount]:

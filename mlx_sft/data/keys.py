@@ -66,6 +66,8 @@ class Reading:
 
     def refused(self) -> list[str]:
         """The keys that say that the row is a preference, or that its answer may be a bad one, where nothing reads them."""
+        if not any(dict.get(self.row, key) is not None for key in (*_PREFERENCES, "label")):
+            return []
         declared = {*self.row_format.keys, *self.row_format.optional}
         unread = {key for key, value in self.present() if not _is_blank(value)} - self.row.asked - declared
         chosen_by_hand = set(self.columns.values()) & set(_PREFERENCES)
@@ -163,7 +165,8 @@ class KeyRules:
             if key in known or key in self.of_template or (owner == "call" and self.whole_calls):
                 yield KeyUse(owner, _named(key), "read")
             else:
-                yield self._unread(owner, _named(key), tuple(name for name in (*known, *itself) if name not in value))
+                absent = tuple(name for name in (*known, *itself) if _is_blank(value.get(name)))
+                yield self._unread(owner, _named(key), absent)
 
     def _unread(self, owner: Owner, key: str, absent: tuple[str, ...]) -> KeyUse:
         suggestion = typo_of(key, absent)
@@ -175,8 +178,10 @@ def _comparing() -> list[str]:
 
 
 def _is_blank(value: Any) -> bool:
-    """Whether a table's cell that has to hold something holds nothing."""
-    return not (value.strip() if isinstance(value, str) else value) if isinstance(value, str | list | dict) else False
+    """Whether it is null, blank text, or empty: a table's cell that has to hold something, or arguments that were not found."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, list | dict) and not value)
 
 
 def _named(key: Any) -> str:

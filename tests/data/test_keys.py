@@ -108,8 +108,15 @@ def test_the_keys_of_calls_are_judged_too() -> None:
     assert KeyRules.of("{{ call.function | tojson }}").whole_calls
     assert not KeyRules.of("{{ call.arguments | tojson }}").whole_calls
     assert uses(read(row, whole_calls=True)) == counted | {"call index": "read", "call strict": "read"}
-    misspelt = {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "argument": {}}]}]}
-    what, _ = reason(read(misspelt))
+
+
+@pytest.mark.parametrize("call", [{"name": "f"}, {"name": "f", "arguments": {}}, {"function": {"name": "f"}}])
+def test_a_calls_misspelt_arguments_are_an_error(call: dict[str, Any]) -> None:
+    holder = call.get("function", call)
+    calls = [
+        call | {"function": holder | {"argument": {"n": 1}}} if "function" in call else call | {"argument": {"n": 1}}
+    ]
+    what, _ = reason(read({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}))
     assert what == "a call of message 1 has the key 'argument', which nothing reads; did you mean \"arguments\"?"
 
 
