@@ -71,6 +71,8 @@ class CommonSettings(Settings):
     """Variables for the chat template, as JSON: {"enable_thinking": false}. A row's own go before them."""
     skip_bad_rows: bool = False
     """Go on past rows that cannot be used, and report them."""
+    ignore_unknown_keys: bool = False
+    """Go on where a key that nothing reads looks misspelt, such as wieght; it is reported as the other unused keys are."""
     allow_lost_rows: Annotated[bool, OnResume.FREE] = False
     """Train although more than half of the rows, or of the supervised tokens, are lost."""
     data_workers: Annotated[int | None, OnResume.FREE] = Field(default=None, ge=1)

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.data.dataset import CONTENTS, SPAN, TABLE, LostRow, Store
 from mlx_sft.data.example import Note
+from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.errors import UserError
@@ -93,6 +94,7 @@ def entry_key(sha256: str, name: str, pipeline: Pipeline) -> str:
         ],
         "objective": objective and [objective.name, objective.settings.model_dump(), _module_digest(type(objective))],
         "special_in_content": pipeline.special_in_content,
+        "ignore_unknown_keys": pipeline.keys.ignore_unknown,
         "code": [_code(), platform.python_version(), *map(version, _PACKAGES)],
     }
     return hashlib.sha256(json.dumps(parts, default=repr).encode()).hexdigest()
@@ -158,7 +160,8 @@ def _mapped_store(folder: Path) -> Store:
     about = json.loads((folder / _ROWS).read_bytes())
     lost = [LostRow(row["number"], Note(**row["note"]), row["mixed"]) for row in about["lost"]]
     arrays = {name: _mapped(folder / name, dtype) for name, dtype in _ARRAYS.items()}
-    return Store(**arrays, rows=about["rows"], lost=lost, row_format=about["row_format"])
+    keys = [KeyCount(**key) for key in about["keys"]]
+    return Store(**arrays, rows=about["rows"], lost=lost, row_format=about["row_format"], keys=keys)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -176,13 +179,14 @@ def _checksum(path: Path) -> int:
 
 
 class Writer:
-    """Writes an entry chunk by chunk; of what it wrote, only the lost rows stay in memory."""
+    """Writes an entry chunk by chunk; of what it wrote, only the lost rows and the counts of keys stay in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._checksums = dict.fromkeys(_ARRAYS, 0)
         self._lengths = dict.fromkeys(_ARRAYS, 0)
         self._lost: list[LostRow] = []
+        self._keys = KeyCounts()
         self._row_format: str | None = None
         self.rows = 0
         for name in _ARRAYS:
@@ -201,13 +205,19 @@ class Writer:
             self._checksums[name] = zlib.crc32(content, self._checksums[name])
             lengths[name] += len(array)
         self._lost += chunk.lost
+        self._keys.add(chunk.keys)
         self._row_format = chunk.row_format
         self.rows += chunk.rows
         return chunk
 
     def finish(self) -> Store:
         """The whole, mapped into memory."""
-        about = {"rows": self.rows, "row_format": self._row_format, "lost": [asdict(row) for row in self._lost]}
+        about = {
+            "rows": self.rows,
+            "row_format": self._row_format,
+            "lost": [asdict(row) for row in self._lost],
+            "keys": [asdict(key) for key in self._keys.counts],
+        }
         (self._folder / _ROWS).write_text(json.dumps(about))
         checksums = self._checksums | {_ROWS: _checksum(self._folder / _ROWS)}
         (self._folder / _CHECKSUMS).write_text(json.dumps(checksums))

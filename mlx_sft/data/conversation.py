@@ -10,6 +10,7 @@ from mlx_sft.data.json_text import kind, parsed
 from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, read_messages, take_weights
 from mlx_sft.data.readers import Row
 from mlx_sft.data.tool_calls import as_tool
+from mlx_sft.data.watched_row import WatchedRow
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -65,6 +66,8 @@ def items_of(read: Items) -> tuple[Item, ...]:
 def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conversation:
     """Messages, of which the first `context` are not supervised, with what else the row has."""
     _check_that_messages_are_all(row)
+    if isinstance(row.value, WatchedRow):
+        row.value.messages = messages
     system = text_of(row, "system", in_parts=True)
     if system and messages[0]["role"] in ("system", "developer"):
         if messages[0].get("content") != system:
@@ -89,6 +92,15 @@ def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conv
     return Conversation(row.origin, messages, _tools(row), _template_kwargs(row), context, weights)
 
 
+def answer_of(row: Row, text: str) -> Message:
+    """An assistant's message of this text, with the reasoning that the row has beside it, under one of the `REASONING_KEYS`."""
+    said = {key: reasoning for key in REASONING_KEYS if (reasoning := text_of(row, key))}
+    if len(set(said.values())) > 1:
+        raise ValueError(f"{' and '.join(said)} are two different reasonings of one answer")
+    message = {"role": "assistant", "content": text}
+    return message | {REASONING_KEYS[0]: next(iter(said.values()))} if said else message
+
+
 def _says_something(message: Message) -> bool:
     texts = [message.get(key) or "" for key in ("content", *REASONING_KEYS)]
     return "tool_calls" in message or any(text.strip() for text in texts)
@@ -101,8 +113,6 @@ def _check_that_messages_are_all(row: Row) -> None:
         raise ValueError(
             f"only text is read, and the row has `{media}`: leave that out where the text stands for itself"
         )
-    if isinstance(row.value.get("rejected"), dict):
-        raise ValueError("a row of preferences: its answers are `chosen` and `rejected`, and not among its messages")
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:

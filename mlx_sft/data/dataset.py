@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mlx_sft.data.example import Example, Note, Outcome
+from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.data.template import Facts
 from mlx_sft.errors import UserError
@@ -73,6 +74,7 @@ class Store:
         rows: How many rows were read for it, those without an example included.
         lost: Those without an example.
         row_format: The name of the rows' format, where it is known.
+        keys: What became of the rows' keys.
     """
 
     token_ids: NDArray[np.int32]
@@ -84,6 +86,7 @@ class Store:
     rows: int
     lost: list[LostRow] = field(default_factory=list)
     row_format: str | None = None
+    keys: list[KeyCount] = field(default_factory=list)
 
     def example(self, index: int) -> Example:
         """Example number `index`."""
@@ -161,9 +164,11 @@ def pack(outcomes: Iterable[Outcome], row_format: str | None = None) -> Store:
     records: list[tuple[object, ...]] = []
     contents: list[tuple[Any, ...]] = []
     lost: list[LostRow] = []
+    keys = KeyCounts()
     origins = bytearray()
     first_token, first_span, first_break, number = 0, 0, 0, -1
     for number, outcome in enumerate(outcomes):
+        keys.add_row(outcome.origin, outcome.keys)
         if outcome.note:
             lost.append(LostRow(number, outcome.note, outcome.mixed))
         for example in outcome.examples:
@@ -194,6 +199,7 @@ def pack(outcomes: Iterable[Outcome], row_format: str | None = None) -> Store:
         number + 1,
         lost,
         row_format,
+        keys.counts,
     )
 
 

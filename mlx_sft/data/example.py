@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_sft.data.key_counts import KeyUse
 from mlx_sft.data.mask.trace import Integers
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.splitting import BREAK, pieces
@@ -111,6 +112,7 @@ class Outcome:
         origin: The row's; those of its examples begin with it.
         signs: Those of `screening.SIGNS` that it shows.
         mixed: Whether the note is that the row has another format than its source.
+        keys: What became of its keys; none where it could not be read.
     """
 
     origin: str
@@ -118,6 +120,7 @@ class Outcome:
     signs: frozenset[str] = frozenset()
     note: Note | None = None
     mixed: bool = False
+    keys: Sequence[KeyUse] = ()
 
     @property
     def sign_mask(self) -> int:

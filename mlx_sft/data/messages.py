@@ -21,6 +21,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """The names under which a message's reasoning travels, the standard one first."""
 
+_SWITCHES = {"train": True, "loss": True, "masked": False}
+"""The names under which people say whether a message is supervised (`loss` is ms-swift's) → the value with which it is."""
+_NUMBERS = ("weight", "loss_weight")
+"""The names under which they say how much."""
+WEIGHT_KEYS = (*_SWITCHES, *_NUMBERS)
+"""What a message says of itself to training, and the chat template does not see."""
+
 _CALL = "function_call"
 _ROLE_NAMES = {name: name for name in ROLES} | {
     **dict.fromkeys(("human", "prompter"), "user"),
@@ -105,10 +112,11 @@ def _one_turn(turn: Message, call: Message, place: str) -> Message | None:
 
 
 def take_weights(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], tuple[float, ...] | None]:
-    """Messages without `train` and `weight`, and the weight of each in the loss.
+    """Messages without their `WEIGHT_KEYS`, and the weight of each in the loss.
 
     Returns:
-        The messages, and one weight a message: 0 where `"train": false`, else `weight`, else 1; None where all are 1.
+        The messages, and one weight a message: 0 where it says `"train": false`, `"loss": false` or `"masked": true`, else
+        `weight` or `loss_weight`, else 1; None where all are 1.
 
     Raises:
         ValueError: for a value that is none, for two that contradict each other, and for a message that is not an
@@ -116,25 +124,27 @@ def take_weights(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], 
     """
     taken, weights = [], []
     for index, message in enumerate(messages):
-        taken.append({key: item for key, item in message.items() if key not in ("train", "weight")})
+        taken.append({key: item for key, item in message.items() if key not in WEIGHT_KEYS})
         weights.append(_weight(message, f"message {index}"))
     return taken, tuple(weights) if any(weight != 1 for weight in weights) else None
 
 
 def _weight(message: Mapping[str, Any], place: str) -> float:
-    train, weight = message.get("train"), message.get("weight")
-    if train is None and weight is None:
+    said = {key: message[key] for key in WEIGHT_KEYS if message.get(key) is not None}
+    if not said:
         return 1.0
-    if not isinstance(train, bool | None):
-        raise ValueError(f"train of {place} must be true or false, not {kind(train)}")
-    if weight is not None:
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"weight of {place} must be a number, not {kind(weight)}")
-        if not 0 <= weight <= _HEAVIEST or not math.isfinite(weight):
-            raise ValueError(f"weight of {place} must be from 0 to {_HEAVIEST:,.0f}, not {shown(weight)}")
-        if train is not None and train != (weight > 0):
-            raise ValueError(f"train and weight of {place} contradict each other")
-    value = float(weight) if weight is not None else float(train or 0)
+    for key, value in said.items():
+        if key in _SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"{key} of {place} must be true or false, not {kind(value)}")
+        if key in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{key} of {place} must be a number, not {kind(value)}")
+        if key in _NUMBERS and (not 0 <= value <= _HEAVIEST or not math.isfinite(value)):
+            raise ValueError(f"{key} of {place} must be from 0 to {_HEAVIEST:,.0f}, not {shown(value)}")
+    numbers = {float(said[key]) for key in _NUMBERS if key in said}
+    supervised = {said[key] == _SWITCHES[key] if key in _SWITCHES else said[key] > 0 for key in said}
+    if len(numbers) > 1 or len(supervised) > 1:
+        raise ValueError(f"{' and '.join(said)} of {place} contradict each other")
+    value = numbers.pop() if numbers else float(supervised.pop())
     if value and message.get("role") != "assistant":
         raise ValueError(f"{place} has a weight, and only an assistant's messages are supervised")
     return value

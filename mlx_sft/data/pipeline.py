@@ -14,6 +14,8 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.conversation import Conversation, Items, items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.example import Example, Note, Outcome
+from mlx_sft.data.key_counts import KeyUse
+from mlx_sft.data.keys import NO_TEMPLATE, KeyRules
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.data.screening import SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
@@ -59,6 +61,7 @@ class Pipeline:
         special: Finds the tokenizer's special tokens in content.
         special_in_content: Whether a row with one is bad, dropped or kept.
         objective: Says which examples a row gives; those of the encoder where None.
+        keys: Judges the keys that nothing reads.
     """
 
     reader: RowReader
@@ -66,6 +69,7 @@ class Pipeline:
     special: SpecialTokens
     special_in_content: SpecialInContent = "error"
     objective: Any = None
+    keys: KeyRules = NO_TEMPLATE
 
     @classmethod
     def from_config(cls, config: TrainConfig, tokenizer: Any) -> Pipeline:
@@ -76,6 +80,7 @@ class Pipeline:
             SpecialTokens(tokenizer),
             config.special_in_content,
             objective(config.settings(objective.Settings)),
+            KeyRules.of(tokenizer.chat_template, ignore_unknown=config.ignore_unknown_keys),
         )
 
     def process(self, row: Row | UserError) -> Outcome:
@@ -85,28 +90,34 @@ class Pipeline:
             NoTemplate: where there is no chat template, or it would hang or fill the memory, which no other row would change.
         """
         origin = row.where if isinstance(row, UserError) else row.origin
+        keys: tuple[KeyUse, ...] = ()
         try:
             if isinstance(row, UserError):
                 raise row
-            item = self.reader.read(row)
+            reading = self.reader.reading(row)
+            keys = self.keys.uses(reading)
+            item = reading.taken()
+            if any(key.use == "refused" for key in keys):
+                self.keys.check(reading)
             items = items_of(item)
             told = (self.special.found_in(one) for one in items if isinstance(one, Conversation))
             found = next(filter(None, told), None)
             if found and self.special_in_content == "error":
                 raise UserError(found, where=items[0].origin, hint=SPECIAL_HINT)
             if found and self.special_in_content == "drop":
-                return Outcome(origin, [], note=Note(items[0].origin, "dropped", found, SPECIAL_HINT))
+                note = Note(items[0].origin, "dropped", found, SPECIAL_HINT)
+                return Outcome(origin, [], note=note, keys=keys)
             signs = frozenset().union(*(signs_of(one, self.special.user_header) for one in items)) | (
                 {SPECIAL_SIGN} if found else set()
             )
-            return Outcome(origin, self._encode(item), signs)
+            return Outcome(origin, self._encode(item), signs, keys=keys)
         except TemplateStopped as stopped:
             raise stopped.at(origin) from None
         except NoTemplate:
             raise
         except UserError as error:
             note = Note(error.where or origin, "bad", error.what, error.hint)
-            return Outcome(origin, [], note=note, mixed=isinstance(error, MixedFormats))
+            return Outcome(origin, [], note=note, mixed=isinstance(error, MixedFormats), keys=keys)
 
     def _encode(self, item: Items) -> list[Example]:
         encode = self.encoder.encode

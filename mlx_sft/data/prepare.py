@@ -244,6 +244,7 @@ class _Reader:
             facts=examples.facts(),
             signs=examples.sign_counts(SIGNS),
             notes=notes,
+            keys=result.store.keys,
         )
         if not examples and self._strict:
             raise UserError(

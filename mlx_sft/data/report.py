@@ -18,6 +18,7 @@ import numpy as np
 from mlx_sft.data.call_forms import FORMS_IN_WORDS
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Fate, Note
+from mlx_sft.data.key_counts import KeyCount, in_words, summed, unused_keys
 from mlx_sft.data.lengths import histogram, length_summary
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
@@ -46,6 +47,7 @@ class SourceReport:
         facts: What the chat template did to the examples, summed.
         signs: How many of the examples are suspicious in each way.
         notes: One for each row that was truncated, dropped or bad.
+        keys: What became of the rows' keys.
     """
 
     name: str
@@ -59,6 +61,7 @@ class SourceReport:
     facts: Facts = NO_FACTS
     signs: Counter[str] = field(default_factory=Counter)
     notes: list[Note] = field(default_factory=list)
+    keys: list[KeyCount] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"SourceReport({self.name}: {_in_words(self)})"
@@ -94,6 +97,7 @@ class SourceReport:
             "supervised_tokens_lost": self.supervised_tokens_lost,
             **asdict(self.facts),
             "signs": dict(self.signs),
+            "keys": [key.to_json() for key in self.keys],
             "reasons": reasons(self.notes),
             "not_simply_kept": [asdict(note) for note in self.notes],
         }
@@ -228,6 +232,11 @@ class DataReport:
         return reduce(add, (source.signs for source in self.sources), Counter())
 
     @property
+    def keys(self) -> list[KeyCount]:
+        """What became of the keys of all rows."""
+        return summed(source.keys for source in self.sources)
+
+    @property
     def _unit(self) -> str:
         """What is trained on: rows, or examples where a row gives several."""
         return "example" if any(source.examples > source.kept for source in self.sources) else "row"
@@ -293,7 +302,7 @@ class DataReport:
         return warnings
 
     def summary(self) -> dict[str, str]:
-        """The short form for a person: `rows`, `format`, `tokens` and, where there are any, `lengths` and `duplicates`."""
+        """The short form for a person; `lengths`, `suspicious`, `unused keys` and `duplicates` only where there are any."""
         lost = "".join(
             f", {count:,} {fate}"
             for fate, count in fates(self).items()
@@ -321,6 +330,8 @@ class DataReport:
             f"{words} ({number:,})" for name, words in FORMS_IN_WORDS.items() if (number := getattr(self.facts, name))
         ]:
             summary["calls"] = f"as the chat template takes them: {', '.join(forms)}"
+        if unused := unused_keys(self.keys):
+            summary["unused keys"] = in_words(unused)
         if train.duplicates:
             summary["duplicates"] = f"{train.duplicates:,}"
         return summary
@@ -336,6 +347,7 @@ class DataReport:
             "validation_rows_also_in_train": self.shared,
             **asdict(self.facts),
             "signs": dict(self.signs),
+            "unused_keys": [key.to_json() for key in unused_keys(self.keys)],
             "warnings": self.warnings(),
             "settings": self.settings,
             "fingerprint": self.fingerprint,

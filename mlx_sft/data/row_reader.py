@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sft.data.conversation import Conversation, Item, Items, items_of
 from mlx_sft.data.formats import RowFormat
+from mlx_sft.data.keys import Reading
 from mlx_sft.data.messages import nearest, shown
 from mlx_sft.data.readers import Row
 from mlx_sft.data.turns import ConsecutiveTurns, with_turns
+from mlx_sft.data.watched_row import WatchedRow
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.registry import FORMATS
 
@@ -107,17 +109,33 @@ class RowReader:
             MixedFormats: for a row of another format than the row that settled this reader; naming both.
             UserError: naming the row's origin, what is wrong with it and what would be right.
         """
+        return self.reading(row).taken()
+
+    def reading(self, row: Row) -> Reading:
+        """What is in a row, or why it cannot be read, with the keys that its format asked for.
+
+        Raises:
+            UserError: for a row of another format or of none, of which no key is read.
+        """
         renamed = self._renamed(row)
         row_format = self._format_of(renamed)
+        parts = _parts() if self.columns else {}
+        columns = {parts[part]: column for part, column in self.columns.items()}
+        others = row.value.keys() - set(self.columns.values())
+        hidden = tuple(key for key in columns if key in others and row.value[key] is not None)
+        watched = WatchedRow(renamed.value)
+        reading = Reading(row.origin, watched, row_format, columns, hidden)
         try:
-            read = row_format.read(renamed)
+            read = row_format.read(Row(row.origin, watched))
         except ValueError as error:
-            parts = _parts()
-            names = [f"{parts[part]} is its column {shown(column)}" for part, column in self.columns.items()]
+            names = [f"{key} is its column {shown(column)}" for key, column in columns.items()]
             hint = "; ".join([f"such a row is {row_format.example}", *names])
-            raise UserError(str(error), where=row.origin, hint=hint) from None
-        items = (self._with_turns(item) for item in items_of(read))
-        return tuple(items) if isinstance(read, tuple) else next(items)
+            return replace(reading, error=UserError(str(error), where=row.origin, hint=hint))
+        try:
+            items = tuple(map(self._with_turns, items_of(read)))
+        except UserError as error:
+            return replace(reading, error=error)
+        return replace(reading, items=items if isinstance(read, tuple) else items[0])
 
     def _with_turns(self, item: Item) -> Item:
         return with_turns(item, self.consecutive_turns) if isinstance(item, Conversation) else item

@@ -50,8 +50,14 @@ function showWhole() {
     chart(`Supervised tokens ${each}`, "supervised tokens", table.supervised_histogram, table.supervised_lengths, null);
   }
   finding("Suspicious", Object.entries(table.signs).map(([name, found]) => [found.count, `${name}: ${found.meaning}`, some(found.origins)]));
+  finding("Keys that nothing reads", table.unused_keys.map((one) => [one.count, keyName(one), `first ${one.first}`]));
   finding("Not simply kept", table.reasons.slice(0, 12).map((one) => [one.count, `${one.fate}: ${one.reason}`, `first ${one.first}`]));
   finding("Longest rows", table.longest.slice(0, 5).map((row) => [row.tokens, row.origin, ""]));
+}
+
+function keyName(one) {
+  const whose = one.of === "row" ? "" : ` of a ${one.of}`;
+  return `${one.key}${whose}${one.suggestion ? `: did you mean "${one.suggestion}"?` : ""}`;
 }
 
 function card(name, value, note) {

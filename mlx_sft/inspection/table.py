@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.key_counts import unused_keys
 from mlx_sft.data.lengths import histogram, length_summary
 from mlx_sft.data.report import ORIGINS_NAMED, DataReport, PartReport, fates, reasons
 from mlx_sft.data.screening import SIGN_MEANINGS
@@ -54,6 +55,7 @@ def table(report: DataReport, whole: Sequence[Examples], rows: SurveyedRows, max
         "duplicates": _duplicates(rows),
         "longest": _longest(whole),
         "signs": _signs([train, valid]),
+        "unused_keys": [key.to_json() for key in unused_keys(report.keys)],
         "reasons": reasons(note for source in report.sources for note in source.notes),
         "template": asdict(report.facts),
         "warnings": report.warnings(),

@@ -90,6 +90,7 @@ def table_pieces(table: dict[str, Any]) -> Pieces:
         yield "\n", "plain"
         yield from _bars(table["histogram"], table["max_length"])
     yield from _signs(table)
+    yield from _unused_keys(table)
     yield from _reasons(table)
     for warning in table["warnings"]:
         yield "warning: ", "warning"
@@ -181,6 +182,18 @@ def _signs(table: dict[str, Any]) -> Pieces:
         yield f"  {found['count']:>6,}  ", "warning"
         yield f"{name}: {found['meaning']} ", "plain"
         yield f"({_some(found['origins'])})\n", "faint"
+
+
+def _unused_keys(table: dict[str, Any]) -> Pieces:
+    if not table["unused_keys"]:
+        return
+    yield "keys that nothing reads\n", "title"
+    for one in table["unused_keys"]:
+        yield f"  {one['count']:>6,}  ", "warning" if one["suggestion"] else "plain"
+        whose = "" if one["of"] == "row" else f" of a {one['of']}"
+        guess = f': did you mean "{one["suggestion"]}"?' if one["suggestion"] else ""
+        yield f"{one['key']}{whose}{guess} ", "plain"
+        yield f"(first {one['first']})\n", "faint"
 
 
 def _reasons(table: dict[str, Any]) -> Pieces:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 
 from mlx_sft.data import cache
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.keys import KeyRules
 from mlx_sft.errors import UserError
 
 WriteRows = Callable[..., str]
@@ -122,11 +124,12 @@ def test_whatever_could_change_an_example_misses(stand_in: ModuleType, rows: str
         stand_in.make_pipeline(stand_in.Encoder(template_kwargs={"enable_thinking": False})),
         stand_in.make_pipeline(stand_in.Encoder(append_eos=True)),
         stand_in.make_pipeline(special_in_content="keep"),
+        replace(stand_in.make_pipeline(), keys=KeyRules(ignore_unknown=True)),
     ]
     told = stand_in.Told()
     for pipeline in (*pipelines, *pipelines):
         stand_in.read(rows, told, pipeline=pipeline)
-    assert [cached for *_, cached in told.sources] == [False] * 6 + [True] * 6
+    assert [cached for *_, cached in told.sources] == [False] * 7 + [True] * 7
     Path(rows).write_text('{"text": "another"}\n')
     assert texts(stand_in.read(rows)) == ["another"]
 

@@ -352,6 +352,12 @@ def test_weights_are_taken_out_of_the_messages() -> None:
         ({**ASSISTANT, "weight": 10**400}, "weight of message 0 must be from 0 to 1,000,000"),
         ({**ASSISTANT, "train": False, "weight": 1}, "train and weight of message 0 contradict each other"),
         ({**ASSISTANT, "train": True, "weight": 0}, "train and weight of message 0 contradict each other"),
+        ({**ASSISTANT, "loss": 0}, "loss of message 0 must be true or false, not a number"),
+        ({**ASSISTANT, "masked": "yes"}, "masked of message 0 must be true or false, not a string"),
+        ({**ASSISTANT, "loss_weight": False}, "loss_weight of message 0 must be a number, not true or false"),
+        ({**ASSISTANT, "loss": True, "masked": True}, "loss and masked of message 0 contradict each other"),
+        ({**ASSISTANT, "weight": 1, "loss_weight": 2}, "weight and loss_weight of message 0 contradict each other"),
+        ({**USER, "masked": False}, "message 0 has a weight, and only an assistant's messages are supervised"),
         ({**USER, "train": True}, "message 0 has a weight, and only an assistant's messages are supervised"),
         ({**USER, "weight": 0.5}, "message 0 has a weight, and only an assistant's messages are supervised"),
     ],
@@ -363,6 +369,48 @@ def test_a_weight_that_cannot_be_says_why(message: dict[str, Any], reason: str) 
     with pytest.raises(UserError) as named:
         item(messages=[message, ASSISTANT])
     assert named.value.what.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("said", "weight"),
+    [
+        ({"loss": False}, 0.0),
+        ({"loss": True}, 1.0),
+        ({"loss_weight": 0}, 0.0),
+        ({"loss_weight": 0.5, "loss": True, "masked": False}, 0.5),
+        ({"masked": True}, 0.0),
+        ({"masked": True, "train": False, "weight": 0}, 0.0),
+        ({"masked": False}, 1.0),
+    ],
+)
+def test_the_names_that_others_give_to_weights_are_read(said: dict[str, Any], weight: float) -> None:
+    read = conversation(messages=[USER, {**ASSISTANT, **said}, {**USER, "loss": False}, ASSISTANT])
+    assert read.messages == [USER, ASSISTANT, USER, ASSISTANT]
+    assert read.weights == (1.0, weight, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_beside_an_answer_is_the_assistants(name: str) -> None:
+    answer = {**ASSISTANT, "reasoning_content": "A greeting."}
+    reasoning = {name: "A greeting."}
+    assert conversation(instruction="Hi", output="Hello", **reasoning).messages == [USER, answer]
+    assert conversation(prompt="Hi", completion="Hello", **reasoning).messages == [USER, answer]
+    assert conversation(prompt=[USER], completion="Hello", **reasoning).messages == [USER, answer]
+    assert conversation(prompt="Hi", completion="Hello", **{name: " "}).messages == [USER, ASSISTANT]
+    columns = {"user": "question", "assistant": "answer", "reasoning": "steps"}
+    asked = Row("a.csv:2", {"question": "Hi", "answer": "Hello", "steps": "A greeting."})
+    named = RowReader(columns=columns).read(asked)
+    assert isinstance(named, Conversation)
+    assert named.messages == [USER, answer]
+
+
+def test_two_reasonings_of_one_answer_are_an_error() -> None:
+    same = conversation(prompt="Hi", completion="Hello", reasoning="a", thinking="a")
+    assert same.messages[1] == {**ASSISTANT, "reasoning_content": "a"}
+    with pytest.raises(UserError, match="thinking and reasoning are two different reasonings of one answer"):
+        item(prompt="Hi", completion="Hello", reasoning="a", thinking="b")
+    with pytest.raises(UserError, match="reasoning must be a string, not a list"):
+        item(instruction="Hi", output="Hello", reasoning=["a"])
 
 
 def row(line: int = 1, /, **value: Any) -> Row:

@@ -319,3 +319,16 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(browser: Any, page_file: Pa
     page.goto(page_file.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.close()
+
+
+def test_keys_that_nothing_reads_are_found_on_the_page(browser: Any, look: Look, data: Path, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "wieght": 0}]
+    data.write_text(json.dumps({"messages": messages, "<b>": 1}) + "\n")
+    page = browser.new_page()
+    page.goto(look(ignore_unknown_keys=True).write_page(tmp_path / "keys.html").as_uri())
+    found = page.locator("#findings section", has_text="Keys that nothing reads").locator("li span").all_inner_texts()
+    page.close()
+    assert [text.partition("first")[0].strip() for text in found] == [
+        'wieght of a message: did you mean "weight"?',
+        "<b>",
+    ]

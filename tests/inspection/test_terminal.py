@@ -128,3 +128,23 @@ def test_data_of_which_nothing_is_kept_has_a_table_too(
 ) -> None:
     data.write_text("{}\n")
     assert "bad\n       1  " in shown(look(), capsys)
+
+
+def test_keys_that_nothing_reads_are_listed_with_what_was_probably_meant(
+    look: Look, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "wieght": 0}]
+    data.write_text("".join(json.dumps({"messages": messages, "id": number}) + "\n" for number in range(2)))
+    bad = look().rows[0]
+    assert bad.fate == "bad"
+    assert bad.reason == "message 1 has the key 'wieght', which nothing reads; did you mean \"weight\"?"
+    inspection = look(ignore_unknown_keys=True)
+    assert [row.fate for row in inspection.rows] == ["kept", "kept"]
+    inspection.show(Console())
+    shown = capsys.readouterr().out.partition("keys that nothing reads\n")[2].splitlines()
+    assert shown[:2] == [
+        f'       2  wieght of a message: did you mean "weight"? (first {data}:1)',
+        f"       2  id (first {data}:1)",
+    ]
+    found = [(one["of"], one["key"], one["count"], one["suggestion"]) for one in inspection.table["unused_keys"]]
+    assert found == [("message", "wieght", 2, "weight"), ("row", "id", 2, None)]

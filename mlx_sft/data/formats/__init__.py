@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlx_sft.data.conversation import Items
+from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.readers import Row
 
 ENTRIES = {
@@ -21,6 +22,9 @@ ENTRIES = {
 EXTRAS = ("system", "tools", "chat_template_kwargs")
 """What a row of every format of conversations may have besides."""
 
+ANSWER_EXTRAS = (*EXTRAS, *REASONING_KEYS)
+"""What a row may have besides where its answer is a text and no message: also that answer's reasoning."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
@@ -29,7 +33,8 @@ class RowFormat:
     Attributes:
         name: By which `--format` chooses it.
         keys: Those that tell it.
-        optional: Those that a row may have besides.
+        optional: Those that a row may have besides, under which the one is sought that a misspelt key was meant to be. Whatever `read`
+            asks for counts as read, declared or not.
         example: How such a row is written.
         read: A row → what is in it, or several such items for an objective that compares them; raises `ValueError` with a reason.
     """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mlx_sft.data.conversation import Conversation, conversation_of, text_of
-from mlx_sft.data.formats import EXTRAS, RowFormat
+from mlx_sft.data.conversation import Conversation, answer_of, conversation_of, text_of
+from mlx_sft.data.formats import ANSWER_EXTRAS, RowFormat
 from mlx_sft.data.json_text import kind, parsed
 from mlx_sft.data.messages import Message, read_messages
 from mlx_sft.data.readers import Row
@@ -22,14 +22,14 @@ def read(row: Row) -> Conversation:
     if not any(asked):
         raise ValueError("instruction and input are both empty")
     messages += [{"role": "user", "content": "\n".join(filter(None, asked))}]
-    messages += [{"role": "assistant", "content": text_of(row, "output")}]
+    messages += [answer_of(row, text_of(row, "output"))]
     return conversation_of(row, read_messages(messages, "messages"))
 
 
 FORMAT = RowFormat(
     "alpaca",
     ("instruction", "output"),
-    ("input", "history", *EXTRAS),
+    ("input", "history", *ANSWER_EXTRAS),
     '{"instruction": "...", "input": "...", "output": "..."}',
     read,
 )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from mlx_sft.data.conversation import Conversation, as_messages, conversation_of
-from mlx_sft.data.formats import EXTRAS, RowFormat
+from mlx_sft.data.conversation import Conversation, answer_of, as_messages, conversation_of
+from mlx_sft.data.formats import ANSWER_EXTRAS, RowFormat
 from mlx_sft.data.readers import Row
 
 
 def read(row: Row) -> Conversation:
     prompt = as_messages(row.value["prompt"], "prompt", "user")
-    completion = as_messages(row.value["completion"], "completion", "assistant")
+    completion = row.value["completion"]
+    if isinstance(completion, str):
+        completion = [answer_of(row, completion)]
+    completion = as_messages(completion, "completion", "assistant")
     return conversation_of(row, prompt + completion, context=len(prompt))
 
 
 FORMAT = RowFormat(
-    "prompt-completion", ("prompt", "completion"), EXTRAS, '{"prompt": "...", "completion": "..."}', read
+    "prompt-completion", ("prompt", "completion"), ANSWER_EXTRAS, '{"prompt": "...", "completion": "..."}', read
 )

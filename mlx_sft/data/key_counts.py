@@ -1,0 +1,118 @@
+"""How often each key of the rows was read, was refused, or was read by nothing; counted row by row, and summed over chunks and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+Owner = Literal["row", "message", "call"]
+Use = Literal["read", "refused", "unused"]
+
+MOST_KEYS = 1_000
+"""Distinct keys that are counted by name; data with a new key in every row must not fill the memory."""
+OTHERS = "…"
+"""The name under which the others are counted."""
+_MOST_SHOWN = 20
+"""Of the keys that nothing reads, to a person."""
+
+
+class KeyUse(NamedTuple):
+    """One key in one place: whose it is, and what became of it.
+
+    `suggestion` is the key that was probably meant; empty where none looks like it.
+    """
+
+    of: Owner
+    key: str
+    use: Use
+    suggestion: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyCount:
+    """A key, in how many places it had this use, and the origin of the first row."""
+
+    of: Owner
+    key: str
+    use: Use
+    count: int
+    first: str
+    suggestion: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "of": self.of,
+            "key": self.key,
+            "use": self.use,
+            "count": self.count,
+            "first": self.first,
+            "suggestion": self.suggestion or None,
+        }
+
+
+class KeyCounts:
+    """Counts in the order in which keys first appear; rows must come in order."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[Owner, str, Use], _Count] = {}
+
+    def add(self, counts: Iterable[KeyCount]) -> None:
+        """Add counts of later rows."""
+        for one in counts:
+            self._add((one.of, one.key, one.use), one.count, one.first, one.suggestion)
+
+    def add_row(self, origin: str, uses: Iterable[KeyUse]) -> None:
+        """Add the keys of one row."""
+        for of, key, use, suggestion in uses:
+            self._add((of, key, use), 1, origin, suggestion)
+
+    def _add(self, name: tuple[Owner, str, Use], count: int, first: str, suggestion: str) -> None:
+        if name not in self._counts and len(self._counts) >= MOST_KEYS:
+            name, suggestion = (name[0], OTHERS, name[2]), ""
+        if found := self._counts.get(name):
+            found.count += count
+            found.suggestion = found.suggestion or suggestion
+        else:
+            self._counts[name] = _Count(count, first, suggestion)
+
+    @property
+    def counts(self) -> list[KeyCount]:
+        return [KeyCount(*name, one.count, one.first, one.suggestion) for name, one in self._counts.items()]
+
+
+@dataclass(slots=True)
+class _Count:
+    count: int
+    first: str
+    suggestion: str
+
+
+def summed(parts: Iterable[Iterable[KeyCount]]) -> list[KeyCount]:
+    """The counts of several sources, in their order."""
+    counts = KeyCounts()
+    for part in parts:
+        counts.add(part)
+    return counts.counts
+
+
+def unused_keys(counts: Iterable[KeyCount]) -> list[KeyCount]:
+    """Those that nothing reads; first those that look misspelt, then the commonest."""
+    unused = [count for count in counts if count.use == "unused"]
+    return sorted(unused, key=lambda count: (not count.suggestion, -count.count))
+
+
+def in_words(counts: Sequence[KeyCount]) -> str:
+    """`id (1,200, first chats.jsonl:1), of messages: mood (2, first chats.jsonl:7)`; the first ones of many."""
+    groups = [[count for count in counts[:_MOST_SHOWN] if count.of == owner] for owner in ("row", "message", "call")]
+    shown = []
+    for group in filter(None, groups):
+        names = ", ".join(map(_in_words, group))
+        shown.append(names if group[0].of == "row" else f"of {group[0].of}s: {names}")
+    more = [f"and {len(counts) - _MOST_SHOWN:,} more"] if len(counts) > _MOST_SHOWN else []
+    return "; ".join([*shown, *more])
+
+
+def _in_words(one: KeyCount) -> str:
+    guess = f'; did you mean "{one.suggestion}"?' if one.suggestion else ""
+    return f"{one.key} ({one.count:,}, first {one.first}{guess})"

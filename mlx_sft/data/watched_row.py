@@ -1,0 +1,68 @@
+"""A row's value that notes which of its keys are read, so that a key that nothing reads is not dropped in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mlx_sft.data.messages import Message
+
+
+class WatchedRow(dict[str, Any]):
+    """The value of a row, for a row format to read as any dictionary.
+
+    A key counts as read once it is asked for, whether it is there or not; whoever goes through all of them has read them all.
+
+    Attributes:
+        asked: The keys that were asked for.
+        messages: Those that a conversation was made of, with their weights.
+    """
+
+    def __init__(self, value: dict[str, Any]) -> None:
+        super().__init__(value)
+        self.asked: set[Any] = set()
+        self.messages: Sequence[Message] = ()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        self.asked.add(key)
+        return super().pop(key, *default)
+
+    def __iter__(self) -> Iterator[str]:
+        self._all()
+        return super().__iter__()
+
+    def keys(self) -> Any:
+        self._all()
+        return super().keys()
+
+    def values(self) -> Any:
+        self._all()
+        return super().values()
+
+    def items(self) -> Any:
+        self._all()
+        return super().items()
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | dict(self)
+
+    def _all(self) -> None:
+        self.asked.update(super().keys())
