@@ -1,8 +1,9 @@
 """The form in which a chat template takes an assistant's calls: arguments as objects or as text, content absent, null or empty.
 
 OpenAI's rows have JSON text and null; most templates want objects, some text alone, and where a call has no words beside it, some want
-no content, some null, some an empty text. Given another form, a template rejects the row, quotes the arguments, which nobody reads as
-a call, writes `None`, or leaves the call out. So the forms are tried, the row's own first, and what each writes is looked at.
+no content, some null, some an empty text. Given another form, a template rejects the row, quotes the arguments or writes them in Python's
+notation, which nobody reads as a call, writes `None`, or leaves the call out. So the forms are tried in a fixed order, and what each
+writes is looked at.
 """
 
 from __future__ import annotations
@@ -57,9 +58,12 @@ def as_the_template_takes_them(tokenizer: PreTrainedTokenizerBase, conversation:
 
 
 def _forms(conversation: Conversation) -> Iterator[Conversation]:
-    """The conversation in every form, each once: as it is, then by content, and for each by arguments."""
+    """The conversation in every form, each once: by content, the row's own first, and for each by arguments, objects first.
+
+    Where a template takes both, objects are what it was made for: Gemma 4's puts braces around text that has its own.
+    """
     seen: list[Conversation] = []
-    for with_content, argument in product((_as_it_is, _absent, _null, _empty), (_as_given, _as_object, _as_text)):
+    for with_content, argument in product((_as_it_is, _absent, _null, _empty), (_as_object, _as_given, _as_text)):
         form = with_content(_with_arguments(conversation, argument))
         if form not in seen:
             seen.append(form)
@@ -77,10 +81,12 @@ def _written(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
 
 
 def _is_spoilt(tokenizer: PreTrainedTokenizerBase, text: str, conversation: Conversation) -> bool:
-    """Whether arguments that are text are quoted in it, or a content that is not there has become a word."""
+    """Whether arguments are quoted in it or written as Python writes them, or a content that is not there has become a word."""
     given = [one for one in _arguments(conversation) if isinstance(one, str)]
     if any(quoted in text for one in given for quoted in {json.dumps(one, ensure_ascii=False), json.dumps(one)}):
         return True
+    if any(repr(one) in text for one in _arguments(conversation) if isinstance(one, dict) and one):
+        return True  # `{{ arguments }}` writes an object as Python does
     if all("content" in message for message in conversation.messages):
         return False
     words = len(_NOTHING.findall(text))

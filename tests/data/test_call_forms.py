@@ -26,6 +26,7 @@ TEMPLATES = {
     "takes objects": LOOP.replace("CALL", "{{ a | tojson }}"),
     "takes objects alone": LOOP.replace("CALL", "{ {%- for k, v in a.items() %}{{ k }}={{ v }};{% endfor %}}"),
     "takes text": LOOP.replace("CALL", "{{ '' + a }}"),
+    "writes as it is": LOOP.replace("CALL", "{{ a }}"),
     "takes both": LOOP.replace("CALL", "{{ a if a is string else a | tojson }}"),
 }
 
@@ -50,6 +51,20 @@ def test_arguments_as_text_are_never_quoted(make_tokenizer: Callable[..., Any], 
 
 def test_objects_are_text_for_a_template_that_takes_text_alone(make_tokenizer: Callable[..., Any]) -> None:
     assert TEXT in text(make_tokenizer(TEMPLATES["takes text"]), ARGUMENTS)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_objects_are_never_written_as_python_writes_them(make_tokenizer: Callable[..., Any], template: str) -> None:
+    assert "{'" not in text(make_tokenizer(template), ARGUMENTS)
+
+
+def test_a_template_that_takes_both_gets_objects(
+    make_tokenizer: Callable[..., Any], public_template: Callable[[str], str]
+) -> None:
+    both = LOOP.replace("CALL", "{{ '{' + a + '}' if a is string else a | tojson }}")
+    for tokenizer in (make_tokenizer(both), make_tokenizer(public_template("gemma4"))):
+        assert text(tokenizer, TEXT) == text(tokenizer, ARGUMENTS)
+        assert "{{" not in text(tokenizer, TEXT)
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
