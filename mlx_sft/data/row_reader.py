@@ -179,7 +179,9 @@ def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None]) -> UserE
     if {"role", "from"} & row.value.keys() and {"content", "value"} & row.value.keys():
         hint = 'put the messages of a conversation into one row: {"messages": [...]}'
         return UserError("a message where a row should be", where=row.origin, hint=hint)
-    for key, item in row.value.items():
+    # A row that says something itself, as one of SQuAD with its answers, is no object of rows.
+    says = any(isinstance(item, str) and key != "version" for key, item in row.value.items())
+    for key, item in row.value.items() if not says else ():
         first = item[0] if isinstance(item, list) and item else item
         if isinstance(first, dict) and told_by(set(first)):
             what = f"an object with rows inside of it, under {shown(key)}, where a row should be"

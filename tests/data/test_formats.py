@@ -100,6 +100,8 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
         ({"from": "human", "value": "a"}, "a message where a row should be"),
         ({"train": [{"text": "a"}]}, "an object with rows inside of it, under 'train', where a row should be"),
         ({"a": {"messages": [USER, ASSISTANT]}}, "an object with rows inside of it, under 'a', where a row should be"),
+        ({"version": "1", "a": [{"text": "a"}]}, "an object with rows inside of it, under 'a', where a row should be"),
+        ({"question": "a", "answers": [{"text": "a"}]}, "a row without a known format: it has 'question', 'answers'"),
         ({"messages": str([USER, ASSISTANT])}, "messages is written as Python prints a list or dict"),
         ({"messages": f"array([{USER}\n {ASSISTANT}])"}, "messages is written as Python prints a list or dict"),
         ({"messages": []}, "messages is empty"),
