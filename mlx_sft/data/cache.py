@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.data.dataset import CONTENTS, SPAN, TABLE, LostRow, Store
-from mlx_sft.data.example import Note
+from mlx_sft.data.dataset import CONTENTS, TABLE, LostRow, Store
+from mlx_sft.data.example import SPAN, Note
 from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.splitting import BREAK

@@ -22,7 +22,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mlx_sft.data.example import Example, Note, Outcome
+from mlx_sft.data.example import SPAN, Example, Note, Outcome, spans_of, weights_of
 from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.data.template import Facts
@@ -38,7 +38,6 @@ _CONTENT: dict[str, tuple[str, Callable[[Example], Any]]] = {
 CONTENTS = np.dtype([(name, dtype) for name, (dtype, _) in _CONTENT.items()])
 """What depends on an example's tokens and weights, and so changes where it is truncated."""
 FACTS = tuple(field.name for field in fields(Facts))
-SPAN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
 TABLE = np.dtype(
     [
         ("first_token", "<i8"),
@@ -201,26 +200,6 @@ def pack(outcomes: Iterable[Outcome], row_format: str | None = None) -> Store:
         row_format,
         keys.counts,
     )
-
-
-def spans_of(loss_weights: NDArray[np.float32]) -> NDArray[np.void]:
-    """The stretches of equal weight other than 0, shape (spans,) of dtype `SPAN`; `weights_of` is the inverse."""
-    bounds = np.flatnonzero(loss_weights[1:] != loss_weights[:-1]) + 1
-    starts = np.concatenate([[0], bounds]) if len(loss_weights) else bounds
-    spans = np.zeros(len(starts), SPAN)
-    spans["start"] = starts
-    spans["end"] = np.concatenate([bounds, [len(loss_weights)]])[: len(starts)]
-    spans["weight"] = loss_weights[starts]
-    supervised: NDArray[np.void] = spans[spans["weight"] != 0]
-    return supervised
-
-
-def weights_of(spans: NDArray[np.void], length: int) -> NDArray[np.float32]:
-    """float32, shape (length,): the weight of each token; spans may reach beyond the length."""
-    weights = np.zeros(length, np.float32)
-    for start, end, weight in spans.tolist():
-        weights[start:end] = weight
-    return weights
 
 
 class Examples(Sequence[Example]):

@@ -22,6 +22,8 @@ Fate = Literal["truncated", "dropped", "bad"]
 
 IGNORED = -100
 """The label of a token that is not supervised, as in PyTorch."""
+SPAN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
+"""A stretch of tokens of equal weight in the loss."""
 _HALF_A_CHARACTER = "\ufffd"
 _LONGEST_CHARACTER = 4  # bytes, and so tokens
 
@@ -181,3 +183,23 @@ def decoded_pieces(tokenizer: Any, token_ids: list[int]) -> list[str]:
         if not text.endswith(_HALF_A_CHARACTER) or after - first == _LONGEST_CHARACTER or after == len(token_ids):
             pieces[first], first = text, after
     return pieces
+
+
+def spans_of(loss_weights: NDArray[np.float32]) -> NDArray[np.void]:
+    """The stretches of equal weight other than 0, shape (spans,) of dtype `SPAN`; `weights_of` is the inverse."""
+    bounds = np.flatnonzero(loss_weights[1:] != loss_weights[:-1]) + 1
+    starts = np.concatenate([[0], bounds]) if len(loss_weights) else bounds
+    spans = np.zeros(len(starts), SPAN)
+    spans["start"] = starts
+    spans["end"] = np.concatenate([bounds, [len(loss_weights)]])[: len(starts)]
+    spans["weight"] = loss_weights[starts]
+    supervised: NDArray[np.void] = spans[spans["weight"] != 0]
+    return supervised
+
+
+def weights_of(spans: NDArray[np.void], length: int) -> NDArray[np.float32]:
+    """float32, shape (length,): the weight of each token; spans may reach beyond the length."""
+    weights = np.zeros(length, np.float32)
+    for start, end, weight in spans.tolist():
+        weights[start:end] = weight
+    return weights

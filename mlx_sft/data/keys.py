@@ -145,14 +145,21 @@ class KeyRules:
                 yield "the row", self._unread("row", name, absent)
         for key in reading.hidden:
             yield "the row", KeyUse("row", _named(key), "unused")
-        for index, message in enumerate(reading.row.messages):
-            place = f"message {index}"
-            for use in self._of("message", message, _MESSAGE_ITSELF, _MESSAGE_KEYS):
-                yield place, use
-            calls = message.get("tool_calls")
-            for call in calls if isinstance(calls, list) else ():
-                function = call.get("function")
-                for part in (call, function) if isinstance(function, dict) else (call,):
+        counted: set[int] = set()  # by identity: the texts of a preference have their prompt in common
+        for messages in reading.row.conversations:
+            for index, message in enumerate(messages):
+                if id(message) not in counted:
+                    yield from self._judged_message(f"message {index}", message)
+                    counted.add(id(message))
+
+    def _judged_message(self, place: str, message: Mapping[str, Any]) -> Iterator[tuple[str, KeyUse]]:
+        for use in self._of("message", message, _MESSAGE_ITSELF, _MESSAGE_KEYS):
+            yield place, use
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            for part in (call, function):
+                if isinstance(part, dict):
                     for use in self._of("call", part, _CALL_ITSELF, _CALL_KEYS):
                         yield f"a call of {place}", use
 

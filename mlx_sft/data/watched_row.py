@@ -15,13 +15,13 @@ class WatchedRow(dict[str, Any]):
 
     Attributes:
         asked: The keys that were asked for.
-        messages: Those that a conversation was made of, with their weights.
+        conversations: The messages of each that was made of the row, with their weights; they may have some in common.
     """
 
     def __init__(self, value: dict[str, Any]) -> None:
         super().__init__(value)
         self.asked: set[Any] = set()
-        self.messages: Sequence[Message] = ()
+        self.conversations: list[Sequence[Message]] = []
 
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)

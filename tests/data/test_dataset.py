@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_sft.data.dataset import Examples, Store, pack, spans_of, weights_of
-from mlx_sft.data.example import Example, Outcome
+from mlx_sft.data.dataset import Examples, Store, pack
+from mlx_sft.data.example import Example, Outcome, spans_of, weights_of
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import Facts
 

@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data import prepare, survey
-from mlx_sft.data.conversation import Conversation, Item
+from mlx_sft.data.conversation import Conversation, Item, conversation_of
 from mlx_sft.data.dataset import Store, pack
 from mlx_sft.data.example import Example
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.key_counts import MOST_KEYS, OTHERS, KeyCount, KeyCounts, KeyUse, in_words, unused_keys
 from mlx_sft.data.keys import KeyRules, typo_of
+from mlx_sft.data.messages import read_messages
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import RowReader
@@ -232,6 +233,24 @@ def test_another_packages_format_declares_nothing_and_what_it_asks_for_is_read()
         assert uses(read({"all": "Hi", "label": 1, "rejected": 2})) == dict.fromkeys(
             ("all", "label", "rejected"), "read"
         )
+
+
+def test_the_messages_that_the_texts_of_a_row_have_in_common_are_counted_once() -> None:
+    def read_pair(row: Row) -> tuple[Conversation, ...]:
+        prompt, *answers = (read_messages(row.value[key], key) for key in ("asked", "good", "poor"))
+        return tuple(conversation_of(row, prompt + answer) for answer in answers)
+
+    row = {
+        "asked": [{**USER, "mood": 1}],
+        "good": [{**ASSISTANT, "rank": 1}],
+        "poor": [{**ASSISTANT, "content": "No", "rank": 2}],
+    }
+    with FORMATS.registered("pair", RowFormat("pair", ("good", "poor"), (), "{}", read_pair)):
+        counts = {(count.of, count.key): count.count for count in read(row).keys}
+    assert counts == {
+        **dict.fromkeys((("row", "asked"), ("row", "good"), ("row", "poor"), ("message", "mood")), 1),
+        ("message", "rank"): 2,
+    }
 
 
 def test_counts_are_sums_with_the_first_row_and_bounded() -> None:
