@@ -67,7 +67,6 @@ def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conv
     """Messages, of which the first `context` are not supervised, with what else the row has."""
     _check_that_messages_are_all(row)
     if isinstance(row.value, WatchedRow):
-    if isinstance(row.value, WatchedRow):
         row.value.conversations.append(messages)
     system = text_of(row, "system", in_parts=True)
     if system and messages[0]["role"] in ("system", "developer"):
