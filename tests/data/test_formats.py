@@ -556,3 +556,27 @@ def test_a_row_of_preferences_is_named_and_its_answer_can_be_learnt(prompt: Any,
     read = reader.settled_by(row).read(row)
     assert isinstance(read, Conversation)
     assert read.messages == [USER, ASSISTANT]
+
+
+# xLAM
+
+ROLL = {"name": "roll", "description": "Rolls a die.", "parameters": {"type": "object", "properties": {}}}
+ROLLS = [{"name": "roll", "arguments": {"n": n}} for n in (6, 8)]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_an_xlam_row_is_a_question_and_its_calls(as_text: bool) -> None:
+    written: Any = json.dumps if as_text else lambda value: value
+    read = conversation(id=0, query="Roll a d6 and a d8", answers=written(ROLLS), tools=written([ROLL]))
+    assert read.messages == [
+        {"role": "user", "content": "Roll a d6 and a d8"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call} for call in ROLLS]},
+    ]
+    assert read.tools == [{"type": "function", "function": ROLL}]
+    assert read.first_supervised == 0
+
+
+@pytest.mark.parametrize("answers", ["[]", [], "", "roll(6)", [{"arguments": {}}], 3])
+def test_an_xlam_row_without_a_call_is_refused(answers: Any) -> None:
+    with pytest.raises(UserError):
+        item(query="Roll a d6", answers=answers, tools=[ROLL])

@@ -14,6 +14,7 @@ ENTRIES = {
     "sharegpt": "mlx_sft.data.formats.sharegpt:FORMAT",
     "alpaca": "mlx_sft.data.formats.alpaca:FORMAT",
     "prompt-completion": "mlx_sft.data.formats.prompt_completion:FORMAT",
+    "xlam": "mlx_sft.data.formats.xlam:FORMAT",
     "tokenized": "mlx_sft.data.formats.tokenized:FORMAT",
     "text": "mlx_sft.data.formats.text:FORMAT",
 }
