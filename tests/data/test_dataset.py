@@ -66,7 +66,7 @@ def test_a_sequence_says_what_its_examples_say() -> None:
     same(Examples.of([]), [])
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(WEIGHTS, max_size=6), st.integers(1, 12), st.data())
 def test_selecting_cutting_and_joining_commute_with_what_is_stored(
     rows: list[list[float]], longest: int, data: st.DataObject

@@ -580,3 +580,77 @@ def test_an_xlam_row_is_a_question_and_its_calls(as_text: bool) -> None:
 def test_an_xlam_row_without_a_call_is_refused(answers: Any) -> None:
     with pytest.raises(UserError):
         item(query="Roll a d6", answers=answers, tools=[ROLL])
+
+
+# Glaive
+
+GLAIVE_SYSTEM = (
+    "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
+    + json.dumps(ROLL, indent=4)
+    + "\n\n"
+    + json.dumps({"name": "flip", "description": "Flips a {coin}."}, indent=4)
+    + "\n"
+)
+GLAIVE_CHAT = """USER: Roll a d6, it's late.
+
+
+ASSISTANT: <functioncall> {"name": "roll", "arguments": '{"n": 6, "why": "it\\'s late"}'} <|endoftext|>
+
+
+FUNCTION RESPONSE: {"eyes": 3}
+
+
+ASSISTANT: It is a 3.
+
+USERS often roll one: rarely. <|endoftext|>
+
+
+"""
+
+
+def test_a_glaive_row_is_the_conversation_that_its_text_holds() -> None:
+    read = conversation(system=GLAIVE_SYSTEM, chat=GLAIVE_CHAT)
+    call = {"type": "function", "function": {"name": "roll", "arguments": '{"n": 6, "why": "it\'s late"}'}}
+    assert read.messages == [
+        {
+            "role": "system",
+            "content": "You are a helpful assistant with access to the following functions. Use them if required -",
+        },
+        {"role": "user", "content": "Roll a d6, it's late."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": '{"eyes": 3}'},
+        {"role": "assistant", "content": "It is a 3.\n\nUSERS often roll one: rarely."},
+    ]
+    assert read.tools is not None
+    assert [tool["function"]["name"] for tool in read.tools] == ["roll", "flip"]
+
+
+def test_a_glaive_row_without_functions_has_no_tools() -> None:
+    system = "SYSTEM: You are a helpful assistant, with no access to external functions {at all."
+    read = conversation(system=system, chat="USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>\n\n\n")
+    assert read.tools is None
+    assert read.messages[0]["content"] == system.removeprefix("SYSTEM: ")
+    assert read.messages[1:] == [USER, ASSISTANT]
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        "Hi there",
+        "Once, USER: Hi",
+        "USER: Hi",
+        "USER: Hi\nASSISTANT: <functioncall> roll(6)",
+        'USER: Hi\nASSISTANT: <functioncall> {"name": "roll", "arguments": \'{n: 6}\'}',
+    ],
+)
+def test_a_text_that_is_no_glaive_conversation_is_refused(chat: str) -> None:
+    with pytest.raises(UserError):
+        item(system="SYSTEM: Be brief.", chat=chat)
+
+
+def test_messages_under_the_key_chat_are_no_glaive_text() -> None:
+    with pytest.raises(UserError, match="--columns messages=chat"):
+        item(system="Be brief.", chat=[USER, ASSISTANT])
+    read = RowReader(columns={"messages": "chat"}).read(Row("a:1", {"system": "Be brief.", "chat": [USER, ASSISTANT]}))
+    assert isinstance(read, Conversation)
+    assert len(read.messages) == 3

@@ -15,6 +15,7 @@ ENTRIES = {
     "alpaca": "mlx_sft.data.formats.alpaca:FORMAT",
     "prompt-completion": "mlx_sft.data.formats.prompt_completion:FORMAT",
     "xlam": "mlx_sft.data.formats.xlam:FORMAT",
+    "glaive": "mlx_sft.data.formats.glaive:FORMAT",
     "tokenized": "mlx_sft.data.formats.tokenized:FORMAT",
     "text": "mlx_sft.data.formats.text:FORMAT",
 }
