@@ -640,6 +640,8 @@ def test_a_glaive_row_without_functions_has_no_tools() -> None:
         "Once, USER: Hi",
         "USER: Hi",
         "USER: Hi\nASSISTANT: <functioncall> roll(6)",
+        "USER: Hi\nASSISTANT: <functioncall> 3",
+        "USER: Hi\nASSISTANT: <functioncall>",
         'USER: Hi\nASSISTANT: <functioncall> {"name": "roll", "arguments": \'{n: 6}\'}',
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_sft.data.conversation import Conversation, conversation_of, text_of
 from mlx_sft.data.formats import RowFormat
-from mlx_sft.data.json_text import parse_json
+from mlx_sft.data.json_text import kind, parse_json
 from mlx_sft.data.messages import Message, read_messages
 from mlx_sft.data.readers import Row
 
@@ -52,7 +52,9 @@ def _call(text: str, place: str) -> dict[str, Any]:
         call = parse_json(f"{quoted[1]}null}}" if quoted else text)
     except ValueError as error:
         raise ValueError(f"{place} is no call ({error})") from None
-    return call | {"arguments": quoted[2].replace("\\'", "'")} if quoted else call
+    if not isinstance(call, dict):
+        raise ValueError(f"{place} is no call, but {kind(call)}")
+    return {**call, "arguments": quoted[2].replace("\\'", "'")} if quoted else call
 
 
 def _system(text: str) -> tuple[str, list[Any]]:
