@@ -39,6 +39,8 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "alpha_pattern": (["down_proj=0.5"], {"down_proj": 0.5}),
     "betas": (["0.5", "0.6"], (0.5, 0.6)),
     "time_limit": (["45m"], "45m"),
+    "overlong": (["drop"], "drop"),
+    "chat_template": (["chatml"], "chatml"),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
 }
 """What to type for an option whose kind alone does not say it, and the value that it means."""

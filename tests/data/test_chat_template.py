@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,16 +112,17 @@ def test_what_is_no_template_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def untold(settings: dict[str, Any]) -> dict[str, Any]:
+def untold(settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """Settings of a run on a model whose tokenizer has no chat template."""
-    folder = Path(settings["model"])
+    folder = tmp_path / "untold"
+    shutil.copytree(settings["model"], folder)
     for file in folder.glob("chat_template*"):
         file.unlink()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert load_tokenizer(folder).chat_template is None
-    return settings
+    return settings | {"model": str(folder)}
 
 
 @pytest.mark.parametrize("skip", [False, True])
