@@ -190,6 +190,16 @@ def test_a_run_that_is_too_slow_ends_in_time_evaluated_and_saved_and_can_go_on(
     assert yaml.safe_load(run.config.read_text())["for"] == "2000s"
 
 
+def test_a_run_whose_time_is_up_keeps_the_steps_that_were_planned(limited: dict[str, Any], watch: Clock) -> None:
+    limited |= {"save_every": 1000, "eval_every": 1000}
+    stopped = train(TrainConfig(**limited), callbacks=[Slow(watch, 40)])
+    assert 10 < stopped.steps < 26
+    run = RunFolder(stopped.run_dir)
+    assert yaml.safe_load(run.config.read_text())["max_steps"] is None
+    more = train(TrainConfig(resume=str(run.path), time_limit="99h", quiet=True), callbacks=[Slow(watch, 40)])
+    assert more.steps == 120
+
+
 def test_a_slower_machine_is_given_fewer_steps_and_a_run_that_goes_on_takes_the_same(
     limited: dict[str, Any], watch: Clock, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ class TimeLimit(Callback):
         self._valid_tokens = 0
         self._evaluation: float | None = None
         """Seconds that the last one took."""
+        self._is_up = False
         self._times: deque[float] = deque(maxlen=_WINDOW)
         """When the last steps ended."""
 
@@ -60,12 +61,13 @@ class TimeLimit(Callback):
         if self._evaluation is None:  # which takes less than training on as many tokens
             self._evaluation = self._valid_tokens / record["tokens_per_second"]
         if record["seconds"] > self._left(limit):
+            self._is_up = True
             run.stop(f"the time is up (--for {limit}); --resume with a longer one goes on")
 
     def on_save(self, run: TrainingRun, record: Record) -> None:
         limit = run.config.time_limit
-        if limit is None or len(self._times) < _WINDOW:
-            return
+        if limit is None or self._is_up or len(self._times) < _WINDOW:
+            return  # a run that has stopped keeps its plan, for when it is given more time
         pace = max(1e-6, self._times[-1] - self._times[0]) / (_WINDOW - 1)
         end = run.step + max(1, int(self._left(limit) / pace))
         if end < _SLOWER * run.total_steps and run.step < run.total_steps:
