@@ -4,6 +4,8 @@ train.jsonl                             a file a part
 train-00000-of-00002.parquet            or several
 train/0000.parquet                      or a folder a part
 data/...                                any of these, one level down
+
+Files of any other name that are numbered so, `data/train_sft-00000-of-00003.parquet`, are together what `data/train_sft` names.
 """
 
 from __future__ import annotations
@@ -62,6 +64,16 @@ def parts_of(folder: Path) -> dict[str, PartFiles]:
             "the folder holds no rows", where=str(folder), hint=_hint_without_parts(folder), exit_code=USAGE
         )
     return found
+
+
+def numbered_files(path: Path) -> PartFiles | None:
+    """The numbered files that a path names by what stands before their numbers; None where there are none.
+
+    Raises:
+        UserError: where they are not whole.
+    """
+    found = next((files for files in _named(path.parent, path.name) if files.name == path), None)
+    return _whole(found) if found else None
 
 
 def _named(place: Path, stem: str) -> Iterator[PartFiles]:
@@ -137,6 +149,13 @@ def _hint_without_parts(folder: Path) -> str:
         inside = [path for place in places for path in _rows_in(place)]
     if not inside:
         return hint
-    names = ", ".join(str(path.relative_to(folder)) for path in inside[:_MOST_NAMED])
-    more = f" and {len(inside) - _MOST_NAMED} more" if len(inside) > _MOST_NAMED else ""
+    shown = list(dict.fromkeys(str(_without_number(path).relative_to(folder)) for path in inside))
+    names = ", ".join(shown[:_MOST_NAMED])
+    more = f" and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
     return f"name one of its files or folders, as it has {names}{more}; or {hint}"
+
+
+def _without_number(file: Path) -> Path:
+    """What names the numbered files that a file is one of; itself where it is no such file."""
+    stem = _without_suffix(file)
+    return file.with_name(stem[: count.start()].rstrip("-_.")) if (count := _COUNT.search(stem)) else file

@@ -147,7 +147,8 @@ def _table(delimiter: str, path: Path, on_bytes: OnBytes | None) -> Rows:
             break
     delimiter = _delimiter_of("".join(beginning), delimiter)
     hint = f"quote cells that hold a {_DELIMITERS[delimiter]}, quote or line break"
-    reader = csv.reader(chain(beginning, lines), delimiter=delimiter, strict=True)
+    quoting = csv.QUOTE_NONE if delimiter == "\t" and _has_bare_quotes(path) else csv.QUOTE_MINIMAL
+    reader = csv.reader(chain(beginning, lines), delimiter=delimiter, quoting=quoting, strict=True)
     header: list[str] = []
     line = 1
     try:
@@ -172,6 +173,26 @@ def _delimiter_of(header: str, expected: str) -> str:
     """The delimiter that a table's header has, outside of quotes: the expected one, else another, as Excel writes `;`."""
     unquoted = re.sub(r'"[^"]*"', "", header)
     return next((one for one in (expected, *_DELIMITERS) if one in unquoted), expected)
+
+
+def _has_bare_quotes(path: Path) -> bool:
+    """Whether quotes are characters like any other, as many programs write tables with tabs: each line has all its cells as it stands,
+    and one of them begins with a quote that does not enclose it."""
+    columns, found = 0, False
+    for _, line in text_lines(path, None):
+        if isinstance(line, UserError):
+            return False  # it is an error for who reads the rows
+        cells = line.rstrip("\r\n").split("\t")
+        if not line.strip():
+            continue
+        columns = columns or len(cells)
+        if len(cells) != columns:
+            return False
+        found = found or any(cell.startswith('"') and not _ENCLOSED.fullmatch(cell) for cell in cells)
+    return found
+
+
+_ENCLOSED = re.compile(r'"(?:[^"]|"")*"')
 
 
 def _header(cells: list[str], origin: str) -> list[str]:

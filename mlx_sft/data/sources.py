@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.data.file_text import COMPRESSIONS, INSTALL_HINT, OnBytes
-from mlx_sft.data.folders import PartFiles, parts_of
+from mlx_sft.data.folders import PartFiles, numbered_files, parts_of
 from mlx_sft.data.readers import READERS, Reader, Rows, reader_of, table_row
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_errors, user_path
@@ -199,7 +199,8 @@ def locate(data: str) -> dict[str, Source]:
     path = user_path(data)
     with read_errors(str(path)):
         if not path.is_dir():
-            return {"all": _file(path)}
+            numbered = None if path.exists() else numbered_files(path)
+            return {"all": _part(numbered) if numbered else _file(path)}
         return {name: _part(part) for name, part in parts_of(path).items()}
 
 

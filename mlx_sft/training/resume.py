@@ -18,6 +18,7 @@ from mlx_sft.common_settings import option_name, public_name
 from mlx_sft.config import TrainConfig, owners_of
 from mlx_sft.data.chat_template import template_text
 from mlx_sft.data.prepare import PreparedData
+from mlx_sft.data.folders import numbered_files
 from mlx_sft.data.sources import split_weight
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json, to_json, user_path, write_file
@@ -116,7 +117,7 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
 
 def _full_path(name: str) -> str:
     path = user_path(name)
-    return str(path.resolve()) if path.exists() else name
+    return str(path.resolve()) if path.exists() or numbered_files(path) else name
 
 
 def identity_of(config: TrainConfig, data: PreparedData, path: Path) -> dict[str, str]:

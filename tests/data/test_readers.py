@@ -217,6 +217,27 @@ def test_a_header_has_the_delimiter_of_its_files_name_before_another(tmp_path: P
     assert values(path) == [{"text": "a,b;c"}]
 
 
+def test_quotes_of_a_table_with_tabs_may_be_characters_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('prompt\tcompletion\n"Go," I said\t"Where?"\n\n5" disk\tyes\n')
+    assert read(path) == [
+        Row(f"{path}:2", {"prompt": '"Go," I said', "completion": '"Where?"'}),
+        Row(f"{path}:4", {"prompt": '5" disk', "completion": "yes"}),
+    ]
+    path.write_text('prompt\tcompletion\n"a\tb"\t"c\nd"\n"say ""e"""\t5"\n')
+    assert values(path) == [
+        {"prompt": "a\tb", "completion": "c\nd"},
+        {"prompt": 'say "e"', "completion": '5"'},
+    ]
+
+
+def test_a_quote_that_is_left_open_in_a_table_with_tabs_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('prompt\tcompletion\na\tb\n"c\nd\te\n')
+    with pytest.raises(UserError, match="not CSV"):
+        read(path)
+
+
 def test_ndjson_is_an_object_a_line(tmp_path: Path) -> None:
     path = tmp_path / "a.ndjson"
     path.write_text('{"text": "a"}\n{"text": "b"}\n')

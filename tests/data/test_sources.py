@@ -275,6 +275,21 @@ def test_a_part_that_is_not_whole_or_there_twice_is_refused(tmp_path: Path, name
     assert caught.value.hint
 
 
+def test_numbered_files_are_named_by_what_stands_before_their_numbers(tmp_path: Path) -> None:
+    names = [f"data/train_sft-{number:05}-of-00011.jsonl" for number in range(11)]
+    write_parts(tmp_path, *names, "data/train_gen-00000-of-00001.jsonl")
+    assert texts(locate(str(tmp_path / "data" / "train_sft"))["all"]) == names
+    assert split_weight(f"{tmp_path}/data/train_gen:2") == (f"{tmp_path}/data/train_gen", 2)
+    with pytest.raises(UserError, match="the folder holds no rows") as caught:
+        locate(str(tmp_path))
+    assert "as it has data/train_gen, data/train_sft;" in caught.value.hint
+    (tmp_path / names[3]).unlink()
+    with pytest.raises(UserError, match="it has 10 files, where their names count 11"):
+        locate(str(tmp_path / "data" / "train_sft"))
+    with pytest.raises(UserError, match="no such file"):
+        locate(str(tmp_path / "data" / "train"))
+
+
 def test_the_folder_of_a_part_is_that_part(tmp_path: Path) -> None:
     write_parts(tmp_path, "validation/0.jsonl", "validation/1.jsonl", "test/train.jsonl")
     assert texts(locate(str(tmp_path / "validation"))["all"]) == ["validation/0.jsonl", "validation/1.jsonl"]
