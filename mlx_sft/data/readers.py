@@ -147,8 +147,8 @@ def _table(delimiter: str, path: Path, on_bytes: OnBytes | None) -> Rows:
             break
     delimiter = _delimiter_of("".join(beginning), delimiter)
     hint = f"quote cells that hold a {_DELIMITERS[delimiter]}, quote or line break"
-    quoting = csv.QUOTE_NONE if delimiter == "\t" and _has_bare_quotes(path) else csv.QUOTE_MINIMAL
-    reader = csv.reader(chain(beginning, lines), delimiter=delimiter, quoting=quoting, strict=True)
+    bare = delimiter == "\t" and _has_bare_quotes(path)
+    reader = csv.reader(chain(beginning, lines), delimiter=delimiter, quotechar=None if bare else '"', strict=True)
     header: list[str] = []
     line = 1
     try:

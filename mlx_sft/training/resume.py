@@ -17,8 +17,8 @@ import mlx.core as mx
 from mlx_sft.common_settings import option_name, public_name
 from mlx_sft.config import TrainConfig, owners_of
 from mlx_sft.data.chat_template import template_text
-from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.folders import numbered_files
+from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.sources import split_weight
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json, to_json, user_path, write_file
