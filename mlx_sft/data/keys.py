@@ -29,6 +29,20 @@ _CALL_ITSELF = ("type", "function", "name", "arguments")
 _MESSAGE_KEYS = ("tool_calls", "tool_call_id", *REASONING_KEYS, *WEIGHT_KEYS)
 _CALL_KEYS = ("id",)
 _PREFERENCES = ("chosen", "rejected")
+"""What keys begin with that hold the answers of a preference: also `rejected_response`, `rejected_messages`, `chosen_messages`."""
+_LABELS = ("label", "kto_tag")
+"""They say whether an answer is a good one."""
+_MEANINGS: dict[Owner, dict[str, str]] = {
+    "message": dict.fromkeys(("mask", "ignore"), "masked")
+    | dict.fromkeys(("trainable", "train_on_turn", "train_detail", "supervised"), "train")
+    | dict.fromkeys(("thought", "thoughts", "cot", "reasoning_details"), REASONING_KEYS[0]),
+    "row": dict.fromkeys(("system_prompt", "system_message", "sys"), "system")
+    | dict.fromkeys(("available_tools", "tool_definitions", "tools_json"), "tools")
+    | dict.fromkeys(("enable_thinking", "template_kwargs"), "chat_template_kwargs")
+    | dict.fromkeys(("cot", "thought", "rationale"), REASONING_KEYS[0]),
+    "call": {},
+}
+"""What other programs call a key that is read here."""
 _LIKENESS = 0.82
 """Of `difflib`'s ratio: in a word of six letters, one is wrong. `wieght` is 0.83 like `weight`, and `reason` 0.80 like `reasoning`."""
 _LONGEST_NAME = 100
@@ -66,21 +80,30 @@ class Reading:
 
     def refused(self) -> list[str]:
         """The keys that say that the row is a preference, or that its answer may be a bad one, where nothing reads them."""
-        if not any(dict.get(self.row, key) is not None for key in (*_PREFERENCES, "label")):
+        meant = [
+            key
+            for key, value in self.present()
+            if not _is_blank(value)
+            and (key in (*_PREFERENCES, *_LABELS) or (_is_preference(key) and not _is_figure(value)))
+        ]
+        if not meant:
             return []
         declared = {*self.row_format.keys, *self.row_format.optional}
-        unread = {key for key, value in self.present() if not _is_blank(value)} - self.row.asked - declared
-        chosen_by_hand = set(self.columns.values()) & set(_PREFERENCES)
-        refused = [] if chosen_by_hand else [key for key in _PREFERENCES if key in unread]
+        unread = [key for key in meant if key not in self.row.asked and key not in declared]
+        chosen_by_hand = any(map(_is_preference, self.columns.values()))
+        refused = [] if chosen_by_hand else sorted(filter(_is_preference, unread))
         is_conversation = self.items and any(isinstance(item, Conversation) for item in items_of(self.items))
-        return [*refused, "label"] if "label" in unread and (refused or is_conversation) else refused
+        labels = [key for key in unread if key in _LABELS] if refused or is_conversation else []
+        return [*refused, *labels]
 
     def _refusal(self, refused: list[str]) -> UserError:
         way_out = "take out the rows that are not to be trained on, and then the key"
-        if refused == ["label"]:
-            what = "a row with a `label`, which nothing reads: its answer would be trained on, whatever the label says"
+        names = " and ".join(f"`{_named(key)}`" for key in refused if _is_preference(key))
+        if not names:
+            what = (
+                f"a row with a `{refused[0]}`, which nothing reads: its answer would be trained on, whatever that says"
+            )
             return UserError(what, where=self.origin, hint=f"--objective sft trains on all rows: {way_out}")
-        names = " and ".join(f"`{key}`" for key in refused if key in _PREFERENCES)
         what = f"a row of preferences, by its {names}: what it has besides would be trained on, and nothing compared"
         compared = " or ".join(f"--objective {name}" for name in _comparing())
         hint = f"--objective sft trains on all rows, and compares none: {way_out}"
@@ -176,8 +199,20 @@ class KeyRules:
                 yield self._unread(owner, _named(key), absent)
 
     def _unread(self, owner: Owner, key: str, absent: tuple[str, ...]) -> KeyUse:
-        suggestion = typo_of(key, absent)
-        return KeyUse(owner, key, "refused" if suggestion and not self.ignore_unknown else "unused", suggestion)
+        meaning = _MEANINGS[owner].get(key, "")
+        suggestion = typo_of(key, absent) or (meaning if meaning in absent else "")
+        # A name of another program's is refused where a turn would be trained on that is not meant to be.
+        is_wrong = suggestion and (suggestion != meaning or meaning in WEIGHT_KEYS)
+        return KeyUse(owner, key, "refused" if is_wrong and not self.ignore_unknown else "unused", suggestion)
+
+
+def _is_preference(key: Any) -> bool:
+    return isinstance(key, str) and (key in _PREFERENCES or key.startswith(tuple(f"{name}_" for name in _PREFERENCES)))
+
+
+def _is_figure(value: Any) -> bool:
+    """As of `chosen_score`, which stands beside answers and is none."""
+    return isinstance(value, int | float)
 
 
 def _comparing() -> list[str]:

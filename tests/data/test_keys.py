@@ -165,11 +165,54 @@ def test_no_key_of_public_metadata_is_taken_for_a_misspelling() -> None:
     assert len(set(METADATA)) > 100
     store = read(
         *({**CHAT, key: "x"} for key in METADATA),
-        *({"messages": [USER, {**ASSISTANT, key: "x"}]} for key in METADATA),
+        *({"messages": [USER, {**ASSISTANT, key: "x"}]} for key in METADATA if key != "mask"),
     )
     assert [lost.note.reason for lost in store.lost] == []
     for row_format in (row_format for _, row_format in FORMATS.items()):
         assert [key for key in METADATA if typo_of(key, row_format.optional)] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("mask", "masked"), ("ignore", "masked"), ("trainable", "train"), ("train_detail", "train")],
+)
+def test_a_name_of_another_program_for_what_is_not_trained_on_is_an_error(key: str, meant: str) -> None:
+    row = {"messages": [USER, {**ASSISTANT, key: True}]}
+    assert reason(read(row))[0] == f'message 1 has the key {key!r}, which nothing reads; did you mean "{meant}"?'
+    assert not read(row, ignore_unknown=True).lost
+
+
+@pytest.mark.parametrize(
+    ("row", "meant"),
+    [
+        ({**CHAT, "system_prompt": "Be brief"}, "system"),
+        ({**CHAT, "available_tools": []}, "tools"),
+        ({**CHAT, "enable_thinking": False}, "chat_template_kwargs"),
+        ({"messages": [USER, {**ASSISTANT, "thought": "hm"}]}, "reasoning_content"),
+        ({"prompt": "a", "completion": "b", "cot": "c"}, "reasoning_content"),
+    ],
+)
+def test_a_name_of_another_program_is_listed_with_the_one_that_is_read_here(row: dict[str, Any], meant: str) -> None:
+    store = read(row)
+    assert not store.lost
+    assert [count.suggestion for count in store.keys if count.use == "unused"] == [meant]
+
+
+def test_a_name_of_another_program_means_nothing_beside_the_one_that_is_read() -> None:
+    store = read({**CHAT, "system_prompt": "Be brief", "system": "Be kind"})
+    assert [count.suggestion for count in store.keys if count.use == "unused"] == [""]
+
+
+@pytest.mark.parametrize("answer", ["No.", [USER, ASSISTANT]])
+@pytest.mark.parametrize("key", ["rejected_response", "rejected_messages", "chosen_messages"])
+def test_the_answers_of_a_preference_are_known_by_the_beginning_of_their_names(key: str, answer: object) -> None:
+    what, hint = reason(read({**CHAT, key: answer}))
+    assert what.startswith(f"a row of preferences, by its `{key}`")
+    assert "--objective" in hint
+
+
+def test_figures_about_preferences_are_no_answers() -> None:
+    assert not read({**CHAT, "rejected_score": 3.5, "chosen-rating": 4, "chosen_response": None}).lost
 
 
 def test_a_key_is_no_misspelling_of_one_that_is_there() -> None:
