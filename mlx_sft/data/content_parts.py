@@ -1,7 +1,7 @@
 """Content that is a list of parts → text, reasoning, calls and the answers of tools, each where templates look for it.
 
-OpenAI's parts are `{"type": "text", "text": ...}`; Anthropic's are also `thinking`, `tool_use` and `tool_result`. What is wrong is a
-`ValueError` with the place and a reason.
+OpenAI's parts are `{"type": "text", "text": ...}`; Anthropic's are also `thinking`, `tool_use` and `tool_result`; LLaMA-Factory's have all
+they say under `value`, and are also `reasoning` and `tool_call`. What is wrong is a `ValueError` with the place and a reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from mlx_sft.data.tool_calls import Call, read_call
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _REASONING_TYPES = ("thinking", "reasoning")
-_CALL, _RESULT = "tool_use", "tool_result"
+_CALL_TYPES = ("tool_use", "tool_call", "function_call")
+_RESULT = "tool_result"
+_LONGEST_TYPE = 40
 
 
 def read_text(content: Any, place: str) -> str:
@@ -40,10 +42,10 @@ def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Call
         if _type(part) in _REASONING_TYPES:
             if any(text.strip() for text in texts) or calls:
                 raise ValueError(f"{where} is reasoning behind text or a call: {_ORDER}")
-            said = next((part[key] for key in (*_REASONING_TYPES, "text") if part.get(key) is not None), "")
+            said = next((part[key] for key in (*_REASONING_TYPES, "text", "value") if part.get(key) is not None), "")
             reasoning.append(read_text(said, where))
-        elif _type(part) == _CALL:
-            calls.append(read_call({key: part.get(key) for key in ("id", "name", "input")}, where))
+        elif _type(part) in _CALL_TYPES:
+            calls.append(read_call(_call(part), where))
         else:
             texts.append(_text(part, where))
             if calls and texts[-1].strip():
@@ -53,6 +55,12 @@ def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Call
 
 
 _ORDER = "a turn is reasoning, then text, then calls, and templates write it so"
+
+
+def _call(part: Mapping[str, Any]) -> Any:
+    """A call as such: under `value`, under the name of the part's type, or the part itself."""
+    under = next((part[key] for key in ("value", _type(part)) if part.get(key) is not None), None)
+    return {key: part.get(key) for key in ("id", "name", "input", "arguments")} if under is None else under
 
 
 def answers_apart(message: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
@@ -95,4 +103,7 @@ def _text(part: Any, place: str) -> str:
         text = part["text"] if part.get("text") is not None else part.get("value")
         if isinstance(text, str):
             return text
+    elif _type(part):
+        what = f"{place} is not a text part, but of the type {_type(part)[:_LONGEST_TYPE]}"
+        raise ValueError(f"{what}: leave it out where the text stands for itself")
     raise ValueError(f'{place} is not a text part, such as {{"type": "text", "text": "..."}}')

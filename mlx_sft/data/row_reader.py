@@ -187,7 +187,7 @@ def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None]) -> UserE
             what = f"an object with rows inside of it, under {shown(key)}, where a row should be"
             return UserError(what, where=row.origin, hint="make the rows the file's own list, or write one a line")
     kind = "a row without a known format"
-    if {"chosen", "rejected"} <= row.value.keys():
+    if any(_is_rejected(key) for key in row.value):
         kind = "a row of preferences, of which only the chosen answer can be trained on"
     what = f"{kind}: {'it has ' + _keys_shown(row.value) if row.value else 'it is empty'}"
     hint = "a row is one of " + ", ".join(row_format.example for row_format in _formats())
@@ -209,7 +209,7 @@ _WRITTEN = ("text", "content", "document", "article", "story", "passage", "body"
 
 def _columns_for(value: dict[str, Any]) -> str:
     """The columns that a row of no known format seems to mean; empty where nothing is like one."""
-    conversations = {key: item for key, item in value.items() if _is_conversation(item)}
+    conversations = {key: item for key, item in value.items() if _is_conversation(item) and not _is_rejected(key)}
     chosen = conversations.get("chosen", [])
     if len(chosen) == 1 and "prompt" in value:
         return "user=prompt,assistant=chosen"
@@ -229,6 +229,11 @@ def _columns_for(value: dict[str, Any]) -> str:
     if "system_prompt" in lower:
         parts["system"] = lower["system_prompt"]
     return ",".join(f"{part}={column}" for part, column in parts.items() if part != column)
+
+
+def _is_rejected(key: str) -> bool:
+    """Whether it holds the worse answer of a preference: `rejected`, `rejected_messages`."""
+    return key.startswith("rejected")
 
 
 def _is_conversation(value: Any) -> bool:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.fast
 
 USER = {"role": "user", "content": "Roll a die."}
 CALL = {"id": "c1", "type": "function", "function": {"name": "roll", "arguments": {"n": 6}}}
+WITHOUT_ID = {key: item for key, item in CALL.items() if key != "id"}
 USE = {"type": "tool_use", "id": "c1", "name": "roll", "input": {"n": 6}}
 RESULT = {"type": "tool_result", "tool_use_id": "c1", "content": "4"}
 
@@ -77,6 +78,13 @@ def test_an_anthropic_conversation_is_the_same_as_openais(qwen3: PreTrainedToken
             {"content": "", "reasoning_content": "a\n\nb"},
         ),
         ([USE, USE], {"tool_calls": [CALL, CALL]}),
+        (
+            [{"type": "reasoning", "value": "a"}, {"type": "tool_call", "value": json.dumps(CALL["function"])}],
+            {"reasoning_content": "a", "tool_calls": [WITHOUT_ID]},
+        ),
+        ([{"type": "tool_call", "value": CALL["function"]}], {"tool_calls": [WITHOUT_ID]}),
+        ([{"type": "tool_call", "tool_call": CALL}], {"tool_calls": [CALL]}),
+        ([{"type": "function_call", "id": "c1", "name": "roll", "arguments": {"n": 6}}], {"tool_calls": [CALL]}),
         ([USE, text(" ")], {"content": " ", "tool_calls": [CALL]}),
         (
             [{**USE, "input": '{"n": 6}'}],

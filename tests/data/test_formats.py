@@ -130,7 +130,7 @@ def test_a_table_may_hold_structure_as_json_text() -> None:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            'messages[0].content[0] is not a text part, such as {"type": "text", "text": "..."}',
+            "messages[0].content[0] is not a text part, but of the type image_url",
         ),
         (
             {"messages": [USER, {**ASSISTANT, "reasoning_content": 3}]},
@@ -226,6 +226,15 @@ def test_a_row_that_is_wrong_says_where_and_how(row: dict[str, Any], reason: str
         item(**row)
     assert caught.value.where == "chats.jsonl:17"
     assert caught.value.what.startswith(reason)
+
+
+def test_the_worse_answer_of_a_preference_is_never_the_one_to_train_on() -> None:
+    with pytest.raises(UserError, match="a row of preferences") as caught:
+        item(rejected_messages=[USER, ASSISTANT], chosen_messages=[USER, ASSISTANT])
+    assert "--columns messages=chosen_messages;" in caught.value.hint
+    with pytest.raises(UserError, match="a row of preferences") as caught:
+        item(rejected_messages=[USER, ASSISTANT], question="a")
+    assert "--columns" not in caught.value.hint
 
 
 def test_a_row_without_a_known_shape_is_told_all_shapes() -> None:
