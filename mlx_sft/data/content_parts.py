@@ -24,7 +24,8 @@ def read_text(content: Any, place: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"{place} must be a string or a list of text parts, not {kind(content)}")
+        way_out = ": write it as JSON text" if isinstance(content, dict) else ""
+        raise ValueError(f"{place} must be a string or a list of text parts, not {kind(content)}{way_out}")
     return "".join(_text(part, f"{place}[{index}]") for index, part in enumerate(content))
 
 
