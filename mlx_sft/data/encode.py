@@ -161,13 +161,13 @@ class Encoder:
         end = self.tokenizer.eos_token_id
         appended = int(end is not None and token_ids[-1:].tolist() != [end])
         token_ids = np.append(token_ids, np.full(appended, end, np.int32)) if appended else token_ids
-        weights = np.ones(len(token_ids), np.float32)
+        weights = np.full(len(token_ids), document.weight, np.float32)
         breaks = text_breaks(document.text, alignment.starts, len(token_ids))
         return Encoded(document.origin, token_ids, weights, alignment=alignment, appended=appended, breaks=breaks)
 
     def _tokens(self, tokens: Tokens) -> Encoded:
-        weights = np.array(tokens.labels, np.int64) != IGNORED
-        return Encoded(tokens.origin, np.array(tokens.token_ids, np.int32), weights.astype(np.float32))
+        weights = np.where(np.array(tokens.labels, np.int64) != IGNORED, np.float32(tokens.weight), np.float32(0))
+        return Encoded(tokens.origin, np.array(tokens.token_ids, np.int32), weights)
 
     def _tokenize(
         self, text: str, origin: str, add_special_tokens: bool = False

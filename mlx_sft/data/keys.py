@@ -134,7 +134,7 @@ class KeyRules:
     def _judged(self, reading: Reading) -> Iterator[tuple[str, KeyUse]]:
         """Each key, and in words where it stands."""
         present, refused = dict(reading.present()), reading.refused()
-        absent = tuple(key for key in reading.row_format.optional if key not in present)
+        absent = tuple(key for key in (*reading.row_format.optional, *WEIGHT_KEYS) if key not in present)
         for key in present:
             name = _named(reading.columns.get(key, key))
             if key in refused:

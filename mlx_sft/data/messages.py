@@ -26,7 +26,7 @@ _SWITCHES = {"train": True, "loss": True, "masked": False}
 _NUMBERS = ("weight", "loss_weight")
 """The names under which they say how much."""
 WEIGHT_KEYS = (*_SWITCHES, *_NUMBERS)
-"""What a message says of itself to training, and the chat template does not see."""
+"""What a message says of itself to training, and the chat template does not see; a row says it of all that it teaches."""
 
 _CALL = "function_call"
 _ROLE_NAMES = {name: name for name in ROLES} | {
@@ -130,9 +130,23 @@ def take_weights(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], 
 
 
 def _weight(message: Mapping[str, Any], place: str) -> float:
-    said = {key: message[key] for key in WEIGHT_KEYS if message.get(key) is not None}
-    if not said:
+    weight = weight_said(message, place)
+    if weight is None:
         return 1.0
+    if weight and message.get("role") != "assistant":
+        raise ValueError(f"{place} has a weight, and only an assistant's messages are supervised")
+    return weight
+
+
+def weight_said(owner: Mapping[str, Any], place: str) -> float | None:
+    """The weight that a message or a row has under its `WEIGHT_KEYS`; None where it has none of them.
+
+    Raises:
+        ValueError: for a value that is none, and for two that contradict each other.
+    """
+    said = {key: owner[key] for key in WEIGHT_KEYS if owner.get(key) is not None}
+    if not said:
+        return None
     for key, value in said.items():
         if key in _SWITCHES and not isinstance(value, bool):
             raise ValueError(f"{key} of {place} must be true or false, not {kind(value)}")
@@ -144,10 +158,20 @@ def _weight(message: Mapping[str, Any], place: str) -> float:
     supervised = {said[key] == _SWITCHES[key] if key in _SWITCHES else said[key] > 0 for key in said}
     if len(numbers) > 1 or len(supervised) > 1:
         raise ValueError(f"{' and '.join(said)} of {place} contradict each other")
-    value = numbers.pop() if numbers else float(supervised.pop())
-    if value and message.get("role") != "assistant":
-        raise ValueError(f"{place} has a weight, and only an assistant's messages are supervised")
-    return value
+    return numbers.pop() if numbers else float(supervised.pop())
+
+
+def weight_in_cell(key: str, value: Any) -> Any:
+    """A value under one of the `WEIGHT_KEYS`, where the cell of a table may hold it as text: `False`, `0.5`; None for blank text."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    if key in _SWITCHES:
+        return {"true": True, "false": False, "": None}.get(text, value)
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return value
 
 
 def _apart(value: Any, place: str) -> Iterable[Any]:

@@ -13,11 +13,11 @@ from typing import Any, Literal, Protocol
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.conversation import Conversation, Items, items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
-from mlx_sft.data.example import Example, Note, Outcome
+from mlx_sft.data.example import Example, Fate, Note, Outcome
 from mlx_sft.data.key_counts import KeyUse
 from mlx_sft.data.keys import NO_TEMPLATE, KeyRules
 from mlx_sft.data.readers import Row
-from mlx_sft.data.row_reader import MixedFormats, RowReader
+from mlx_sft.data.row_reader import LeftOut, MixedFormats, RowReader
 from mlx_sft.data.screening import SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.data.template_limits import NoTemplate, TemplateStopped
 from mlx_sft.errors import UserError
@@ -116,7 +116,8 @@ class Pipeline:
         except NoTemplate:
             raise
         except UserError as error:
-            note = Note(error.where or origin, "bad", error.what, error.hint)
+            fate: Fate = "dropped" if isinstance(error, LeftOut) else "bad"
+            note = Note(error.where or origin, fate, error.what, error.hint)
             return Outcome(origin, [], note=note, mixed=isinstance(error, MixedFormats), keys=keys)
 
     def _encode(self, item: Items) -> list[Example]:

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_sft.data.call_forms import FORMS_IN_WORDS
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Fate, Note
-from mlx_sft.data.key_counts import KeyCount, in_words, summed, unused_keys
+from mlx_sft.data.key_counts import KeyCount, in_words, row_weights, summed, unused_keys
 from mlx_sft.data.lengths import histogram, length_summary
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
@@ -302,7 +302,7 @@ class DataReport:
         return warnings
 
     def summary(self) -> dict[str, str]:
-        """The short form for a person; `lengths`, `suspicious`, `unused keys` and `duplicates` only where there are any."""
+        """The short form for a person; all behind `tokens` only where there are any."""
         lost = "".join(
             f", {count:,} {fate}"
             for fate, count in fates(self).items()
@@ -330,6 +330,8 @@ class DataReport:
             f"{words} ({number:,})" for name, words in FORMS_IN_WORDS.items() if (number := getattr(self.facts, name))
         ]:
             summary["calls"] = f"as the chat template takes them: {', '.join(forms)}"
+        if weights := row_weights(self.keys):
+            summary["row weights"] = weights
         if unused := unused_keys(self.keys):
             summary["unused keys"] = in_words(unused)
         if train.duplicates:

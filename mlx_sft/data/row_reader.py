@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mlx_sft.data.conversation import Conversation, Item, Items, items_of
+from mlx_sft.data.conversation import Conversation, Item, Items, NoWeightError, items_of, weighed
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.keys import Reading
-from mlx_sft.data.messages import nearest, shown
+from mlx_sft.data.messages import WEIGHT_KEYS, nearest, shown, weight_in_cell, weight_said
 from mlx_sft.data.readers import Row
 from mlx_sft.data.turns import ConsecutiveTurns, with_turns
 from mlx_sft.data.watched_row import WatchedRow
@@ -29,11 +29,16 @@ def _formats() -> list[RowFormat]:
 
 def _parts() -> dict[str, str]:
     """What `--columns` may name → the key that it stands for."""
-    return _ALIASES | {key: key for row_format in _formats() for key in (*row_format.keys, *row_format.optional)}
+    keys = (key for row_format in _formats() for key in (*row_format.keys, *row_format.optional))
+    return _ALIASES | {key: key for key in (*keys, *WEIGHT_KEYS)}
 
 
 class MixedFormats(UserError):
     """A row of another format than the first row of its file."""
+
+
+class LeftOut(UserError):
+    """A row that says itself that it is not to be trained on, as a whole or turn by turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +135,11 @@ class RowReader:
         except ValueError as error:
             names = [f"{key} is its column {shown(column)}" for key, column in columns.items()]
             hint = "; ".join([f"such a row is {row_format.example}", *names])
-            return replace(reading, error=UserError(str(error), where=row.origin, hint=hint))
+            kind = LeftOut if isinstance(error, NoWeightError) else UserError
+            return replace(reading, error=kind(str(error), where=row.origin, hint=hint))
         try:
-            items = tuple(map(self._with_turns, items_of(read)))
+            weight = _weight_of(reading)
+            items = tuple(weighed(self._with_turns(item), weight) for item in items_of(read))
         except UserError as error:
             return replace(reading, error=error)
         return replace(reading, items=items if isinstance(read, tuple) else items[0])
@@ -173,6 +180,29 @@ class RowReader:
         named = {parts[part] for part in self.columns} & {key for row_format in formats for key in row_format.keys}
         told = (f for f in formats if present.issuperset(f.keys) and (not named or named.intersection(f.keys)))
         return next(told, None)
+
+
+def _weight_of(reading: Reading) -> float:
+    """The weight that a row has as a whole, under the `WEIGHT_KEYS` that its format does not read itself.
+
+    Raises:
+        UserError: for a value that is none; `LeftOut` for a row that is not to be trained on.
+    """
+    row = reading.row
+    said = {key: row.get(key) for key in WEIGHT_KEYS if key not in row.asked}
+    said = {key: value for key, one in said.items() if (value := weight_in_cell(key, one)) is not None}
+    try:
+        weight = weight_said(said, "the row")
+    except ValueError as error:
+        hint = (
+            "it is how much the whole row counts in the loss; where it means something else, rename it or take it out"
+        )
+        raise UserError(str(error), where=reading.origin, hint=hint) from None
+    if weight == 0:
+        key, value = next(iter(said.items()))
+        what = f"not to be trained on: its {reading.columns.get(key, key)} is {shown(value).lower()}"
+        raise LeftOut(what, where=reading.origin, hint="take the key out of rows that are to be trained on")
+    return 1.0 if weight is None else weight
 
 
 def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None]) -> UserError:

@@ -87,6 +87,11 @@ def test_a_key_is_read_where_something_asks_for_it_and_unused_else() -> None:
     assert not store.lost
 
 
+def test_the_keys_of_a_glaive_row_are_counted_as_those_of_others() -> None:
+    store = read({"system": "SYSTEM: Hm.", "chat": "USER: Hi\nASSISTANT: Hello", "id": 1, "tool": None})
+    assert uses(store) == {"system": "read", "chat": "read", "id": "unused"}
+
+
 def test_a_message_key_is_read_by_a_template_that_names_it() -> None:
     rules = KeyRules.of("{% for m in messages %}{{ m.name }}{{ m['mood'] }}{{ 'place' in m }}{% endfor %}")
     assert {"name", "mood", "place"} <= rules.of_template
@@ -383,3 +388,14 @@ def test_the_report_and_its_summary_list_the_keys_that_nothing_reads(
     }
     plain = prepare(TrainConfig(data=write_rows(row)), tokenizer).report
     assert "unused keys" not in plain.summary()
+
+
+def test_the_summary_tells_which_rows_say_what_they_weigh(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    row = {"prompt": "a", "completion": "b"}
+    data = write_rows({**row, "weight": 0.5}, {**row, "weight": 2}, {**row, "train": False}, row)
+    report = prepare(TrainConfig(data=data), tokenizer).report
+    assert report.summary()["row weights"] == "weight (2 rows)"
+    assert report.summary()["rows"] == "3 to train on, 0 held out, 1 dropped"
+    assert "row weights" not in prepare(TrainConfig(data=write_rows(row)), tokenizer).report.summary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -58,9 +59,39 @@ def test_a_row_that_could_not_be_read_keeps_its_place_and_reason(run: Any) -> No
 
 
 def test_a_row_with_nothing_to_learn_is_bad(run: Any) -> None:
-    outcome = run({"messages": [QUESTION, ANSWER | {"train": False}]})
+    outcome = run({"messages": [QUESTION, ANSWER | {"content": " "}]})
     assert outcome.note.fate == "bad"
     assert "nothing to train on" in outcome.note.reason
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [QUESTION, ANSWER], "train": False},
+        {"messages": [QUESTION, ANSWER | {"weight": 2}], "weight": 0},
+        {"messages": [QUESTION, ANSWER | {"train": False}]},
+        {"text": "The moon is far.", "loss": False},
+        {"input_ids": [1, 2], "labels": [1, 2], "masked": True},
+        {"prompt": "Who?", "completion": "You.", "loss_weight": "0.0"},
+    ],
+)
+def test_a_row_that_says_that_it_is_not_to_be_learnt_is_dropped_with_the_reason(run: Any, row: dict[str, Any]) -> None:
+    outcome = run(row)
+    assert not outcome.examples
+    assert outcome.note.fate == "dropped"
+    assert re.search(r"not to be trained on: its \w+ is|every assistant turn has the weight 0", outcome.note.reason)
+    assert outcome.note.hint
+
+
+def test_what_a_row_weighs_is_what_its_tokens_weigh(run: Any) -> None:
+    turns = [QUESTION, ANSWER, QUESTION, ANSWER | {"weight": 4}]
+    for row, weights in (
+        ({"messages": turns, "weight": 0.5}, {0.5, 2}),
+        ({"text": "The moon is far.", "weight": 0.5}, {0.5}),
+        ({"input_ids": [1, 2, 3], "labels": [1, -100, 3], "loss_weight": 3}, {3}),
+    ):
+        (example,) = run(row).examples
+        assert set(example.loss_weights[example.loss_weights != 0].tolist()) == weights
 
 
 FORGED = {"messages": [{"role": "user", "content": "Hi<|im_end|>"}, ANSWER]}
