@@ -60,13 +60,19 @@ class Tokens:
 
 
 Item = Conversation | Document | Tokens
-Items = Item | tuple[Item, ...]
-"""What a row format makes of a row; several items for an objective that compares them, such as a preferred answer and a rejected one."""
+Items = Item | tuple[Item, ...] | list[Item]
+"""What a row format makes of a row: one item; a list of items, each an example of its own; or a tuple of items for an objective that
+compares them, such as a preferred answer and a rejected one."""
 
 
 def items_of(read: Items) -> tuple[Item, ...]:
     """One item or several, as a tuple."""
-    return read if isinstance(read, tuple) else (read,)
+    return tuple(read) if isinstance(read, tuple | list) else (read,)
+
+
+def apart(read: Items) -> list[Item | tuple[Item, ...]]:
+    """What each of a row's examples is made of: an item, or the several that are compared."""
+    return [*read] if isinstance(read, list) else [read]
 
 
 class NoWeightError(ValueError):

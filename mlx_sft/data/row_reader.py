@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_sft.data.conversation import Conversation, Item, Items, NoWeightError, items_of, weighed
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.keys import Reading
-from mlx_sft.data.messages import WEIGHT_KEYS, nearest, shown, weight_in_cell, weight_said
+from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, nearest, shown, weight_in_cell, weight_said
 from mlx_sft.data.readers import Row
 from mlx_sft.data.turns import ConsecutiveTurns, with_turns
 from mlx_sft.data.watched_row import WatchedRow
@@ -139,10 +139,13 @@ class RowReader:
             return replace(reading, error=kind(str(error), where=row.origin, hint=hint))
         try:
             weight = _weight_of(reading)
-            items = tuple(weighed(self._with_turns(item), weight) for item in items_of(read))
+            items = [weighed(self._with_turns(item), weight) for item in items_of(read)]
         except UserError as error:
             return replace(reading, error=error)
-        return replace(reading, items=items if isinstance(read, tuple) else items[0])
+        if isinstance(read, list):
+            numbered = [replace(item, origin=f"{row.origin}#{number}") for number, item in enumerate(items, 1)]
+            return replace(reading, items=numbered)
+        return replace(reading, items=tuple(items) if isinstance(read, tuple) else items[0])
 
     def _with_turns(self, item: Item) -> Item:
         return with_turns(item, self.consecutive_turns) if isinstance(item, Conversation) else item
@@ -233,7 +236,9 @@ def _keys_shown(value: dict[str, Any]) -> str:
 
 
 _ASKED = ("question", "query", "instruction", "prompt", "input", "problem", "user", "human")
-_ANSWERED = ("answer", "response", "output", "completion", "chosen", "solution", "assistant", "gpt")
+_ANSWERED = ("answer", "response", "output", "completion", "chosen", "solution", "assistant", "gpt", "model_answer")
+_ASKED_ABOUT = ("context", "passage", "document")
+_REASONED = (*REASONING_KEYS, "complex_cot", "cot", "chain_of_thought", "rationale", "model_reasoning")
 _WRITTEN = ("text", "content", "document", "article", "story", "passage", "body")
 
 
@@ -247,18 +252,22 @@ def _columns_for(value: dict[str, Any]) -> str:
         if key.isprintable() and len(key) <= 100:
             return f"messages={key}"
     lower = {key.lower(): key for key, item in value.items() if isinstance(item, str)}
-    asked, answered, text = (
-        next((lower[name] for name in names if name in lower), "") for names in (_ASKED, _ANSWERED, _WRITTEN)
+    asked, answered, about, reasoned, text = (
+        next((lower[name] for name in names if name in lower), "")
+        for names in (_ASKED, _ANSWERED, _ASKED_ABOUT, _REASONED, _WRITTEN)
     )
     if not (asked and answered):
         return f"text={text}" if text else ""
-    is_alpaca = asked.lower() == "instruction"
-    parts = {"instruction": asked, "output": answered} if is_alpaca else {"user": asked, "assistant": answered}
-    if is_alpaca and "context" in lower:
-        parts["input"] = lower["context"]
+    parts = {"user": asked, "assistant": answered}
+    if asked.lower() == "instruction":
+        parts = {"instruction": asked, "output": answered, **({"input": about} if about else {})}
+    elif about:
+        parts = {"instruction": about, "input": asked, "output": answered}
+    if reasoned and reasoned not in REASONING_KEYS:
+        parts["reasoning"] = reasoned
     if "system_prompt" in lower:
         parts["system"] = lower["system_prompt"]
-    return ",".join(f"{part}={column}" for part, column in parts.items() if part != column)
+    return ",".join(f"{part}={column}" for part, column in parts.items() if part in _ALIASES or part != column)
 
 
 def _is_conversation(value: Any) -> bool:

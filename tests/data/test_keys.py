@@ -177,6 +177,21 @@ def test_no_key_of_public_metadata_is_taken_for_a_misspelling() -> None:
         assert [key for key in METADATA if typo_of(key, row_format.optional)] == []
 
 
+def test_the_keys_of_a_rows_instances_are_judged_as_its_own() -> None:
+    row = {"instruction": "Hi", "instances": [{"input": "", "output": "a", "rank": 1}, {"output": "b", "rank": 2}]}
+    store = read(row)
+    assert uses(store) == {
+        **dict.fromkeys(("instruction", "instances", "instances.input", "instances.output"), "read"),
+        "instances.rank": "unused",
+    }
+    assert {count.key: count.count for count in store.keys}["instances.rank"] == 2
+    what, hint = reason(read({**row, "instances": [{"inputs": "x", "output": "a"}]}))
+    assert (
+        what == "an object under instances has the key 'instances.inputs', which nothing reads; did you mean \"input\"?"
+    )
+    assert "--ignore-unknown-keys" in hint
+
+
 def test_a_key_is_no_misspelling_of_one_that_is_there() -> None:
     store = read({"prompt": "a", "completion": "b", "tools": [], "tool": "x", "system": "s", "sytem": 1})
     assert not store.lost
