@@ -53,6 +53,8 @@ class CommonSettings(Settings):
     """The row format; auto tells it by the first row's keys."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Where a row keeps its parts: user=question,assistant=answer (and system=...), or other names for a format's own keys."""
+    roles: dict[str, str] = Field(default_factory=dict)
+    """What the data's own names of roles stand for: narrator=system,hero=assistant. A name that is known is then read so too."""
     special_in_content: Literal["error", "drop", "keep"] = "error"
     """What becomes of a row whose text holds a special token of the tokenizer, such as <|im_end|>, which can forge a turn."""
     consecutive_turns: Literal["keep", "join", "error"] = "keep"
@@ -216,6 +218,11 @@ class CommonSettings(Settings):
     @classmethod
     def _columns(cls, value: Any) -> Any:
         return split_pairs(value, "user=question,assistant=answer")
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _roles(cls, value: Any) -> Any:
+        return split_pairs(value, "narrator=system,hero=assistant")
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod

@@ -219,16 +219,33 @@ def _message(value: Any, place: str) -> tuple[Message, bool]:
     return message, role == _CALL
 
 
+class UnknownRole(ValueError):
+    """A message whose role has a name that is not known, which `--roles` may tell."""
+
+    def __init__(self, reason: str, role: Any) -> None:
+        super().__init__(reason)
+        self.role = role
+
+
+def role_of(name: str) -> str | None:
+    """One of `ROLES` or `function_call`, by any of its names; None for a name that is not known."""
+    return _ROLE_NAMES.get(role_key(name))
+
+
+def role_key(name: str) -> str:
+    """A role's name as it is compared: in lower case, with `_` for `-`."""
+    return name[:100].strip().lower().replace("-", "_")
+
+
 def _role(message: Message, place: str) -> str:
     role = message.get("role")
     if role is None:
         raise ValueError(f"{place} has no role")
-    if isinstance(role, str):
-        name = _ROLE_NAMES.get(role[:100].strip().lower().replace("-", "_"))
-        if name:
-            return name
+    if isinstance(role, str) and (name := role_of(role)):
+        return name
     guess = nearest(role, ROLES) if isinstance(role, str) else ""
-    raise ValueError(f"{place} has the unknown role {shown(role)}; {guess or 'known are ' + ', '.join(ROLES)}")
+    reason = f"{place} has the unknown role {shown(role)}; {guess or 'known are ' + ', '.join(ROLES)}"
+    raise UnknownRole(reason, role)
 
 
 def _read_assistant(message: Message, place: str, is_call: bool) -> None:

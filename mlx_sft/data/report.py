@@ -20,6 +20,7 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Fate, Note
 from mlx_sft.data.key_counts import KeyCount, in_words, row_weights, summed, unused_keys
 from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.roles import changed_names
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
 
@@ -248,7 +249,8 @@ class DataReport:
 
     def warnings(self) -> list[str]:
         """What a person should know before training, a sentence each."""
-        return [*self._template_warnings(), *self._lost_warnings(), *self._row_warnings()]
+        renamed = changed_names(self.settings.get("roles") or {})
+        return [*renamed, *self._template_warnings(), *self._lost_warnings(), *self._row_warnings()]
 
     def _template_warnings(self) -> list[str]:
         facts, warnings = self.facts, []

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_sft.data.conversation import Conversation, Item, Items, NoWeightError, items_of, weighed
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.keys import Reading
-from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, nearest, shown, weight_in_cell, weight_said
+from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, UnknownRole, nearest, shown, weight_in_cell, weight_said
 from mlx_sft.data.readers import Row
+from mlx_sft.data.roles import check_roles, with_roles
 from mlx_sft.data.turns import ConsecutiveTurns, with_turns
 from mlx_sft.data.watched_row import WatchedRow
 from mlx_sft.errors import USAGE, UserError
@@ -50,18 +51,21 @@ class RowReader:
         columns: Where a row keeps its parts: `{"user": "question", "assistant": "answer"}`, or a format's own keys under other
             names, `{"messages": "dialogue"}`.
         consecutive_turns: What becomes of assistant turns in a row.
+        roles: What the data's own names of roles stand for: `{"narrator": "system", "hero": "assistant"}`.
 
     Raises:
-        UserError: for a format or a part that does not exist.
+        UserError: for a format, a part or a role that does not exist.
     """
 
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     consecutive_turns: ConsecutiveTurns = "keep"
+    roles: Mapping[str, str] = field(default_factory=dict)
     _first: tuple[RowFormat, str] | None = None
     """The settled format, and the origin of the row that settled it."""
 
     def __post_init__(self) -> None:
+        check_roles(self.roles)
         if self.format != "auto" and self.format not in FORMATS:
             known = ", ".join(("auto", *FORMATS.names()))
             hint = nearest(self.format, FORMATS.names()) or f"known are {known}"
@@ -78,7 +82,7 @@ class RowReader:
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> RowReader:
-        return cls(config.format, config.columns, config.consecutive_turns)
+        return cls(config.format, config.columns, config.consecutive_turns, config.roles)
 
     @property
     def settled(self) -> RowFormat | None:
@@ -128,13 +132,14 @@ class RowReader:
         columns = {parts[part]: column for part, column in self.columns.items()}
         others = row.value.keys() - set(self.columns.values())
         hidden = tuple(key for key in columns if key in others and row.value[key] is not None)
-        watched = WatchedRow(renamed.value)
+        watched = WatchedRow(with_roles(renamed.value, self.roles) if self.roles else renamed.value)
         reading = Reading(row.origin, watched, row_format, columns, hidden)
         try:
             read = row_format.read(Row(row.origin, watched))
         except ValueError as error:
             names = [f"{key} is its column {shown(column)}" for key, column in columns.items()]
-            hint = "; ".join([f"such a row is {row_format.example}", *names])
+            role = [_role_hint(error.role)] if isinstance(error, UnknownRole) else []
+            hint = "; ".join([*role, f"such a row is {row_format.example}", *names])
             kind = LeftOut if isinstance(error, NoWeightError) else UserError
             return replace(reading, error=kind(str(error), where=row.origin, hint=hint))
         try:
@@ -183,6 +188,12 @@ class RowReader:
         named = {parts[part] for part in self.columns} & {key for row_format in formats for key in row_format.keys}
         told = (f for f in formats if present.issuperset(f.keys) and (not named or named.intersection(f.keys)))
         return next(told, None)
+
+
+def _role_hint(role: Any) -> str:
+    """What to type so that a name is taken for a role."""
+    plain = isinstance(role, str) and role.isprintable() and len(role) <= 30 and not {",", "=", " "} & set(role)
+    return f"say which role it is: --roles {role if plain else 'narrator'}=assistant"
 
 
 def _weight_of(reading: Reading) -> float:
