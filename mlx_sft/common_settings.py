@@ -60,6 +60,9 @@ class CommonSettings(Settings):
     consecutive_turns: Literal["keep", "join", "error"] = "keep"
     """What becomes of assistant messages in a row: each a turn of its own (and counted), joined to one with a blank line between texts, or
     an error."""
+    system: Literal["keep", "fold"] = "keep"
+    """What becomes of a system prompt that the chat template does not take: fold puts it before the words of the user's message behind it,
+    in training and when the run generates; keep leaves it to the template, which may reject it or leave it out."""
     train_on: Literal["all", "last", "every-turn"] = "all"
     """Train on every assistant turn, or only on the last; every-turn makes each turn an example of its own, in the context in which
     the model would write it, for templates that rewrite history."""

@@ -268,7 +268,7 @@ class DataReport:
         if facts.systems_left_out:
             warnings.append(
                 f"the chat template leaves out {many(facts.systems_left_out, 'system message')}; "
-                "the model is trained to answer without them"
+                "the model is trained to answer without them; --system fold puts their words into the user's messages"
             )
         if facts.systems_folded:
             warnings.append(
@@ -334,6 +334,8 @@ class DataReport:
             summary["calls"] = f"as the chat template takes them: {', '.join(forms)}"
         if weights := row_weights(self.keys):
             summary["row weights"] = weights
+        if moved := self.facts.systems_moved:
+            summary["system prompts"] = f"{moved:,} put into the user's message behind them, by --system fold"
         if unused := unused_keys(self.keys):
             summary["unused keys"] = in_words(unused)
         if train.duplicates:

@@ -153,6 +153,7 @@ def test_every_part_of_the_tokenizer_is_in_the_key(make_tokenizer: Any) -> None:
         key(grown),
         key(make_tokenizer(), format="text"),
         key(make_tokenizer(), columns={"user": "question"}),
+        key(make_tokenizer(), system="fold"),
         key(make_tokenizer(), roles={"hero": "assistant"}),
         key(make_tokenizer(), roles={"hero": "user"}),
         key(make_tokenizer(), train_think_prefill=False),
