@@ -53,11 +53,16 @@ class CommonSettings(Settings):
     """The row format; auto tells it by the first row's keys."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Where a row keeps its parts: user=question,assistant=answer (and system=...), or other names for a format's own keys."""
+    roles: dict[str, str] = Field(default_factory=dict)
+    """What the data's own names of roles stand for: narrator=system,hero=assistant. A name that is known is then read so too."""
     special_in_content: Literal["error", "drop", "keep"] = "error"
     """What becomes of a row whose text holds a special token of the tokenizer, such as <|im_end|>, which can forge a turn."""
     consecutive_turns: Literal["keep", "join", "error"] = "keep"
     """What becomes of assistant messages in a row: each a turn of its own (and counted), joined to one with a blank line between texts, or
     an error."""
+    system: Literal["keep", "fold"] = "keep"
+    """What becomes of a system prompt that the chat template does not take: fold puts it before the words of the user's message behind it,
+    in training and when the run generates; keep leaves it to the template, which may reject it or leave it out."""
     train_on: Literal["all", "last", "every-turn"] = "all"
     """Train on every assistant turn, or only on the last; every-turn makes each turn an example of its own, in the context in which
     the model would write it, for templates that rewrite history."""
@@ -216,6 +221,11 @@ class CommonSettings(Settings):
     @classmethod
     def _columns(cls, value: Any) -> Any:
         return split_pairs(value, "user=question,assistant=answer")
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _roles(cls, value: Any) -> Any:
+        return split_pairs(value, "narrator=system,hero=assistant")
 
     @field_validator("chat_template_kwargs", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
+from mlx_sft.data.system_prompts import folded
 from mlx_sft.data.tokenizer import generation_ends
 from mlx_sft.errors import UserError
 from mlx_sft.load import AdaptedModel, adapted, put_adapter
@@ -93,11 +94,12 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str) and not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    # The chat template gets the variables that it had in training.
-    variables = (
-        loaded.train_config.chat_template_kwargs if isinstance(loaded, AdaptedModel) and loaded.train_config else {}
-    )
-    text = ReferenceRendering(tokenizer, Conversation("", messages, template_kwargs=variables)).prompted
+    # The chat template gets the variables that it had in training, and system prompts where they stood.
+    config = loaded.train_config if isinstance(loaded, AdaptedModel) else None
+    conversation = Conversation("", messages, template_kwargs=config.chat_template_kwargs if config else {})
+    if config and config.system == "fold":
+        conversation = folded(tokenizer, conversation, prompt=True)
+    text = ReferenceRendering(tokenizer, conversation).prompted
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -30,6 +30,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "method": (["full"], "full"),
     "optimizer": (["lion"], "lion"),
     "columns": (["user=question, assistant=answer"], {"user": "question", "assistant": "answer"}),
+    "roles": (["narrator=system,hero=assistant"], {"narrator": "system", "hero": "assistant"}),
     "target": (["q_proj,v_proj"], ["q_proj", "v_proj"]),
     "eval_every": (["7"], 7),
     "save_every": (["epoch"], "epoch"),

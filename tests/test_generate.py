@@ -73,6 +73,23 @@ def test_a_conversation_that_the_template_rejects_is_an_error_not_a_traceback(ba
         prompt_tokens(base, "the cat")
 
 
+@pytest.mark.parametrize("choice", ["keep", "fold"])
+def test_a_run_puts_system_prompts_where_they_stood_in_training(
+    settings: dict[str, Any], base: LoadedModel, choice: str
+) -> None:
+    rejects = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    template = rejects + str(base.tokenizer.chat_template)
+    settings |= {"max_steps": 1, "system": choice, "chat_template": template}
+    loaded = load_run(train(TrainConfig(**settings)).run_dir)
+    prompt = [{"role": "system", "content": "sat"}, {"role": "user", "content": "the cat"}]
+    if choice == "fold":
+        assert prompt_tokens(loaded, prompt) == prompt_tokens(loaded, "sat\n\nthe cat")
+    else:
+        with pytest.raises(UserError, match="System role not supported") as caught:
+            prompt_tokens(loaded, prompt)
+        assert "--system fold" in caught.value.hint
+
+
 def test_every_end_token_of_the_checkpoint_ends_a_turn(base: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     loaded = dataclasses.replace(base, path=tmp_path, config={"eos_token_id": 7})

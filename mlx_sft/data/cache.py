@@ -90,6 +90,7 @@ def entry_key(sha256: str, name: str, pipeline: Pipeline) -> str:
             reader.format,
             dict(reader.columns),
             reader.consecutive_turns,
+            dict(reader.roles),
             *(_module_digest(row_format.read) for row_format in others),
         ],
         "objective": objective and [objective.name, objective.settings.model_dump(), _module_digest(type(objective))],

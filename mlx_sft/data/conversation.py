@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_sft.data.content_parts import read_text
@@ -12,6 +12,7 @@ from mlx_sft.data.readers import Row
 from mlx_sft.data.tool_calls import as_tool
 from mlx_sft.data.watched_row import WatchedRow
 
+_NOTHING = "a conversation with nothing to train on"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -38,37 +39,63 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain text, supervised as a whole."""
+    """Plain text, supervised as a whole, with one weight in the loss."""
 
     origin: str
     text: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Text that was tokenized before, without padding. Labels are *not* shifted: -100, or the token at the same place."""
+    """Text that was tokenized before, without padding. Labels are *not* shifted: -100, or the token at the same place.
+
+    All tokens with a label have the one weight in the loss.
+    """
 
     origin: str
     token_ids: list[int]
     labels: list[int]
+    weight: float = 1.0
 
 
 Item = Conversation | Document | Tokens
-Items = Item | tuple[Item, ...]
-"""What a row format makes of a row; several items for an objective that compares them, such as a preferred answer and a rejected one."""
+Items = Item | tuple[Item, ...] | list[Item]
+"""What a row format makes of a row: one item; a list of items, each an example of its own; or a tuple of items for an objective that
+compares them, such as a preferred answer and a rejected one."""
 
 
 def items_of(read: Items) -> tuple[Item, ...]:
     """One item or several, as a tuple."""
-    return read if isinstance(read, tuple) else (read,)
+    return tuple(read) if isinstance(read, tuple | list) else (read,)
 
 
-def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conversation:
-    """Messages, of which the first `context` are not supervised, with what else the row has."""
+def apart(read: Items) -> list[Item | tuple[Item, ...]]:
+    """What each of a row's examples is made of: an item, or the several that are compared."""
+    return [*read] if isinstance(read, list) else [read]
+
+
+class NoWeightError(ValueError):
+    """A conversation that says of each of its assistant turns that it is not to be trained on."""
+
+
+def conversation_of(
+    row: Row, messages: list[Message], context: int = 0, *, system: str | None = None, tools: list[Any] | None = None
+) -> Conversation:
+    """Messages, of which the first `context` are not supervised, with what else the row has.
+
+    Args:
+        system: The system prompt, where the row's own `system` is not simply its text.
+        tools: The tools, where the row has them elsewhere than under `tools`.
+
+    Raises:
+        ValueError: for a conversation that cannot be trained on; `NoWeightError` where it says so itself.
+    """
     _check_that_messages_are_all(row)
     if isinstance(row.value, WatchedRow):
         row.value.conversations.append(messages)
-    system = text_of(row, "system", in_parts=True)
+    if system is None:
+        system = text_of(row, "system", in_parts=True)
     if system and messages[0]["role"] in ("system", "developer"):
         if messages[0].get("content") != system:
             raise ValueError("the row's system and its first message are two different system prompts")
@@ -84,12 +111,21 @@ def conversation_of(row: Row, messages: list[Message], context: int = 0) -> Conv
     reasons = {
         "it has no assistant turn": not supervised,
         "every assistant turn is empty": not any(_says_something(message) for message, _ in supervised),
-        "every assistant turn has the weight 0": not any(heavy for _, heavy in supervised),
     }
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"a conversation with nothing to train on: {reason}")
-    return Conversation(row.origin, messages, _tools(row), _template_kwargs(row), context, weights)
+            raise ValueError(f"{_NOTHING}: {reason}")
+    if not any(heavy for _, heavy in supervised):
+        raise NoWeightError(f"{_NOTHING}: every assistant turn has the weight 0")
+    return Conversation(row.origin, messages, _tools(row, tools), _template_kwargs(row), context, weights)
+
+
+def weighed(item: Item, weight: float) -> Item:
+    """The item, of which each part weighs so many times what it did."""
+    if not isinstance(item, Conversation):
+        return replace(item, weight=weight * item.weight)
+    weights = item.weights or (1.0,) * len(item.messages)
+    return item if weight == 1 else replace(item, weights=tuple(weight * one for one in weights))
 
 
 def answer_of(row: Row, text: str) -> Message:
@@ -115,14 +151,15 @@ def _check_that_messages_are_all(row: Row) -> None:
         )
 
 
-def _tools(row: Row) -> list[dict[str, Any]] | None:
+def _tools(row: Row, given: list[Any] | None) -> list[dict[str, Any]] | None:
     """Under `tools`; or under `functions`, as they were written before there were tools."""
-    key = "tools" if parsed(row.value.get("tools"), "tools") else "functions"
-    return [as_tool(tool, f"{key}[{index}]") for index, tool in enumerate(_objects(row, key))] or None
+    key = "tools" if given or parsed(row.value.get("tools"), "tools") else "functions"
+    objects = _objects(given or row.value.get(key), key)
+    return [as_tool(tool, f"{key}[{index}]") for index, tool in enumerate(objects)] or None
 
 
-def _objects(row: Row, key: str) -> list[dict[str, Any]]:
-    value = parsed(row.value.get(key), key) or []
+def _objects(value: Any, key: str) -> list[dict[str, Any]]:
+    value = parsed(value, key) or []
     if not isinstance(value, list):
         raise ValueError(f"{key} must be a list of objects, not {kind(value)}")
     objects = [parsed(item, f"{key}[{index}]") for index, item in enumerate(value)]

@@ -14,6 +14,7 @@ from mlx_sft.data.example import IGNORED, Example, View, decoded_pieces, decoded
 from mlx_sft.data.mask.trace import NOBODY, Integers, assistant_messages
 from mlx_sft.data.messages import take_weights
 from mlx_sft.data.splitting import BREAK, text_breaks
+from mlx_sft.data.system_prompts import SystemPrompts, folded
 from mlx_sft.data.template import NO_FACTS, Facts, render
 from mlx_sft.data.tokenizer import end_tokens, unwrapped
 from mlx_sft.errors import UserError
@@ -48,6 +49,7 @@ class EncodeSettings:
         template_kwargs: Variables of the chat template; a conversation's own go before them.
         train_think_prefill: Train on an empty think block at the start of a turn.
         append_eos: Put the tokenizer's end-of-sequence token after a last turn that has none.
+        system: What becomes of a system prompt that the template does not take: rejected or left out, or folded into the user's message.
         verbatim: Take the conversation as it stands. Otherwise calls are given to the template in the form that it takes
             (arguments as objects or text, content absent, null or empty), and a turn of whose words the template leaves nothing
             but its end is not trained on: it would teach the model to say nothing.
@@ -57,11 +59,14 @@ class EncodeSettings:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     train_think_prefill: bool = True
     append_eos: bool = False
+    system: SystemPrompts = "keep"
     verbatim: bool = False
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> EncodeSettings:
-        return cls(config.train_on, config.chat_template_kwargs, config.train_think_prefill, config.append_eos)
+        return cls(
+            config.train_on, config.chat_template_kwargs, config.train_think_prefill, config.append_eos, config.system
+        )
 
 
 DEFAULT_SETTINGS = EncodeSettings()
@@ -108,13 +113,23 @@ class Encoder:
             return [self._document(item)]
         if isinstance(item, Tokens):
             return [self._tokens(item)]
-        conversation = replace(item, template_kwargs=self.settings.template_kwargs | item.template_kwargs)
+        conversation = self.given_to_template(item)
         if self.settings.verbatim:
             return self._examples(conversation)
         form = as_the_template_takes_them(self.tokenizer, conversation)
         first, *others = self._examples(form)
-        facts = first.facts + Facts(**changed_calls(conversation, form))
+        moved = len(item.messages) - len(conversation.messages)
+        facts = first.facts + Facts(systems_moved=moved, **changed_calls(conversation, form))
         return [replace(first, facts=facts), *others]
+
+    def given_to_template(self, item: Conversation) -> Conversation:
+        """The conversation with all variables of the template, and with its system prompts where the settings put them.
+
+        Raises:
+            UserError: where a system prompt can be put nowhere.
+        """
+        conversation = replace(item, template_kwargs=self.settings.template_kwargs | item.template_kwargs)
+        return folded(self.tokenizer, conversation) if self.settings.system == "fold" else conversation
 
     def _examples(self, conversation: Conversation) -> list[Encoded]:
         supervised = supervised_messages(conversation)
@@ -161,13 +176,13 @@ class Encoder:
         end = self.tokenizer.eos_token_id
         appended = int(end is not None and token_ids[-1:].tolist() != [end])
         token_ids = np.append(token_ids, np.full(appended, end, np.int32)) if appended else token_ids
-        weights = np.ones(len(token_ids), np.float32)
+        weights = np.full(len(token_ids), document.weight, np.float32)
         breaks = text_breaks(document.text, alignment.starts, len(token_ids))
         return Encoded(document.origin, token_ids, weights, alignment=alignment, appended=appended, breaks=breaks)
 
     def _tokens(self, tokens: Tokens) -> Encoded:
-        weights = np.array(tokens.labels, np.int64) != IGNORED
-        return Encoded(tokens.origin, np.array(tokens.token_ids, np.int32), weights.astype(np.float32))
+        weights = np.where(np.array(tokens.labels, np.int64) != IGNORED, np.float32(tokens.weight), np.float32(0))
+        return Encoded(tokens.origin, np.array(tokens.token_ids, np.int32), weights)
 
     def _tokenize(
         self, text: str, origin: str, add_special_tokens: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -197,7 +198,15 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant)
+def _finite(digits: str) -> float:
+    """The number of this JSON; Python takes `1e999` for infinity, which nothing can write as JSON again."""
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:60]} is a number too large to hold")
+    return number
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
 _LENIENT = json.JSONDecoder(parse_int=str)
 """It finds where a value ends that the strict one does not accept."""
 

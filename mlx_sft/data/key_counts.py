@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from mlx_sft.data.messages import WEIGHT_KEYS
+
 Owner = Literal["row", "message", "call"]
 Use = Literal["read", "refused", "unused"]
 
@@ -116,3 +118,9 @@ def in_words(counts: Sequence[KeyCount]) -> str:
 def _in_words(one: KeyCount) -> str:
     guess = f'; did you mean "{one.suggestion}"?' if one.suggestion else ""
     return f"{one.key} ({one.count:,}, first {one.first}{guess})"
+
+
+def row_weights(counts: Iterable[KeyCount]) -> str:
+    """How many rows say what they weigh in the loss as a whole, for a person: `weight (1,200 rows)`; empty where none does."""
+    said = [count for count in counts if count.of == "row" and count.use == "read" and count.key in WEIGHT_KEYS]
+    return ", ".join(f"{count.key} ({count.count:,} row{'s' if count.count != 1 else ''})" for count in said)

@@ -157,7 +157,7 @@ class KeyRules:
     def _judged(self, reading: Reading) -> Iterator[tuple[str, KeyUse]]:
         """Each key, and in words where it stands."""
         present, refused = dict(reading.present()), reading.refused()
-        absent = tuple(key for key in reading.row_format.optional if key not in present)
+        absent = tuple(key for key in (*reading.row_format.optional, *WEIGHT_KEYS) if key not in present)
         for key in present:
             name = _named(reading.columns.get(key, key))
             if key in refused:
@@ -168,6 +168,11 @@ class KeyRules:
                 yield "the row", self._unread("row", name, absent)
         for key in reading.hidden:
             yield "the row", KeyUse("row", _named(key), "unused")
+        for holder, part in reading.row.parts:
+            absent = tuple(sorted(name for name in part.asked if name not in dict.keys(part)))
+            for key in dict.keys(part):
+                use = KeyUse("row", key, "read") if key in part.asked else self._unread("row", key, absent)
+                yield f"an object under {holder}", use._replace(key=_named(f"{holder}.{key}"))
         counted: set[int] = set()  # by identity: the texts of a preference have their prompt in common
         for messages in reading.row.conversations:
             for index, message in enumerate(messages):

@@ -26,7 +26,7 @@ _SWITCHES = {"train": True, "loss": True, "masked": False}
 _NUMBERS = ("weight", "loss_weight")
 """The names under which they say how much."""
 WEIGHT_KEYS = (*_SWITCHES, *_NUMBERS)
-"""What a message says of itself to training, and the chat template does not see."""
+"""What a message says of itself to training, and the chat template does not see; a row says it of all that it teaches."""
 
 _CALL = "function_call"
 _ROLE_NAMES = {name: name for name in ROLES} | {
@@ -130,9 +130,23 @@ def take_weights(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], 
 
 
 def _weight(message: Mapping[str, Any], place: str) -> float:
-    said = {key: message[key] for key in WEIGHT_KEYS if message.get(key) is not None}
-    if not said:
+    weight = weight_said(message, place)
+    if weight is None:
         return 1.0
+    if weight and message.get("role") != "assistant":
+        raise ValueError(f"{place} has a weight, and only an assistant's messages are supervised")
+    return weight
+
+
+def weight_said(owner: Mapping[str, Any], place: str) -> float | None:
+    """The weight that a message or a row has under its `WEIGHT_KEYS`; None where it has none of them.
+
+    Raises:
+        ValueError: for a value that is none, and for two that contradict each other.
+    """
+    said = {key: owner[key] for key in WEIGHT_KEYS if owner.get(key) is not None}
+    if not said:
+        return None
     for key, value in said.items():
         if key in _SWITCHES and not isinstance(value, bool):
             raise ValueError(f"{key} of {place} must be true or false, not {kind(value)}")
@@ -144,10 +158,20 @@ def _weight(message: Mapping[str, Any], place: str) -> float:
     supervised = {said[key] == _SWITCHES[key] if key in _SWITCHES else said[key] > 0 for key in said}
     if len(numbers) > 1 or len(supervised) > 1:
         raise ValueError(f"{' and '.join(said)} of {place} contradict each other")
-    value = numbers.pop() if numbers else float(supervised.pop())
-    if value and message.get("role") != "assistant":
-        raise ValueError(f"{place} has a weight, and only an assistant's messages are supervised")
-    return value
+    return numbers.pop() if numbers else float(supervised.pop())
+
+
+def weight_in_cell(key: str, value: Any) -> Any:
+    """A value under one of the `WEIGHT_KEYS`, where the cell of a table may hold it as text: `False`, `0.5`; None for blank text."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    if key in _SWITCHES:
+        return {"true": True, "false": False, "": None}.get(text, value)
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return value
 
 
 def _apart(value: Any, place: str) -> Iterable[Any]:
@@ -195,16 +219,33 @@ def _message(value: Any, place: str) -> tuple[Message, bool]:
     return message, role == _CALL
 
 
+class UnknownRole(ValueError):
+    """A message whose role has a name that is not known, which `--roles` may tell."""
+
+    def __init__(self, reason: str, role: Any) -> None:
+        super().__init__(reason)
+        self.role = role
+
+
+def role_of(name: str) -> str | None:
+    """One of `ROLES` or `function_call`, by any of its names; None for a name that is not known."""
+    return _ROLE_NAMES.get(role_key(name))
+
+
+def role_key(name: str) -> str:
+    """A role's name as it is compared: in lower case, with `_` for `-`."""
+    return name[:100].strip().lower().replace("-", "_")
+
+
 def _role(message: Message, place: str) -> str:
     role = message.get("role")
     if role is None:
         raise ValueError(f"{place} has no role")
-    if isinstance(role, str):
-        name = _ROLE_NAMES.get(role[:100].strip().lower().replace("-", "_"))
-        if name:
-            return name
+    if isinstance(role, str) and (name := role_of(role)):
+        return name
     guess = nearest(role, ROLES) if isinstance(role, str) else ""
-    raise ValueError(f"{place} has the unknown role {shown(role)}; {guess or 'known are ' + ', '.join(ROLES)}")
+    reason = f"{place} has the unknown role {shown(role)}; {guess or 'known are ' + ', '.join(ROLES)}"
+    raise UnknownRole(reason, role)
 
 
 def _read_assistant(message: Message, place: str, is_call: bool) -> None:

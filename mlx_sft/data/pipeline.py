@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.conversation import Conversation, Items, items_of
+from mlx_sft.data.conversation import Conversation, Item, Items, apart, items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
-from mlx_sft.data.example import Example, Note, Outcome
+from mlx_sft.data.example import Example, Fate, Note, Outcome
 from mlx_sft.data.key_counts import KeyUse
 from mlx_sft.data.keys import NO_TEMPLATE, KeyRules
 from mlx_sft.data.readers import Row
-from mlx_sft.data.row_reader import MixedFormats, RowReader
+from mlx_sft.data.row_reader import LeftOut, MixedFormats, RowReader
 from mlx_sft.data.screening import SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.data.template_limits import NoTemplate, TemplateStopped
 from mlx_sft.errors import UserError
@@ -103,9 +103,9 @@ class Pipeline:
             told = (self.special.found_in(one) for one in items if isinstance(one, Conversation))
             found = next(filter(None, told), None)
             if found and self.special_in_content == "error":
-                raise UserError(found, where=items[0].origin, hint=SPECIAL_HINT)
+                raise UserError(found, where=origin, hint=SPECIAL_HINT)
             if found and self.special_in_content == "drop":
-                note = Note(items[0].origin, "dropped", found, SPECIAL_HINT)
+                note = Note(origin, "dropped", found, SPECIAL_HINT)
                 return Outcome(origin, [], note=note, keys=keys)
             signs = frozenset().union(*(signs_of(one, self.special.user_header) for one in items)) | (
                 {SPECIAL_SIGN} if found else set()
@@ -116,23 +116,30 @@ class Pipeline:
         except NoTemplate:
             raise
         except UserError as error:
-            note = Note(error.where or origin, "bad", error.what, error.hint)
+            fate: Fate = "dropped" if isinstance(error, LeftOut) else "bad"
+            example = f"{error.where.removeprefix(origin)}: " if error.where.startswith(f"{origin}#") else ""
+            note = Note(origin, fate, example + error.what, error.hint)
             return Outcome(origin, [], note=note, mixed=isinstance(error, MixedFormats), keys=keys)
 
-    def _encode(self, item: Items) -> list[Example]:
-        encode = self.encoder.encode
-        items = items_of(item)
-        found = self.objective.examples(item, encode) if self.objective else [e for one in items for e in encode(one)]
+    def _encode(self, read: Items) -> list[Example]:
+        return [example for item in apart(read) for example in self._encode_one(item)]
+
+    def _encode_one(self, item: Item | tuple[Item, ...]) -> list[Example]:
+        """The examples of an item, or of those that are compared; at least one, with something to train on."""
+        encode, where = self.encoder.encode, items_of(item)[0].origin
+        found = (
+            self.objective.examples(item, encode) if self.objective else [e for i in items_of(item) for e in encode(i)]
+        )
         examples = [example for example in found if example.supervised_tokens]
         if self.objective and self.objective.compares and len(examples) < len(found):
             raise UserError(
                 f"nothing to compare: {len(found) - len(examples)} of its {len(found)} texts have no token to train on",
-                where=items[0].origin,
+                where=where,
             )
         if not examples:
             raise UserError(
                 "a conversation with nothing to train on: no token of it is the model's to write",
-                where=items[0].origin,
+                where=where,
                 hint="give it an assistant turn that the chat template writes, and that is not left out of the loss",
             )
         return examples

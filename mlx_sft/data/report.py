@@ -18,8 +18,9 @@ import numpy as np
 from mlx_sft.data.call_forms import FORMS_IN_WORDS
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Fate, Note
-from mlx_sft.data.key_counts import KeyCount, in_words, summed, unused_keys
+from mlx_sft.data.key_counts import KeyCount, in_words, row_weights, summed, unused_keys
 from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.roles import changed_names
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.template import NO_FACTS, Facts
 
@@ -248,7 +249,8 @@ class DataReport:
 
     def warnings(self) -> list[str]:
         """What a person should know before training, a sentence each."""
-        return [*self._template_warnings(), *self._lost_warnings(), *self._row_warnings()]
+        renamed = changed_names(self.settings.get("roles") or {})
+        return [*renamed, *self._template_warnings(), *self._lost_warnings(), *self._row_warnings()]
 
     def _template_warnings(self) -> list[str]:
         facts, warnings = self.facts, []
@@ -266,7 +268,7 @@ class DataReport:
         if facts.systems_left_out:
             warnings.append(
                 f"the chat template leaves out {many(facts.systems_left_out, 'system message')}; "
-                "the model is trained to answer without them"
+                "the model is trained to answer without them; --system fold puts their words into the user's messages"
             )
         if facts.systems_folded:
             warnings.append(
@@ -302,7 +304,7 @@ class DataReport:
         return warnings
 
     def summary(self) -> dict[str, str]:
-        """The short form for a person; `lengths`, `suspicious`, `unused keys` and `duplicates` only where there are any."""
+        """The short form for a person; all behind `tokens` only where there are any."""
         lost = "".join(
             f", {count:,} {fate}"
             for fate, count in fates(self).items()
@@ -330,6 +332,10 @@ class DataReport:
             f"{words} ({number:,})" for name, words in FORMS_IN_WORDS.items() if (number := getattr(self.facts, name))
         ]:
             summary["calls"] = f"as the chat template takes them: {', '.join(forms)}"
+        if weights := row_weights(self.keys):
+            summary["row weights"] = weights
+        if moved := self.facts.systems_moved:
+            summary["system prompts"] = f"{moved:,} put into the user's message behind them, by --system fold"
         if unused := unused_keys(self.keys):
             summary["unused keys"] = in_words(unused)
         if train.duplicates:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mlx_sft.data.conversation import Conversation, Item, Items, items_of
+from mlx_sft.data.conversation import Conversation, Item, Items, NoWeightError, items_of, weighed
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.keys import Reading
-from mlx_sft.data.messages import nearest, shown
+from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, UnknownRole, nearest, shown, weight_in_cell, weight_said
 from mlx_sft.data.readers import Row
+from mlx_sft.data.roles import check_roles, with_roles
 from mlx_sft.data.turns import ConsecutiveTurns, with_turns
 from mlx_sft.data.watched_row import WatchedRow
 from mlx_sft.errors import USAGE, UserError
@@ -29,11 +30,16 @@ def _formats() -> list[RowFormat]:
 
 def _parts() -> dict[str, str]:
     """What `--columns` may name → the key that it stands for."""
-    return _ALIASES | {key: key for row_format in _formats() for key in (*row_format.keys, *row_format.optional)}
+    keys = (key for row_format in _formats() for key in (*row_format.keys, *row_format.optional))
+    return _ALIASES | {key: key for key in (*keys, *WEIGHT_KEYS)}
 
 
 class MixedFormats(UserError):
     """A row of another format than the first row of its file."""
+
+
+class LeftOut(UserError):
+    """A row that says itself that it is not to be trained on, as a whole or turn by turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +51,21 @@ class RowReader:
         columns: Where a row keeps its parts: `{"user": "question", "assistant": "answer"}`, or a format's own keys under other
             names, `{"messages": "dialogue"}`.
         consecutive_turns: What becomes of assistant turns in a row.
+        roles: What the data's own names of roles stand for: `{"narrator": "system", "hero": "assistant"}`.
 
     Raises:
-        UserError: for a format or a part that does not exist.
+        UserError: for a format, a part or a role that does not exist.
     """
 
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     consecutive_turns: ConsecutiveTurns = "keep"
+    roles: Mapping[str, str] = field(default_factory=dict)
     _first: tuple[RowFormat, str] | None = None
     """The settled format, and the origin of the row that settled it."""
 
     def __post_init__(self) -> None:
+        check_roles(self.roles)
         if self.format != "auto" and self.format not in FORMATS:
             known = ", ".join(("auto", *FORMATS.names()))
             hint = nearest(self.format, FORMATS.names()) or f"known are {known}"
@@ -73,7 +82,7 @@ class RowReader:
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> RowReader:
-        return cls(config.format, config.columns, config.consecutive_turns)
+        return cls(config.format, config.columns, config.consecutive_turns, config.roles)
 
     @property
     def settled(self) -> RowFormat | None:
@@ -123,19 +132,25 @@ class RowReader:
         columns = {parts[part]: column for part, column in self.columns.items()}
         others = row.value.keys() - set(self.columns.values())
         hidden = tuple(key for key in columns if key in others and row.value[key] is not None)
-        watched = WatchedRow(renamed.value)
+        watched = WatchedRow(with_roles(renamed.value, self.roles) if self.roles else renamed.value)
         reading = Reading(row.origin, watched, row_format, columns, hidden)
         try:
             read = row_format.read(Row(row.origin, watched))
         except ValueError as error:
             names = [f"{key} is its column {shown(column)}" for key, column in columns.items()]
-            hint = "; ".join([f"such a row is {row_format.example}", *names])
-            return replace(reading, error=UserError(str(error), where=row.origin, hint=hint))
+            role = [_role_hint(error.role)] if isinstance(error, UnknownRole) else []
+            hint = "; ".join([*role, f"such a row is {row_format.example}", *names])
+            kind = LeftOut if isinstance(error, NoWeightError) else UserError
+            return replace(reading, error=kind(str(error), where=row.origin, hint=hint))
         try:
-            items = tuple(map(self._with_turns, items_of(read)))
+            weight = _weight_of(reading)
+            items = [weighed(self._with_turns(item), weight) for item in items_of(read)]
         except UserError as error:
             return replace(reading, error=error)
-        return replace(reading, items=items if isinstance(read, tuple) else items[0])
+        if isinstance(read, list):
+            numbered = [replace(item, origin=f"{row.origin}#{number}") for number, item in enumerate(items, 1)]
+            return replace(reading, items=numbered)
+        return replace(reading, items=tuple(items) if isinstance(read, tuple) else items[0])
 
     def _with_turns(self, item: Item) -> Item:
         return with_turns(item, self.consecutive_turns) if isinstance(item, Conversation) else item
@@ -175,6 +190,35 @@ class RowReader:
         return next(told, None)
 
 
+def _role_hint(role: Any) -> str:
+    """What to type so that a name is taken for a role."""
+    plain = isinstance(role, str) and role.isprintable() and len(role) <= 30 and not {",", "=", " "} & set(role)
+    return f"say which role it is: --roles {role if plain else 'narrator'}=assistant"
+
+
+def _weight_of(reading: Reading) -> float:
+    """The weight that a row has as a whole, under the `WEIGHT_KEYS` that its format does not read itself.
+
+    Raises:
+        UserError: for a value that is none; `LeftOut` for a row that is not to be trained on.
+    """
+    row = reading.row
+    said = {key: row.get(key) for key in WEIGHT_KEYS if key not in row.asked}
+    said = {key: value for key, one in said.items() if (value := weight_in_cell(key, one)) is not None}
+    try:
+        weight = weight_said(said, "the row")
+    except ValueError as error:
+        hint = (
+            "it is how much the whole row counts in the loss; where it means something else, rename it or take it out"
+        )
+        raise UserError(str(error), where=reading.origin, hint=hint) from None
+    if weight == 0:
+        key, value = next(iter(said.items()))
+        what = f"not to be trained on: its {reading.columns.get(key, key)} is {shown(value).lower()}"
+        raise LeftOut(what, where=reading.origin, hint="take the key out of rows that are to be trained on")
+    return 1.0 if weight is None else weight
+
+
 def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None]) -> UserError:
     if {"role", "from"} & row.value.keys() and {"content", "value"} & row.value.keys():
         hint = 'put the messages of a conversation into one row: {"messages": [...]}'
@@ -203,7 +247,9 @@ def _keys_shown(value: dict[str, Any]) -> str:
 
 
 _ASKED = ("question", "query", "instruction", "prompt", "input", "problem", "user", "human")
-_ANSWERED = ("answer", "response", "output", "completion", "chosen", "solution", "assistant", "gpt")
+_ANSWERED = ("answer", "response", "output", "completion", "chosen", "solution", "assistant", "gpt", "model_answer")
+_ASKED_ABOUT = ("context", "passage", "document")
+_REASONED = (*REASONING_KEYS, "complex_cot", "cot", "chain_of_thought", "rationale", "model_reasoning")
 _WRITTEN = ("text", "content", "document", "article", "story", "passage", "body")
 
 
@@ -217,18 +263,22 @@ def _columns_for(value: dict[str, Any]) -> str:
         if key.isprintable() and len(key) <= 100:
             return f"messages={key}"
     lower = {key.lower(): key for key, item in value.items() if isinstance(item, str)}
-    asked, answered, text = (
-        next((lower[name] for name in names if name in lower), "") for names in (_ASKED, _ANSWERED, _WRITTEN)
+    asked, answered, about, reasoned, text = (
+        next((lower[name] for name in names if name in lower), "")
+        for names in (_ASKED, _ANSWERED, _ASKED_ABOUT, _REASONED, _WRITTEN)
     )
     if not (asked and answered):
         return f"text={text}" if text else ""
-    is_alpaca = asked.lower() == "instruction"
-    parts = {"instruction": asked, "output": answered} if is_alpaca else {"user": asked, "assistant": answered}
-    if is_alpaca and "context" in lower:
-        parts["input"] = lower["context"]
+    parts = {"user": asked, "assistant": answered}
+    if asked.lower() == "instruction":
+        parts = {"instruction": asked, "output": answered, **({"input": about} if about else {})}
+    elif about:
+        parts = {"instruction": about, "input": asked, "output": answered}
+    if reasoned and reasoned not in REASONING_KEYS:
+        parts["reasoning"] = reasoned
     if "system_prompt" in lower:
         parts["system"] = lower["system_prompt"]
-    return ",".join(f"{part}={column}" for part, column in parts.items() if part != column)
+    return ",".join(f"{part}={column}" for part, column in parts.items() if part in _ALIASES or part != column)
 
 
 def _is_rejected(key: str) -> bool:

@@ -113,11 +113,11 @@ def _of_compared(examples: Examples, first: int, length: int, longest: int, over
     return Note(origin, "dropped", f"of one of its texts, none of the first {longest} tokens is supervised")
 
 
-def _of_several(examples: Examples, first: int, turns: int, shortened: int, dropped: int, longest: int) -> Note:
-    """A row whose turns are examples of their own; it is kept as long as one of them is."""
+def _of_several(examples: Examples, first: int, number: int, shortened: int, dropped: int, longest: int) -> Note:
+    """A row with several examples, such as its turns; it is kept as long as one of them is."""
     origin = examples.row_origin(first)
-    if dropped == turns:
-        return Note(origin, "dropped", f"none of its {turns} turns can be supervised within {longest} tokens")
+    if dropped == number:
+        return Note(origin, "dropped", f"none of its {number} examples can be supervised within {longest} tokens")
     parts = [f"{shortened} cut" if shortened else "", f"{dropped} dropped" if dropped else ""]
-    reason = f"of its {turns} turns {' and '.join(filter(None, parts))}, longer than {longest} tokens"
+    reason = f"of its {number} examples {' and '.join(filter(None, parts))}, longer than {longest} tokens"
     return Note(origin, "truncated", reason)

@@ -16,12 +16,14 @@ class WatchedRow(dict[str, Any]):
     Attributes:
         asked: The keys that were asked for.
         conversations: The messages of each that was made of the row, with their weights; they may have some in common.
+        parts: Objects in the row that are read by their keys as the row is, each with the key under which it stands.
     """
 
     def __init__(self, value: dict[str, Any]) -> None:
         super().__init__(value)
         self.asked: set[Any] = set()
         self.conversations: list[Sequence[Message]] = []
+        self.parts: list[tuple[str, WatchedRow]] = []
 
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
@@ -66,3 +68,11 @@ class WatchedRow(dict[str, Any]):
 
     def _all(self) -> None:
         self.asked.update(super().keys())
+
+
+def watched_part(row: dict[str, Any], part: dict[str, Any], key: str) -> WatchedRow:
+    """An object that stands under a key of a row, to be read as the row is: what is not read of it is counted among the row's keys."""
+    watched = WatchedRow({name: value for name, value in part.items() if value is not None})
+    if isinstance(row, WatchedRow):
+        row.parts.append((key, watched))
+    return watched

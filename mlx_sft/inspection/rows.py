@@ -208,8 +208,9 @@ class RowViewer:
             if isinstance(row, UserError):
                 raise row
             items = items_of(replace(RowReader.from_config(self._config), format=source.format or "auto").read(row))
+            given = [pipeline.encoder.given_to_template(i) if isinstance(i, Conversation) else i for i in items]
             views = [
-                (item, view) for item in items for whole in pipeline.encoder.view(item) for view in self._pieces(whole)
+                (item, view) for item in given for whole in pipeline.encoder.view(item) for view in self._pieces(whole)
             ]
         except UserError:
             return [], frozenset()

@@ -33,8 +33,8 @@ LOST_OR_CUT = ("truncated", "dropped", "bad")
 ONLY: tuple[str, ...] = ("kept", *LOST_OR_CUT, "suspicious", *SIGNS, "duplicate", "left-out")
 """The kinds of rows that can be asked for."""
 
-_ROW_NAME = re.compile(r"(?:(.*)[:\[])?([0-9]+)\]?(?:#[0-9]+)?", re.DOTALL)
-"""A source, which may hold brackets itself, the number of a row, and that of one of its examples, such as `#2`."""
+_ROW_NAME = re.compile(r"(?:(.*)[:\[])?([0-9]+)\]?(?:#[0-9]+)*", re.DOTALL)
+"""A source, which may hold brackets itself, the number of a row, and that of one of its examples, such as `#2` or `#2#1`."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mlx_sft.settings import Settings as NoSettings
 
 if TYPE_CHECKING:  # the data room takes a second to import, and the settings of an objective are asked for before it
     from mlx_sft.data.batches import Batch
-    from mlx_sft.data.conversation import Item, Items
+    from mlx_sft.data.conversation import Item
     from mlx_sft.data.example import Example
 
 ENTRIES = {
@@ -72,11 +72,12 @@ class Objective:
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = settings if settings is not None else self.Settings()
 
-    def examples(self, item: Items, encode: Callable[[Item], list[Example]]) -> list[Example]:
+    def examples(self, item: Item | tuple[Item, ...], encode: Callable[[Item], list[Example]]) -> list[Example]:
         """The examples of a row.
 
         Args:
-            item: What the row format made of it; a tuple where that is several items.
+            item: What the row format made of it; a tuple where that is several items to compare. Of a row with several examples of their
+                own, each is asked for by itself.
             encode: A conversation, document or tokens → examples with their masks.
 
         Raises:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -248,9 +249,8 @@ def test_every_shape_reads_its_own_example() -> None:
         row = Row("chats.jsonl:1", json.loads(shape.example.replace(", ...]", ', {"role": "gpt", "content": "a"}]')))
         assert RowReader().settled_by(row).format_name == shape.name
         read = RowReader(shape.name).read(row)
-        assert isinstance(
-            read, Document if shape.name == "text" else Tokens if shape.name == "tokenized" else Conversation
-        )
+        made = {"text": Document, "tokenized": Tokens, "self-instruct": list}
+        assert isinstance(read, made.get(shape.name, Conversation))
 
 
 @pytest.mark.parametrize(
@@ -565,6 +565,128 @@ def test_a_row_of_preferences_is_named_and_its_answer_can_be_learnt(prompt: Any,
     read = reader.settled_by(row).read(row)
     assert isinstance(read, Conversation)
     assert read.messages == [USER, ASSISTANT]
+
+
+# Self-Instruct
+
+SEED = {
+    "id": "seed_task_1",
+    "instruction": "What do they have in common?",
+    "instances": [{"input": "Nigeria, Togo", "output": "The sea."}, {"input": "", "output": "Nothing."}],
+}
+
+
+@pytest.mark.parametrize("written", [list, json.dumps])
+def test_each_instance_of_an_instruction_is_an_example_with_a_name_of_its_own(written: Any) -> None:
+    row = {**SEED, "instances": written(SEED["instances"]), "system": "Be brief", "tools": [{"name": "f"}]}
+    read = RowReader().read(Row("seeds.jsonl:3", row))
+    assert isinstance(read, list)
+    assert all(isinstance(one, Conversation) and one.tools is not None for one in read)
+    assert [(one.origin, [message["content"] for message in one.messages]) for one in read] == [
+        ("seeds.jsonl:3#1", ["Be brief", "What do they have in common?\nNigeria, Togo", "The sea."]),
+        ("seeds.jsonl:3#2", ["Be brief", "What do they have in common?", "Nothing."]),
+    ]
+
+
+def test_an_instances_reasoning_and_its_rows_weight_are_read() -> None:
+    instances = [{"output": "Hello", "thinking": "A greeting."}, {"output": "Hi"}]
+    read = RowReader().read(row(instruction="Hi", instances=instances, weight=0.5))
+    assert isinstance(read, list)
+    assert [one.weights for one in read] == [(0.5, 0.5), (0.5, 0.5)]
+    assert read[0].messages == [USER, {**ASSISTANT, "reasoning_content": "A greeting."}]
+
+
+@pytest.mark.parametrize(
+    ("instances", "reason"),
+    [
+        ([], "instances is empty"),
+        ({"output": "a"}, "instances must be a list, not an object"),
+        (["a"], "instances[0] must be an object with input and output, not a string"),
+        ([{"output": "a"}, {"input": "b"}], "instances[1]: a conversation with nothing to train on: every assistant"),
+        ([{"output": "a"}, {"output": 3}], "instances[1]: output must be a string, not a number"),
+        ("{", "instances is neither a list or object nor JSON text of one"),
+    ],
+)
+def test_an_instance_that_is_wrong_is_named(instances: Any, reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        item(instruction="Hi", instances=instances)
+    assert caught.value.where == "chats.jsonl:17"
+    assert caught.value.what.startswith(reason)
+
+
+# Questions and answers
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking", None])
+def test_a_question_and_its_answer_are_two_messages(name: str | None) -> None:
+    said = {name: "A greeting."} if name else {}
+    answer = {**ASSISTANT, **({"reasoning_content": "A greeting."} if name else {})}
+    assert conversation(question="Hi", answer="Hello", **said, id=3, context="").messages == [USER, answer]
+
+
+def test_a_row_that_has_been_tokenized_or_is_a_conversation_is_no_question_and_answer() -> None:
+    both = {"question": "a", "answer": "b"}
+    assert conversation(**both, messages=[USER, ASSISTANT]).messages == [USER, ASSISTANT]
+    assert isinstance(item(**both, input_ids=[1, 2], labels=[1, 2]), Tokens)
+    assert conversation(**both, text="a b").messages[0]["content"] == "a"
+
+
+@pytest.mark.parametrize("name", ["context", "passage", "document", "input"])
+def test_a_question_about_another_column_is_refused_with_ways_out(name: str) -> None:
+    asked = row(question="How far?", answer="384,400 km", **{name: "The moon is far."})
+    with pytest.raises(UserError, match=f"may be about the row's `{name}`, and nothing says where that goes") as caught:
+        RowReader().read(asked)
+    found = re.findall(r"(?:\w+=\w+,)+\w+=\w+", caught.value.what)
+    contents = []
+    for columns in found:
+        read = RowReader(columns=dict(part.split("=") for part in columns.split(","))).read(asked)
+        assert isinstance(read, Conversation)
+        contents.append(read.messages[0]["content"])
+    assert contents == ["The moon is far.\nHow far?", "How far?"]
+
+
+@pytest.mark.parametrize("name", ["choices", "options", "context"])
+def test_a_question_with_a_list_beside_it_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="write it into the question"):
+        item(question="Which?", answer="B", **{name: ["a", "b"]})
+    for blank in ([], None, " "):
+        assert conversation(question="Which?", answer="B", **{name: blank}).messages[1]["content"] == "B"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"question": " ", "answer": "a"}, "question is empty"),
+        ({"question": "a", "answer": ""}, "a conversation with nothing to train on: every assistant turn is empty"),
+        ({"question": "a", "answer": 3}, "answer must be a string, not a number"),
+        ({"question": ["a"], "answer": "b"}, "question must be a string, not a list"),
+    ],
+)
+def test_a_question_or_an_answer_that_is_wrong_says_why(value: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        item(**value)
+    assert caught.value.what.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Hi", "output": "Hello"},
+        {"prompt": "Hi", "completion": "Hello"},
+        {"question": "Hi", "answer": "Hello"},
+    ],
+)
+def test_rows_of_texts_take_all_that_a_conversation_may_have(row: dict[str, Any]) -> None:
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    extras = {"system": "Be brief", "tools": [function], "chat_template_kwargs": {"enable_thinking": False}}
+    read = conversation(**row, **extras, thinking="A greeting.")
+    assert read.messages == [
+        {"role": "system", "content": "Be brief"},
+        USER,
+        {**ASSISTANT, "reasoning_content": "A greeting."},
+    ]
+    assert read.tools == [{"type": "function", "function": function}]
+    assert read.template_kwargs == {"enable_thinking": False}
 
 
 # xLAM

@@ -87,6 +87,11 @@ def test_a_key_is_read_where_something_asks_for_it_and_unused_else() -> None:
     assert not store.lost
 
 
+def test_the_keys_of_a_glaive_row_are_counted_as_those_of_others() -> None:
+    store = read({"system": "SYSTEM: Hm.", "chat": "USER: Hi\nASSISTANT: Hello", "id": 1, "tool": None})
+    assert uses(store) == {"system": "read", "chat": "read", "id": "unused"}
+
+
 def test_a_message_key_is_read_by_a_template_that_names_it() -> None:
     rules = KeyRules.of("{% for m in messages %}{{ m.name }}{{ m['mood'] }}{{ 'place' in m }}{% endfor %}")
     assert {"name", "mood", "place"} <= rules.of_template
@@ -213,6 +218,21 @@ def test_the_answers_of_a_preference_are_known_by_the_beginning_of_their_names(k
 
 def test_figures_about_preferences_are_no_answers() -> None:
     assert not read({**CHAT, "rejected_score": 3.5, "chosen-rating": 4, "chosen_response": None}).lost
+
+
+def test_the_keys_of_a_rows_instances_are_judged_as_its_own() -> None:
+    row = {"instruction": "Hi", "instances": [{"input": "", "output": "a", "rank": 1}, {"output": "b", "rank": 2}]}
+    store = read(row)
+    assert uses(store) == {
+        **dict.fromkeys(("instruction", "instances", "instances.input", "instances.output"), "read"),
+        "instances.rank": "unused",
+    }
+    assert {count.key: count.count for count in store.keys}["instances.rank"] == 2
+    what, hint = reason(read({**row, "instances": [{"inputs": "x", "output": "a"}]}))
+    assert (
+        what == "an object under instances has the key 'instances.inputs', which nothing reads; did you mean \"input\"?"
+    )
+    assert "--ignore-unknown-keys" in hint
 
 
 def test_a_key_is_no_misspelling_of_one_that_is_there() -> None:
@@ -426,3 +446,14 @@ def test_the_report_and_its_summary_list_the_keys_that_nothing_reads(
     }
     plain = prepare(TrainConfig(data=write_rows(row)), tokenizer).report
     assert "unused keys" not in plain.summary()
+
+
+def test_the_summary_tells_which_rows_say_what_they_weigh(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    row = {"prompt": "a", "completion": "b"}
+    data = write_rows({**row, "weight": 0.5}, {**row, "weight": 2}, {**row, "train": False}, row)
+    report = prepare(TrainConfig(data=data), tokenizer).report
+    assert report.summary()["row weights"] == "weight (2 rows)"
+    assert report.summary()["rows"] == "3 to train on, 0 held out, 1 dropped"
+    assert "row weights" not in prepare(TrainConfig(data=write_rows(row)), tokenizer).report.summary()

@@ -219,12 +219,12 @@ def test_a_row_is_kept_as_long_as_one_of_its_turns_is(
     (source,) = dropped.report.sources
     assert (source.rows, source.kept, source.truncated, source.dropped, source.examples) == (3, 2, 1, 1, 2)
     assert [(note.origin, note.fate, note.reason) for note in source.notes] == [
-        (f"{data}:1", "truncated", "of its 3 turns 2 dropped, longer than 60 tokens"),
-        (f"{data}:2", "dropped", "none of its 2 turns can be supervised within 60 tokens"),
+        (f"{data}:1", "truncated", "of its 3 examples 2 dropped, longer than 60 tokens"),
+        (f"{data}:2", "dropped", "none of its 2 examples can be supervised within 60 tokens"),
     ]
     cut = run(tokenizer, data, **settings)
     assert [example.origin for example in cut.train] == [f"{data}:1#1", f"{data}:1#2", f"{data}:2#1", f"{data}:3#1"]
-    assert cut.report.sources[0].notes[0].reason == "of its 3 turns 1 cut and 1 dropped, longer than 60 tokens"
+    assert cut.report.sources[0].notes[0].reason == "of its 3 examples 1 cut and 1 dropped, longer than 60 tokens"
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -77,6 +77,8 @@ def test_rows_are_read_lazily(tmp_path: Path) -> None:
         (b"nonsense", "not JSON: Expecting value in column 1"),
         (b'{"text": NaN}', "not JSON: NaN is not a JSON value"),
         (b'{"text": -Infinity}', "not JSON: -Infinity is not a JSON value"),
+        (b'{"text": "a", "score": [1e999]}', "not JSON: 1e999 is a number too large to hold"),
+        (b'{"text": "a", "score": -1.5E+400}', "not JSON: -1.5E+400 is a number too large to hold"),
         (b"[" * 200_000, "not JSON: nested too deeply"),
         (b'{"n": ' + b"9" * 5000 + b"}", "not JSON: a number of more than 4300 digits"),
         (b'{"text": "a\x00"}', "not JSON: Invalid control character in column 12"),
@@ -111,6 +113,15 @@ def test_json_is_a_list_or_an_object_with_data(tmp_path: Path, content: str) -> 
     path = tmp_path / "a.json"
     path.write_text(f"\ufeff{content}", encoding="utf-8")
     assert read(path) == [Row(f"{path}[0]", {"text": "a"}), Row(f"{path}[1]", {"text": "b"})]
+
+
+def test_a_number_too_large_is_bad_on_its_own_and_one_too_small_is_zero(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"n": 1e-999}, {"n": 1e999}, {"n": 1e308}]')
+    small, error, large = read(path)
+    assert (small, large) == (Row(f"{path}[0]", {"n": 0.0}), Row(f"{path}[2]", {"n": 1e308}))
+    assert isinstance(error, UserError)
+    assert (error.where, error.what) == (f"{path}[1]", "not JSON: 1e999 is a number too large to hold")
 
 
 def test_a_json_element_that_is_no_object_is_bad_on_its_own(tmp_path: Path) -> None:

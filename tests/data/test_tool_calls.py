@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -103,6 +104,8 @@ def test_what_is_no_object_is_an_error_with_its_line_and_message(arguments: Any,
 
 def test_a_number_beyond_all_measure_is_an_error() -> None:
     with pytest.raises(ValueError, match="a number in its arguments that JSON cannot write"):
+        read_call({"name": "f", "arguments": {"n": [math.inf]}}, "call")
+    with pytest.raises(ValueError, match=r"no JSON object \(1e999 is a number too large to hold\)"):
         read_call({"name": "f", "arguments": '{"n": [1e999]}'}, "call")
 
 

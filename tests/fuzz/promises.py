@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
+from mlx_sft.data.conversation import Conversation, Document, Items, Tokens
 from mlx_sft.data.messages import ROLES
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import RowReader
@@ -50,6 +50,8 @@ ROWS: list[dict[str, Any]] = [
         "tools": '[{"name": "f"}]',
     },
     {"instruction": "a", "input": "b", "output": "c", "system": "d", "history": [["e", "f"]]},
+    {"instruction": "a", "instances": [{"input": "b", "output": "c"}, {"input": "", "output": "d", "thinking": "e"}]},
+    {"question": "a", "answer": "b", "reasoning": "c", "context": "", "weight": 0.5},
     {"prompt": "a", "completion": "b"},
     {"prompt": [USER], "completion": [ASSISTANT]},
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]},
@@ -98,9 +100,13 @@ def good_files() -> dict[str, bytes]:
     return found
 
 
-def check(read: Item) -> None:
-    """What an item promises to those who encode it."""
-    if isinstance(read, Document):
+def check(read: Items) -> None:
+    """What an item, or each of several, promises to those who encode it."""
+    if isinstance(read, list | tuple):
+        assert read
+        for one in read:
+            check(one)
+    elif isinstance(read, Document):
         assert read.text.strip()
     elif isinstance(read, Tokens):
         assert len(read.token_ids) == len(read.labels) > 1

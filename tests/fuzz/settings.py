@@ -92,7 +92,7 @@ def _agrees(field: str, given: Any, kept: Any) -> bool:
     """Whether a value was kept as it was written, in the forms that a setting's documentation allows."""
     if field == "data":
         return kept == ([] if given is None else [given] if isinstance(given, str) else given)
-    if field == "columns" and isinstance(given, str):
+    if field in ("columns", "roles") and isinstance(given, str):
         return kept == {
             name.strip(): column.strip() for name, _, column in (pair.partition("=") for pair in given.split(","))
         }

@@ -312,3 +312,19 @@ def test_the_machine_form_can_be_written_whatever_is_in_a_row(look: Look, tmp_pa
     path.write_text('{"\\ud83d": 1}\n{"text": "whole"}\n')
     found = look(data=str(path), only="bad").to_json()
     assert json.loads(found.encode("utf-8"))["table"]["rows"]["bad"] == 1
+
+
+def test_the_instances_of_a_row_are_shown_under_its_name_and_a_row_of_no_weight_as_dropped(
+    look: Look, tmp_path: Path
+) -> None:
+    instances = [{"input": "one", "output": "eins"}, {"input": "two", "output": "zwei"}]
+    rows = [{"instruction": "Translate", "instances": instances, "train": train} for train in (True, False)]
+    path = tmp_path / "seeds.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    shown, dropped = look(data=[str(path)]).rows
+    assert [example.origin for example in shown.examples] == [f"{path}:1#1", f"{path}:1#2"]
+    assert ["zwei" in "".join(example.pieces) for example in shown.examples] == [False, True]
+    assert look(row="seeds.jsonl:1#2", data=[str(path)]).rows[0].origin == f"{path}:1"
+    assert look(row="1#2#1", data=[str(path)], train_on="every-turn").rows[0].examples[1].origin == f"{path}:1#2#1"
+    assert (dropped.fate, dropped.reason) == ("dropped", "not to be trained on: its train is false")
+    assert dropped.raw.endswith('"train": false}')

@@ -13,10 +13,12 @@ ENTRIES = {
     "messages": "mlx_sft.data.formats.messages:FORMAT",
     "sharegpt": "mlx_sft.data.formats.sharegpt:FORMAT",
     "alpaca": "mlx_sft.data.formats.alpaca:FORMAT",
+    "self-instruct": "mlx_sft.data.formats.self_instruct:FORMAT",
     "prompt-completion": "mlx_sft.data.formats.prompt_completion:FORMAT",
     "xlam": "mlx_sft.data.formats.xlam:FORMAT",
     "glaive": "mlx_sft.data.formats.glaive:FORMAT",
     "tokenized": "mlx_sft.data.formats.tokenized:FORMAT",
+    "question-answer": "mlx_sft.data.formats.question_answer:FORMAT",
     "text": "mlx_sft.data.formats.text:FORMAT",
 }
 """In the order in which they are tried: a row that has the keys of several formats is of the first of them."""
@@ -38,7 +40,8 @@ class RowFormat:
         optional: Those that a row may have besides, under which the one is sought that a misspelt key was meant to be. Whatever `read`
             asks for counts as read, declared or not.
         example: How such a row is written.
-        read: A row → what is in it, or several such items for an objective that compares them; raises `ValueError` with a reason.
+        read: A row → what is in it: one item, a list of items that are examples of their own, or a tuple of items for an objective
+            that compares them; raises `ValueError` with a reason.
     """
 
     name: str

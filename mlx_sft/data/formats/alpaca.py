@@ -18,12 +18,18 @@ def read(row: Row) -> Conversation:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f'history[{index}] is not a pair, such as ["question", "answer"]')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    asked = [text_of(row, key) for key in ("instruction", "input")]
-    if not any(asked):
-        raise ValueError("instruction and input are both empty")
-    messages += [{"role": "user", "content": "\n".join(filter(None, asked))}]
-    messages += [answer_of(row, text_of(row, "output"))]
+    messages += [
+        asked_with(text_of(row, "instruction"), text_of(row, "input")),
+        answer_of(row, text_of(row, "output")),
+    ]
     return conversation_of(row, read_messages(messages, "messages"))
+
+
+def asked_with(instruction: str, given: str) -> Message:
+    """The user's message: an instruction, and on the next line the input to it; either may be empty."""
+    if not instruction and not given:
+        raise ValueError("instruction and input are both empty")
+    return {"role": "user", "content": "\n".join(filter(None, (instruction, given)))}
 
 
 FORMAT = RowFormat(

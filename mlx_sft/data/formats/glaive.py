@@ -33,8 +33,7 @@ def read(row: Row) -> Conversation:
         for number, (role, text) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1)
     ]
     words, tools = _system(text_of(row, "system"))
-    value = {**row.value, "system": words, **({"tools": tools} if tools else {})}
-    return conversation_of(Row(row.origin, value), read_messages(messages, "chat"))
+    return conversation_of(row, read_messages(messages, "chat"), system=words, tools=tools)
 
 
 def _message(role: str, text: str, place: str) -> Message:

@@ -192,7 +192,7 @@ class ReferenceRendering:
                 self._render(rest)
                 return (
                     "this template takes no system message, or not there: it renders the conversation without; "
-                    "put the instruction at the start of the first user message, or leave it out"
+                    "--system fold puts the instruction at the start of the user's message behind it; or leave it out"
                 )
         given = self.conversation.messages
         if any(follows_a_turn(given, index) for index in range(len(given))):

@@ -1,0 +1,40 @@
+"""`{"question": ..., "answer": ...}`, with the reasoning beside the answer where there is one.
+
+A question about something that stands in another column is refused: without that column, the model would be taught to make up answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_sft.data.conversation import Conversation, answer_of, conversation_of, text_of
+from mlx_sft.data.formats import ANSWER_EXTRAS, RowFormat
+from mlx_sft.data.messages import read_messages
+from mlx_sft.data.readers import Row
+
+_ASKED_ABOUT = ("context", "passage", "document", "input", "choices", "options")
+"""What a question may be about, and where the answers stand among which it asks to choose."""
+
+
+def read(row: Row) -> Conversation:
+    about = next((key for key in _ASKED_ABOUT if _says(row.value.get(key))), None)
+    if about:
+        way_out = "write it into the question"
+        if isinstance(row.value[about], str):
+            before = f"instruction={about},input=question,output=answer"
+            way_out = f"--columns {before} puts it before the question, and user=question,assistant=answer goes without"
+        raise ValueError(f"the question may be about the row's `{about}`, and nothing says where that goes: {way_out}")
+    question = text_of(row, "question")
+    if not question:
+        raise ValueError("question is empty")
+    messages = [{"role": "user", "content": question}, answer_of(row, text_of(row, "answer"))]
+    return conversation_of(row, read_messages(messages, "messages"))
+
+
+def _says(value: Any) -> bool:
+    return bool(value.strip() if isinstance(value, str) else value)
+
+
+FORMAT = RowFormat(
+    "question-answer", ("question", "answer"), ANSWER_EXTRAS, '{"question": "...", "answer": "..."}', read
+)
