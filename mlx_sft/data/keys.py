@@ -16,6 +16,7 @@ from jinja2 import TemplateError, nodes
 
 from mlx_sft.data.conversation import Conversation, Items, items_of
 from mlx_sft.data.formats import RowFormat
+from mlx_sft.data.json_text import is_blank
 from mlx_sft.data.key_counts import KeyUse, Owner
 from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, shown
 from mlx_sft.data.sandbox import parsed
@@ -69,7 +70,7 @@ class Reading:
         if not any(dict.get(self.row, key) is not None for key in (*_PREFERENCES, "label")):
             return []
         declared = {*self.row_format.keys, *self.row_format.optional}
-        unread = {key for key, value in self.present() if not _is_blank(value)} - self.row.asked - declared
+        unread = {key for key, value in self.present() if not is_blank(value)} - self.row.asked - declared
         chosen_by_hand = set(self.columns.values()) & set(_PREFERENCES)
         refused = [] if chosen_by_hand else [key for key in _PREFERENCES if key in unread]
         is_conversation = self.items and any(isinstance(item, Conversation) for item in items_of(self.items))
@@ -177,7 +178,7 @@ class KeyRules:
             if key in known or key in self.of_template or (owner == "call" and self.whole_calls):
                 yield KeyUse(owner, _named(key), "read")
             else:
-                absent = tuple(name for name in (*known, *itself) if _is_blank(value.get(name)))
+                absent = tuple(name for name in (*known, *itself) if is_blank(value.get(name)))
                 yield self._unread(owner, _named(key), absent)
 
     def _unread(self, owner: Owner, key: str, absent: tuple[str, ...]) -> KeyUse:
@@ -187,13 +188,6 @@ class KeyRules:
 
 def _comparing() -> list[str]:
     return [name for name, objective in OBJECTIVES.items() if getattr(objective, "compares", False)]
-
-
-def _is_blank(value: Any) -> bool:
-    """Whether it is null, blank text, or empty: a table's cell that has to hold something, or arguments that were not found."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (isinstance(value, list | dict) and not value)
 
 
 def _named(key: Any) -> str:
