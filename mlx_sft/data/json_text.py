@@ -255,6 +255,13 @@ def kind(value: Any) -> str:
     return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
+def is_blank(value: Any) -> bool:
+    """Whether it is null, blank text, or empty: a table's cell that has to hold something, or arguments that were not found."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, list | dict) and not value)
+
+
 _PRINTED = re.compile(r"\s*(?:array\()?[\[({][\s\[({]*'")
 """How Python, and pandas where it saves a column of lists as .csv, begins what it prints of them."""
 

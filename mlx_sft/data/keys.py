@@ -16,6 +16,7 @@ from jinja2 import TemplateError, nodes
 
 from mlx_sft.data.conversation import Conversation, Items, items_of
 from mlx_sft.data.formats import RowFormat
+from mlx_sft.data.json_text import is_blank
 from mlx_sft.data.key_counts import KeyUse, Owner
 from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, shown
 from mlx_sft.data.sandbox import parsed
@@ -83,7 +84,7 @@ class Reading:
         meant = [
             key
             for key, value in self.present()
-            if not _is_blank(value)
+            if not is_blank(value)
             and (key in (*_PREFERENCES, *_LABELS) or (_is_preference(key) and not _is_figure(value)))
         ]
         if not meant:
@@ -200,7 +201,7 @@ class KeyRules:
             if key in known or key in self.of_template or (owner == "call" and self.whole_calls):
                 yield KeyUse(owner, _named(key), "read")
             else:
-                absent = tuple(name for name in (*known, *itself) if _is_blank(value.get(name)))
+                absent = tuple(name for name in (*known, *itself) if is_blank(value.get(name)))
                 yield self._unread(owner, _named(key), absent)
 
     def _unread(self, owner: Owner, key: str, absent: tuple[str, ...]) -> KeyUse:
@@ -222,13 +223,6 @@ def _is_figure(value: Any) -> bool:
 
 def _comparing() -> list[str]:
     return [name for name, objective in OBJECTIVES.items() if getattr(objective, "compares", False)]
-
-
-def _is_blank(value: Any) -> bool:
-    """Whether it is null, blank text, or empty: a table's cell that has to hold something, or arguments that were not found."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (isinstance(value, list | dict) and not value)
 
 
 def _named(key: Any) -> str:

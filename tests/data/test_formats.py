@@ -311,6 +311,17 @@ def test_alpaca_joins_instruction_and_input_where_there_is_one(given: str | None
     assert read.messages == [{"role": "user", "content": content}, ASSISTANT]
 
 
+def test_alpaca_refuses_a_context_that_nothing_would_read() -> None:
+    asked = row(instruction="How far?", context="The moon is far.", output="Far.")
+    with pytest.raises(UserError, match="--columns input=context"):
+        RowReader().read(asked)
+    named = RowReader(columns={"input": "context"}).read(asked)
+    assert isinstance(named, Conversation)
+    assert named.messages[0]["content"] == "How far?\nThe moon is far."
+    for others in ({"input": "it", "context": "x"}, {"context": " "}, {"context": None}):
+        assert conversation(instruction="a", output="b", **others).messages[1]["content"] == "b"
+
+
 @pytest.mark.parametrize("encode", [list, json.dumps])
 def test_alpaca_learns_its_history_too(encode: Any) -> None:
     read = conversation(instruction="Hi", output="Hello", system="Be brief", history=encode([["a", "b"], ["c", "d"]]))

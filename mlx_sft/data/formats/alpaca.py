@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlx_sft.data.conversation import Conversation, answer_of, conversation_of, text_of
 from mlx_sft.data.formats import ANSWER_EXTRAS, RowFormat
-from mlx_sft.data.json_text import kind, parsed
+from mlx_sft.data.json_text import is_blank, kind, parsed
 from mlx_sft.data.messages import Message, read_messages
 from mlx_sft.data.readers import Row
 
@@ -18,8 +18,12 @@ def read(row: Row) -> Conversation:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f'history[{index}] is not a pair, such as ["question", "answer"]')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    given = text_of(row, "input")
+    if not given and not is_blank(row.value.get("context")):
+        what = "the instruction may be about the row's `context`, and nothing says where that goes"
+        raise ValueError(f"{what}: --columns input=context puts it behind the instruction")
     messages += [
-        asked_with(text_of(row, "instruction"), text_of(row, "input")),
+        asked_with(text_of(row, "instruction"), given),
         answer_of(row, text_of(row, "output")),
     ]
     return conversation_of(row, read_messages(messages, "messages"))

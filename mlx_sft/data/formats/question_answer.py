@@ -5,10 +5,9 @@ A question about something that stands in another column is refused: without tha
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlx_sft.data.conversation import Conversation, answer_of, conversation_of, text_of
 from mlx_sft.data.formats import ANSWER_EXTRAS, RowFormat
+from mlx_sft.data.json_text import is_blank
 from mlx_sft.data.messages import read_messages
 from mlx_sft.data.readers import Row
 
@@ -17,7 +16,7 @@ _ASKED_ABOUT = ("context", "passage", "document", "input", "choices", "options")
 
 
 def read(row: Row) -> Conversation:
-    about = next((key for key in _ASKED_ABOUT if _says(row.value.get(key))), None)
+    about = next((key for key in _ASKED_ABOUT if not is_blank(row.value.get(key))), None)
     if about:
         way_out = "write it into the question"
         if isinstance(row.value[about], str):
@@ -29,10 +28,6 @@ def read(row: Row) -> Conversation:
         raise ValueError("question is empty")
     messages = [{"role": "user", "content": question}, answer_of(row, text_of(row, "answer"))]
     return conversation_of(row, read_messages(messages, "messages"))
-
-
-def _says(value: Any) -> bool:
-    return bool(value.strip() if isinstance(value, str) else value)
 
 
 FORMAT = RowFormat(
