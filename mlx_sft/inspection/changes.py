@@ -52,11 +52,11 @@ def changes(reading: Reading, item: Item, clean_row: Mapping[str, Any], format_n
     read = set(reading.row.asked) if isinstance(item, Conversation) else set()
     found += _differences("row", row, clean_row, {key: f"{key} → {_MESSAGES}" for key in read})
     if isinstance(item, Conversation):
-        lists = {key: messages for key in row if key in read and (messages := _messages_in(row[key]))}
-        made = [(raw, clean(read_messages([raw], ""))) for messages in lists.values() for raw in messages]
+        lists = [_messages_in(row[key]) for key in reading.row_format.keys]
+        made = [(raw, clean(messages)) for one in lists for raw, messages in one]
         for raw, messages in made:
             found += _of_message(raw, messages)
-        if lists.keys() >= set(reading.row_format.keys):
+        if all(lists):
             found += _of_turns([one["role"] for _, messages in made for one in messages], clean_row[_MESSAGES])
         context = clean_row[_MESSAGES][: item.first_supervised]
         found += ["weight 0 added to an answer in a prompt" for one in context if one["role"] == "assistant"]
@@ -82,12 +82,13 @@ def _of_turns(roles: list[str], written: list[Message]) -> list[str]:
     return ["assistant messages in a row → one"] * (len(roles) + system_added - len(written))
 
 
-def _messages_in(value: Any) -> list[Message]:
-    """The messages in a part of a row that is a list of them, or JSON text of one."""
+def _messages_in(value: Any) -> list[tuple[Message, list[Message]]]:
+    """Each message in a part of a row that is a list of them, or JSON text of one, and what its reader makes of it by itself."""
     found = _value(value)
-    if isinstance(found, list) and all(isinstance(one, dict) and {"role", "from"} & one.keys() for one in found):
-        return found
-    return []
+    try:
+        return [(raw, read_messages([raw], "")) for raw in found] if isinstance(found, list) else []
+    except ValueError:  # a list of something else, such as tools
+        return []
 
 
 def _differences(

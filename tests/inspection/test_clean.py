@@ -322,6 +322,7 @@ def test_files_follow_each_other_and_validation_rows_are_named_as_left_out(write
         (chat(tool_calls=[]), ["message: empty tool_calls left out"]),
         (chat() | {"tools": '[{"name": "f", "input_schema": {}}]'},
          ["row: tools JSON text → a list", "tool: input_schema → parameters", "tool: wrapped in function"]),
+        (chat() | {"tools": [{"type": "function", "function": {"name": "f"}, "role": True}]}, []),
         (chat() | {"functions": [], "chat_template_kwargs": "{}"},
          ["row: empty functions left out", "row: empty chat_template_kwargs left out"]),
         ({"messages": [*chat()["messages"], {"role": "tool_call", "content": '{"name": "f", "arguments": {}}'}]},
