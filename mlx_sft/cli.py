@@ -90,6 +90,10 @@ def train(config_file: str | None, supervise: bool, **options: Any) -> None:
 @click.option("--limit", type=click.IntRange(min=0), default=3, show_default=True, help="So many rows are shown.")
 @click.option("--json", "as_json", is_flag=True, help="Write rows and table as a line of JSON.")
 @click.option("--html", metavar="FILE", help="Write one self-contained page to look at in a browser.")
+@click.option(
+    "--write-clean", metavar="FILE", help="Write the rows as they were understood to a .jsonl, say what changed."
+)
+@click.option("--overwrite", is_flag=True, help="With --write-clean: replace a file that is there already.")
 @_trusting
 def inspect(
     config_file: str | None,
@@ -98,6 +102,8 @@ def inspect(
     limit: int,
     as_json: bool,
     html: str | None,
+    write_clean: str | None,
+    overwrite: bool,
     **options: Any,
 ) -> None:
     """Look at data as training would see it: what is supervised, what is lost, what is suspicious.
@@ -107,14 +113,24 @@ def inspect(
     if html is not None and (row is not None or only is not None or as_json):
         hint = "leave them out; the page has a search and a filter"
         raise UserError("--row, --only and --json do not go with --html", hint=hint, exit_code=USAGE)
+    if write_clean is None and overwrite:
+        raise UserError("--overwrite goes with --write-clean", hint="leave it out", exit_code=USAGE)
+    if write_clean is not None and any(option is not None for option in (row, only, html)):
+        hint = "leave them out; all rows that are kept are written"
+        raise UserError("--row, --only and --html do not go with --write-clean", hint=hint, exit_code=USAGE)
     config = resolved(config_file, options)
+    from mlx_sft import inspection
     from mlx_sft.console import Console
-    from mlx_sft.inspection import inspect
 
     console = Console(quiet=config.quiet)
     with console.reading() as progress:
-        found = inspect(config, row=row, only=only, limit=limit, progress=progress)
-    if html is not None:
+        if write_clean is not None:
+            clean = inspection.write_clean(config, write_clean, overwrite=overwrite, progress=progress)
+        else:
+            found = inspection.inspect(config, row=row, only=only, limit=limit, progress=progress)
+    if write_clean is not None:
+        clean.show(console, as_json=as_json)
+    elif html is not None:
         write_text(f"{found.write_page(html)}\n")
     elif as_json:
         write_text(found.to_json() + "\n")

@@ -137,6 +137,8 @@ def test_options_override_the_file(cli: Cli, resolved: list[TrainConfig], tmp_pa
         (["inspect", "--data", "x", "--rank", "3"], "--rank"),
         (["inspect", "--data", "x", "--limit", "-1"], "--limit"),
         (["inspect", "--data", "x", "--html", "y", "--row", "1"], "--html"),
+        (["inspect", "--data", "x", "--write-clean", "y.jsonl", "--only", "bad"], "--write-clean"),
+        (["inspect", "--data", "x", "--overwrite"], "--write-clean"),
         (["export", "--run", "x"], "--to"),
     ],
 )
@@ -324,6 +326,25 @@ def test_inspect_writes_a_page_and_names_it_last(cli: Cli, settings: dict[str, A
     result = cli("inspect", "--data", settings["data"], "--model", settings["model"], "--html", page)
     assert result.stdout == f"{page}\n"
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_inspect_writes_clean_rows_says_what_it_changed_and_names_the_file_last(
+    cli: Cli, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    data, clean = tmp_path / "data.jsonl", tmp_path / "clean.jsonl"
+    data.write_text('{"prompt": "the cat", "completion": "sat", "id": 1}\n' + "broken\n" * 2)
+    given = ("inspect", "--data", data, "--model", settings["model"], "--write-clean", clean)
+    result = cli(*given)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{clean}\n"
+    assert "1 of 3 rows written, as messages" in result.stderr
+    assert f"changed         1  row: id left out (first {data}:1)" in result.stderr
+    assert "warning: more than half of the rows are left out, 2 of 3" in result.stderr
+    assert [message["role"] for message in json.loads(clean.read_text())["messages"]] == ["user", "assistant"]
+    found = json.loads(cli(*given, "--overwrite", "--json").stdout)
+    assert (found["path"], found["format"], found["rows"], found["written"]) == (str(clean), "messages", 3, 1)
+    assert [one["count"] for one in found["left_out"]] == [2]
+    assert {"change": "row: id left out", "count": 1, "first": f"{data}:1"} in found["changes"]
 
 
 def test_inspect_takes_the_settings_of_a_run(cli: Cli, settings: dict[str, Any], tmp_path: Path) -> None:

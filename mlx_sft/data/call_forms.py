@@ -54,7 +54,12 @@ def as_the_template_takes_them(tokenizer: PreTrainedTokenizerBase, conversation:
         if _holds_arguments(text, form) or text != _written(tokenizer, _without_calls(form)):
             return form
         second_choice = second_choice or form
-    return second_choice or _with_arguments(conversation, _as_object)
+    return second_choice or with_argument_objects(conversation)
+
+
+def with_argument_objects(conversation: Conversation) -> Conversation:
+    """The conversation with the arguments of its calls as objects."""
+    return _with_arguments(conversation, _as_object)
 
 
 def _forms(conversation: Conversation) -> Iterator[Conversation]:

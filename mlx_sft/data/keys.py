@@ -18,7 +18,7 @@ from mlx_sft.data.conversation import Conversation, Items, items_of
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.json_text import is_blank
 from mlx_sft.data.key_counts import KeyUse, Owner
-from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, shown
+from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, Message, shown
 from mlx_sft.data.sandbox import parsed
 from mlx_sft.data.watched_row import WatchedRow
 from mlx_sft.errors import UserError
@@ -155,6 +155,32 @@ class KeyRules:
                     hint="write it so, or go on without what it says: --ignore-unknown-keys",
                 )
 
+    def without_unread(self, message: Message) -> Message:
+        """A message with only those keys, also of its calls, that something reads, and its reasoning under the standard name.
+
+        A template is given the reasoning as `reasoning_content` and as `thinking`, whatever it is called; another of its names stays
+        beside these only where the template reads it, and would find something else.
+        """
+        reasoning = next((message[key] for key in REASONING_KEYS if key in message), None)
+        kept = {key: item for key, item in message.items() if self._reads("message", key)}
+        for key in REASONING_KEYS:
+            if key in kept and (key not in self.of_template or (key == "thinking" and kept[key] == reasoning)):
+                del kept[key]
+        if reasoning is not None:
+            kept[REASONING_KEYS[0]] = reasoning
+        if "tool_calls" in kept:
+            kept["tool_calls"] = list(map(self._read_of_call, kept["tool_calls"]))
+        return kept
+
+    def _read_of_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        read = {key: item for key, item in call.items() if self._reads("call", key)}
+        return read | {"function": {key: item for key, item in call["function"].items() if self._reads("call", key)}}
+
+    def _reads(self, owner: Owner, key: str) -> bool:
+        """Whether training or the template reads the key of a message, or of a call."""
+        known = (*_MESSAGE_ITSELF, *_MESSAGE_KEYS) if owner == "message" else (*_CALL_ITSELF, *_CALL_KEYS)
+        return key in known or key in self.of_template or (owner == "call" and self.whole_calls)
+
     def _judged(self, reading: Reading) -> Iterator[tuple[str, KeyUse]]:
         """Each key, and in words where it stands."""
         present, refused = dict(reading.present()), reading.refused()
@@ -198,7 +224,7 @@ class KeyRules:
         for key, item in value.items():
             if item is None or key in itself:
                 continue
-            if key in known or key in self.of_template or (owner == "call" and self.whole_calls):
+            if self._reads(owner, key):
                 yield KeyUse(owner, _named(key), "read")
             else:
                 absent = tuple(name for name in (*known, *itself) if is_blank(value.get(name)))

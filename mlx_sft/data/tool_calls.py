@@ -14,9 +14,9 @@ from mlx_sft.data.json_text import kind, parse_json, parsed
 
 Call = dict[str, Any]
 
-_ARGUMENTS = ("arguments", "parameters", "input", "args")
+ARGUMENT_KEYS = ("arguments", "parameters", "input", "args")
 """The names under which a call's arguments travel, the standard one first; `input` is Anthropic's, `parameters` Llama's."""
-_SCHEMAS = ("input_schema", "inputSchema")
+SCHEMA_KEYS = ("input_schema", "inputSchema")
 """What Anthropic and MCP call a tool's `parameters`."""
 _BARE_TYPES = (None, "function", "custom")
 _THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
@@ -40,8 +40,8 @@ def read_call(value: Any, place: str) -> Call:
     name = function.get("name")
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f'{place} names no function: a call is {{"name": ..., "arguments": {{...}}}}')
-    holder = call if function.keys().isdisjoint(_ARGUMENTS) else function
-    key = next((key for key in _ARGUMENTS if key in holder), "arguments")
+    holder = call if function.keys().isdisjoint(ARGUMENT_KEYS) else function
+    key = next((key for key in ARGUMENT_KEYS if key in holder), "arguments")
     arguments = _arguments(holder.get(key), place)
     if function is call:
         others = {other: item for other, item in call.items() if other not in ("name", "type", key)}
@@ -90,7 +90,7 @@ def as_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
     if not isinstance(function, dict):
         return tool  # of another kind, such as a search that its provider runs
     if bare:
-        names = {} if "parameters" in function else dict.fromkeys(_SCHEMAS, "parameters")
+        names = {} if "parameters" in function else dict.fromkeys(SCHEMA_KEYS, "parameters")
         function = {names.get(key, key): item for key, item in function.items() if key not in ("type", "function")}
     if isinstance(function.get("parameters"), str):
         schema = parsed(function["parameters"], f"{place}.parameters")

@@ -51,12 +51,7 @@ def inspect(
     """
     if row is not None and only is not None:
         raise UserError("--row and --only exclude each other", hint="give one", exit_code=USAGE)
-    if tokenizer is None:
-        from mlx_sft.model.load import load_tokenizer, resolve_checkpoint  # imports MLX, which takes seconds
-
-        tokenizer = load_tokenizer(resolve_checkpoint(config.model, weights=False), config.chat_template)
-    variables = todays_variables(tokenizer) | config.chat_template_kwargs  # as `train` does
-    config = config.model_copy(update={"chat_template_kwargs": variables})
+    config, tokenizer = ready(config, tokenizer)
     prepared = survey(config, tokenizer, progress)
     untruncated = _untruncated(prepared, config, tokenizer, progress)
     surveyed = SurveyedRows.of(prepared, len(config.data))
@@ -72,6 +67,21 @@ def inspect(
     return Inspection(config, viewer, found, summary, whole_rows=True)
 
 
+def ready(config: TrainConfig, tokenizer: Any = None) -> tuple[TrainConfig, Any]:
+    """The configuration with the template variables of this day, as `train` has it, and the tokenizer, loaded where it is None."""
+    if tokenizer is None:
+        from mlx_sft.model.load import load_tokenizer, resolve_checkpoint  # imports MLX, which takes seconds
+
+        tokenizer = load_tokenizer(resolve_checkpoint(config.model, weights=False), config.chat_template)
+    variables = todays_variables(tokenizer) | config.chat_template_kwargs
+    return config.model_copy(update={"chat_template_kwargs": variables}), tokenizer
+
+
+def without_limit(config: TrainConfig) -> TrainConfig:
+    """The configuration without a longest length."""
+    return config.model_copy(update={"max_length": _NO_LIMIT, "overlong": "truncate"})
+
+
 def _untruncated(
     prepared: PreparedData, config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None
 ) -> PreparedData:
@@ -80,7 +90,7 @@ def _untruncated(
     refused = report.bad and config.overlong in ("error", "split")
     if not (report.truncated or report.dropped or report.split or refused):
         return prepared
-    return survey(config.model_copy(update={"max_length": _NO_LIMIT, "overlong": "truncate"}), tokenizer, progress)
+    return survey(without_limit(config), tokenizer, progress)
 
 
 class Inspection:

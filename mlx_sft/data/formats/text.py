@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mlx_sft.data.conversation import Document
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.json_text import kind
@@ -17,6 +19,11 @@ def read(row: Row) -> Document:
         raise ValueError("text is empty: there is nothing to train on")
     check_characters(text, "text")
     return Document(row.origin, text)
+
+
+def write(document: Document) -> dict[str, Any]:
+    """The row of a document, of which `read` makes the same again."""
+    return {"text": document.text}
 
 
 FORMAT = RowFormat("text", ("text",), (), '{"text": "..."}', read)

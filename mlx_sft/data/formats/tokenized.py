@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mlx_sft.data.conversation import Tokens
 from mlx_sft.data.example import IGNORED
 from mlx_sft.data.formats import RowFormat
@@ -31,6 +33,11 @@ def read(row: Row) -> Tokens:
     if all(label == IGNORED for label in labels[1:]):
         raise ValueError("tokens with nothing to train on: every label behind the first token is -100")
     return Tokens(row.origin, token_ids, labels)
+
+
+def write(tokens: Tokens) -> dict[str, Any]:
+    """The row of tokens, of which `read` makes the same again."""
+    return {"input_ids": tokens.token_ids, "labels": tokens.labels}
 
 
 def _integers(row: Row, key: str) -> list[int]:
