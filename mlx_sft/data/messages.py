@@ -161,6 +161,11 @@ def weight_said(owner: Mapping[str, Any], place: str) -> float | None:
     return numbers.pop() if numbers else float(supervised.pop())
 
 
+def written_weight(weight: float) -> dict[str, float]:
+    """What a message or a row says of its weight in the loss, of which `weight_said` reads the same; nothing where it is 1."""
+    return {} if weight == 1 else {"weight": int(weight) if weight.is_integer() else weight}
+
+
 def weight_in_cell(key: str, value: Any) -> Any:
     """A value under one of the `WEIGHT_KEYS`, where the cell of a table may hold it as text: `False`, `0.5`; None for blank text."""
     if not isinstance(value, str):

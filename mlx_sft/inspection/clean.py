@@ -18,7 +18,7 @@ import numpy as np
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console, write_text
 from mlx_sft.data.call_forms import with_argument_objects
-from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
+from mlx_sft.data.conversation import Conversation, Document, Item, Tokens, items_of
 from mlx_sft.data.formats import RowFormat, messages, text, tokenized
 from mlx_sft.data.keys import KeyRules, Reading
 from mlx_sft.data.messages import Message, take_weights
@@ -26,6 +26,7 @@ from mlx_sft.data.pipeline import NoProgress, ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.readers import Row
 from mlx_sft.data.report import many, reasons
+from mlx_sft.data.roles import with_roles
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.sources import locate, split_weight
 from mlx_sft.errors import USAGE, UserError
@@ -135,7 +136,7 @@ def write_clean(
     target = _target(config, path, overwrite)
     config, tokenizer = ready(config, tokenizer)
     progress = progress or NoProgress()
-    config = without_limit(config)
+    config = without_limit(config).model_copy(update={"valid_fraction": 0.0})
     prepared = survey(config, tokenizer, progress)
     sources = prepared.report.sources[: len(config.data)]
     notes = [note for source in sources for note in source.notes]
@@ -151,8 +152,10 @@ def write_clean(
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            for reading, given_as_objects in _kept_rows(config, prepared, progress):
-                file.write(_line(reading, _Cleaner(rules, given_as_objects), result))
+            for row, reading, given_as_objects in _kept_rows(config, prepared, progress):
+                file.writelines(_lines(reading, _Cleaner(rules, given_as_objects), result))
+                if config.roles and with_roles(row.value, config.roles) != row.value:
+                    result.add(row.origin, ["roles as --roles names them"])
         _check(temporary, config, tokenizer, prepared, progress)
 
     write_file_with(target, write)
@@ -189,8 +192,8 @@ def _target(config: TrainConfig, path: str | Path, overwrite: bool) -> Path:
 
 def _kept_rows(
     config: TrainConfig, prepared: PreparedData, progress: ReadingProgress
-) -> Iterator[tuple[Reading, bool]]:
-    """Each row that is kept, read again, and whether the template is given the arguments of its calls as objects."""
+) -> Iterator[tuple[Row, Reading, bool]]:
+    """Each row that is kept, what is read in it again, and whether the template is given the arguments of its calls as objects."""
     surveyed, number = SurveyedRows.of(prepared, len(config.data)), 0
     for source, report in zip(surveyed.located, surveyed.sources[: len(config.data)], strict=False):
         reader = replace(RowReader.from_config(config), format=report.format or "auto")
@@ -200,7 +203,7 @@ def _kept_rows(
             if part and isinstance(row, Row):
                 reading = reader.reading(row)
                 facts = [surveyed.parts[part][index].facts for index in indices if _has_text(reading)]
-                yield reading, not facts or any(one.arguments_as_objects for one in facts)
+                yield row, reading, not facts or any(one.arguments_as_objects for one in facts)
             if number % _ROWS_BETWEEN_TELLING == 0:
                 progress.reading(source.name, number, 0, None)
         progress.finished(source.name, number, cached=False)
@@ -208,9 +211,8 @@ def _kept_rows(
 
 def _has_text(reading: Reading) -> bool:
     """Whether the arguments of a call are text."""
-    item = reading.taken()
-    given = item.messages if isinstance(item, Conversation) else ()
-    calls = (call for message in given for call in message.get("tool_calls", ()))
+    given = (item.messages for item in items_of(reading.taken()) if isinstance(item, Conversation))
+    calls = (call for messages in given for message in messages for call in message.get("tool_calls", ()))
     return any(isinstance(call["function"]["arguments"], str) for call in calls)
 
 
@@ -238,48 +240,48 @@ class _Cleaner:
         return written
 
 
-def _line(reading: Reading, cleaner: _Cleaner, result: CleanData) -> bytes:
-    """A row as a line of the file, which is counted in the result."""
-    item = reading.taken()
-    if isinstance(item, tuple):
-        what = f"a row of {len(item)} texts, and a clean row has one"
+def _lines(reading: Reading, cleaner: _Cleaner, result: CleanData) -> list[bytes]:
+    """A row as a line of the file, or as several where it gives several examples; it is counted in the result."""
+    items = reading.taken()
+    if isinstance(items, tuple):
+        what = f"a row of {len(items)} texts, and a clean row has one"
         raise UserError(what, where=reading.origin, hint="leave such rows as they are")
-    row_format, write = _WRITERS[type(item)]
-    if result.format not in ("", row_format.name):
-        what = f"this row would be written as {row_format.name}, and those before it as {result.format}"
-        hint = "a file has rows of one format: clean each file by itself"
-        raise UserError(what, where=reading.origin, hint=hint)
-    row = write(cleaner.item(item))
+    rows = [_clean_row(item, cleaner, reading.origin, result) for item in items_of(items)]
     try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows]
     except (TypeError, ValueError) as error:
         hint = "write it as text, a number or a list, or leave it out"
         raise UserError(f"it holds what JSON cannot write: {error}", where=reading.origin, hint=hint) from error
-    result.format = row_format.name
     result.written += 1
-    result.add(reading.origin, changes(reading, item, row, row_format.name, cleaner.messages))
-    return line
+    found = changes(reading, items_of(items)[0], rows[0], result.format, cleaner.messages)
+    result.add(reading.origin, [*found, *["an example of several → a row"] * (len(rows) if len(rows) > 1 else 0)])
+    return lines
+
+
+def _clean_row(item: Item, cleaner: _Cleaner, origin: str, result: CleanData) -> dict[str, Any]:
+    row_format, write = _WRITERS[type(item)]
+    if result.format not in ("", row_format.name):
+        what = f"this row would be written as {row_format.name}, and those before it as {result.format}"
+        raise UserError(what, where=origin, hint="a file has rows of one format: clean each file by itself")
+    result.format = row_format.name
+    return write(cleaner.item(item))
 
 
 def _check(
     written: Path, config: TrainConfig, tokenizer: Any, prepared: PreparedData, progress: ReadingProgress
 ) -> None:
     """Raise `UserError` unless the examples of what was written are those of the rows that it was made of."""
-    read: dict[str, Any] = {"data": [str(written)], "valid": None, "format": "auto", "columns": {}, "data_cache": False}
+    read: dict[str, Any] = {"data": [str(written)], "valid": None, "format": "auto", "data_cache": False}
+    read |= {"columns": {}, "roles": {}}
     again = survey(config.model_copy(update=read), tokenizer, progress)
-    pairs = [(prepared.train, again.train), (prepared.valid, again.valid)]
-    for before, after in pairs if config.valid_fraction > 0 else pairs[:1]:
-        if before.fingerprint() == after.fingerprint():
-            continue
-        both = min(len(before), len(after))
-        differ = before.content_ids()[:both] != after.content_ids()[:both]
-        first = int(np.argmax(differ)) if differ.any() else min(both, len(before) - 1)
-        hint = "nothing was written; the template may write a key of it that counts as read by nothing: take that out"
-        reason = ""
-        for note in again.report.sources[0].notes[:1]:
-            reason, hint = (
-                f": {note.reason}",
-                f"nothing was written; {note.hint or 'put this row right, or leave it out'}",
-            )
-        what = f"its clean row would be trained on otherwise{reason}"
-        raise UserError(what, where=before.row_origin(first), hint=hint)
+    before, after = prepared.train, again.train
+    if before.fingerprint() == after.fingerprint():
+        return
+    both = min(len(before), len(after))
+    differ = before.content_ids()[:both] != after.content_ids()[:both]
+    first = int(np.argmax(differ)) if differ.any() else min(both, len(before) - 1)
+    reason, way_out = "", "the template may write a key of it that counts as read by nothing: take that out"
+    for note in again.report.sources[0].notes[:1]:
+        reason, way_out = f": {note.reason}", note.hint or "put this row right, or leave it out"
+    what = f"its clean row would be trained on otherwise{reason}"
+    raise UserError(what, where=before.row_origin(first), hint=f"nothing was written; {way_out}")

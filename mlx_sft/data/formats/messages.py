@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_sft.data.conversation import Conversation, conversation_of
 from mlx_sft.data.formats import EXTRAS, RowFormat
-from mlx_sft.data.messages import read_messages
+from mlx_sft.data.messages import read_messages, written_weight
 from mlx_sft.data.readers import Row
 
 
@@ -21,9 +21,7 @@ def write(conversation: Conversation) -> dict[str, Any]:
         weight = 1.0 if conversation.weights is None else conversation.weights[index]
         weight = 0.0 if index < conversation.first_supervised else weight
         row = {key: message[key] for key in ("role", "content") if key in message} | message
-        if message["role"] == "assistant" and weight != 1:
-            row["weight"] = int(weight) if weight.is_integer() else weight
-        messages.append(row)
+        messages.append(row | (written_weight(weight) if message["role"] == "assistant" else {}))
     extras = {"tools": conversation.tools, "chat_template_kwargs": conversation.template_kwargs}
     return {"messages": messages} | {key: value for key, value in extras.items() if value}
 

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_sft.data.conversation import Document
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.json_text import kind
-from mlx_sft.data.messages import check_characters
+from mlx_sft.data.messages import check_characters, written_weight
 from mlx_sft.data.readers import Row
 
 
@@ -23,7 +23,7 @@ def read(row: Row) -> Document:
 
 def write(document: Document) -> dict[str, Any]:
     """The row of a document, of which `read` makes the same again."""
-    return {"text": document.text}
+    return {"text": document.text} | written_weight(document.weight)
 
 
 FORMAT = RowFormat("text", ("text",), (), '{"text": "..."}', read)

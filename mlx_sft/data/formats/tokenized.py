@@ -8,7 +8,7 @@ from mlx_sft.data.conversation import Tokens
 from mlx_sft.data.example import IGNORED
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.json_text import kind, parsed
-from mlx_sft.data.messages import shown
+from mlx_sft.data.messages import shown, written_weight
 from mlx_sft.data.readers import Row
 
 
@@ -37,7 +37,7 @@ def read(row: Row) -> Tokens:
 
 def write(tokens: Tokens) -> dict[str, Any]:
     """The row of tokens, of which `read` makes the same again."""
-    return {"input_ids": tokens.token_ids, "labels": tokens.labels}
+    return {"input_ids": tokens.token_ids, "labels": tokens.labels} | written_weight(tokens.weight)
 
 
 def _integers(row: Row, key: str) -> list[int]:
