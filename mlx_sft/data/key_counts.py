@@ -1,13 +1,20 @@
-"""How often each key of the rows was read, was refused, or was read by nothing; counted row by row, and summed over chunks and files."""
+"""What became of each key of the rows, in exactly one of five columns; counted row by row, and summed over chunks and files.
+
+read      by the row format, by training, or by the chat template, which names it
+unused    by nothing
+refused   which makes its row bad
+null      it is there and says nothing
+bad       a row's own, where the row could not be read; what is inside of it is not looked at
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-Owner = Literal["row", "message", "call"]
-Use = Literal["read", "refused", "unused"]
+Owner = Literal["row", "message", "call", "part", "tool"]
+Use = Literal["read", "unused", "refused", "null", "bad"]
 
 MOST_KEYS = 1_000
 """Distinct keys that are counted by name; data with a new key in every row must not fill the memory."""
@@ -104,7 +111,7 @@ def unused_keys(counts: Iterable[KeyCount]) -> list[KeyCount]:
 
 def in_words(counts: Sequence[KeyCount]) -> str:
     """`id (1,200, first chats.jsonl:1), of messages: mood (2, first chats.jsonl:7)`; the first ones of many."""
-    groups = [[count for count in counts[:_MOST_SHOWN] if count.of == owner] for owner in ("row", "message", "call")]
+    groups = [[count for count in counts[:_MOST_SHOWN] if count.of == owner] for owner in get_args(Owner)]
     shown = []
     for group in filter(None, groups):
         names = ", ".join(map(_in_words, group))

@@ -6,7 +6,7 @@ misspelt key may have been meant to be. A message's key is read by training, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -20,14 +20,17 @@ from mlx_sft.data.key_counts import KeyUse, Owner
 from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, shown
 from mlx_sft.data.sandbox import parsed
 from mlx_sft.data.watched_row import WatchedRow
+from mlx_sft.data.written import Written
 from mlx_sft.errors import UserError
 from mlx_sft.registry import OBJECTIVES
 
-_MESSAGE_ITSELF = ("role", "content")
-_CALL_ITSELF = ("type", "function", "name", "arguments")
-"""What makes a message or a call one; it is not counted."""
-_MESSAGE_KEYS = ("tool_calls", "tool_call_id", *REASONING_KEYS, *WEIGHT_KEYS)
-_CALL_KEYS = ("id",)
+_KNOWN: dict[Owner, tuple[str, ...]] = {
+    "message": ("tool_calls", "tool_call_id", *REASONING_KEYS, *WEIGHT_KEYS, "role", "content"),
+    "call": ("id", "type", "function", "name", "arguments"),
+    "part": ("id", "name", "input", "tool_use_id"),
+    "tool": ("type", "function", "name", "description", "parameters"),
+}
+"""What a misspelt key may have been meant to be, where that is not there."""
 _PREFERENCES = ("chosen", "rejected")
 _LIKENESS = 0.82
 """Of `difflib`'s ratio: in a word of six letters, one is wrong. `wieght` is 0.83 like `weight`, and `reason` 0.80 like `reasoning`."""
@@ -43,7 +46,7 @@ class Reading:
         row: Its value, as the format read it.
         row_format: The format.
         columns: The format's key → the column that the row has it in, as `--columns` says.
-        hidden: The row's own keys in whose place another column is read.
+        value: The row as the person wrote it, under its own keys.
         items: What was made of it; None where that failed.
         error: Why it failed.
     """
@@ -52,7 +55,7 @@ class Reading:
     row: WatchedRow
     row_format: RowFormat
     columns: Mapping[str, str]
-    hidden: tuple[str, ...] = ()
+    value: Mapping[str, Any]
     items: Items | None = None
     error: UserError | None = None
 
@@ -99,12 +102,12 @@ class KeyRules:
 
     Args:
         of_template: The names that the chat template reads in messages and calls.
-        whole_calls: Whether it writes a call with all that it has.
+        whole: What it may write with all that it has, `call` and `tool`.
         ignore_unknown: Whether a key that looks misspelt is only counted.
     """
 
     of_template: frozenset[str] = frozenset()
-    whole_calls: bool = False
+    whole: frozenset[str] = frozenset()
     ignore_unknown: bool = False
 
     @classmethod
@@ -113,71 +116,69 @@ class KeyRules:
         templates = chat_template.values() if isinstance(chat_template, dict) else [chat_template]
         sources = [source for source in templates if isinstance(source, str)]
         names = frozenset[str]().union(*map(names_in_template, sources))
-        return cls(names, any(map(writes_whole_calls, sources)), ignore_unknown)
+        return cls(names, frozenset[str]().union(*map(written_whole, sources)), ignore_unknown)
 
-    def uses(self, reading: Reading) -> tuple[KeyUse, ...]:
-        """What became of each key of a row, of its messages and of their calls; of a row that cannot be read, nothing is known."""
-        if reading.error and not reading.refused():
-            return ()
-        return tuple(use for _, use in self._judged(reading))
+    def uses(self, reading: Reading) -> list[KeyUse]:
+        """What became of each key of a row and of the objects inside of it; of a row that could not be read, of its own keys alone."""
+        refused = reading.refused()
+        if reading.error:
+            return [KeyUse("row", _named(key), "refused" if key in refused else "bad") for key in reading.value]
+        return [use for _, use in self._judged(reading, refused)]
 
     def check(self, reading: Reading) -> None:
         """Raise `UserError` for a key that looks misspelt, unless that is let pass."""
-        for place, use in self._judged(reading):
-            if use.use == "refused" and use.suggestion:
+        for place, use in self._judged(reading, []):
+            if use.use == "refused":
                 raise UserError(
                     f'{place} has the key {shown(use.key)}, which nothing reads; did you mean "{use.suggestion}"?',
                     where=reading.origin,
                     hint="write it so, or go on without what it says: --ignore-unknown-keys",
                 )
 
-    def _judged(self, reading: Reading) -> Iterator[tuple[str, KeyUse]]:
-        """Each key, and in words where it stands."""
-        present, refused = dict(reading.present()), reading.refused()
-        absent = tuple(key for key in reading.row_format.optional if key not in present)
-        for key in present:
-            name = _named(reading.columns.get(key, key))
-            if key in refused:
-                yield "the row", KeyUse("row", name, "refused")
-            elif key in reading.row.asked:
-                yield "the row", KeyUse("row", name, "read")
-            else:
-                yield "the row", self._unread("row", name, absent)
-        for key in reading.hidden:
-            yield "the row", KeyUse("row", _named(key), "unused")
-        counted: set[int] = set()  # by identity: the texts of a preference have their prompt in common
-        for messages in reading.row.conversations:
-            for index, message in enumerate(messages):
-                if id(message) not in counted:
-                    yield from self._judged_message(f"message {index}", message)
-                    counted.add(id(message))
+    def _judged(self, reading: Reading, refused: Collection[str]) -> Iterator[tuple[str, KeyUse]]:
+        """Each key, and where it stands."""
+        for key, value in reading.value.items():
+            yield "the row", self._of_row(reading, key, value, refused)
+        counted: dict[str, list[Mapping[str, Any]]] = {}  # the texts of a preference have their prompt in common
+        for one in reading.row.written:
+            others = counted.setdefault(one.place, [])
+            if not any(one.value is other or one.value == other for other in others):
+                others.append(one.value)
+                for key, value in one.value.items():
+                    yield one.place, self._of(one, key, value)
 
-    def _judged_message(self, place: str, message: Mapping[str, Any]) -> Iterator[tuple[str, KeyUse]]:
-        for use in self._of("message", message, _MESSAGE_ITSELF, _MESSAGE_KEYS):
-            yield place, use
-        calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            function = call.get("function") if isinstance(call, dict) else None
-            for part in (call, function):
-                if isinstance(part, dict):
-                    for use in self._of("call", part, _CALL_ITSELF, _CALL_KEYS):
-                        yield f"a call of {place}", use
+    def _of_row(self, reading: Reading, column: str, value: Any, refused: Collection[str]) -> KeyUse:
+        name, columns = _named(column), reading.columns
+        if value is None:
+            return KeyUse("row", name, "null")
+        keys = [key for key, other in columns.items() if other == column]
+        if not keys and column in columns:
+            return KeyUse("row", name, "unused")  # another column is read in its place
+        keys = keys or [column]
+        if any(key in refused for key in keys):
+            return KeyUse("row", name, "refused")
+        if any(key in reading.row.asked for key in keys):
+            return KeyUse("row", name, "read")
+        present = {key for key, _ in reading.present()}
+        return self._unread("row", name, tuple(key for key in reading.row_format.optional if key not in present))
 
-    def _of(
-        self, owner: Owner, value: Mapping[str, Any], itself: tuple[str, ...], known: tuple[str, ...]
-    ) -> Iterator[KeyUse]:
-        for key, item in value.items():
-            if item is None or key in itself:
-                continue
-            if key in known or key in self.of_template or (owner == "call" and self.whole_calls):
-                yield KeyUse(owner, _named(key), "read")
-            else:
-                absent = tuple(name for name in (*known, *itself) if _is_blank(value.get(name)))
-                yield self._unread(owner, _named(key), absent)
+    def _of(self, one: Written, key: str, value: Any) -> KeyUse:
+        if value is None:
+            return KeyUse(one.of, _named(key), "null")
+        if key in one.read or key in self.of_template or one.of in self.whole:
+            return KeyUse(one.of, _named(key), "read")
+        return self._unread(
+            one.of, _named(key), tuple(name for name in _KNOWN[one.of] if _is_blank(one.made.get(name)))
+        )
 
     def _unread(self, owner: Owner, key: str, absent: tuple[str, ...]) -> KeyUse:
         suggestion = typo_of(key, absent)
         return KeyUse(owner, key, "refused" if suggestion and not self.ignore_unknown else "unused", suggestion)
+
+
+def keys_of_bad_row(row: Mapping[str, Any]) -> list[KeyUse]:
+    """What became of the keys of a row of another format, or of none."""
+    return [KeyUse("row", _named(key), "bad") for key in row]
 
 
 def _comparing() -> list[str]:
@@ -234,10 +235,20 @@ def names_in_template(source: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=16)
-def writes_whole_calls(source: str) -> bool:
-    """Whether a template may write a call as JSON of all that it has: `tool_call | tojson`."""
-    written = (_last_name(node.node) for node in _tree(source).find_all(nodes.Filter) if node.name == "tojson")
-    return any("call" in name or "function" in name for name in written)
+def written_whole(source: str) -> frozenset[str]:
+    """Which of `call` and `tool` a template may write with all that it has, as `tool_call | tojson` does.
+
+    Rather one too many: where a template looks at tools and writes anything as JSON, that may be a tool.
+    """
+    tree = _tree(source)
+    filters = [node for node in tree.find_all(nodes.Filter) if node.name == "tojson"]
+    calls = any("call" in name or "function" in name for name in (_last_name(node.node) for node in filters))
+    shown = [
+        name.name for output in tree.find_all(nodes.Output) for name in output.nodes if isinstance(name, nodes.Name)
+    ]
+    looked_at = any(name.name == "tools" for name in tree.find_all(nodes.Name))
+    tools = looked_at and (bool(filters) or any("tool" in name for name in shown))
+    return frozenset({"call"} if calls else ()) | frozenset({"tool"} if tools else ())
 
 
 def _last_name(node: nodes.Node | None) -> str:

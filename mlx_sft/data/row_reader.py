@@ -121,10 +121,8 @@ class RowReader:
         row_format = self._format_of(renamed)
         parts = _parts() if self.columns else {}
         columns = {parts[part]: column for part, column in self.columns.items()}
-        others = row.value.keys() - set(self.columns.values())
-        hidden = tuple(key for key in columns if key in others and row.value[key] is not None)
         watched = WatchedRow(renamed.value)
-        reading = Reading(row.origin, watched, row_format, columns, hidden)
+        reading = Reading(row.origin, watched, row_format, columns, row.value)
         try:
             read = row_format.read(Row(row.origin, watched))
         except ValueError as error:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from mlx_sft.data.messages import Message
+from mlx_sft.data.written import Written
 
 
 class WatchedRow(dict[str, Any]):
@@ -15,28 +15,29 @@ class WatchedRow(dict[str, Any]):
 
     Attributes:
         asked: The keys that were asked for.
-        conversations: The messages of each that was made of the row, with their weights; they may have some in common.
+        written: The objects inside of it that were read; the conversations that are made of one row may have some in common.
     """
 
     def __init__(self, value: dict[str, Any]) -> None:
         super().__init__(value)
         self.asked: set[Any] = set()
-        self.conversations: list[Sequence[Message]] = []
+        self.written: list[Written] = []
+        self._not_its_own: frozenset[str] = frozenset()
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
+        self._ask(key)
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        self.asked.add(key)
+        self._ask(key)
         return super().__contains__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
+        self._ask(key)
         return super().get(key, default)
 
     def pop(self, key: str, *default: Any) -> Any:
-        self.asked.add(key)
+        self._ask(key)
         return super().pop(key, *default)
 
     def __iter__(self) -> Iterator[str]:
@@ -64,5 +65,18 @@ class WatchedRow(dict[str, Any]):
     def __ror__(self, other: Any) -> Any:
         return other | dict(self)
 
+    def _ask(self, key: Any) -> None:
+        if key not in self._not_its_own:
+            self.asked.add(key)
+
     def _all(self) -> None:
-        self.asked.update(super().keys())
+        self.asked.update(super().keys() - self._not_its_own)
+
+
+def changed(row: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A row with other values for some keys, of which to ask is not to ask the row; whatever else is asked of it, the row is asked."""
+    own = {key: dict.__getitem__(row, key) for key in dict.__iter__(row)}  # which asks the row nothing
+    other = WatchedRow(own | values)
+    if isinstance(row, WatchedRow):
+        other.asked, other.written, other._not_its_own = row.asked, row.written, frozenset(values)
+    return other

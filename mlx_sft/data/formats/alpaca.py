@@ -14,16 +14,18 @@ def read(row: Row) -> Conversation:
     if not isinstance(history, list):
         raise ValueError(f"history must be a list of [question, answer] pairs, not {kind(history)}")
     messages: list[Message] = []
+    places: list[str] = []
     for index, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f'history[{index}] is not a pair, such as ["question", "answer"]')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        places += [f"history[{index}][0]", f"history[{index}][1]"]
     asked = [text_of(row, key) for key in ("instruction", "input")]
     if not any(asked):
         raise ValueError("instruction and input are both empty")
     messages += [{"role": "user", "content": "\n".join(filter(None, asked))}]
     messages += [answer_of(row, text_of(row, "output"))]
-    return conversation_of(row, read_messages(messages, "messages"))
+    return conversation_of(row, read_messages(messages, "messages", [*places, "instruction", "output"]))
 
 
 FORMAT = RowFormat(

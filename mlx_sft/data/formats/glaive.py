@@ -14,6 +14,7 @@ from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.json_text import kind, parse_json
 from mlx_sft.data.messages import Message, read_messages
 from mlx_sft.data.readers import Row
+from mlx_sft.data.watched_row import changed
 
 _TURN = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
 _ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
@@ -28,13 +29,14 @@ def read(row: Row) -> Conversation:
     before, *turns = _TURN.split(text_of(row, "chat"))
     if before.strip() or not turns:
         raise ValueError("chat does not begin with USER: or ASSISTANT:, as the turns of such a text do")
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
+    places = [f"chat, turn {number}" for number in range(1, len(pairs) + 1)]
     messages: list[Message] = [
-        _message(role, text.strip(), f"chat, turn {number}")
-        for number, (role, text) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1)
+        _message(role, text.strip(), place) for (role, text), place in zip(pairs, places, strict=True)
     ]
     words, tools = _system(text_of(row, "system"))
-    value = {**row.value, "system": words, **({"tools": tools} if tools else {})}
-    return conversation_of(Row(row.origin, value), read_messages(messages, "chat"))
+    value = changed(row.value, {"system": words, **({"tools": tools} if tools else {})})
+    return conversation_of(Row(row.origin, value), read_messages(messages, "chat", places))
 
 
 def _message(role: str, text: str, place: str) -> Message:
