@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mlx_sft.data.json_text import kind
-from mlx_sft.data.tool_calls import Call, read_call
-from mlx_sft.data.written import Written
+from mlx_sft.data.tool_calls import read_call
+from mlx_sft.data.written import Read, Written
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _REASONING_TYPES = ("thinking", "reasoning")
@@ -28,7 +28,7 @@ def read_text(content: Any, place: str) -> str:
     return "".join(_text(part, f"{place}[{index}]") for index, part in enumerate(content))
 
 
-def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Call]]:
+def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Read]]:
     """What an assistant's parts say: reasoning, text (None where there are calls alone) and calls.
 
     Raises:
@@ -36,7 +36,7 @@ def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Call
     """
     reasoning: list[str] = []
     texts: list[str] = []
-    calls: list[Call] = []
+    calls: list[Read] = []
     for index, part in enumerate(parts):
         where = f"{place}[{index}]"
         if _type(part) in _REASONING_TYPES:
@@ -45,7 +45,9 @@ def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Call
             keys = _first_there(part, (*_REASONING_TYPES, "text"))
             reasoning += [read_text(part[key], where) for key in keys]
         elif _type(part) == _CALL:
-            calls.append(read_call({key: part.get(key) for key in _CALL_KEYS}, where))
+            calls.append(
+                Read(read_call({key: part.get(key) for key in _CALL_KEYS}, where), where)
+            )  # the keys are the part's
         else:
             texts.append(_text(part, where))
             if calls and texts[-1].strip():

@@ -113,7 +113,8 @@ class Encoder:
             return self._examples(conversation)
         form = as_the_template_takes_them(self.tokenizer, conversation)
         first, *others = self._examples(form)
-        facts = first.facts + Facts(**changed_calls(conversation, form))
+        unanswered = int(conversation.messages[-1].get("role") != "assistant")
+        facts = first.facts + Facts(unanswered=unanswered, **changed_calls(conversation, form))
         return [replace(first, facts=facts), *others]
 
     def _examples(self, conversation: Conversation) -> list[Encoded]:

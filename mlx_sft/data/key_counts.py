@@ -9,6 +9,7 @@ bad       a row's own, where the row could not be read; what is inside of it is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -101,6 +102,18 @@ def summed(parts: Iterable[Iterable[KeyCount]]) -> list[KeyCount]:
     for part in parts:
         counts.add(part)
     return counts.counts
+
+
+def columns(counts: Iterable[KeyCount]) -> dict[str, dict[str, int]]:
+    """For each owner how many keys there are, `all`, and how many in each column; those of which there are none are left out."""
+    table: dict[str, Counter[str]] = {}
+    for one in counts:
+        table.setdefault(one.of, Counter())[one.use] += one.count
+    return {
+        owner: {"all": table[owner].total()} | {use: table[owner][use] for use in get_args(Use)}
+        for owner in get_args(Owner)
+        if owner in table
+    }
 
 
 def unused_keys(counts: Iterable[KeyCount]) -> list[KeyCount]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_sft.data.content_parts import answers_apart, has_answers, read_parts, read_text, written_parts
 from mlx_sft.data.json_text import kind, parsed
-from mlx_sft.data.tool_calls import Call, calls_in_content, read_call, read_calls, same_calls
+from mlx_sft.data.tool_calls import calls_in_content, read_call, read_calls, same_calls
 from mlx_sft.data.written import Read, Written, place_of
 from mlx_sft.errors import did_you_mean
 
@@ -248,20 +248,20 @@ def _read_assistant(message: Message, place: str, is_call: bool) -> list[Read]:
     if (call := parsed(message.pop(_CALL, None), f"{place}.{_CALL}")) is not None:
         found.append([read_call(call, f"{place}.{_CALL}")])
     reasoning, content = "", message.get("content")
-    in_parts: list[Call] = []
     if is_call and (content or not any(found)):
         reasoning, calls = calls_in_content(message.pop("content", None), place)
         found.append(calls)
     elif isinstance(content, list):
-        reasoning, text, in_parts = read_parts(content, f"{place}.content")
+        reasoning, text, calls = read_parts(content, f"{place}.content")
+        found.append(calls)
         message["content"] = text
         if text is None:
             del message["content"]
     if reasoning and any(message.get(key, reasoning) != reasoning for key in REASONING_KEYS):
         raise ValueError(f"{place} has two different reasonings, in its content and beside it")
     message |= {REASONING_KEYS[0]: reasoning} if reasoning else {}
-    calls = next(filter(None, [*found, in_parts]), [])
-    if any(other and not same_calls(other, calls) for other in [*found, in_parts]):
+    calls = next(filter(None, found), [])
+    if any(other and not same_calls(other, calls) for other in found):
         raise ValueError(f"{place} has different calls in two places, such as tool_calls and its content")
     if calls:
         message["tool_calls"] = list(map(dict, calls))

@@ -50,6 +50,7 @@ class Facts:
             such as earlier reasoning.
         systems_left_out: System messages of which the template writes nothing.
         systems_folded: System messages that the template writes inside another message's turn.
+        unanswered: Conversations of which the last message is not the assistant's: a question, or the answer of a tool.
         consecutive_turns: Of the supervised turns those that directly follow another assistant message.
         arguments_as_objects: Messages of calls whose arguments are text in the row, and are given to the template as objects.
         arguments_as_text: The other way round.
@@ -64,6 +65,7 @@ class Facts:
     systems_left_out: int = 0
     systems_folded: int = 0
     consecutive_turns: int = 0
+    unanswered: int = 0
     arguments_as_objects: int = 0
     arguments_as_text: int = 0
     contents_as_null: int = 0

@@ -43,7 +43,7 @@ def read_call(value: Any, place: str) -> Read:
         return value
     whole = parsed(value, place)
     call = _without_nulls(whole)
-    inner = parsed(call["function"], f"{place}.function") if "function" in call else None
+    inner: Any = parsed(call["function"], f"{place}.function") if "function" in call else None
     function = call if "function" not in call else _without_nulls(inner)
     name = function.get("name")
     if not isinstance(name, str) or not name.strip():
@@ -61,8 +61,9 @@ def read_call(value: Any, place: str) -> Read:
     made = call | {"type": call.get("type", "function"), "function": function | {"arguments": arguments}}
     outer, names = ["type", "function", "id"], ["name"]
     (names if holder is function else outer).append(key)
-    objects = ((place, whole, outer), (f"{place}.function", inner, names))
-    return Read(made, place, [Written("call", *one, made | made["function"]) for one in objects])
+    flat = made | made["function"]
+    written = [Written("call", place, whole, outer, flat), Written("call", f"{place}.function", inner, names, flat)]
+    return Read(made, place, written)
 
 
 def calls_in_content(content: Any, place: str) -> tuple[str, list[Read]]:

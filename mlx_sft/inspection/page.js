@@ -98,7 +98,7 @@ function chart(title, thing, bars, summary, limit) {
 
 const rows = data.rows;
 for (const row of rows) {
-  row.kinds = [...row.signs, ...(row.duplicate_of ? ["duplicate"] : []), ...(row.turns_with_text_left_out ? ["left-out"] : [])];
+  row.kinds = [...row.signs, ...(row.duplicate_of ? ["duplicate"] : []), ...row.findings];
   row.text = row.examples.map((example) => example.pieces.join("")).join("\n");
   for (const example of row.examples) {
     example.special = new Set(example.special);
@@ -175,6 +175,7 @@ function shownRow(row) {
   if (row.tokens) badges.push(badge(`${many(row.tokens, "token")}, ${number(row.supervised_tokens)} supervised`));
   for (const sign of row.signs) badges.push(badge(sign, "sign"));
   if (row.duplicate_of) badges.push(badge(`equals ${row.duplicate_of}`, "sign"));
+  for (const name of row.findings) if (name !== "left-out") badges.push(badge(name, "sign"));
   if (row.turns_with_text_left_out) badges.push(badge(`the template leaves out words of ${many(row.turns_with_text_left_out, "turn")}`, "sign"));
   const parts = [make("h2", {}, ...visible(row.origin)), make("div", { class: "badges" }, ...badges)];
   if (row.reason) {
