@@ -132,7 +132,7 @@ class DataReport:
         also = f"are also training {self._unit}s" if self.shared != 1 else f"is also a training {self._unit}"
         what = f"{many(self.shared, f'validation {self._unit}')} {also}"
         sentence = f"{what}, on which the loss says nothing of new text; take them out of one of the two"
-        return Finding("shared", self.shared, self.valid.rows, sentence, self.first_shared)
+        return Finding("also-in-train", self.shared, self.valid.rows, sentence, self.first_shared)
 
     def _duplicates(self) -> Finding:
         count, rows = self.train.duplicates, self.train.rows

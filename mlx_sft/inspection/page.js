@@ -52,12 +52,19 @@ function showWhole() {
   finding("Suspicious", Object.entries(table.signs).map(([name, found]) => [found.count, `${name}: ${found.meaning}`, some(found.origins)]));
   finding("Keys that nothing reads", table.unused_keys.map((one) => [one.count, keyName(one), `first ${one.first}`]));
   finding("Not simply kept", table.reasons.slice(0, 12).map((one) => [one.count, `${one.fate}: ${one.reason}`, `first ${one.first}`]));
+  finding("Every token before the cut is one of these", tokenColumns(table.token_columns));
   finding("Longest rows", table.longest.slice(0, 5).map((row) => [row.tokens, row.origin, ""]));
 }
 
 function keyName(one) {
   const whose = one.of === "row" ? "" : ` of a ${one.of}`;
   return `${one.key}${whose}${one.suggestion ? `: did you mean "${one.suggestion}"?` : ""}`;
+}
+
+function tokenColumns(counts) {
+  const columns = Object.entries(counts).filter(([, one]) => typeof one === "object");
+  const lines = columns.flatMap(([name, one]) => Object.entries(one).map(([kind, count]) => [count, `${name.replace("_", " ")}, ${kind}`, ""]));
+  return lines.filter(([count]) => count);
 }
 
 function card(name, value, note) {

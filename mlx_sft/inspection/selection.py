@@ -32,7 +32,7 @@ Selection = set[int | tuple[int, str]]
 
 LOST_OR_CUT = ("truncated", "dropped", "bad")
 FACT_OF = {one.name: one.fact for one in FACT_FINDINGS}
-FINDINGS = (*FACT_OF, "shared")
+FINDINGS = (*FACT_OF, "also-in-train")
 """Findings that are of some examples and not of others."""
 ONLY: tuple[str, ...] = ("kept", *LOST_OR_CUT, "suspicious", *SIGNS, "duplicate", *FINDINGS)
 """The kinds of rows that can be asked for."""
@@ -90,8 +90,8 @@ class SurveyedRows:
         return None if first == index else self.parts[part].row_origin(first)
 
     def found(self, part: Part, name: str) -> NDArray[np.int32]:
-        """How often a finding is in each example of a part; `shared` are those to validate on that equal one to train on."""
-        return self._shared[part] if name == "shared" else self.parts[part].fact(FACT_OF[name])
+        """How often a finding is in each example of a part; `also-in-train` are those to validate on that equal one to train on."""
+        return self._shared[part] if name == "also-in-train" else self.parts[part].fact(FACT_OF[name])
 
     @cached_property
     def _shared(self) -> dict[Part, NDArray[np.int32]]:

@@ -18,7 +18,7 @@ from mlx_sft.data.conversation import Conversation, Item, conversation_of
 from mlx_sft.data.dataset import Store, pack
 from mlx_sft.data.example import Example
 from mlx_sft.data.formats import RowFormat
-from mlx_sft.data.key_counts import MOST_KEYS, OTHERS, KeyCount, KeyCounts, KeyUse, in_words, unused_keys
+from mlx_sft.data.key_counts import MOST_KEYS, OTHERS, KeyCount, KeyCounts, KeyUse, columns, in_words, unused_keys
 from mlx_sft.data.keys import KeyRules, typo_of
 from mlx_sft.data.messages import read_messages
 from mlx_sft.data.pipeline import Pipeline
@@ -210,6 +210,16 @@ def test_rows_that_hold_their_conversation_as_text_or_apart_have_no_messages_of_
         {("tool", "name"), ("tool", "mood"), ("call", "name"), ("call", "mood")},
     ]
     assert uses(stores[3])["mood"] == "unused"
+
+
+def test_messages_that_are_read_twice_keep_their_places_and_are_counted_once() -> None:
+    def read_with_greeting(row: Row) -> Conversation:
+        turns = read_messages(row.value["turns"], "turns")
+        return conversation_of(row, read_messages([{"role": "system", "content": "Hi"}, *turns], "all", ["turns"] * 3))
+
+    with FORMATS.registered("turns", RowFormat("turns", ("turns",), (), "{}", read_with_greeting)):
+        assert columns(read({"turns": [USER, ASSISTANT]}).keys)["message"]["all"] == 4
+        assert reason(read({"turns": [USER, {**ASSISTANT, "wieght": 1}]}))[0].startswith("turns[1] has the key")
 
 
 def test_a_key_is_named_by_its_place_in_the_row_as_it_is_written() -> None:

@@ -597,7 +597,7 @@ def test_what_would_spoil_a_run_is_named_with_its_first_rows(
     assert found == {
         "consecutive-turns": (1, ["chats.jsonl:4"]),
         "unanswered": (2, ["chats.jsonl:2", "chats.jsonl:3"]),
-        "shared": (1, ["valid.jsonl:2"]),
+        "also-in-train": (1, ["valid.jsonl:2"]),
         "duplicate": (1, ["chats.jsonl:5"]),
         "unused-keys": (1, ["chats.jsonl:2"]),
     }

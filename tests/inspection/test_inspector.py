@@ -297,15 +297,20 @@ def test_what_would_spoil_a_run_is_told_with_its_rows_which_can_be_shown(
     valid.write_text(json.dumps(lines[2]) + "\n")
     inspection = look(valid=str(valid))
     found = {one["name"]: one["first"] for one in inspection.table["findings"]}
-    assert found == {"unanswered": [f"{data}:1"], "consecutive-turns": [f"{data}:2"], "shared": [f"{valid}:1"]}
-    assert [row.findings for row in inspection.rows] == [("unanswered",), ("consecutive-turns",), (), ("shared",)]
+    assert found == {"unanswered": [f"{data}:1"], "consecutive-turns": [f"{data}:2"], "also-in-train": [f"{valid}:1"]}
+    assert [row.findings for row in inspection.rows] == [
+        ("unanswered",),
+        ("consecutive-turns",),
+        (),
+        ("also-in-train",),
+    ]
     for name, origins in found.items():
         assert [row.origin for row in look(valid=str(valid), only=name).rows] == origins
     assert len(inspection.table["warnings"]) == 3
     assert all(
         warning.endswith(f"(first {found[name][0]})")
         for name, warning in zip(
-            ("consecutive-turns", "unanswered", "shared"), inspection.table["warnings"], strict=True
+            ("consecutive-turns", "unanswered", "also-in-train"), inspection.table["warnings"], strict=True
         )
     )
 
