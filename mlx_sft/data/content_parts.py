@@ -6,16 +6,18 @@ they say under `value`, and are also `reasoning` and `tool_call`. What is wrong 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mlx_sft.data.json_text import kind
-from mlx_sft.data.tool_calls import Call, read_call
+from mlx_sft.data.tool_calls import read_call
+from mlx_sft.data.written import Read, Written
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _REASONING_TYPES = ("thinking", "reasoning")
 _CALL_TYPES = ("tool_use", "tool_call", "function_call")
 _RESULT = "tool_result"
+_CALL_KEYS = ("id", "name", "input", "arguments")
 _LONGEST_TYPE = 40
 
 
@@ -29,7 +31,7 @@ def read_text(content: Any, place: str) -> str:
     return "".join(_text(part, f"{place}[{index}]") for index, part in enumerate(content))
 
 
-def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Call]]:
+def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Read]]:
     """What an assistant's parts say: reasoning, text (None where there are calls alone) and calls.
 
     Raises:
@@ -37,16 +39,16 @@ def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Call
     """
     reasoning: list[str] = []
     texts: list[str] = []
-    calls: list[Call] = []
+    calls: list[Read] = []
     for index, part in enumerate(parts):
         where = f"{place}[{index}]"
         if _type(part) in _REASONING_TYPES:
             if any(text.strip() for text in texts) or calls:
                 raise ValueError(f"{where} is reasoning behind text or a call: {_ORDER}")
-            said = next((part[key] for key in (*_REASONING_TYPES, "text", "value") if part.get(key) is not None), "")
-            reasoning.append(read_text(said, where))
+            keys = _first_there(part, (*_REASONING_TYPES, "text", "value"))
+            reasoning += [read_text(part[key], where) for key in keys]
         elif _type(part) in _CALL_TYPES:
-            calls.append(read_call(_call(part), where))
+            calls.append(Read(read_call(_call(part), where), where))  # the keys are the part's
         else:
             texts.append(_text(part, where))
             if calls and texts[-1].strip():
@@ -60,23 +62,23 @@ _ORDER = "a turn is reasoning, then text, then calls, and templates write it so"
 
 def _call(part: Mapping[str, Any]) -> Any:
     """A call as such: under `value`, under the name of the part's type, or the part itself."""
-    under = next((part[key] for key in ("value", _type(part)) if part.get(key) is not None), None)
-    return {key: part.get(key) for key in ("id", "name", "input", "arguments")} if under is None else under
+    under = _first_there(part, ("value", _type(part)))
+    return part[under[0]] if under else {key: part.get(key) for key in _CALL_KEYS}
 
 
 def answers_apart(message: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:
     """A user's message whose content holds answers of tools, as these answers and the rest of it, in their order."""
     content = message["content"]
-    rest: list[Any] = []
+    rest: list[str] = []
 
     def said() -> Iterator[dict[str, Any]]:
         if rest:
-            yield {**message, "content": list(rest)}
+            yield {**message, "content": "".join(rest)}
             rest.clear()
 
     for index, part in enumerate(content):
         if _type(part) != _RESULT:
-            rest.append(part)
+            rest.append(_text(part, f"{place}.content[{index}]"))
             continue
         yield from said()
         answer = part.get("content")
@@ -95,15 +97,40 @@ def has_answers(content: Any) -> bool:
     return isinstance(content, list) and any(_type(part) == _RESULT for part in content)
 
 
+def written_parts(content: Any, place: str) -> Iterator[Written]:
+    """The parts that content holds where it is a list, and those inside of them: of the answer of a tool, of reasoning."""
+    for index, part in enumerate(content) if isinstance(content, list) else ():
+        if isinstance(part, dict):
+            where, read = f"{place}[{index}]", _read_of(part)
+            yield Written("part", where, part, read, part)
+            for key in read:
+                yield from written_parts(part.get(key), f"{where}.{key}")
+
+
+def _read_of(part: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys of a part that are taken."""
+    if _type(part) in _CALL_TYPES:
+        return ("type", *(_first_there(part, ("value", _type(part))) or _CALL_KEYS))
+    if _type(part) == _RESULT:
+        return ("type", "tool_use_id", "content")
+    names = (*_REASONING_TYPES, "text", "value") if _type(part) in _REASONING_TYPES else ("text", "value")
+    return ("type", *_first_there(part, names))
+
+
+def _first_there(part: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The first of these keys that is not null, alone; empty where none is."""
+    return [name for name in names if part.get(name) is not None][:1]
+
+
 def _type(part: Any) -> str:
     return str(part.get("type") or "text") if isinstance(part, dict) else ""
 
 
 def _text(part: Any, place: str) -> str:
     if _type(part) in _TEXT_TYPES:
-        text = part["text"] if part.get("text") is not None else part.get("value")
-        if isinstance(text, str):
-            return text
+        for key in _first_there(part, ("text", "value")):
+            if isinstance(part[key], str):
+                return str(part[key])
     elif _type(part):
         what = f"{place} is not a text part, but of the type {_type(part)[:_LONGEST_TYPE]}"
         raise ValueError(f"{what}: leave it out where the text stands for itself")

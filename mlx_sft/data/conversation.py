@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_sft.data.content_parts import read_text
+from mlx_sft.data.content_parts import read_text, written_parts
 from mlx_sft.data.json_text import kind, parsed
 from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, read_messages, take_weights
 from mlx_sft.data.readers import Row
-from mlx_sft.data.tool_calls import as_tool
+from mlx_sft.data.tool_calls import TOOL_KEYS, as_tool
 from mlx_sft.data.watched_row import WatchedRow
+from mlx_sft.data.written import Read, Written, place_of
 
 _NOTHING = "a conversation with nothing to train on"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -24,6 +26,7 @@ class Conversation:
 
     Args:
         weights: Of each message in the loss; 0 where it is not to be supervised. None: all 1.
+        places: Where each message stands in the row, as the person wrote it: `messages[2]`, or a key such as `system` or `output`.
         null_content: Give the template a null where a message of calls has no content. Otherwise there is no such key, as newer
             releases of transformers have it.
     """
@@ -35,6 +38,11 @@ class Conversation:
     first_supervised: int = 0
     weights: tuple[float, ...] | None = None
     null_content: bool = False
+    places: tuple[str, ...] = field(default=(), compare=False)
+
+    def place(self, index: int) -> str:
+        """Where message `index` stands in the row."""
+        return self.places[index] if self.places else f"messages[{index}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +100,17 @@ def conversation_of(
         ValueError: for a conversation that cannot be trained on; `NoWeightError` where it says so itself.
     """
     _check_that_messages_are_all(row)
-    if isinstance(row.value, WatchedRow):
-        row.value.conversations.append(messages)
     if system is None:
         system = text_of(row, "system", in_parts=True)
+    _note(row, (one for message in messages if isinstance(message, Read) for one in message.written))
+    _note(row, written_parts(row.value.get("system"), "system"))
     if system and messages[0]["role"] in ("system", "developer"):
         if messages[0].get("content") != system:
             raise ValueError("the row's system and its first message are two different system prompts")
     elif system:
-        messages = [{"role": "system", "content": system}, *messages]
+        messages = [Read({"role": "system", "content": system}, "system"), *messages]
         context += 1 if context else 0
+    places = tuple(place_of(message, index) for index, message in enumerate(messages))
     messages, weights = take_weights(messages)
     supervised = [
         (message, weights is None or weights[index] > 0)
@@ -117,7 +126,14 @@ def conversation_of(
             raise ValueError(f"{_NOTHING}: {reason}")
     if not any(heavy for _, heavy in supervised):
         raise NoWeightError(f"{_NOTHING}: every assistant turn has the weight 0")
-    return Conversation(row.origin, messages, _tools(row, tools), _template_kwargs(row), context, weights)
+    tools = _tools(row, tools)
+    return Conversation(row.origin, messages, tools, _template_kwargs(row), context, weights, places=places)
+
+
+def _note(row: Row, written: Iterable[Written]) -> None:
+    """Remember what of the row was read, so that its keys are accounted for."""
+    if isinstance(row.value, WatchedRow):
+        row.value.written += written
 
 
 def weighed(item: Item, weight: float) -> Item:
@@ -129,7 +145,10 @@ def weighed(item: Item, weight: float) -> Item:
 
 
 def answer_of(row: Row, text: str) -> Message:
-    """An assistant's message of this text, with the reasoning that the row has beside it, under one of the `REASONING_KEYS`."""
+    """An assistant's message of this text, with the reasoning that the row has beside it, under one of the `REASONING_KEYS`.
+
+    The row has no such message, so that its `read_messages` is to be told the `places`.
+    """
     said = {key: reasoning for key in REASONING_KEYS if (reasoning := text_of(row, key))}
     if len(set(said.values())) > 1:
         raise ValueError(f"{' and '.join(said)} are two different reasonings of one answer")
@@ -152,10 +171,14 @@ def _check_that_messages_are_all(row: Row) -> None:
 
 
 def _tools(row: Row, given: list[Any] | None) -> list[dict[str, Any]] | None:
-    """Under `tools`; or under `functions`, as they were written before there were tools."""
+    """Those that are given; else under `tools`, or under `functions`, as they were written before there were tools."""
     key = "tools" if given or parsed(row.value.get("tools"), "tools") else "functions"
-    objects = _objects(given or row.value.get(key), key)
-    return [as_tool(tool, f"{key}[{index}]") for index, tool in enumerate(objects)] or None
+    tools = []
+    for index, tool in enumerate(_objects(given or row.value.get(key), key)):
+        place = f"{key}[{index}]"
+        tools.append(as_tool(tool, place))
+        _note(row, [Written("tool", place, tool, TOOL_KEYS, tools[-1])])
+    return tools or None
 
 
 def _objects(value: Any, key: str) -> list[dict[str, Any]]:
@@ -179,8 +202,9 @@ def _template_kwargs(row: Row) -> dict[str, Any]:
 
 
 def as_messages(value: Any, name: str, role: str) -> list[Message]:
+    """A text, which is a message of this role, or a list of messages."""
     if isinstance(value, str):
-        return read_messages([{"role": role, "content": value}], name)
+        return read_messages([{"role": role, "content": value}], name, [name])
     if not isinstance(value, list):
         raise ValueError(f"{name} must be a string or a list of messages, not {kind(value)}")
     return read_messages(value, name)

@@ -26,6 +26,7 @@ from mlx_sft.data.example import SPAN, Example, Note, Outcome, spans_of, weights
 from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.data.template import Facts
+from mlx_sft.data.token_counts import Tokens
 from mlx_sft.errors import UserError
 
 _CONTENT: dict[str, tuple[str, Callable[[Example], Any]]] = {
@@ -306,6 +307,10 @@ class Examples(Sequence[Example]):
         _, starts = np.unique(self.rows[order], return_index=True)
         return [part.tolist() for part in np.split(order, starts[1:])] if len(self) else []
 
+    def fact(self, name: str) -> NDArray[np.int32]:
+        """One field of each one's `Facts`."""
+        return self._column(name)
+
     def facts(self) -> Facts:
         """What a person should know about all of them together."""
         return Facts(*(int(self._gathered(name).sum()) for name in FACTS))
@@ -318,9 +323,19 @@ class Examples(Sequence[Example]):
 
     def counts(self) -> list[int]:
         """How many there are of each source."""
-        stores = np.searchsorted(self._starts, self._numbers(), side="right") - 1
-        counts: list[int] = np.bincount(stores, minlength=len(self._stores)).tolist()
-        return counts
+        return list(map(int, np.bincount(self._store_indices(), minlength=len(self._stores))))
+
+    def tokens(self) -> list[Tokens]:
+        """The tokens of each source."""
+        stores, columns = self._store_indices(), (self.supervised_tokens, self.lengths - self.supervised_tokens)
+        sums = (np.bincount(stores, column, len(self._stores)).astype(np.int64).tolist() for column in columns)
+        return [Tokens(*one) for one in zip(*sums, strict=True)]
+
+    def first_rows(self, found: NDArray[np.bool_], most: int) -> list[str]:
+        """The origins of the first rows with an example that is found."""
+        indices = np.flatnonzero(found)
+        first = np.unique(self.rows[indices], return_index=True)[1]
+        return [self.row_origin(index) for index in indices[np.sort(first)[:most]].tolist()]
 
     def row_origin(self, index: int) -> str:
         """The origin of the row that an example is of."""
@@ -355,6 +370,9 @@ class Examples(Sequence[Example]):
 
     def _numbers(self) -> NDArray[np.int64]:
         return np.arange(len(self)) if self._chosen is None else self._chosen
+
+    def _store_indices(self) -> NDArray[np.int64]:
+        return np.searchsorted(self._starts, self._numbers(), side="right") - 1
 
     def _find(self, index: int) -> tuple[Store, int]:
         number = range(len(self))[index]

@@ -119,7 +119,9 @@ class Encoder:
         form = as_the_template_takes_them(self.tokenizer, conversation)
         first, *others = self._examples(form)
         moved = len(item.messages) - len(conversation.messages)
-        facts = first.facts + Facts(systems_moved=moved, **changed_calls(conversation, form))
+        unanswered = int(conversation.messages[-1].get("role") != "assistant")
+        forms = changed_calls(conversation, form)
+        facts = first.facts + Facts(systems_moved=moved, unanswered=unanswered, **forms)
         return [replace(first, facts=facts), *others]
 
     def given_to_template(self, item: Conversation) -> Conversation:

@@ -114,7 +114,7 @@ class Outcome:
         origin: The row's; those of its examples begin with it.
         signs: Those of `screening.SIGNS` that it shows.
         mixed: Whether the note is that the row has another format than its source.
-        keys: What became of its keys; none where it could not be read.
+        keys: What became of its keys; none where it is no object.
     """
 
     origin: str

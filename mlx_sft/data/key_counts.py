@@ -1,15 +1,21 @@
-"""How often each key of the rows was read, was refused, or was read by nothing; counted row by row, and summed over chunks and files."""
+"""What became of each key of the rows, in exactly one of five columns; counted row by row, and summed over chunks and files.
+
+read      by the row format, by training, or by the chat template, which names it
+unused    by nothing
+refused   which makes its row bad
+null      it is there and says nothing
+bad       a row's own, where the row could not be read; what is inside of it is not looked at
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from mlx_sft.data.messages import WEIGHT_KEYS
-
-Owner = Literal["row", "message", "call"]
-Use = Literal["read", "refused", "unused"]
+Owner = Literal["row", "message", "call", "part", "tool"]
+Use = Literal["read", "unused", "refused", "null", "bad"]
 
 MOST_KEYS = 1_000
 """Distinct keys that are counted by name; data with a new key in every row must not fill the memory."""
@@ -98,6 +104,18 @@ def summed(parts: Iterable[Iterable[KeyCount]]) -> list[KeyCount]:
     return counts.counts
 
 
+def columns(counts: Iterable[KeyCount]) -> dict[str, dict[str, int]]:
+    """For each owner how many keys there are, `all`, and how many in each column; those of which there are none are left out."""
+    table: dict[str, Counter[str]] = {}
+    for one in counts:
+        table.setdefault(one.of, Counter())[one.use] += one.count
+    return {
+        owner: {"all": table[owner].total()} | {use: table[owner][use] for use in get_args(Use)}
+        for owner in get_args(Owner)
+        if owner in table
+    }
+
+
 def unused_keys(counts: Iterable[KeyCount]) -> list[KeyCount]:
     """Those that nothing reads; first those that look misspelt, then the commonest."""
     unused = [count for count in counts if count.use == "unused"]
@@ -106,7 +124,7 @@ def unused_keys(counts: Iterable[KeyCount]) -> list[KeyCount]:
 
 def in_words(counts: Sequence[KeyCount]) -> str:
     """`id (1,200, first chats.jsonl:1), of messages: mood (2, first chats.jsonl:7)`; the first ones of many."""
-    groups = [[count for count in counts[:_MOST_SHOWN] if count.of == owner] for owner in ("row", "message", "call")]
+    groups = [[count for count in counts[:_MOST_SHOWN] if count.of == owner] for owner in get_args(Owner)]
     shown = []
     for group in filter(None, groups):
         names = ", ".join(map(_in_words, group))
@@ -118,9 +136,3 @@ def in_words(counts: Sequence[KeyCount]) -> str:
 def _in_words(one: KeyCount) -> str:
     guess = f'; did you mean "{one.suggestion}"?' if one.suggestion else ""
     return f"{one.key} ({one.count:,}, first {one.first}{guess})"
-
-
-def row_weights(counts: Iterable[KeyCount]) -> str:
-    """How many rows say what they weigh in the loss as a whole, for a person: `weight (1,200 rows)`; empty where none does."""
-    said = [count for count in counts if count.of == "row" and count.use == "read" and count.key in WEIGHT_KEYS]
-    return ", ".join(f"{count.key} ({count.count:,} row{'s' if count.count != 1 else ''})" for count in said)

@@ -6,7 +6,7 @@ misspelt key may have been meant to be. A message's key is read by training, or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -21,14 +21,17 @@ from mlx_sft.data.key_counts import KeyUse, Owner
 from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, Message, shown
 from mlx_sft.data.sandbox import parsed
 from mlx_sft.data.watched_row import WatchedRow
+from mlx_sft.data.written import Written
 from mlx_sft.errors import UserError
 from mlx_sft.registry import OBJECTIVES
 
-_MESSAGE_ITSELF = ("role", "content")
-_CALL_ITSELF = ("type", "function", "name", "arguments")
-"""What makes a message or a call one; it is not counted."""
-_MESSAGE_KEYS = ("tool_calls", "tool_call_id", *REASONING_KEYS, *WEIGHT_KEYS)
-_CALL_KEYS = ("id",)
+_KNOWN: dict[Owner, tuple[str, ...]] = {
+    "message": ("tool_calls", "tool_call_id", *REASONING_KEYS, *WEIGHT_KEYS, "role", "content"),
+    "call": ("id", "type", "function", "name", "arguments"),
+    "part": ("id", "name", "input", "tool_use_id"),
+    "tool": ("type", "function", "name", "description", "parameters"),
+}
+"""What a misspelt key may have been meant to be, where that is not there."""
 _PREFERENCES = ("chosen", "rejected")
 """What keys begin with that hold the answers of a preference: also `rejected_response`, `rejected_messages`, `chosen_messages`."""
 _LABELS = ("label", "kto_tag")
@@ -41,12 +44,15 @@ _MEANINGS: dict[Owner, dict[str, str]] = {
     | dict.fromkeys(("available_tools", "tool_definitions", "tools_json"), "tools")
     | dict.fromkeys(("enable_thinking", "template_kwargs"), "chat_template_kwargs")
     | dict.fromkeys(("cot", "thought", "rationale"), REASONING_KEYS[0]),
-    "call": {},
 }
 """What other programs call a key that is read here."""
 _LIKENESS = 0.82
 """Of `difflib`'s ratio: in a word of six letters, one is wrong. `wieght` is 0.83 like `weight`, and `reason` 0.80 like `reasoning`."""
 _LONGEST_NAME = 100
+
+
+class LeftOut(UserError):
+    """A row that says itself that it is not to be trained on, as a whole or turn by turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class Reading:
         row: Its value, as the format read it.
         row_format: The format.
         columns: The format's key → the column that the row has it in, as `--columns` says.
-        hidden: The row's own keys in whose place another column is read.
+        value: The row as the person wrote it, under its own keys.
         items: What was made of it; None where that failed.
         error: Why it failed.
     """
@@ -67,7 +73,7 @@ class Reading:
     row: WatchedRow
     row_format: RowFormat
     columns: Mapping[str, str]
-    hidden: tuple[str, ...] = ()
+    value: Mapping[str, Any]
     items: Items | None = None
     error: UserError | None = None
 
@@ -123,12 +129,12 @@ class KeyRules:
 
     Args:
         of_template: The names that the chat template reads in messages and calls.
-        whole_calls: Whether it writes a call with all that it has.
+        whole: What it may write with all that it has, `call` and `tool`.
         ignore_unknown: Whether a key that looks misspelt is only counted.
     """
 
     of_template: frozenset[str] = frozenset()
-    whole_calls: bool = False
+    whole: frozenset[str] = frozenset()
     ignore_unknown: bool = False
 
     @classmethod
@@ -137,18 +143,21 @@ class KeyRules:
         templates = chat_template.values() if isinstance(chat_template, dict) else [chat_template]
         sources = [source for source in templates if isinstance(source, str)]
         names = frozenset[str]().union(*map(names_in_template, sources))
-        return cls(names, any(map(writes_whole_calls, sources)), ignore_unknown)
+        return cls(names, frozenset[str]().union(*map(written_whole, sources)), ignore_unknown)
 
-    def uses(self, reading: Reading) -> tuple[KeyUse, ...]:
-        """What became of each key of a row, of its messages and of their calls; of a row that cannot be read, nothing is known."""
-        if reading.error and not reading.refused():
-            return ()
-        return tuple(use for _, use in self._judged(reading))
+    def uses(self, reading: Reading) -> list[KeyUse]:
+        """What became of each key of a row and of the objects inside of it; of a row that could not be read, of its own keys alone."""
+        refused = reading.refused()
+        if isinstance(reading.error, LeftOut):
+            return [self._of_row(reading, key, value, refused) for key, value in reading.value.items()]
+        if reading.error:
+            return [KeyUse("row", _named(key), "refused" if key in refused else "bad") for key in reading.value]
+        return [use for _, use in self._judged(reading, refused)]
 
     def check(self, reading: Reading) -> None:
         """Raise `UserError` for a key that looks misspelt, unless that is let pass."""
-        for place, use in self._judged(reading):
-            if use.use == "refused" and use.suggestion:
+        for place, use in self._judged(reading, []):
+            if use.use == "refused":
                 raise UserError(
                     f'{place} has the key {shown(use.key)}, which nothing reads; did you mean "{use.suggestion}"?',
                     where=reading.origin,
@@ -178,60 +187,56 @@ class KeyRules:
 
     def _reads(self, owner: Owner, key: str) -> bool:
         """Whether training or the template reads the key of a message, or of a call."""
-        known = (*_MESSAGE_ITSELF, *_MESSAGE_KEYS) if owner == "message" else (*_CALL_ITSELF, *_CALL_KEYS)
-        return key in known or key in self.of_template or (owner == "call" and self.whole_calls)
+        return key in _KNOWN[owner] or key in self.of_template or owner in self.whole
 
-    def _judged(self, reading: Reading) -> Iterator[tuple[str, KeyUse]]:
-        """Each key, and in words where it stands."""
-        present, refused = dict(reading.present()), reading.refused()
-        absent = tuple(key for key in (*reading.row_format.optional, *WEIGHT_KEYS) if key not in present)
-        for key in present:
-            name = _named(reading.columns.get(key, key))
-            if key in refused:
-                yield "the row", KeyUse("row", name, "refused")
-            elif key in reading.row.asked:
-                yield "the row", KeyUse("row", name, "read")
-            else:
-                yield "the row", self._unread("row", name, absent)
-        for key in reading.hidden:
-            yield "the row", KeyUse("row", _named(key), "unused")
+    def _judged(self, reading: Reading, refused: Collection[str]) -> Iterator[tuple[str, KeyUse]]:
+        """Each key, and where it stands."""
+        for key, value in reading.value.items():
+            yield "the row", self._of_row(reading, key, value, refused)
         for holder, part in reading.row.parts:
-            absent = tuple(sorted(name for name in part.asked if name not in dict.keys(part)))
-            for key in dict.keys(part):
-                use = KeyUse("row", key, "read") if key in part.asked else self._unread("row", key, absent)
-                yield f"an object under {holder}", use._replace(key=_named(f"{holder}.{key}"))
-        counted: set[int] = set()  # by identity: the texts of a preference have their prompt in common
-        for messages in reading.row.conversations:
-            for index, message in enumerate(messages):
-                if id(message) not in counted:
-                    yield from self._judged_message(f"message {index}", message)
-                    counted.add(id(message))
+            for key, value in dict.items(part):
+                yield f"an object under {holder}", self._of_part(holder, part, key, value)
+        counted: dict[str, list[Mapping[str, Any]]] = {}  # the texts of a preference have their prompt in common
+        for one in reading.row.written:
+            others = counted.setdefault(one.place, [])
+            if not any(one.value is other or one.value == other for other in others):
+                others.append(one.value)
+                for key, value in one.value.items():
+                    yield one.place, self._of(one, key, value)
 
-    def _judged_message(self, place: str, message: Mapping[str, Any]) -> Iterator[tuple[str, KeyUse]]:
-        for use in self._of("message", message, _MESSAGE_ITSELF, _MESSAGE_KEYS):
-            yield place, use
-        calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            function = call.get("function") if isinstance(call, dict) else None
-            for part in (call, function):
-                if isinstance(part, dict):
-                    for use in self._of("call", part, _CALL_ITSELF, _CALL_KEYS):
-                        yield f"a call of {place}", use
+    def _of_row(self, reading: Reading, column: str, value: Any, refused: Collection[str]) -> KeyUse:
+        name, columns = _named(column), reading.columns
+        if value is None:
+            return KeyUse("row", name, "null")
+        keys = [key for key, other in columns.items() if other == column]
+        if not keys and column in columns:
+            return KeyUse("row", name, "unused")  # another column is read in its place
+        keys = keys or [column]
+        if any(key in refused for key in keys):
+            return KeyUse("row", name, "refused")
+        if any(key in reading.row.asked for key in keys):
+            return KeyUse("row", name, "read")
+        present = {key for key, _ in reading.present()}
+        known = (*reading.row_format.optional, *WEIGHT_KEYS)
+        return self._unread("row", name, tuple(key for key in known if key not in present))
 
-    def _of(
-        self, owner: Owner, value: Mapping[str, Any], itself: tuple[str, ...], known: tuple[str, ...]
-    ) -> Iterator[KeyUse]:
-        for key, item in value.items():
-            if item is None or key in itself:
-                continue
-            if self._reads(owner, key):
-                yield KeyUse(owner, _named(key), "read")
-            else:
-                absent = tuple(name for name in (*known, *itself) if is_blank(value.get(name)))
-                yield self._unread(owner, _named(key), absent)
+    def _of_part(self, holder: str, part: WatchedRow, key: str, value: Any) -> KeyUse:
+        name = _named(f"{holder}.{key}")
+        if value is None or key in part.asked:
+            return KeyUse("row", name, "null" if value is None else "read")
+        absent = tuple(sorted(one for one in part.asked if dict.get(part, one) is None))
+        return self._unread("row", key, absent)._replace(key=name)
+
+    def _of(self, one: Written, key: str, value: Any) -> KeyUse:
+        if value is None:
+            return KeyUse(one.of, _named(key), "null")
+        if key in one.read or key in self.of_template or one.of in self.whole:
+            return KeyUse(one.of, _named(key), "read")
+        absent = tuple(name for name in _KNOWN[one.of] if is_blank(one.made.get(name)))
+        return self._unread(one.of, _named(key), absent)
 
     def _unread(self, owner: Owner, key: str, absent: tuple[str, ...]) -> KeyUse:
-        meaning = _MEANINGS[owner].get(key, "")
+        meaning = _MEANINGS.get(owner, {}).get(key, "")
         suggestion = typo_of(key, absent) or (meaning if meaning in absent else "")
         # A name of another program's is refused where a turn would be trained on that is not meant to be.
         is_wrong = suggestion and (suggestion != meaning or meaning in WEIGHT_KEYS)
@@ -245,6 +250,11 @@ def _is_preference(key: Any) -> bool:
 def _is_figure(value: Any) -> bool:
     """As of `chosen_score`, which stands beside answers and is none."""
     return isinstance(value, int | float)
+
+
+def keys_of_bad_row(row: Mapping[str, Any]) -> list[KeyUse]:
+    """What became of the keys of a row of another format, or of none."""
+    return [KeyUse("row", _named(key), "bad") for key in row]
 
 
 def _comparing() -> list[str]:
@@ -294,10 +304,20 @@ def names_in_template(source: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=16)
-def writes_whole_calls(source: str) -> bool:
-    """Whether a template may write a call as JSON of all that it has: `tool_call | tojson`."""
-    written = (_last_name(node.node) for node in _tree(source).find_all(nodes.Filter) if node.name == "tojson")
-    return any("call" in name or "function" in name for name in written)
+def written_whole(source: str) -> frozenset[str]:
+    """Which of `call` and `tool` a template may write with all that it has, as `tool_call | tojson` does.
+
+    Rather one too many: where a template looks at tools and writes anything as JSON, that may be a tool.
+    """
+    tree = _tree(source)
+    filters = [node for node in tree.find_all(nodes.Filter) if node.name == "tojson"]
+    calls = any("call" in name or "function" in name for name in (_last_name(node.node) for node in filters))
+    shown = [
+        name.name for output in tree.find_all(nodes.Output) for name in output.nodes if isinstance(name, nodes.Name)
+    ]
+    looked_at = any(name.name == "tools" for name in tree.find_all(nodes.Name))
+    tools = looked_at and (bool(filters) or any("tool" in name for name in shown))
+    return frozenset({"call"} if calls else ()) | frozenset({"tool"} if tools else ())
 
 
 def _last_name(node: nodes.Node | None) -> str:

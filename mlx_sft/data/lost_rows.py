@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mlx_sft.data.dataset import LostRow
 from mlx_sft.data.example import Note
-from mlx_sft.data.report import SourceReport, reasons
+from mlx_sft.data.source_report import SourceReport, reasons
 from mlx_sft.errors import UserError
 
 SHOWN_BAD_ROWS = 10
@@ -55,13 +55,13 @@ class BadRows:
 def refuse_lost_data(sources: Sequence[SourceReport], max_length: int) -> None:
     """Raise `UserError` where more of the rows, or of the supervised tokens, are lost than are likely to be meant to."""
     _refuse_lost_rows(sources)
-    lost = sum(source.supervised_tokens_lost for source in sources)
-    whole = sum(source.supervised_tokens for source in sources)
+    lost = sum(source.tokens.supervised_lost for source in sources)
+    whole = sum(source.tokens.supervised for source in sources)
     if lost <= MOST_LOST * whole:
         return
     raise UserError(
         f"more than half of the supervised tokens are lost, {lost:,} of {whole:,}, as their rows are longer than {max_length:,} tokens",
-        where=", ".join(source.name for source in sources if source.supervised_tokens_lost),
+        where=", ".join(source.name for source in sources if source.tokens.supervised_lost),
         hint="raise --max-length, or train on the rest with --allow-lost-rows",
     )
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mlx_sft.data.content_parts import answers_apart, has_answers, read_parts, read_text
+from mlx_sft.data.content_parts import answers_apart, has_answers, read_parts, read_text, written_parts
 from mlx_sft.data.json_text import kind, parsed
 from mlx_sft.data.tool_calls import calls_in_content, read_call, read_calls, same_calls
+from mlx_sft.data.written import Read, Written, place_of
 from mlx_sft.errors import did_you_mean
 
 Message = dict[str, Any]
@@ -37,13 +38,22 @@ _ROLE_NAMES = {name: name for name in ROLES} | {
 }
 """The names of roles in public data (ShareGPT, LLaMA-Factory, axolotl), lower case, `_` for `-`. `function_call` is an
 assistant's turn that is a call."""
+_OTHER_NAMES = {"role": "from", "content": "value"}
+"""ShareGPT's names of what makes a message one."""
+_READ = frozenset({"tool_calls", "tool_call_id", _CALL, *REASONING_KEYS, *WEIGHT_KEYS})
+"""What else of a message is taken, whatever the chat template does."""
 _HEAVIEST = 1e6
 
 
-def read_messages(value: Any, name: str) -> list[Message]:
+def read_messages(value: Any, name: str, places: Sequence[str] | None = None) -> list[Message]:
     """A list of messages, written with role and content or with from and value, or JSON text of it.
 
     A message that is a call by its role goes on with the assistant's turn before it, as in `assistant`, `tool_call`, `tool_call`.
+
+    Args:
+        name: The row's key, for errors.
+        places: For messages that the row has otherwise, such as a question and its answer: the key that each was made of, for errors.
+            Their own keys are none of the row's.
 
     Returns:
         Messages with one of the `ROLES`, content as text, no nulls, and otherwise what they had.
@@ -56,18 +66,22 @@ def read_messages(value: Any, name: str) -> list[Message]:
         raise ValueError(f"{name} must be a list, not {kind(value)}")
     if not value:
         raise ValueError(f"{name} is empty")
-    messages: list[Message] = []
+    messages: list[Read] = []
     for index, item in enumerate(value):
-        place = f"{name}[{index}]"
-        for one in _apart(item, place):
+        place = f"{name}[{index}]" if places is None else places[index]
+        for number, one in enumerate(_apart(item, place)):
             message, is_call = _message(one, place)
+            if isinstance(item, Read):  # read before
+                message.place, message.written = item.place, [] if number else item.written
+            elif not number and places is None:
+                message.written = [*_written(item, place, dict(message)), *message.written]
             goes_on = is_call and messages and messages[-1]["role"] == "assistant"
-            whole = _one_turn(messages[-1], message, place) if goes_on else None
+            whole = _one_turn(messages[-1], message) if goes_on else None
             if whole:
                 messages[-1] = whole
             else:
                 messages.append(message)
-    return messages
+    return [*messages]
 
 
 def joined(first: Message, second: Message) -> Message | None:
@@ -102,13 +116,14 @@ def _says(part: str | list[Any]) -> bool:
     return bool(part.strip() if isinstance(part, str) else part)
 
 
-def _one_turn(turn: Message, call: Message, place: str) -> Message | None:
+def _one_turn(turn: Read, call: Read) -> Read | None:
     """An assistant's message with the calls that follow it."""
-    if _weight(turn, place) != _weight(call, place):
+    if _weight(turn, turn.place) != _weight(call, call.place):
         raise ValueError(
-            f"{place} goes on with the turn before it, and has another train or weight: give both the same"
+            f"{call.place} goes on with the turn before it, and has another train or weight: give both the same"
         )
-    return joined(turn, call)
+    whole = joined(turn, call)
+    return None if whole is None else Read(whole, turn.place, [*turn.written, *call.written])
 
 
 def take_weights(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], tuple[float, ...] | None]:
@@ -125,7 +140,7 @@ def take_weights(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Message], 
     taken, weights = [], []
     for index, message in enumerate(messages):
         taken.append({key: item for key, item in message.items() if key not in WEIGHT_KEYS})
-        weights.append(_weight(message, f"message {index}"))
+        weights.append(_weight(message, place_of(message, index)))
     return taken, tuple(weights) if any(weight != 1 for weight in weights) else None
 
 
@@ -194,13 +209,26 @@ def _apart(value: Any, place: str) -> Iterable[Any]:
 def _standard_keys(value: Message) -> Message:
     """Without nulls, and with role and content where it has from and value."""
     message = {key: item for key, item in value.items() if item is not None}
-    for key, other in (("role", "from"), ("content", "value")):
-        if key not in message and other in message:
+    for key in _OTHER_NAMES:
+        if key not in message and (other := _key_of(message, key)) in message:
             message = {key: message.pop(other), **message}
     return message
 
 
-def _message(value: Any, place: str) -> tuple[Message, bool]:
+def _written(value: Message, place: str, made: Message) -> Iterator[Written]:
+    """A message as the row has it, and the parts of its content."""
+    names = [_key_of(value, key) for key in _OTHER_NAMES]
+    yield Written("message", place, value, _READ.union(names), made)
+    yield from written_parts(value.get(names[1]), f"{place}.{names[1]}")
+
+
+def _key_of(message: Message, key: str) -> str:
+    """The key under which it has its role or its content."""
+    other = _OTHER_NAMES[key]
+    return other if message.get(key) is None and message.get(other) is not None else key
+
+
+def _message(value: Any, place: str) -> tuple[Read, bool]:
     """A message, and whether it is a call by its role."""
     if not isinstance(value, dict):
         raise ValueError(f"{place} must be an object with role and content, not {kind(value)}")
@@ -210,8 +238,9 @@ def _message(value: Any, place: str) -> tuple[Message, bool]:
     for key in REASONING_KEYS:
         if not isinstance(message.get(key, ""), str):
             raise ValueError(f"{place}.{key} must be a string, not {kind(message[key])}")
+    calls: list[Read] = []
     if message["role"] == "assistant":
-        _read_assistant(message, place, is_call=role == _CALL)
+        calls = _read_assistant(message, place, is_call=role == _CALL)
     else:
         _check_that_it_calls_nothing(message, place)
     if "content" in message:
@@ -221,7 +250,7 @@ def _message(value: Any, place: str) -> tuple[Message, bool]:
     check_characters("".join(message), f"a key of {place}")
     for key, item in message.items():
         check_characters(item, f"{place}.{key}")
-    return message, role == _CALL
+    return Read(message, place, [one for call in calls for one in call.written]), role == _CALL
 
 
 class UnknownRole(ValueError):
@@ -253,10 +282,13 @@ def _role(message: Message, place: str) -> str:
     raise UnknownRole(reason, role)
 
 
-def _read_assistant(message: Message, place: str, is_call: bool) -> None:
+def _read_assistant(message: Message, place: str, is_call: bool) -> list[Read]:
     """Put reasoning, text and calls where templates look for them, from wherever an assistant's message has them.
 
     Without a call there is no `tool_calls`: some templates ask only whether the key is there.
+
+    Returns:
+        The calls that the row has, which may be the same ones in two places.
     """
     found = [read_calls(message.get("tool_calls"), f"{place}.tool_calls")]
     if (call := parsed(message.pop(_CALL, None), f"{place}.{_CALL}")) is not None:
@@ -278,9 +310,10 @@ def _read_assistant(message: Message, place: str, is_call: bool) -> None:
     if any(other and not same_calls(other, calls) for other in found):
         raise ValueError(f"{place} has different calls in two places, such as tool_calls and its content")
     if calls:
-        message["tool_calls"] = calls
+        message["tool_calls"] = list(map(dict, calls))
     else:
         message.pop("tool_calls", None)
+    return [call for one in found for call in one]
 
 
 def _check_that_it_calls_nothing(message: Message, place: str) -> None:

@@ -7,6 +7,7 @@ Knows the order of these and the rule for special tokens in content; knows nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,9 +16,9 @@ from mlx_sft.data.conversation import Conversation, Item, Items, apart, items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.example import Example, Fate, Note, Outcome
 from mlx_sft.data.key_counts import KeyUse
-from mlx_sft.data.keys import NO_TEMPLATE, KeyRules
+from mlx_sft.data.keys import NO_TEMPLATE, KeyRules, LeftOut, keys_of_bad_row
 from mlx_sft.data.readers import Row
-from mlx_sft.data.row_reader import LeftOut, MixedFormats, RowReader
+from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.data.screening import SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.data.template_limits import NoTemplate, TemplateStopped
 from mlx_sft.errors import UserError
@@ -90,10 +91,11 @@ class Pipeline:
             NoTemplate: where there is no chat template, or it would hang or fill the memory, which no other row would change.
         """
         origin = row.where if isinstance(row, UserError) else row.origin
-        keys: tuple[KeyUse, ...] = ()
+        keys: Sequence[KeyUse] = ()
         try:
             if isinstance(row, UserError):
                 raise row
+            keys = keys_of_bad_row(row.value)
             reading = self.reader.reading(row)
             keys = self.keys.uses(reading)
             item = reading.taken()

@@ -6,7 +6,7 @@ Here stands which sources there are, which rows are kept, what is too much to lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import merge
 from typing import Any
 
@@ -17,11 +17,15 @@ from mlx_sft.common_settings import common_sections
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import shares
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.findings import FACT_FINDINGS, ORIGINS_NAMED
 from mlx_sft.data.lost_rows import BadRows, refuse_lost_data
+from mlx_sft.data.part_report import PartReport
 from mlx_sft.data.pipeline import NoProgress, Pipeline, ReadingProgress
-from mlx_sft.data.report import DataReport, PartReport, SourceReport
+from mlx_sft.data.report import DataReport
 from mlx_sft.data.screening import SIGNS
+from mlx_sft.data.source_report import SourceReport
 from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
+from mlx_sft.data.token_counts import NO_TOKENS
 from mlx_sft.data.tokenize import tokenized
 from mlx_sft.data.truncation import Truncation, truncate
 from mlx_sft.errors import USAGE, UserError
@@ -126,14 +130,30 @@ def _prepare(
             raise UserError("its rows are all held out: none is left for its share", where=source.name, hint=hint)
     if strict:
         _refuse_empty_shares(train_sources, [weight for weight in weights if weight is not None], len(train))
+    shared = np.isin(valid.content_ids(), train.content_ids())
     report = DataReport(
-        sources=sources,
+        sources=_with_parts(sources, train, valid),
         train=PartReport.of(train),
         valid=PartReport.of(valid),
-        shared=int(np.isin(valid.content_ids(), train.content_ids()).sum()),
+        shared=int(np.count_nonzero(shared)),
         settings=config.model_dump(mode="json", include=_SETTINGS),
+        first_shared=valid.first_rows(shared, ORIGINS_NAMED),
     )
     return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture)
+
+
+def _with_parts(sources: Sequence[SourceReport], train: Examples, valid: Examples) -> list[SourceReport]:
+    """The reports, with the tokens that are held out told from those that are trained on.
+
+    Validation examples are of sources of their own, which are the last ones, or held out of those to train on.
+    """
+    trained, held_out = train.tokens(), valid.tokens()
+    trained += [NO_TOKENS] * (len(sources) - len(trained))
+    held_out = [NO_TOKENS] * (len(sources) - len(held_out)) + held_out if len(sources) > len(held_out) else held_out
+    return [
+        replace(source, tokens=replace(source.tokens, trained_on=one, held_out=other))
+        for source, one, other in zip(sources, trained, held_out, strict=True)
+    ]
 
 
 def _refuse_empty_shares(sources: Sequence[Source], weights: Sequence[float], examples: int) -> None:
@@ -227,8 +247,7 @@ class _Reader:
             on_lost=bad.add,
         )
         bad.refuse()
-        whole = Examples([result.store])
-        truncation = self._truncated(whole)
+        truncation = self._truncated(Examples([result.store]))
         examples = truncation.examples
         lost = ((row.number, row.note) for row in result.store.lost)
         notes = [note for _, note in merge(lost, truncation.notes, key=lambda numbered: numbered[0])]
@@ -239,9 +258,9 @@ class _Reader:
             kept=len(np.unique(examples.rows)),
             examples=len(examples),
             split=truncation.split,
-            supervised_tokens=int(whole.supervised_tokens.sum(dtype=np.int64)),
-            supervised_tokens_lost=truncation.supervised_tokens_lost,
+            tokens=truncation.tokens,
             facts=examples.facts(),
+            first=_first(examples, truncation),
             signs=examples.sign_counts(SIGNS),
             notes=notes,
             keys=result.store.keys,
@@ -257,6 +276,13 @@ class _Reader:
     def _truncated(self, examples: Examples) -> Truncation:
         config, compared = self._config, bool(self._pipeline.objective and self._pipeline.objective.compares)
         return truncate(examples, config.max_length, config.overlong, compared=compared, strict=self._strict)
+
+
+def _first(examples: Examples, truncation: Truncation) -> dict[str, list[str]]:
+    """The origins of the first rows of each finding."""
+    found = {one.fact: examples.first_rows(examples.fact(one.fact) > 0, ORIGINS_NAMED) for one in FACT_FINDINGS}
+    too_long = [note.origin for _, note in truncation.notes[:ORIGINS_NAMED]]
+    return {name: origins for name, origins in (found | {"too_long": too_long}).items() if origins}
 
 
 # What is held out

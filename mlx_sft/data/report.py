@@ -1,11 +1,10 @@
-"""What became of every input row (kept, truncated, dropped or bad, and why), and what is to be trained on.
+"""What became of every input row, key and token, and what is to be trained on; what would spoil the run.
 
-The report has a machine form, `data_report.json`, a short form for the terminal, and warnings.
+The report has a machine form, `data_report.json`, a short form for the terminal, and findings.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -13,157 +12,23 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-import numpy as np
-
 from mlx_sft.data.call_forms import FORMS_IN_WORDS
-from mlx_sft.data.dataset import Examples
-from mlx_sft.data.example import Fate, Note
-from mlx_sft.data.key_counts import KeyCount, in_words, row_weights, summed, unused_keys
-from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.findings import FACT_FINDINGS, Finding, first_of, many, out_of
+from mlx_sft.data.key_counts import KeyCount, columns, summed, unused_keys
+from mlx_sft.data.key_counts import in_words as keys_in_words
+from mlx_sft.data.messages import WEIGHT_KEYS
+from mlx_sft.data.part_report import PartReport
 from mlx_sft.data.roles import changed_names
-from mlx_sft.data.screening import SIGNS
+from mlx_sft.data.source_report import SourceReport, fates, in_words
 from mlx_sft.data.template import NO_FACTS, Facts
+from mlx_sft.data.token_counts import NO_COUNTS, TokenCounts
 
-ORIGINS_NAMED = 10
-"""How many of the longest rows, and how many rows of each sign, are named."""
+__all__ = ["DataReport", "PartReport", "SourceReport"]
+
 _MANY_DUPLICATES = 0.05
 """The share of the examples from which on duplicates are worth a warning."""
 _MANY_LOST = 0.05
 """The share of the supervised tokens above which what is lost of them is worth a warning."""
-
-
-@dataclass
-class SourceReport:
-    """The rows of one source. `rows == kept + dropped + bad`; a truncated row is kept.
-
-    Args:
-        name: The source, as a person would name it.
-        sha256: Of its bytes, where it is a file.
-        format: The format of its rows; None where they have none in common.
-        kept: The number of rows that gave examples.
-        examples: The number of these examples; more than the rows where turns or pieces of text are examples of their own.
-        split: Rows of text that were too long, and are in several pieces.
-        supervised_tokens: Those of all rows that could be read, before anything was cut or dropped for its length.
-        supervised_tokens_lost: How many of them were cut off, or dropped with their row, for being too long.
-        facts: What the chat template did to the examples, summed.
-        signs: How many of the examples are suspicious in each way.
-        notes: One for each row that was truncated, dropped or bad.
-        keys: What became of the rows' keys.
-    """
-
-    name: str
-    sha256: str | None
-    format: str | None = None
-    kept: int = 0
-    examples: int = 0
-    split: int = 0
-    supervised_tokens: int = 0
-    supervised_tokens_lost: int = 0
-    facts: Facts = NO_FACTS
-    signs: Counter[str] = field(default_factory=Counter)
-    notes: list[Note] = field(default_factory=list)
-    keys: list[KeyCount] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        return f"SourceReport({self.name}: {_in_words(self)})"
-
-    @property
-    def truncated(self) -> int:
-        return self._count("truncated")
-
-    @property
-    def dropped(self) -> int:
-        return self._count("dropped")
-
-    @property
-    def bad(self) -> int:
-        return self._count("bad")
-
-    @property
-    def rows(self) -> int:
-        return self.kept + self.dropped + self.bad
-
-    def _count(self, fate: Fate) -> int:
-        return sum(note.fate == fate for note in self.notes)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "format": self.format,
-            **fates(self),
-            "examples": self.examples,
-            "split": self.split,
-            "supervised_tokens": self.supervised_tokens,
-            "supervised_tokens_lost": self.supervised_tokens_lost,
-            **asdict(self.facts),
-            "signs": dict(self.signs),
-            "keys": [key.to_json() for key in self.keys],
-            "reasons": reasons(self.notes),
-            "not_simply_kept": [asdict(note) for note in self.notes],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class PartReport:
-    """The examples of one part of the data, `train` or `valid`.
-
-    Args:
-        rows: The number of examples.
-        tokens: The number of their tokens.
-        supervised_tokens: The number of those that are supervised.
-        duplicates: The number of examples that equal an earlier one of this part.
-        lengths: Tokens an example: `min`, `mean`, `p10` to `p99`, `max`; empty without examples.
-        fingerprint: SHA-256 over the examples' tokens and weights, in order.
-        histogram: Examples by their length, shortest first: `from` and `to` in tokens, both included, and `count`.
-        longest: The longest examples, longest first: `origin` and `tokens`.
-        signs: What is suspicious: `count` of examples and the first of their `origins`, by the sign's name.
-    """
-
-    rows: int
-    tokens: int
-    supervised_tokens: int
-    duplicates: int
-    lengths: dict[str, float]
-    fingerprint: str
-    histogram: list[dict[str, int]] = field(default_factory=list)
-    longest: list[dict[str, Any]] = field(default_factory=list)
-    signs: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, examples: Examples) -> PartReport:
-        """The report of these examples, from their columns."""
-        lengths = examples.lengths
-        contents = examples.content_ids()
-        longest = np.argsort(-lengths.astype(np.int64), kind="stable")[:ORIGINS_NAMED].tolist()
-        return cls(
-            rows=len(examples),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            supervised_tokens=int(examples.supervised_tokens.sum(dtype=np.int64)),
-            duplicates=len(contents) - len(np.unique(contents)),
-            lengths=length_summary(lengths),
-            fingerprint=examples.fingerprint(),
-            histogram=histogram(lengths),
-            longest=[{"origin": examples[index].origin, "tokens": int(lengths[index])} for index in longest],
-            signs=_signs(examples),
-        )
-
-    @property
-    def supervised_share(self) -> float:
-        return self.supervised_tokens / self.tokens if self.tokens else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"supervised_share": round(self.supervised_share, 4)}
-
-
-def _signs(examples: Examples) -> dict[str, dict[str, Any]]:
-    signs = {}
-    for bit, name in enumerate(SIGNS):
-        found = np.flatnonzero(examples.signs >> bit & 1)
-        if len(found):
-            origins = dict.fromkeys(examples.row_origin(index) for index in found[: 4 * ORIGINS_NAMED].tolist())
-            signs[name] = {"count": len(found), "origins": list(origins)[:ORIGINS_NAMED]}
-    return signs
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +41,7 @@ class DataReport:
         valid: The examples that are held out; without rows where none are.
         shared: The number of validation examples that equal a training example; 0 where the split was made here.
         settings: The settings that shaped the data.
+        first_shared: The origins of the first of these validation examples.
     """
 
     sources: list[SourceReport]
@@ -183,9 +49,10 @@ class DataReport:
     valid: PartReport
     shared: int
     settings: dict[str, Any]
+    first_shared: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        return f"DataReport({_in_words(self)})"
+        return f"DataReport({in_words(self)})"
 
     @property
     def rows(self) -> int:
@@ -213,14 +80,9 @@ class DataReport:
         return sum(source.split for source in self.sources)
 
     @property
-    def supervised_tokens(self) -> int:
-        """Those of all rows that could be read, whatever their length."""
-        return sum(source.supervised_tokens for source in self.sources)
-
-    @property
-    def supervised_tokens_lost(self) -> int:
-        """How many of them were lost to the longest length."""
-        return sum(source.supervised_tokens_lost for source in self.sources)
+    def tokens(self) -> TokenCounts:
+        """What became of every token of the rows that could be read."""
+        return reduce(add, (source.tokens for source in self.sources), NO_COUNTS)
 
     @property
     def facts(self) -> Facts:
@@ -247,61 +109,50 @@ class DataReport:
         """Differs wherever an example, its labels, its part or its place differs."""
         return f"{self.train.fingerprint}-{self.valid.fingerprint}"
 
+    def findings(self) -> list[Finding]:
+        """What would spoil the run, or might; each that there is."""
+        facts = self.facts
+        found = [one.found(facts, self.kept, self._first(one.fact), self.settings) for one in FACT_FINDINGS]
+        found += [self._too_long(), self._shared(), self._duplicates(), self._unused_keys()]
+        return [finding for finding in found if finding.count]
+
     def warnings(self) -> list[str]:
         """What a person should know before training, a sentence each."""
         renamed = changed_names(self.settings.get("roles") or {})
-        return [*renamed, *self._template_warnings(), *self._lost_warnings(), *self._row_warnings()]
+        return [*renamed, *(finding.text for finding in self.findings() if finding.warns)]
 
-    def _template_warnings(self) -> list[str]:
-        facts, warnings = self.facts, []
-        if facts.turns_without_end:
-            way_out = "" if self.settings.get("append_eos") else "; --append-eos puts one after each conversation"
-            warnings.append(
-                f"{_of(facts.turns_without_end, facts.turns, 'assistant turn')} without a supervised end token: "
-                f"the model is not taught to stop there{way_out}"
-            )
-        if facts.turns_with_text_left_out:
-            warnings.append(
-                f"the chat template leaves out words (reasoning, tool calls) of "
-                f"{many(facts.turns_with_text_left_out, 'assistant turn')}; they cannot be trained on"
-            )
-        if facts.systems_left_out:
-            warnings.append(
-                f"the chat template leaves out {many(facts.systems_left_out, 'system message')}; "
-                "the model is trained to answer without them; --system fold puts their words into the user's messages"
-            )
-        if facts.systems_folded:
-            warnings.append(
-                f"the chat template has no system role: it writes {many(facts.systems_folded, 'system message')} "
-                "inside another message's turn"
-            )
-        if facts.consecutive_turns:
-            warnings.append(
-                f"{_of(facts.consecutive_turns, facts.turns, 'assistant turn')} directly behind another: the model is taught to end "
-                "its turn between them; --consecutive-turns join makes them one"
-            )
-        return warnings
+    def _first(self, name: str) -> list[str]:
+        return first_of(source.first.get(name, []) for source in self.sources)
 
-    def _lost_warnings(self) -> list[str]:
-        lost, whole = self.supervised_tokens_lost, self.supervised_tokens
-        if lost <= _MANY_LOST * whole:
-            return []
-        return [
-            f"{_of(lost, whole, 'supervised token')} ({lost / whole:.0%}) are lost, as their rows are longer than "
-            f"{self.settings['max_length']:,} tokens; raise --max-length to train on them"
-        ]
+    def _too_long(self) -> Finding:
+        lost, whole = self.tokens.supervised_lost, self.tokens.supervised
+        sentence = (
+            f"{out_of(lost, whole, 'supervised token')} ({lost / max(whole, 1):.0%}) are lost, as their rows are longer than "
+            f"{self.settings.get('max_length', 0):,} tokens; raise --max-length to train on them"
+        )
+        return Finding("too-long", lost, whole, sentence, self._first("too_long"), warns=lost > _MANY_LOST * whole)
 
-    def _row_warnings(self) -> list[str]:
-        warnings = []
-        if self.shared:
-            also = f"are also training {self._unit}s" if self.shared > 1 else f"is also a training {self._unit}"
-            warnings.append(f"{many(self.shared, f'validation {self._unit}')} {also}")
-        duplicates, rows = self.train.duplicates, self.train.rows
-        if duplicates >= _MANY_DUPLICATES * max(rows, 1) and duplicates > 1:
-            warnings.append(
-                f"{_of(duplicates, rows, f'training {self._unit}')} equal an earlier one, and are trained on again each time"
-            )
-        return warnings
+    def _shared(self) -> Finding:
+        also = f"are also training {self._unit}s" if self.shared != 1 else f"is also a training {self._unit}"
+        what = f"{many(self.shared, f'validation {self._unit}')} {also}"
+        sentence = f"{what}, on which the loss says nothing of new text; take them out of one of the two"
+        return Finding("also-in-train", self.shared, self.valid.rows, sentence, self.first_shared)
+
+    def _duplicates(self) -> Finding:
+        count, rows = self.train.duplicates, self.train.rows
+        sentence = (
+            f"{out_of(count, rows, f'training {self._unit}')} equal an earlier one, and are trained on again each time; "
+            "take them out, unless they are to weigh more"
+        )
+        warns = count > 1 and count >= _MANY_DUPLICATES * rows
+        return Finding("duplicate", count, rows, sentence, self.train.first_duplicates, warns=warns)
+
+    def _unused_keys(self) -> Finding:
+        keys = self.keys
+        unused = unused_keys(keys)
+        count, whole = (sum(key.count for key in some) for some in (unused, keys))
+        sentence = f"{out_of(count, whole, 'key')} that nothing reads: {keys_in_words(unused)}"
+        return Finding("unused-keys", count, whole, sentence, first_of([key.first] for key in unused), warns=False)
 
     def summary(self) -> dict[str, str]:
         """The short form for a person; all behind `tokens` only where there are any."""
@@ -332,12 +183,12 @@ class DataReport:
             f"{words} ({number:,})" for name, words in FORMS_IN_WORDS.items() if (number := getattr(self.facts, name))
         ]:
             summary["calls"] = f"as the chat template takes them: {', '.join(forms)}"
-        if weights := row_weights(self.keys):
+        if weights := _row_weights(self.keys):
             summary["row weights"] = weights
         if moved := self.facts.systems_moved:
             summary["system prompts"] = f"{moved:,} put into the user's message behind them, by --system fold"
         if unused := unused_keys(self.keys):
-            summary["unused keys"] = in_words(unused)
+            summary["unused keys"] = keys_in_words(unused)
         if train.duplicates:
             summary["duplicates"] = f"{train.duplicates:,}"
         return summary
@@ -347,13 +198,16 @@ class DataReport:
         return {
             "totals": fates(self),
             "split": self.split,
-            "supervised_tokens_lost": self.supervised_tokens_lost,
+            "supervised_tokens_lost": self.tokens.supervised_lost,
+            "tokens": self.tokens.to_json(),
+            "keys": columns(self.keys),
             "train": self.train.to_json(),
             "valid": self.valid.to_json(),
             "validation_rows_also_in_train": self.shared,
             **asdict(self.facts),
             "signs": dict(self.signs),
             "unused_keys": [key.to_json() for key in unused_keys(self.keys)],
+            "findings": [finding.to_json() for finding in self.findings()],
             "warnings": self.warnings(),
             "settings": self.settings,
             "fingerprint": self.fingerprint,
@@ -361,39 +215,7 @@ class DataReport:
         }
 
 
-def fates(report: SourceReport | DataReport) -> dict[str, int]:
-    """How many rows there are, and how many of them are kept, truncated, dropped and bad."""
-    return {fate: getattr(report, fate) for fate in ("rows", "kept", "truncated", "dropped", "bad")}
-
-
-def _in_words(report: SourceReport | DataReport) -> str:
-    return ", ".join(f"{number:,} {fate}" for fate, number in fates(report).items())
-
-
-def reasons(notes: Iterable[Note]) -> list[dict[str, Any]]:
-    """Notes that differ only in numbers and quoted words, counted: `fate`, `reason`, `count` and the `first` origin."""
-    groups: dict[tuple[str, ...], list[Note]] = {}
-    for note in notes:
-        groups.setdefault((note.fate, *_PARTICULAR.split(note.reason)[::2]), []).append(note)
-    return [
-        {"fate": group[0].fate, "reason": _in_common(group), "count": len(group), "first": group[0].origin}
-        for group in sorted(groups.values(), key=len, reverse=True)
-    ]
-
-
-_PARTICULAR = re.compile(r"""('[^']*'|"[^"]*"|\b\d[\d,.]*\b)""")
-
-
-def _in_common(notes: list[Note]) -> str:
-    """`616 tokens, cut to 512` and `700 tokens, cut to 512` → `… tokens, cut to 512`."""
-    parts = zip(*(_PARTICULAR.split(note.reason) for note in notes), strict=True)
-    return "".join(part[0] if len(set(part)) == 1 else "…" for part in parts)
-
-
-def many(number: int, thing: str) -> str:
-    """`1 row`, `1,234 rows`."""
-    return f"{number:,} {thing}{'s' if number != 1 else ''}"
-
-
-def _of(number: int, whole: int, thing: str) -> str:
-    return f"{number:,} of {many(whole, thing)}"
+def _row_weights(counts: Iterable[KeyCount]) -> str:
+    """How many rows say what they weigh in the loss as a whole, for a person: `weight (1,200 rows)`; empty where none does."""
+    said = [count for count in counts if count.of == "row" and count.use == "read" and count.key in WEIGHT_KEYS]
+    return ", ".join(f"{count.key} ({many(count.count, 'row')})" for count in said)

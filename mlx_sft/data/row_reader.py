@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sft.data.conversation import Conversation, Item, Items, NoWeightError, items_of, weighed
 from mlx_sft.data.formats import RowFormat
-from mlx_sft.data.keys import Reading
+from mlx_sft.data.keys import LeftOut, Reading
 from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, UnknownRole, nearest, shown, weight_in_cell, weight_said
 from mlx_sft.data.readers import Row
 from mlx_sft.data.roles import check_roles, with_roles
@@ -36,10 +36,6 @@ def _parts() -> dict[str, str]:
 
 class MixedFormats(UserError):
     """A row of another format than the first row of its file."""
-
-
-class LeftOut(UserError):
-    """A row that says itself that it is not to be trained on, as a whole or turn by turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +126,8 @@ class RowReader:
         row_format = self._format_of(renamed)
         parts = _parts() if self.columns else {}
         columns = {parts[part]: column for part, column in self.columns.items()}
-        others = row.value.keys() - set(self.columns.values())
-        hidden = tuple(key for key in columns if key in others and row.value[key] is not None)
         watched = WatchedRow(with_roles(renamed.value, self.roles) if self.roles else renamed.value)
-        reading = Reading(row.origin, watched, row_format, columns, hidden)
+        reading = Reading(row.origin, watched, row_format, columns, row.value)
         try:
             read = row_format.read(Row(row.origin, watched))
         except ValueError as error:

@@ -122,7 +122,7 @@ class SpecialTokens:
             may_reason = message.get("role") in ("assistant", "system", "developer")
             for key, value in message.items():
                 if key != "role":
-                    found += self._search(value, index, f"messages[{index}].{key}", may_reason)
+                    found += self._search(value, index, _text_place(conversation.place(index), key), may_reason)
         found += self._search(conversation.tools, None, "tools", may_reason=True)
         found += self._search(conversation.template_kwargs, None, "chat_template_kwargs", may_reason=True)
         return found
@@ -141,6 +141,11 @@ class SpecialTokens:
             found = self._normalized_pattern.findall(self._normalizer.normalize_str(text))
             return [self._normalized[token] for token in found]
         return tokens
+
+
+def _text_place(place: str, key: str) -> str:
+    """Where a text of a message stands: `messages[2].content`, or for content that the row has under a key of its own that key."""
+    return place if key == "content" and not place.endswith("]") else f"{place}.{key}"
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:

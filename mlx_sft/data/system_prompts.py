@@ -91,7 +91,8 @@ def _before_the_user(conversation: Conversation, systems: Sequence[int], why: tu
         user = _user_behind(messages, index)
         if user is None:
             verb, hint = why
-            what = f"the chat template {verb} message {index}, a system prompt, and no user's message follows into which it could go"
+            what = f"the chat template {verb} {conversation.place(index)}, a system prompt"
+            what += ", and no user's message follows into which it could go"
             raise UserError(what, where=conversation.origin, hint=hint)
         words = [messages[i].get("content") or "" for i in (index, user)]
         messages[user] = messages[user] | {"content": "\n\n".join(text for text in words if text.strip())}
@@ -104,6 +105,7 @@ def _without(conversation: Conversation, systems: Sequence[int]) -> Conversation
     return replace(
         conversation,
         messages=[conversation.messages[index] for index in kept],
+        places=tuple(conversation.place(index) for index in kept),
         weights=None if weights is None else tuple(weights[index] for index in kept),
         first_supervised=sum(index < conversation.first_supervised for index in kept),
     )

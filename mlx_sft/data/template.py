@@ -51,6 +51,7 @@ class Facts:
         systems_left_out: System messages of which the template writes nothing.
         systems_folded: System messages that the template writes inside another message's turn.
         systems_moved: System messages that `--system fold` put before the words of the user's message behind them.
+        unanswered: Conversations of which the last message is not the assistant's: a question, or the answer of a tool.
         consecutive_turns: Of the supervised turns those that directly follow another assistant message.
         arguments_as_objects: Messages of calls whose arguments are text in the row, and are given to the template as objects.
         arguments_as_text: The other way round.
@@ -66,6 +67,7 @@ class Facts:
     systems_folded: int = 0
     systems_moved: int = 0
     consecutive_turns: int = 0
+    unanswered: int = 0
     arguments_as_objects: int = 0
     arguments_as_text: int = 0
     contents_as_null: int = 0

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_sft.data.json_text import kind, parse_json, parsed
+from mlx_sft.data.written import Read, Written
 
 Call = dict[str, Any]
 
@@ -18,12 +20,14 @@ ARGUMENT_KEYS = ("arguments", "parameters", "input", "args")
 """The names under which a call's arguments travel, the standard one first; `input` is Anthropic's, `parameters` Llama's."""
 SCHEMA_KEYS = ("input_schema", "inputSchema")
 """What Anthropic and MCP call a tool's `parameters`."""
+TOOL_KEYS = ("type", "function", "name", "description", "parameters", *SCHEMA_KEYS)
+"""The keys of a tool that are taken, whatever the chat template does."""
 _BARE_TYPES = (None, "function", "custom")
 _THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _PYTHON = re.compile(r"\s*\{\s*'")
 
 
-def read_calls(value: Any, place: str) -> list[Call]:
+def read_calls(value: Any, place: str) -> list[Read]:
     """The calls under a message's `tool_calls`: a list of them, or JSON text of it."""
     calls = parsed(value, place)
     if calls is None:
@@ -33,10 +37,14 @@ def read_calls(value: Any, place: str) -> list[Call]:
     return [read_call(call, f"{place}[{index}]") for index, call in enumerate(calls)]
 
 
-def read_call(value: Any, place: str) -> Call:
+def read_call(value: Any, place: str) -> Read:
     """One call, with or without `{"function": ...}` around its name and arguments, or JSON text of it."""
-    call = _without_nulls(parsed(value, place))
-    function = _without_nulls(parsed(call["function"], f"{place}.function")) if "function" in call else call
+    if isinstance(value, Read):
+        return value
+    whole = parsed(value, place)
+    call = _without_nulls(whole)
+    inner: Any = parsed(call["function"], f"{place}.function") if "function" in call else None
+    function = call if "function" not in call else _without_nulls(inner)
     name = function.get("name")
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f'{place} names no function: a call is {{"name": ..., "arguments": {{...}}}}')
@@ -45,14 +53,20 @@ def read_call(value: Any, place: str) -> Call:
     arguments = _arguments(holder.get(key), place)
     if function is call:
         others = {other: item for other, item in call.items() if other not in ("name", "type", key)}
-        return {**others, "type": "function", "function": {"name": name, "arguments": arguments}}
+        made = {**others, "type": "function", "function": {"name": name, "arguments": arguments}}
+        return Read(made, place, [Written("call", place, whole, ("type", "name", "id", key), made | made["function"])])
     if holder is call or key != "arguments":
         holder.pop(key, None)
     # The order of the keys stays: some templates write a call as it is.
-    return call | {"type": call.get("type", "function"), "function": function | {"arguments": arguments}}
+    made = call | {"type": call.get("type", "function"), "function": function | {"arguments": arguments}}
+    outer, names = ["type", "function", "id"], ["name"]
+    (names if holder is function else outer).append(key)
+    flat = made | made["function"]
+    written = [Written("call", place, whole, outer, flat), Written("call", f"{place}.function", inner, names, flat)]
+    return Read(made, place, written)
 
 
-def calls_in_content(content: Any, place: str) -> tuple[str, list[Call]]:
+def calls_in_content(content: Any, place: str) -> tuple[str, list[Read]]:
     """The reasoning and the calls of a message whose content is JSON of one call or of several.
 
     `<think>…</think>` before the JSON is reasoning, as LLaMA-Factory writes it.
@@ -70,7 +84,7 @@ def calls_in_content(content: Any, place: str) -> tuple[str, list[Call]]:
     return thinking[1].strip("\n") if thinking else "", read
 
 
-def same_calls(some: list[Call], others: list[Call]) -> bool:
+def same_calls(some: Sequence[Call], others: Sequence[Call]) -> bool:
     """Whether two lists call the same functions with the same arguments."""
     return [_called(call) for call in some] == [_called(call) for call in others]
 

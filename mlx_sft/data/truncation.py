@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Note
+from mlx_sft.data.token_counts import NO_COUNTS, NO_TOKENS, TokenCounts, Tokens
 from mlx_sft.errors import UserError
 
 Overlong = Literal["split", "truncate", "drop", "error"] | None
@@ -22,14 +24,14 @@ class Truncation:
     Attributes:
         notes: The number of each row that lost something, and its note, in order.
         split: Rows of text that are in several pieces now, of which none is lost.
-        supervised_tokens_lost: Supervised tokens of the examples as they were that are no longer there. The first token of a piece is
+        tokens: What became of the tokens of the examples as they were; what is left counts as trained on. The first token of a piece is
             no lost one, though it is not supervised any more.
     """
 
     examples: Examples
     notes: list[tuple[int, Note]]
     split: int = 0
-    supervised_tokens_lost: int = 0
+    tokens: TokenCounts = NO_COUNTS
 
 
 def truncate(
@@ -47,7 +49,8 @@ def truncate(
     """
     whole_rows = np.unique(examples.rows[examples.lengths > max_length])
     if not len(whole_rows):
-        return Truncation(examples, [])
+        return Truncation(examples, [], 0, TokenCounts(_tokens(examples)))
+    whole = examples
     if overlong in ("split", None) and not compared:
         examples = examples.split_to(max_length)
     lengths, rows = examples.lengths, examples.rows
@@ -76,8 +79,21 @@ def truncate(
             note = _of_several(examples, first, end - first, shortened, int((~kept[own]).sum()), max_length)
         notes.append((row, replace(note, fate="bad") if refused and note.fate == "dropped" else note))
     left = cut.select(np.flatnonzero(kept))
-    lost = _supervised(examples) - _supervised(left) + int((~too_long & (examples.supervised_tokens == 0)).sum())
-    return Truncation(left, notes, split, lost)
+    return Truncation(left, notes, split, _counts(whole, examples, cut, kept))
+
+
+def _counts(whole: Examples, pieces: Examples, cut: Examples, kept: NDArray[np.bool_]) -> TokenCounts:
+    """What became of the tokens of examples that were split into pieces, then cut, of which some are kept."""
+    chosen, left_out = np.flatnonzero(kept), np.flatnonzero(~kept)
+    left = _tokens(cut.select(chosen))
+    no_longer = _tokens(whole).supervised - _tokens(pieces).supervised
+    alone = int((pieces.supervised_tokens == 0).sum())  # pieces of one token, of which nothing is trained on
+    return TokenCounts(
+        trained_on=left,
+        cut_off=_tokens(pieces.select(chosen)) - left,
+        dropped=_tokens(pieces.select(left_out)) + Tokens(alone, -alone),
+        first_of_pieces=no_longer - alone,
+    )
 
 
 def _refusal(origin: str, length: int, max_length: int, overlong: Overlong) -> UserError:
@@ -90,8 +106,8 @@ def _refusal(origin: str, length: int, max_length: int, overlong: Overlong) -> U
     return UserError(what, where=origin, hint=hint)
 
 
-def _supervised(examples: Examples) -> int:
-    return int(examples.supervised_tokens.sum(dtype=np.int64))
+def _tokens(examples: Examples) -> Tokens:
+    return sum(examples.tokens(), NO_TOKENS)
 
 
 def _of_one(examples: Examples, index: int, length: int, longest: int, overlong: Overlong, *, kept: bool) -> Note:

@@ -35,11 +35,13 @@ def with_turns(conversation: Conversation, choice: ConsecutiveTurns) -> Conversa
         raise _refusal(conversation, in_a_row[0], "are assistant turns in a row", hint)
     messages: list[Message] = []
     weights: list[float] = []
+    places: list[str] = []
     for index, message in enumerate(conversation.messages):
         weight = 1.0 if conversation.weights is None else conversation.weights[index]
         if index not in in_a_row:
             messages.append(message)
             weights.append(weight)
+            places.append(conversation.place(index))
             continue
         if index == conversation.first_supervised or weight != weights[-1]:
             raise _refusal(conversation, index, "cannot be joined: they weigh differently in the loss", _AS_THEY_ARE)
@@ -53,6 +55,7 @@ def with_turns(conversation: Conversation, choice: ConsecutiveTurns) -> Conversa
     return replace(
         conversation,
         messages=messages,
+        places=tuple(places),
         weights=None if conversation.weights is None else tuple(weights),
         first_supervised=conversation.first_supervised - sum(i < conversation.first_supervised for i in in_a_row),
     )
@@ -62,7 +65,8 @@ _AS_THEY_ARE = "choose --consecutive-turns keep, which trains on each as a turn 
 
 
 def _refusal(conversation: Conversation, index: int, what: str, hint: str) -> UserError:
-    return UserError(f"messages {index - 1} and {index} {what}", where=conversation.origin, hint=hint)
+    places = f"{conversation.place(index - 1)} and {conversation.place(index)}"
+    return UserError(f"{places} {what}", where=conversation.origin, hint=hint)
 
 
 def _is_turn(message: Mapping[str, Any]) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from mlx_sft.data.messages import Message
+from mlx_sft.data.written import Written
 
 
 class WatchedRow(dict[str, Any]):
@@ -15,15 +15,15 @@ class WatchedRow(dict[str, Any]):
 
     Attributes:
         asked: The keys that were asked for.
-        conversations: The messages of each that was made of the row, with their weights; they may have some in common.
         parts: Objects in the row that are read by their keys as the row is, each with the key under which it stands.
+        written: The objects inside of it that were read; the conversations that are made of one row may have some in common.
     """
 
     def __init__(self, value: dict[str, Any]) -> None:
         super().__init__(value)
         self.asked: set[Any] = set()
-        self.conversations: list[Sequence[Message]] = []
         self.parts: list[tuple[str, WatchedRow]] = []
+        self.written: list[Written] = []
 
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
@@ -72,7 +72,7 @@ class WatchedRow(dict[str, Any]):
 
 def watched_part(row: dict[str, Any], part: dict[str, Any], key: str) -> WatchedRow:
     """An object that stands under a key of a row, to be read as the row is: what is not read of it is counted among the row's keys."""
-    watched = WatchedRow({name: value for name, value in part.items() if value is not None})
+    watched = WatchedRow(part)
     if isinstance(row, WatchedRow):
         row.parts.append((key, watched))
     return watched

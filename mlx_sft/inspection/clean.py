@@ -19,15 +19,16 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console, write_text
 from mlx_sft.data.call_forms import with_argument_objects
 from mlx_sft.data.conversation import Conversation, Document, Item, Tokens, items_of
+from mlx_sft.data.findings import many
 from mlx_sft.data.formats import RowFormat, messages, text, tokenized
 from mlx_sft.data.keys import KeyRules, Reading
 from mlx_sft.data.messages import Message, take_weights
 from mlx_sft.data.pipeline import NoProgress, ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.readers import Row
-from mlx_sft.data.report import many, reasons
 from mlx_sft.data.roles import with_roles
 from mlx_sft.data.row_reader import RowReader
+from mlx_sft.data.source_report import reasons
 from mlx_sft.data.sources import locate, split_weight
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path, write_file_with

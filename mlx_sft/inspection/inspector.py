@@ -55,7 +55,7 @@ def inspect(
     prepared = survey(config, tokenizer, progress)
     untruncated = _untruncated(prepared, config, tokenizer, progress)
     surveyed = SurveyedRows.of(prepared, len(config.data))
-    summary = table(prepared.report, [untruncated.train, untruncated.valid], surveyed, config.max_length)
+    summary = table(prepared.report, [untruncated.train, untruncated.valid], config.max_length)
     viewer = RowViewer(config, tokenizer, surveyed)
     if row is None:
         selection = rows_of_kind(surveyed, only, limit) if only else first_rows(surveyed, limit)

@@ -52,12 +52,19 @@ function showWhole() {
   finding("Suspicious", Object.entries(table.signs).map(([name, found]) => [found.count, `${name}: ${found.meaning}`, some(found.origins)]));
   finding("Keys that nothing reads", table.unused_keys.map((one) => [one.count, keyName(one), `first ${one.first}`]));
   finding("Not simply kept", table.reasons.slice(0, 12).map((one) => [one.count, `${one.fate}: ${one.reason}`, `first ${one.first}`]));
+  finding("Every token before the cut is one of these", tokenColumns(table.token_columns));
   finding("Longest rows", table.longest.slice(0, 5).map((row) => [row.tokens, row.origin, ""]));
 }
 
 function keyName(one) {
   const whose = one.of === "row" ? "" : ` of a ${one.of}`;
   return `${one.key}${whose}${one.suggestion ? `: did you mean "${one.suggestion}"?` : ""}`;
+}
+
+function tokenColumns(counts) {
+  const columns = Object.entries(counts).filter(([, one]) => typeof one === "object");
+  const lines = columns.flatMap(([name, one]) => Object.entries(one).map(([kind, count]) => [count, `${name.replace("_", " ")}, ${kind}`, ""]));
+  return lines.filter(([count]) => count);
 }
 
 function card(name, value, note) {
@@ -98,7 +105,7 @@ function chart(title, thing, bars, summary, limit) {
 
 const rows = data.rows;
 for (const row of rows) {
-  row.kinds = [...row.signs, ...(row.duplicate_of ? ["duplicate"] : []), ...(row.turns_with_text_left_out ? ["left-out"] : [])];
+  row.kinds = [...row.signs, ...(row.duplicate_of ? ["duplicate"] : []), ...row.findings];
   row.text = row.examples.map((example) => example.pieces.join("")).join("\n");
   for (const example of row.examples) {
     example.special = new Set(example.special);
@@ -175,6 +182,7 @@ function shownRow(row) {
   if (row.tokens) badges.push(badge(`${many(row.tokens, "token")}, ${number(row.supervised_tokens)} supervised`));
   for (const sign of row.signs) badges.push(badge(sign, "sign"));
   if (row.duplicate_of) badges.push(badge(`equals ${row.duplicate_of}`, "sign"));
+  for (const name of row.findings) if (name !== "left-out") badges.push(badge(name, "sign"));
   if (row.turns_with_text_left_out) badges.push(badge(`the template leaves out words of ${many(row.turns_with_text_left_out, "turn")}`, "sign"));
   const parts = [make("h2", {}, ...visible(row.origin)), make("div", { class: "badges" }, ...badges)];
   if (row.reason) {

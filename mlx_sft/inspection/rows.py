@@ -16,11 +16,11 @@ from mlx_sft.data.encode import View
 from mlx_sft.data.mask.trace import NOBODY
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.readers import Row
-from mlx_sft.data.report import SourceReport
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.screening import SIGNS, SPECIAL_SIGN, signs_of
+from mlx_sft.data.source_report import SourceReport
 from mlx_sft.errors import UserError
-from mlx_sft.inspection.selection import Part, Selection, SurveyedRows
+from mlx_sft.inspection.selection import FINDINGS, Part, Selection, SurveyedRows
 
 Fate = Literal["kept", "truncated", "dropped", "bad"]
 
@@ -113,6 +113,7 @@ class ShownRow:
         signs: What is suspicious about it, in the order of `screening.SIGNS`.
         duplicate_of: The origin of the first earlier row with the same tokens and weights, or with one such example.
         left_out: Turns of which the chat template leaves out words.
+        findings: The names of what would spoil a run and is in it, of `selection.FINDINGS`.
         examples: What it became, or would have; none for a bad row.
         raw: The row as JSON, shortened; empty where it could not even be read.
     """
@@ -126,6 +127,7 @@ class ShownRow:
     signs: tuple[str, ...] = ()
     duplicate_of: str | None = None
     left_out: int = 0
+    findings: tuple[str, ...] = ()
     examples: list[ShownExample] = field(default_factory=list)
     raw: str = ""
 
@@ -149,6 +151,7 @@ class ShownRow:
             "signs": list(self.signs),
             "duplicate_of": self.duplicate_of,
             "turns_with_text_left_out": self.left_out,
+            "findings": list(self.findings),
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
             "examples": [example.to_json() for example in self.examples],
@@ -196,7 +199,8 @@ class RowViewer:
             note.hint if note else "",
             tuple(sign for sign in SIGNS if sign in signs),
             next(filter(None, (surveyed.duplicate_of(part, index) for index in indices)), None),
-            sum(surveyed.parts[part][index].facts.turns_with_text_left_out for index in indices),
+            sum(int(surveyed.parts[part].fact("turns_with_text_left_out")[index]) for index in indices),
+            tuple(name for name in FINDINGS if indices and surveyed.found(part, name)[indices].any()),
             examples,
             raw_json(row.value) if isinstance(row, Row) else "",
         )

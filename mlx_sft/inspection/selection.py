@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Note
+from mlx_sft.data.findings import FACT_FINDINGS
 from mlx_sft.data.prepare import PreparedData
-from mlx_sft.data.report import SourceReport
 from mlx_sft.data.screening import SIGNS
+from mlx_sft.data.source_report import SourceReport
 from mlx_sft.data.sources import Source
 from mlx_sft.errors import USAGE, UserError
 
@@ -30,7 +31,10 @@ Selection = set[int | tuple[int, str]]
 """Rows, each by its number, or by the index of its source and its origin."""
 
 LOST_OR_CUT = ("truncated", "dropped", "bad")
-ONLY: tuple[str, ...] = ("kept", *LOST_OR_CUT, "suspicious", *SIGNS, "duplicate", "left-out")
+FACT_OF = {one.name: one.fact for one in FACT_FINDINGS}
+FINDINGS = (*FACT_OF, "also-in-train")
+"""Findings that are of some examples and not of others."""
+ONLY: tuple[str, ...] = ("kept", *LOST_OR_CUT, "suspicious", *SIGNS, "duplicate", *FINDINGS)
 """The kinds of rows that can be asked for."""
 
 _ROW_NAME = re.compile(r"(?:(.*)[:\[])?([0-9]+)\]?(?:#[0-9]+)*", re.DOTALL)
@@ -84,6 +88,15 @@ class SurveyedRows:
         """The origin of an earlier row that an example equals."""
         first = int(self.first_equals[part][index])
         return None if first == index else self.parts[part].row_origin(first)
+
+    def found(self, part: Part, name: str) -> NDArray[np.int32]:
+        """How often a finding is in each example of a part; `also-in-train` are those to validate on that equal one to train on."""
+        return self._shared[part] if name == "also-in-train" else self.parts[part].fact(FACT_OF[name])
+
+    @cached_property
+    def _shared(self) -> dict[Part, NDArray[np.int32]]:
+        train, valid = (self.parts[part].content_ids() for part in ("train", "valid"))
+        return {"train": np.zeros(len(train), np.int32), "valid": np.isin(valid, train).astype(np.int32)}
 
     def examples_of(self, number: int) -> tuple[Part, list[int]]:
         """The part that a row is used for, and the indices of its examples there."""
@@ -163,9 +176,9 @@ def _examples_of_kind(rows: SurveyedRows, part: Part, kind: str) -> Iterable[int
     examples = rows.parts[part]
     if kind == "kept":
         return (index for index in range(len(examples)) if examples.row_origin(index) not in rows.notes)
-    if kind == "left-out":
-        return (index for index in range(len(examples)) if examples[index].facts.turns_with_text_left_out)
-    if kind == "duplicate":
+    if kind in FINDINGS:
+        found = rows.found(part, kind) > 0
+    elif kind == "duplicate":
         found = rows.first_equals[part] != np.arange(len(examples))
     elif kind == "suspicious":
         found = examples.signs != 0

@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 
 from mlx_sft.data.dataset import Examples
-from mlx_sft.data.key_counts import unused_keys
+from mlx_sft.data.findings import ORIGINS_NAMED, first_of
+from mlx_sft.data.key_counts import columns, unused_keys
 from mlx_sft.data.lengths import histogram, length_summary
-from mlx_sft.data.report import ORIGINS_NAMED, DataReport, PartReport, fates, reasons
+from mlx_sft.data.part_report import PartReport
+from mlx_sft.data.report import DataReport
 from mlx_sft.data.screening import SIGN_MEANINGS
-from mlx_sft.inspection.selection import SurveyedRows
+from mlx_sft.data.source_report import fates, reasons
 
 
-def table(report: DataReport, whole: Sequence[Examples], rows: SurveyedRows, max_length: int) -> dict[str, Any]:
+def table(report: DataReport, whole: Sequence[Examples], max_length: int) -> dict[str, Any]:
     """What `inspect` says of the data as a whole.
 
     Args:
         report: Of the data within max_length.
         whole: The examples of each part before anything was cut or dropped for its length.
-        rows: The rows within max_length.
     """
     lengths = np.concatenate([examples.lengths for examples in whole])
     supervised = np.concatenate([examples.supervised_tokens for examples in whole])
@@ -49,15 +50,21 @@ def table(report: DataReport, whole: Sequence[Examples], rows: SurveyedRows, max
         "too_long": {
             "examples": int((lengths > max_length).sum()),
             "split": report.split,
-            "tokens_lost": tokens - train.tokens - valid.tokens,
-            "supervised_tokens_lost": report.supervised_tokens_lost,
+            "tokens_lost": report.tokens.cut_off.all + report.tokens.dropped.all,
+            "supervised_tokens_lost": report.tokens.supervised_lost,
         },
-        "duplicates": _duplicates(rows),
+        "token_columns": report.tokens.to_json(),
+        "duplicates": {
+            "count": train.duplicates + valid.duplicates,
+            "origins": first_of([train.first_duplicates, valid.first_duplicates]),
+        },
         "longest": _longest(whole),
         "signs": _signs([train, valid]),
+        "keys": columns(report.keys),
         "unused_keys": [key.to_json() for key in unused_keys(report.keys)],
         "reasons": reasons(note for source in report.sources for note in source.notes),
         "template": asdict(report.facts),
+        "findings": [finding.to_json() for finding in report.findings()],
         "warnings": report.warnings(),
     }
 
@@ -69,16 +76,6 @@ def _part(part: PartReport) -> dict[str, Any]:
         "supervised_tokens": part.supervised_tokens,
         "supervised_share": round(part.supervised_share, 4),
     }
-
-
-def _duplicates(rows: SurveyedRows) -> dict[str, Any]:
-    count = 0
-    origins: dict[str, None] = {}  # the turns of a row share its origin
-    for part, examples in rows.parts.items():
-        later = np.flatnonzero(rows.first_equals[part] != np.arange(len(examples)))
-        count += len(later)
-        origins |= dict.fromkeys(examples.row_origin(index) for index in later[: 4 * ORIGINS_NAMED].tolist())
-    return {"count": count, "origins": list(origins)[:ORIGINS_NAMED]}
 
 
 def _longest(whole: Sequence[Examples]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from mlx_sft.console import Look
-from mlx_sft.data.report import many
+from mlx_sft.data.findings import many
 from mlx_sft.inspection.rows import ShownExample, ShownRow
 
 Pieces = Iterator[tuple[str, Look]]
@@ -33,6 +33,8 @@ def row_pieces(row: ShownRow, *, whole: bool) -> Pieces:
         yield f"  {', '.join(row.signs)}", "warning"
     if row.duplicate_of:
         yield f"  equals {row.duplicate_of}", "warning"
+    if others := [name for name in row.findings if name != "left-out"]:
+        yield f"  {', '.join(others)}", "warning"
     if row.left_out:
         yield f"  turns of which the template leaves out words: {row.left_out}", "warning"
     yield "\n", "plain"
@@ -121,6 +123,8 @@ def _facts(table: dict[str, Any]) -> Pieces:
         "to train on": f"{many(train['examples'], one)}, {many(train['tokens'], 'token')}, "
         f"{train['supervised_share']:.0%} supervised",
         "held out": f"{many(valid['examples'], one)}, {many(valid['tokens'], 'token')}" if valid["examples"] else "",
+        "tokens": _columns(table["token_columns"]),
+        "keys": "; ".join(f"of a {owner}: {_columns(counts)}" for owner, counts in table["keys"].items()),
         "lengths": "  ".join(f"{_percent(name)} {value:,}" for name, value in lengths.items()),
         "too long": _too_long(table),
         "duplicates": _with_origins(table["duplicates"]),
@@ -131,6 +135,22 @@ def _facts(table: dict[str, Any]) -> Pieces:
         if value:
             yield f"{name:{width}}  ", "faint"
             yield f"{value}\n", "plain"
+
+
+def _columns(counts: dict[str, Any]) -> str:
+    """`1,000 = 400 trained on + 600 context`; each is in one column."""
+    shown: dict[str, int] = {}
+    for name, count in counts.items():
+        if isinstance(count, int):
+            shown[name] = count
+        else:
+            where = name.replace("_", " ")
+            shown |= {
+                where: count["supervised"],
+                "context" if name == "trained_on" else f"{where}, context": count["context"],
+            }
+    columns = (f"{count:,} {name}" for name, count in shown.items() if count and name not in ("all", "first_of_pieces"))
+    return f"{shown['all']:,} = {' + '.join(columns)}"
 
 
 def _percent(name: str) -> str:

@@ -18,7 +18,7 @@ from mlx_sft.data.conversation import Conversation, Item, conversation_of
 from mlx_sft.data.dataset import Store, pack
 from mlx_sft.data.example import Example
 from mlx_sft.data.formats import RowFormat
-from mlx_sft.data.key_counts import MOST_KEYS, OTHERS, KeyCount, KeyCounts, KeyUse, in_words, unused_keys
+from mlx_sft.data.key_counts import MOST_KEYS, OTHERS, KeyCount, KeyCounts, KeyUse, columns, in_words, unused_keys
 from mlx_sft.data.keys import KeyRules, typo_of
 from mlx_sft.data.messages import read_messages
 from mlx_sft.data.pipeline import Pipeline
@@ -68,8 +68,14 @@ def read(*rows: dict[str, Any], columns: dict[str, str] | None = None, **rules: 
     return pack(pipeline.process(Row(f"chats.jsonl:{line}", row)) for line, row in enumerate(rows, 1))
 
 
+THEMSELVES = {"message role", "message content", "call type", "call function", "call name", "call arguments"}
+
+
 def uses(store: Store) -> dict[str, str]:
-    return {count.key if count.of == "row" else f"{count.of} {count.key}": count.use for count in store.keys}
+    """Of all keys but those that make a message or a call one, which are read."""
+    found = {count.key if count.of == "row" else f"{count.of} {count.key}": count.use for count in store.keys}
+    assert {found.pop(name) for name in THEMSELVES & found.keys()} <= {"read"}
+    return found
 
 
 def reason(store: Store) -> tuple[str, str]:
@@ -83,19 +89,20 @@ def test_a_key_is_read_where_something_asks_for_it_and_unused_else() -> None:
     assert uses(store) == {
         **dict.fromkeys(("messages", "system", "functions", "message weight"), "read"),
         **dict.fromkeys(("source", "message mood", "message name"), "unused"),
+        **dict.fromkeys(("title", "message id"), "null"),
     }
     assert not store.lost
 
 
 def test_the_keys_of_a_glaive_row_are_counted_as_those_of_others() -> None:
     store = read({"system": "SYSTEM: Hm.", "chat": "USER: Hi\nASSISTANT: Hello", "id": 1, "tool": None})
-    assert uses(store) == {"system": "read", "chat": "read", "id": "unused"}
+    assert uses(store) == {"system": "read", "chat": "read", "id": "unused", "tool": "null"}
 
 
 def test_a_message_key_is_read_by_a_template_that_names_it() -> None:
     rules = KeyRules.of("{% for m in messages %}{{ m.name }}{{ m['mood'] }}{{ 'place' in m }}{% endfor %}")
     assert {"name", "mood", "place"} <= rules.of_template
-    assert not rules.whole_calls
+    assert not rules.whole
     row = {"messages": [USER, {**ASSISTANT, "name": "Ada", "mood": "good", "idea": 1}]}
     found = uses(read(row, of_template=rules.of_template))
     assert found == {"messages": "read", "message name": "read", "message mood": "read", "message idea": "unused"}
@@ -109,11 +116,137 @@ def test_the_keys_of_calls_are_judged_too() -> None:
     row = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
     counted = {"messages": "read", "message tool_calls": "read", "call id": "read"}
     assert uses(read(row)) == counted | {"call index": "unused", "call strict": "unused"}
-    whole = KeyRules.of("{% for call in messages[0].tool_calls %}{{ call | tojson }}{% endfor %}").whole_calls
-    assert whole
-    assert KeyRules.of("{{ call.function | tojson }}").whole_calls
-    assert not KeyRules.of("{{ call.arguments | tojson }}").whole_calls
-    assert uses(read(row, whole_calls=True)) == counted | {"call index": "read", "call strict": "read"}
+    whole = KeyRules.of("{% for call in messages[0].tool_calls %}{{ call | tojson }}{% endfor %}").whole
+    assert whole == {"call"}
+    assert KeyRules.of("{{ call.function | tojson }}").whole == {"call"}
+    assert not KeyRules.of("{{ call.arguments | tojson }}").whole
+    assert uses(read(row, whole=whole)) == counted | {"call index": "read", "call strict": "read"}
+
+
+def test_the_keys_of_content_parts_are_judged_too() -> None:
+    cached = {"cache_control": {"type": "ephemeral"}}
+    call = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
+    answer = {
+        "type": "tool_result",
+        "tool_use_id": "1",
+        "content": [{"type": "text", "text": "6", "lang": "en"}],
+        "is_error": None,
+    }
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi", **cached}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}, {**call, **cached}],
+        },
+        {"role": "user", "content": [answer]},
+        ASSISTANT,
+    ]
+    store = read({"system": [{"type": "text", "text": "Be brief"}], "messages": messages})
+    counts = {(count.key, count.use): count.count for count in store.keys if count.of == "part"}
+    assert counts == {
+        ("type", "read"): 6,
+        ("text", "read"): 3,
+        **dict.fromkeys([(key, "read") for key in ("thinking", "id", "name", "input", "tool_use_id", "content")], 1),
+        ("cache_control", "unused"): 2,
+        **dict.fromkeys((("signature", "unused"), ("lang", "unused"), ("is_error", "null")), 1),
+    }
+    what, _ = reason(
+        read({"messages": [USER, {**ASSISTANT, "content": [{**call, "input": None, "inputs": {"n": 1}}]}]})
+    )
+    assert what == "messages[1].content[0] has the key 'inputs', which nothing reads; did you mean \"input\"?"
+
+
+def test_the_keys_of_tools_are_judged_too() -> None:
+    tools = [{"name": "f", "strict": True, "parameters": None}, {"type": "function", "function": {"name": "g"}}]
+    found = uses(read({**CHAT, "tools": json.dumps(tools)}))
+    assert found == {
+        "messages": "read",
+        "tools": "read",
+        **dict.fromkeys(("tool name", "tool type", "tool function"), "read"),
+        "tool strict": "unused",
+        "tool parameters": "null",
+    }
+    for template in ("{% for t in tools %}{{ t | tojson }}{% endfor %}", "{{ tools }}", "{{ tools[0].strict }}"):
+        rules = KeyRules.of(template)
+        assert (
+            uses(read({**CHAT, "tools": tools}, of_template=rules.of_template, whole=rules.whole))["tool strict"]
+            == "read"
+        )
+    assert KeyRules.of("{{ messages | tojson }}").whole == frozenset()
+
+
+def test_the_keys_of_a_row_that_cannot_be_read_are_bad() -> None:
+    rows = [
+        {**CHAT, "source": None},
+        {"messages": [{**USER, "id": 1}], "id": 1},
+        {"words": 1, "n": None},
+        {"text": "a"},
+    ]
+    store = read(*rows)
+    assert [lost.number for lost in store.lost] == [1, 2]
+    counts = [(count.of, count.key, count.count) for count in store.keys if count.use == "bad"]
+    assert counts == [("row", key, 1) for key in ("messages", "id", "words", "n")]
+
+
+def test_a_key_of_the_rows_own_that_another_column_is_read_for_is_unused() -> None:
+    row = {"messages": None, "prompt": "p", "question": "Hi", "answer": "Yes"}
+    store = read(row, columns={"user": "question", "assistant": "answer"})
+    assert uses(store) == {"messages": "null", "prompt": "unused", "question": "read", "answer": "read"}
+
+
+def test_rows_that_hold_their_conversation_as_text_or_apart_have_no_messages_of_their_own() -> None:
+    call = {"name": "f", "arguments": {}, "id": "1", "mood": 1}
+    glaive = {
+        "system": 'SYSTEM: Use {"name": "f", "mood": 1}',
+        "chat": 'USER: Hi\n\nASSISTANT: <functioncall> {"name": "f", "mood": 1} <|endoftext|>',
+        "mood": 1,
+    }
+    rows: list[dict[str, Any]] = [
+        {"instruction": "Hi", "output": "Yes", "history": [["a", "b"]]},
+        {"prompt": "Hi", "completion": "Yes", "reasoning": "Hm."},
+        {"query": "Hi", "answers": [call], "tools": []},
+        glaive,
+    ]
+    stores = [read(row) for row in rows]
+    assert [{(count.of, count.key) for count in store.keys if count.of != "row"} for store in stores] == [
+        set(),
+        set(),
+        {("call", key) for key in call},
+        {("tool", "name"), ("tool", "mood"), ("call", "name"), ("call", "mood")},
+    ]
+    assert uses(stores[3])["mood"] == "unused"
+
+
+def test_messages_that_are_read_twice_keep_their_places_and_are_counted_once() -> None:
+    def read_with_greeting(row: Row) -> Conversation:
+        turns = read_messages(row.value["turns"], "turns")
+        return conversation_of(row, read_messages([{"role": "system", "content": "Hi"}, *turns], "all", ["turns"] * 3))
+
+    with FORMATS.registered("turns", RowFormat("turns", ("turns",), (), "{}", read_with_greeting)):
+        assert columns(read({"turns": [USER, ASSISTANT]}).keys)["message"]["all"] == 4
+        assert reason(read({"turns": [USER, {**ASSISTANT, "wieght": 1}]}))[0].startswith("turns[1] has the key")
+
+
+def test_a_key_is_named_by_its_place_in_the_row_as_it_is_written() -> None:
+    flat = [
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Let me see."},
+        {"from": "function_call", "value": '{"name": "f"}'},
+        {"from": "function_call", "value": '{"name": "f"}'},
+        {"from": "observation", "value": "6"},
+        {"from": "gpt", "value": "Six.", "wieght": 1},
+    ]
+    assert reason(read({"conversations": flat, "system": "Be brief"}))[0].startswith("conversations[5] has the key")
+    flat[3] |= {"wieght": 1}  # type: ignore[dict-item]
+    assert reason(read({"conversations": flat}))[0].startswith("conversations[3] has the key 'wieght'")
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "6"}
+    messages = [USER, ASSISTANT, {"role": "user", "content": [result, result, {"type": "text", "text": "So?"}]}]
+    answer = {**ASSISTANT, "wieght": 1}
+    assert reason(read({"messages": [*messages, answer]}))[0].startswith("messages[3] has the key 'wieght'")
+    messages[2]["content"][2] = {"type": "image"}  # type: ignore[index]
+    assert reason(read({"messages": [*messages, ASSISTANT]}))[0].startswith("messages[2].content[2] is not a text part")
+    row = {"system": "Be brief", "messages": [USER, {**ASSISTANT, "weight": -1}]}
+    assert reason(read(row))[0].startswith("weight of messages[1] must be")
 
 
 @pytest.mark.parametrize("call", [{"name": "f"}, {"name": "f", "arguments": {}}, {"function": {"name": "f"}}])
@@ -123,22 +256,23 @@ def test_a_calls_misspelt_arguments_are_an_error(call: dict[str, Any]) -> None:
         call | {"function": holder | {"argument": {"n": 1}}} if "function" in call else call | {"argument": {"n": 1}}
     ]
     what, _ = reason(read({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}))
-    assert what == "a call of message 1 has the key 'argument', which nothing reads; did you mean \"arguments\"?"
+    place = "messages[1].tool_calls[0]" + (".function" if "function" in call else "")
+    assert what == f"{place} has the key 'argument', which nothing reads; did you mean \"arguments\"?"
 
 
 @pytest.mark.parametrize(
     ("row", "place", "key", "meant"),
     [
-        ({"messages": [USER, {**ASSISTANT, "wieght": 0}]}, "message 1", "wieght", "weight"),
-        ({"messages": [USER, {**ASSISTANT, "trian": False}]}, "message 1", "trian", "train"),
-        ({"messages": [USER, {**ASSISTANT, "tool_call": []}]}, "message 1", "tool_call", "tool_calls"),
+        ({"messages": [USER, {**ASSISTANT, "wieght": 0}]}, "messages[1]", "wieght", "weight"),
+        ({"messages": [USER, {**ASSISTANT, "trian": False}]}, "messages[1]", "trian", "train"),
+        ({"messages": [USER, {**ASSISTANT, "tool_call": []}]}, "messages[1]", "tool_call", "tool_calls"),
         (
             {"messages": [USER, {**ASSISTANT, "reasoning_contents": ""}]},
-            "message 1",
+            "messages[1]",
             "reasoning_contents",
             "reasoning_content",
         ),
-        ({"messages": [USER, {**ASSISTANT, "Loss": False}]}, "message 1", "Loss", "loss"),
+        ({"messages": [USER, {**ASSISTANT, "Loss": False}]}, "messages[1]", "Loss", "loss"),
         ({**CHAT, "tool": []}, "the row", "tool", "tools"),
         ({**CHAT, "Tools": []}, "the row", "Tools", "tools"),
         ({**CHAT, "chat_template_kwarg": {}}, "the row", "chat_template_kwarg", "chat_template_kwargs"),
@@ -183,7 +317,7 @@ def test_no_key_of_public_metadata_is_taken_for_a_misspelling() -> None:
 )
 def test_a_name_of_another_program_for_what_is_not_trained_on_is_an_error(key: str, meant: str) -> None:
     row = {"messages": [USER, {**ASSISTANT, key: True}]}
-    assert reason(read(row))[0] == f'message 1 has the key {key!r}, which nothing reads; did you mean "{meant}"?'
+    assert reason(read(row))[0] == f'messages[1] has the key {key!r}, which nothing reads; did you mean "{meant}"?'
     assert not read(row, ignore_unknown=True).lost
 
 
@@ -267,7 +401,8 @@ def test_a_row_of_preferences_is_refused_with_a_way_out(messages: list[Any], rej
     what, hint = reason(store)
     assert what.startswith("a row of preferences, by its `rejected`")
     assert "--objective sft" in hint
-    assert uses(store) == {"messages": "read", "rejected": "refused", "label": "refused"}
+    could_be_read = "read" if ASSISTANT in messages else "bad"
+    assert uses(store) == {"messages": could_be_read, "rejected": "refused", "label": "refused"}
     compares = type("Compares", (), {"compares": True})
     with OBJECTIVES.registered("pairs", compares):
         _, hint = reason(read(row))
@@ -312,6 +447,7 @@ def test_the_messages_that_the_texts_of_a_row_have_in_common_are_counted_once() 
         counts = {(count.of, count.key): count.count for count in read(row).keys}
     assert counts == {
         **dict.fromkeys((("row", "asked"), ("row", "good"), ("row", "poor"), ("message", "mood")), 1),
+        **dict.fromkeys((("message", "role"), ("message", "content")), 3),
         ("message", "rank"): 2,
     }
 
@@ -390,10 +526,11 @@ def test_every_key_is_read_refused_or_unused_and_the_counts_are_those_of_the_inp
 ) -> None:
     given_keys: Counter[tuple[str, str]] = Counter()
     for row in rows:
-        given_keys.update(("row", key) for key, value in row.items() if value is not None)
+        given_keys.update(("row", key) for key in row)
         for message in row["messages"]:
-            keys = [key for key, value in message.items() if value is not None and value != []]
-            given_keys.update(("message", key) for key in keys if key not in ("role", "content"))
+            given_keys.update(("message", key) for key in message)
+        for tool in row.get("tools", []):
+            given_keys.update(("tool", key) for key in tool)
     store = read(*rows, ignore_unknown=ignore)
     counted: Counter[tuple[str, str]] = Counter()
     for count in store.keys:
@@ -454,6 +591,6 @@ def test_the_summary_tells_which_rows_say_what_they_weigh(
     row = {"prompt": "a", "completion": "b"}
     data = write_rows({**row, "weight": 0.5}, {**row, "weight": 2}, {**row, "train": False}, row)
     report = prepare(TrainConfig(data=data), tokenizer).report
-    assert report.summary()["row weights"] == "weight (2 rows)"
+    assert report.summary()["row weights"] == "weight (2 rows), train (1 row)"
     assert report.summary()["rows"] == "3 to train on, 0 held out, 1 dropped"
     assert "row weights" not in prepare(TrainConfig(data=write_rows(row)), tokenizer).report.summary()

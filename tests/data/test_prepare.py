@@ -268,7 +268,7 @@ def test_text_is_split_where_nothing_is_said_and_conversations_are_cut(
     prepared = run(tokenizer, [str(text), chats], max_length=100)
     book, _ = prepared.report.sources
     assert (book.rows, book.kept, book.split, book.truncated, book.examples) == (1, 1, 1, 0, 6)
-    assert (book.supervised_tokens_lost, prepared.report.truncated, prepared.report.split) == (0, 1, 1)
+    assert (book.tokens.supervised_lost, prepared.report.truncated, prepared.report.split) == (0, 1, 1)
     pieces = [one for one in prepared.train if one.origin.startswith(str(text))]
     assert [one.origin for one in pieces] == [f"{text}:1#{number}" for number in range(1, 7)]
     decoded = [str(tokenizer.decode(one.token_ids)) for one in pieces]
@@ -357,7 +357,7 @@ def test_more_than_a_twentieth_of_the_supervised_tokens_lost_is_warned_of(
     (warning,) = run(tokenizer, data, max_length=900).report.warnings()
     assert warning == (
         "120 of 1,004 supervised tokens (12%) are lost, as their rows are longer than 900 tokens; "
-        "raise --max-length to train on them"
+        f"raise --max-length to train on them (first {data}:2)"
     )
     assert run(tokenizer, data, max_length=1000).report.warnings() == []
 
@@ -573,6 +573,50 @@ def test_the_report_adds_up_and_is_json(tokenizer: PreTrainedTokenizerFast, long
     (source,) = report["sources"]
     assert (source["supervised_tokens"], source["supervised_tokens_lost"]) == (109, 65)
     assert report["supervised_tokens_lost"] == 65
+    columns = report["tokens"]
+    assert columns["all"] == sum(
+        sum(columns[name].values()) for name in ("trained_on", "held_out", "cut_off", "dropped")
+    )
+    assert columns["trained_on"]["supervised"] == 109 - 65
+    assert columns["cut_off"]["supervised"] + columns["dropped"]["supervised"] == 65
+    assert columns["trained_on"]["supervised"] + columns["trained_on"]["context"] == train["tokens"]
+
+
+def test_what_would_spoil_a_run_is_named_with_its_first_rows(
+    make_tokenizer: Any, public_template: Any, write_rows: WriteRows
+) -> None:
+    qwen3 = make_tokenizer(public_template("qwen3"))
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    plain = {"messages": [user, answer]}
+    asked = {"messages": [user, answer, user], "id": 1}
+    tool = {"messages": [user, answer, {"role": "tool", "content": "6"}]}
+    in_a_row = {"messages": [user, answer, answer]}
+    data = write_rows(plain, asked, tool, in_a_row, plain)
+    report = run(qwen3, data, valid=write_rows({"messages": [answer, user, answer]}, plain, name="valid.jsonl")).report
+    found = {one.name: (one.count, [origin.rpartition("/")[2] for origin in one.first]) for one in report.findings()}
+    assert found == {
+        "consecutive-turns": (1, ["chats.jsonl:4"]),
+        "unanswered": (2, ["chats.jsonl:2", "chats.jsonl:3"]),
+        "also-in-train": (1, ["valid.jsonl:2"]),
+        "duplicate": (1, ["chats.jsonl:5"]),
+        "unused-keys": (1, ["chats.jsonl:2"]),
+    }
+    assert len(report.warnings()) == 3  # one duplicate, and a key that nothing reads, are for those who look
+
+
+def test_tokens_that_are_held_out_are_told_from_those_that_are_trained_on(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows
+) -> None:
+    data = [write_rows(*(chat(f"{name}{n}") for n in range(10)), name=f"{name}.jsonl") for name in "ab"]
+    for settings in ({"valid_fraction": 0.3}, {"valid": write_rows(chat("c"), name="c.jsonl")}, {}):
+        prepared = run(tokenizer, data, **settings)
+        tokens = prepared.report.tokens
+        assert tokens.trained_on.all == prepared.report.train.tokens
+        assert tokens.held_out.all == prepared.report.valid.tokens
+        assert tokens.trained_on.supervised == prepared.report.train.supervised_tokens
+        sources = [source.tokens for source in prepared.report.sources]
+        assert [bool(source.held_out.all) for source in sources][2:] == ([True] if "valid" in settings else [])
+        assert all(source.trained_on.all for source in sources[:2])
 
 
 def test_the_wwdc25_rows_under_the_real_qwen3_tokenizer(neighbour: Callable[[str], Path]) -> None:

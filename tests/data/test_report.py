@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from mlx_sft.data.dataset import Examples, pack
 from mlx_sft.data.example import Example, Note, Outcome
+from mlx_sft.data.findings import FACT_FINDINGS
+from mlx_sft.data.key_counts import KeyCount
 from mlx_sft.data.lengths import histogram, length_summary
-from mlx_sft.data.report import DataReport, PartReport, SourceReport, reasons
+from mlx_sft.data.part_report import PartReport
+from mlx_sft.data.report import DataReport
+from mlx_sft.data.source_report import SourceReport, reasons
 from mlx_sft.data.template import Facts
+from mlx_sft.data.token_counts import TokenCounts, Tokens
 
 pytestmark = pytest.mark.fast
 
@@ -106,6 +112,52 @@ def test_what_the_template_does_is_warned_of_once_with_counts(facts: Facts, word
     assert words in warning
 
 
+def test_every_field_of_facts_that_is_told_is_one_of_them_and_told_once() -> None:
+    names = {field.name for field in fields(Facts)}
+    assert {one.fact for one in FACT_FINDINGS} <= names
+    assert {one.of for one in FACT_FINDINGS} <= names | {"", "rows"}
+    kinds = [one.name for one in FACT_FINDINGS]
+    assert len(set(kinds)) == len(kinds)
+
+
+def test_a_finding_names_the_first_rows_and_is_told_where_it_is_counted() -> None:
+    origins = [f"c:{line}" for line in range(1, 21)]
+    told = report(kept=30, facts=Facts(turns=60, unanswered=20), first={"unanswered": origins})
+    (finding,) = told.findings()
+    assert (finding.name, finding.count, finding.of) == ("unanswered", 20, 30)
+    assert finding.first == origins[:10]
+    (warning,) = told.warnings()
+    assert warning.startswith("20 of 30 rows without the assistant's last word")
+    assert warning.endswith(" (first c:1, c:2, c:3, …)")
+    assert told.to_json()["findings"] == [finding.to_json()]
+    assert told.to_json()["warnings"] == [warning]
+
+
+def test_the_first_rows_of_several_sources_are_named_in_their_order_and_once() -> None:
+    told = report(facts=Facts(turns=4, turns_without_end=1), first={"turns_without_end": ["a:1"]})
+    facts = Facts(turns=4, turns_without_end=2)
+    told.sources.append(SourceReport("b", None, "text", facts=facts, first={"turns_without_end": ["a:1", "b:1"]}))
+    assert told.findings()[0].first == ["a:1", "b:1"]
+    assert told.findings()[0].count == 3
+
+
+def test_a_few_duplicates_and_a_few_lost_tokens_are_findings_and_no_warnings() -> None:
+    train = part(*(example(10, f"a:{fill}", fill=fill) for fill in range(50)), example(10, "a:51", fill=3))
+    tokens = TokenCounts(trained_on=Tokens(99, 1), cut_off=Tokens(1, 0))
+    told = report(
+        train,
+        tokens=tokens,
+        keys=[KeyCount("row", "id", "unused", 3, "a:2"), KeyCount("row", "text", "read", 4, "a:1")],
+    )
+    assert [(one.name, one.count, one.of, one.warns) for one in told.findings()] == [
+        ("too-long", 1, 100, False),
+        ("duplicate", 1, 51, False),
+        ("unused-keys", 3, 7, False),
+    ]
+    assert [one.first for one in told.findings()[1:]] == [["a:51"], ["a:2"]]
+    assert told.warnings() == []
+
+
 def test_the_form_in_which_calls_are_given_to_the_template_is_told() -> None:
     told = report(facts=Facts(turns=4, arguments_as_text=3, contents_as_null=2))
     assert told.warnings() == []
@@ -121,7 +173,7 @@ def test_append_eos_is_offered_where_it_is_not_taken() -> None:
 
 def test_rows_that_are_shared_or_repeated_are_warned_of() -> None:
     warnings = report(part(*[example(10)] * 4), shared=2).warnings()
-    assert warnings[0] == "2 validation rows are also training rows"
+    assert warnings[0].startswith("2 validation rows are also training rows, ")
     assert warnings[1].startswith("3 of 4 training rows equal an earlier one")
 
 
@@ -145,7 +197,7 @@ def test_the_short_form_says_what_is_trained_on_and_what_is_lost() -> None:
 def test_examples_are_told_from_rows_where_a_row_gives_several() -> None:
     turns = report(part(*[example(10)] * 6), kept=4, examples=6, shared=1)
     assert turns.summary()["rows"] == "4 kept; 6 examples to train on, 0 held out"
-    assert turns.warnings()[0] == "1 validation example is also a training example"
+    assert turns.warnings()[0].startswith("1 validation example is also a training example, ")
     assert turns.warnings()[1].startswith("5 of 6 training examples equal an earlier one")
 
 

@@ -80,7 +80,7 @@ def test_the_pieces_of_a_text_are_its_tokens_each_once(
     wholes = [example for index, text in enumerate(texts) for example in encoder.encode(Document(f"a:{index}", text))]
     examples = Examples([pack(Outcome(whole.origin, [whole]) for whole in wholes)])
     truncation = truncate(examples, longest, None)
-    assert (truncation.notes, truncation.supervised_tokens_lost) == ([], 0)
+    assert (truncation.notes, truncation.tokens.supervised_lost) == ([], 0)
     assert truncation.split == sum(len(whole) > longest for whole in wholes)
     assert all(len(piece) <= longest for piece in truncation.examples)
     for row, whole in enumerate(wholes):
@@ -103,7 +103,7 @@ def test_what_may_not_be_split_is_truncated_or_refused(tokenizer: PreTrainedToke
     both = truncate(examples, 20, None)
     assert [len(one) for one in both.examples] == [20, 11, 20]
     assert [(number, note.fate) for number, note in both.notes] == [(1, "truncated")]
-    assert (both.split, both.supervised_tokens_lost) == (1, 30)
+    assert (both.split, both.tokens.supervised_lost) == (1, 30)
     with pytest.raises(Exception, match="50 tokens, where max_length is 20, and only text can be split"):
         truncate(examples, 20, "split")
     noted = truncate(examples, 20, "split", strict=False)

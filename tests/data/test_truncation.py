@@ -43,6 +43,6 @@ def test_every_supervised_token_is_left_or_counted_as_lost(
 ) -> None:
     truncation = truncate(examples_of(rows), max_length, overlong, compared=compared)  # type: ignore[arg-type]
     supervised = sum(int(np.count_nonzero(one.loss_weights)) for one in truncation.examples)
-    assert supervised + truncation.supervised_tokens_lost == sum(w != 0 for row in rows for turn in row for w in turn)
+    assert supervised + truncation.tokens.supervised_lost == sum(w != 0 for row in rows for turn in row for w in turn)
     assert all(len(one) <= max_length and one.supervised_tokens for one in truncation.examples)
     assert bool(truncation.notes) == any(len(turn) > max_length for row in rows for turn in row)

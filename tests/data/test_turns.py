@@ -100,7 +100,7 @@ def test_turns_in_a_row_are_kept_and_counted_joined_or_refused(tokenizer: PreTra
     assert whole.messages == [USER, says("One.\n\nTwo."), *IN_A_ROW[3:]]
     facts = [Encoder(tokenizer).encode(item)[0].facts for item in (kept, whole)]
     assert [(fact.turns, fact.consecutive_turns) for fact in facts] == [(3, 1), (2, 0)]
-    with pytest.raises(UserError, match="messages 1 and 2 are assistant turns in a row") as caught:
+    with pytest.raises(UserError, match=r"messages\[1\] and messages\[2\] are assistant turns in a row") as caught:
         read(*IN_A_ROW, choice="error")
     assert caught.value.where == "chats.jsonl:4"
     assert "--consecutive-turns join" in caught.value.hint
@@ -117,6 +117,18 @@ def test_a_template_that_wants_turns_to_alternate_is_told_the_way_out(make_token
     Encoder(alternating).encode(read(*IN_A_ROW, choice="join"))
 
 
+def test_turns_are_named_by_their_place_in_the_row_as_it_is_written() -> None:
+    messages = [USER, says("Let me see."), calls("f"), TOOL, says("One."), says("Two.")]
+    with pytest.raises(UserError, match=r"messages\[4\] and messages\[5\] are assistant turns in a row"):
+        read(*messages, choice="error", system="Be brief")
+    whole = read(*messages, choice="join", system="Be brief")
+    assert whole.places == ("system", "messages[0]", "messages[1]", "messages[3]", "messages[4]")
+    with pytest.raises(UserError, match=r"messages\[3\] goes on with the turn before it"):
+        read(USER, says("A"), calls("f"), calls("g", weight=0.5))
+    with pytest.raises(UserError, match=r"train of messages\[1\] must be true or false"):
+        read(USER, says("A", train="no"), calls("f"))
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -127,7 +139,7 @@ def test_a_template_that_wants_turns_to_alternate_is_told_the_way_out(make_token
     ],
 )
 def test_what_one_turn_cannot_say_is_not_joined(messages: list[dict[str, Any]], reason: str) -> None:
-    with pytest.raises(UserError, match=f"messages 1 and 2 {reason}"):
+    with pytest.raises(UserError, match=rf"messages\[1\] and messages\[2\] {reason}"):
         read(USER, *messages, choice="join")
     assert len(read(USER, *messages).messages) == 3
 

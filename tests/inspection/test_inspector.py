@@ -283,6 +283,50 @@ def test_the_table_tells_signs_duplicates_and_reasons_with_origins(look: Look, d
     assert table["longest"][0]["origin"] == f"{data}:6"
 
 
+def test_what_would_spoil_a_run_is_told_with_its_rows_which_can_be_shown(
+    look: Look, tmp_path: Path, data: Path
+) -> None:
+    question, answer = ({"role": role, "content": "the cat"} for role in ("user", "assistant"))
+    lines = [
+        {"messages": [question, answer, question]},
+        {"messages": [question, answer, answer]},
+        {"messages": [question, answer]},
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    valid = tmp_path / "valid.jsonl"
+    valid.write_text(json.dumps(lines[2]) + "\n")
+    inspection = look(valid=str(valid))
+    found = {one["name"]: one["first"] for one in inspection.table["findings"]}
+    assert found == {"unanswered": [f"{data}:1"], "consecutive-turns": [f"{data}:2"], "also-in-train": [f"{valid}:1"]}
+    assert [row.findings for row in inspection.rows] == [
+        ("unanswered",),
+        ("consecutive-turns",),
+        (),
+        ("also-in-train",),
+    ]
+    for name, origins in found.items():
+        assert [row.origin for row in look(valid=str(valid), only=name).rows] == origins
+    assert len(inspection.table["warnings"]) == 3
+    assert all(
+        warning.endswith(f"(first {found[name][0]})")
+        for name, warning in zip(
+            ("consecutive-turns", "unanswered", "also-in-train"), inspection.table["warnings"], strict=True
+        )
+    )
+
+
+def test_the_columns_of_keys_and_tokens_add_up(look: Look) -> None:
+    for settings in ({}, {"overlong": "drop"}, {"valid_fraction": 0.3}):
+        table = look(**settings).table
+        tokens = table["token_columns"]
+        parts = [tokens[name] for name in ("trained_on", "held_out", "cut_off", "dropped")]
+        assert table["tokens"] == tokens["all"] == sum(part["supervised"] + part["context"] for part in parts)
+        assert table["supervised_tokens"] == sum(part["supervised"] for part in parts)
+        assert table["train"]["tokens"] == sum(tokens["trained_on"].values())
+        assert {owner: counts["all"] for owner, counts in table["keys"].items()} == {"row": 8, "message": 32}
+        assert all(2 * counts["all"] == sum(counts.values()) for counts in table["keys"].values())
+
+
 def test_data_of_which_nothing_is_kept_can_be_looked_at(look: Look, data: Path) -> None:
     data.write_text("{}\n[]\n")
     inspection = look()
@@ -297,7 +341,7 @@ def test_the_machine_form_is_json_with_the_documented_keys(look: Look) -> None:
     (row,) = record["rows"]
     assert row.keys() == {
         *("origin", "source", "part", "fate", "reason", "hint", "signs", "duplicate_of", "turns_with_text_left_out"),
-        *("tokens", "supervised_tokens", "examples", "raw"),
+        *("findings", "tokens", "supervised_tokens", "examples", "raw"),
     }
     (example,) = row["examples"]
     assert len(example["pieces"]) == len(example["token_ids"]) == len(example["weights"]) == example["tokens"]

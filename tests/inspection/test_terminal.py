@@ -137,7 +137,7 @@ def test_keys_that_nothing_reads_are_listed_with_what_was_probably_meant(
     data.write_text("".join(json.dumps({"messages": messages, "id": number}) + "\n" for number in range(2)))
     bad = look().rows[0]
     assert bad.fate == "bad"
-    assert bad.reason == "message 1 has the key 'wieght', which nothing reads; did you mean \"weight\"?"
+    assert bad.reason == "messages[1] has the key 'wieght', which nothing reads; did you mean \"weight\"?"
     inspection = look(ignore_unknown_keys=True)
     assert [row.fate for row in inspection.rows] == ["kept", "kept"]
     inspection.show(Console())

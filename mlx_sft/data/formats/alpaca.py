@@ -14,10 +14,12 @@ def read(row: Row) -> Conversation:
     if not isinstance(history, list):
         raise ValueError(f"history must be a list of [question, answer] pairs, not {kind(history)}")
     messages: list[Message] = []
+    places: list[str] = []
     for index, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f'history[{index}] is not a pair, such as ["question", "answer"]')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        places += [f"history[{index}][0]", f"history[{index}][1]"]
     given = text_of(row, "input")
     if not given and not is_blank(row.value.get("context")):
         what = "the instruction may be about the row's `context`, and nothing says where that goes"
@@ -26,7 +28,7 @@ def read(row: Row) -> Conversation:
         asked_with(text_of(row, "instruction"), given),
         answer_of(row, text_of(row, "output")),
     ]
-    return conversation_of(row, read_messages(messages, "messages"))
+    return conversation_of(row, read_messages(messages, "messages", [*places, "instruction", "output"]))
 
 
 def asked_with(instruction: str, given: str) -> Message:

@@ -28,12 +28,13 @@ def read(row: Row) -> Conversation:
     before, *turns = _TURN.split(text_of(row, "chat"))
     if before.strip() or not turns:
         raise ValueError("chat does not begin with USER: or ASSISTANT:, as the turns of such a text do")
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
+    places = [f"chat, turn {number}" for number in range(1, len(pairs) + 1)]
     messages: list[Message] = [
-        _message(role, text.strip(), f"chat, turn {number}")
-        for number, (role, text) in enumerate(zip(turns[::2], turns[1::2], strict=True), 1)
+        _message(role, text.strip(), place) for (role, text), place in zip(pairs, places, strict=True)
     ]
     words, tools = _system(text_of(row, "system"))
-    return conversation_of(row, read_messages(messages, "chat"), system=words, tools=tools)
+    return conversation_of(row, read_messages(messages, "chat", places), system=words, tools=tools or None)
 
 
 def _message(role: str, text: str, place: str) -> Message:

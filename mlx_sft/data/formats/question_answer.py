@@ -27,7 +27,7 @@ def read(row: Row) -> Conversation:
     if not question:
         raise ValueError("question is empty")
     messages = [{"role": "user", "content": question}, answer_of(row, text_of(row, "answer"))]
-    return conversation_of(row, read_messages(messages, "messages"))
+    return conversation_of(row, read_messages(messages, "messages", ["question", "answer"]))
 
 
 FORMAT = RowFormat(

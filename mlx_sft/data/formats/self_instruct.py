@@ -29,7 +29,7 @@ def _example(row: Row, instance: Any, place: str) -> Conversation:
     part = Row(row.origin, watched_part(row.value, instance, "instances"))
     try:
         messages = [asked_with(instruction, text_of(part, "input")), answer_of(part, text_of(part, "output"))]
-        return conversation_of(row, read_messages(messages, "messages"))
+        return conversation_of(row, read_messages(messages, "messages", ["input", "output"]))
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
 

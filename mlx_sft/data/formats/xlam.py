@@ -17,7 +17,7 @@ def read(row: Row) -> Conversation:
         {"role": "user", "content": text_of(row, "query")},
         {"role": "assistant", "content": "", "tool_calls": calls},
     ]
-    return conversation_of(row, read_messages(messages, "messages"))
+    return conversation_of(row, read_messages(messages, "messages", ["query", "answers"]))
 
 
 FORMAT = RowFormat(

@@ -1,0 +1,86 @@
+"""The examples of one part of the data, to train or to validate on, in a few numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_sft.data.dataset import Examples
+from mlx_sft.data.findings import ORIGINS_NAMED
+from mlx_sft.data.lengths import histogram, length_summary
+from mlx_sft.data.screening import SIGNS
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """The examples of one part of the data, `train` or `valid`.
+
+    Args:
+        rows: The number of examples.
+        tokens: The number of their tokens.
+        supervised_tokens: The number of those that are supervised.
+        duplicates: The number of examples that equal an earlier one of this part.
+        first_duplicates: The origins of the first of them.
+        lengths: Tokens an example: `min`, `mean`, `p10` to `p99`, `max`; empty without examples.
+        fingerprint: SHA-256 over the examples' tokens and weights, in order.
+        histogram: Examples by their length, shortest first: `from` and `to` in tokens, both included, and `count`.
+        longest: The longest examples, longest first: `origin` and `tokens`.
+        signs: What is suspicious: `count` of examples and the first of their `origins`, by the sign's name.
+    """
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    duplicates: int
+    lengths: dict[str, float]
+    fingerprint: str
+    histogram: list[dict[str, int]] = field(default_factory=list)
+    longest: list[dict[str, Any]] = field(default_factory=list)
+    signs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    first_duplicates: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, examples: Examples) -> PartReport:
+        """The report of these examples, from their columns."""
+        lengths = examples.lengths
+        repeated = _repeated(examples)
+        longest = np.argsort(-lengths.astype(np.int64), kind="stable")[:ORIGINS_NAMED].tolist()
+        return cls(
+            rows=len(examples),
+            tokens=int(lengths.sum(dtype=np.int64)),
+            supervised_tokens=int(examples.supervised_tokens.sum(dtype=np.int64)),
+            duplicates=int(np.count_nonzero(repeated)),
+            lengths=length_summary(lengths),
+            fingerprint=examples.fingerprint(),
+            histogram=histogram(lengths),
+            longest=[{"origin": examples[index].origin, "tokens": int(lengths[index])} for index in longest],
+            signs=_signs(examples),
+            first_duplicates=examples.first_rows(repeated, ORIGINS_NAMED),
+        )
+
+    @property
+    def supervised_share(self) -> float:
+        return self.supervised_tokens / self.tokens if self.tokens else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"supervised_share": round(self.supervised_share, 4)}
+
+
+def _repeated(examples: Examples) -> NDArray[np.bool_]:
+    """Whether each equals an earlier one."""
+    repeated = np.ones(len(examples), bool)
+    repeated[np.unique(examples.content_ids(), return_index=True)[1]] = False
+    return repeated
+
+
+def _signs(examples: Examples) -> dict[str, dict[str, Any]]:
+    signs = {}
+    for bit, name in enumerate(SIGNS):
+        found = (examples.signs >> bit & 1).astype(bool)
+        if found.any():
+            origins = examples.first_rows(found, ORIGINS_NAMED)
+            signs[name] = {"count": int(np.count_nonzero(found)), "origins": origins}
+    return signs

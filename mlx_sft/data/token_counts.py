@@ -1,0 +1,84 @@
+"""What became of every token of the rows that could be read, in exactly one column; the columns add up to all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """So many tokens that are supervised, and so many that are only read."""
+
+    supervised: int = 0
+    context: int = 0
+
+    def __add__(self, other: Tokens) -> Tokens:
+        return Tokens(self.supervised + other.supervised, self.context + other.context)
+
+    def __sub__(self, other: Tokens) -> Tokens:
+        return Tokens(self.supervised - other.supervised, self.context - other.context)
+
+    @property
+    def all(self) -> int:
+        return self.supervised + self.context
+
+    def to_json(self) -> dict[str, int]:
+        return {"supervised": self.supervised, "context": self.context}
+
+
+NO_TOKENS = Tokens()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """The tokens of a source's examples, or of all sources'.
+
+    Attributes:
+        trained_on: Those of the examples to train on, as they are trained on.
+        held_out: Those of the examples to validate on.
+        cut_off: Those behind the longest length of examples that are kept.
+        dropped: Those of examples that are left out for their length.
+        first_of_pieces: Of the context, the tokens that begin a later piece of a text that was split, and are not supervised for that:
+            nothing stands before them.
+    """
+
+    trained_on: Tokens = NO_TOKENS
+    held_out: Tokens = NO_TOKENS
+    cut_off: Tokens = NO_TOKENS
+    dropped: Tokens = NO_TOKENS
+    first_of_pieces: int = 0
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(TokenCounts)))
+
+    @property
+    def columns(self) -> dict[str, Tokens]:
+        """By name; each token is in one of them."""
+        return {
+            "trained_on": self.trained_on,
+            "held_out": self.held_out,
+            "cut_off": self.cut_off,
+            "dropped": self.dropped,
+        }
+
+    @property
+    def all(self) -> int:
+        return sum(tokens.all for tokens in self.columns.values())
+
+    @property
+    def supervised(self) -> int:
+        """Those that were supervised before anything was split, cut or dropped for its length."""
+        return sum(tokens.supervised for tokens in self.columns.values()) + self.first_of_pieces
+
+    @property
+    def supervised_lost(self) -> int:
+        """How many of these were cut off, or dropped with their row."""
+        return self.cut_off.supervised + self.dropped.supervised
+
+    def to_json(self) -> dict[str, Any]:
+        columns = {name: tokens.to_json() for name, tokens in self.columns.items()}
+        return {"all": self.all, **columns, "first_of_pieces": self.first_of_pieces}
+
+
+NO_COUNTS = TokenCounts()
