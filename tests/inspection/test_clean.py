@@ -371,6 +371,8 @@ def test_a_new_key_in_every_row_does_not_fill_the_memory(tmp_path: Path) -> None
     assert len(result.changes) == 1_001
     assert sum(count for count, _ in result.changes.values()) == 3_000
     assert len(list(result.describe())) < 100
+    result.add("a:0", ["row: " + "x" * 100_000 + " left out"])
+    assert max(map(len, result.changes)) < 200
 
 
 # What is refused
