@@ -44,6 +44,8 @@ _WRITERS: dict[type[Item], tuple[RowFormat, Callable[[Any], dict[str, Any]]]] = 
 }
 _MOST_CHANGES = 1_000
 """Different changes that are counted by name; a new key in every row must not fill the memory."""
+_LONGEST_CHANGE = 160
+"""Characters: a key may have as many as it likes."""
 _OTHERS = "other changes"
 _MOST_SHOWN = 40
 _ROWS_BETWEEN_TELLING = 1_000
@@ -75,7 +77,7 @@ class CleanData:
 
     def add(self, origin: str, found: list[str]) -> None:
         """Count the changes of a row."""
-        for change in found:
+        for change in (one[:_LONGEST_CHANGE] for one in found):
             name = change if change in self.changes or len(self.changes) < _MOST_CHANGES else _OTHERS
             count, first = self.changes.get(name, (0, origin))
             self.changes[name] = count + 1, first

@@ -108,8 +108,8 @@ MORE_ROWS: list[dict[str, Any]] = [
     },
     {"instruction": "a", "output": "b", "reasoning": "c", "system": "d", "chat_template_kwargs": '{"e": null}'},
     {
-        "prompt": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}, {"role": "user", "content": "c"}],
-        "completion": [{"role": "assistant", "content": "d", "name": "e", "mood": "f"}],
+        "prompt": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}, {"role": "user", "content": "c", "name": "e"}],
+        "completion": [{"role": "assistant", "content": "d", "mood": "f"}],
     },
     {
         "messages": [
@@ -190,12 +190,26 @@ def rows_of_a_file(draw: st.DrawFn) -> list[Any]:
 def test_training_on_it_is_training_on_the_rows_that_are_kept(
     write: Write, tokenizers: dict[str, PreTrainedTokenizerFast], rows: list[Any], template: str, given: dict[str, Any]
 ) -> None:
+    assert_the_same(write, tokenizers[template], rows, template, given)
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES.keys() - {"writes whole messages"}))
+@pytest.mark.parametrize("row", [*ROWS, *MORE_ROWS], ids=lambda row: next(iter(row)))
+def test_every_format_is_trained_on_as_it_was_with_every_template(
+    write: Write, tokenizers: dict[str, PreTrainedTokenizerFast], row: Any, template: str
+) -> None:
+    assert_the_same(write, tokenizers[template], [row], template, {})
+
+
+def assert_the_same(
+    write: Write, tokenizer: PreTrainedTokenizerFast, rows: list[Any], template: str, given: dict[str, Any]
+) -> None:
     result = attempt(lambda: write(*rows, template=template, overwrite=True, **given))
     if isinstance(result, UserError):
         assert "none of" in result.what
         return
-    of_data = surveyed(tokenizers[template], result.path.with_name("data.jsonl"), **given)
-    of_clean = surveyed(tokenizers[template], result.path, **given)
+    of_data = surveyed(tokenizer, result.path.with_name("data.jsonl"), **given)
+    of_clean = surveyed(tokenizer, result.path, **given)
     assert of_clean.train.fingerprint() == of_data.train.fingerprint()
     assert result.written <= of_clean.report.rows
     assert result.written == of_clean.report.rows or "instances" in rows[0]
@@ -385,6 +399,8 @@ def test_a_new_key_in_every_row_does_not_fill_the_memory(tmp_path: Path) -> None
     assert len(result.changes) == 1_001
     assert sum(count for count, _ in result.changes.values()) == 3_000
     assert len(list(result.describe())) < 100
+    result.add("a:0", ["row: " + "x" * 100_000 + " left out"])
+    assert max(map(len, result.changes)) < 200
 
 
 # What is refused
