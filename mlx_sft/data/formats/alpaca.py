@@ -19,13 +19,13 @@ def read(row: Row) -> Conversation:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f'history[{index}] is not a pair, such as ["question", "answer"]')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        places += [f"history[{index}][0]", f"history[{index}][1]"]
-    asked = [text_of(row, key) for key in ("instruction", "input")]
-    if not any(asked):
+        places += [f"history[{index}], question", f"history[{index}], answer"]
+    asked = {key: text for key in ("instruction", "input") if (text := text_of(row, key))}
+    if not asked:
         raise ValueError("instruction and input are both empty")
-    messages += [{"role": "user", "content": "\n".join(filter(None, asked))}]
+    messages += [{"role": "user", "content": "\n".join(asked.values())}]
     messages += [answer_of(row, text_of(row, "output"))]
-    return conversation_of(row, read_messages(messages, "messages", [*places, "instruction", "output"]))
+    return conversation_of(row, read_messages(messages, "messages", [*places, " and ".join(asked), "output"]))
 
 
 FORMAT = RowFormat(
