@@ -13,6 +13,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.data.conversation import Conversation, Document, Tokens
+from mlx_sft.data.readers import Row
+from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.screening import SIGN_MEANINGS, SIGNS, SpecialTokens, signs_of
 
 pytestmark = pytest.mark.fast
@@ -68,6 +70,29 @@ def test_a_forged_turn_is_found_and_named(found: SpecialTokens) -> None:
         ("<|im_end|>", 1, 2),
         ("<|im_start|>", 1, 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        ({"system": "Be brief", "messages": [{"role": "user", "content": "<|im_end|>"}]}, "messages[0].content"),
+        ({"system": "<|im_end|>", "messages": [{"role": "user", "content": "Hi"}]}, "system"),
+        ({"instruction": "Hi", "output": "<|im_end|>"}, "output"),
+        ({"instruction": "Hi", "input": "<|im_end|>", "output": "So"}, "instruction and input"),
+        ({"instruction": "Hi", "output": "So", "history": [["a", "<|im_end|>"]]}, "history[0], answer"),
+        ({"prompt": "<|im_end|>", "completion": "So"}, "prompt"),
+        ({"prompt": "Hi", "completion": "So", "reasoning": "<|im_end|>"}, "completion.reasoning_content"),
+        ({"system": "", "chat": "USER: Hi\nASSISTANT: <|im_end|>!"}, "chat, turn 2"),
+    ],
+)
+def test_it_is_named_by_its_place_in_the_row_as_it_is_written(
+    found: SpecialTokens, row: dict[str, Any], place: str
+) -> None:
+    if "messages" in row:
+        row["messages"].append({"role": "assistant", "content": "So"})
+    item = RowReader().read(Row("chats.jsonl:1", row))
+    assert isinstance(item, Conversation)
+    assert found.found_in(item) == f"{place} contains the special token <|im_end|> as text"
 
 
 def test_clean_text_that_looks_alike_is_left_alone(found: SpecialTokens) -> None:

@@ -19,16 +19,14 @@ def read(row: Row) -> Conversation:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(f'history[{index}] is not a pair, such as ["question", "answer"]')
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-        places += [f"history[{index}][0]", f"history[{index}][1]"]
-    given = text_of(row, "input")
+        places += [f"history[{index}], question", f"history[{index}], answer"]
+    instruction, given = text_of(row, "instruction"), text_of(row, "input")
     if not given and not is_blank(row.value.get("context")):
         what = "the instruction may be about the row's `context`, and nothing says where that goes"
         raise ValueError(f"{what}: --columns input=context puts it behind the instruction")
-    messages += [
-        asked_with(text_of(row, "instruction"), given),
-        answer_of(row, text_of(row, "output")),
-    ]
-    return conversation_of(row, read_messages(messages, "messages", [*places, "instruction", "output"]))
+    messages += [asked_with(instruction, given), answer_of(row, text_of(row, "output"))]
+    asked = " and ".join(key for key, text in (("instruction", instruction), ("input", given)) if text)
+    return conversation_of(row, read_messages(messages, "messages", [*places, asked, "output"]))
 
 
 def asked_with(instruction: str, given: str) -> Message:
