@@ -193,7 +193,7 @@ class RowReader:
 def _role_hint(role: Any) -> str:
     """What to type so that a name is taken for a role."""
     plain = isinstance(role, str) and role.isprintable() and len(role) <= 30 and not {",", "=", " "} & set(role)
-    return f"say which role it is: --roles {role if plain else 'narrator'}=assistant"
+    return f"say which role it is: --roles {role if plain else 'narrator'}=system (or user, assistant, tool)"
 
 
 def _weight_of(reading: Reading) -> float:
