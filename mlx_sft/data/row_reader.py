@@ -145,6 +145,9 @@ class RowReader:
         try:
             weight = _weight_of(reading)
             items = [weighed(self._with_turns(item), weight) for item in items_of(read)]
+            if not items:
+                what = f"the format {row_format.name} finds no example in it"
+                raise UserError(what, where=row.origin, hint=f"such a row is {row_format.example}")
         except UserError as error:
             return replace(reading, error=error)
         if isinstance(read, list):
