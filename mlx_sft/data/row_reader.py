@@ -139,6 +139,9 @@ class RowReader:
         try:
             weight = _weight_of(reading)
             items = [weighed(self._with_turns(item), weight) for item in items_of(read)]
+            if not items:
+                what = f"the format {row_format.name} finds no example in it"
+                raise UserError(what, where=row.origin, hint=f"such a row is {row_format.example}")
         except UserError as error:
             return replace(reading, error=error)
         if isinstance(read, list):
@@ -187,7 +190,7 @@ class RowReader:
 def _role_hint(role: Any) -> str:
     """What to type so that a name is taken for a role."""
     plain = isinstance(role, str) and role.isprintable() and len(role) <= 30 and not {",", "=", " "} & set(role)
-    return f"say which role it is: --roles {role if plain else 'narrator'}=assistant"
+    return f"say which role it is: --roles {role if plain else 'narrator'}=system (or user, assistant, tool)"
 
 
 def _weight_of(reading: Reading) -> float:

@@ -76,7 +76,7 @@ def test_a_name_may_stand_for_a_call() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("hero", "--roles hero=assistant"), ("a hero", "--roles narrator=assistant"), ("x" * 99, "--roles narrator=")],
+    [("hero", "--roles hero=system (or"), ("a hero", "--roles narrator=system"), ("x" * 99, "--roles narrator=")],
 )
 def test_an_unknown_role_is_told_how_to_name_it(name: str, hint: str) -> None:
     with pytest.raises(UserError, match=r"messages\[1\] has the unknown role") as caught:

@@ -110,3 +110,13 @@ def test_a_key_that_a_format_reads_itself_is_no_weight() -> None:
 
     with FORMATS.registered("load", RowFormat("load", ("thing",), (), "{}", read_load)):
         assert weights({"thing": "it", "weight": 0}) is None
+
+
+@pytest.mark.parametrize("nothing", [[], ()])
+def test_a_format_that_finds_nothing_in_a_row_loses_it_with_a_reason(nothing: Any) -> None:
+    with (
+        FORMATS.registered("none", RowFormat("none", ("thing",), (), "{}", lambda row: nothing)),
+        pytest.raises(UserError, match="the format none finds no example in it") as caught,
+    ):
+        read({"thing": "it"})
+    assert caught.value.where == "chats.jsonl:3"
