@@ -268,6 +268,12 @@ class DataReport:
                 f"the chat template leaves out {many(facts.systems_left_out, 'system message')}; "
                 "the model is trained to answer without them"
             )
+        if facts.messages_left_out:
+            messages = many(facts.messages_left_out, "message")
+            warnings.append(f"the chat template leaves out {messages} of users or tools; the model answers without them")
+        if facts.tools_left_out:
+            tools_of = f"the tools of {many(facts.tools_left_out, 'conversation')}"
+            warnings.append(f"the chat template leaves out {tools_of}; --chat-template takes one that writes them")
         if facts.systems_folded:
             warnings.append(
                 f"the chat template has no system role: it writes {many(facts.systems_folded, 'system message')} "
