@@ -269,8 +269,8 @@ class DataReport:
                 "the model is trained to answer without them"
             )
         if facts.messages_left_out:
-            messages = many(facts.messages_left_out, "message")
-            warnings.append(f"the chat template leaves out {messages} of users or tools; the model answers without them")
+            messages = f"{many(facts.messages_left_out, 'message')} of users or tools"
+            warnings.append(f"the chat template leaves out {messages}; the model is trained to answer without them")
         if facts.tools_left_out:
             tools_of = f"the tools of {many(facts.tools_left_out, 'conversation')}"
             warnings.append(f"the chat template leaves out {tools_of}; --chat-template takes one that writes them")
