@@ -110,6 +110,20 @@ FACT_FINDINGS = (
         ("system", "fold"),
     ),
     FactFinding(
+        "message-left-out",
+        "messages_left_out",
+        "message",
+        "",
+        "the chat template leaves out {} of users or tools; the model is trained to answer without them",
+    ),
+    FactFinding(
+        "tools-left-out",
+        "tools_left_out",
+        "conversation",
+        "",
+        "the chat template leaves out the tools of {}; --chat-template takes one that writes them",
+    ),
+    FactFinding(
         "system-folded",
         "systems_folded",
         "system message",

@@ -52,6 +52,8 @@ class Facts:
         systems_folded: System messages that the template writes inside another message's turn.
         systems_moved: System messages that `--system fold` put before the words of the user's message behind them.
         unanswered: Conversations of which the last message is not the assistant's: a question, or the answer of a tool.
+        messages_left_out: Other messages that are not trained on (of users, of tools) of which the template writes nothing.
+        tools_left_out: Conversations of whose tools the template writes nothing.
         consecutive_turns: Of the supervised turns those that directly follow another assistant message.
         arguments_as_objects: Messages of calls whose arguments are text in the row, and are given to the template as objects.
         arguments_as_text: The other way round.
@@ -66,6 +68,8 @@ class Facts:
     systems_left_out: int = 0
     systems_folded: int = 0
     systems_moved: int = 0
+    messages_left_out: int = 0
+    tools_left_out: int = 0
     consecutive_turns: int = 0
     unanswered: int = 0
     arguments_as_objects: int = 0
@@ -155,6 +159,8 @@ def render(
         turns_without_end=sum(not turn.ends for turn in turns),
         turns_with_text_left_out=len(cut),
         consecutive_turns=sum(follows_a_turn(conversation.messages, turn.message) for turn in turns),
+        messages_left_out=_left_out(traced, supervised),
+        tools_left_out=int(reference.leaves_out_tools()),
         **_systems(traced),
     )
     rendering = Rendering(text, turns, traced.char_to_message, facts)
@@ -252,3 +258,10 @@ def _systems(traced: TracedRendering) -> dict[str, int]:
         elif any(message not in (NOBODY, *systems) for message in set(places.tolist())):
             counts["systems_folded"] += 1
     return counts
+
+
+def _left_out(traced: TracedRendering, supervised: Sequence[int]) -> int:
+    """How many messages that are neither a system's nor supervised have letters, of which none is written."""
+    others = (index for index, message in enumerate(traced.messages) if message.get("role") not in SYSTEM_ROLES)
+    written = set(traced.letter_to_message.tolist())
+    return sum(traced.letters[index] > 0 and index not in written for index in others if index not in supervised)

@@ -103,6 +103,8 @@ def test_good_data_warns_of_nothing() -> None:
         (Facts(turns=4, turns_without_end=2), "2 of 4 assistant turns without a supervised end token"),
         (Facts(turns=4, turns_with_text_left_out=1), "leaves out words (reasoning, tool calls) of 1 assistant turn;"),
         (Facts(turns=4, systems_left_out=3), "leaves out 3 system messages"),
+        (Facts(turns=4, messages_left_out=2), "leaves out 2 messages of users or tools; "),
+        (Facts(turns=4, tools_left_out=2), "leaves out the tools of 2 conversations; --chat-template "),
         (Facts(turns=4, consecutive_turns=1), "1 of 4 assistant turns directly behind another: "),
         (Facts(turns=4, systems_folded=1), "writes 1 system message inside another message's turn"),
     ],

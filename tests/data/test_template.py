@@ -8,8 +8,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.template import render
+from mlx_sft.data.mask.reference_rendering import ReferenceRendering
+from mlx_sft.data.mask.trace import Messages
+from mlx_sft.data.template import Facts, render
 from tests.data.mask.pictures import (
+    CALL,
+    TOOLS,
     MakeTokenizer,
     Template,
     assistant,
@@ -17,6 +21,7 @@ from tests.data.mask.pictures import (
     rendered,
     shown,
     system,
+    tool,
     user,
 )
 from tests.data.mask.templates import (
@@ -95,6 +100,74 @@ def test_system_messages_that_are_left_out_or_folded_are_counted(
         "{% endfor %}" + PROMPT
     )
     assert systems(users_only, system("Be brief"), *turns) == (1, 0)
+
+
+def test_messages_of_users_and_tools_that_are_left_out_are_counted(
+    make_tokenizer: MakeTokenizer, public_template: Template, qwen3: PreTrainedTokenizerFast
+) -> None:
+    messages = [user("Weather?"), assistant(None, tool_calls=[CALL]), tool("3"), assistant("It is 3")]
+    phi = make_tokenizer(public_template("phi3"), eos="<|end|>")
+    plain = assistant("I look")
+    assert rendered(phi, messages[0], plain, *messages[2:]).facts == Facts(turns=2, messages_left_out=1)
+    assert rendered(phi, messages[0], plain, tool("."), messages[3]).facts == Facts(turns=2)  # no letter to be missed
+    assert rendered(qwen3, *messages).facts.messages_left_out == 0
+    odd = make_tokenizer("{% for m in messages[-2:] %}" + TURN.replace("message[", "m[") + "{% endfor %}" + PROMPT)
+    earlier = [user("Hi"), assistant("Yo")]
+    assert rendered(odd, *earlier, *earlier, supervised=[3]).facts == Facts(turns=1, messages_left_out=2)
+    assert rendered(odd, *earlier, *earlier).facts == Facts(turns=1, messages_left_out=1, turns_with_text_left_out=1)
+
+
+WITH_TOOLS = "{% if tools %}TOOLS{% endif %}" + LOOP + TURN + END + PROMPT
+TOOLS_WRITTEN = {
+    "nothing": ("", True),
+    "as JSON": ("{{ tools | tojson }}", False),
+    "their names": ("{% for t in tools %}{{ t.function.name }}{% endfor %}", False),
+    "that there are some": ("You have tools.", False),
+    "nothing, though it looks": ("{% for t in tools %}{% set name = t.function.name %}{% endfor %}", True),
+    "nothing, though it names one": ("{% set weather = tools %}", True),
+    "more than without": ("{{ raise_exception('no tools') if not tools }}{{ 0 }}", False),
+}
+
+
+@pytest.mark.parametrize(("written", "left_out"), TOOLS_WRITTEN.values(), ids=TOOLS_WRITTEN.keys())
+@pytest.mark.parametrize("question", ["Hi", "weather, The weather"], ids=["", "asked for by name"])
+def test_tools_that_are_left_out_are_counted(
+    make_tokenizer: MakeTokenizer, written: str, left_out: bool, question: str
+) -> None:
+    template = make_tokenizer(WITH_TOOLS.replace("TOOLS", written))
+    turns = [user(question), assistant("Hello")]
+    assert rendered(template, *turns, tools=TOOLS).facts == Facts(turns=1, tools_left_out=int(left_out))
+    assert rendered(template, *turns).facts == Facts(turns=1)
+
+
+def test_a_template_that_knows_no_tools_leaves_them_out(
+    make_tokenizer: MakeTokenizer, public_template: Template, qwen3: PreTrainedTokenizerFast
+) -> None:
+    def left_out(tokenizer: PreTrainedTokenizerFast) -> int:
+        return rendered(tokenizer, user("Hi"), assistant("Hello"), tools=TOOLS).facts.tools_left_out
+
+    assert left_out(make_tokenizer(public_template("phi3"), eos="<|end|>")) == 1
+    assert left_out(make_tokenizer(public_template("deepseekv3"), eos="<|endoftext|>")) == 1
+    assert left_out(qwen3) == 0
+    several = make_tokenizer({"default": WITH_TOOLS.replace("TOOLS", ""), "tool_use": public_template("qwen3")})
+    assert left_out(several) == 0
+
+
+def test_tools_that_are_plainly_written_cost_no_second_rendering(
+    qwen3: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderings: list[bool] = []
+    variables = ReferenceRendering.variables
+
+    def counted(self: ReferenceRendering, messages: Messages, prompt: bool) -> dict[str, Any]:
+        renderings.append(prompt)
+        return variables(self, messages, prompt)
+
+    monkeypatch.setattr(ReferenceRendering, "variables", counted)
+    rendered(qwen3, user("Hi"), assistant("Hello"))
+    without_tools = list(renderings)
+    rendered(qwen3, user("Hi"), assistant("Hello"), tools=TOOLS)
+    assert renderings == 2 * without_tools
 
 
 def test_what_is_not_supervised_needs_no_understanding(make_tokenizer: MakeTokenizer) -> None:

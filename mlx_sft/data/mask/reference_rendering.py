@@ -5,7 +5,8 @@ The text is that of `apply_chat_template`, within the limits of the sandbox.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property
@@ -38,6 +39,8 @@ RENDERING_ERRORS = (
 )
 _MOST_KEPT = 16
 """Beginnings of one conversation, each of which may be as long as the whole."""
+_PLAIN = re.compile(r"[\w ,.-]{4,}")
+"""Text that JSON, Python and templates write as it is."""
 _MOST_SHOWN = 500
 """Characters of an error's message, which a template may make as long as it likes."""
 
@@ -163,6 +166,26 @@ class ReferenceRendering:
         added = self.added(index)
         return added is not None and added[0] == added[1]
 
+    def leaves_out_tools(self) -> bool:
+        """Whether the template writes nothing of the conversation's tools: whether its text is the same without them."""
+        if not self.conversation.tools:
+            return False
+        if "tools" not in self.template:
+            return True
+        try:
+            if self._shows_tools():
+                return False
+            without = self.variables(self.messages, prompt=False) | {"tools": None}
+            return self.text == self.compiled.render(**without)
+        except RENDERING_ERRORS:
+            return False
+
+    def _shows_tools(self) -> bool:
+        """Whether words of the tools stand in the text that it has from nowhere else, which is soon asked."""
+        others = (self.template, str(self.messages), str(self._settings | {"tools": None}))
+        words = (text for text in _strings(self.conversation.tools) if _PLAIN.fullmatch(text))
+        return any(text in self.text and not any(text in other for other in others) for text in words)
+
     def variables(self, messages: Messages, prompt: bool) -> dict[str, Any]:
         """What a template is given, as transformers gives it."""
         return {"messages": messages, "add_generation_prompt": prompt, **self._settings, CLOCK: self._clock}
@@ -205,6 +228,18 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return str(error)[:_MOST_SHOWN] or type(error).__name__
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The strings in data, of its objects the keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings([key, item])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
 
 
 @cache
