@@ -48,7 +48,7 @@ def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Read
             keys = _first_there(part, (*_REASONING_TYPES, "text", "value"))
             reasoning += [read_text(part[key], where) for key in keys]
         elif _type(part) in _CALL_TYPES:
-            calls.append(Read(read_call(_call(part), where), where))  # the keys are the part's
+            calls.append(_call(part, where))
         else:
             texts.append(_text(part, where))
             if calls and texts[-1].strip():
@@ -60,10 +60,11 @@ def read_parts(parts: list[Any], place: str) -> tuple[str, str | None, list[Read
 _ORDER = "a turn is reasoning, then text, then calls, and templates write it so"
 
 
-def _call(part: Mapping[str, Any]) -> Any:
-    """A call as such: under `value`, under the name of the part's type, or the part itself."""
-    under = _first_there(part, ("value", _type(part)))
-    return part[under[0]] if under else {key: part.get(key) for key in _CALL_KEYS}
+def _call(part: Mapping[str, Any], place: str) -> Read:
+    """A call that is a part: under `value`, under the name of the part's type, or the part itself."""
+    for key in _first_there(part, ("value", _type(part))):
+        return read_call(part[key], f"{place}.{key}")
+    return Read(read_call({key: part.get(key) for key in _CALL_KEYS}, place), place)  # its keys are the part's
 
 
 def answers_apart(message: Mapping[str, Any], place: str) -> Iterator[dict[str, Any]]:

@@ -85,6 +85,9 @@ SAID: list[dict[str, Any]] = [
     {"type": "reasoning", "text": [{"type": "text", "text": "Hm."}]},
     *TEXTS,
     {"type": "tool_use", "id": "1", "name": "f", "input": {"n": 6}},
+    {"type": "reasoning", "value": "Hm."},
+    {"type": "tool_call", "value": {"name": "f", "arguments": {"n": 6}, "mood": 1}},
+    {"type": "tool_call", "value": '{"function": {"name": "f", "strict": true}}', "tool_call": None},
     {"type": "image", "url": "u"},
 ]
 ANSWERS: list[dict[str, Any]] = [
@@ -148,13 +151,18 @@ EXTRAS = st.fixed_dictionaries(
         "chat_template_kwargs": st.just({"a": 1}),
         "label": st.sampled_from([None, True]),
         "rejected": st.sampled_from([None, "no"]),
+        "rejected_response": st.sampled_from([None, 1]),
+        "weight": st.sampled_from([None, 0.5, 0, "much"]),
     },
 )
 GLAIVE = 'USER: Hi\n\nASSISTANT: <functioncall> {"name": "f", "mood": 1, "arguments": \'{"n": 6}\'} <|endoftext|>'
+INSTANCES = st.lists(st.builds(lambda more, text: {**more, "input": None, "output": text}, UNKNOWN, WORDS), max_size=2)
 ROWS: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.builds(lambda found: {"messages": found}, as_json(messages())),
     st.builds(lambda found: {"conversations": found}, messages()),
     st.builds(lambda one, two: {"instruction": one, "output": two, "history": [["a", "b"]]}, WORDS, WORDS | st.none()),
+    st.builds(lambda one, two: {"question": one, "answer": two, "reasoning": "Hm."}, WORDS, WORDS | st.none()),
+    st.builds(lambda found: {"instruction": "Hi", "instances": found}, as_json(INSTANCES)),
     st.builds(lambda one, two: {"prompt": one, "completion": two}, WORDS | messages(), WORDS | messages()),
     st.builds(lambda found: {"query": "Hi", "answers": found}, as_json(st.lists(calls(), max_size=2))).map(
         lambda row: {"tools": "[]", **row}
@@ -199,6 +207,10 @@ def part_keys(content: Any) -> Iterator[str]:
             yield from part_keys([one for one in inner if isinstance(one, dict)] if isinstance(inner, list) else [])
 
 
+def calls_among(content: Any) -> list[Any]:
+    return [one for one in content if one.get("type") == "tool_call"] if isinstance(content, list) else []
+
+
 def is_words(value: Any) -> bool:
     return isinstance(value, str) and not value.strip().startswith(("[", '"'))
 
@@ -216,9 +228,11 @@ def keys_of(row: dict[str, Any]) -> Counter[str]:
                 for keys in (("role", "from"), ("content", "value"))
             )
             found["part"] += len(list(part_keys(content)))
+            found["call"] += len(list(call_keys([one["value"] for one in calls_among(content)])))
             found["call"] += len(list(call_keys(message.get("tool_calls"))))
             found["call"] += len(list(call_keys(message.get("function_call"))))
             found["call"] += len(list(call_keys(content))) if role in ("tool_call", "function_call") else 0
+    found["row"] += sum(map(len, listed(row.get("instances"))))
     found["call"] += len(list(call_keys(row.get("answers"))))
     found["part"] += len(list(part_keys(row.get("system"))))
     if "chat" in row:
@@ -259,7 +273,7 @@ def test_every_key_is_in_one_column_and_the_sum_is_the_input(
     store = pack(pipeline.process(Row(f"a:{line}", row)) for line, row in enumerate(rows, 1))
     assert {owner: counts["all"] for owner, counts in columns(store.keys).items()} == whole
     examples = Examples([store])
-    assert store.rows == len(rows) == len(examples) + len(store.lost)
+    assert store.rows == len(rows) == len(set(examples.rows.tolist())) + len(store.lost)
 
 
 def is_read(row: dict[str, Any], turns: Any) -> bool:

@@ -131,7 +131,9 @@ def test_a_prompt_that_no_user_follows_is_refused(make_tokenizer: MakeTokenizer,
         with pytest.raises(UserError) as caught:
             Encoder(make_tokenizer(template), FOLD).encode(conversation(*messages))
         index = next(i for i, message in enumerate(messages) if message["role"] == "system")
-        assert caught.value.what.startswith(f"the chat template {verb} messages[{index}], a system prompt, and no user's")
+        assert caught.value.what.startswith(
+            f"the chat template {verb} messages[{index}], a system prompt, and no user's"
+        )
         assert caught.value.where == "chats.jsonl:4"
         assert ("--system keep" in caught.value.hint) == (verb == "leaves out")
 
