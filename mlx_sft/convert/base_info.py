@@ -17,6 +17,7 @@ from mlx_sft.convert.hub import is_hub_id
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_front_matter, read_json
 from mlx_sft.model.load import CARD, checkpoint_fingerprint, local_checkpoint
+from mlx_sft.model.names import CAUSAL_LM, opening
 from mlx_sft.model.translate import read_config
 from mlx_sft.run_folder import RunFolder
 
@@ -36,6 +37,7 @@ class BaseInfo:
         on_hub: Whether the name is a Hub id.
         revision: The commit on the Hub; None where the checkpoint on this disk may differ from the one that was trained on.
         family: The `model_type` of its config.json; None where it is no longer on this disk.
+        auto_class: The class of transformers that opens it.
         licence: What the Hub's metadata call `license`, `license_name` and `license_link`; empty where it is not known.
     """
 
@@ -43,6 +45,7 @@ class BaseInfo:
     on_hub: bool
     revision: str | None = None
     family: str | None = None
+    auto_class: str = CAUSAL_LM
     licence: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -57,11 +60,13 @@ def base_info(run: RunFolder, config: TrainConfig) -> BaseInfo:
     on_hub = is_hub_id(hub_id)
     unchanged = on_hub and checkpoint_fingerprint(folder) == _trained_on(run)
     settings = read_config(folder)
+    opened = opening(settings)
     return BaseInfo(
         name=hub_id if on_hub else Path(config.model).name,
         on_hub=on_hub,
         revision=snapshot[2] if snapshot and unchanged else None,
         family=settings["model_type"],
+        auto_class=opened.auto_class if opened else CAUSAL_LM,
         licence=_licence(folder, settings, hub_id if on_hub else None),
     )
 
