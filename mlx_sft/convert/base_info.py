@@ -37,16 +37,16 @@ class BaseInfo:
         on_hub: Whether the name is a Hub id.
         revision: The commit on the Hub; None where the checkpoint on this disk may differ from the one that was trained on.
         family: The `model_type` of its config.json; None where it is no longer on this disk.
-        auto_class: The class of transformers that opens it.
         licence: What the Hub's metadata call `license`, `license_name` and `license_link`; empty where it is not known.
+        auto_class: The class of transformers that opens it.
     """
 
     name: str
     on_hub: bool
     revision: str | None = None
     family: str | None = None
-    auto_class: str = CAUSAL_LM
     licence: Mapping[str, str] = field(default_factory=dict)
+    auto_class: str = CAUSAL_LM
 
 
 def base_info(run: RunFolder, config: TrainConfig) -> BaseInfo:
@@ -66,8 +66,8 @@ def base_info(run: RunFolder, config: TrainConfig) -> BaseInfo:
         on_hub=on_hub,
         revision=snapshot[2] if snapshot and unchanged else None,
         family=settings["model_type"],
-        auto_class=opened.auto_class if opened else CAUSAL_LM,
         licence=_licence(folder, settings, hub_id if on_hub else None),
+        auto_class=opened.auto_class if opened else CAUSAL_LM,
     )
 
 

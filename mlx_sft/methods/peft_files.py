@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
-from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_rules import PeftBase, in_a_layer, losses, target_modules
 from mlx_sft.model.names import EXPERTS_PART, Opening, expert_name, split_expert, transformers_name
@@ -206,7 +206,6 @@ def _to_config(
     settings: LoraSettings, modules: list[str], base: PeftBase, base_model: str, revision: str | None
 ) -> dict[str, Any]:
     alpha = float(settings.alpha)
-    given = [target for target in settings.targets if target not in GROUPS]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -219,7 +218,7 @@ def _to_config(
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
         "init_lora_weights": True if settings.init == "kaiming" else settings.init,
-        "target_modules": target_modules(base, given, modules),
+        "target_modules": target_modules(base, modules),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -158,27 +158,24 @@ def ends_with(module: str, names: Collection[str]) -> bool:
 # --- the settings that name what was trained --------------------------------------------------------------------------------------
 
 
-def target_modules(base: PeftBase, given: Sequence[str], trained: Sequence[str]) -> list[str]:
+def target_modules(base: PeftBase, trained: Sequence[str]) -> list[str]:
     """Names with which PEFT puts an adapter on every module that was trained, and on no other: the shortest that do.
 
-    Where none do, as in a family whose experts have no place, or where the base's modules are not known, they are those of the modules.
+    Where the base's modules are not known, they are whole; where no names do, as in a family whose experts have no place, short.
 
     Args:
-        given: Names that a person gave, in the order of preference.
         trained: The modules, by their names here.
     """
     experts = {name for name in trained if EXPERTS_PART in name}
     # Of experts the last part alone: they have numbers in a file, or are put together in the model.
-    last = {name.rpartition(".")[2] for name in experts}
-    modules = {base.module(name) for name in trained if name not in experts}
-    whole = modules | last
+    whole = {name.rpartition(".")[2] for name in experts}
+    whole |= {base.module(name) for name in trained if name not in experts}
     if not base.modules:
         return sorted(whole)
-    short = {name.rpartition(".")[2] if EXPERTS_PART in f".{name}" else name for name in given}
-    short |= {name.rpartition(".")[2] for name in whole if not ends_with(name, short)}
+    last = {name.rpartition(".")[2] for name in whole}
     within = {in_a_layer(name) for name in whole}
     places = {base.place(name) for name in trained}
-    return sorted(next((names for names in (short, within, whole) if base.attached(names) == places), short))
+    return sorted(next((names for names in (last, within, whole) if base.attached(names) == places), last))
 
 
 def in_a_layer(module: str) -> str:

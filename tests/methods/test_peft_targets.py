@@ -75,7 +75,7 @@ def test_what_pefts_rule_matches_is_what_was_trained(family: str, beside: str, b
             continue  # this family has no module of that name
         if experts and beside != "alone" and any(EXPERTS_PART in name for name in trained):
             continue  # whose experts PEFT takes by their last part alone
-        targets = target_modules(base, [target] if target not in GROUPS else [], trained)
+        targets = target_modules(base, trained)
         matched = matched_by_peft(targets, modules | each({opening.name(name) for name in own}))
         assert matched == each({opening.name(name) for name in trained}), target
         assert base.attached(targets) == {base.place(name) for name in trained}, target
@@ -86,15 +86,14 @@ def test_what_pefts_rule_matches_is_what_was_trained(family: str, beside: str, b
 def test_the_names_are_the_shortest_that_say_it() -> None:
     trained = [f"model.layers.{layer}.self_attn.{name}" for layer in range(3) for name in ("q_proj", "out_proj")]
 
-    def names(*others: str, given: tuple[str, ...] = ()) -> list[str]:
+    def names(*others: str) -> list[str]:
         modules = frozenset(with_those_above({*trained, *others}))
-        return target_modules(PeftBase(Opening(CAUSAL_LM, "some"), modules), given, trained)
+        return target_modules(PeftBase(Opening(CAUSAL_LM, "some"), modules), trained)
 
     assert names() == ["out_proj", "q_proj"]
-    assert names(given=("self_attn.q_proj", "out_proj")) == ["out_proj", "self_attn.q_proj"]
     assert names("model.layers.3.conv.out_proj") == ["self_attn.out_proj", "self_attn.q_proj"]
     assert names("model.tower.0.self_attn.q_proj") == sorted(trained)
-    assert target_modules(PeftBase(None), [], trained) == sorted(trained)
+    assert target_modules(PeftBase(None), trained) == sorted(trained)
 
 
 def test_attention_of_a_model_whose_convolutions_have_the_same_names(
