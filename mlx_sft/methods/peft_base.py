@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.errors import UserError
-from mlx_sft.methods.peft_rules import PeftBase, renamed
+from mlx_sft.methods.peft_rules import PeftBase, in_a_layer, renamed
 from mlx_sft.model.load import local_checkpoint
 from mlx_sft.model.names import EXPERTS_PART, Opening, opening, transformers_name
 from mlx_sft.model.translate import read_config
@@ -16,6 +16,9 @@ from mlx_sft.model.weights import Checkpoint
 
 _EXTRA = "mtp."
 """How the names of modules begin that predict further tokens, and that transformers leaves out."""
+
+_TOWER = "model.vision_tower.layers.0"
+"""Such a name as modules have that see."""
 
 
 def peft_base(name: str) -> PeftBase | None:
@@ -39,7 +42,16 @@ def _read(folder: Path, config: Mapping[str, Any]) -> PeftBase:
             while module:
                 modules.add(module)
                 module = module.rpartition(".")[0]
+    if found is not None and found.begins != "model." and not _holds_others(modules, found):
+        # mlx-lm leaves the rest out of its folders; it may have modules of any of these names.
+        modules |= {f"{_TOWER}.{in_a_layer(module)}" for module in modules if module.startswith(found.begins)}
     return PeftBase(found, frozenset(modules), frozenset(experts))
+
+
+def _holds_others(modules: set[str], found: Opening) -> bool:
+    """Whether there are modules beside those of the language model and those that hold it."""
+    inside = found.begins.removesuffix(".")
+    return any(not module.startswith(found.begins) and module not in ("lm_head", inside, "model") for module in modules)
 
 
 def _names(tensors: Mapping[str, Any], found: Opening | None, config: Mapping[str, Any]) -> Iterator[str]:

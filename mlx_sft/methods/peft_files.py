@@ -150,7 +150,10 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
 
 
 def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
-    """What PEFT would open otherwise than it was trained, of an adapter's files, a sentence each."""
+    """What PEFT would open otherwise than it was trained, of a LoRA adapter's files, a sentence each."""
+    config = _read_config(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        return
     settings, parameters = read_adapter(folder)
     names = [tensor.name for tensor in open_safetensors(_weights_file(folder)).tensors]
     yield from (
@@ -159,7 +162,7 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
         if peft_name(base.name(our_name(name))) != name
     )
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
-    yield from losses(base, settings, modules, _read_config(folder / CONFIG))
+    yield from losses(base, settings, modules, config)
 
 
 def names_begin(folder: Path) -> str:

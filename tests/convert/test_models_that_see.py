@@ -14,13 +14,15 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
 from mlx_sft.convert.model_card import Published, model_card, read_run_summary
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.compose import merge_adapters
+from mlx_sft.methods.lora import LoraSettings
 from mlx_sft.methods.peft_files import read_adapter, write_adapter
+from mlx_sft.model import names
 from mlx_sft.run_folder import RunFolder
 from tests.conftest import Run
 from tests.parity import assert_close
@@ -121,8 +123,6 @@ def test_what_peft_trained_in_either_class_is_read(
 def test_a_run_starts_from_what_peft_trained(
     base: Path, settings: dict[str, Any], tmp_path: Path, make_adapter: Callable, mlx_logits: Callable, token_ids: list
 ) -> None:
-    from mlx_sft.methods.lora import LoraSettings
-
     shape = LoraSettings(rank=2, alpha=4.0, target="all-linear")
     write_adapter(tmp_path / "theirs", shape, make_adapter(base, shape), str(base))
     ours = mlx_logits(load_adapter(tmp_path / "theirs", dtype="float32").model, token_ids)
@@ -163,11 +163,26 @@ def test_without_the_base_an_export_keeps_the_names(
     assert export(run.path, tmp_path / "again", format="peft").notes == ()
 
 
+def test_a_base_without_its_tower_has_targets_that_leave_a_tower_alone(
+    make_base: Callable[..., Path], make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    base = make_wrapper("gemma3", make_base, tmp_path / "base")
+    language = {
+        name: value
+        for name, value in load_file(base / "model.safetensors").items()
+        if name.startswith("language_model")
+    }
+    save_file(language, base / "model.safetensors", {"format": "pt"})
+    run = make_run(base)
+    written = json.loads((run.path / "adapter/adapter_config.json").read_text())
+    assert len(written["target_modules"]) == 28
+    assert all(name.startswith("model.language_model.layers.") for name in written["target_modules"])
+    assert export(run.path, tmp_path / "adapter", format="peft").notes == ()
+
+
 def test_a_family_whose_class_is_not_known_is_refused_and_read(
     make_base: Callable[..., Path], make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_sft.model import names
-
     base = make_wrapper("gemma3", make_base, tmp_path / "base")
     monkeypatch.setattr(names, "_WHOLE", frozenset())
     run = make_run(base)
