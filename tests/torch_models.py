@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def _make_base(
     key = (family, tied, dtype, shard, form, json.dumps(settings, sort_keys=True))
     if key not in made:
         torch.manual_seed(0)
-        shape = _SHAPE | {"tie_word_embeddings": tied} | TORCH_FAMILIES[family] | settings
-        config = AutoConfig.for_model(family, **shape)
+        shape = _SHAPE | {"tie_word_embeddings": tied} | TORCH_FAMILIES.get(family, {}) | settings
+        config = AutoConfig.for_model(family, **deepcopy(shape))  # transformers adds to dictionaries that it is given
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
         with torch.no_grad():  # transformers starts norms at one and biases at zero, which would hide a mistake in them
             for parameter in model.parameters():

@@ -17,6 +17,7 @@ from mlx_sft.convert.hub import is_hub_id
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_front_matter, read_json
 from mlx_sft.model.load import CARD, checkpoint_fingerprint, local_checkpoint
+from mlx_sft.model.names import CAUSAL_LM, opening
 from mlx_sft.model.translate import read_config
 from mlx_sft.run_folder import RunFolder
 
@@ -37,6 +38,7 @@ class BaseInfo:
         revision: The commit on the Hub; None where the checkpoint on this disk may differ from the one that was trained on.
         family: The `model_type` of its config.json; None where it is no longer on this disk.
         licence: What the Hub's metadata call `license`, `license_name` and `license_link`; empty where it is not known.
+        auto_class: The class of transformers that opens it.
     """
 
     name: str
@@ -44,6 +46,7 @@ class BaseInfo:
     revision: str | None = None
     family: str | None = None
     licence: Mapping[str, str] = field(default_factory=dict)
+    auto_class: str = CAUSAL_LM
 
 
 def base_info(run: RunFolder, config: TrainConfig) -> BaseInfo:
@@ -57,12 +60,14 @@ def base_info(run: RunFolder, config: TrainConfig) -> BaseInfo:
     on_hub = is_hub_id(hub_id)
     unchanged = on_hub and checkpoint_fingerprint(folder) == _trained_on(run)
     settings = read_config(folder)
+    opened = opening(settings)
     return BaseInfo(
         name=hub_id if on_hub else Path(config.model).name,
         on_hub=on_hub,
         revision=snapshot[2] if snapshot and unchanged else None,
         family=settings["model_type"],
         licence=_licence(folder, settings, hub_id if on_hub else None),
+        auto_class=opened.auto_class if opened else CAUSAL_LM,
     )
 
 

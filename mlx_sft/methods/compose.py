@@ -20,7 +20,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import free_folder, write_folder
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.lora_settings import HALVES, LoraSettings
-from mlx_sft.methods.peft_files import base_model_name, read_adapter, write_adapter
+from mlx_sft.methods.peft_files import base_model_name, names_begin, read_adapter, write_adapter
 from mlx_sft.run_folder import RunFolder
 
 Method = Literal["linear", "cat", "svd"]
@@ -40,6 +40,7 @@ class _Weighted:
     settings: LoraSettings
     parameters: Parameters
     base_model: str
+    begins: str
 
     def part(self, module: str) -> Part | None:
         if f"{module}.lora_A" not in self.parameters:
@@ -84,7 +85,7 @@ def merge_adapters(
     settings = _settings(parameters, modules)
     target = free_folder(to)
     with write_folder(target) as temporary:
-        write_adapter(temporary, settings, parameters, read[0].base_model)
+        write_adapter(temporary, settings, parameters, read[0].base_model, begins=read[0].begins)
     return target
 
 
@@ -131,7 +132,7 @@ def _read(adapter: str) -> _Weighted:
         raise UserError(
             "adapters of DoRA cannot be added up", where=name, hint="merge each into a checkpoint of its own"
         )
-    return _Weighted(name, factor, settings, parameters, base_model_name(folder))
+    return _Weighted(name, factor, settings, parameters, base_model_name(folder), names_begin(folder))
 
 
 def _check_agreement(adapters: list[_Weighted], way: Method, rank: int | None) -> None:

@@ -21,7 +21,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
 from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
 from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
-from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, write_adapter
+from mlx_sft.methods.peft_files import CONFIG, base_model_name, names_begin, read_adapter, write_adapter
 from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import is_experts, linear_modules, weight_shape
 from mlx_sft.model.names import EXPERTS_PART
@@ -72,6 +72,8 @@ class Lora(Method):
         self.modules: dict[str, LoraLinear] = {}
         self._dtype = mx.float32
         """Of the model."""
+        self._begins: str | None = None
+        """How names begin in the file that it was read from."""
 
     @property
     def uses_dropout(self) -> bool:
@@ -170,12 +172,14 @@ class Lora(Method):
         return edits
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
-        write_adapter(folder, self.settings, parameters, base_model, revision)
+        write_adapter(folder, self.settings, parameters, base_model, revision, self._begins)
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Lora, Parameters]:
         settings, parameters = read_adapter(folder)
-        return cls(settings), parameters
+        method = cls(settings)
+        method._begins = names_begin(folder)
+        return method, parameters
 
     @classmethod
     def recognizes(cls, folder: Path) -> bool:

@@ -5,7 +5,9 @@ adapter_config.json         settings, complete enough for `PeftModel.from_pretra
 adapter_model.safetensors   base_model.model.<module>.lora_A.weight [r, in] and .lora_B.weight [out, r], float32; with DoRA
                             .lora_magnitude_vector [out]
 ```
-Each expert of a layer has its own, as it has a module of its own in transformers 4; PEFT puts them together for transformers 5.
+Modules have the names of the class with which transformers opens the base; read, they have those of the text alone, whichever class an
+adapter was trained on. Each expert of a layer has its own, as it has a module of its own in transformers 4; PEFT puts them together for
+transformers 5.
 Equal adapters give byte-identical files. Whether an adapter fits a model is for `attach_trained` to say.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,8 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
-from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
-from mlx_sft.model.names import EXPERTS_PART, expert_name, split_expert
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.methods.peft_base import peft_base
+from mlx_sft.methods.peft_rules import PeftBase, in_a_layer, losses, target_modules
+from mlx_sft.model.names import EXPERTS_PART, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
 CONFIG = "adapter_config.json"
@@ -77,11 +82,15 @@ def peft_name(name: str) -> str:
 
 
 def our_name(name: str) -> str:
-    """The inverse of `peft_name`; raises `ValueError` for a name that is not a LoRA matrix of a linear module."""
-    ours = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-    if peft_name(ours) != name or ours.rpartition(".")[2] not in (*HALVES, MAGNITUDE) or "." not in ours:
+    """The inverse of `peft_name`, of the names in any class; raises `ValueError` for one that is not a LoRA matrix of a linear module."""
+    return transformers_name(_stripped(name))
+
+
+def _stripped(name: str) -> str:
+    stripped = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    if peft_name(stripped) != name or stripped.rpartition(".")[2] not in (*HALVES, MAGNITUDE) or "." not in stripped:
         raise ValueError(name)
-    return ours
+    return stripped
 
 
 def write_adapter(
@@ -90,6 +99,7 @@ def write_adapter(
     parameters: dict[str, mx.array],
     base_model: str,
     revision: str | None = None,
+    begins: str | None = None,
 ) -> None:
     """Write an adapter.
 
@@ -100,11 +110,13 @@ def write_adapter(
             DoRA `<module>.lora_magnitude_vector` [out].
         base_model: Name or path of the base model, for PEFT to find it.
         revision: The base model's commit on the Hub, where it is known.
+        begins: How the names of a language model's modules begin where the base is not on this disk, as in `Opening`.
     """
-    arrays = {peft_name(name): value for name, value in _unstacked(parameters).items()}
+    base = peft_base(base_model) or PeftBase(Opening("", "", begins or "model."))
+    arrays = {peft_name(base.name(name)): value for name, value in _unstacked(parameters).items()}
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
     modules = sorted({name.rpartition(".")[0] for name in parameters})
-    config = _to_config(settings, modules, base_model, revision)
+    config = _to_config(settings, modules, base, base_model, revision)
     write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
 
 
@@ -118,18 +130,45 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     _check_plain(config, folder / CONFIG)
     file = open_safetensors(_weights_file(folder))
     parameters: dict[str, mx.array] = {}
+    modules: dict[str, str] = {}
     for tensor in file.tensors:
         try:
-            name = our_name(tensor.name)
+            stripped = _stripped(tensor.name)
         except ValueError:
             hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules are read"
             raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
-        if max(tensor.shape, default=0) >= _MOST_FEATURES or len(name) > _LONGEST_NAME:
+        if max(tensor.shape, default=0) >= _MOST_FEATURES or len(stripped) > _LONGEST_NAME:
             raise UserError(f"{tensor.name[:_LONGEST_NAME]} is larger than any module of a model", where=str(file.path))
+        name = transformers_name(stripped)
+        if name in parameters:
+            raise UserError(f"{tensor.name} is there under another name, too", where=str(file.path))
         parameters[name] = mx.array(read_float32(tensor))
-    settings = _to_settings(config, sorted({name.rpartition(".")[0] for name in parameters}), folder / CONFIG)
+        modules[name.rpartition(".")[0]] = stripped.rpartition(".")[0]
+    settings = _to_settings(config, dict(sorted(modules.items())), folder / CONFIG)
     _check_shapes(settings, parameters, file.path)
     return settings, _stacked(parameters, file.path)
+
+
+def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
+    """What PEFT would open otherwise than it was trained, of a LoRA adapter's files, a sentence each."""
+    config = _read_config(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        return
+    settings, parameters = read_adapter(folder)
+    names = [tensor.name for tensor in open_safetensors(_weights_file(folder)).tensors]
+    yield from (
+        f"no module of the model is named {_stripped(name)}"
+        for name in names
+        if peft_name(base.name(our_name(name))) != name
+    )
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    yield from losses(base, settings, modules, config)
+
+
+def names_begin(folder: Path) -> str:
+    """How the names of a language model's modules begin in an adapter's file, as in `Opening`."""
+    names = (tensor.name.removeprefix(_PREFIX) for tensor in open_safetensors(_weights_file(folder)).tensors)
+    return next((name[: name.index("layers.")] for name in names if re.match(r"model\.\w+\.layers\.", name)), "model.")
 
 
 def base_model_name(folder: str | Path) -> str:
@@ -166,7 +205,9 @@ def _stacked(parameters: dict[str, mx.array], where: Path) -> dict[str, mx.array
     return stacked
 
 
-def _to_config(settings: LoraSettings, modules: list[str], base_model: str, revision: str | None) -> dict[str, Any]:
+def _to_config(
+    settings: LoraSettings, modules: list[str], base: PeftBase, base_model: str, revision: str | None
+) -> dict[str, Any]:
     alpha = float(settings.alpha)
     return {
         "peft_type": "LORA",
@@ -180,13 +221,13 @@ def _to_config(settings: LoraSettings, modules: list[str], base_model: str, revi
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
         "init_lora_weights": True if settings.init == "kaiming" else settings.init,
-        "target_modules": _target_modules(settings, modules),
+        "target_modules": target_modules(base, modules),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": None,
-        "rank_pattern": {_for_each_expert(name): rank for name, rank in settings.rank_pattern.items()},
-        "alpha_pattern": {_for_each_expert(name): alpha for name, alpha in settings.alpha_pattern.items()},
+        "rank_pattern": {_for_each_expert(base.name(name)): rank for name, rank in settings.rank_pattern.items()},
+        "alpha_pattern": {_for_each_expert(base.name(name)): alpha for name, alpha in settings.alpha_pattern.items()},
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
@@ -194,17 +235,8 @@ def _to_config(settings: LoraSettings, modules: list[str], base_model: str, revi
     }
 
 
-def _target_modules(settings: LoraSettings, modules: list[str]) -> list[str]:
-    """Names as PEFT matches them, by the end of a module's path; a group becomes the names of its modules."""
-    # Of experts the last part alone: they have numbers in PEFT's names, or are put together there.
-    names = {t.rpartition(".")[2] if EXPERTS_PART in f".{t}" else t for t in settings.targets if t not in GROUPS}
-    if len(names) < len(settings.targets):
-        names |= {module.rpartition(".")[2] for module in modules if not _ends(module, names)}
-    return sorted(names)
-
-
-def _to_settings(config: dict[str, Any], modules: list[str], where: Path) -> LoraSettings:
-    """Of modules as the file names them, each expert's apart."""
+def _to_settings(config: dict[str, Any], modules: dict[str, str], where: Path) -> LoraSettings:
+    """Of modules, each expert's apart, and their names in the file."""
     try:
         stated = _Stated.model_validate(config)
     except ValidationError as error:
@@ -215,7 +247,7 @@ def _to_settings(config: dict[str, Any], modules: list[str], where: Path) -> Lor
         alpha=stated.lora_alpha,
         dropout=stated.lora_dropout,
         rslora=bool(stated.use_rslora),
-        target=list(_targets(config, sorted({_together(module) for module in modules}))),
+        target=_targets(config, modules),
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         dora=bool(stated.use_dora),
         rank_pattern=_pattern(stated.rank_pattern or {}, "rank_pattern", modules, where),
@@ -226,14 +258,17 @@ def _to_settings(config: dict[str, Any], modules: list[str], where: Path) -> Lor
 T = TypeVar("T")
 
 
-def _pattern(values: dict[str, T], name: str, modules: list[str], where: Path) -> dict[str, T]:
+def _pattern(values: dict[str, T], name: str, modules: dict[str, str], where: Path) -> dict[str, T]:
     """Values of single modules by the ends of their names; where PEFT has regular expressions, by the names that these fit."""
-    if all(re.fullmatch(r"[\w.-]+", key) for key in values):
-        together = {_together(module) for module in modules}
-        return {key: value for key, value in values.items() if any(is_named(module, key) for module in together)}
     patterns = {_compiled(key, name, where): value for key, value in values.items()}
-    fitting = ((module, next((v for p, v in patterns.items() if p.fullmatch(module)), None)) for module in modules)
-    return {_together(module): value for module, value in fitting if value is not None}
+    if all(re.fullmatch(r"[\w.-]+", key) for key in values):
+        fitting = {key: [ours for ours, theirs in modules.items() if is_named(theirs, key)] for key in values}
+        if all(is_named(_together(module), key) for key, fit in fitting.items() for module in fit):
+            return {key: value for key, value in values.items() if fitting[key]}
+    found = (
+        (ours, next((v for p, v in patterns.items() if p.fullmatch(theirs)), None)) for ours, theirs in modules.items()
+    )
+    return {_together(module): value for module, value in found if value is not None}
 
 
 def _compiled(key: str, name: str, where: Path) -> re.Pattern[str]:
@@ -259,25 +294,27 @@ def _for_each_expert(name: str) -> str:
     return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
 
 
-def _targets(config: dict[str, Any], modules: list[str]) -> tuple[str, ...]:
-    """The config's list of names where it says all, else the paths of the modules that the file has."""
+def _targets(config: dict[str, Any], modules: dict[str, str]) -> list[str]:
+    """Names of what the file has: where the config's list says all of it, in each layer alike, else module by module.
+
+    The list may name more in the model than what was trained, as `out_proj` does where attention and convolution both have one; so a
+    name is taken with what stands before it in a layer.
+    """
+    together = sorted({_together(module) for module in modules})
     names = config.get("target_modules")
     partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
     if (
         partial
-        or any(EXPERTS_PART in module for module in modules)
+        or any(EXPERTS_PART in module for module in together)
         or not isinstance(names, list)
         or not all(isinstance(name, str) for name in names)
     ):
-        return tuple(modules)
-    exact = all(_ends(module, set(names)) for module in modules) and all(
-        any(_ends(module, {name}) for module in modules) for name in names
-    )
-    return tuple(sorted(names)) if exact else tuple(modules)
-
-
-def _ends(module: str, names: set[str]) -> bool:
-    return any(is_named(module, name) for name in names)
+        return together
+    named = {name: [ours for ours, theirs in modules.items() if is_named(theirs, name)] for name in names}
+    if not all(named.values()) or {module for fit in named.values() for module in fit} != modules.keys():
+        return together
+    within = ((in_a_layer(module), module, name) for name, fit in named.items() for module in fit)
+    return sorted({short if is_named(short, name) else module for short, module, name in within})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -5,11 +5,16 @@
 
 mlx-lm stacks the experts of a layer into one module. Its name here is that of each expert's module without the expert's number.
 Most names are the same in both.
+
+A language model inside of one that can also see has the names of the text alone here. What they are in the class with which transformers
+opens such a checkpoint, its `Opening` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 _BEGINNINGS = (
     ("language_model.model.", "model."),
@@ -47,6 +52,58 @@ def transformers_name(name: str) -> str:
 def mlx_names(names: Iterable[str]) -> dict[str, str]:
     """transformers' names → mlx-lm's, for the names in a model of mlx-lm: the inverse of `transformers_name`."""
     return {transformers_name(name): name for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The class with which transformers opens a checkpoint.
+
+    Attributes:
+        auto_class: Its class that finds that one by config.json.
+        family: The `model_type` in the config of the model that comes out.
+        begins: How the names of the language model's modules begin in it: `model.`, or longer where other modules stand beside them.
+    """
+
+    auto_class: str
+    family: str
+    begins: str = "model."
+
+    def name(self, name: str) -> str:
+        """The name there of what is called `name` here."""
+        return self.begins + name.removeprefix("model.") if name.startswith("model.") else name
+
+
+def opening(config: Mapping[str, Any]) -> Opening | None:
+    """How transformers opens a checkpoint with this `config.json`; None for one that can also see and whose class is not known.
+
+    Several classes open some of the checkpoints that can also see; this is the one of AutoModelForCausalLM, where that finds one.
+    """
+    family = str(config.get("model_type"))
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return Opening(CAUSAL_LM, family)
+    if family in _TEXT_ALONE:
+        return Opening(CAUSAL_LM, str(text.get("model_type") or f"{family}_text"))
+    if family in _WHOLE:
+        return Opening(CAUSAL_LM, family, _INSIDE)
+    return Opening(_SEEING, family, _INSIDE) if family in _NO_CAUSAL_LM else None
+
+
+CAUSAL_LM, _SEEING = "AutoModelForCausalLM", "AutoModelForImageTextToText"
+"""The classes of transformers that find a model's own by its config.json."""
+
+_INSIDE = "model.language_model."
+
+_TEXT_ALONE = frozenset({"llama4", "qwen3_5", "qwen3_5_moe"})
+"""Families that can also see, of which AutoModelForCausalLM takes the language model alone."""
+
+_WHOLE = frozenset({"gemma3", "gemma3n", "gemma4", "gemma4_unified"})
+"""Families of which it takes the whole."""
+
+_NO_CAUSAL_LM = frozenset({
+    "kimi_k25", "lfm2_vl", "llava", "minimax_m3_vl", "mistral3", "muse_glimmer", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe",
+})  # fmt: skip
+"""Families that it does not open."""
 
 
 def expert_name(name: str, expert: int) -> str:

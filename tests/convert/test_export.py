@@ -231,8 +231,16 @@ def test_the_adapter_alone_needs_no_base(tmp_path: Path, make_base: Callable[...
     run = make_run(make_base())
     config = run.path / "config.yaml"
     config.write_text(config.read_text().replace(str(run.base), str(tmp_path / "gone")))
-    export(run.path, tmp_path / "adapter", format="peft")
-    assert read_adapter(tmp_path / "adapter")[0] == read_adapter(run.path / "adapter")[0]
+    result = export(run.path, tmp_path / "adapter", format="peft")
+    assert "not on this disk" in " ".join(result.notes)
+    (settings, parameters), (_, trained) = read_adapter(tmp_path / "adapter"), read_adapter(run.path / "adapter")
+    # Without the base's modules, each is named whole.
+    assert settings == read_adapter(run.path / "adapter")[0].model_copy(update={"target": list(settings.targets)})
+    assert (
+        set(settings.targets)
+        == {name.rpartition(".")[0] for name in trained}
+        == {n.rpartition(".")[0] for n in parameters}
+    )
 
 
 def test_data_that_is_gone_does_not_stop_an_export(

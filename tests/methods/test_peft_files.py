@@ -51,6 +51,35 @@ def test_names_map_both_ways() -> None:
     assert our_name(theirs) == f"{NAME}.lora_A"
 
 
+@pytest.mark.parametrize("begins", ["model.", "model.language_model.", "language_model.model."])
+def test_the_names_of_every_class_are_read_as_those_of_the_text(tmp_path: Path, begins: str) -> None:
+    _adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(
+        {name.replace("model.layers.", f"{begins}layers."): value for name, value in load_file(path).items()}, path
+    )
+    module = f"{begins}layers.0.self_attn.q_proj"
+    for targets in (["q_proj"], [module]):
+        for pattern in ("q_proj", module, module.replace(".", r"\.")):
+            _change(tmp_path, target_modules=targets, rank_pattern={pattern: 2}, alpha_pattern={pattern: 7.0})
+            settings, parameters = read_adapter(tmp_path)
+            assert parameters.keys() == {f"{NAME}.lora_A", f"{NAME}.lora_B"}
+            assert settings.targets == (("self_attn.q_proj",) if targets == ["q_proj"] else (NAME,))
+            assert settings.scale_of(NAME) == pytest.approx(7 / 2**0.5)
+
+
+def test_a_module_that_is_there_under_two_names_is_refused(tmp_path: Path) -> None:
+    _adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    inside = {
+        name.replace("model.layers.", "model.language_model.layers."): value + 1 for name, value in tensors.items()
+    }
+    save_file(tensors | inside, path)
+    with pytest.raises(UserError, match="is there under another name"):
+        read_adapter(tmp_path)
+
+
 def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     settings = LoraSettings(rank=2, alpha=3.5, dropout=0.25, rslora=True, target=["q_proj", "v_proj"], init="gaussian")
@@ -70,14 +99,14 @@ def test_an_adapter_comes_back_as_it_was_written(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     }
-    assert settings_again == settings
+    assert settings_again == settings.model_copy(update={"target": sorted({name[:-7] for name in parameters})})
     assert again.keys() == parameters.keys()
     assert all(mx.array_equal(again[name], parameters[name]) for name in parameters)
 
 
 def test_an_alpha_that_is_whole_is_written_as_peft_writes_it(tmp_path: Path) -> None:
     for alpha in (8, 8.0):
-        settings = LoraSettings(rank=2, alpha=alpha, dropout=0.0, rslora=False, target=["q_proj"], init="kaiming")
+        settings = LoraSettings(rank=2, alpha=alpha, dropout=0.0, rslora=False, target=[NAME], init="kaiming")
         write_adapter(tmp_path, settings, {f"{NAME}.lora_A": mx.ones((2, 8)), f"{NAME}.lora_B": mx.ones((6, 2))}, "m")
         assert '"lora_alpha": 8,' in (tmp_path / "adapter_config.json").read_text()
         assert read_adapter(tmp_path)[0] == settings
@@ -311,8 +340,8 @@ def test_an_adapter_for_another_model_is_told_by_what_differs(
 
 def test_an_adapter_that_lacks_a_layer_is_refused(make_base: Callable[..., Path], make_run: Callable) -> None:
     run = make_run(make_base(), target="qv")
-    parameters = {f"{NAME}.lora_A": mx.ones((2, 64)), f"{NAME}.lora_B": mx.ones((64, 2))}
-    write_adapter(run.path / "adapter", _settings(rank=2, target="q_proj"), parameters, "m")
+    path = run.path / "adapter/adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if "layers.1.self_attn.q" not in name}, path)
     with pytest.raises(UserError, match=r"not in it, such as model.layers.1.self_attn.q_proj"):
         load_run(run.path, dtype="float32")
 

@@ -1,9 +1,12 @@
-"""`peft`: the adapter alone, in PEFT's files. It needs no base, so that one that is gone is no hindrance."""
+"""`peft`: the adapter alone, in PEFT's files, opened by PEFT's rules before it is there.
+
+It needs no base, so that one that is gone is no hindrance; then it is not seen whether PEFT finds a place for each tensor.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -13,9 +16,12 @@ from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import folder_bytes
 from mlx_sft.load import finished_folder, load_trained
-from mlx_sft.methods import Parameters
-from mlx_sft.methods.peft_files import CONFIG
+from mlx_sft.methods import Method, Parameters
+from mlx_sft.methods.peft_base import peft_base
+from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
 from mlx_sft.model.load import name_elsewhere
+
+_WHOLE = "export it with --format merged, which holds all that was trained, and push it without --adapter-only"
 
 
 class AdapterAlone(Target):
@@ -40,18 +46,53 @@ class Peft(AdapterAlone):
     def write(self, folder: Path) -> None:
         run, config = self.export.run, self.export.config
         method, parameters = load_trained(run, config)
-        method.write(folder, parameters, name_elsewhere(config.model), base_info(run, config).revision)
+        name = name_elsewhere(config.model)
+        method.write(folder, parameters, name, base_info(run, config).revision)
         write_template(config.chat_template, folder)
         if not (folder / CONFIG).is_file():
             self.notes.append(
                 f"PEFT has no form for what --method {method.name} trains: these files are for mlx-sft alone"
             )
+        elif not open_as_peft(folder, name):
+            self.notes.append(
+                "the base is not on this disk, so that it was not seen whether PEFT finds a place for each tensor"
+            )
 
     def verify(self, folder: Path) -> None:
         method, parameters = load_trained(self.export.run, self.export.config)
         written, again = self.export.method.read(folder)
-        if written.settings != method.settings or not same(parameters, again):
+        if _but_targets(written) != _but_targets(method) or not same(parameters, again):
             raise UserError("the adapter was not written as it is", where=str(folder))
+
+
+def _but_targets(method: Method) -> dict[str, Any]:
+    """A method's settings but the names of its targets, which are as long as it takes to name the modules of the base, and no others."""
+    settings: dict[str, Any] = method.settings.model_dump(exclude={"target"})
+    return settings
+
+
+def open_as_peft(folder: Path, base: str, hint: str = _WHOLE) -> bool:
+    """Open an adapter's files as PEFT does, on the class with which transformers opens the base.
+
+    Args:
+        hint: What to do instead where it does not open.
+
+    Returns:
+        Whether it was seen; False where the base, or its weights, are not on this disk.
+
+    Raises:
+        UserError: If a tensor has no place there, or what comes out is not what was trained.
+    """
+    found = peft_base(base)
+    if found is None or not found.modules:
+        return False
+    if found.opening is None:
+        what = "it is not known what transformers calls the language model inside of this base, where PEFT would look"
+        raise UserError(what, where=base, hint=hint)
+    if lost := list(lost_by_peft(folder, found)):
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise UserError(f"PEFT would not open this adapter as it was trained: {lost[0]}{more}", where=base, hint=hint)
+    return True
 
 
 def same(parameters: Parameters, others: Parameters) -> bool:

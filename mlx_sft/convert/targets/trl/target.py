@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import printable
 from mlx_sft.convert.targets import Target
-from mlx_sft.convert.targets.peft import same
+from mlx_sft.convert.targets.peft import open_as_peft, same
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.convert.targets.trl.sft_config import sft_arguments
 from mlx_sft.data.batches import Plan, Step
@@ -24,8 +24,9 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json, write_file
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
-from mlx_sft.model.names import EXPERTS_PART
+from mlx_sft.model.names import CAUSAL_LM, EXPERTS_PART, opening
 from mlx_sft.model.outline import outline
+from mlx_sft.model.translate import read_config
 from mlx_sft.training.resume import CONFIG_HEADER, identity_of, refuse_changes
 from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.start import starting_parameters
@@ -72,7 +73,8 @@ class Trl(Target):
         export = TrlFolder(folder)
         _write_rows(export, data.train, list(plan.steps()))
         method.write(export.initial_adapter, parameters, name_elsewhere(config.model))
-        write_file(export.trl, to_json(_in_trls_words(config, plan, data, identity)))
+        open_as_peft(export.initial_adapter, str(path), "a run with --target attention can be exported")
+        write_file(export.trl, to_json(_in_trls_words(config, path, plan, data, identity)))
         write_file(export.config, config.to_yaml(CONFIG_HEADER))
         write_file(export.card, _readme(config, method, plan))
         write_file(export.script, (_FILES / "train.py.template").read_text(encoding="utf-8"))
@@ -134,11 +136,15 @@ def _row(example: Example) -> dict[str, list[int]]:
     return {"input_ids": example.token_ids.tolist(), "labels": example.labels.tolist()}
 
 
-def _in_trls_words(config: TrainConfig, plan: Plan, data: PreparedData, identity: dict[str, str]) -> dict[str, Any]:
+def _in_trls_words(
+    config: TrainConfig, path: Path, plan: Plan, data: PreparedData, identity: dict[str, str]
+) -> dict[str, Any]:
     """`trl.json`."""
     longest = int(data.train.lengths.max())
+    opened = opening(read_config(path))
     return {
         "model": name_elsewhere(config.model),
+        "auto_class": opened.auto_class if opened else CAUSAL_LM,
         "dtype": config.dtype,
         "rows_a_step": config.batch_size,
         "save_every": config.save_every if isinstance(config.save_every, int) else plan.steps_per_epoch,

@@ -1,0 +1,241 @@
+"""What PEFT makes of an adapter's files: the modules that its settings name, and the place of each of its tensors.
+
+These are the rules of PEFT 0.21 with transformers 5, as tables; the tests compare them with both. PEFT says nothing where a tensor has no
+place in the model, or a module gets an adapter that the file has no tensors for: it goes on without.
+
+    target_modules    a name stands for every module whose path ends with it
+    experts           in the families of `_PUT_TOGETHER`, `experts.0.gate_proj`, ... become one adapter on the parameter
+                      `experts.gate_up_proj`, and every other target with such a last part is taken for them; in other families they
+                      have no place
+    names             are changed as transformers changes those of a checkpoint
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_sft.methods.lora_settings import LoraSettings, is_named
+from mlx_sft.model.names import EXPERTS_PART, Opening
+
+_OF_EXPERTS = {
+    "qwen2_moe": {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
+    "mixtral": {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"},
+}  # fmt: skip
+"""By kind of family: the last part of a target → the parameter that PEFT puts its adapter on."""
+
+_PUT_TOGETHER = {
+    "qwen2_moe": (
+        "afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite",
+        "glm_moe_dsa", "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "solar_open",
+    ),
+    "mixtral": ("minimax", "minimax_m2", "mixtral"),
+}  # fmt: skip
+"""The families in which PEFT puts the experts of a layer together. Qwen 2 MoE, after which it names the first kind, is not one."""
+
+_MIXTRAL = ((r"\.block_sparse_moe\.", ".mlp."),)
+
+_RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
+    "mixtral": _MIXTRAL,
+    "minimax": _MIXTRAL,
+    "minimax_m2": _MIXTRAL,
+    "kimi_linear": (
+        (r"self_attn\.f_a_proj\.", "self_attn.forget_gate.f_a_proj."),
+        (r"self_attn\.f_b_proj\.", "self_attn.forget_gate.f_b_proj."),
+        *_MIXTRAL,
+    ),
+    "phimoe": (*_MIXTRAL, (r"\.gate\.weight", ".router.weight")),
+    "nemotron_h": ((r"backbone\.", "model."),),
+    "laguna": ((r"mlp\.shared_expert\.", "mlp.shared_experts."),),
+    "bailing_hybrid": (
+        (r"^model\.word_embeddings\.", "model.embed_tokens."),
+        (r"\.attention\.", ".self_attn."),
+        (r"self_attn\.f_proj\.", "self_attn.forget_gate.f_proj."),
+        (r"\.self_attn\.dense\.", ".self_attn.o_proj."),
+    ),
+    "exaone": (
+        (r"^transformer\.wte\.", "model.embed_tokens."),
+        (r"^transformer\.h\.", "model.layers."),
+        (r"^transformer\.ln_f\.", "model.norm."),
+        (r"\.attn\.attention\.", ".self_attn."),
+        (r"\.self_attn\.out_proj\.", ".self_attn.o_proj."),
+        (r"\.ln_1\.", ".input_layernorm."),
+        (r"\.ln_2\.", ".post_attention_layernorm."),
+        (r"\.mlp\.c_fc_0\.", ".mlp.gate_proj."),
+        (r"\.mlp\.c_fc_1\.", ".mlp.up_proj."),
+        (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
+    ),
+}
+"""By family: what transformers 5 changes in the names of modules when it reads a checkpoint, one after another."""
+
+_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_NOT_IN_MAMBA = ("out_proj", "conv1d")
+"""Modules on which PEFT puts no adapter in these families."""
+
+_ROUTERS = ("gate", "router")
+
+
+@dataclass(frozen=True, slots=True)
+class PeftBase:
+    """A base model as PEFT finds it.
+
+    Attributes:
+        opening: The class that opens it; None where that is not known.
+        modules: The name in that class of everything that has one but experts, the modules that hold others included; empty where they are
+            not known.
+        experts: The names in that class of the modules that hold the experts of a layer.
+    """
+
+    opening: Opening | None
+    modules: frozenset[str] = field(default=frozenset())
+    experts: frozenset[str] = field(default=frozenset())
+
+    @property
+    def family(self) -> str:
+        return self.opening.family if self.opening else ""
+
+    def name(self, name: str) -> str:
+        """The name in an adapter's file of what is called `name` here."""
+        return self.opening.name(name) if self.opening else name
+
+    def module(self, name: str) -> str:
+        """The name in transformers' class of a module, by its name here."""
+        return renamed(self.family, self.name(name))
+
+    def place(self, name: str) -> str:
+        """Where PEFT has to put the adapter on a module: a module, or a parameter that holds the weights of several."""
+        before, experts, part = name.rpartition(EXPERTS_PART)
+        if experts:
+            return f"{self.module(before + experts[:-1])}.{_of_experts(self.family).get(part, part)}"
+        module = self.module(name)
+        return f"{module}.weight" if self._is_router(module) else module
+
+    def attached(self, targets: Iterable[str]) -> set[str]:
+        """Where PEFT puts an adapter, given its `target_modules`."""
+        names, parameters = set(targets), set()
+        for target in tuple(names):
+            for part, parameter in _of_experts(self.family).items():
+                if is_named(target, part):
+                    names.discard(target)
+                    parameters.add(parameter)
+        modules = {module for module in self.modules if ends_with(module, names)}
+        return modules | {parameter for parameter in self._parameters() if ends_with(parameter, parameters)}
+
+    def _parameters(self) -> Iterator[str]:
+        """The parameters on which PEFT puts adapters in the place of modules."""
+        for block in self.experts:
+            yield from (f"{block}.gate_up_proj", f"{block}.down_proj")
+        yield from (f"{module}.weight" for module in self.modules if self._is_router(module))
+
+    def _is_router(self, module: str) -> bool:
+        """Whether it chooses among experts: transformers 5 has no linear module there."""
+        block, _, part = module.rpartition(".")
+        return part in _ROUTERS and f"{block}.experts" in self.experts
+
+
+def renamed(family: str, name: str) -> str:
+    """The name that transformers 5 gives a module whose name in the checkpoint is `name`."""
+    name = f"{name}.weight"
+    for pattern, replacement in _RENAMED.get(family, ()):
+        name = re.sub(pattern, replacement, name, count=1)
+    return name.removesuffix(".weight")
+
+
+def _of_experts(family: str) -> Mapping[str, str]:
+    kind = next((kind for kind, families in _PUT_TOGETHER.items() if family in families), None)
+    return _OF_EXPERTS[kind] if kind else {}
+
+
+def ends_with(module: str, names: Collection[str]) -> bool:
+    """Whether one of these names, or paths, is the end of a module's."""
+    parts = module.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))
+
+
+# --- the settings that name what was trained --------------------------------------------------------------------------------------
+
+
+def target_modules(base: PeftBase, trained: Sequence[str]) -> list[str]:
+    """Names with which PEFT puts an adapter on every module that was trained, and on no other: the shortest that do.
+
+    Where the base's modules are not known, they are whole; where no names do, as in a family whose experts have no place, short.
+
+    Args:
+        trained: The modules, by their names here.
+    """
+    experts = {name for name in trained if EXPERTS_PART in name}
+    # Of experts the last part alone: they have numbers in a file, or are put together in the model.
+    whole = {name.rpartition(".")[2] for name in experts}
+    whole |= {base.module(name) for name in trained if name not in experts}
+    if not base.modules:
+        return sorted(whole)
+    last = {name.rpartition(".")[2] for name in whole}
+    within = {in_a_layer(name) for name in whole}
+    places = {base.place(name) for name in trained}
+    return sorted(next((names for names in (last, within, whole) if base.attached(names) == places), last))
+
+
+def in_a_layer(module: str) -> str:
+    """`model.layers.3.self_attn.q_proj` → `self_attn.q_proj`; the whole name of what is in no layer."""
+    return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
+
+
+# --- what PEFT loses --------------------------------------------------------------------------------------------------------------
+
+
+def losses(base: PeftBase, settings: LoraSettings, trained: Sequence[str], config: Mapping[str, Any]) -> Iterator[str]:
+    """What PEFT makes otherwise than it was trained, a sentence each, with the module that it is about.
+
+    Args:
+        base: With its modules.
+        settings: With which the modules were trained.
+        trained: Them, by their names here.
+        config: `adapter_config.json`.
+    """
+    places: dict[str, list[str]] = {}
+    for name in trained:
+        places.setdefault(base.place(name), []).append(name)
+    attached = base.attached(config["target_modules"])
+    for place, names in places.items():
+        if place not in attached:
+            yield f"PEFT has no place for the adapter on {names[0]}"
+        elif (block := _fused_in(base, place)) and (len(names) < 2 or f"{block}.down_proj" not in attached):
+            yield f"PEFT takes the adapter on {names[0]} only together with those on all the experts' projections"
+        else:
+            yield from _otherwise(base, settings, place, names, config)
+    for place in sorted(attached - places.keys()):
+        yield f"PEFT would put an adapter on {place}, which has none here"
+
+
+def _fused_in(base: PeftBase, place: str) -> str:
+    """The experts' module whose gates and up projections a place holds, of which PEFT keeps the adapter inside of that on the down
+    projections; empty for any other place."""
+    block, _, parameter = place.rpartition(".")
+    return block if block in base.experts and parameter == "gate_up_proj" else ""
+
+
+def _otherwise(
+    base: PeftBase, settings: LoraSettings, place: str, names: list[str], config: Mapping[str, Any]
+) -> Iterator[str]:
+    """What differs where a place is found."""
+    is_parameter = place not in base.modules
+    if base.family in _MAMBA and place.rpartition(".")[2] in _NOT_IN_MAMBA:
+        yield f"PEFT puts no adapter on {names[0]} in models of type {base.family}"
+    if is_parameter and settings.dropout:
+        yield f"PEFT takes no dropout on {names[0]}"
+    together = len(names) if is_parameter else 1
+    rank = _of_pattern(config["rank_pattern"], place, together * config["r"])
+    alpha = _of_pattern(config["alpha_pattern"], place, together * config["lora_alpha"])
+    scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    if rank != sum(map(settings.rank_of, names)):
+        yield f"PEFT gives {names[0]} another rank"
+    elif any(not math.isclose(scale, settings.scale_of(name), rel_tol=1e-6) for name in names):
+        yield f"PEFT multiplies what {names[0]} adds with {scale:g} in the place of {settings.scale_of(names[0]):g}"
+
+
+def _of_pattern(values: Mapping[str, float], place: str, otherwise: float) -> float:
+    """The value of the first expression that fits the end of a name."""
+    return next((value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", place)), otherwise)
