@@ -17,7 +17,7 @@ from mlx_sft.data.mask.assistant_spans import Turn, tagged_turns, traced_turns
 from mlx_sft.data.mask.headers import Headers
 from mlx_sft.data.mask.probes import traced_renderings
 from mlx_sft.data.mask.reference_rendering import SYSTEM_ROLES, ReferenceRendering
-from mlx_sft.data.mask.trace import NOBODY, Integers, Refusal, TracedRendering
+from mlx_sft.data.mask.trace import NOBODY, Integers, Refusal, TracedRendering, assistant_messages
 from mlx_sft.data.mask.traced_template import has_tags
 from mlx_sft.data.sandbox import compiled
 from mlx_sft.data.turns import follows_a_turn
@@ -147,7 +147,7 @@ def render(
             f"the chat template of {reference.name} is not understood well enough to know what "
             f"the model would be trained on here: {refusal}",
             where=conversation.origin,
-            hint="use a model with a ChatML, Qwen or Llama 3 template, or give rows of plain `text`",
+            hint=refusal.hint or "give another template with --chat-template, or rows of plain `text`",
         ) from None
     cut = {turn.message for turn in turns if turn.leaves_out_words(traced)}
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} if cut else set()
@@ -189,15 +189,29 @@ def todays_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def _understood(
     reference: ReferenceRendering, supervised: Sequence[int], end_tokens: frozenset[str]
 ) -> tuple[TracedRendering, list[Turn]]:
-    """The traced rendering of the conversation and its turns, by the first way of tracing that is free of contradictions.
+    """The traced rendering of the conversation and its turns, by the first way of tracing that is free of contradictions: of any
+    in an assistant's turn, else of any in a turn that is supervised.
 
     Raises:
         Refusal: where none is.
     """
+    assistants = assistant_messages(reference.messages)
+    try:
+        return _understood_by(assistants, reference, supervised, end_tokens)
+    except Refusal:
+        if not supervised or set(supervised) == set(assistants):
+            raise
+    return _understood_by(supervised, reference, supervised, end_tokens)
+
+
+def _understood_by(
+    judged: Sequence[int], reference: ReferenceRendering, supervised: Sequence[int], end_tokens: frozenset[str]
+) -> tuple[TracedRendering, list[Turn]]:
+    """As `_understood` says, of contradictions about the messages `judged`."""
     tagged = has_tags(reference.template)
     first_refusal: Refusal | None = None
     second_choice: tuple[TracedRendering, list[Turn]] | None = None
-    for traced in traced_renderings(reference):
+    for traced in traced_renderings(reference, judged):
         try:
             if isinstance(traced, Refusal):
                 raise traced

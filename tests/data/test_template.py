@@ -43,6 +43,57 @@ def test_arguments_that_are_not_the_templates_are_refused(tokenizer: PreTrainedT
     assert error.what == f"{name} is not a variable of a chat template"
 
 
+TEXT_BEHIND_ANSWERS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<user>' + m.content + '<|end|>' }}"
+    "{% elif m.role == 'assistant' %}{% if not (loop.previtem is defined and loop.previtem.role == 'tool') %}<bot>{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + c.function.arguments.city + '</call>' }}{% endfor %}"
+    "{% set after = loop.index %}{% for k in range(after, messages | length) if messages[after].role == 'tool' and k == after %}"
+    "{% set answer = messages[k] %}{{ '<tool>' + answer.content + '</tool>' }}{% endfor %}"
+    "{{ m.content + '<|end|>' if m.content else '' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1].role == 'user' %}<bot>{% endif %}"
+)
+"""A call's text stands behind the answer to the call, as in Gemma 4's template."""
+BESIDE = (user("Hi"), assistant("I look", tool_calls=[CALL]), tool("3"), assistant("It is 3"))
+
+
+def test_text_that_is_moved_behind_the_answer_to_its_call_is_refused_with_a_way_out(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    moving = make_tokenizer(TEXT_BEHIND_ANSWERS, eos="<|end|>")
+    error = refusal(moving, *BESIDE)
+    assert error.what.endswith("it moves the text of message 2 behind the answer to its call, where no model writes it")
+    assert "--train-on every-turn" in error.hint
+    assert "leave the text out" in error.hint
+    asked = "<user>Hi<|end|><bot>"
+    call = '<call>weatherKöln "Süd"</call>'
+    assert shown(moving, *BESIDE[:2], in_context=True) == f"{asked}⟦{call}I look<|end|>⟧"
+    assert shown(moving, *BESIDE, supervised=[3]) == f"{asked}{call}<tool>3</tool>I look<|end|>⟦It is 3<|end|>⟧"
+    silent = assistant("", tool_calls=[CALL])
+    assert shown(moving, BESIDE[0], silent, *BESIDE[2:]).startswith(f"{asked}⟦{call}⟧<tool>3</tool>")
+
+
+def test_what_is_refused_names_a_way_out_that_fits(make_tokenizer: MakeTokenizer) -> None:
+    template, _ = NOT_UNDERSTOOD["without a loop over messages"]
+    assert "--chat-template" in refusal(make_tokenizer(template), user("Hi"), assistant("Hello")).hint
+    one_header = make_tokenizer(
+        "{% for m in messages %}{% if loop.first or loop.previtem.role != m.role %}{{ '<' + m.role + '>' }}{% endif %}"
+        "{{ m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    error = refusal(one_header, user("Hi"), assistant("Hello"), assistant("You?"))
+    assert (
+        "message 3 does not begin with the generation prompt '<assistant>', which the model is given there"
+        in error.what
+    )
+    assert "--consecutive-turns join" in error.hint
+    promptless = make_tokenizer(
+        "{% if messages[0].role == 'user' %}{{ raise_exception('no') }}{% endif %}"
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    error = refusal(promptless, assistant("Hello"), user("Hi"))
+    assert "it writes no generation prompt, and nothing else shows where message 1 begins" in error.what
+    assert "begin with a user's message" in error.hint
+
+
 # The context of inference
 
 

@@ -53,9 +53,13 @@ class Turn:
 
     def leaves_out_words(self, rendering: TracedRendering) -> bool:
         """Whether a letter of its message, or the name of a function that it calls, is not in the turn."""
-        if np.count_nonzero(rendering.letter_to_message == self.message) < rendering.letters[self.message]:
+        letters = rendering.letters[self.message]
+        if np.count_nonzero(rendering.letter_to_message == self.message) < letters:
             return True
         written = self.text(rendering.text)
+        content = rendering.messages[self.message].get("content")
+        if not letters and isinstance(content, str) and content.strip() not in written:
+            return True
         names = (function.get("name") for function in called_functions(rendering.messages[self.message]))
         return any(isinstance(name, str) and name not in written for name in names)
 
@@ -143,7 +147,7 @@ def tagged_turns(
         Refusal: where it is not certain to which message a tag's span belongs, or another's words are in it.
     """
     ending = ends_pattern(end_tokens)
-    rendering = replace(rendering, tags=tuple(span for span in rendering.tags if span[1] > span[0]))
+    rendering = replace(rendering, tags=_outermost(rendering.tags))
     tagged_messages = _messages_of_tags(rendering, ending)
     headers = Headers(reference, rendering.header)
     turns = []
@@ -151,6 +155,15 @@ def tagged_turns(
         own = [span for span, message in zip(rendering.tags, tagged_messages, strict=True) if message == index]
         turns.append(_tagged_turn(rendering, headers, index, own, ending))
     return turns
+
+
+def _outermost(tags: Sequence[Span]) -> tuple[Span, ...]:
+    """The spans of tags that enclose something, without those inside of another; in order."""
+    kept: list[Span] = []
+    for start, end in sorted({span for span in tags if span[1] > span[0]}, key=lambda span: (span[0], -span[1])):
+        if not kept or end > kept[-1][1]:
+            kept.append((start, end))
+    return tuple(kept)
 
 
 def _messages_of_tags(rendering: TracedRendering, ending: re.Pattern[str]) -> list[int]:
@@ -178,7 +191,9 @@ def _tagged_turn(
     ends = False
     for number, (start, end) in enumerate(tags):
         if number == 0:
-            start = headers.start_in_tag(index, start, end)
+            own_letters = np.flatnonzero(rendering.letter_to_message[start:end] == index)
+            first_letter = start + int(own_letters[0]) if len(own_letters) else end
+            start = headers.start_in_tag(index, start, end, first_letter)
         letters = np.flatnonzero(rendering.letter_to_message[start:end] == index)
         after_letters = start + int(letters[-1]) + 1 if len(letters) else start
         own = list(ending.finditer(text, after_letters, end))[-1:]

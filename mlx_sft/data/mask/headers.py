@@ -16,6 +16,8 @@ from mlx_sft.data.mask.trace import Refusal
 _TELLING = 4
 """A shorter header than this (in characters other than white space at its ends) may stand anywhere by chance."""
 _SHOWN = 200
+_JOIN = "give --consecutive-turns join, which makes assistant messages in a row one turn"
+_OPENS = "begin with a user's message, or give --train-on last"
 
 
 class Headers:
@@ -58,12 +60,13 @@ class Headers:
             self._known[role] = header
         return start
 
-    def start_in_tag(self, index: int, first: int, last: int) -> int:
-        """Where the turn starts in what a tag encloses, `text[first:last]`, which may begin with its header or a part of it."""
+    def start_in_tag(self, index: int, first: int, last: int, first_letter: int) -> int:
+        """Where the turn starts in what a tag encloses, `text[first:last]`, which may begin with its header, a part of it, or
+        more that stands before the model."""
         text, header = self._reference.text, self._usual() or self._whole
         context = self._reference.context(index) if index else None
         if context is not None and text.startswith(context):
-            return len(context) if len(context) - len(header) <= first < len(context) <= last else first
+            return len(context) if first < len(context) <= first_letter else first
         for part in filter(None, (header, before_no_reasoning(header))):
             start = self._after(part, first, min(first + len(part), last))
             if start is not None:
@@ -79,7 +82,7 @@ class Headers:
             return start
         if first == last:
             return first  # its own words begin it, so it has no header
-        raise Refusal(f"message 1 does not begin with the generation prompt {self._whole[:_SHOWN]!r}")
+        raise self._refusal(0, _OPENS)
 
     def _by_answer(self, last: int) -> int | None:
         """Where what the model would add to a question, were this message its answer, begins here."""
@@ -100,8 +103,20 @@ class Headers:
         if start is None:
             start = self._after(before_no_reasoning(header or self._whole), first, last)
         if start is None:
-            raise Refusal(f"message {index + 1} does not begin with the generation prompt {self._whole[:_SHOWN]!r}")
+            before = self._reference.messages[index - 1].get("role")
+            raise self._refusal(index, _JOIN if before == "assistant" else "")
         return start
+
+    def _refusal(self, index: int, hint: str) -> Refusal:
+        prompt = self._whole[:_SHOWN]
+        if not prompt:
+            return Refusal(
+                f"it writes no generation prompt, and nothing else shows where message {index + 1} begins", hint
+            )
+        cause = (
+            f"message {index + 1} does not begin with the generation prompt {prompt!r}, which the model is given there"
+        )
+        return Refusal(cause, hint)
 
     def _by_context(self, index: int, first: int, last: int) -> int | None:
         """Where the beginning of the conversation ends with its prompt; only white space may follow before the place."""

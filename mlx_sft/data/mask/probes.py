@@ -191,11 +191,15 @@ _MOST_STRINGS = 2000
 """A real template has a tenth; each is looked for at each place of each message."""
 
 
-def traced_renderings(reference: ReferenceRendering) -> Iterator[TracedRendering | Refusal]:
+def traced_renderings(reference: ReferenceRendering, turns: Sequence[int]) -> Iterator[TracedRendering | Refusal]:
     """What each way of tracing shows, or why it shows nothing; the plainest first.
 
     Where probe letters of one kind can be read, the next kind is not tried. Where the template's author tagged what is
     generated, an assistant's letters may stand elsewhere too.
+
+    Args:
+        reference: The conversation.
+        turns: The messages whose letters must stand in their own turns, and no others there.
 
     Raises:
         Refusal: where no private character is left for markers.
@@ -209,7 +213,7 @@ def traced_renderings(reference: ReferenceRendering) -> Iterator[TracedRendering
                 rendering = _traced_rendering(reference, variant, characters, letters, probed)
                 is_read = True
                 if not tagged:
-                    rendering.check()
+                    rendering.check(turns)
                 yield rendering
             except Refusal as refusal:
                 yield refusal

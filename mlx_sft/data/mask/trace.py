@@ -12,7 +12,7 @@ not change, so that loops over tool calls or text parts leave no marker.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,19 @@ Span = tuple[int, int]
 
 
 class Refusal(Exception):
-    """Why it is not understood how a template writes a conversation; a person sees it inside a `UserError`."""
+    """Why it is not understood how a template writes a conversation; a person sees it inside a `UserError`.
+
+    Args:
+        cause: What the template does.
+        hint: A way out that fits the cause, where one is known.
+    """
+
+    def __init__(self, cause: str, hint: str = "") -> None:
+        super().__init__(cause)
+        self.hint = hint
+
+
+_TEXT_MOVED = "give --train-on every-turn, which trains on each turn as the model writes it; or leave the text out of messages with calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +68,29 @@ class TracedRendering:
     letters: list[int]
     tags: tuple[Span, ...] = ()
 
-    def check(self) -> None:
-        """Raise `Refusal` where an assistant's letters stand outside its turn, or another's inside it."""
-        is_assistant = np.zeros(len(self.messages) + 1, bool)  # the last for NOBODY
-        is_assistant[assistant_messages(self.messages)] = True
+    def check(self, turns: Sequence[int]) -> None:
+        """Raise `Refusal` where letters of one of these messages stand outside its turn, or another's inside it."""
+        is_turn = np.zeros(len(self.messages) + 1, bool)  # the last for NOBODY
+        is_turn[list(turns)] = True
         writers, letters = self.char_to_message, self.letter_to_message
-        misplaced = (is_assistant[letters] | is_assistant[writers]) & (writers != letters) & (letters != NOBODY)
-        if misplaced.any():
-            index = int(letters[np.argmax(misplaced)])
-            raise Refusal(f"words of message {index + 1} stand where another message is written")
+        misplaced = (is_turn[letters] | is_turn[writers]) & (writers != letters) & (letters != NOBODY)
+        if not misplaced.any():
+            return
+        place = int(np.argmax(misplaced))
+        letter, writer = int(letters[place]), int(writers[place])
+        if self._is_moved(writer, letter, place):
+            cause = f"it moves the text of message {writer + 1} behind the answer to its call, where no model writes it"
+            raise Refusal(cause, _TEXT_MOVED)
+        raise Refusal(f"words of message {letter + 1} stand where another message is written")
+
+    def _is_moved(self, calling: int, answer: int, place: int) -> bool:
+        """Whether the words of a message with calls go on behind the answer of a tool."""
+        is_answer = calling != NOBODY and self.messages[answer].get("role") == "tool"
+        return (
+            is_answer
+            and bool(called_functions(self.messages[calling]))
+            and bool((self.letter_to_message[place:] == calling).any())
+        )
 
     def after_words(self, index: int, after_letters: int, last: int) -> int:
         """Where the content of a message ends: after what follows its last letter in it, such as `.` or `<|im_end|>`.

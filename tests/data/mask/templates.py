@@ -44,7 +44,7 @@ NOT_UNDERSTOOD = {
     ),
     "another header than the prompt's": (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}" + PROMPT,
-        "message 2 does not begin with the generation prompt '<|im_start|>assistant\\n'",
+        "message 2 does not begin with the generation prompt '<|im_start|>assistant\\n', which the model is given there",
     ),
     "a turn in two places": (
         "{% for m in messages %}{{ m.content }}{% endfor %}|{% for m in messages %}{{ m.content }}{% endfor %}",

@@ -11,10 +11,12 @@ from tests.data.mask.pictures import (
     refusal,
     rendered,
     shown,
+    tool,
     user,
 )
 from tests.data.mask.templates import (
     PROMPT,
+    TAGGED,
     TAGGED_VARIANTS,
 )
 
@@ -151,3 +153,24 @@ def test_a_tag_with_letters_is_their_messages_though_there_are_fewer_tags_than_a
     messages = [user("Hi"), assistant(""), user("?"), assistant("Yes")]
     assert shown(tokenizer, *messages, supervised=[3]).endswith("assistant\n⟦Yes<|im_end|>⟧\n")
     assert "⟦" not in shown(tokenizer, *messages, supervised=[1])
+
+
+def test_what_stands_before_the_model_is_not_supervised_though_a_tag_encloses_it(make_tokenizer: MakeTokenizer) -> None:
+    """DeepSeek V3's training template tags what ends the tools' answers, which is longer than the header of an answer."""
+    template = (
+        "{% set ns = namespace(tool=false) %}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% if not ns.tool %}<bot>{% endif %}{% generation %}{{ '<end of tools>' if ns.tool else '' }}{{ m.content }}<|im_end|>"
+        "{% endgeneration %}{% set ns.tool = false %}{% else %}{{ '<' + m.role + '>' + m.content }}"
+        "{% set ns.tool = m.role == 'tool' %}{% endif %}{% endfor %}{{ '<end of tools>' if ns.tool else '' }}"
+        "{{ '<bot>' if add_generation_prompt and not ns.tool else '' }}"
+    )
+    talk = (user("Hi"), assistant("I look"), tool("3"), assistant("It is 3"))
+    assert shown(make_tokenizer(template), *talk) == (
+        "<user>Hi<bot>⟦I look<|im_end|>⟧<tool>3<end of tools>⟦It is 3<|im_end|>⟧"
+    )
+
+
+def test_of_tags_inside_of_tags_the_outermost_count(make_tokenizer: MakeTokenizer) -> None:
+    nested = TAGGED.replace("{{ m.content", "{% generation %}{{ m.content[:2] }}{% endgeneration %}{{ m.content[2:]")
+    rendering = rendered(make_tokenizer(nested), user("Hi"), assistant("Hello"))
+    assert [turn.text(rendering.text) for turn in rendering.turns] == ["Hello<|im_end|>"]

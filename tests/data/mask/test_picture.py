@@ -36,7 +36,7 @@ def test_the_supervised_part_is_the_one_in_brackets(tokenizer: PreTrainedTokeniz
 
 
 def test_characters_and_letters_have_the_messages_that_are_drawn(tokenizer: PreTrainedTokenizerFast) -> None:
-    traced = next(traced_renderings(ReferenceRendering(tokenizer, Conversation("", MESSAGES))))
+    traced = next(traced_renderings(ReferenceRendering(tokenizer, Conversation("", MESSAGES)), [1]))
     assert isinstance(traced, TracedRendering)
     assert traced.text == drawn("text")
     assert traced.char_to_message.tolist() == [int(digit) for digit in drawn("char_to_message")]

@@ -29,6 +29,15 @@ from tests.data.mask.templates import (
 pytestmark = pytest.mark.fast
 
 
+def test_words_without_letters_that_are_left_out_are_no_turn(make_tokenizer: MakeTokenizer) -> None:
+    parts_only = make_tokenizer(
+        "{% for m in messages %}{{ '<' + m.role + '>' }}{{ m.content if m.role == 'user' }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    silent = rendered(parts_only, user("Hi"), assistant("!!"), silent_turns=False)
+    assert silent.facts == Facts(turns_with_text_left_out=1)
+
+
 def left_out(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, Any], **options: Any) -> int:
     return rendered(tokenizer, *messages, **options).facts.turns_with_text_left_out
 
