@@ -85,14 +85,15 @@ def opening(config: Mapping[str, Any]) -> Opening | None:
     if family in _TEXT_ALONE:
         return Opening(CAUSAL_LM, str(text.get("model_type") or f"{family}_text"))
     if family in _WHOLE:
-        return Opening(CAUSAL_LM, family, _INSIDE)
-    return Opening(_SEEING, family, _INSIDE) if family in _NO_CAUSAL_LM else None
+        return Opening(CAUSAL_LM, family, INSIDE)
+    return Opening(_SEEING, family, INSIDE) if family in _NO_CAUSAL_LM else None
 
 
 CAUSAL_LM, _SEEING = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 """The classes of transformers that find a model's own by its config.json."""
 
-_INSIDE = "model.language_model."
+INSIDE = "model.language_model."
+"""How names of a language model's modules begin where other modules stand beside them."""
 
 _TEXT_ALONE = frozenset({"llama4", "qwen3_5", "qwen3_5_moe"})
 """Families that can also see, of which AutoModelForCausalLM takes the language model alone."""

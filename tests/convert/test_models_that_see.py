@@ -157,7 +157,7 @@ def test_without_the_base_an_export_keeps_the_names(
     result = export(run.path, tmp_path / "adapter", format="peft")
     assert load_file(result.path / "adapter_model.safetensors").keys() == names
     assert ["not on this disk" in note for note in result.notes] == [True]
-    both = merge_adapters([str(run.path)] * 2, tmp_path / "both")
+    both = merge_adapters([str(run.path)] * 2, tmp_path / "both", method="cat")
     assert load_file(both / "adapter_model.safetensors").keys() == names
     kept.rename(base)
     assert export(run.path, tmp_path / "again", format="peft").notes == ()
@@ -199,24 +199,26 @@ def test_trl_trains_the_run_and_nothing_of_the_tower(
 ) -> None:
     pytest.importorskip("trl")
     base = make_wrapper(family, make_base, tmp_path / "base")
-    chosen = {"model": str(base), "max_steps": 2, "save_every": 2, "dtype": "float32", "grad_checkpoint": "off"}
+    chosen = {"model": str(base), "max_steps": 2, "save_every": 1, "dtype": "float32", "grad_checkpoint": "off"}
     run = train(TrainConfig(**settings | chosen)).run_dir
     exported = export(run, tmp_path / "trl-export", format="trl").path
-    trained = carry_out(exported, tmp_path)
+    trained = carry_out(exported, tmp_path, "--steps", "1")
     losses = [
         [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
         for folder in (Path(run), trained)
     ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    (_, ours), (_, theirs) = read_adapter(Path(run) / "adapter"), read_adapter(trained / "adapter")
+    assert losses[1] == pytest.approx(losses[0][:1], rel=1e-4)
+    moments = load_file(trained / "adapter/optimizer.safetensors")
+    assert len(moments) == 2 * len(load_file(exported / "initial_adapter/adapter_model.safetensors"))
+    assert not [name for name in moments if "vis" in name]
+
+    again = train(TrainConfig(resume_from_peft=str(trained), out=str(tmp_path / "again"), quiet=True)).run_dir
+    (_, ours), (_, theirs) = read_adapter(Path(run) / "adapter"), read_adapter(Path(again) / "adapter")
     assert ours.keys() == theirs.keys()
     for name, our in ours.items():
         np.testing.assert_allclose(
-            np.array(theirs[name]), np.array(our), rtol=0, atol=1e-4 * float(abs(our).max()) + 1e-5
+            np.array(theirs[name]), np.array(our), rtol=0, atol=1e-3 * float(abs(our).max()) + 1e-5
         )
-    moments = load_file(trained / "adapter/optimizer.safetensors")
-    assert len(moments) == 2 * len(ours)
-    assert not [name for name in moments if "vis" in name]
 
 
 def test_the_code_of_the_card_opens_the_class_that_the_names_are_of(
