@@ -35,16 +35,25 @@ _GEMMA_4 = {
     "initializer_range": 0.1,
 }
 
+_PLAIN = {
+    name: value for name, value in _GEMMA_4.items() if name not in ("global_head_dim", "layer_types", "sliding_window")
+}
+
+NO_CAUSAL_LM = ["mistral3", "qwen2_vl", "qwen3_vl"]
+"""Families that AutoModelForCausalLM does not open."""
+
 WRAPPERS = {"gemma3": "gemma3_text", "gemma4": None, "qwen3_5": "qwen3_5_text"}
 """By the family of the whole, that of the language model inside of it where that is one of the tested."""
 
 
 def make_wrapper(kind: str, make_base: Callable[..., Path], folder: Path) -> Path:
     """A checkpoint in `folder` with nothing zero in it, also not in the tower that sees."""
-    text = WRAPPERS[kind]
+    text = WRAPPERS.get(kind)
     tied = kind.startswith("gemma")
     alone = make_base(text or "qwen3", tied=tied)
-    settings: dict[str, Any] = AutoConfig.from_pretrained(alone).to_dict() if text else dict(_GEMMA_4)
+    settings: dict[str, Any] = (
+        AutoConfig.from_pretrained(alone).to_dict() if text else dict(_GEMMA_4 if tied else _PLAIN)
+    )
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, text_config=settings, vision_config=_SEES, tie_word_embeddings=tied)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")

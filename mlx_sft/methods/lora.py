@@ -22,6 +22,7 @@ from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
 from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
 from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.methods.peft_files import CONFIG, base_model_name, names_begin, read_adapter, write_adapter
+from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import is_experts, linear_modules, weight_shape
 from mlx_sft.model.names import EXPERTS_PART
@@ -212,7 +213,10 @@ class Lora(Method):
         settings = self.settings
         stabilized = ", rank-stabilized" if settings.rslora else ""
         own = "; modules with ranks or alphas of their own" if settings.rank_pattern or settings.alpha_pattern else ""
-        targets = ", ".join(f"`{target}`" for target in settings.targets)
+        kinds = dict.fromkeys(map(in_a_layer, settings.targets))
+        targets = ", ".join(f"`{target}`" for target in kinds)
+        if len(kinds) < len(settings.targets):  # each module by its whole name
+            targets += f" ({len(settings.targets)} modules)"
         return f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{own}"
 
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:

@@ -27,7 +27,7 @@ from mlx_sft.files import read_json, to_json, write_file, write_file_with
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_rules import PeftBase, in_a_layer, losses, target_modules
-from mlx_sft.model.names import EXPERTS_PART, Opening, expert_name, split_expert, transformers_name
+from mlx_sft.model.names import EXPERTS_PART, INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
 CONFIG = "adapter_config.json"
@@ -166,9 +166,9 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
 
 
 def names_begin(folder: Path) -> str:
-    """How the names of a language model's modules begin in an adapter's file, as in `Opening`."""
-    names = (tensor.name.removeprefix(_PREFIX) for tensor in open_safetensors(_weights_file(folder)).tensors)
-    return next((name[: name.index("layers.")] for name in names if re.match(r"model\.\w+\.layers\.", name)), "model.")
+    """How the names of a language model's modules begin in the class that an adapter's file is for, as in `Opening`."""
+    names = (_stripped(tensor.name) for tensor in open_safetensors(_weights_file(folder)).tensors)
+    return INSIDE if any(transformers_name(name) != name for name in names) else "model."
 
 
 def base_model_name(folder: str | Path) -> str:

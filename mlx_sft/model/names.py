@@ -62,11 +62,13 @@ class Opening:
         auto_class: Its class that finds that one by config.json.
         family: The `model_type` in the config of the model that comes out.
         begins: How the names of the language model's modules begin in it: `model.`, or longer where other modules stand beside them.
+        alone: Whether it takes the language model alone out of a checkpoint that can also see; in a class for the whole, names are others.
     """
 
     auto_class: str
     family: str
     begins: str = "model."
+    alone: bool = False
 
     def name(self, name: str) -> str:
         """The name there of what is called `name` here."""
@@ -83,16 +85,17 @@ def opening(config: Mapping[str, Any]) -> Opening | None:
     if not isinstance(text, Mapping):
         return Opening(CAUSAL_LM, family)
     if family in _TEXT_ALONE:
-        return Opening(CAUSAL_LM, str(text.get("model_type") or f"{family}_text"))
+        return Opening(CAUSAL_LM, str(text.get("model_type") or f"{family}_text"), alone=True)
     if family in _WHOLE:
-        return Opening(CAUSAL_LM, family, _INSIDE)
-    return Opening(_SEEING, family, _INSIDE) if family in _NO_CAUSAL_LM else None
+        return Opening(CAUSAL_LM, family, INSIDE)
+    return Opening(_SEEING, family, INSIDE) if family in _NO_CAUSAL_LM else None
 
 
 CAUSAL_LM, _SEEING = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 """The classes of transformers that find a model's own by its config.json."""
 
-_INSIDE = "model.language_model."
+INSIDE = "model.language_model."
+"""How names of a language model's modules begin where other modules stand beside them."""
 
 _TEXT_ALONE = frozenset({"llama4", "qwen3_5", "qwen3_5_moe"})
 """Families that can also see, of which AutoModelForCausalLM takes the language model alone."""

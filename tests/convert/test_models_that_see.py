@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import peft
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
 from mlx_sft.convert.model_card import Published, model_card, read_run_summary
+from mlx_sft.convert.targets.peft import open_as_peft
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.methods.lora import LoraSettings
@@ -27,7 +29,7 @@ from mlx_sft.run_folder import RunFolder
 from tests.conftest import Run
 from tests.parity import assert_close
 from tests.trl_exports import carry_out
-from tests.wrappers import WRAPPERS, make_wrapper
+from tests.wrappers import NO_CAUSAL_LM, WRAPPERS, make_wrapper
 
 pytestmark = [
     pytest.mark.families,
@@ -71,13 +73,40 @@ def test_peft_puts_every_tensor_of_an_export_on_a_module_of_the_language_model(
     run = make_run(base)
     ours = mlx_logits(load_run(run.path, dtype="float32").model, token_ids)
     before = torch_logits(opened("AutoModelForCausalLM", base), token_ids)
-    exported = export(run.path, tmp_path / "adapter", format="peft").path
-    for folder in (exported, run.path / "adapter"):
+    result = export(run.path, tmp_path / "adapter", format="peft")
+    said = "open the base with AutoModelForCausalLM" in " ".join(result.notes)
+    assert said == (kind(base) == "qwen3_5"), "the one family here that two classes open under two names"
+    for folder in (result.path, run.path / "adapter"):
         adapted = peft.PeftModel.from_pretrained(opened("AutoModelForCausalLM", base), folder).eval()
         assert_close(ours, torch.tensor(torch_logits(adapted, token_ids)), TOLERANCE.get(kind(base), 1e-5))
         tensors = load_file(folder / "adapter_model.safetensors")
         assert with_lora(adapted) == {name.partition(".lora_")[0] for name in tensors}
     assert np.abs(ours - before).max() > 1e-2 * np.abs(before).max()
+
+
+@pytest.mark.parametrize("family", NO_CAUSAL_LM)
+def test_the_files_are_those_of_the_only_class_that_opens_the_base(
+    family: str, make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_wrapper(family, make_base, tmp_path / "base")
+    model = opened("AutoModelForImageTextToText", base)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    trained = {
+        name: module.weight for name, module in linears.items() if name.startswith("model.language_model.layers.")
+    }
+    parameters = {}
+    for name, weight in trained.items():
+        ours = name.replace("model.language_model.", "model.")
+        parameters |= {f"{ours}.lora_A": mx.ones((2, weight.shape[1])), f"{ours}.lora_B": mx.ones((weight.shape[0], 2))}
+    folder = tmp_path / "adapter"
+    write_adapter(folder, LoraSettings(rank=2, alpha=4.0), parameters, str(base))
+    found = open_as_peft(folder, str(base))
+    assert found is not None
+    assert found.auto_class == "AutoModelForImageTextToText"
+    adapted = peft.PeftModel.from_pretrained(model, folder)
+    assert with_lora(adapted) == {f"base_model.model.{name}" for name in trained}
+    assert all(bool((value == 1).all()) for name, value in adapted.named_parameters() if ".lora_" in name)
+    assert read_adapter(folder)[1].keys() == parameters.keys()
 
 
 @pytest.mark.parametrize("auto_class", CLASSES)
@@ -157,7 +186,7 @@ def test_without_the_base_an_export_keeps_the_names(
     result = export(run.path, tmp_path / "adapter", format="peft")
     assert load_file(result.path / "adapter_model.safetensors").keys() == names
     assert ["not on this disk" in note for note in result.notes] == [True]
-    both = merge_adapters([str(run.path)] * 2, tmp_path / "both")
+    both = merge_adapters([str(run.path)] * 2, tmp_path / "both", method="cat")
     assert load_file(both / "adapter_model.safetensors").keys() == names
     kept.rename(base)
     assert export(run.path, tmp_path / "again", format="peft").notes == ()
@@ -199,24 +228,26 @@ def test_trl_trains_the_run_and_nothing_of_the_tower(
 ) -> None:
     pytest.importorskip("trl")
     base = make_wrapper(family, make_base, tmp_path / "base")
-    chosen = {"model": str(base), "max_steps": 2, "save_every": 2, "dtype": "float32", "grad_checkpoint": "off"}
+    chosen = {"model": str(base), "max_steps": 2, "save_every": 1, "dtype": "float32", "grad_checkpoint": "off"}
     run = train(TrainConfig(**settings | chosen)).run_dir
     exported = export(run, tmp_path / "trl-export", format="trl").path
-    trained = carry_out(exported, tmp_path)
+    trained = carry_out(exported, tmp_path, "--steps", "1")
     losses = [
         [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
         for folder in (Path(run), trained)
     ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    (_, ours), (_, theirs) = read_adapter(Path(run) / "adapter"), read_adapter(trained / "adapter")
+    assert losses[1] == pytest.approx(losses[0][:1], rel=1e-4)
+    moments = load_file(trained / "adapter/optimizer.safetensors")
+    assert len(moments) == 2 * len(load_file(exported / "initial_adapter/adapter_model.safetensors"))
+    assert not [name for name in moments if "vis" in name]
+
+    again = train(TrainConfig(resume_from_peft=str(trained), out=str(tmp_path / "again"), quiet=True)).run_dir
+    (_, ours), (_, theirs) = read_adapter(Path(run) / "adapter"), read_adapter(Path(again) / "adapter")
     assert ours.keys() == theirs.keys()
     for name, our in ours.items():
         np.testing.assert_allclose(
-            np.array(theirs[name]), np.array(our), rtol=0, atol=1e-4 * float(abs(our).max()) + 1e-5
+            np.array(theirs[name]), np.array(our), rtol=0, atol=1e-3 * float(abs(our).max()) + 1e-5
         )
-    moments = load_file(trained / "adapter/optimizer.safetensors")
-    assert len(moments) == 2 * len(ours)
-    assert not [name for name in moments if "vis" in name]
 
 
 def test_the_code_of_the_card_opens_the_class_that_the_names_are_of(

@@ -20,6 +20,7 @@ from mlx_sft.methods import Method, Parameters
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
 from mlx_sft.model.load import name_elsewhere
+from mlx_sft.model.names import CAUSAL_LM, Opening
 
 _WHOLE = "export it with --format merged, which holds all that was trained, and push it without --adapter-only"
 
@@ -53,9 +54,13 @@ class Peft(AdapterAlone):
             self.notes.append(
                 f"PEFT has no form for what --method {method.name} trains: these files are for mlx-sft alone"
             )
-        elif not open_as_peft(folder, name):
+        elif (opened := open_as_peft(folder, name)) is None:
             self.notes.append(
                 "the base is not on this disk, so that it was not seen whether PEFT finds a place for each tensor"
+            )
+        elif opened.alone or opened.auto_class != CAUSAL_LM:
+            self.notes.append(
+                f"open the base with {opened.auto_class}: these names are those of its modules there, and in no other class"
             )
 
     def verify(self, folder: Path) -> None:
@@ -71,28 +76,28 @@ def _but_targets(method: Method) -> dict[str, Any]:
     return settings
 
 
-def open_as_peft(folder: Path, base: str, hint: str = _WHOLE) -> bool:
+def open_as_peft(folder: Path, base: str, hint: str = _WHOLE) -> Opening | None:
     """Open an adapter's files as PEFT does, on the class with which transformers opens the base.
 
     Args:
         hint: What to do instead where it does not open.
 
     Returns:
-        Whether it was seen; False where the base, or its weights, are not on this disk.
+        The class; None where the base, or its weights, are not on this disk, so that nothing was seen.
 
     Raises:
         UserError: If a tensor has no place there, or what comes out is not what was trained.
     """
     found = peft_base(base)
     if found is None or not found.modules:
-        return False
+        return None
     if found.opening is None:
         what = "it is not known what transformers calls the language model inside of this base, where PEFT would look"
         raise UserError(what, where=base, hint=hint)
     if lost := list(lost_by_peft(folder, found)):
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise UserError(f"PEFT would not open this adapter as it was trained: {lost[0]}{more}", where=base, hint=hint)
-    return True
+    return found.opening
 
 
 def same(parameters: Parameters, others: Parameters) -> bool:

@@ -232,3 +232,14 @@ def test_a_start_that_was_written_otherwise_is_noticed(
         export_trl(pair.run, tmp_path / "trl")
     assert not (tmp_path / "trl").exists()
     export_trl(pair.run, tmp_path / "trl", verify=False)
+
+
+def test_an_adapter_of_which_peft_would_lose_a_part_is_refused(
+    settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base("qwen3_next")
+    chosen = {"model": str(base), "target": "q_proj,shared_expert.up_proj", "max_steps": 1}
+    run = train(TrainConfig(**settings | chosen)).run_dir
+    error = refusal(run, tmp_path / "trl")
+    assert "no place for the adapter on model.layers.0.mlp.shared_expert.up_proj" in error.what
+    assert "--target attention" in error.hint
