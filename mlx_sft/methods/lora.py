@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
+from mlx_sft.methods.layers import in_layers
 from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
 from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, write_adapter
@@ -85,7 +86,7 @@ class Lora(Method):
         """
         self._dtype = next(iter(floating_weights(model).values())).dtype
         linears = linear_modules(model)
-        chosen = _chosen(list(linears), self.settings.targets)
+        chosen = _chosen(in_layers(model, list(linears), self.settings.layers), self.settings.targets)
         widest = max(max(weight_shape(linears[name][1])[-2:]) for name in chosen)
         if (most := max(self.settings.rank_of(name) for name in chosen)) > widest:
             what = f"{most} is more than the widest of these modules has features, {widest}"
@@ -192,10 +193,11 @@ class Lora(Method):
         return self.settings.model_dump(exclude={"dropout", "init"})
 
     def agrees(self, model: nn.Module, name: str, given: Any) -> bool:
-        if name != "target":
+        if name not in ("target", "layers"):
             return super().agrees(model, name, given)
-        targets = (given,) if isinstance(given, str) else tuple(given)  # `all-linear` may be the names in the file
-        return resolve_targets(model, targets) == resolve_targets(model, self.settings.targets)
+        asked = self.settings.model_copy(update={name: given})  # `all-linear` may be the names in the file
+        theirs, own = (resolve_targets(model, one.targets, one.layers) for one in (asked, self.settings))
+        return theirs == own
 
     def not_in_trl(self) -> str:
         return "DoRA starts from the norms of the weights, which it would compute anew" if self.settings.dora else ""
@@ -209,7 +211,8 @@ class Lora(Method):
         stabilized = ", rank-stabilized" if settings.rslora else ""
         own = "; modules with ranks or alphas of their own" if settings.rank_pattern or settings.alpha_pattern else ""
         targets = ", ".join(f"`{target}`" for target in settings.targets)
-        return f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{own}"
+        layers = f" of the layers `{settings.layers}`" if settings.layers else ""
+        return f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{layers}{own}"
 
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:
         experts = is_experts(linear)
@@ -245,12 +248,12 @@ def _check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
                 raise UserError(f"no module that is trained is named {key}", where=where, hint=hint)
 
 
-def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """The names in transformers of the modules that targets stand for, in the model's order.
+def resolve_targets(model: nn.Module, targets: tuple[str, ...], layers: str | None = None) -> list[str]:
+    """The names in transformers of the modules that targets stand for in some layers, or in all, in the model's order.
 
     `all-linear` is every linear module but the output head, as in PEFT, and but the routers that choose experts, which are none there.
     """
-    return _chosen(list(linear_modules(model)), targets)
+    return _chosen(in_layers(model, list(linear_modules(model)), layers), targets)
 
 
 def _chosen(names: list[str], targets: tuple[str, ...]) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from mlx_sft.settings import Settings, split_pairs
+from mlx_sft.methods.layers import LayersSettings
+from mlx_sft.settings import split_pairs
 
 HALVES = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
@@ -21,7 +22,7 @@ GROUPS = {
 """Targets that stand for several modules of the layers: those with one of these parts in their path, or without parts all."""
 
 
-class LoraSettings(Settings):
+class LoraSettings(LayersSettings):
     """The shape of an adapter, in PEFT's terms."""
 
     target: str | list[str] = "all-linear"

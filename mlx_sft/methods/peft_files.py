@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.model.names import EXPERTS_PART, expert_name, split_expert
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
@@ -182,8 +183,7 @@ def _to_config(settings: LoraSettings, modules: list[str], base_model: str, revi
         "init_lora_weights": True if settings.init == "kaiming" else settings.init,
         "target_modules": _target_modules(settings, modules),
         "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
+        **_layers_to_transform(settings, modules),
         "modules_to_save": None,
         "rank_pattern": {_for_each_expert(name): rank for name, rank in settings.rank_pattern.items()},
         "alpha_pattern": {_for_each_expert(name): alpha for name, alpha in settings.alpha_pattern.items()},
@@ -203,6 +203,23 @@ def _target_modules(settings: LoraSettings, modules: list[str]) -> list[str]:
     return sorted(names)
 
 
+def _layers_to_transform(settings: LoraSettings, modules: list[str]) -> dict[str, Any]:
+    """The layers by their numbers, and what stands before these in names; PEFT asks neither of a module that is named in full."""
+    numbered = {module: number for module in modules if (number := layer_number(module)) is not None}
+    if settings.layers is None or not numbered:
+        return {"layers_to_transform": None, "layers_pattern": None}
+    before = {module.partition(f".{number}.")[0].rpartition(".")[2] for module, number in numbered.items()}
+    return {"layers_to_transform": sorted(set(numbered.values())), "layers_pattern": sorted(before)}
+
+
+def _layers(config: dict[str, Any], modules: list[str]) -> str | None:
+    """The layers that the config names, where those of the file's modules are among them; None where it names none, or others."""
+    stated = config.get("layers_to_transform")
+    named = [number for number in (stated if isinstance(stated, list) else [stated]) if type(number) is int]
+    numbers = {number for module in modules if (number := layer_number(module)) is not None}
+    return written_layers(numbers) if numbers and numbers.issubset(named) else None
+
+
 def _to_settings(config: dict[str, Any], modules: list[str], where: Path) -> LoraSettings:
     """Of modules as the file names them, each expert's apart."""
     try:
@@ -210,12 +227,14 @@ def _to_settings(config: dict[str, Any], modules: list[str], where: Path) -> Lor
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{first['loc'][0]}: {first['msg']}", where=str(where)) from error
+    layers = _layers(config, modules)
     return LoraSettings.model_construct(
         rank=stated.r,
         alpha=stated.lora_alpha,
         dropout=stated.lora_dropout,
         rslora=bool(stated.use_rslora),
-        target=list(_targets(config, sorted({_together(module) for module in modules}))),
+        target=list(_targets(config, sorted({_together(module) for module in modules}), layers)),
+        layers=layers,
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         dora=bool(stated.use_dora),
         rank_pattern=_pattern(stated.rank_pattern or {}, "rank_pattern", modules, where),
@@ -259,10 +278,10 @@ def _for_each_expert(name: str) -> str:
     return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
 
 
-def _targets(config: dict[str, Any], modules: list[str]) -> tuple[str, ...]:
-    """The config's list of names where it says all, else the paths of the modules that the file has."""
+def _targets(config: dict[str, Any], modules: list[str], layers: str | None) -> tuple[str, ...]:
+    """The config's list of names where it says all of these layers, else the paths of the modules that the file has."""
     names = config.get("target_modules")
-    partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    partial = (config.get("layers_to_transform") is not None and layers is None) or config.get("exclude_modules")
     if (
         partial
         or any(EXPERTS_PART in module for module in modules)

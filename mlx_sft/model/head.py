@@ -133,6 +133,12 @@ class SplitModel:
         return next(iter(floating_weights(self.model).values())).dtype
 
 
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model of mlx-lm's, split or not."""
+    layers: list[nn.Module] = model.get(_NESTED, model).layers
+    return layers
+
+
 def agree_within(found: mx.array, expected: mx.array, tolerance: float) -> bool:
     """Whether no number of a result is off by more than a share of the largest that is expected."""
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)

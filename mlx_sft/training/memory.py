@@ -121,6 +121,7 @@ class Footprint:
         columns: Of a position's logits, those that exist at once.
         head: How the head's loss is computed.
         trains_weights: Whether weights of the model are trained as they are.
+        trains_head: Whether something outside of the layers is trained, which the head may use.
         accumulates: Whether a step may have several micro-batches, whose gradients are added up.
         held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
         correction: What a measurement found what grows with the tokens to be, beside what is counted.
@@ -137,6 +138,7 @@ class Footprint:
     columns: int
     head: HeadWay = "tiles"
     trains_weights: bool = False
+    trains_head: bool = False
     accumulates: bool = True
     held: bool = True
     correction: float = 1.0
@@ -184,6 +186,7 @@ class Footprint:
             columns=min(COLUMNS, vocabulary) if head == "tiles" and not outside else vocabulary,
             head=head,
             trains_weights=not parameters.keys().isdisjoint(method.changed_shapes(parameters)),
+            trains_head=bool(outside),
             accumulates=config.batch_size > 1,
             held=not fused,
         )

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.cpu.joined_rows import JoinedRows, row_by_row
@@ -108,9 +109,11 @@ def _layers_in(
     whole = [_RecomputedLayers([layer]) for layer in each]
     if mode == "layers":
         return list(whole)
-    size = math.ceil(math.sqrt(len(whole)))
-    groups = [_RecomputedLayers(whole[i : i + size]) for i in range(0, len(whole), size)]
-    return [member for group in groups for member in _members(group)]
+    lowest = next((number for number, layer in enumerate(layers) if tree_flatten(layer.trainable_parameters())), 0)
+    size = math.ceil(math.sqrt(len(whole) - lowest))
+    groups = [_RecomputedLayers(whole[i : i + size]) for i in range(lowest, len(whole), size)]
+    # Below the lowest trained layer nothing is kept, as long as nothing is trained there; then a layer's input is.
+    return [*whole[:lowest], *(member for group in groups for member in _members(group))]
 
 
 class _Code:
