@@ -152,6 +152,13 @@ class Method:
         """Whether weight decay applies to this parameter."""
         return True
 
+    def drops(self, name: str) -> bool:
+        """Whether there is dropout on what this parameter is multiplied with."""
+        return self.uses_dropout
+
+    def release(self, model: nn.Module) -> None:
+        """Let go of what only `detach` needs; training calls it, and takes nothing off."""
+
     @staticmethod
     def detach(model: nn.Module) -> Callable[[], None]:
         """Take everything that the method attached off a model; calling the result puts it back."""

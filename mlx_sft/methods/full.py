@@ -46,6 +46,11 @@ class Replacement(WeightEdit):
         return read_rows(flat, expert * rows + start, expert * rows + stop)
 
 
+def is_decayed(name: str) -> bool:
+    """As transformers' Trainer, whose patterns these are: weight decay for all but norms and biases."""
+    return _NOT_DECAYED.search(name.lower()) is None
+
+
 class FullSettings(LayersSettings):
     """What of the model is trained."""
 
@@ -97,8 +102,7 @@ class Full(Method):
         model.update(tree_unflatten([(path, value.astype(dtype)) for path, dtype, value in places]))
 
     def decayed(self, name: str) -> bool:
-        """As transformers' Trainer, whose patterns these are: weight decay for all but norms and biases."""
-        return _NOT_DECAYED.search(name.lower()) is None
+        return is_decayed(name)
 
     def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
         return {name: value.shape for name, value in parameters.items()}

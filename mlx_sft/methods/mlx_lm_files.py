@@ -48,6 +48,9 @@ def write_adapter(
         UserError: If it changes something outside of the layers, where mlx-lm puts no adapter, or modules have ranks of their own.
     """
     hint = "export it with --format peft, or merged"
+    if settings.also_train:
+        what = f"mlx-lm's form has no place for {', '.join(settings.also_train)}, which --also-train trained in full"
+        raise UserError(what, where=str(folder), hint=hint)
     scales = {settings.scale_of(name.rpartition(".")[0]) for name in parameters}
     if len(scales) > 1 or settings.rank_pattern:
         raise UserError("mlx-lm's form has one rank and one scale for all modules", where=str(folder), hint=hint)

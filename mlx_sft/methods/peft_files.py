@@ -3,7 +3,7 @@
 ```
 adapter_config.json         settings, complete enough for `PeftModel.from_pretrained`
 adapter_model.safetensors   base_model.model.<module>.lora_A.weight [r, in] and .lora_B.weight [out, r], float32; with DoRA
-                            .lora_magnitude_vector [out]
+                            .lora_magnitude_vector [out]; and the weights of modules that are trained in full, `modules_to_save`
 ```
 Each expert of a layer has its own, as it has a module of its own in transformers 4; PEFT puts them together for transformers 5.
 Equal adapters give byte-identical files. Whether an adapter fits a model is for `attach_trained` to say.
@@ -21,8 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.methods.also_train import HEAD, is_whole, tied_weight
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.methods.modules_to_save import modules_to_save, saved_modules, saved_weight
 from mlx_sft.model.names import EXPERTS_PART, expert_name, split_expert
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
@@ -32,7 +34,6 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX, _SUFFIX = "base_model.model.", ".weight"
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "modules_to_save": ([], None),
     "bias": ("none", None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
@@ -64,6 +65,8 @@ class _Stated(BaseModel):
     use_dora: bool | None = False
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
     alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool | None = False
 
 
 _MOST_FEATURES, _LONGEST_NAME = 2**31, 300
@@ -74,7 +77,7 @@ _MOST_REPETITIONS = 3
 
 def peft_name(name: str) -> str:
     """`model.layers.0.self_attn.q_proj.lora_A` → PEFT's name of the same tensor."""
-    return f"{_PREFIX}{name}" if name.endswith(f".{MAGNITUDE}") else f"{_PREFIX}{name}{_SUFFIX}"
+    return f"{_PREFIX}{name}{_SUFFIX}" if name.rpartition(".")[2] in HALVES else f"{_PREFIX}{name}"
 
 
 def our_name(name: str) -> str:
@@ -98,14 +101,16 @@ def write_adapter(
         folder: Made where it does not exist.
         settings: Its shape and scale.
         parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]; of experts [experts, r, in] and [experts, out, r]; with
-            DoRA `<module>.lora_magnitude_vector` [out].
+            DoRA `<module>.lora_magnitude_vector` [out]. Of a module that is trained in full `<module>.weight`.
         base_model: Name or path of the base model, for PEFT to find it.
         revision: The base model's commit on the Hub, where it is known.
     """
     arrays = {peft_name(name): value for name, value in _unstacked(parameters).items()}
+    if (tied := tied_weight(parameters, settings.also_train)) is not None:
+        arrays[peft_name(f"{HEAD}.weight")] = tied  # PEFT asks for it under both names
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
-    modules = sorted({name.rpartition(".")[0] for name in parameters})
-    config = _to_config(settings, modules, base_model, revision)
+    modules = sorted({name.rpartition(".")[0] for name in parameters if not is_whole(name)})
+    config = _to_config(settings, modules, base_model, revision) | modules_to_save(settings.also_train, parameters)
     write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
 
 
@@ -121,16 +126,18 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     parameters: dict[str, mx.array] = {}
     for tensor in file.tensors:
         try:
-            name = our_name(tensor.name)
+            name = saved_weight(tensor.name.removeprefix(_PREFIX), config) or our_name(tensor.name)
         except ValueError:
             hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules are read"
             raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
         if max(tensor.shape, default=0) >= _MOST_FEATURES or len(name) > _LONGEST_NAME:
             raise UserError(f"{tensor.name[:_LONGEST_NAME]} is larger than any module of a model", where=str(file.path))
         parameters[name] = mx.array(read_float32(tensor))
+    whole = {name: parameters.pop(name) for name in list(parameters) if is_whole(name)}
     settings = _to_settings(config, sorted({name.rpartition(".")[0] for name in parameters}), folder / CONFIG)
     _check_shapes(settings, parameters, file.path)
-    return settings, _stacked(parameters, file.path)
+    also = saved_modules(config, whole, file.path)
+    return settings.model_copy(update={"also_train": also}), _stacked(parameters, file.path) | whole
 
 
 def base_model_name(folder: str | Path) -> str:
@@ -184,7 +191,6 @@ def _to_config(settings: LoraSettings, modules: list[str], base_model: str, revi
         "target_modules": _target_modules(settings, modules),
         "exclude_modules": None,
         **_layers_to_transform(settings, modules),
-        "modules_to_save": None,
         "rank_pattern": {_for_each_expert(name): rank for name, rank in settings.rank_pattern.items()},
         "alpha_pattern": {_for_each_expert(name): alpha for name, alpha in settings.alpha_pattern.items()},
         "bias": "none",

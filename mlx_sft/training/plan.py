@@ -86,7 +86,7 @@ def operations(footprint: Footprint, mode: Mode, work: Work) -> float:
     if full:
         a_token += 2 * sum(layer.weights for layer in footprint.layers if layer.trained)
     else:
-        a_token += 6 * footprint.trainable
+        a_token += 6 * footprint.adapters
     attended = sum(layer.attended for layer in footprint.layers)
     only_forward = sum(layer.attended for layer in footprint.below)
     a_square = 2 * only_forward + (7 + 2 * _ATTENTION_AGAIN[mode]) * attended

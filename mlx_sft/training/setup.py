@@ -284,9 +284,9 @@ def _hand_over(states: CallbackStates, callbacks: Callbacks, console: Console) -
 
 def _refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters: Parameters) -> None:
     """The head is computed chunk by chunk, where one random mask for all chunks would not be dropout."""
-    outside = split.outside_layers(parameters)
-    if method.uses_dropout and outside:
-        module = next(iter(outside)).rpartition(".")[0]
+    outside = [name for name in split.outside_layers(parameters) if method.drops(name)]
+    if outside:
+        module = outside[0].rpartition(".")[0]
         raise UserError(
             f"dropout cannot be trained on {module}, which is outside the repeated layers",
             where="target",

@@ -88,11 +88,30 @@ def measured(gradient_computer: GradientComputer, parameters: Parameters, batch:
         ("qwen3", {"hidden_size": 64, "vocab_size": 16384}, {"rank": 2}),
         ("qwen3", {"num_hidden_layers": 2}, {"method": "full"}),
         ("qwen3", {}, {"rank": 4, "layers": "last:4"}),
+        (
+            "qwen3",
+            {"vocab_size": 4096, "tie_word_embeddings": True},
+            {"rank": 4, "also_train": ["embed_tokens", "lm_head"]},
+        ),
+        ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["lm_head"]}),
+        ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["embed_tokens"]}),
         ("qwen3", {}, {"method": "full", "layers": "2-4"}),
         ("qwen3_5_text", _LINEAR_ATTENTION, {"rank": 4}),
         ("lfm2", {"layer_types": 3 * ["conv", "full_attention"]}, {"rank": 4}),
     ],
-    ids=["lora", "llama", "vocabulary", "full", "top layers", "full of some", "linear attention", "convolutions"],
+    ids=[
+        "lora",
+        "llama",
+        "vocabulary",
+        "full",
+        "top layers",
+        "tied embeddings",
+        "head",
+        "embeddings",
+        "full of some",
+        "linear attention",
+        "convolutions",
+    ],
 )
 def test_a_prediction_is_near_what_is_measured(
     trained: Callable[..., Trained], family: str, shape: dict[str, Any], settings: dict[str, Any], mode: Mode
