@@ -207,6 +207,10 @@ class Method:
             folder / _SETTINGS, json.dumps(stated | {"settings": self.settings.model_dump(mode="json")}, indent=2)
         )
 
+    def written_bytes(self, parameters: Parameters) -> int:
+        """What `write` takes on the disk for these parameters, but for a few kilobytes."""
+        return sum(value.nbytes for value in parameters.values())
+
     @classmethod
     def read(cls, folder: Path) -> tuple[Method, Parameters]:
         """What `write` wrote, float32; raises `UserError` where it is not whole."""

@@ -19,8 +19,8 @@ from mlx_sft.model.head import repeated_layers
 from mlx_sft.model.names import transformers_name
 from mlx_sft.settings import Settings
 
-_PART = re.compile(r"(?P<end>first|last):(?P<count>\d{1,6})|(?P<low>\d{1,6})(?:-(?P<high>\d{1,6}))?")
-_NUMBER = re.compile(r"\.(\d{1,6})\.")
+_PART = re.compile(r"(?P<end>first|last):(?P<count>\d{1,6})|(?P<low>\d{1,6})(?:-(?P<high>\d{1,6}))?", re.ASCII)
+_NUMBER = re.compile(r"\.(\d{1,6})\.", re.ASCII)
 _EXAMPLE = "write last:16, first:4, 8-15, or 0,2,4-6"
 
 

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
-from mlx_sft.methods.also_train import WholeModules, forget_originals, is_whole, new_weights, put_back, whole_modules
+from mlx_sft.methods.also_train import (
+    WholeModules,
+    forget_originals,
+    is_whole,
+    new_weights,
+    put_back,
+    tied_weight,
+    whole_modules,
+)
 from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.layers import in_layers
 from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
@@ -190,6 +198,10 @@ class Lora(Method):
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
         write_adapter(folder, self.settings, parameters, base_model, revision)
+
+    def written_bytes(self, parameters: Parameters) -> int:
+        tied = tied_weight(parameters, self.settings.also_train)
+        return super().written_bytes(parameters) + (0 if tied is None else tied.nbytes)
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Lora, Parameters]:

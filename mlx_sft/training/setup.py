@@ -154,8 +154,9 @@ def prepare_job(
         settings, progress = _resumed(settings, progress, anew)
     predicted = predicted_peak(memory.footprint, settings, plan, data.train)
     disk = DiskNeed.of_run(
-        parameters, memory.footprint.optimizer_state_bytes, config, plan, goes_back=callbacks.may_go_back
-    )
+        parameters, memory.footprint.optimizer_state_bytes, config, plan,
+        goes_back=callbacks.may_go_back, written=method.written_bytes(parameters),
+    )  # fmt: skip
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
     if run:
         record_revision(run, config)

@@ -105,6 +105,25 @@ def test_loss_and_every_gradient_are_pefts(
         assert_close(gradient, theirs[name].grad)
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "lfm2", "granite"])
+def test_they_are_where_embeddings_or_logits_are_scaled(
+    family: str,
+    make_base: Callable[..., Path],
+    tmp_path: Path,
+    examples: Any,
+    torch_model: Callable,
+    torch_loss: Callable,
+) -> None:
+    base = make_base(family, tied=True)
+    parameters = _write_start(tmp_path, base, _settings(BOTH))
+    adapted = peft.PeftModel.from_pretrained(torch_model(base), tmp_path, is_trainable=True)
+    expected = torch_loss(adapted, examples)
+    expected.backward()
+    loss, gradients = loss_and_gradients(base, Lora(_settings(BOTH)), parameters, examples)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_close(gradients[EMBEDDINGS], _peft_names(adapted)[EMBEDDINGS].grad, 5e-5)
+
+
 @pytest.mark.parametrize(("tied", "also"), [(True, BOTH), (False, BOTH)])
 def test_a_run_follows_pefts_trajectory(
     tied: bool,
@@ -242,6 +261,7 @@ def test_pefts_model_with_our_adapter_and_the_merged_one_give_our_logits(
     assert "trained in full" in model_card(read_run_summary(RunFolder(run)))
 
 
+@pytest.mark.parametrize("start", ["init_adapter", "resume_from_peft"])
 @pytest.mark.parametrize(
     ("tied", "saved", "tying"),
     [(True, ["embed_tokens"], True), (False, BOTH, False), (False, ["lm_head"], False), (False, ["norm"], False)],
@@ -250,6 +270,7 @@ def test_an_adapter_made_by_peft_gives_pefts_logits_and_goes_on(
     tied: bool,
     saved: list[str],
     tying: bool,
+    start: str,
     make_base: Callable[..., Path],
     tmp_path: Path,
     settings: dict[str, Any],
@@ -274,8 +295,8 @@ def test_an_adapter_made_by_peft_gives_pefts_logits_and_goes_on(
     assert_close(mlx_logits(ours.model, token_ids), torch.tensor(theirs))
 
     given = {name: value for name, value in settings.items() if name != "rank"}
-    start = {"model": str(base), "init_adapter": str(tmp_path / "theirs"), "max_steps": 1, "lr": 0.0}
-    run = train(TrainConfig(**given | start)).run_dir
+    given |= {"model": str(base), start: str(tmp_path / "theirs"), "max_steps": 1, "lr": 0.0}
+    run = train(TrainConfig(**given)).run_dir
     assert_close(mlx_logits(load_run(run, dtype="float32").model, token_ids), torch.tensor(theirs))
 
 
