@@ -77,12 +77,13 @@ def _peft_names(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 @cases
-@pytest.mark.parametrize("mode", ["off", "blocks"])
+@pytest.mark.parametrize(("mode", "compiled"), [("off", False), ("blocks", False), ("light", True)])
 def test_loss_and_every_gradient_are_pefts(
     tied: bool,
     also: list[str],
     whole: set[str],
     mode: Any,
+    compiled: bool,
     make_base: Callable[..., Path],
     tmp_path: Path,
     examples: Any,
@@ -96,7 +97,7 @@ def test_loss_and_every_gradient_are_pefts(
     adapted = peft.PeftModel.from_pretrained(torch_model(base), tmp_path, is_trainable=True)
     expected = torch_loss(adapted, examples)
     expected.backward()
-    loss, gradients = loss_and_gradients(base, Lora(settings), parameters, examples, mode=mode)
+    loss, gradients = loss_and_gradients(base, Lora(settings), parameters, examples, mode=mode, compiled=compiled)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     theirs = _peft_names(adapted)
     assert gradients.keys() == theirs.keys()
