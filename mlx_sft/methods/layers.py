@@ -40,7 +40,7 @@ class LayersSettings(Settings):
         for part in written.split(","):
             found = _PART.fullmatch(part)
             if found is None or int(found["count"] or 1) == 0 or int(found["high"] or 10**6) < int(found["low"] or 0):
-                raise ValueError(f"{part!r} names no layer; {_EXAMPLE}")
+                raise ValueError(f"{part!r} does not name layers; {_EXAMPLE}")
         return written
 
 
@@ -67,7 +67,7 @@ def chosen_layers(layers: str, number: int) -> list[int]:
     for part in layers.split(","):
         found = _PART.fullmatch(part)
         if found is None:
-            raise UserError(f"{part!r} names no layer", where="layers", hint=_EXAMPLE, exit_code=USAGE)
+            raise UserError(f"{part!r} does not name layers", where="layers", hint=_EXAMPLE, exit_code=USAGE)
         if found["end"]:
             count = int(found["count"])
             named = range(count) if found["end"] == "first" else range(number - count, number)
