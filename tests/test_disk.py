@@ -90,6 +90,13 @@ def test_a_checkpoint_is_counted_with_the_optimizers_state(
     assert job.disk.checkpoint == bytes_a_number * sum(value.size for value in job.parameters.values())
 
 
+def test_a_tied_weight_is_written_twice_and_counted_so(settings: dict[str, Any]) -> None:
+    """PEFT asks for it under two names."""
+    job = prepare_job(TrainConfig(**settings | {"also_train": ["embed_tokens", "lm_head"]}), Console(quiet=True))
+    trained = sum(value.nbytes for value in job.parameters.values())
+    assert job.disk.results == 3 * (trained + job.parameters["model.embed_tokens.weight"].nbytes)
+
+
 def test_what_a_resumed_run_has_written_counts(settings: dict[str, Any], leave_free: Callable[[int], None]) -> None:
     train(TrainConfig(**settings | {"save_every": 1, "keep": 2}))
     run = RunFolder(settings["out"])

@@ -152,6 +152,13 @@ class Method:
         """Whether weight decay applies to this parameter."""
         return True
 
+    def drops(self, name: str) -> bool:
+        """Whether there is dropout on what this parameter is multiplied with."""
+        return self.uses_dropout
+
+    def release(self, model: nn.Module) -> None:
+        """Let go of what only `detach` needs; training calls it, and takes nothing off."""
+
     @staticmethod
     def detach(model: nn.Module) -> Callable[[], None]:
         """Take everything that the method attached off a model; calling the result puts it back."""
@@ -199,6 +206,10 @@ class Method:
         write_file(
             folder / _SETTINGS, json.dumps(stated | {"settings": self.settings.model_dump(mode="json")}, indent=2)
         )
+
+    def written_bytes(self, parameters: Parameters) -> int:
+        """What `write` takes on the disk for these parameters, but for a few kilobytes."""
+        return sum(value.nbytes for value in parameters.values())
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Method, Parameters]:

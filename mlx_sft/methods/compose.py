@@ -128,6 +128,9 @@ def _read(adapter: str) -> _Weighted:
         raise UserError(f"the weight of {name} is {factor}", hint="write A:0.7", exit_code=USAGE)
     folder = RunFolder.open(name).adapter if (Path(name) / "config.yaml").is_file() else Path(name)
     settings, parameters = read_adapter(folder)
+    if settings.also_train:
+        what = f"it has {', '.join(settings.also_train)} trained in full, which cannot be added up"
+        raise UserError(what, where=name, hint="merge each into a checkpoint of its own")
     if settings.dora:
         raise UserError(
             "adapters of DoRA cannot be added up", where=name, hint="merge each into a checkpoint of its own"

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every floating weight, embeddings and head included.
+"""Full fine-tuning: every floating weight, embeddings and head included, or those of some layers.
 
 The parameters are float32 masters; the model computes with them in its own precision.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from mlx_sft.errors import UserError
 from mlx_sft.files import write_file_with
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
-from mlx_sft.model.head import floating_weights
+from mlx_sft.methods.layers import LayersSettings, chosen_layers, layer_number, layer_prefixes, written_layers
+from mlx_sft.model.head import floating_weights, repeated_layers
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.names import transformers_name
 from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_arrays, read_rows, write_arrays
@@ -45,35 +46,63 @@ class Replacement(WeightEdit):
         return read_rows(flat, expert * rows + start, expert * rows + stop)
 
 
+def is_decayed(name: str) -> bool:
+    """As transformers' Trainer, whose patterns these are: weight decay for all but norms and biases."""
+    return _NOT_DECAYED.search(name.lower()) is None
+
+
+class FullSettings(LayersSettings):
+    """What of the model is trained."""
+
+
 class Full(Method):
-    """The method `full`. Parameters: every floating weight under its name in transformers, such as `model.norm.weight`."""
+    """The method `full`. Parameters: every floating weight under its name in transformers, such as `model.norm.weight`; of some
+    layers those that are in them."""
 
     name: ClassVar = "full"
+    Settings: ClassVar = FullSettings
     frozen_base: ClassVar = False
     mergeable: ClassVar = True
     folder: ClassVar = "weights"
 
-    def __init__(self, settings: Any = None) -> None:
+    settings: FullSettings
+
+    def __init__(self, settings: FullSettings | None = None) -> None:
         super().__init__(settings)
         self._places: dict[str, tuple[str, mx.Dtype]] = {}
 
     def attach(self, model: nn.Module, seed: int) -> Parameters:
-        """Return float32 masters of the weights; nothing here is random. Raises `UserError` where they are quantized."""
+        """Return float32 masters of the weights; nothing here is random.
+
+        Raises:
+            UserError: Where they are quantized, or the model does not have the layers.
+        """
         if any(is_quantized(module) for module in model.modules()):
             hint = "train adapters on it with --method lora, or give the original"
             raise UserError("the weights of this model are quantized, and cannot be trained", hint=hint)
-        model.unfreeze()
-        weights = floating_weights(model)
+        weights = self._trained(model)
         self._places = {transformers_name(path): (path, weight.dtype) for path, weight in weights.items()}
         return {transformers_name(path): weight.astype(mx.float32) for path, weight in weights.items()}
+
+    def _trained(self, model: nn.Module) -> dict[str, mx.array]:
+        """The weights that are trained by their MLX names, no longer frozen."""
+        layers, weights = self.settings.layers, floating_weights(model)
+        if layers is None:
+            model.unfreeze()
+            return weights
+        prefixes = layer_prefixes(model)
+        chosen = chosen_layers(layers, len(prefixes))
+        for number in chosen:
+            repeated_layers(model)[number].unfreeze()
+        within = tuple(prefixes[number] for number in chosen)
+        return {path: weight for path, weight in weights.items() if transformers_name(path).startswith(within)}
 
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         places = [(*self._places[name], value) for name, value in parameters.items()]
         model.update(tree_unflatten([(path, value.astype(dtype)) for path, dtype, value in places]))
 
     def decayed(self, name: str) -> bool:
-        """As transformers' Trainer, whose patterns these are: weight decay for all but norms and biases."""
-        return _NOT_DECAYED.search(name.lower()) is None
+        return is_decayed(name)
 
     def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
         return {name: value.shape for name, value in parameters.items()}
@@ -96,11 +125,14 @@ class Full(Method):
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Full, Parameters]:
-        return cls(), {name: mx.array(value) for name, value in read_arrays(folder / WEIGHTS_FILE)}
+        parameters = {name: mx.array(value) for name, value in read_arrays(folder / WEIGHTS_FILE)}
+        numbers = [layer_number(name) for name in parameters]
+        layers = None if None in numbers else written_layers(number for number in numbers if number is not None)
+        return cls(FullSettings(layers=layers)), parameters
 
     @property
     def title(self) -> str:
         return "full fine-tuning"
 
     def describe(self) -> str:
-        return "every weight"
+        return f"every weight of the layers `{self.settings.layers}`" if self.settings.layers else "every weight"

@@ -19,6 +19,17 @@ from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
+from mlx_sft.methods.also_train import (
+    WholeModules,
+    forget_originals,
+    is_whole,
+    new_weights,
+    put_back,
+    tied_weight,
+    whole_modules,
+)
+from mlx_sft.methods.full import is_decayed
+from mlx_sft.methods.layers import in_layers
 from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
 from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.methods.peft_files import CONFIG, base_model_name, names_begin, read_adapter, write_adapter
@@ -71,6 +82,7 @@ class Lora(Method):
     def __init__(self, settings: LoraSettings | None = None) -> None:
         super().__init__(settings)
         self.modules: dict[str, LoraLinear] = {}
+        self._whole = WholeModules()
         self._dtype = mx.float32
         """Of the model."""
         self._begins: str | None = None
@@ -88,7 +100,7 @@ class Lora(Method):
         """
         self._dtype = next(iter(floating_weights(model).values())).dtype
         linears = linear_modules(model)
-        chosen = _chosen(list(linears), self.settings.targets)
+        chosen = _adapted(model, self.settings)
         widest = max(max(weight_shape(linears[name][1])[-2:]) for name in chosen)
         if (most := max(self.settings.rank_of(name) for name in chosen)) > widest:
             what = f"{most} is more than the widest of these modules has features, {widest}"
@@ -100,7 +112,9 @@ class Lora(Method):
             rank, scale = self.settings.rank_of(name), self.settings.scale_of(name)
             self.modules[name] = self._kind(name, linear)(linear, rank, scale, self.settings.dropout)
             _replace(model, path, self.modules[name])
-        parameters = self._initial(seed)
+        whole = self._whole.attach(model, self._dtype, self.settings.also_train, _replace)
+        # Whole weights first: MLX computes gradients in this order, and those of embeddings last would find all others still there.
+        parameters = whole | self._initial(seed)
         self.bind(model, parameters)
         return parameters
 
@@ -113,19 +127,23 @@ class Lora(Method):
             if given:  # binding some of them, as a head does, leaves the others' dropout alone
                 module.update(given)
                 module.drop_with(module_key)
+        self._whole.bind(parameters)
 
     def rounded(self, parameters: Parameters) -> Parameters:
         if self._dtype == mx.float32:
             return parameters
         return {
-            name: self._of(name).rounded(name.rpartition(".")[2], value, self._dtype)
+            name: value if is_whole(name) else self._of(name).rounded(name.rpartition(".")[2], value, self._dtype)
             for name, value in parameters.items()
         }
 
     def unrounded(self, gradients: Parameters) -> Parameters:
         if self._dtype == mx.float32:
             return gradients
-        return {name: self._of(name).unrounded(name.rpartition(".")[2], value) for name, value in gradients.items()}
+        return {
+            name: value if is_whole(name) else self._of(name).unrounded(name.rpartition(".")[2], value)
+            for name, value in gradients.items()
+        }
 
     def _of(self, parameter: str) -> LoraLinear:
         return self.modules[parameter.rpartition(".")[0]]
@@ -135,21 +153,28 @@ class Lora(Method):
         taken = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
         for path, module in taken.items():
             _replace(model, path, module.linear)
+        put_whole_back = put_back(model, _replace)
 
-        def put_back() -> None:
+        def again() -> None:
             for path, module in taken.items():
                 _replace(model, path, module)
+            put_whole_back()
 
-        return put_back
+        return again
+
+    def release(self, model: nn.Module) -> None:
+        forget_originals(model)
 
     def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters)
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters if not is_whole(name))
         pairs = {module: [parameters[f"{module}.{half}"] for half in HALVES] for module in modules}
         return {
             f"{module}.weight": (*lora_B.shape[:-1], lora_A.shape[-1]) for module, (lora_A, lora_B) in pairs.items()
-        }
+        } | {name: value.shape for name, value in parameters.items() if is_whole(name)}
 
     def changed_weight(self, name: str, weight: mx.array, parameters: Parameters) -> mx.array:
+        if name in parameters:
+            return parameters[name]
         module = name.removesuffix(".weight")
         lora_A, lora_B = (parameters[f"{module}.{half}"] for half in HALVES)
         changed = weight.astype(mx.float32) + self.settings.scale_of(module) * (lora_B @ lora_A)
@@ -162,8 +187,10 @@ class Lora(Method):
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
         method, parameters = cls.read(folder)
-        edits: dict[str, WeightEdit] = {}
+        edits = new_weights(parameters, method.settings.also_train)
         for name, shape in method.changed_shapes(parameters).items():
+            if name in edits:
+                continue
             module = name.removesuffix(".weight")
             lora_A, lora_B = (np.array(parameters[f"{module}.{half}"], np.float32) for half in HALVES)
             norms = parameters.get(f"{module}.{MAGNITUDE}")
@@ -174,6 +201,10 @@ class Lora(Method):
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
         write_adapter(folder, self.settings, parameters, base_model, revision, self._begins)
+
+    def written_bytes(self, parameters: Parameters) -> int:
+        tied = tied_weight(parameters, self.settings.also_train)
+        return super().written_bytes(parameters) + (0 if tied is None else tied.nbytes)
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Lora, Parameters]:
@@ -196,13 +227,25 @@ class Lora(Method):
             raise UserError(what, where=str(where), hint="start from another adapter")
         return self.settings.model_dump(exclude={"dropout", "init"})
 
+    def decayed(self, name: str) -> bool:
+        """Of a weight of the model as transformers' Trainer has it."""
+        return not is_whole(name) or is_decayed(name)
+
+    def drops(self, name: str) -> bool:
+        return self.uses_dropout and not is_whole(name)
+
     def agrees(self, model: nn.Module, name: str, given: Any) -> bool:
-        if name != "target":
+        if name == "also_train":
+            asked_for, own_ones = (whole_modules(model, names) for names in (given, self.settings.also_train))
+            return [name for name, _, _ in asked_for] == [name for name, _, _ in own_ones]
+        if name not in ("target", "layers"):
             return super().agrees(model, name, given)
-        targets = (given,) if isinstance(given, str) else tuple(given)  # `all-linear` may be the names in the file
-        return resolve_targets(model, targets) == resolve_targets(model, self.settings.targets)
+        asked = self.settings.model_copy(update={name: given})  # `all-linear` may be the names in the file
+        return _adapted(model, asked) == _adapted(model, self.settings)
 
     def not_in_trl(self) -> str:
+        if self.settings.also_train:
+            return "the moments of weights that --also-train names would not come back"
         return "DoRA starts from the norms of the weights, which it would compute anew" if self.settings.dora else ""
 
     @property
@@ -217,7 +260,12 @@ class Lora(Method):
         targets = ", ".join(f"`{target}`" for target in kinds)
         if len(kinds) < len(settings.targets):  # each module by its whole name
             targets += f" ({len(settings.targets)} modules)"
-        return f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{own}"
+        names = ", ".join(f"`{name}`" for name in settings.also_train)
+        also = f"; {names} trained in full" if names else ""
+        layers = f" of the layers `{settings.layers}`" if settings.layers else ""
+        return (
+            f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{layers}{own}{also}"
+        )
 
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:
         experts = is_experts(linear)
@@ -253,12 +301,19 @@ def _check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
                 raise UserError(f"no module that is trained is named {key}", where=where, hint=hint)
 
 
+def _adapted(model: nn.Module, settings: LoraSettings) -> list[str]:
+    """The names in transformers of the modules that get an adapter, in the model's order."""
+    in_full = {name for name, _, _ in whole_modules(model, settings.also_train)}
+    names = in_layers(model, list(linear_modules(model)), settings.layers)
+    return _chosen([name for name in names if name not in in_full], settings.targets)
+
+
 def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     """The names in transformers of the modules that targets stand for, in the model's order.
 
     `all-linear` is every linear module but the output head, as in PEFT, and but the routers that choose experts, which are none there.
     """
-    return _chosen(list(linear_modules(model)), targets)
+    return _adapted(model, LoraSettings(target=list(targets)))
 
 
 def _chosen(names: list[str], targets: tuple[str, ...]) -> list[str]:

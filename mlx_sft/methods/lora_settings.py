@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from mlx_sft.settings import Settings, split_pairs
+from mlx_sft.methods.layers import LayersSettings
+from mlx_sft.settings import split_pairs
 
 HALVES = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
@@ -21,7 +22,7 @@ GROUPS = {
 """Targets that stand for several modules of the layers: those with one of these parts in their path, or without parts all."""
 
 
-class LoraSettings(Settings):
+class LoraSettings(LayersSettings):
     """The shape of an adapter, in PEFT's terms."""
 
     target: str | list[str] = "all-linear"
@@ -40,6 +41,8 @@ class LoraSettings(Settings):
     """Other ranks for single modules, by the ends of their names: down_proj=32,layers.0.self_attn.q_proj=8. The first that fits counts."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """The same for alpha."""
+    also_train: list[str] = Field(default_factory=list)
+    """Modules whose weights are trained in full beside the adapters, such as embed_tokens,lm_head (PEFT's modules_to_save)."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts: Kaiming-uniform, as PEFT does by default, or gaussian with deviation 1 / rank. B starts at zero."""
 
@@ -47,6 +50,17 @@ class LoraSettings(Settings):
     @classmethod
     def _patterns(cls, value: Any, info: ValidationInfo) -> Any:
         return split_pairs(value, "down_proj=32,q_proj=8")
+
+    @field_validator("also_train", mode="before")
+    @classmethod
+    def _split_also(cls, names: Any) -> Any:
+        listed = [names] if isinstance(names, str) else names
+        if not isinstance(listed, list | tuple) or not all(isinstance(name, str) for name in listed):
+            return names
+        parts = [part.strip() for name in listed for part in name.split(",")]
+        if not all(parts):
+            raise ValueError("names no module; write embed_tokens,lm_head")
+        return list(dict.fromkeys(parts))
 
     @field_validator("target")
     @classmethod

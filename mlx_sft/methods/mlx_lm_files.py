@@ -4,7 +4,8 @@
 adapter_config.json    {"fine_tune_type": "lora" or "dora", "num_layers": -1, "lora_parameters": {"rank", "scale", "dropout", "keys"}}
 adapters.safetensors   <module>.lora_a [in, r] and <module>.lora_b [r, out], float32; of experts [experts, r, in] and [experts, out, r]
 ```
-mlx-lm puts an adapter on the modules that `keys` names, in the last `num_layers` layers, -1 standing for all. Knows nothing of models.
+mlx-lm puts an adapter on the modules that `keys` names, in the last `num_layers` layers, -1 standing for all. One of them that has none
+of ours has one of zeros there, which changes nothing. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import mlx.core as mx
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.methods.layers import layer_number
 from mlx_sft.methods.lora_settings import MAGNITUDE, LoraSettings
 from mlx_sft.safetensors_file import read_arrays, write_arrays
 
@@ -46,6 +48,9 @@ def write_adapter(
         UserError: If it changes something outside of the layers, where mlx-lm puts no adapter, or modules have ranks of their own.
     """
     hint = "export it with --format peft, or merged"
+    if settings.also_train:
+        what = f"mlx-lm's form has no place for {', '.join(settings.also_train)}, which --also-train trained in full"
+        raise UserError(what, where=str(folder), hint=hint)
     scales = {settings.scale_of(name.rpartition(".")[0]) for name in parameters}
     if len(scales) > 1 or settings.rank_pattern:
         raise UserError("mlx-lm's form has one rank and one scale for all modules", where=str(folder), hint=hint)
@@ -64,7 +69,7 @@ def write_adapter(
     config: dict[str, Any] = {
         "model": base_model,
         "fine_tune_type": "dora" if settings.dora else "lora",
-        "num_layers": _EVERY_LAYER,  # where one has no adapter of ours, mlx-lm's is zero
+        "num_layers": _num_layers(settings, parameters, paths),
         "lora_parameters": {
             "rank": settings.rank,
             "scale": scale,
@@ -73,6 +78,14 @@ def write_adapter(
         },
     }
     write_file(folder / CONFIG, to_json(config))
+
+
+def _num_layers(settings: LoraSettings, parameters: dict[str, mx.array], paths: Mapping[str, str]) -> int:
+    """As many of the top layers as have all that is trained."""
+    if settings.layers is None:
+        return _EVERY_LAYER
+    trained, every = ([n for name in names if (n := layer_number(name)) is not None] for names in (parameters, paths))
+    return max(every) + 1 - min(trained)
 
 
 def read_adapter(folder: Path, paths: Mapping[str, str]) -> tuple[float, dict[str, mx.array]]:

@@ -3,7 +3,7 @@
 ```
 adapter_config.json         settings, complete enough for `PeftModel.from_pretrained`
 adapter_model.safetensors   base_model.model.<module>.lora_A.weight [r, in] and .lora_B.weight [out, r], float32; with DoRA
-                            .lora_magnitude_vector [out]
+                            .lora_magnitude_vector [out]; and the weights of modules that are trained in full, `modules_to_save`
 ```
 Modules have the names of the class with which transformers opens the base; read, they have those of the text alone, whichever class an
 adapter was trained on. Each expert of a layer has its own, as it has a module of its own in transformers 4; PEFT puts them together for
@@ -24,7 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.methods.also_train import HEAD, is_whole, tied_weight
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.methods.modules_to_save import modules_to_save, saved_modules, saved_weight
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_rules import PeftBase, in_a_layer, losses, target_modules
 from mlx_sft.model.names import EXPERTS_PART, INSIDE, Opening, expert_name, split_expert, transformers_name
@@ -36,7 +38,6 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX, _SUFFIX = "base_model.model.", ".weight"
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "modules_to_save": ([], None),
     "bias": ("none", None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
@@ -68,6 +69,8 @@ class _Stated(BaseModel):
     use_dora: bool | None = False
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = None
     alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
+    ensure_weight_tying: bool | None = False
 
 
 _MOST_FEATURES, _LONGEST_NAME = 2**31, 300
@@ -78,7 +81,7 @@ _MOST_REPETITIONS = 3
 
 def peft_name(name: str) -> str:
     """`model.layers.0.self_attn.q_proj.lora_A` → PEFT's name of the same tensor."""
-    return f"{_PREFIX}{name}" if name.endswith(f".{MAGNITUDE}") else f"{_PREFIX}{name}{_SUFFIX}"
+    return f"{_PREFIX}{name}{_SUFFIX}" if name.rpartition(".")[2] in HALVES else f"{_PREFIX}{name}"
 
 
 def our_name(name: str) -> str:
@@ -107,16 +110,19 @@ def write_adapter(
         folder: Made where it does not exist.
         settings: Its shape and scale.
         parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]; of experts [experts, r, in] and [experts, out, r]; with
-            DoRA `<module>.lora_magnitude_vector` [out].
+            DoRA `<module>.lora_magnitude_vector` [out]. Of a module that is trained in full `<module>.weight`.
         base_model: Name or path of the base model, for PEFT to find it.
         revision: The base model's commit on the Hub, where it is known.
         begins: How the names of a language model's modules begin where the base is not on this disk, as in `Opening`.
     """
     base = peft_base(base_model) or PeftBase(Opening("", "", begins or "model."))
     arrays = {peft_name(base.name(name)): value for name, value in _unstacked(parameters).items()}
+    if (tied := tied_weight(parameters, settings.also_train)) is not None:
+        arrays[peft_name(base.name(f"{HEAD}.weight"))] = tied  # PEFT asks for it under both names
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
-    modules = sorted({name.rpartition(".")[0] for name in parameters})
-    config = _to_config(settings, modules, base, base_model, revision)
+    modules = sorted({name.rpartition(".")[0] for name in parameters if not is_whole(name)})
+    saved = modules_to_save(settings.also_train, parameters, base.name)
+    config = _to_config(settings, modules, base, base_model, revision) | saved
     write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
 
 
@@ -133,7 +139,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     modules: dict[str, str] = {}
     for tensor in file.tensors:
         try:
-            stripped = _stripped(tensor.name)
+            stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
         except ValueError:
             hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules are read"
             raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
@@ -144,9 +150,13 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
             raise UserError(f"{tensor.name} is there under another name, too", where=str(file.path))
         parameters[name] = mx.array(read_float32(tensor))
         modules[name.rpartition(".")[0]] = stripped.rpartition(".")[0]
-    settings = _to_settings(config, dict(sorted(modules.items())), folder / CONFIG)
+    whole = {name: parameters.pop(name) for name in list(parameters) if is_whole(name)}
+    adapted = {name.rpartition(".")[0] for name in parameters}
+    modules = {name: modules[name] for name in sorted(adapted)}
+    settings = _to_settings(config, modules, folder / CONFIG)
     _check_shapes(settings, parameters, file.path)
-    return settings, _stacked(parameters, file.path)
+    also = saved_modules(config, whole, file.path)
+    return settings.model_copy(update={"also_train": also}), _stacked(parameters, file.path) | whole
 
 
 def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
@@ -155,19 +165,17 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
     if config.get("peft_type") != "LORA":
         return
     settings, parameters = read_adapter(folder)
-    names = [tensor.name for tensor in open_safetensors(_weights_file(folder)).tensors]
-    yield from (
-        f"no module of the model is named {_stripped(name)}"
-        for name in names
-        if peft_name(base.name(our_name(name))) != name
-    )
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    for tensor in open_safetensors(_weights_file(folder)).tensors:
+        stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
+        if base.name(transformers_name(stripped)) != stripped:
+            yield f"no module of the model is named {stripped}"
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if not is_whole(name)))
     yield from losses(base, settings, modules, config)
 
 
 def names_begin(folder: Path) -> str:
     """How the names of a language model's modules begin in the class that an adapter's file is for, as in `Opening`."""
-    names = (_stripped(tensor.name) for tensor in open_safetensors(_weights_file(folder)).tensors)
+    names = (tensor.name.removeprefix(_PREFIX) for tensor in open_safetensors(_weights_file(folder)).tensors)
     return INSIDE if any(transformers_name(name) != name for name in names) else "model."
 
 
@@ -225,7 +233,6 @@ def _to_config(
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "modules_to_save": None,
         "rank_pattern": {_for_each_expert(base.name(name)): rank for name, rank in settings.rank_pattern.items()},
         "alpha_pattern": {_for_each_expert(base.name(name)): alpha for name, alpha in settings.alpha_pattern.items()},
         "bias": "none",

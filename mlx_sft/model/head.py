@@ -133,6 +133,24 @@ class SplitModel:
         return next(iter(floating_weights(self.model).values())).dtype
 
 
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model of mlx-lm's, split or not."""
+    layers: list[nn.Module] = model.get(_NESTED, model).layers
+    return layers
+
+
+def tied_embedding(model: nn.Module) -> str | None:
+    """The name in transformers of the embedding that is the output matrix too; None where there is a matrix of its own."""
+    owner: nn.Module = model.get(_NESTED, model)
+    if _OUTPUT_NAME in owner or getattr(getattr(owner, "args", None), "tie_word_embeddings", True) is False:
+        return None
+    paths = {f"{body}.{name}" for body in _BODY_NAMES for name in _EMBEDDING_NAMES}
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    return next(
+        (str(path) for path, module in owner.named_modules() if path in paths and isinstance(module, kinds)), None
+    )
+
+
 def agree_within(found: mx.array, expected: mx.array, tolerance: float) -> bool:
     """Whether no number of a result is off by more than a share of the largest that is expected."""
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)

@@ -33,15 +33,27 @@ class DiskNeed:
 
     @classmethod
     def of_run(
-        cls, parameters: Parameters, optimizer_bytes: int, config: TrainConfig, plan: Plan, *, goes_back: bool
+        cls,
+        parameters: Parameters,
+        optimizer_bytes: int,
+        config: TrainConfig,
+        plan: Plan,
+        *,
+        goes_back: bool,
+        written: int | None = None,
     ) -> DiskNeed:
+        """Of a run whose result takes `written` bytes; where None, as many as its parameters."""
         trained = sum(value.nbytes for value in parameters.values())
         every = config.save_every
         between = every if isinstance(every, int) else plan.steps_per_epoch
         saves = math.ceil(plan.total_steps / between)
         at_the_start = begins_with_a_checkpoint(config, goes_back=goes_back)
         kept = min(config.keep + 1, saves + at_the_start) + goes_back  # one more, from before a divergence
-        return cls(checkpoint=trained + optimizer_bytes, checkpoints=kept, results=3 * trained)
+        return cls(
+            checkpoint=trained + optimizer_bytes,
+            checkpoints=kept,
+            results=3 * (trained if written is None else written),
+        )
 
     @property
     def total(self) -> int:

@@ -120,7 +120,9 @@ class Footprint:
         vocabulary: Width of its logits.
         columns: Of a position's logits, those that exist at once.
         head: How the head's loss is computed.
-        trains_weights: Whether weights of the model are trained as they are.
+        trains_weights: Whether weights of the model are trained as they are, and nothing else.
+        adapters: Trained numbers that are none of the model's weights.
+        trains_head: Whether something outside of the layers is trained, which the head may use.
         accumulates: Whether a step may have several micro-batches, whose gradients are added up.
         held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
         correction: What a measurement found what grows with the tokens to be, beside what is counted.
@@ -137,6 +139,8 @@ class Footprint:
     columns: int
     head: HeadWay = "tiles"
     trains_weights: bool = False
+    adapters: int = 0
+    trains_head: bool = False
     accumulates: bool = True
     held: bool = True
     correction: float = 1.0
@@ -167,7 +171,7 @@ class Footprint:
         shared = sum(held[name].nbytes for name in parameters if name in held and held[name].dtype == mx.float32)
         layers = count_layers(split, fused=fused, composes_attention=composes_attention)
         lowest = next((index for index, layer in enumerate(layers) if layer.trained), len(layers))
-        outside = split.outside_layers(parameters)
+        outside, changed = split.outside_layers(parameters), method.changed_shapes(parameters)
         if any("embed" in name or name not in held for name in outside):
             lowest = 0  # a gradient goes through all layers: to the embedding, or to what a method puts before or between them
         optimizer: type[Optimizer] = OPTIMIZERS[config.optimizer]
@@ -183,7 +187,9 @@ class Footprint:
             vocabulary=vocabulary,
             columns=min(COLUMNS, vocabulary) if head == "tiles" and not outside else vocabulary,
             head=head,
-            trains_weights=not parameters.keys().isdisjoint(method.changed_shapes(parameters)),
+            trains_weights=parameters.keys() <= changed.keys(),
+            adapters=sum(array.size for name, array in parameters.items() if name not in changed),
+            trains_head=bool(outside),
             accumulates=config.batch_size > 1,
             held=not fused,
         )

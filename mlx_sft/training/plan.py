@@ -82,13 +82,15 @@ def operations(footprint: Footprint, mode: Mode, work: Work) -> float:
     full = footprint.trains_weights
     upper = sum(layer.weights for layer in footprint.layers)
     lower = sum(layer.weights for layer in footprint.below)
-    a_token = 2 * (upper + lower) + (4 if full else 2) * upper + 2 * _FORWARDS_AGAIN[mode] * upper
-    if not full:
-        a_token += 6 * footprint.trainable
+    a_token = 2 * (upper + lower) + 2 * upper + 2 * _FORWARDS_AGAIN[mode] * upper
+    if full:
+        a_token += 2 * sum(layer.weights for layer in footprint.layers if layer.trained)
+    else:
+        a_token += 6 * footprint.adapters
     attended = sum(layer.attended for layer in footprint.layers)
     only_forward = sum(layer.attended for layer in footprint.below)
     a_square = 2 * only_forward + (7 + 2 * _ATTENTION_AGAIN[mode]) * attended
-    head = (6 if full else 4) * footprint.hidden * footprint.vocabulary
+    head = (6 if footprint.trains_head else 4) * footprint.hidden * footprint.vocabulary
     return float(a_token * work.tokens + a_square * work.squares + head * work.supervised)
 
 

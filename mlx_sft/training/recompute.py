@@ -23,12 +23,14 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.cpu.joined_rows import JoinedRows, row_by_row
 from mlx_sft.data.batches import Spans
 from mlx_sft.model.blocks import Block, attention_names, find_blocks, names_in, replaced_children, with_names
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.names import transformers_name
 from mlx_sft.training.attention import composed_attention
 from mlx_sft.training.gated_delta import UPDATE, chunked_holds, chunked_update
 
@@ -55,11 +57,12 @@ class Recomputation:
         blocks = find_blocks(split.layers, lambda: split.hidden_states(_PROBE))
         code = _Code(split, composes_attention=composes_attention)
         blocks = [{name: code.of_block(block) for name, block in found.items()} for found in blocks]
-        self._replacements = _layers_in(mode, split.layers, blocks, self.rows, code)
+        lowest = _lowest_reached(split)
+        self._replacements = _layers_in(mode, split.layers, blocks, self.rows, code, lowest)
         if not self._reproduces(split):
             unsplit: list[dict[str, Block]] = [{} for _ in blocks]
             mode = "layers" if mode == "blocks" else mode
-            self._replacements = _layers_in(mode, split.layers, unsplit, self.rows, code)
+            self._replacements = _layers_in(mode, split.layers, unsplit, self.rows, code, lowest)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -88,10 +91,18 @@ class Recomputation:
             return split.agree(split.hidden_states(_PROBE), plain)
 
 
+def _lowest_reached(split: SplitModel) -> int:
+    """The number of the lowest layer that a gradient comes to: the lowest that is trained, or the first where embeddings are."""
+    trained = list(map(transformers_name, dict(tree_flatten(split.model.trainable_parameters()))))
+    if any("embed" in name for name in trained if not name.startswith(split.layers_prefix)):
+        return 0
+    return next((n for n, layer in enumerate(split.layers) if tree_flatten(layer.trainable_parameters())), 0)
+
+
 def _layers_in(
-    mode: Mode, layers: list[nn.Module], blocks: list[dict[str, Block]], rows: JoinedRows, code: _Code
+    mode: Mode, layers: list[nn.Module], blocks: list[dict[str, Block]], rows: JoinedRows, code: _Code, lowest: int
 ) -> list[Any]:
-    """What takes the place of each layer in a mode."""
+    """What takes the place of each layer in a mode; below the lowest that a gradient comes to nothing is kept."""
 
     def recomputed(block: Block) -> _RecomputedBlock:
         return _RecomputedBlock(block, rows, recompute=block.positionwise or mode == "light")
@@ -108,9 +119,9 @@ def _layers_in(
     whole = [_RecomputedLayers([layer]) for layer in each]
     if mode == "layers":
         return list(whole)
-    size = math.ceil(math.sqrt(len(whole)))
-    groups = [_RecomputedLayers(whole[i : i + size]) for i in range(0, len(whole), size)]
-    return [member for group in groups for member in _members(group)]
+    size = math.ceil(math.sqrt(len(whole) - lowest))
+    groups = [_RecomputedLayers(whole[i : i + size]) for i in range(lowest, len(whole), size)]
+    return [*whole[:lowest], *(member for group in groups for member in _members(group))]
 
 
 class _Code:

@@ -154,8 +154,9 @@ def prepare_job(
         settings, progress = _resumed(settings, progress, anew)
     predicted = predicted_peak(memory.footprint, settings, plan, data.train)
     disk = DiskNeed.of_run(
-        parameters, memory.footprint.optimizer_state_bytes, config, plan, goes_back=callbacks.may_go_back
-    )
+        parameters, memory.footprint.optimizer_state_bytes, config, plan,
+        goes_back=callbacks.may_go_back, written=method.written_bytes(parameters),
+    )  # fmt: skip
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
     if run:
         record_revision(run, config)
@@ -284,9 +285,9 @@ def _hand_over(states: CallbackStates, callbacks: Callbacks, console: Console) -
 
 def _refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters: Parameters) -> None:
     """The head is computed chunk by chunk, where one random mask for all chunks would not be dropout."""
-    outside = split.outside_layers(parameters)
-    if method.uses_dropout and outside:
-        module = next(iter(outside)).rpartition(".")[0]
+    outside = [name for name in split.outside_layers(parameters) if method.drops(name)]
+    if outside:
+        module = outside[0].rpartition(".")[0]
         raise UserError(
             f"dropout cannot be trained on {module}, which is outside the repeated layers",
             where="target",

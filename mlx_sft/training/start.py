@@ -72,6 +72,7 @@ def starting_parameters(
         if not parameters:
             raise UserError(f"--method {config.method} trains nothing of this model", where="method", exit_code=USAGE)
         method.bind(model, parameters)
+        method.release(model)
         return config, method, parameters
     adapter, trained = METHODS[config.method].read(where)
     decided = adapter.decides(where)
@@ -87,7 +88,9 @@ def starting_parameters(
     if config.init_adapter is not None:  # the configuration of a TRL export says the same already
         config = config.model_copy(update=decided)
     method = make_method(config)
-    return config, method, attach_trained(model, method, trained, where)
+    parameters = attach_trained(model, method, trained, where)
+    method.release(model)
+    return config, method, parameters
 
 
 def starting_progress(

@@ -28,6 +28,8 @@ _GOOD: tuple[dict[str, Any], ...] = (
         "lr": 1e-4,
         "betas": [0.9, 0.95],
         "target": ["q_proj", "v_proj"],
+        "layers": "0,2-3,last:1",
+        "also_train": ["embed_tokens", "lm_head"],
     },
     {
         "data": ["a.jsonl:0.7", "b.jsonl:0.3"],
@@ -102,6 +104,12 @@ def _agrees(field: str, given: Any, kept: Any) -> bool:
         names = given.split(",") if isinstance(given, str) else given
         stripped = [name.strip() for name in names]
         return kept in (stripped, stripped[0])
+    if field == "layers":
+        parts = given if isinstance(given, list) else [given]
+        return kept == (None if given is None else ",".join(map(str, parts)).replace(" ", ""))
+    if field == "also_train":
+        names = [name.strip() for part in ([given] if isinstance(given, str) else given) for name in part.split(",")]
+        return kept == list(dict.fromkeys(names))
     if isinstance(kept, tuple):
         return len(given) == len(kept) and all(_agrees("", *pair) for pair in zip(given, kept, strict=True))
     if isinstance(kept, bool):

@@ -214,7 +214,6 @@ def test_a_bfloat16_adapter_becomes_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("lora_bias", True),
         ("fan_in_fan_out", True),

@@ -87,10 +87,31 @@ def measured(gradient_computer: GradientComputer, parameters: Parameters, batch:
         ("llama", {"num_key_value_heads": 4}, {"rank": 16}),
         ("qwen3", {"hidden_size": 64, "vocab_size": 16384}, {"rank": 2}),
         ("qwen3", {"num_hidden_layers": 2}, {"method": "full"}),
+        ("qwen3", {}, {"rank": 4, "layers": "last:4"}),
+        (
+            "qwen3",
+            {"vocab_size": 4096, "tie_word_embeddings": True},
+            {"rank": 4, "also_train": ["embed_tokens", "lm_head"]},
+        ),
+        ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["lm_head"]}),
+        ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["embed_tokens"]}),
+        ("qwen3", {}, {"method": "full", "layers": "2-4"}),
         ("qwen3_5_text", _LINEAR_ATTENTION, {"rank": 4}),
         ("lfm2", {"layer_types": 3 * ["conv", "full_attention"]}, {"rank": 4}),
     ],
-    ids=["lora", "llama", "vocabulary", "full", "linear attention", "convolutions"],
+    ids=[
+        "lora",
+        "llama",
+        "vocabulary",
+        "full",
+        "top layers",
+        "tied embeddings",
+        "head",
+        "embeddings",
+        "full of some",
+        "linear attention",
+        "convolutions",
+    ],
 )
 def test_a_prediction_is_near_what_is_measured(
     trained: Callable[..., Trained], family: str, shape: dict[str, Any], settings: dict[str, Any], mode: Mode
@@ -165,6 +186,7 @@ def test_weights_that_are_trained_as_they_are_are_counted_once(trained: Callable
 def test_layers_below_the_lowest_adapter_keep_nothing(trained: Callable[..., Trained]) -> None:
     every = trained(target="q_proj")[-1]
     top = trained(target="model.layers.4.self_attn.q_proj,model.layers.5.self_attn.q_proj")[-1]
+    assert trained(target="q_proj", layers="last:2")[-1] == top
     assert (len(every.layers), len(top.layers), len(top.below)) == (6, 2, 4)
     assert top.predict("off", 4096).kept == pytest.approx(every.predict("off", 4096).kept / 3)
 

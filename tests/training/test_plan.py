@@ -119,6 +119,13 @@ def test_operations_are_the_products(no_weights: Path) -> None:
     assert operations(footprint, "layers", work) == 10 * (a_token + 2 * 6 * products)
     assert operations(footprint, "off", Work(0, 100, 0)) == 7 * 6 * 512 * 100
     assert operations(footprint, "off", Work(0, 0, 3)) == 3 * 4 * 512 * 264
+    head = plan_of(model=str(no_weights), rank=1, target="q_proj", also_train=["lm_head", "embed_tokens"]).footprint
+    assert operations(head, "off", work) == 10 * a_token
+    assert operations(head, "off", Work(0, 0, 3)) == 3 * 6 * 512 * 264
+    some = plan_of(model=str(no_weights), method="full", layers="2,4").footprint
+    # Forward, back to layer 2, and the weights of two.
+    assert operations(some, "off", work) == 10 * 2 * (6 + 4 + 2) * products
+    assert operations(some, "off", Work(0, 0, 3)) == 3 * 4 * 512 * 264
 
 
 def test_a_run_that_would_be_refused_is_planned_all_the_same(no_weights: Path) -> None:

@@ -163,6 +163,39 @@ def test_the_layers_are_the_models_own_again_even_after_an_error() -> None:
     assert all(layer is own for layer, own in zip(split.layers, before, strict=True))
 
 
+@pytest.mark.parametrize(("also", "computed"), [([], 1), (["embed_tokens", "lm_head"], 3)])
+def test_in_blocks_no_layer_that_no_gradient_comes_to_is_computed_again(also: list[str], computed: int) -> None:
+    split = SplitModel(tiny_model("qwen3"))
+    also = also if "lm_head" not in split.model else also[:1]
+    method = make_method(TrainConfig(data="x", rank=4, layers="last:3", also_train=also))
+    parameters = method.attach(split.model, 0)
+    calls = []
+
+    class Counted(nn.Module):
+        def __init__(self, norm: nn.Module, number: int) -> None:
+            super().__init__()
+            self.norm, self.number = norm, number
+
+        def __call__(self, x: mx.array) -> mx.array:
+            calls.append(self.number)
+            return self.norm(x)
+
+    for number, layer in enumerate(split.layers):
+        layer.input_layernorm = Counted(layer.input_layernorm, number)
+    recomputed = Recomputation(split, "blocks")
+    calls.clear()
+
+    def loss(parameters: Parameters) -> mx.array:
+        method.bind(split.model, parameters)
+        with recomputed.active():
+            return split.hidden_states(TOKENS).sum()
+
+    mx.value_and_grad(loss)(parameters)
+    assert len(split.layers) == 4
+    assert calls.count(0) == computed
+    assert min(calls.count(number) for number in (1, 2, 3)) > 1
+
+
 def test_the_backward_pass_stops_at_the_lowest_adapted_layer() -> None:
     """Below it nothing is differentiated: an operation without a backward pass may stand there, and not above."""
     split = SplitModel(tiny_model("qwen3"))
