@@ -8,7 +8,7 @@ Layers are counted from 0 at the bottom, as in their names.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import mlx.nn as nn
@@ -96,3 +96,20 @@ def in_layers(model: nn.Module, names: Collection[str], layers: str | None) -> l
     chosen = chosen_layers(layers, len(prefixes))
     left_out = tuple(prefix for number, prefix in enumerate(prefixes) if number not in chosen)
     return [name for name in names if not name.startswith(left_out)]
+
+
+def layers_to_transform(layers: str | None, modules: Iterable[str]) -> dict[str, Any]:
+    """What PEFT's config says of the layers that were trained: their numbers, and what stands before these in the modules' names."""
+    numbered = {module: number for module in modules if (number := layer_number(module)) is not None}
+    if layers is None or not numbered:
+        return {"layers_to_transform": None, "layers_pattern": None}
+    before = {module.partition(f".{number}.")[0].rpartition(".")[2] for module, number in numbered.items()}
+    return {"layers_to_transform": sorted(set(numbered.values())), "layers_pattern": sorted(before)}
+
+
+def layers_of_config(config: Mapping[str, Any], modules: Iterable[str]) -> str | None:
+    """The layers that PEFT's config names, where those of the file's modules are among them; None where it names none, or others."""
+    stated = config.get("layers_to_transform")
+    named = [number for number in (stated if isinstance(stated, list) else [stated]) if type(number) is int]
+    numbers = {number for module in modules if (number := layer_number(module)) is not None}
+    return written_layers(numbers) if numbers and numbers.issubset(named) else None

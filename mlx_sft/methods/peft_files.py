@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
 from mlx_sft.methods.also_train import HEAD, is_whole, tied_weight
+from mlx_sft.methods.layers import layers_of_config, layers_to_transform
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.methods.modules_to_save import modules_to_save, saved_modules, saved_weight
 from mlx_sft.methods.peft_base import peft_base
@@ -217,6 +218,7 @@ def _to_config(
     settings: LoraSettings, modules: list[str], base: PeftBase, base_model: str, revision: str | None
 ) -> dict[str, Any]:
     alpha = float(settings.alpha)
+    layers = layers_to_transform(settings.layers, list(map(base.module, modules)))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -229,10 +231,9 @@ def _to_config(
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
         "init_lora_weights": True if settings.init == "kaiming" else settings.init,
-        "target_modules": target_modules(base, modules),
+        "target_modules": target_modules(base, modules, layers["layers_to_transform"]),
         "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
+        **layers,
         "rank_pattern": {_for_each_expert(base.name(name)): rank for name, rank in settings.rank_pattern.items()},
         "alpha_pattern": {_for_each_expert(base.name(name)): alpha for name, alpha in settings.alpha_pattern.items()},
         "bias": "none",
@@ -249,12 +250,14 @@ def _to_settings(config: dict[str, Any], modules: dict[str, str], where: Path) -
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{first['loc'][0]}: {first['msg']}", where=str(where)) from error
+    layers = layers_of_config(config, modules)
     return LoraSettings.model_construct(
         rank=stated.r,
         alpha=stated.lora_alpha,
         dropout=stated.lora_dropout,
         rslora=bool(stated.use_rslora),
-        target=_targets(config, modules),
+        target=_targets(config, modules, layers),
+        layers=layers,
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         dora=bool(stated.use_dora),
         rank_pattern=_pattern(stated.rank_pattern or {}, "rank_pattern", modules, where),
@@ -301,15 +304,15 @@ def _for_each_expert(name: str) -> str:
     return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
 
 
-def _targets(config: dict[str, Any], modules: dict[str, str]) -> list[str]:
-    """Names of what the file has: where the config's list says all of it, in each layer alike, else module by module.
+def _targets(config: dict[str, Any], modules: dict[str, str], layers: str | None) -> list[str]:
+    """Names of what the file has: where the config's list says all of it, in each of these layers alike, else module by module.
 
     The list may name more in the model than what was trained, as `out_proj` does where attention and convolution both have one; so a
     name is taken with what stands before it in a layer.
     """
     together = sorted({_together(module) for module in modules})
     names = config.get("target_modules")
-    partial = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    partial = (config.get("layers_to_transform") is not None and layers is None) or config.get("exclude_modules")
     if (
         partial
         or any(EXPERTS_PART in module for module in together)

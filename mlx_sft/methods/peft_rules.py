@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_sft.methods.layers import layer_number
 from mlx_sft.methods.lora_settings import LoraSettings, is_named
 from mlx_sft.model.names import EXPERTS_PART, Opening
 
@@ -113,8 +114,9 @@ class PeftBase:
         module = self.module(name)
         return f"{module}.weight" if self._is_router(module) else module
 
-    def attached(self, targets: Iterable[str]) -> set[str]:
-        """Where PEFT puts an adapter, given its `target_modules`."""
+    def attached(self, targets: Iterable[str], layers: Collection[int] | None = None) -> set[str]:
+        """Where PEFT puts an adapter, given its `target_modules` and `layers_to_transform`, which it asks of no module that is named
+        in full, and of no parameter."""
         names, parameters = set(targets), set()
         for target in tuple(names):
             for part, parameter in _of_experts(self.family).items():
@@ -122,6 +124,8 @@ class PeftBase:
                     names.discard(target)
                     parameters.add(parameter)
         modules = {module for module in self.modules if ends_with(module, names)}
+        if layers is not None:
+            modules = {module for module in modules if module in names or layer_number(module) in layers}
         return modules | {parameter for parameter in self._parameters() if ends_with(parameter, parameters)}
 
     def _parameters(self) -> Iterator[str]:
@@ -158,13 +162,14 @@ def ends_with(module: str, names: Collection[str]) -> bool:
 # --- the settings that name what was trained --------------------------------------------------------------------------------------
 
 
-def target_modules(base: PeftBase, trained: Sequence[str]) -> list[str]:
+def target_modules(base: PeftBase, trained: Sequence[str], layers: Collection[int] | None = None) -> list[str]:
     """Names with which PEFT puts an adapter on every module that was trained, and on no other: the shortest that do.
 
     Where the base's modules are not known, they are whole; where no names do, as in a family whose experts have no place, short.
 
     Args:
         trained: The modules, by their names here.
+        layers: `layers_to_transform`.
     """
     experts = {name for name in trained if EXPERTS_PART in name}
     # Of experts the last part alone: they have numbers in a file, or are put together in the model.
@@ -175,7 +180,7 @@ def target_modules(base: PeftBase, trained: Sequence[str]) -> list[str]:
     last = {name.rpartition(".")[2] for name in whole}
     within = {in_a_layer(name) for name in whole}
     places = {base.place(name) for name in trained}
-    return sorted(next((names for names in (last, within, whole) if base.attached(names) == places), last))
+    return sorted(next((names for names in (last, within, whole) if base.attached(names, layers) == places), last))
 
 
 def in_a_layer(module: str) -> str:
@@ -198,7 +203,7 @@ def losses(base: PeftBase, settings: LoraSettings, trained: Sequence[str], confi
     places: dict[str, list[str]] = {}
     for name in trained:
         places.setdefault(base.place(name), []).append(name)
-    attached = base.attached(config["target_modules"])
+    attached = base.attached(config["target_modules"], config["layers_to_transform"])
     for place, names in places.items():
         if place not in attached:
             yield f"PEFT has no place for the adapter on {names[0]}"
