@@ -29,7 +29,7 @@ from mlx_sft.methods.layers import layers_of_config, layers_to_transform
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.methods.modules_to_save import modules_to_save, saved_modules, saved_weight
 from mlx_sft.methods.peft_base import peft_base
-from mlx_sft.methods.peft_rules import PeftBase, in_a_layer, losses, target_modules
+from mlx_sft.methods.peft_rules import PeftBase, endings, in_a_layer, losses, target_modules
 from mlx_sft.model.names import EXPERTS_PART, INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
@@ -320,7 +320,10 @@ def _targets(config: dict[str, Any], modules: dict[str, str], layers: str | None
         or not all(isinstance(name, str) for name in names)
     ):
         return together
-    named = {name: [ours for ours, theirs in modules.items() if is_named(theirs, name)] for name in names}
+    named: dict[str, list[str]] = {name: [] for name in names}
+    for ours, theirs in modules.items():
+        for name in filter(named.__contains__, endings(theirs)):
+            named[name].append(ours)
     if not all(named.values()) or {module for fit in named.values() for module in fit} != modules.keys():
         return together
     within = ((in_a_layer(module), module, name) for name, fit in named.items() for module in fit)

@@ -155,8 +155,13 @@ def _of_experts(family: str) -> Mapping[str, str]:
 
 def ends_with(module: str, names: Collection[str]) -> bool:
     """Whether one of these names, or paths, is the end of a module's."""
+    return any(end in names for end in endings(module))
+
+
+def endings(module: str) -> Iterator[str]:
+    """`mlp.up_proj` → `mlp.up_proj`, `up_proj`."""
     parts = module.split(".")
-    return any(".".join(parts[start:]) in names for start in range(len(parts)))
+    return (".".join(parts[start:]) for start in range(len(parts)))
 
 
 # --- the settings that name what was trained --------------------------------------------------------------------------------------
