@@ -38,6 +38,8 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "quantize": (["mxfp4"], "mxfp4"),
     "rank_pattern": (["down_proj=32,q_proj=8"], {"down_proj": 32, "q_proj": 8}),
     "alpha_pattern": (["down_proj=0.5"], {"down_proj": 0.5}),
+    "layers": (["last:2, 0"], "last:2,0"),
+    "also_train": (["embed_tokens,lm_head"], ["embed_tokens", "lm_head"]),
     "betas": (["0.5", "0.6"], (0.5, 0.6)),
     "time_limit": (["45m"], "45m"),
     "overlong": (["drop"], "drop"),

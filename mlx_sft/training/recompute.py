@@ -93,8 +93,9 @@ class Recomputation:
 
 def _lowest_reached(split: SplitModel) -> int:
     """The number of the lowest layer that a gradient comes to: the lowest that is trained, or the first where embeddings are."""
-    trained = list(map(transformers_name, dict(tree_flatten(split.model.trainable_parameters()))))
-    if any("embed" in name for name in trained if not name.startswith(split.layers_prefix)):
+    trained: dict[str, mx.array] = tree_flatten(split.model.trainable_parameters(), destination={})  # type: ignore[assignment]
+    outside = split.outside_layers({transformers_name(path): value for path, value in trained.items()})
+    if any("embed" in name for name in outside):
         return 0
     return next((n for n, layer in enumerate(split.layers) if tree_flatten(layer.trainable_parameters())), 0)
 
