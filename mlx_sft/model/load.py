@@ -23,9 +23,10 @@ from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import stored_quantization
+from mlx_sft.model.reading import Reading, tied_as_stored
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.stored_form import take_stored_form
-from mlx_sft.model.translate import read_config, translate_config
+from mlx_sft.model.translate import read_config, translate_config, unread
 from mlx_sft.model.weights import (
     INDEX,
     LICENCE_FILES,
@@ -45,6 +46,8 @@ TESTED = frozenset({
     "qwen3_5_text", "qwen3_moe", "qwen3_next", "smollm3",
 })  # fmt: skip
 """The families, by `model_type`, that tests/test_families.py compares with transformers and PEFT; docs/models.md has a row for each."""
+
+_FAILED = "a newer mlx-lm may read it; that config.json and weights belong together is worth a look"
 
 _HEAD_BYTES, _SAMPLE_BYTES, _SAMPLES = 2**22, 2**14, 256
 """What a fingerprint reads of each file. Training changes every weight, so that samples tell large files apart."""
@@ -110,18 +113,25 @@ def load_model(
     config = read_config(path)
     checkpoint = check_weights(path)
     refuse_other_forms(path, config, quantize)
-    settings = translate_config(path)
+    settings = tied_as_stored(translate_config(path), checkpoint)
     trusted = may_run_code_of(path)
-    with blamed_on(path, "cannot load this checkpoint", "if it should be whole, copy or download it again"):
-        model, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=settings, trust_remote_code=trusted)
-        correct_ropes(model, settings)
+    reading = Reading(path, settings)
+    with blamed_on(path, f"mlx-lm's code for models of type {config['model_type']} fails on this checkpoint", _FAILED):
+        model, _ = mlx_lm_utils.load_model(
+            path,
+            lazy=True,
+            model_config=settings,
+            get_model_classes=reading.classes,
+            trust_remote_code=trusted,
+        )
+        correct_ropes(model, settings, unread(path))
         take_stored_form(model, checkpoint)
         cast(model, dtype)
         if quantize is not None:
             quantize_model(model, quantize)
         mx.eval(model.parameters())
-        model(mx.zeros((1, 2), mx.int32))  # whose result is never computed: that it can be is enough
-    model.freeze()
+        reading.check_computed_with(model, model(mx.zeros((1, 2), mx.int32)))  # the result is never computed
+        model.freeze()
     return LoadedModel(model, tokenizer or load_tokenizer(path), path, name, config)
 
 

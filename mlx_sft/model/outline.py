@@ -8,12 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.errors import blamed_on
+from mlx_sft.model.corrections import correct_modules
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import refuse_other_forms
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import quantize_as_stored
 from mlx_sft.model.rope import correct_ropes
-from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config
+from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config, unread
 from mlx_sft.model.weights import weight_files
 from mlx_sft.safetensors_file import open_safetensors
 
@@ -40,7 +41,8 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     family = family_code(settings, path)
     with blamed_on(path / "config.json", "no model can be made of it", DOWNLOAD_AGAIN):
         model: nn.Module = family.Model(family.ModelArgs.from_dict(settings))
-        correct_ropes(model, settings)
+        correct_modules(model, settings, str(path))
+        correct_ropes(model, settings, unread(path))
         if stored is not None:
             quantize_as_stored(model, stored, _packed_modules(path))
     target: mx.Dtype = getattr(mx, dtype)
