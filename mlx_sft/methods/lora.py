@@ -23,7 +23,7 @@ from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
 from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
 from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, write_adapter
 from mlx_sft.model.head import floating_weights
-from mlx_sft.model.linears import is_experts, linear_modules, weight_shape
+from mlx_sft.model.linears import is_experts, is_joined, linear_modules, weight_shape
 from mlx_sft.model.names import EXPERTS_PART
 
 _PARTS = (*HALVES, MAGNITUDE)
@@ -85,7 +85,7 @@ class Lora(Method):
         """
         self._dtype = next(iter(floating_weights(model).values())).dtype
         linears = linear_modules(model)
-        chosen = _chosen(list(linears), self.settings.targets)
+        chosen = resolve_targets(model, self.settings.targets)
         widest = max(max(weight_shape(linears[name][1])[-2:]) for name in chosen)
         if (most := max(self.settings.rank_of(name) for name in chosen)) > widest:
             what = f"{most} is more than the widest of these modules has features, {widest}"
@@ -248,21 +248,25 @@ def _check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
 def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     """The names in transformers of the modules that targets stand for, in the model's order.
 
-    `all-linear` is every linear module but the output head, as in PEFT, and but the routers that choose experts, which are none there.
+    `all-linear` is every linear module but the output head, as in PEFT, but the routers that choose experts, which are none there, and but
+    those whose weights the checkpoint holds inside of other tensors.
     """
-    return _chosen(list(linear_modules(model)), targets)
-
-
-def _chosen(names: list[str], targets: tuple[str, ...]) -> list[str]:
+    linears = linear_modules(model)
+    names = list(linears)
     routed = {name.partition(EXPERTS_PART)[0] for name in names if EXPERTS_PART in name}
     routers = {f"{block}.{router}" for block in routed for router in _ROUTERS}
-    inner = [name for name in names if any(part.isdigit() for part in name.split(".")) and name not in routers]
+    joined = {name for name, (_, module) in linears.items() if is_joined(module)}
+    in_layers = (name for name in names if any(part.isdigit() for part in name.split(".")))
+    inner = [
+        n for n in in_layers if n not in joined and not any(f"{n}.".startswith(f"{router}.") for router in routers)
+    ]
     chosen: set[str] = set()
     for target in targets:
         if target in GROUPS:
             found = [n for n in inner if not GROUPS[target] or set(n.split(".")) & set(GROUPS[target])]
         else:
-            found = [n for n in names if is_named(n, target)]
+            named = [n for n in names if is_named(n, target)]
+            found = [n for n in named if n not in joined] or named
         if not found:
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise UserError(

@@ -20,7 +20,7 @@ from mlx_sft.data.chat_template import with_template
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.files import user_path
 from mlx_sft.model.head import floating_weights
-from mlx_sft.model.linears import quantized_modules
+from mlx_sft.model.linears import mark_joined, quantized_modules
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import stored_quantization
 from mlx_sft.model.reading import Reading, tied_as_stored
@@ -129,6 +129,7 @@ def load_model(
         cast(model, dtype)
         if quantize is not None:
             quantize_model(model, quantize)
+        mark_joined(model, checkpoint)
         mx.eval(model.parameters())
         reading.check_computed_with(model, model(mx.zeros((1, 2), mx.int32)))  # the result is never computed
         model.freeze()
@@ -184,7 +185,9 @@ def given_model(
         raise UserError(
             f"the model in memory {what}", where=name, hint="let `train` load it, with --quantize", exit_code=USAGE
         )
-    take_stored_form(loaded, Checkpoint.open(path))
+    checkpoint = Checkpoint.open(path)
+    take_stored_form(loaded, checkpoint)
+    mark_joined(loaded, checkpoint)
     loaded.freeze()
     loaded.eval()
     return LoadedModel(loaded, tokenizer, path, name, read_config(path))

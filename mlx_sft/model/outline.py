@@ -10,12 +10,13 @@ import mlx.nn as nn
 from mlx_sft.errors import blamed_on
 from mlx_sft.model.corrections import correct_modules
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.linears import mark_joined
 from mlx_sft.model.load import refuse_other_forms
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import quantize_as_stored
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config, unread
-from mlx_sft.model.weights import weight_files
+from mlx_sft.model.weights import Checkpoint, weight_files
 from mlx_sft.safetensors_file import open_safetensors
 
 
@@ -49,6 +50,8 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     model.apply(lambda weight: mx.ones(weight.shape, target) if mx.issubdtype(weight.dtype, mx.floating) else weight)
     if quantize is not None:
         quantize_model(model, quantize)
+    if (files := weight_files(path)) and all(file.is_file() for file in files):
+        mark_joined(model, Checkpoint.open(path))
     model.freeze()
     model.eval()
     return _UncheckedSplit(model)

@@ -162,9 +162,15 @@ def _same_windows(settings: dict[str, Any], defaults: dict[str, Any], fields: di
     return _windows_meant(settings, defaults) == _windows_computed(settings | _layer_pattern(settings, fields), fields)
 
 
+def _layer_count(settings: dict[str, Any]) -> int:
+    names = ("layer_types", "layers_block_type", "hybrid_override_pattern")
+    listed = next((settings[name] for name in names if isinstance(settings.get(name), list | str)), ())
+    return int(settings.get("num_hidden_layers") or len(listed))
+
+
 def _windows_meant(settings: dict[str, Any], defaults: dict[str, Any]) -> list[bool]:
     """Whether the checkpoint means each layer to have the window."""
-    layers = settings["num_hidden_layers"]
+    layers = _layer_count(settings)
     if defaults and "sliding_window" not in defaults:  # transformers would not read it
         return [False] * layers
     if not defaults or "layer_types" in defaults:
@@ -175,7 +181,7 @@ def _windows_meant(settings: dict[str, Any], defaults: dict[str, Any]) -> list[b
 
 def _windows_computed(settings: dict[str, Any], fields: dict[str, Any]) -> list[bool] | None:
     """Whether mlx-lm's code gives each layer the window; None where it decides by something else."""
-    layers = settings["num_hidden_layers"]
+    layers = _layer_count(settings)
     if "sliding_window" not in fields:
         return [False] * layers
     if "layer_types" in fields:
