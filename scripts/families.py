@@ -328,10 +328,10 @@ def _cell(row: Row, column: str, notes: list[str]) -> str:
 
 
 def all_kinds(apart: Apart) -> list[str]:
-    """The families that transformers and mlx-lm both define, in alphabetical order."""
-    text = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind in CONFIG_MAPPING and apart(_in_mlx_lm, kind)[0]]
-    in_wholes = {name.partition("+")[0] for name in (*WHOLES, *OF_TEXT)}
-    return sorted({kind for kind in text if kind not in in_wholes} | {*WHOLES, *OF_TEXT})
+    """The families that transformers and mlx-lm both define, in alphabetical order; of those that see or hear, the ones above."""
+    names = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
+    text = [name for name in names if not CONFIG_MAPPING[name].sub_configs and apart(_in_mlx_lm, name)[0]]
+    return sorted({*text, *WHOLES, *OF_TEXT})
 
 
 def _in_mlx_lm(kind: str) -> bool:

@@ -68,7 +68,7 @@ SMALL: dict[str, Any] = {
 
 _TIED = {"tie_word_embeddings": True}
 _LATENT = {"head_dim": 8, "num_key_value_heads": 4}
-_INDEXED = _LATENT | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 64}
+_INDEXED = _LATENT | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 32}
 _LINEAR = {"layer_types": [LINEAR, FULL, LINEAR, FULL]}
 _CONVOLUTIONS = _TIED | {"layer_types": ["conv", FULL, "conv", FULL]}
 _WITHOUT_WINDOW = {"sliding_window": 64}
@@ -93,7 +93,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
-    "deepseek_v2": _LATENT,
+    "deepseek_v2": _LATENT
+    | {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
     "deepseek_v3": _LATENT,
     "deepseek_v32": _INDEXED,
     "falcon_h1": {
@@ -165,7 +173,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "zero_expert_type": "identity",
     },
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    "minicpm3": _LATENT,
+    "minicpm3": _LATENT
+    | {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "short_factor": 4 * [1.1],
+            "long_factor": 4 * [3.0],
+        }
+    },
     "ministral3": {
         "sliding_window": None,
         "rope_parameters": {

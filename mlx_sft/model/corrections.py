@@ -213,6 +213,7 @@ _COMPUTED_OTHERWISE: list[tuple[tuple[str, ...], Callable[[Settings], bool], str
         lambda settings: settings.get("num_kv_shared_layers", 0) > 0,
         "without a cache, its later layers do not share the keys and values of earlier ones",
     ),
+    (("minicpm3",), lambda _: True, "its logits are others"),
     (("mistral4",), lambda _: True, "the scores of its attention are scaled by YaRN's factor"),
     (("falcon_h1",), lambda _: True, "its multipliers of keys, values and heads are not applied, or elsewhere"),
 ]

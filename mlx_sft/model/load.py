@@ -131,7 +131,7 @@ def load_model(
             quantize_model(model, quantize)
         mark_joined(model, checkpoint)
         mx.eval(model.parameters())
-        reading.check_computed_with(model, model(mx.zeros((1, 2), mx.int32)))  # the result is never computed
+        reading.check_computed_with(model)
         model.freeze()
     return LoadedModel(model, tokenizer or load_tokenizer(path), path, name, config)
 

@@ -62,5 +62,7 @@ def _packed_modules(path: Path) -> set[str] | None:
     files = weight_files(path)
     if not files or not all(file.is_file() for file in files):
         return None
-    names = (tensor.name for file in files for tensor in open_safetensors(file).tensors)
-    return {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
+    names = [tensor.name for file in files for tensor in open_safetensors(file).tensors]
+    of_mlx = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
+    of_gpt_oss = (name.removesuffix("_scales") for name in names if name.endswith("_proj_scales"))
+    return of_mlx | {name.replace("gate_up", part) for name in of_gpt_oss for part in ("gate", "up")}

@@ -81,10 +81,17 @@ class Reading:
         object.__setattr__(model, "sanitize", watched)  # of this one model, for this one reading
         return model
 
-    def check_computed_with(self, model: nn.Module, logits: mx.array) -> None:
-        """Raise `UserError` for a parameter that logits, which are not computed yet, would not be computed from."""
+    def check_computed_with(self, model: nn.Module) -> None:
+        """Raise `UserError` for a parameter that logits would not be computed from; nothing is computed here."""
         parameters: Weights = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
-        reached = _reaching([logits], parameters)
+        # With sparse attention, what chooses among positions is asked only where there are more than it chooses.
+        length = 2 + int((self._settings.get("text_config") or self._settings).get("index_topk") or 0)
+        reached = _reaching([model(mx.zeros((1, length), mx.int32))], parameters)
+        kinds = nn.Embedding | nn.QuantizedEmbedding
+        embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, kinds)}
+        if embeddings and not embeddings & reached:  # numbers have been asked for on the way
+            what = "mlx-lm's code for this family computes in pieces, so that no gradient goes through it"
+            raise UserError(what, where=str(self._path), hint="a newer mlx-lm may compute it at once")
         if unread := [name for name in parameters if name not in reached and not self._needless(name)]:
             what = f"mlx-lm's code for this family loads {_some(unread)} and computes nothing with it"
             raise UserError(what, where=str(self._path), hint=_NEWER)

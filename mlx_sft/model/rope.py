@@ -36,7 +36,7 @@ _READ_BY = {"llama_4_scaling_beta": ("ministral3", "mistral4")}
 _OF_MLX_LM = {"rotary_emb_base", "rotary_pct", "rotary_dim"}
 """Other names of the base, and of the part of a head that is turned."""
 
-_TURNS_ALL = ("glm",)
+TURNS_ALL = ("glm",)
 """Families whose code in mlx-lm turns all of a head, where transformers turns the part that `partial_rotary_factor` says."""
 
 UNREAD = "rope_settings_unread"
@@ -239,7 +239,7 @@ def _correct_by_type(places: list[Any], sets: dict[str, Any], settings: dict[str
 def _check_part(rope: Any, settings: dict[str, Any], unread: Unread) -> None:
     """Raise where a module turns another part of a head than the settings say."""
     partial, head_dim = settings.get("partial_rotary_factor"), settings.get("head_dim")
-    if partial is None or settings.get("model_type") in _TURNS_ALL or settings.get("qk_rope_head_dim"):
+    if partial is None or settings.get("model_type") in TURNS_ALL or settings.get("qk_rope_head_dim"):
         return
     head_dim = head_dim or settings["hidden_size"] // settings["num_attention_heads"]
     if _dims(rope) != int(head_dim * partial):
@@ -248,7 +248,7 @@ def _check_part(rope: Any, settings: dict[str, Any], unread: Unread) -> None:
 
 def _right(rope: Any, scaling: dict[str, Any] | None, settings: dict[str, Any]) -> nn.Module:
     dims, theta = _dims(rope), settings.get("rope_theta") or getattr(rope, "base", None)
-    if settings.get("model_type") in _TURNS_ALL:
+    if settings.get("model_type") in TURNS_ALL:
         dims = int(dims * settings.get("partial_rotary_factor", 1.0))
     if scaling is not None and scaling["rope_type"] == "longrope":
         return LongRope(dims, settings | {"rope_scaling": scaling})

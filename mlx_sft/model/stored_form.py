@@ -21,7 +21,7 @@ from mlx.utils import tree_unflatten
 from mlx_sft.errors import UserError
 from mlx_sft.model.corrections import CORRECTED
 from mlx_sft.model.names import transformers_name
-from mlx_sft.model.rope import YarnRope
+from mlx_sft.model.rope import TURNS_ALL, YarnRope
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_float32
 
@@ -93,7 +93,8 @@ def give_mlx_form(model: nn.Module) -> None:
     Raises:
         UserError: For a model that mlx-lm would compute otherwise.
     """
-    if any(isinstance(module, (*CORRECTED, YarnRope)) for module in model.modules()):
+    other_code = any(isinstance(module, (*CORRECTED, YarnRope)) for module in model.modules())
+    if other_code or getattr(model, "model_type", None) in TURNS_ALL:
         raise UserError(
             "mlx-lm's code computes models of this family otherwise than transformers, and than here",
             hint="export with `--to merged`, for transformers and for training here",

@@ -118,8 +118,9 @@ def exact_length(path: Path) -> int | None:
     """The longest row, in tokens, for which mlx-lm's code computes what the checkpoint says; None for no limit.
 
     mlx-lm runs the sliding windows of several families (Mistral, Phi 3, Gemma 2, Starcoder 2) as full attention, which is
-    the same up to the window. Beyond the length that the model was first trained with, dynamic RoPE and LongRoPE depend on the width
-    of the padded row, and so on the other rows of its batch.
+    the same up to the window. Its sparse attention (DeepSeek 3.2) is transformers' as long as no position is left out. Beyond the
+    length that the model was first trained with, dynamic RoPE and LongRoPE depend on the width of the padded row, and so on the other
+    rows of its batch.
     """
     known = _settings(path)
     settings = known.text
@@ -138,6 +139,8 @@ def exact_length(path: Path) -> int | None:
     if "longrope" in kinds:
         original = rope.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
         limits.append(int(original or settings["max_position_embeddings"]))
+    if settings.get("index_topk"):
+        limits.append(int(settings["index_topk"]))
     return min(limits, default=None)
 
 
