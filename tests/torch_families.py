@@ -71,7 +71,8 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": _NO_PADDING
     | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 0},
     "exaone4": _NO_PADDING | {"sliding_window": 8, "layer_types": [SLIDING, FULL]},
-    "falcon_h1": _NO_PADDING,
+    "falcon_h1": _NO_PADDING
+    | {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2},
     "gemma": {"pad_token_id": None},
     "glm": _NO_PADDING,
     "gpt_neox": _NO_PADDING,

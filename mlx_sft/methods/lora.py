@@ -268,6 +268,9 @@ def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
             named = [n for n in names if is_named(n, target)]
             found = [n for n in named if n not in joined] or named
         if not found:
+            if joined.issuperset(names):
+                what = "this checkpoint holds the weights of all linear modules inside of other tensors, or under other names"
+                raise UserError(what, where="target", hint="nothing could be merged into them; train another model")
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise UserError(
                 f"no linear module of this model is named {target}",

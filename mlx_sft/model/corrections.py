@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.errors import UserError
+from mlx_sft.model.falcon_h1 import FalconH1Layer, unmultiplied, with_multipliers
 
 Weights = dict[str, mx.array]
 Settings = dict[str, Any]
@@ -82,7 +83,7 @@ class _RoutingBias(nn.Module):
         self.e_score_correction_bias = mx.zeros((1, experts))
 
 
-CORRECTED = (GeluMLP, GroupedGatedRMSNorm, BiasedRouting)
+CORRECTED = (GeluMLP, GroupedGatedRMSNorm, BiasedRouting, FalconH1Layer)
 """Modules by which a model is computed here otherwise than mlx-lm does."""
 
 
@@ -106,6 +107,8 @@ def correct_modules(model: nn.Module, settings: Settings, where: str) -> None:
     if family in _OTHER_GELU and (gelu := _GELUS.get(_activation(settings))) is not None:
         for layer in _layers(model):
             layer.mlp = GeluMLP(layer.mlp, _OTHER_GELU[family], gelu)
+    if family == "falcon_h1":
+        with_multipliers(model)
     if family in _GATED_NORMS:
         for mixer in [module for module in model.modules() if getattr(module, "n_groups", 1) > 1]:
             mixer.norm = GroupedGatedRMSNorm(mixer.norm, mixer.n_groups)
@@ -115,11 +118,13 @@ def correct_modules(model: nn.Module, settings: Settings, where: str) -> None:
                 layer.mlp = BiasedRouting(layer.mlp, settings.get("moe_norm_min", 1e-12))
 
 
-def before_reading(weights: Weights, settings: Settings) -> Weights:
-    """The tensors of a checkpoint in a form that mlx-lm's `sanitize` for its family knows."""
+def before_reading(weights: Weights, settings: Settings, where: str) -> Weights:
+    """The tensors of a checkpoint in a form that mlx-lm's `sanitize` for its family knows; `where` is the checkpoint, for a message."""
     family = settings.get("model_type")
     if family == "gpt_oss":
         return dict(_plain_experts(weights))
+    if family == "falcon_h1":
+        return unmultiplied(weights, where)
     if family == "qwen3_5_moe":
         return _stacked_experts(weights)
     if family == "qwen3_vl_moe":
@@ -215,6 +220,10 @@ _COMPUTED_OTHERWISE: list[tuple[tuple[str, ...], Callable[[Settings], bool], str
     ),
     (("minicpm3",), lambda _: True, "its logits are others"),
     (("mistral4",), lambda _: True, "the scores of its attention are scaled by YaRN's factor"),
-    (("falcon_h1",), lambda _: True, "its multipliers of keys, values and heads are not applied, or elsewhere"),
+    (
+        ("falcon_h1",),
+        lambda settings: bool(settings.get("mamba_rms_norm")),
+        "its gated norm is over all groups at once",
+    ),
 ]
 """Types of models, when this applies to one, and what is computed otherwise."""

@@ -71,7 +71,7 @@ class Reading:
 
         def watched(given: Weights) -> Weights:
             object.__delattr__(model, "sanitize")
-            taken: Weights = sanitize(before_reading(dict(given), self._settings))
+            taken: Weights = sanitize(before_reading(dict(given), self._settings, str(self._path)))
             parameters: Weights = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
             taken |= {name: given[name] for name in parameters if name in given and name not in taken}
             self._check_places(taken, parameters)

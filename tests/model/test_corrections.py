@@ -23,6 +23,13 @@ from tests.torch_families import FULL, LINEAR, SLIDING
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
 
 
+_MULTIPLIERS = {
+    "embedding_multiplier": 1.5, "lm_head_multiplier": 0.7, "mlp_multipliers": [0.8, 0.9], "key_multiplier": 0.6,
+    "attention_in_multiplier": 1.2, "attention_out_multiplier": 0.9, "ssm_multipliers": [0.9, 0.8, 0.7, 1.2, 1.1],
+    "ssm_in_multiplier": 1.3, "ssm_out_multiplier": 0.8,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -35,6 +42,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         # A gated norm in groups, and the types of layers by other names.
         ("granitemoehybrid", {"mamba_n_groups": 2}),
         ("granitemoehybrid", {"mamba_n_groups": 1, "num_local_experts": 0, "position_embedding_type": "rope"}),
+        # Multipliers.
+        ("falcon_h1", _MULTIPLIERS),
+        ("falcon_h1", _MULTIPLIERS | {"tie_word_embeddings": True}),
         # Rotations.
         ("gpt_oss", {"rope_parameters": YARN | {"truncate": False}}),
         ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}),
@@ -71,7 +81,7 @@ def test_the_logits_are_those_of_transformers(
     ("family", "settings", "what"),
     [
         ("jamba", {}, "sum to one"),
-        ("falcon_h1", {}, "multipliers"),
+        ("falcon_h1", {"mamba_rms_norm": True}, "groups"),
     ],
 )
 def test_what_is_not_computed_here_either_is_refused_by_name(
