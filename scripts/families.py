@@ -178,7 +178,7 @@ def step(folder: Path, run: Path, method: str) -> None:
     turns = [("the cat", "sat on the mat"), ("the dog", "sat"), ("and", "the mat on the cat")]
     messages = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in turns]
     data.write_text("".join(json.dumps({"messages": one}) + "\n" for one in messages))
-    settings = {"rank": 2, "lr": 0.1} if method == "lora" else {"lr": 3e-3}
+    settings = {"rank": 2, "lr": 0.03} if method == "lora" else {"lr": 3e-3}
     config = {
         "data": str(data),
         "model": str(folder),
@@ -208,7 +208,8 @@ def in_peft(kind: str, base: Path, run: Path, folder: Path) -> float:
     token_ids = _token_ids(base)
     ours = _ours(load_run(run, dtype="float32").model, token_ids)
     found = []
-    for of_class in dict.fromkeys((_class(kind), AutoModelForCausalLM)):
+    with_head = [AutoModelForCausalLM] if kind.partition("+")[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else []
+    for of_class in dict.fromkeys((_class(kind), *with_head)):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             model = peft.PeftModel.from_pretrained(_opened(kind, base, of_class), adapter).eval()

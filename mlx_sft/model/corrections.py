@@ -49,7 +49,8 @@ class GroupedGatedRMSNorm(nn.Module):
         gated = x.astype(mx.float32) * nn.silu(gate.astype(mx.float32))
         groups = gated.reshape(*gated.shape[:-1], self._groups, -1)
         normed: mx.array = mx.fast.rms_norm(groups, None, self._eps).reshape(gated.shape)
-        return self.weight * normed.astype(x.dtype)
+        weighted: mx.array = self.weight * normed.astype(x.dtype)
+        return weighted
 
 
 class BiasedRouting(nn.Module):
@@ -74,7 +75,8 @@ class BiasedRouting(nn.Module):
         weights = weights / mx.maximum(weights.sum(axis=-1, keepdims=True), self._least)
         y = self.switch_mlp(x, chosen)
         y = (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
-        return y + self.shared_experts(x) if "shared_experts" in self else y
+        result: mx.array = y + self.shared_experts(x) if "shared_experts" in self else y
+        return result
 
 
 class _RoutingBias(nn.Module):

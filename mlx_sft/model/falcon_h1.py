@@ -21,7 +21,7 @@ class _Mixer(falcon_h1.FalconH1Mixer):
     """The state space. What comes out of `in_proj` is multiplied part by part."""
 
     def __init__(self, args: Any) -> None:
-        super().__init__(args)
+        super().__init__(args)  # type: ignore[no-untyped-call]
         self._parts = falcon_h1.compute_mup_vector(args)
 
     def __call__(self, x: mx.array, cache: Any = None, mask: mx.array | None = None) -> mx.array:
@@ -38,7 +38,7 @@ class _Mixer(falcon_h1.FalconH1Mixer):
 
 class _MLP(falcon_h1.FalconH1MLP):
     def __init__(self, args: Any) -> None:
-        super().__init__(args)
+        super().__init__(args)  # type: ignore[no-untyped-call]
         self._of_gate, self._of_result = args.mlp_multipliers
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -51,7 +51,7 @@ class FalconH1Layer(falcon_h1.FalconH1DecoderLayer):
     """Attention and a state space beside each other, then the MLP."""
 
     def __init__(self, args: Any) -> None:
-        super().__init__(args)
+        super().__init__(args)  # type: ignore[no-untyped-call]
         self.mamba, self.feed_forward = _Mixer(args), _MLP(args)
         self.self_attn.scale *= args.key_multiplier
         self._args = args
@@ -71,12 +71,12 @@ class _Embedding(nn.Embedding):
         self._multiplier = args.embedding_multiplier
 
     def __call__(self, x: mx.array) -> mx.array:
-        result: mx.array = super().__call__(x) * self._multiplier
+        result: mx.array = super().__call__(x) * self._multiplier  # type: ignore[no-untyped-call]
         return result
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The head of a tied model; mlx-lm's code divides its logits by the multiplier, which its embedding has in it."""
-        result: mx.array = super().as_linear(x) * self._multiplier
+        result: mx.array = super().as_linear(x) * self._multiplier  # type: ignore[no-untyped-call]
         return result
 
 

@@ -75,11 +75,14 @@ _BY_FAMILY: dict[str, dict[str, Callable[[Settings], Any]]] = {
     "exaone4": {"sliding_window_pattern": _window_pattern},
     "exaone_moe": {"is_moe_layer": lambda settings: [kind == "sparse" for kind in settings["mlp_layer_types"]]},
     "gpt_bigcode": {"num_key_value_heads": lambda settings: 1 if settings["multi_query"] else settings["n_head"]},
+    "glm_moe_dsa": {"topk_method": _fixed("noaux_tc"), "scoring_func": _fixed("sigmoid"), "moe_layer_freq": _fixed(1)},
     "granitemoehybrid": {
         "intermediate_size": _intermediate_size,
         "position_embedding_type": _fixed("nope"),
         "time_step_limit": _time_step_limit,
     },
+    # transformers bounds the time step by another setting than the one named so.
+    "nemotron_h": {"time_step_limit": lambda settings: (float(settings["time_step_min"]), math.inf)},
     "mamba2": {"intermediate_size": lambda settings: int(settings["expand"] * settings["hidden_size"])},
     "qwen3_vl_moe_text": {"norm_topk_prob": _fixed(True)},
     "minimax_m2": {"shared_intermediate_size": _fixed(0), "rotary_dim": _rotary_dim},

@@ -228,12 +228,15 @@ def _correct_by_type(places: list[Any], sets: dict[str, Any], settings: dict[str
     for path, module, name, child in places:
         number = next((int(part) for part in path.split(".") if part.isdecimal()), None)
         kind = types[number] if number is not None and number < len(types) else None
-        rope = sets.get({value: key for key, value in OTHER_LAYER_TYPES.items()}.get(kind, kind))
+        rope = sets.get(str(_USUAL_TYPES.get(kind, kind)))
         if rope is None:
             raise unread("rope_parameters", sets)
         of_layer = settings | rope
         _check_part(child, of_layer, unread)
         module[name] = _right(child, None if rope["rope_type"] == "default" else rope, of_layer)
+
+
+_USUAL_TYPES: dict[Any, Any] = {other: usual for usual, other in OTHER_LAYER_TYPES.items()}
 
 
 def _check_part(rope: Any, settings: dict[str, Any], unread: Unread) -> None:
@@ -247,13 +250,13 @@ def _check_part(rope: Any, settings: dict[str, Any], unread: Unread) -> None:
 
 
 def _right(rope: Any, scaling: dict[str, Any] | None, settings: dict[str, Any]) -> nn.Module:
-    dims, theta = _dims(rope), settings.get("rope_theta") or getattr(rope, "base", None)
+    dims, theta = _dims(rope), settings.get("rope_theta") or rope.base
     if settings.get("model_type") in TURNS_ALL:
         dims = int(dims * settings.get("partial_rotary_factor", 1.0))
     if scaling is not None and scaling["rope_type"] == "longrope":
         return LongRope(dims, settings | {"rope_scaling": scaling})
-    if _is_own_yarn(scaling):
-        return YarnRope(dims, theta, rope.traditional, scaling)
+    if scaling is not None and _is_own_yarn(scaling):
+        return YarnRope(dims, float(theta), rope.traditional, scaling)
     made: nn.Module = initialize_rope(dims, theta, rope.traditional, scaling, settings.get("max_position_embeddings"))
     return made
 
