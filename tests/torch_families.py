@@ -97,6 +97,20 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     },
     "minimax_m2": _NO_PADDING | _ROUTED,
     "ministral3": _NO_PADDING | {"sliding_window": None},
+    "nemotron_h": _NO_PADDING
+    | {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "num_hidden_layers": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 40,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "sliding_window": None,
+    },
     "olmo3": _NO_PADDING | {"sliding_window": 8, "layer_types": [SLIDING, FULL]},
     "starcoder2": _NO_PADDING,
 }

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from mlx.utils import tree_map
+from mlx.utils import tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -51,6 +51,9 @@ _FAILED = "a newer mlx-lm may read it; that config.json and weights belong toget
 
 _HEAD_BYTES, _SAMPLE_BYTES, _SAMPLES = 2**22, 2**14, 256
 """What a fingerprint reads of each file. Training changes every weight, so that samples tell large files apart."""
+
+_KEPT = "e_score_correction_bias"
+"""What a weight is called, in every family, that keeps the precision in which it is stored."""
 
 CARD = "README.md"
 """The model card, which names the licence."""
@@ -194,11 +197,19 @@ def given_model(
 
 
 def cast(model: nn.Module, dtype: str) -> None:
-    """Give every floating weight, and the scales of quantized ones, this precision; with `stored` each keeps its own."""
+    """Give every floating weight, and the scales of quantized ones, this precision; with `stored` each keeps its own.
+
+    So do the biases by which experts are chosen: transformers, too, keeps them as they are stored.
+    """
     if dtype == "stored":
         return
     target = getattr(mx, resolve_dtype(dtype))
-    model.update(tree_map(lambda p: p.astype(target) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
+
+    def of_weight(name: str, weight: mx.array) -> mx.array:
+        kept = name.endswith(_KEPT) or not mx.issubdtype(weight.dtype, mx.floating)
+        return weight if kept else weight.astype(target)
+
+    model.update(tree_map_with_path(of_weight, model.parameters()))
 
 
 def refuse_other_forms(path: Path, config: dict[str, Any], quantize: str | None) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.files import read_json
 from mlx_sft.model.family_settings import ALWAYS, layer_types_as_read, settings_asked_for
-from mlx_sft.model.rope import Unread, translate_rope
+from mlx_sft.model.rope import UNREAD, Unread, translate_rope
 from mlx_sft.trust import may_run_code_of, model_code
 
 DOWNLOAD_AGAIN = "copy or download the checkpoint again"
@@ -97,6 +97,8 @@ def translate_config(path: Path) -> dict[str, Any]:
     family = str(text.get("model_type"))
     translated = text | pattern | settings_asked_for(family, text, fields)
     translated |= translate_rope(text, fields, of_path)
+    if known.defaults and not known.defaults.keys() & {"rope_theta", "rope_parameters"}:
+        translated[UNREAD] = {}  # transformers' code does not turn anything either
     if "layer_types" in text:
         translated["layer_types"] = layer_types_as_read(text["layer_types"], known.code)
     if missing := [name for name, default in fields.items() if default is _ASKED_FOR and name not in translated]:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from mlx_sft import train
+from mlx_sft.config import TrainConfig
 from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import load_model
@@ -42,6 +44,7 @@ _MULTIPLIERS = {
         # A gated norm in groups, and the types of layers by other names.
         ("granitemoehybrid", {"mamba_n_groups": 2}),
         ("granitemoehybrid", {"mamba_n_groups": 1, "num_local_experts": 0, "position_embedding_type": "rope"}),
+        ("nemotron_h", {"time_step_min": 0.5}),
         # Multipliers.
         ("falcon_h1", _MULTIPLIERS),
         ("falcon_h1", _MULTIPLIERS | {"tie_word_embeddings": True}),
@@ -95,6 +98,14 @@ def test_what_is_not_computed_here_either_is_refused_by_name(
             load()
         assert caught.value.where == str(base)
         assert "newer mlx-lm" in caught.value.hint
+
+
+def test_a_model_whose_attention_scales_positions_is_trained_with_its_rows_apart(
+    make_base: Callable[..., Path], settings: dict[str, Any]
+) -> None:
+    """Rows that are joined end to end would have other positions."""
+    base = make_base("ministral3", rope_parameters=YARN | {"llama_4_scaling_beta": 0.3})
+    assert train(TrainConfig(**settings | {"model": str(base), "max_steps": 1})).run_dir.is_dir()
 
 
 def test_what_mlx_lm_would_compute_otherwise_is_not_written_in_its_form(

@@ -84,6 +84,8 @@ def test_a_routing_bias_is_computed_with(
     model = load_model(str(base), "float32").model
     assert len(biases) == sum("moe_statics" in layer.mlp for layer in model.layers) > 0
     assert_close(mlx_logits(model, token_ids), torch.tensor(torch_logits(torch_model(base), token_ids)))
+    rounded = load_model(str(base), "bfloat16").model.layers[0].mlp
+    assert (rounded.moe_statics.e_score_correction_bias.dtype, rounded.gate.weight.dtype) == (mx.float32, mx.bfloat16)
 
 
 def _of_code(monkeypatch: pytest.MonkeyPatch, model: type[Any]) -> None:
