@@ -52,7 +52,7 @@ lint: $(VENV)/.ready-dev  ## style, types, the one-way flow of imports, docs/ref
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_reference.py --check
 
-families: $(VENV)/.ready-dev  ## every family of models, measured: the table of docs/models.md, half an hour (ARGS="qwen3 gpt_oss" for some)
+families: $(VENV)/.ready-dev  ## every family of models, measured: the table of docs/models.md, some twenty minutes (ARGS="qwen3 gpt_oss" for some)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python scripts/families.py $(ARGS)
 
 audit: $(VENV)/.ready-dev  ## look every dependency up among the known vulnerabilities (needs the network)

@@ -319,7 +319,8 @@ _LEADS_TO = {
 def _cell(row: Row, column: str, notes: list[str]) -> str:
     if column in row.figures:
         figure = row.figures[column]
-        return f"{figure:.0e}" if figure <= EXACT or column == "loss" else f"**{figure:.0e}**"
+        shown = f"{figure:.0e}" if figure else "0"
+        return shown if figure <= EXACT or column == "loss" else f"**{shown}**"
     said = next((row.said[one] for one in (column, *_LEADS_TO.get(column, ())) if one in row.said), None)
     if said is None:
         return "–"

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sft.errors import blamed_on
+from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.model.corrections import correct_modules
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import mark_joined
@@ -50,11 +50,19 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     model.apply(lambda weight: mx.ones(weight.shape, target) if mx.issubdtype(weight.dtype, mx.floating) else weight)
     if quantize is not None:
         quantize_model(model, quantize)
-    if (files := weight_files(path)) and all(file.is_file() for file in files):
-        mark_joined(model, Checkpoint.open(path))
+    if (checkpoint := _checkpoint(path)) is not None:
+        mark_joined(model, checkpoint)
     model.freeze()
     model.eval()
     return _UncheckedSplit(model)
+
+
+def _checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint, where its files are on disk and can be read; else whoever loads it says why not."""
+    try:
+        return Checkpoint.open(path)
+    except UserError:
+        return None
 
 
 def _packed_modules(path: Path) -> set[str] | None:
