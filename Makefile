@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs audit test-lowest wheel clean
+.PHONY: help demo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs families audit test-lowest wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ lint: $(VENV)/.ready-dev  ## style, types, the one-way flow of imports, docs/ref
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_reference.py --check
+
+families: $(VENV)/.ready-dev  ## every family of models, measured: the table of docs/models.md, some twenty minutes (ARGS="qwen3 gpt_oss" for some)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python scripts/families.py $(ARGS)
 
 audit: $(VENV)/.ready-dev  ## look every dependency up among the known vulnerabilities (needs the network)
 	@$(BIN)/python -m pip install --quiet pip-audit

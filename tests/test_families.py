@@ -30,6 +30,7 @@ from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import TESTED, load_model
 from mlx_sft.model.rope import correct_ropes
+from mlx_sft.model.translate import unread
 from mlx_sft.run_folder import RunFolder
 from tests.chosen import without_adapter
 from tests.conftest import Run
@@ -274,7 +275,7 @@ def test_layers_that_are_meant_to_turn_without_scaling_do() -> None:
         "rope_theta": 1e4, "rope_scaling": scaling, "max_position_embeddings": 256, "rms_norm_eps": 1e-6,
     }  # fmt: skip
     model = olmo3.Model(olmo3.ModelArgs.from_dict(settings))
-    correct_ropes(model, settings)
+    correct_ropes(model, settings, unread(Path("config.json")))
     assert [type(layer.self_attn.rope).__name__ for layer in model.layers] == 2 * ["RoPE", "YarnRoPE"]
 
 

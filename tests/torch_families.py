@@ -63,3 +63,55 @@ TORCH_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }
 """By type of model: what is not as in the other families."""
+
+_ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "apertus": _NO_PADDING,
+    "ernie4_5_moe": _NO_PADDING
+    | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 0},
+    "exaone4": _NO_PADDING | {"sliding_window": 8, "layer_types": [SLIDING, FULL]},
+    "falcon_h1": _NO_PADDING
+    | {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2},
+    "gemma": {"pad_token_id": None},
+    "glm": _NO_PADDING,
+    "gpt_neox": _NO_PADDING,
+    "gpt_oss": _NO_PADDING | _ROUTED | {"sliding_window": 8, "layer_types": [SLIDING, FULL]},
+    "granitemoe": _NO_PADDING | _ROUTED,
+    "granitemoehybrid": _NO_PADDING
+    | _ROUTED
+    | {
+        "layer_types": [LINEAR, FULL],
+        "shared_intermediate_size": 48,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+    },
+    "jamba": _NO_PADDING
+    | {
+        "num_experts": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "minimax_m2": _NO_PADDING | _ROUTED,
+    "ministral3": _NO_PADDING | {"sliding_window": None},
+    "nemotron_h": _NO_PADDING
+    | {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp"],
+        "num_hidden_layers": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 40,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "sliding_window": None,
+    },
+    "olmo3": _NO_PADDING | {"sliding_window": 8, "layer_types": [SLIDING, FULL]},
+    "starcoder2": _NO_PADDING,
+}
+"""Families of which single properties are tested."""

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mlx_sft.data.example import IGNORED, Example
-from tests.torch_families import TORCH_FAMILIES
+from tests.torch_families import OTHER_FAMILIES, TORCH_FAMILIES
 
 VOCABULARY = 264
 
@@ -60,12 +60,12 @@ def _make_base(
     key = (family, tied, dtype, shard, form, json.dumps(settings, sort_keys=True))
     if key not in made:
         torch.manual_seed(0)
-        shape = _SHAPE | {"tie_word_embeddings": tied} | TORCH_FAMILIES.get(family, {}) | settings
+        shape = _SHAPE | {"tie_word_embeddings": tied} | (TORCH_FAMILIES | OTHER_FAMILIES)[family] | settings
         config = AutoConfig.for_model(family, **deepcopy(shape))  # transformers adds to dictionaries that it is given
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
         with torch.no_grad():  # transformers starts norms at one and biases at zero, which would hide a mistake in them
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1 or name.endswith(("bias", "sinks")):
                     parameter.add_(0.2 * torch.randn_like(parameter))
         folder = folders.mktemp(family)
         model.save_pretrained(folder, max_shard_size=shard)

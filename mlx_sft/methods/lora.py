@@ -7,7 +7,7 @@ Names, start and scale are PEFT's, and so are the files (`peft_files`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +35,7 @@ from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSetting
 from mlx_sft.methods.peft_files import CONFIG, base_model_name, names_begin, read_adapter, write_adapter
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.model.head import floating_weights
-from mlx_sft.model.linears import is_experts, linear_modules, weight_shape
+from mlx_sft.model.linears import is_experts, is_joined, linear_modules, weight_shape
 from mlx_sft.model.names import EXPERTS_PART
 
 _PARTS = (*HALVES, MAGNITUDE)
@@ -304,29 +304,38 @@ def _check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
 def _adapted(model: nn.Module, settings: LoraSettings) -> list[str]:
     """The names in transformers of the modules that get an adapter, in the model's order."""
     in_full = {name for name, _, _ in whole_modules(model, settings.also_train)}
-    names = in_layers(model, list(linear_modules(model)), settings.layers)
-    return _chosen([name for name in names if name not in in_full], settings.targets)
+    linears = linear_modules(model)
+    names = in_layers(model, linears, settings.layers)
+    return _chosen({name: linears[name] for name in names if name not in in_full}, settings.targets)
 
 
 def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     """The names in transformers of the modules that targets stand for, in the model's order.
 
-    `all-linear` is every linear module but the output head, as in PEFT, and but the routers that choose experts, which are none there.
+    `all-linear` is every linear module but the output head, as in PEFT, but the routers that choose experts, which are none there, and but
+    those whose weights the checkpoint holds inside of other tensors.
     """
     return _adapted(model, LoraSettings(target=list(targets)))
 
 
-def _chosen(names: list[str], targets: tuple[str, ...]) -> list[str]:
+def _chosen(linears: Mapping[str, tuple[str, nn.Module]], targets: tuple[str, ...]) -> list[str]:
+    names = list(linears)
     routed = {name.partition(EXPERTS_PART)[0] for name in names if EXPERTS_PART in name}
     routers = {f"{block}.{router}" for block in routed for router in _ROUTERS}
-    inner = [name for name in names if any(part.isdigit() for part in name.split(".")) and name not in routers]
+    joined = {name for name, (_, module) in linears.items() if is_joined(module)}
+    numbered = (name for name in names if any(part.isdigit() for part in name.split(".")))
+    inner = [n for n in numbered if n not in joined and not any(f"{n}.".startswith(f"{router}.") for router in routers)]
     chosen: set[str] = set()
     for target in targets:
         if target in GROUPS:
             found = [n for n in inner if not GROUPS[target] or set(n.split(".")) & set(GROUPS[target])]
         else:
-            found = [n for n in names if is_named(n, target)]
+            named = [n for n in names if is_named(n, target)]
+            found = [n for n in named if n not in joined] or named
         if not found:
+            if joined.issuperset(names):
+                what = "this checkpoint holds the weights of all linear modules inside of other tensors, or under other names"
+                raise UserError(what, where="target", hint="nothing could be merged into them; train another model")
             known = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise UserError(
                 f"no linear module of this model is named {target}",

@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_sft.model.names import transformers_name
+from mlx_sft.model.names import expert_name, transformers_name
+from mlx_sft.model.weights import Checkpoint
 
 
 @cache
@@ -32,6 +33,32 @@ def linear_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
         if type(module) in (nn.Linear, nn.QuantizedLinear, *_experts())
     ]
     return {transformers_name(path): (path, module) for path, module in sorted(found, key=lambda one: _natural(one[0]))}
+
+
+def mark_joined(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Note on each linear module whether its weight is a tensor of the checkpoint, or one for each expert, or is stored otherwise.
+
+    Only the first two can be written back, so that an adapter on all linear modules leaves the others out.
+    """
+    for name, (_, module) in linear_modules(model).items():
+        weight = f"{name}.weight"
+        module._joined = not {weight, expert_name(weight, 0)} & checkpoint.named.keys()
+
+
+def is_joined(module: Any) -> bool:
+    """Whether a linear module's weight is known to be a part of another tensor of its checkpoint, or under another name."""
+    return bool(getattr(module, "_joined", False))
+
+
+def joined_note(model: nn.Module) -> str:
+    """What a person should know of the modules that an adapter leaves out; empty where there are none."""
+    joined = {name.rpartition(".")[2]: name for name, (_, module) in linear_modules(model).items() if is_joined(module)}
+    if not joined:
+        return ""
+    return (
+        f"this checkpoint holds {', '.join(joined)} (such as {next(iter(joined.values()))}) inside of other tensors, or under other names, "
+        "so that nothing can be merged into them; adapters leave them out"
+    )
 
 
 def weight_shape(linear: Any) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from mlx.utils import tree_map
+from mlx.utils import tree_map_with_path
 from mlx_lm import utils as mlx_lm_utils
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -20,12 +20,13 @@ from mlx_sft.data.chat_template import with_template
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.files import user_path
 from mlx_sft.model.head import floating_weights
-from mlx_sft.model.linears import quantized_modules
+from mlx_sft.model.linears import mark_joined, quantized_modules
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import stored_quantization
+from mlx_sft.model.reading import Reading, tied_as_stored
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.stored_form import take_stored_form
-from mlx_sft.model.translate import read_config, translate_config
+from mlx_sft.model.translate import read_config, translate_config, unread
 from mlx_sft.model.weights import (
     INDEX,
     LICENCE_FILES,
@@ -46,8 +47,13 @@ TESTED = frozenset({
 })  # fmt: skip
 """The families, by `model_type`, that tests/test_families.py compares with transformers and PEFT; docs/models.md has a row for each."""
 
+_FAILED = "a newer mlx-lm may read it; that config.json and weights belong together is worth a look"
+
 _HEAD_BYTES, _SAMPLE_BYTES, _SAMPLES = 2**22, 2**14, 256
 """What a fingerprint reads of each file. Training changes every weight, so that samples tell large files apart."""
+
+_KEPT = "e_score_correction_bias"
+"""What a weight is called, in every family, that keeps the precision in which it is stored."""
 
 CARD = "README.md"
 """The model card, which names the licence."""
@@ -110,18 +116,26 @@ def load_model(
     config = read_config(path)
     checkpoint = check_weights(path)
     refuse_other_forms(path, config, quantize)
-    settings = translate_config(path)
+    settings = tied_as_stored(translate_config(path), checkpoint)
     trusted = may_run_code_of(path)
-    with blamed_on(path, "cannot load this checkpoint", "if it should be whole, copy or download it again"):
-        model, _ = mlx_lm_utils.load_model(path, lazy=True, model_config=settings, trust_remote_code=trusted)
-        correct_ropes(model, settings)
+    reading = Reading(path, settings)
+    with blamed_on(path, f"mlx-lm's code for models of type {config['model_type']} fails on this checkpoint", _FAILED):
+        model, _ = mlx_lm_utils.load_model(
+            path,
+            lazy=True,
+            model_config=settings,
+            get_model_classes=reading.classes,
+            trust_remote_code=trusted,
+        )
+        correct_ropes(model, settings, unread(path))
         take_stored_form(model, checkpoint)
         cast(model, dtype)
         if quantize is not None:
             quantize_model(model, quantize)
+        mark_joined(model, checkpoint)
         mx.eval(model.parameters())
-        model(mx.zeros((1, 2), mx.int32))  # whose result is never computed: that it can be is enough
-    model.freeze()
+        reading.check_computed_with(model)
+        model.freeze()
     return LoadedModel(model, tokenizer or load_tokenizer(path), path, name, config)
 
 
@@ -174,18 +188,28 @@ def given_model(
         raise UserError(
             f"the model in memory {what}", where=name, hint="let `train` load it, with --quantize", exit_code=USAGE
         )
-    take_stored_form(loaded, Checkpoint.open(path))
+    checkpoint = Checkpoint.open(path)
+    take_stored_form(loaded, checkpoint)
+    mark_joined(loaded, checkpoint)
     loaded.freeze()
     loaded.eval()
     return LoadedModel(loaded, tokenizer, path, name, read_config(path))
 
 
 def cast(model: nn.Module, dtype: str) -> None:
-    """Give every floating weight, and the scales of quantized ones, this precision; with `stored` each keeps its own."""
+    """Give every floating weight, and the scales of quantized ones, this precision; with `stored` each keeps its own.
+
+    So do the biases by which experts are chosen: transformers, too, keeps them as they are stored.
+    """
     if dtype == "stored":
         return
     target = getattr(mx, resolve_dtype(dtype))
-    model.update(tree_map(lambda p: p.astype(target) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
+
+    def of_weight(name: str, weight: mx.array) -> mx.array:
+        kept = name.endswith(_KEPT) or not mx.issubdtype(weight.dtype, mx.floating)
+        return weight if kept else weight.astype(target)
+
+    model.update(tree_map_with_path(of_weight, model.parameters()))
 
 
 def refuse_other_forms(path: Path, config: dict[str, Any], quantize: str | None) -> dict[str, Any] | None:

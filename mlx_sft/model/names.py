@@ -30,6 +30,8 @@ _PARTS = (
     (".feed_forward.switch_mlp.gate_proj", ".feed_forward.experts.w1"),
     (".feed_forward.switch_mlp.down_proj", ".feed_forward.experts.w2"),
     (".feed_forward.switch_mlp.up_proj", ".feed_forward.experts.w3"),
+    (".mixer.switch_mlp.fc1", ".mixer.experts.up_proj"),
+    (".mixer.switch_mlp.fc2", ".mixer.experts.down_proj"),
     (".mlp.switch_mlp.", ".mlp.experts."),
 )
 """mlx-lm's names of experts' modules, and those in transformers; the first that is found in a name is replaced."""

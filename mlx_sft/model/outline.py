@@ -7,14 +7,16 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sft.errors import blamed_on
+from mlx_sft.errors import UserError, blamed_on
+from mlx_sft.model.corrections import correct_modules
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.linears import mark_joined
 from mlx_sft.model.load import refuse_other_forms
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import quantize_as_stored
 from mlx_sft.model.rope import correct_ropes
-from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config
-from mlx_sft.model.weights import weight_files
+from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config, unread
+from mlx_sft.model.weights import Checkpoint, weight_files
 from mlx_sft.safetensors_file import open_safetensors
 
 
@@ -40,16 +42,27 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     family = family_code(settings, path)
     with blamed_on(path / "config.json", "no model can be made of it", DOWNLOAD_AGAIN):
         model: nn.Module = family.Model(family.ModelArgs.from_dict(settings))
-        correct_ropes(model, settings)
+        correct_modules(model, settings, str(path))
+        correct_ropes(model, settings, unread(path))
         if stored is not None:
             quantize_as_stored(model, stored, _packed_modules(path))
     target: mx.Dtype = getattr(mx, dtype)
     model.apply(lambda weight: mx.ones(weight.shape, target) if mx.issubdtype(weight.dtype, mx.floating) else weight)
     if quantize is not None:
         quantize_model(model, quantize)
+    if (checkpoint := _checkpoint(path)) is not None:
+        mark_joined(model, checkpoint)
     model.freeze()
     model.eval()
     return _UncheckedSplit(model)
+
+
+def _checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint, where its files are on disk and can be read; else whoever loads it says why not."""
+    try:
+        return Checkpoint.open(path)
+    except UserError:
+        return None
 
 
 def _packed_modules(path: Path) -> set[str] | None:
@@ -57,5 +70,7 @@ def _packed_modules(path: Path) -> set[str] | None:
     files = weight_files(path)
     if not files or not all(file.is_file() for file in files):
         return None
-    names = (tensor.name for file in files for tensor in open_safetensors(file).tensors)
-    return {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
+    names = [tensor.name for file in files for tensor in open_safetensors(file).tensors]
+    of_mlx = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
+    of_gpt_oss = (name.removesuffix("_scales") for name in names if name.endswith("_proj_scales"))
+    return of_mlx | {name.replace("gate_up", part) for name in of_gpt_oss for part in ("gate", "up")}

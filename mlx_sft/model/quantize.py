@@ -49,8 +49,16 @@ def quantize(model: nn.Module, name: str) -> dict[str, Any]:
     return stated
 
 
+_READ_IN_MXFP4 = ("gpt_oss",)
+"""Families that are published with experts in mxfp4, which mlx-lm reads bit for bit."""
+
+
+def _method(config: dict[str, Any]) -> str:
+    return str((config.get("quantization_config") or {}).get("quant_method", "unknown"))
+
+
 def stored_quantization(config: dict[str, Any], where: str) -> dict[str, Any] | None:
-    """How a checkpoint's weights are quantized in MLX's own form; None where they are not.
+    """How a checkpoint's weights are quantized in a form that MLX computes with as it is; None where they are not.
 
     Raises:
         UserError: If they are in another form.
@@ -58,10 +66,11 @@ def stored_quantization(config: dict[str, Any], where: str) -> dict[str, Any] | 
     stated = config.get("quantization")
     if stated is None and "quantization_config" not in config:
         return None
+    if stated is None and config["model_type"] in _READ_IN_MXFP4 and _method(config) == "mxfp4":
+        return QUANTIZATIONS["mxfp4"]._asdict()
     if not isinstance(stated, dict) or not all(type(stated.get(name)) is int for name in ("group_size", "bits")):
-        kind = (config.get("quantization_config") or {}).get("quant_method", "unknown")
         raise UserError(
-            f"this checkpoint is quantized by another library ({kind}), which cannot be trained exactly",
+            f"this checkpoint is quantized by another library ({_method(config)}), which cannot be trained exactly",
             where=where,
             hint="give the original in bfloat16, float16 or float32, with --quantize 4 where memory is short, "
             "or a checkpoint that mlx-lm quantized",
@@ -128,6 +137,8 @@ def first_rows(model: nn.Module) -> dict[str, WeightRow]:
 
 
 def _first(weight: mx.array) -> mx.array:
+    if weight.ndim == 0:
+        return weight[None]
     return weight[-1, :1] if weight.ndim > 2 else weight[:1]
 
 

@@ -18,7 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from mlx_sft.errors import UserError
+from mlx_sft.model.corrections import CORRECTED
 from mlx_sft.model.names import transformers_name
+from mlx_sft.model.rope import TURNS_ALL, YarnRope
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_float32
 
@@ -85,7 +88,17 @@ def take_stored_form(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def give_mlx_form(model: nn.Module) -> None:
-    """The inverse: every module is mlx-lm's again, for what mlx-lm will open."""
+    """The inverse: every module is mlx-lm's again, for what mlx-lm will open.
+
+    Raises:
+        UserError: For a model that mlx-lm would compute otherwise.
+    """
+    other_code = any(isinstance(module, (*CORRECTED, YarnRope)) for module in model.modules())
+    if other_code or getattr(model, "model_type", None) in TURNS_ALL:
+        raise UserError(
+            "mlx-lm's code computes models of this family otherwise than transformers, and than here",
+            hint="export with `--to merged`, for transformers and for training here",
+        )
     ours = TurnedConv1d | ShiftedRMSNorm
     _put(model, [(path, module.to_mlx()) for path, module in model.named_modules() if isinstance(module, ours)])
 

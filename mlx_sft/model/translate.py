@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import re
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.files import read_json
-from mlx_sft.model.rope import translate_rope
+from mlx_sft.model.family_settings import ALWAYS, layer_types_as_read, settings_asked_for
+from mlx_sft.model.rope import UNREAD, Unread, translate_rope
 from mlx_sft.trust import may_run_code_of, model_code
 
 DOWNLOAD_AGAIN = "copy or download the checkpoint again"
@@ -31,11 +32,8 @@ _MOST_LAYERS = 1000
 _NESTED = "text_config"
 """Where a model that can also see or hear keeps the settings of its language model."""
 
-_TEXT_ARGUMENTS = "TextModelArgs"
-"""The class in which mlx-lm's code of such a family reads them."""
-
-_SAME_AS = {"block_dim": "hidden_size", "num_experts": "num_local_experts"}
-"""Settings that mlx-lm's code asks for, and the ones in which transformers 5 writes the same."""
+_TEXT_ARGUMENTS = ("TextModelArgs", "TextConfig", "TextArgs")
+"""The class in which mlx-lm's code of such a family reads them, where it is in the same module."""
 
 _ARITHMETIC = (
     "attention_bias",
@@ -56,6 +54,8 @@ _ARITHMETIC = (
 """Settings that change what a model computes; where one differs from its family's default, the code must read it."""
 
 
+_ASKED_FOR = inspect.Parameter.empty
+
 _LAYER_PATTERNS = ("sliding_window_pattern", "full_attention_interval")
 """Settings of mlx-lm's code with a number n: every n-th layer, and no other, has full attention."""
 
@@ -69,12 +69,14 @@ class _Settings:
         text: The language model's settings: a part of `whole` where the model can also see or hear, else all of it.
         defaults: The family's defaults in transformers; empty where transformers does not know the family.
         fields: The settings that mlx-lm's code for the family reads, with its defaults.
+        code: The module of that code.
     """
 
     whole: dict[str, Any]
     text: dict[str, Any]
     defaults: dict[str, Any]
     fields: dict[str, Any]
+    code: Any
 
 
 def translate_config(path: Path) -> dict[str, Any]:
@@ -86,19 +88,26 @@ def translate_config(path: Path) -> dict[str, Any]:
         UserError: If the family's code does not read a setting that changes the arithmetic.
     """
     known = _settings(path)
-    text, fields = known.text, known.fields
-    unread = partial(_unread, path)
+    if known.text is not known.whole and "tie_word_embeddings" in known.whole:  # of all heads, and so of this one
+        known.text["tie_word_embeddings"] = known.whole["tie_word_embeddings"]
+    text, fields, of_path = known.text, known.fields, unread(path)
     pattern = _layer_pattern(text, fields)
     if "full_attention_interval" in fields and text.get("layer_types") and not pattern:
-        raise unread("layer_types", text["layer_types"])
-    translated = text | translate_rope(text, fields, unread) | pattern
-    for name, other in _SAME_AS.items():
-        if name in fields and name not in text and other in text:
-            translated[name] = text[other]
+        raise of_path("layer_types", text["layer_types"])
+    family = str(text.get("model_type"))
+    translated = text | pattern | settings_asked_for(family, text, fields)
+    translated |= translate_rope(text, fields, of_path)
+    if known.defaults and not known.defaults.keys() & {"rope_theta", "rope_parameters"}:
+        translated[UNREAD] = {}  # transformers' code does not turn anything either
+    if "layer_types" in text:
+        translated["layer_types"] = layer_types_as_read(text["layer_types"], known.code)
+    if missing := [name for name, default in fields.items() if default is _ASKED_FOR and name not in translated]:
+        raise _unsaid(path, missing)
     for name in _ARITHMETIC:
         value = translated.get(name)
-        if value is not None and name not in fields and value != known.defaults.get(name, value):
-            raise unread(name, value)
+        computed = ALWAYS.get(family, {}).get(name, known.defaults.get(name, value))
+        if value is not None and name not in fields and value != computed:
+            raise of_path(name, value)
     if known.text is not known.whole:
         # mlx-lm's code takes some of them from the whole, which need not say them.
         outer = inspect.signature(family_code(known.whole, path).ModelArgs).parameters.keys() - {"model_type", _NESTED}
@@ -111,8 +120,9 @@ def exact_length(path: Path) -> int | None:
     """The longest row, in tokens, for which mlx-lm's code computes what the checkpoint says; None for no limit.
 
     mlx-lm runs the sliding windows of several families (Mistral, Phi 3, Gemma 2, Starcoder 2) as full attention, which is
-    the same up to the window. Beyond the length that the model was first trained with, dynamic RoPE and LongRoPE depend on the width
-    of the padded row, and so on the other rows of its batch.
+    the same up to the window. Its sparse attention (DeepSeek 3.2) is transformers' as long as no position is left out. Beyond the
+    length that the model was first trained with, dynamic RoPE and LongRoPE depend on the width of the padded row, and so on the other
+    rows of its batch.
     """
     known = _settings(path)
     settings = known.text
@@ -131,6 +141,8 @@ def exact_length(path: Path) -> int | None:
     if "longrope" in kinds:
         original = rope.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
         limits.append(int(original or settings["max_position_embeddings"]))
+    if settings.get("index_topk"):
+        limits.append(int(settings["index_topk"]))
     return min(limits, default=None)
 
 
@@ -155,9 +167,15 @@ def _same_windows(settings: dict[str, Any], defaults: dict[str, Any], fields: di
     return _windows_meant(settings, defaults) == _windows_computed(settings | _layer_pattern(settings, fields), fields)
 
 
+def _layer_count(settings: dict[str, Any]) -> int:
+    names = ("layer_types", "layers_block_type", "hybrid_override_pattern")
+    listed = next((settings[name] for name in names if isinstance(settings.get(name), list | str)), ())
+    return int(settings.get("num_hidden_layers") or len(listed))
+
+
 def _windows_meant(settings: dict[str, Any], defaults: dict[str, Any]) -> list[bool]:
     """Whether the checkpoint means each layer to have the window."""
-    layers = settings["num_hidden_layers"]
+    layers = _layer_count(settings)
     if defaults and "sliding_window" not in defaults:  # transformers would not read it
         return [False] * layers
     if not defaults or "layer_types" in defaults:
@@ -168,7 +186,7 @@ def _windows_meant(settings: dict[str, Any], defaults: dict[str, Any]) -> list[b
 
 def _windows_computed(settings: dict[str, Any], fields: dict[str, Any]) -> list[bool] | None:
     """Whether mlx-lm's code gives each layer the window; None where it decides by something else."""
-    layers = settings["num_hidden_layers"]
+    layers = _layer_count(settings)
     if "sliding_window" not in fields:
         return [False] * layers
     if "layer_types" in fields:
@@ -197,6 +215,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         hint = "give a Hugging Face checkpoint folder"
         raise UserError("names no model_type", where=str(file), hint=hint)
+    if not isinstance(config.get("architectures", []), list | str):
+        what = f"architectures is {config['architectures']!r}, where a model names its classes"
+        raise UserError(what, where=str(file), hint=DOWNLOAD_AGAIN)
     return config
 
 
@@ -212,15 +233,27 @@ def _settings(path: Path) -> _Settings:
         else:
             # transformers may take it for another family; mlx-lm goes by the type that the file names.
             filled = _given(full.to_dict())
-            if _NESTED not in raw:
+            if _NESTED not in raw and not _is_of(raw, filled.get(_NESTED)):
                 filled.pop(_NESTED, None)  # of a text alone, written under the name of the whole
             whole = raw | filled | {"model_type": raw["model_type"]}
             defaults = type(full)().to_dict()
     text = whole.get(_NESTED)
+    family = family_code(whole, path)
+    if _NESTED not in _fields(family.ModelArgs):
+        if isinstance(text, dict):
+            raise _nested(whole, path)
+        return _Settings(whole, whole, defaults, _fields(family.ModelArgs), family)
+    code, arguments = _text_code(whole, path)
     if not isinstance(text, dict):
-        return _Settings(whole, whole, defaults, _fields_read(whole, path))
+        return _Settings(whole, whole, defaults, _fields(arguments), code)
     text = dict(raw.get(_NESTED) or {}) | _given(text)
-    return _Settings(whole, text, dict(defaults.get(_NESTED) or {}), _fields_read(whole, path))
+    return _Settings(whole, text, dict(defaults.get(_NESTED) or {}), _fields(arguments), code)
+
+
+def _is_of(raw: dict[str, Any], text: Any) -> bool:
+    """Whether transformers made these settings of a language model from a file that has them beside those of the other parts."""
+    told = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    return isinstance(text, dict) and all(raw.get(name) == text.get(name, _ASKED_FOR) for name in told)
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
@@ -236,7 +269,11 @@ def family_code(settings: dict[str, Any], path: Path) -> Any:
     if model_code(path, settings):
         return _own_code(path / settings["model_file"])
     kind = _family(settings["model_type"])
-    family = _module(mlx_lm_utils.MODEL_REMAPPING.get(kind, kind))
+    by_architecture = getattr(mlx_lm_utils, "MODEL_ARCHITECTURE_REMAPPING", {})
+    named = [
+        by_architecture[kind, one] for one in settings.get("architectures") or () if (kind, one) in by_architecture
+    ]
+    family = _module(named[0] if named else mlx_lm_utils.MODEL_REMAPPING.get(kind, kind))
     if not hasattr(family, "Model") or not hasattr(family, "ModelArgs"):
         hint = "mlx-lm defines the models that can be trained; a newer mlx-lm may know this one"
         raise UserError(f"mlx-lm has no model of type {kind}", where=str(path), hint=hint)
@@ -256,36 +293,63 @@ def _own_code(file: Path) -> Any:
 def _family(kind: str) -> str:
     """The type by which mlx-lm knows a family: `qwen3_5_text` is the text alone of `qwen3_5`, and has no code of its own there."""
     whole = kind.removesuffix("_text")
-    return whole if _module(kind) is None and hasattr(_module(whole), _TEXT_ARGUMENTS) else kind
+    takes_text = "from_dict" in vars(getattr(_module(whole), "ModelArgs", object))
+    return whole if _module(kind) is None and takes_text else kind
 
 
 @cache
 def _module(kind: str) -> Any:
     try:
         return importlib.import_module(f"mlx_lm.models.{kind}") if re.fullmatch(r"\w[\w-]*", kind) else None
-    except ImportError:
+    except (ImportError, SystemExit):  # mlx-lm's code for OLMo ends the program where a package of its own is missing
         return None
 
 
-def _fields_read(settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings of the language model that the family's code reads, and their defaults."""
-    family = family_code(settings, path)
-    arguments = getattr(family, _TEXT_ARGUMENTS, family.ModelArgs)
-    if arguments is family.ModelArgs and isinstance(settings.get(_NESTED), dict):
-        inner = _module(str(settings[_NESTED].get("model_type")))
-        if not hasattr(inner, "ModelArgs"):
-            raise UserError(
-                f"the settings of {settings['model_type']}'s language model are nested in {_NESTED}, which is not read yet",
-                where=str(path / "config.json"),
-                hint="give the text-only checkpoint of this family",
-            )
-        arguments = inner.ModelArgs
+def _text_code(whole: dict[str, Any], path: Path) -> tuple[Any, Any]:
+    """The module of the language model inside of one that can do more, and the class of its settings."""
+    family = family_code(whole, path)
+    for module in (family, *(inspect.getmodule(base) for base in family.Model.__mro__)):
+        for name in _TEXT_ARGUMENTS:
+            if hasattr(module, name):
+                return module, getattr(module, name)
+    kind = str((whole.get(_NESTED) or whole).get("model_type"))
+    used = [module for module in vars(family).values() if hasattr(module, "Model") and hasattr(module, "ModelArgs")]
+    own = _module(mlx_lm_utils.MODEL_REMAPPING.get(kind, kind))
+    if own not in used and len(used) != 1:
+        raise _nested(whole, path)
+    code = own if own in used else used[0]
+    return code, code.ModelArgs
+
+
+def _fields(arguments: Any) -> dict[str, Any]:
+    """The settings that a class of mlx-lm's takes, and their defaults."""
     return {name: field.default for name, field in inspect.signature(arguments).parameters.items()}
 
 
-def _unread(path: Path, name: str, value: Any) -> UserError:
+def unread(path: Path) -> Unread:
+    """Makes the errors for settings of a checkpoint folder that would change the arithmetic, and that nothing reads."""
+
+    def of_path(name: str, value: Any) -> UserError:
+        return UserError(
+            f"mlx-lm's code for this family does not read {name} = {value!r}; the model would be another one",
+            where=str(path / "config.json"),
+            hint="a newer mlx-lm may read it; otherwise this checkpoint cannot be trained exactly",
+        )
+
+    return of_path
+
+
+def _nested(whole: dict[str, Any], path: Path) -> UserError:
     return UserError(
-        f"mlx-lm's code for this family does not read {name} = {value!r}; the model would be another one",
+        f"the settings of {whole['model_type']}'s language model are nested in {_NESTED}, which is not read yet",
         where=str(path / "config.json"),
-        hint="a newer mlx-lm may read it; otherwise this checkpoint cannot be trained exactly",
+        hint="give the text-only checkpoint of this family",
+    )
+
+
+def _unsaid(path: Path, names: list[str]) -> UserError:
+    return UserError(
+        f"mlx-lm's code for this family asks for {', '.join(names)}, which the settings do not say",
+        where=str(path / "config.json"),
+        hint="give the checkpoint with the config.json that its authors published; a newer mlx-lm may do without",
     )

@@ -6,6 +6,7 @@ The weight files are `model.safetensors`, else the shards that `model.safetensor
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Checkpoint:
                 what = f"this checkpoint has no tensor {part}, which {source} would change"
                 raise UserError(what, where=str(self.path), hint=hint)
             tensor = self.named[part]
-            if each is not None and tensor.shape != each:
+            if each is not None and tensor.shape != each and not math.prod(each) == math.prod(tensor.shape) == 1:
                 what = f"{part} is {list(tensor.shape)} here, and {list(each)} in {source}"
                 raise UserError(what, where=str(self.path), hint=hint)
             stored_dtype(tensor)

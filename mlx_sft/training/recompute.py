@@ -79,9 +79,15 @@ class Recomputation:
         padded = self._split.hidden_states(_ROWS)
         alone = [padded[row : row + 1, : end - start] for row, (start, end) in enumerate(_SPANS)]
         self.rows.spans = _SPANS
-        with self.active():
-            joined = self._split.hidden_states(_PROBE)
-        self.rows.spans = ()
+        try:
+            with self.active():
+                joined = self._split.hidden_states(_PROBE)
+        except (
+            ValueError
+        ):  # of shapes: something of the length of the whole, as scales of positions, goes into the attention of a row
+            return False
+        finally:
+            self.rows.spans = ()
         return self._split.agree(joined, mx.concatenate(alone, axis=1))
 
     def _reproduces(self, split: SplitModel) -> bool:

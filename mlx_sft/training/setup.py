@@ -29,6 +29,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.linears import joined_note
 from mlx_sft.model.load import (
     LoadedModel,
     given_model,
@@ -231,8 +232,9 @@ def _load_base(
         base = load_model(config.model, config.dtype, tokenizer, quantize=config.quantize)
     else:
         base = given_model(given.model, config.model, tokenizer, dtype=config.dtype, quantize=config.quantize)
-    if note := untested_note(base.config):
-        console.note(note)
+    for note in (untested_note(base.config), joined_note(base.model)):
+        if note:
+            console.note(note)
     vocabulary = vocabulary_size(base.model, base.config)
     for part in (data.train, data.valid):
         check_vocabulary(part, vocabulary)

@@ -51,6 +51,8 @@ DYNAMIC = {"type": "dynamic", "factor": 2.0}
         # A family that transformers does not have.
         ({"model_type": "xverse", "sliding_window": 9, "num_hidden_layers": 2}, 9),
         ({"model_type": "xverse", "sliding_window": 9, "num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}, None),
+        # Sparse attention that chooses among positions.
+        ({"model_type": "deepseek_v32", "index_topk": 32}, 32),
         ({"model_type": "llama", "rope_scaling": DYNAMIC, "max_position_embeddings": 64}, 64),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64},
          64),

@@ -21,6 +21,7 @@ from mlx_sft.files import free_folder, refuse_full_disk, write_folder
 from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
+from mlx_sft.model.rope import UNREAD
 from mlx_sft.model.stored_form import give_mlx_form
 from mlx_sft.model.translate import translate_config
 from mlx_sft.model.weights import Checkpoint, copy_side_files
@@ -103,12 +104,19 @@ def config_for_both(stored: dict[str, Any], translated: dict[str, Any]) -> dict[
         text = config_for_both(stored, translated | {"model_type": stored["model_type"]})
         shared = {name: stored[name] for name in _OF_THE_WHOLE if name in stored}
         return shared | {"model_type": kind, "text_config": text}
-    config = stored | {name: value for name, value in translated.items() if value is not None}
+    config = stored | {
+        name: value
+        for name, value in translated.items()
+        if name in _ASKED_FOR or (value is not None and name != UNREAD)
+    }
     by_type = stored.get("rope_parameters")
     if isinstance(by_type, dict) and any(isinstance(value, dict) for value in by_type.values()):
         config["rope_parameters"] = by_type  # mlx-lm has other names for what it says
     return config
 
+
+_ASKED_FOR = ("rope_scaling",)
+"""What the code of some families asks for, be it nothing."""
 
 _OF_THE_WHOLE = (
     "vocab_size",
