@@ -82,18 +82,22 @@ def export(
             `trl`: the run itself, as a script for TRL and PEFT on CUDA. Or a form of another package.
         overwrite: Replace a folder that already holds something.
         verify: Open what was written as its consumer does, and compare it with the trained model.
-        options: Those of the format. Of `merged`, `mlx` and `gguf`: `base` (what a run on a quantized base is merged into: the `original`
-            in full precision, or the numbers that the quantized weights stand for, `dequantized`) and `base_model` (the original, where
-            the run's own base is a folder of quantized weights). Of `mlx`: `quantize` (`4`, `8` or `mxfp4`, after the merge). Of
-            `gguf`: `llama_cpp` (its folder, where that is not found) and `ollama` (write a Modelfile beside it).
+        options: Those of the format. Of all but `trl`: `step` (`"best"` or `"last"`, or the number of a step that has a checkpoint;
+            without one, the result of a finished run). Of `merged`, `mlx` and `gguf`: `base` (what a run on a quantized base is merged
+            into: the `original` in full precision, or the numbers that the quantized weights stand for, `dequantized`) and `base_model`
+            (the original, where the run's own base is a folder of quantized weights). Of `mlx`: `quantize` (`4`, `8` or `mxfp4`, after
+            the merge). Of `gguf`: `llama_cpp` (its folder, where that is not found) and `ollama` (write a Modelfile beside it).
 
     Raises:
-        UserError: If the run has not finished, `to` cannot be, the base does not fit, or the written differs from the trained.
+        UserError: If the run has not finished and no step is given, `to` cannot be, the base does not fit, or the written differs from
+            the trained.
     """
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
     kind = target_kind(format)
-    target = kind(Export(folder, config, Path(to).expanduser().resolve(), verify), _settings(kind, options))
+    settings = _settings(kind, options)
+    step = getattr(settings, "step", None)
+    target = kind(Export(folder, config, Path(to).expanduser().resolve(), verify, step), settings)
     place = check_target(Path(to), folder, config, target.source, overwrite)
     target.check()
     needed = target.needed_bytes()
@@ -101,6 +105,8 @@ def export(
     with write_folder(place, needed) as temporary:
         target.write(temporary)
         verification = target.verify(temporary) if verify else None
+    if step is not None and (number := target.export.trained.number) is not None:
+        target.notes.append(f"what the run had trained by step {number}")
     return ExportResult(place, format, verification, target.lost, tuple(target.notes))
 
 

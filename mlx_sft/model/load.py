@@ -30,6 +30,7 @@ from mlx_sft.model.weights import (
     INDEX,
     LICENCE_FILES,
     MODEL_FILES,
+    OTHER_FILES,
     SINGLE,
     TOKENIZER_FILES,
     Checkpoint,
@@ -52,7 +53,7 @@ _HEAD_BYTES, _SAMPLE_BYTES, _SAMPLES = 2**22, 2**14, 256
 CARD = "README.md"
 """The model card, which names the licence."""
 
-_DOWNLOADED = [*MODEL_FILES, "model*.safetensors", INDEX, *LICENCE_FILES, CARD]
+_DOWNLOADED = [*MODEL_FILES, "model*.safetensors", INDEX, *LICENCE_FILES, *OTHER_FILES, CARD]
 
 
 @dataclass(frozen=True)

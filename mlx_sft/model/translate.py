@@ -267,6 +267,11 @@ def _module(kind: str) -> Any:
         return None
 
 
+def fields_read(path: Path) -> dict[str, Any]:
+    """The settings of a checkpoint's language model that mlx-lm's code reads, with its defaults."""
+    return _settings(path).fields
+
+
 def _fields_read(settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """The settings of the language model that the family's code reads, and their defaults."""
     family = family_code(settings, path)

@@ -79,8 +79,8 @@ def continued_config(given: TrainConfig, trl: RunFolder) -> TrainConfig:
     return resumed_config(asked, trl).model_copy(update=place)
 
 
-def record_revision(run: RunFolder, config: TrainConfig) -> None:
-    """Have the run folder say what was given anew, so that the next continuation need not be told.
+def record_revision(run: RunFolder, config: TrainConfig, total_steps: int) -> None:
+    """Have the run folder say what was given anew, and how many steps that plans, so that the next continuation need not be told.
 
     `config.yaml` comes first: where a crash left it alone with the news, they are as if they had been given once more.
     """
@@ -89,9 +89,9 @@ def record_revision(run: RunFolder, config: TrainConfig) -> None:
     if any(getattr(saved, name) != value for name, value in news.items()):
         write_file(run.config, saved.model_copy(update=news).to_yaml(CONFIG_HEADER))
     began = read_json(run.environment, hint=NEW_RUN)
-    settings = began.get("settings", {}) | news
-    if settings != began.get("settings"):
-        write_file(run.environment, to_json(began | {"settings": settings}))
+    now = began | {"settings": began.get("settings", {}) | news, "total_steps": total_steps}
+    if now != began:
+        write_file(run.environment, to_json(now))
 
 
 def computed_anew(given: TrainConfig) -> dict[str, Any]:
@@ -197,9 +197,9 @@ def differences(run: RunFolder, config: TrainConfig) -> list[str]:
     return changed
 
 
-def describe_environment(config: TrainConfig, identity: dict[str, str]) -> dict[str, Any]:
-    """`environment.json`: the machine, and what the run is."""
-    return _machine() | {"identity": identity, "settings": _result_settings(config)}
+def describe_environment(config: TrainConfig, identity: dict[str, str], total_steps: int) -> dict[str, Any]:
+    """`environment.json`: the machine, what the run is, and the steps that are planned."""
+    return _machine() | {"identity": identity, "settings": _result_settings(config), "total_steps": total_steps}
 
 
 def _machine() -> dict[str, Any]:

@@ -158,9 +158,9 @@ def prepare_job(
     )
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
     if run:
-        record_revision(run, config)
+        record_revision(run, config, plan.total_steps)
     else:
-        environment = describe_environment(config, identity)
+        environment = describe_environment(config, identity, plan.total_steps)
         environment |= {"memory": memory.describe(predicted), "measured": asdict(measured)}
         run = _create(config, data, environment, held)
     hold_to(machine, predicted)

@@ -176,6 +176,7 @@ def test_the_environment_says_what_the_result_depends_on(settings: dict[str, Any
         "device",
         "identity",
         "settings",
+        "total_steps",
         "memory",
         "measured",
     }

@@ -8,7 +8,6 @@ from typing import ClassVar
 from mlx_sft.convert.targets.peft import AdapterAlone, same
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.load import load_trained
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.model.outline import outline
@@ -31,14 +30,14 @@ class MlxLm(AdapterAlone):
             raise UserError(what, where=str(self.export.run.path), hint="export it with --format peft", exit_code=USAGE)
 
     def write(self, folder: Path) -> None:
-        method, parameters = load_trained(self.export.run, self.export.config)
+        method, parameters = self.trained()
         if method.mlx_lm is not None:
             name = name_elsewhere(self.export.config.model)
             method.mlx_lm.write_adapter(folder, method.settings, parameters, name, self._paths())
         write_template(self.export.config.chat_template, folder)
 
     def verify(self, folder: Path) -> None:
-        method, parameters = load_trained(self.export.run, self.export.config)
+        method, parameters = self.trained()
         if method.mlx_lm is None:
             return
         scale, again = method.mlx_lm.read_adapter(folder, self._paths())

@@ -8,27 +8,33 @@ from typing import ClassVar
 import mlx.core as mx
 
 from mlx_sft.convert.base_info import base_info
-from mlx_sft.convert.targets import Target
+from mlx_sft.convert.targets import StepSettings, Target
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import folder_bytes
-from mlx_sft.load import finished_folder, load_trained
-from mlx_sft.methods import Parameters
+from mlx_sft.methods import Method, Parameters
 from mlx_sft.methods.peft_files import CONFIG
 from mlx_sft.model.load import name_elsewhere
+from mlx_sft.settings import Settings as NoSettings
 
 
 class AdapterAlone(Target):
     """A form without the base in it."""
 
+    Settings: ClassVar[type[NoSettings]] = StepSettings
+
     def check(self) -> None:
-        finished_folder(self.export.run, self.export.config)
+        _ = self.export.trained
         if not self.export.method.frozen_base:
             what, hint = f"a run of --method {self.export.method.name} has no adapter", "export it with --format merged"
             raise UserError(what, where=str(self.export.run.path), hint=hint, exit_code=USAGE)
 
     def needed_bytes(self) -> int:
-        return folder_bytes(finished_folder(self.export.run, self.export.config))
+        return self.export.trained.bytes()
+
+    def trained(self) -> tuple[Method, Parameters]:
+        """What is exported, read from its method's own form, with the settings as that says them."""
+        with self.export.trained.in_own_form() as folder:
+            return self.export.method.read(folder)
 
 
 class Peft(AdapterAlone):
@@ -39,7 +45,7 @@ class Peft(AdapterAlone):
 
     def write(self, folder: Path) -> None:
         run, config = self.export.run, self.export.config
-        method, parameters = load_trained(run, config)
+        method, parameters = self.trained()
         method.write(folder, parameters, name_elsewhere(config.model), base_info(run, config).revision)
         write_template(config.chat_template, folder)
         if not (folder / CONFIG).is_file():
@@ -48,7 +54,7 @@ class Peft(AdapterAlone):
             )
 
     def verify(self, folder: Path) -> None:
-        method, parameters = load_trained(self.export.run, self.export.config)
+        method, parameters = self.trained()
         written, again = self.export.method.read(folder)
         if written.settings != method.settings or not same(parameters, again):
             raise UserError("the adapter was not written as it is", where=str(folder))

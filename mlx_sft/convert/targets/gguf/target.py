@@ -22,7 +22,7 @@ from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
 from mlx_sft.convert.verify import Verification, verify_merged
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import load_tokenizer
-from mlx_sft.model.weights import LICENCE_FILES, Checkpoint
+from mlx_sft.model.weights import Checkpoint, licence_files
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 MODELFILE = "Modelfile"
@@ -78,7 +78,7 @@ class Gguf(WholeModel):
         self._converter().run(written, folder / OUTPUT)
         facts = check_gguf(folder / OUTPUT, written, numbers=self.export.verify)
         shutil.rmtree(merged.parent)
-        for file in (file for pattern in LICENCE_FILES for file in base.glob(pattern) if file.is_file()):
+        for file in licence_files(base):
             shutil.copyfile(file, folder / file.name)
         self.notes.append(facts.said)
         if self.settings.ollama:
