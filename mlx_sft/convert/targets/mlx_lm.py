@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from mlx_lm.tuner.utils import load_adapters
+
+from mlx_sft.convert.mlx_lm_reader import MATCH_TOLERANCE, check_in_mlx_lm, difference_of, logits
 from mlx_sft.convert.targets.peft import AdapterAlone, same
+from mlx_sft.convert.verify import compared_rows
 from mlx_sft.data.chat_template import write_template
-from mlx_sft.errors import USAGE, UserError
+from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.load import load_run
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.model.outline import outline
+from mlx_sft.model.stored_form import give_mlx_form
 
 
 class MlxLm(AdapterAlone):
@@ -44,6 +50,29 @@ class MlxLm(AdapterAlone):
         expected = method.settings.scale_of(next(iter(parameters)).rpartition(".")[0])
         if scale != expected or not same(parameters, again):
             raise UserError("the adapter was not written as it is", where=str(folder))
+        self._open(folder)
+
+    def _open(self, folder: Path) -> None:
+        """Have mlx-lm put the adapter on the base, and compare; that it reads the base itself is no promise of this form, and is noted."""
+        run, config = self.export.run, self.export.config
+        rows, _ = compared_rows(config, self.source)
+        model = load_run(run.path, base=True, dtype="float32").model
+        give_mlx_form(model)
+        hint = "export it with --format peft, or merged"
+        with blamed_on(folder, "mlx-lm cannot open this adapter", hint):
+            found = logits(load_adapters(model, str(folder)).eval(), rows)
+        del model
+        trained = load_run(run.path, dtype="float32", step=self.export.step).model
+        difference, largest = difference_of(found, logits(trained, rows))
+        if not difference <= MATCH_TOLERANCE * largest:
+            what = f"mlx-lm computes another model with it: a logit differs by {difference:.3g}, where the largest is {largest:.3g}"
+            raise UserError(what, where=str(folder), hint=hint)
+        del trained
+        if config.quantize is None:
+            try:
+                check_in_mlx_lm(resolve_checkpoint(config.model), rows)
+            except UserError as error:
+                self.notes.append(f"of the base itself, {error.what}; `mlx-sft convert` writes one for mlx-lm")
 
     def _paths(self) -> dict[str, str]:
         """mlx-lm's name of each linear module of the base, by its name in transformers."""
