@@ -237,6 +237,7 @@ _STEP_HELP = (
     "What the run had trained by its best evaluation (best), by now (last), or by a step that has a checkpoint (its number); "
     "the result of a finished run where not given."
 )
+_BASE_MODEL_HELP = "Where the run's base lies now, if not where training found it."
 
 
 def _model_options(command: Command) -> Command:
@@ -250,13 +251,14 @@ def _model_options(command: Command) -> Command:
         click.option("--adapter", metavar="DIR", help="A PEFT adapter, on --model or on the base that it names."),
         click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
         click.option("--step", metavar="STEP", help=_STEP_HELP),
+        click.option("--base-model", metavar="MODEL", help=_BASE_MODEL_HELP),
         click.option("--run", metavar="RUN", help="The run folder."),
     ):  # fmt: skip
         command = option(command)
     return command
 
 
-def _load(run: str | None, model: str | None, adapter: str | None, base: bool, step: str | None) -> Any:
+def _load(run: str | None, model: str | None, adapter: str | None, base: bool, **of_run: Any) -> Any:
     from mlx_sft.load import load_adapter, load_run
     from mlx_sft.model.load import load_model
 
@@ -265,11 +267,12 @@ def _load(run: str | None, model: str | None, adapter: str | None, base: bool, s
         raise UserError("give either --run, or --model or --adapter, or both of these", hint=hint, exit_code=USAGE)
     if base and run is None:
         raise UserError("--base goes with --run", hint="a model alone is its own base", exit_code=USAGE)
-    if step is not None and run is None:
-        raise UserError("--step goes with --run", hint="a model or an adapter alone has no steps", exit_code=USAGE)
+    if stray := next((name for name, value in of_run.items() if value is not None and run is None), None):
+        option = "--" + stray.replace("_", "-")
+        raise UserError(f"{option} goes with --run", hint=f"leave {option} out", exit_code=USAGE)
     if adapter is not None:
         return load_adapter(adapter, model)
-    return load_run(run, base=base, step=step) if run is not None else load_model(str(model))
+    return load_run(run, base=base, **of_run) if run is not None else load_model(str(model))
 
 
 @main.command()
@@ -370,11 +373,12 @@ def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None
 @click.option("--run", required=True, metavar="RUN", help="The run folder.")
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
 @click.option("--step", metavar="STEP", help=_STEP_HELP)
+@click.option("--base-model", metavar="MODEL", help=_BASE_MODEL_HELP)
 @click.option("--base", is_flag=True, help="The model as it was before training.")
 @click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
 @_trusting
-def evaluate(run: str, data: str, step: str | None, base: bool, json_lines: bool) -> None:
+def evaluate(run: str, data: str, json_lines: bool, **model: Any) -> None:
     """Loss, perplexity and token accuracy of a run on a file."""
     from mlx_sft.evaluate import evaluate_run
 
-    write_text(evaluate_run(run, data, base=base, step=step).describe(as_json=json_lines) + "\n")
+    write_text(evaluate_run(run, data, **model).describe(as_json=json_lines) + "\n")

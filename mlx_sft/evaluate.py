@@ -97,20 +97,22 @@ class _Bound(Method):
         return self._method.run_body(body, token_ids) if self._method else body(token_ids)
 
 
-def evaluate_run(run: str | Path, data: str, *, base: bool = False, step: Step = None) -> EvaluationResult:
+def evaluate_run(
+    run: str | Path, data: str, *, base: bool = False, step: Step = None, base_model: str | None = None
+) -> EvaluationResult:
     """Token-mean loss and accuracy of a run's model on a data source.
 
     Args:
         run: The folder that `train` made.
         data: A file or dataset, in any form that `train` takes.
         base: Evaluate the base model, as it was before training.
-        step: As for `load_run`.
+        step, base_model: As for `load_run`.
 
     Raises:
         UserError: If the run or the data cannot be used.
     """
-    config = TrainConfig.resolve(RunFolder.open(run).config)
-    loaded = load_run(run, base=base, step=step)
+    loaded = load_run(run, base=base, step=step, base_model=base_model)
+    config = loaded.train_config or TrainConfig.resolve(RunFolder.open(run).config)
     examples, report = prepare_file(data, config, loaded.tokenizer)
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)

@@ -12,9 +12,17 @@ import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import folder_bytes, workplace
+from mlx_sft.files import folder_bytes, user_path, workplace
 from mlx_sft.methods import Method, Parameters, attach_trained, make_method, method_in
-from mlx_sft.model.load import LoadedModel, cast, load_model, load_tokenizer, name_elsewhere, resolve_checkpoint
+from mlx_sft.model.load import (
+    LoadedModel,
+    cast,
+    checkpoint_fingerprint,
+    load_model,
+    load_tokenizer,
+    name_elsewhere,
+    resolve_checkpoint,
+)
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import read_arrays
@@ -46,7 +54,14 @@ class AdaptedModel(LoadedModel):
         return super().describe() + (f", with {self.method.name}{run}" if self.method else "")
 
 
-def load_run(run: str | Path, *, base: bool = False, dtype: str | None = None, step: Step = None) -> AdaptedModel:
+def load_run(
+    run: str | Path,
+    *,
+    base: bool = False,
+    dtype: str | None = None,
+    step: Step = None,
+    base_model: str | None = None,
+) -> AdaptedModel:
     """Load a run's base model and put what the run trained into it.
 
     Args:
@@ -54,19 +69,25 @@ def load_run(run: str | Path, *, base: bool = False, dtype: str | None = None, s
         base: Leave the model as it was before training.
         dtype: As for `load_model`; without one, what the run was trained in. Adapters stay float32.
         step: What it had trained by `"best"` or `"last"`, or by a step that has a checkpoint; without one, the result of a finished run.
+        base_model: Where its base lies now, if no longer where training found it; it must be the same one.
 
     Raises:
-        UserError: If the run has not finished and no step is given, it has nothing of that step, its base model cannot be loaded, or
-            what it trained does not fit it.
+        UserError: If the run has not finished and no step is given, it has nothing of that step, its base model cannot be loaded or is
+            another one, or what it trained does not fit it.
     """
     folder = RunFolder.open(run)
-    config = TrainConfig.resolve(folder.config)
+    config = config_of(folder, base_model)
     if base and step is not None:
         raise UserError("--step is of what was trained, which --base leaves out", hint=_ONE, exit_code=USAGE)
-    found = None if base else Trained(folder, config, step)
+    return load_on_base(folder, config, None if base else Trained(folder, config, step), dtype)
+
+
+def load_on_base(run: RunFolder, config: TrainConfig, found: Trained | None, dtype: str | None = None) -> AdaptedModel:
+    """As `load_run`, with what it has found: the configuration, which says where the base is, and what goes into it."""
     trained = found.read() if found else None
+    path = base_of(run, config)
     # A base that training quantized is quantized from the same numbers.
-    tokenizer = load_tokenizer(resolve_checkpoint(config.model), config.chat_template)
+    tokenizer = load_tokenizer(path, config.chat_template)
     loaded = load_model(
         config.model, config.dtype if config.quantize else dtype or config.dtype, tokenizer, quantize=config.quantize
     )
@@ -76,7 +97,37 @@ def load_run(run: str | Path, *, base: bool = False, dtype: str | None = None, s
         method, parameters = trained
         attach_trained(loaded.model, method, parameters, found.folder)
         mx.eval(loaded.model.parameters())
-    return adapted(loaded, method, folder, config)
+    return adapted(loaded, method, run, config)
+
+
+def config_of(run: RunFolder, base_model: str | None = None) -> TrainConfig:
+    """A run's configuration, with its base where it lies now; raises `UserError` where another lies there."""
+    config = TrainConfig.resolve(run.config)
+    if base_model is None:
+        return config
+    refuse_other_base(run, base_model)
+    folder = user_path(base_model)
+    return config.model_copy(update={"model": str(folder.resolve()) if folder.is_dir() else base_model})
+
+
+def refuse_other_base(run: RunFolder, model: str) -> None:
+    """Raise `UserError` for a model that is not the one that a run began with."""
+    if run.trained_on() is not None and not is_base(run, model):
+        what = "this is not the model that the run was trained on: its configuration, tokenizer or weights are others"
+        raise UserError(what, where=model, hint="give the same model, wherever it lies now", exit_code=USAGE)
+
+
+def is_base(run: RunFolder, model: str) -> bool:
+    """Whether a model is the one that a run began with, wherever it lies."""
+    return checkpoint_fingerprint(resolve_checkpoint(model)) == run.trained_on()
+
+
+def base_of(run: RunFolder, config: TrainConfig, *, weights: bool = True) -> Path:
+    """The folder of a run's base; raises `UserError` with the way out where it is gone."""
+    if Path(config.model).is_absolute() and not Path(config.model).exists():
+        hint = "give the place where it lies now with --base-model"
+        raise UserError(f"the base of {run.path} is no longer here", where=config.model, hint=hint)
+    return resolve_checkpoint(config.model, weights=weights)
 
 
 def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "auto") -> AdaptedModel:

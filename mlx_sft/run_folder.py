@@ -177,6 +177,14 @@ class RunFolder:
         hint += f", or {way_out} {_listed(steps)}" if steps and way_out else ""
         raise UserError(f"this run has not finished: {stands}", where=str(self.path), hint=hint)
 
+    def trained_on(self) -> str | None:
+        """The fingerprint of the checkpoint that the run began with; None where it does not say so."""
+        if not self.environment.is_file():
+            return None
+        identity = read_json(self.environment).get("identity")
+        found = identity.get("model") if isinstance(identity, dict) else None
+        return found if isinstance(found, str) else None
+
     def best_step(self) -> int | None:
         """The step of the best evaluation so far, whose result is kept; None before the first."""
         best = None

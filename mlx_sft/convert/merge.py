@@ -21,7 +21,7 @@ from mlx_sft.convert.dequantize import dequantized_edits, say_unpacked, unpacked
 from mlx_sft.convert.mlx_lm_reader import say_for_both
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.load import Trained, load_run
+from mlx_sft.load import Trained, load_on_base
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
 from mlx_sft.model.load import is_packed, resolve_checkpoint
 from mlx_sft.model.quantize import WeightRow, first_rows
@@ -67,11 +67,11 @@ class Merging:
 
     def trained_model(self, dtype: str = "float32") -> nn.Module:
         """The base with what was trained in it, unrounded."""
-        return load_run(self.trained.run.path, dtype=dtype, step=self.trained.step).model
+        return load_on_base(self.trained.run, self.config, self.trained, dtype).model
 
     def trained_on(self, dtype: str = "float32") -> nn.Module:
         """The base as it was trained on, quantized where it was."""
-        return load_run(self.trained.run.path, base=True, dtype=dtype).model
+        return load_on_base(self.trained.run, self.config, None, dtype).model
 
     @property
     def of_what_was_trained(self) -> bool:

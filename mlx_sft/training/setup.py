@@ -70,6 +70,7 @@ from mlx_sft.training.resume import (
     identity_of,
     record_revision,
     refuse_changes,
+    refuse_missing,
     resumed_config,
 )
 from mlx_sft.training.schedule import planned_steps
@@ -199,7 +200,9 @@ def _opened(config: TrainConfig, console: Console, held: ExitStack) -> tuple[Tra
     held.enter_context(run.locked())
     for damage in checkpoint.set_aside_damaged(run):
         console.warn(damage)
-    return resumed_config(config, run), run
+    resumed = resumed_config(config, run)
+    refuse_missing(run, resumed)
+    return resumed, run
 
 
 def _read_data(

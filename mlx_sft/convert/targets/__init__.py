@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import Merging, refuse_unmergeable
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.load import Step, Trained
+from mlx_sft.load import Step, Trained, base_of
 from mlx_sft.methods import Method
 from mlx_sft.model.load import resolve_checkpoint
 from mlx_sft.model.weights import Checkpoint
@@ -120,14 +122,28 @@ class StepSettings(NoSettings):
     the result of a finished run where not given."""
 
 
-class MergeSettings(StepSettings):
+class BaseModelSettings(NoSettings):
+    """Where the base is."""
+
+    base_model: str | None = None
+    """Where the run's base lies now, if not where training found it; or the original of a base whose weights are quantized."""
+
+
+class DataSettings(NoSettings):
+    """Where the data is."""
+
+    data: list[str] = Field(default_factory=list)
+    """Where the run's data lies now, if not where training found it; given as often as for training."""
+    valid: str | None = None
+    """Where the run's validation rows lie now."""
+
+
+class MergeSettings(StepSettings, BaseModelSettings, DataSettings):
     """What a run on a quantized base is merged into."""
 
     base: Literal["original", "dequantized"] = "original"
     """What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized weights stand for, which
     keeps exactly what was trained."""
-    base_model: str | None = None
-    """The original of a base whose weights are quantized."""
 
 
 class WholeModel(Target):
@@ -138,7 +154,8 @@ class WholeModel(Target):
 
     @property
     def source(self) -> Path:
-        return resolve_checkpoint(self.settings.base_model or self.export.config.model)
+        original = self.settings.base_model
+        return resolve_checkpoint(original) if original else base_of(self.export.run, self.export.config)
 
     def check(self) -> None:
         if self.settings.base == "dequantized" and self.settings.base_model is not None:

@@ -8,19 +8,20 @@ from typing import ClassVar
 import mlx.core as mx
 
 from mlx_sft.convert.base_info import base_info
-from mlx_sft.convert.targets import StepSettings, Target
+from mlx_sft.convert.targets import BaseModelSettings, StepSettings, Target
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.methods.peft_files import CONFIG
 from mlx_sft.model.load import name_elsewhere
-from mlx_sft.settings import Settings as NoSettings
+
+
+class PeftSettings(StepSettings, BaseModelSettings):
+    """Which step, of which base."""
 
 
 class AdapterAlone(Target):
     """A form without the base in it."""
-
-    Settings: ClassVar[type[NoSettings]] = StepSettings
 
     def check(self) -> None:
         _ = self.export.trained
@@ -42,6 +43,7 @@ class Peft(AdapterAlone):
 
     name: ClassVar = "peft"
     summary: ClassVar = "the adapter alone, as PEFT writes it"
+    Settings: ClassVar = PeftSettings
 
     def write(self, folder: Path) -> None:
         run, config = self.export.run, self.export.config
