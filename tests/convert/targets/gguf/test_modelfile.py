@@ -163,7 +163,7 @@ def test_tools_and_reasoning_are_left_to_the_template_in_the_file(name: str, bui
 def test_a_template_is_written_only_where_ollama_follows_it(
     words: str, follows: bool, make_tokenizer: MakeTokenizer
 ) -> None:
-    """What the GGUF's template can do more decides: `chatTemplateCapabilities`, `shouldPreferChatTemplate` in Ollama's `server/images.go`."""
+    """What more the GGUF's template can do decides: `chatTemplateCapabilities`, `shouldPreferChatTemplate` in Ollama's `images.go`."""
     unseen = f"{{% if false %}}{words}{{% endif %}}"
     modelfile = make_modelfile(make_tokenizer(unseen + CHATML), {}, "./model.gguf")
     commands = dict(parse_modelfile(modelfile.text))
