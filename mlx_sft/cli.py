@@ -249,6 +249,13 @@ def push(run: str, repo: str, **options: Any) -> None:
         console.done(result.url)
 
 
+_STEP_HELP = (
+    "What the run had trained by its best evaluation (best), by now (last), or by a step that has a checkpoint (its number); "
+    "the result of a finished run where not given."
+)
+_BASE_MODEL_HELP = "Where the run's base lies now, if not where training found it."
+
+
 def _model_options(command: Command) -> Command:
     for option in (
         _trusting,
@@ -259,13 +266,15 @@ def _model_options(command: Command) -> Command:
         click.option("--base", is_flag=True, help="The model as it was before training."),
         click.option("--adapter", metavar="DIR", help="A PEFT adapter, on --model or on the base that it names."),
         click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
+        click.option("--step", metavar="STEP", help=_STEP_HELP),
+        click.option("--base-model", metavar="MODEL", help=_BASE_MODEL_HELP),
         click.option("--run", metavar="RUN", help="The run folder."),
     ):  # fmt: skip
         command = option(command)
     return command
 
 
-def _load(run: str | None, model: str | None, adapter: str | None, base: bool) -> Any:
+def _load(run: str | None, model: str | None, adapter: str | None, base: bool, **of_run: Any) -> Any:
     from mlx_sft.load import load_adapter, load_run
     from mlx_sft.model.load import load_model
 
@@ -274,25 +283,20 @@ def _load(run: str | None, model: str | None, adapter: str | None, base: bool) -
         raise UserError("give either --run, or --model or --adapter, or both of these", hint=hint, exit_code=USAGE)
     if base and run is None:
         raise UserError("--base goes with --run", hint="a model alone is its own base", exit_code=USAGE)
+    if stray := next((name for name, value in of_run.items() if value is not None and run is None), None):
+        option = "--" + stray.replace("_", "-")
+        raise UserError(f"{option} goes with --run", hint=f"leave {option} out", exit_code=USAGE)
     if adapter is not None:
         return load_adapter(adapter, model)
-    return load_run(run, base=base) if run is not None else load_model(str(model))
+    return load_run(run, base=base, **of_run) if run is not None else load_model(str(model))
 
 
 @main.command()
 @_model_options
 @click.option("--prompt", metavar="TEXT", help="What to ask; read from standard input where not given.")
-def generate(
-    run: str | None,
-    model: str | None,
-    adapter: str | None,
-    base: bool,
-    max_tokens: int,
-    temperature: float,
-    prompt: str | None,
-) -> None:
+def generate(max_tokens: int, temperature: float, prompt: str | None, **model: Any) -> None:
     """Answer one prompt."""
-    loaded = _load(run, model, adapter, base)
+    loaded = _load(**model)
     from mlx_sft.generate import stream_text
 
     prompt = prompt if prompt is not None else sys.stdin.read()
@@ -303,16 +307,14 @@ def generate(
 
 @main.command()
 @_model_options
-def chat(
-    run: str | None, model: str | None, adapter: str | None, base: bool, max_tokens: int, temperature: float
-) -> None:
+def chat(max_tokens: int, temperature: float, **model: Any) -> None:
     """Talk with a model; an empty line or Ctrl-D ends the conversation.
 
     A line `/adapter DIR` changes the adapter for what follows, `/adapter` alone takes it off.
     """
     from mlx_sft.generate import Chat
 
-    talk = Chat(_load(run, model, adapter, base), max_tokens=max_tokens, temperature=temperature)
+    talk = Chat(_load(**model), max_tokens=max_tokens, temperature=temperature)
     while text := read_line():
         for piece in talk.say(text):
             write_text(piece)
@@ -386,11 +388,13 @@ def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None
 @main.command(name="eval")
 @click.option("--run", required=True, metavar="RUN", help="The run folder.")
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
+@click.option("--step", metavar="STEP", help=_STEP_HELP)
+@click.option("--base-model", metavar="MODEL", help=_BASE_MODEL_HELP)
 @click.option("--base", is_flag=True, help="The model as it was before training.")
 @click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
 @_trusting
-def evaluate(run: str, data: str, base: bool, json_lines: bool) -> None:
+def evaluate(run: str, data: str, json_lines: bool, **model: Any) -> None:
     """Loss, perplexity and token accuracy of a run on a file."""
     from mlx_sft.evaluate import evaluate_run
 
-    write_text(evaluate_run(run, data, base=base).describe(as_json=json_lines) + "\n")
+    write_text(evaluate_run(run, data, **model).describe(as_json=json_lines) + "\n")

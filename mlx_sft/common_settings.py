@@ -38,10 +38,10 @@ class CommonSettings(Settings):
     """What every run can be told."""
 
     # data
-    data: list[str] = Field(default_factory=list)
+    data: Annotated[list[str], OnResume.MOVED] = Field(default_factory=list)
     """Training rows: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder with train/valid/test files, or hf:owner/name[:split].
     Give it again for several; with shares of the mixture, `a.jsonl:0.7` and `b.jsonl:0.3`."""
-    valid: str | None = None
+    valid: Annotated[str | None, OnResume.MOVED] = None
     """Validation rows, in any form that --data takes."""
     valid_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the conversations held out for validation (seeded; duplicates stay together); 0 holds out none."""
@@ -86,7 +86,7 @@ class CommonSettings(Settings):
     """Keep the tokenized rows for the next run, in $MLX_SFT_CACHE or ~/.cache/mlx-sft."""
 
     # model
-    model: str = DEFAULT_MODEL
+    model: Annotated[str, OnResume.MOVED] = DEFAULT_MODEL
     """A Hugging Face checkpoint folder, a Hub id, or `tiny` for the embedded model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base model; auto is bfloat16 on Metal and CUDA, float32 on the CPU."""

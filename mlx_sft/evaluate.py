@@ -15,7 +15,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import check_vocabulary
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.source_report import SourceReport
-from mlx_sft.load import load_run
+from mlx_sft.load import Step, load_run
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import vocabulary_size
@@ -97,19 +97,22 @@ class _Bound(Method):
         return self._method.run_body(body, token_ids) if self._method else body(token_ids)
 
 
-def evaluate_run(run: str | Path, data: str, *, base: bool = False) -> EvaluationResult:
+def evaluate_run(
+    run: str | Path, data: str, *, base: bool = False, step: Step = None, base_model: str | None = None
+) -> EvaluationResult:
     """Token-mean loss and accuracy of a run's model on a data source.
 
     Args:
         run: The folder that `train` made.
         data: A file or dataset, in any form that `train` takes.
         base: Evaluate the base model, as it was before training.
+        step, base_model: As for `load_run`.
 
     Raises:
         UserError: If the run or the data cannot be used.
     """
-    config = TrainConfig.resolve(RunFolder.open(run).config)
-    loaded = load_run(run, base=base)
+    loaded = load_run(run, base=base, step=step, base_model=base_model)
+    config = loaded.train_config or TrainConfig.resolve(RunFolder.open(run).config)
     examples, report = prepare_file(data, config, loaded.tokenizer)
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)

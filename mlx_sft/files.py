@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -293,6 +295,28 @@ def exchange(one: Path, other: Path) -> bool:
 def to_json(value: Any) -> str:
     """As the JSON files of a run and of an export are written."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def sha256_line(path: Path) -> str:
+    """A file's line in a list of checksums, as `sha256sum` writes it."""
+    with path.open("rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
+
+
+@contextmanager
+def workplace(beside: Path, needed: int, who: str) -> Iterator[Path]:
+    """A temporary folder with room for so many bytes: beside something, else where the system has such folders.
+
+    Args:
+        who: What needs it, for the error where no disk has the room.
+    """
+    places = [beside.resolve().parent, Path(tempfile.gettempdir())]
+    place = next((place for place in places if os.access(place, os.W_OK) and free_bytes(place) >= needed), places[-1])
+    refuse_full_disk(place, needed, who, "remove what is not needed, or set TMPDIR to a folder on another disk")
+    with disk_errors(place):
+        work = tempfile.TemporaryDirectory(prefix=".mlx-sft-", dir=place)
+    with work as name:
+        yield Path(name)
 
 
 def free_bytes(path: Path) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -10,10 +12,26 @@ import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.methods import Method, Parameters, attach_trained, method_in
-from mlx_sft.model.load import LoadedModel, cast, load_model, load_tokenizer, resolve_checkpoint
+from mlx_sft.files import folder_bytes, user_path, workplace
+from mlx_sft.methods import Method, Parameters, attach_trained, make_method, method_in
+from mlx_sft.model.load import (
+    LoadedModel,
+    cast,
+    checkpoint_fingerprint,
+    load_model,
+    load_tokenizer,
+    name_elsewhere,
+    resolve_checkpoint,
+)
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.safetensors_file import read_arrays
+
+Step = str | int | None
+"""Which step of a run: `best`, by validation loss; `last`; the number of one that has a checkpoint; None for a finished run's result."""
+
+_STEP = "take what it has with --step best, last, or"
+_ONE = "leave one of them out"
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,32 +54,80 @@ class AdaptedModel(LoadedModel):
         return super().describe() + (f", with {self.method.name}{run}" if self.method else "")
 
 
-def load_run(run: str | Path, *, base: bool = False, dtype: str | None = None) -> AdaptedModel:
+def load_run(
+    run: str | Path,
+    *,
+    base: bool = False,
+    dtype: str | None = None,
+    step: Step = None,
+    base_model: str | None = None,
+) -> AdaptedModel:
     """Load a run's base model and put what the run trained into it.
 
     Args:
         run: The folder that `train` made.
         base: Leave the model as it was before training.
         dtype: As for `load_model`; without one, what the run was trained in. Adapters stay float32.
+        step: What it had trained by `"best"` or `"last"`, or by a step that has a checkpoint; without one, the result of a finished run.
+        base_model: Where its base lies now, if no longer where training found it; it must be the same one.
 
     Raises:
-        UserError: If the run has not finished, its base model cannot be loaded, or what it trained does not fit it.
+        UserError: If the run has not finished and no step is given, it has nothing of that step, its base model cannot be loaded or is
+            another one, or what it trained does not fit it.
     """
     folder = RunFolder.open(run)
-    config = TrainConfig.resolve(folder.config)
-    trained = None if base else load_trained(folder, config)
+    config = config_of(folder, base_model)
+    if base and step is not None:
+        raise UserError("--step is of what was trained, which --base leaves out", hint=_ONE, exit_code=USAGE)
+    return load_on_base(folder, config, None if base else Trained(folder, config, step), dtype)
+
+
+def load_on_base(run: RunFolder, config: TrainConfig, found: Trained | None, dtype: str | None = None) -> AdaptedModel:
+    """As `load_run`, with what it has found: the configuration, which says where the base is, and what goes into it."""
+    trained = found.read() if found else None
+    path = base_of(run, config)
     # A base that training quantized is quantized from the same numbers.
-    tokenizer = load_tokenizer(resolve_checkpoint(config.model), config.chat_template)
+    tokenizer = load_tokenizer(path, config.chat_template)
     loaded = load_model(
         config.model, config.dtype if config.quantize else dtype or config.dtype, tokenizer, quantize=config.quantize
     )
     cast(loaded.model, dtype or config.dtype)
     method = None
-    if trained is not None:
+    if found is not None and trained is not None:
         method, parameters = trained
-        attach_trained(loaded.model, method, parameters, finished_folder(folder, config))
+        attach_trained(loaded.model, method, parameters, found.folder)
         mx.eval(loaded.model.parameters())
-    return adapted(loaded, method, folder, config)
+    return adapted(loaded, method, run, config)
+
+
+def config_of(run: RunFolder, base_model: str | None = None) -> TrainConfig:
+    """A run's configuration, with its base where it lies now; raises `UserError` where another lies there."""
+    config = TrainConfig.resolve(run.config)
+    if base_model is None:
+        return config
+    refuse_other_base(run, base_model)
+    folder = user_path(base_model)
+    return config.model_copy(update={"model": str(folder.resolve()) if folder.is_dir() else base_model})
+
+
+def refuse_other_base(run: RunFolder, model: str) -> None:
+    """Raise `UserError` for a model that is not the one that a run began with."""
+    if run.trained_on() is not None and not is_base(run, model):
+        what = "this is not the model that the run was trained on: its configuration, tokenizer or weights are others"
+        raise UserError(what, where=model, hint="give the same model, wherever it lies now", exit_code=USAGE)
+
+
+def is_base(run: RunFolder, model: str) -> bool:
+    """Whether a model is the one that a run began with, wherever it lies."""
+    return checkpoint_fingerprint(resolve_checkpoint(model)) == run.trained_on()
+
+
+def base_of(run: RunFolder, config: TrainConfig, *, weights: bool = True) -> Path:
+    """The folder of a run's base; raises `UserError` with the way out where it is gone."""
+    if Path(config.model).is_absolute() and not Path(config.model).exists():
+        hint = "give the place where it lies now with --base-model"
+        raise UserError(f"the base of {run.path} is no longer here", where=config.model, hint=hint)
+    return resolve_checkpoint(config.model, weights=weights)
 
 
 def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "auto") -> AdaptedModel:
@@ -110,16 +176,86 @@ def put_adapter(model: nn.Module, folder: str | Path | None, attached: Method | 
     return method
 
 
-def load_trained(run: RunFolder, config: TrainConfig) -> tuple[Method, Parameters]:
-    """The method of a run as it was trained, and its parameters, float32; raises `UserError` as `finished_folder` does."""
-    kind: type[Method] = METHODS[config.method]
-    return kind.read(finished_folder(run, config))
+class Trained:
+    """What a run has trained, up to one of its steps.
+
+    Args:
+        run: The run.
+        config: Its configuration.
+        step: Which step; see `Step`.
+
+    Raises:
+        UserError: If the run has not finished and no step was given, or there is nothing of that step.
+    """
+
+    def __init__(self, run: RunFolder, config: TrainConfig, step: Step = None) -> None:
+        self.run, self.config, self.step = run, config, step
+        self._kind: type[Method] = METHODS[config.method]
+        self.file: Path | None = None
+        """Of the checkpoint that it is read from."""
+        self.number: int | None = None
+        """The step of that checkpoint."""
+        self.folder = self._found()
+        """Where it is, in its method's own form or as a checkpoint."""
+
+    def _found(self) -> Path:
+        run, result = self.run, self.run.path / self._kind.folder
+        if self.step is None:
+            return finished_folder(run, self.config, _STEP)
+        if self.step == "best" and run.best_step() is not None and result.is_dir():
+            return result
+        if self.step == "best":
+            what = "this run has no best step: it has not been evaluated on validation rows"
+            raise UserError(what, where=str(run.path), hint="give --step last", exit_code=USAGE)
+        if self.step == "last" and run.is_finished:
+            return run.last if run.last.is_dir() else finished_folder(run, self.config)
+        steps = run.checkpoint_steps()
+        if self.step == "last" and not steps:
+            run.refuse_unfinished()
+        self.number = steps[-1] if self.step == "last" else self._number()
+        self.file = run.trained_parameters(self.number)
+        return self.file.parent
+
+    def _number(self) -> int:
+        try:
+            return int(str(self.step))
+        except ValueError:
+            what = f"--step is best, last or the number of a step, and not {self.step}"
+            raise UserError(what, hint="see `mlx-sft export --help`", exit_code=USAGE) from None
+
+    def read(self) -> tuple[Method, Parameters]:
+        """The method, and its parameters, float32."""
+        if self.file is None:
+            return self._kind.read(self.folder)
+        return make_method(self.config), {name: mx.array(value) for name, value in read_arrays(self.file)}
+
+    def bytes(self) -> int:
+        """Near enough what it takes on the disk in its method's own form."""
+        return self.file.stat().st_size if self.file else folder_bytes(self.folder)
+
+    @contextmanager
+    def in_own_form(self) -> Iterator[Path]:
+        """A folder with it in its method's own form; for a checkpoint one that is there as long as the block runs."""
+        if self.file is None:
+            yield self.folder
+            return
+        with workplace(self.run.path, self.bytes(), "reading this checkpoint") as folder:
+            method, parameters = self.read()
+            method.write(folder, parameters, name_elsewhere(self.config.model))
+            del parameters
+            yield folder
 
 
-def finished_folder(run: RunFolder, config: TrainConfig) -> Path:
-    """Where a run keeps its result; raises `UserError` where the run has not written one."""
+def load_trained(run: RunFolder, config: TrainConfig, step: Step = None) -> tuple[Method, Parameters]:
+    """What a run has trained, as `Trained` finds it: the method and its parameters, float32."""
+    return Trained(run, config, step).read()
+
+
+def finished_folder(run: RunFolder, config: TrainConfig, way_out: str = "") -> Path:
+    """Where a run keeps its result; raises `UserError`, with `way_out` as in `refuse_unfinished`, where the run has not finished."""
     kind: type[Method] = METHODS[config.method]
     folder = run.path / kind.folder
+    run.refuse_unfinished(way_out)
     if not folder.is_dir():
         raise UserError(
             f"this run has not finished: it has no {folder.name}/",

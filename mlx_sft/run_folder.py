@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,8 +11,19 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from mlx_sft.errors import UserError
-from mlx_sft.files import disk_errors, recover_replaced_folder, user_path, write_file
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import (
+    disk_errors,
+    read_errors,
+    read_json,
+    recover_replaced_folder,
+    sha256_line,
+    user_path,
+    write_file,
+)
+
+CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS = "parameters.safetensors", "SHA256SUMS"
+"""In the folder of a checkpoint: what is trained, and the checksums of its files."""
 
 
 class RunFolder:
@@ -26,7 +38,7 @@ class RunFolder:
       adapter/            PEFT's files: the best by validation loss, else the last (weights/ for --method full)
       last/               the last, where adapter/ holds an earlier, better one
       checkpoints/        step-00000050/, ...: what --resume continues from
-      README.md           a model card
+      README.md           a model card, which is there once the run has finished
     ```
     """
 
@@ -144,6 +156,65 @@ class RunFolder:
             number += 1
         return path
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended: at its last step, or where a callback ended it. Its card is written last, and goes when it goes on."""
+        return self.card.is_file()
+
+    def refuse_unfinished(self, way_out: str = "") -> None:
+        """Raise `UserError` for a run that has not ended.
+
+        Args:
+            way_out: How a checkpoint of it is used, before the steps that have one.
+        """
+        if self.is_finished:
+            return
+        steps = self.checkpoint_steps()
+        planned = read_json(self.environment).get("total_steps") if self.environment.is_file() else None
+        of = f" of {planned}" if isinstance(planned, int) else ""
+        stands = f"step {steps[-1]}{of} is its newest checkpoint" if steps else "it has no checkpoint yet"
+        hint = f"finish it with `mlx-sft train --resume {self.path}`"
+        hint += f", or {way_out} {_listed(steps)}" if steps and way_out else ""
+        raise UserError(f"this run has not finished: {stands}", where=str(self.path), hint=hint)
+
+    def trained_on(self) -> str | None:
+        """The fingerprint of the checkpoint that the run began with; None where it does not say so."""
+        if not self.environment.is_file():
+            return None
+        identity = read_json(self.environment).get("identity")
+        found = identity.get("model") if isinstance(identity, dict) else None
+        return found if isinstance(found, str) else None
+
+    def best_step(self) -> int | None:
+        """The step of the best evaluation so far, whose result is kept; None before the first."""
+        best = None
+        if self.metrics.is_file():
+            for line in self.metrics.read_bytes().splitlines():
+                with suppress(ValueError):  # a line that was cut is no evaluation
+                    record = json.loads(line)
+                    if isinstance(record, dict) and record.get("kind") == "evaluation" and record.get("best") is True:
+                        best = record.get("step")
+        return best
+
+    def trained_parameters(self, step: int) -> Path:
+        """The file with what was trained up to a step.
+
+        Raises:
+            UserError: If there is no checkpoint of the step, or the file is not as it was written.
+        """
+        steps, folder = self.checkpoint_steps(), self.checkpoint(step)
+        if step not in steps:
+            hint = f"those of {_listed(steps)} are there" if steps else "best and last are what it has"
+            raise UserError(f"there is no checkpoint of step {step}", where=str(self.path), hint=hint, exit_code=USAGE)
+        file = folder / CHECKPOINT_PARAMETERS
+        with read_errors(folder, "give another --step"):
+            sums = (folder / CHECKPOINT_SUMS).read_text(encoding="utf-8", errors="replace")
+            written = sha256_line(file) in sums.splitlines(keepends=True)
+        if not written:
+            what = f"damaged checkpoint: {file.name} changed since it was written"
+            raise UserError(what, where=str(folder), hint="give another --step")
+        return file
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
@@ -151,3 +222,11 @@ class RunFolder:
         """Steps that have a complete checkpoint, ascending."""
         digits = (p.name.removeprefix("step-") for p in self.checkpoints.glob("step-*") if p.is_dir())
         return sorted(int(step) for step in digits if step.isdecimal())
+
+
+_MOST_LISTED = 6
+
+
+def _listed(steps: list[int]) -> str:
+    """The numbers of steps, of many the newest."""
+    return ("..., " if len(steps) > _MOST_LISTED else "") + ", ".join(map(str, steps[-_MOST_LISTED:]))

@@ -19,6 +19,7 @@ class OnResume(Enum):
     COMPUTED = "it decides how a step is computed, which changes nothing but the last bits"
     GROWS = "it may be given larger"
     REVISED = "it holds from then on"
+    MOVED = "it may lie elsewhere, with the same content"
 
 
 def on_resume(info: FieldInfo) -> OnResume:

@@ -139,6 +139,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
             settings_of_lora = config.settings(LoraSettings)
             parameters = random_adapter(base, settings_of_lora)
             write_adapter(run.adapter, settings_of_lora, parameters, str(base))
+        run.card.touch()  # by which a run says that it has finished
         return Run(base, run.path)
 
     return make

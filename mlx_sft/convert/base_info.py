@@ -15,7 +15,7 @@ from typing import Any
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.hub import is_hub_id
 from mlx_sft.errors import UserError
-from mlx_sft.files import read_front_matter, read_json
+from mlx_sft.files import read_front_matter
 from mlx_sft.model.load import CARD, checkpoint_fingerprint, local_checkpoint
 from mlx_sft.model.names import CAUSAL_LM, opening
 from mlx_sft.model.translate import read_config
@@ -58,7 +58,7 @@ def base_info(run: RunFolder, config: TrainConfig) -> BaseInfo:
     snapshot = _SNAPSHOT.search(folder.as_posix())
     hub_id = snapshot[1].replace("--", "/", 1) if snapshot else ""
     on_hub = is_hub_id(hub_id)
-    unchanged = on_hub and checkpoint_fingerprint(folder) == _trained_on(run)
+    unchanged = on_hub and checkpoint_fingerprint(folder) == run.trained_on()
     settings = read_config(folder)
     opened = opening(settings)
     return BaseInfo(
@@ -69,14 +69,6 @@ def base_info(run: RunFolder, config: TrainConfig) -> BaseInfo:
         licence=_licence(folder, settings, hub_id if on_hub else None),
         auto_class=opened.auto_class if opened else CAUSAL_LM,
     )
-
-
-def _trained_on(run: RunFolder) -> Any:
-    """The fingerprint of the checkpoint that the run began with."""
-    if not run.environment.is_file():
-        return None
-    identity = read_json(run.environment).get("identity")
-    return identity.get("model") if isinstance(identity, dict) else None
 
 
 def _licence(folder: Path, config: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:

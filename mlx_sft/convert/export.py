@@ -9,10 +9,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.targets import Export, Target
+from mlx_sft.convert.targets import Export, MergeSettings, Target
 from mlx_sft.convert.verify import Verification
+from mlx_sft.data.sources import full_path, full_place
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import refuse_full_disk, write_folder
+from mlx_sft.load import config_of, is_base
+from mlx_sft.model.load import is_packed, local_checkpoint
 from mlx_sft.registry import METHODS, TARGETS
 from mlx_sft.run_folder import RunFolder
 
@@ -82,18 +85,23 @@ def export(
             `trl`: the run itself, as a script for TRL and PEFT on CUDA. Or a form of another package.
         overwrite: Replace a folder that already holds something.
         verify: Open what was written as its consumer does, and compare it with the trained model.
-        options: Those of the format. Of `merged`, `mlx` and `gguf`: `base` (what a run on a quantized base is merged into: the `original`
-            in full precision, or the numbers that the quantized weights stand for, `dequantized`) and `base_model` (the original, where
-            the run's own base is a folder of quantized weights). Of `mlx`: `quantize` (`4`, `8` or `mxfp4`, after the merge). Of
-            `gguf`: `llama_cpp` (its folder, where that is not found) and `ollama` (write a Modelfile beside it).
+        options: Those of the format. Of all but `trl`: `step` (`"best"` or `"last"`, or the number of a step that has a checkpoint;
+            without one, the result of a finished run). Of `merged`, `mlx` and `gguf`: `base` (what a run on a quantized base is merged
+            into: the `original` in full precision, or the numbers that the quantized weights stand for, `dequantized`) and `base_model`
+            (the original, where the run's own base is a folder of quantized weights). Of `mlx`: `quantize` (`4`, `8` or `mxfp4`, after
+            the merge). Of `gguf`: `llama_cpp` (its folder, where that is not found) and `ollama` (write a Modelfile beside it).
 
     Raises:
-        UserError: If the run has not finished, `to` cannot be, the base does not fit, or the written differs from the trained.
+        UserError: If the run has not finished and no step is given, `to` cannot be, the base does not fit, or the written differs from
+            the trained.
     """
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
     kind = target_kind(format)
-    target = kind(Export(folder, config, Path(to).expanduser().resolve(), verify), _settings(kind, options))
+    settings = _settings(kind, options)
+    config, settings = _in_their_places(folder, config, settings)
+    step = getattr(settings, "step", None)
+    target = kind(Export(folder, config, Path(to).expanduser().resolve(), verify, step), settings)
     place = check_target(Path(to), folder, config, target.source, overwrite)
     target.check()
     needed = target.needed_bytes()
@@ -101,7 +109,26 @@ def export(
     with write_folder(place, needed) as temporary:
         target.write(temporary)
         verification = target.verify(temporary) if verify else None
+    if step is not None and (number := target.export.trained.number) is not None:
+        target.notes.append(f"what the run had trained by step {number}")
     return ExportResult(place, format, verification, target.lost, tuple(target.notes))
+
+
+def _in_their_places(run: RunFolder, config: TrainConfig, settings: Any) -> tuple[TrainConfig, Any]:
+    """The configuration with base and data where they lie now; what is left in `base_model` is the original of a quantized base."""
+    base, data, valid = (getattr(settings, name, None) for name in ("base_model", "data", "valid"))
+    if base is not None and (is_base(run, base) or not _takes_an_original(config, settings)):
+        config, settings = config_of(run, base), settings.model_copy(update={"base_model": None})
+    places: dict[str, Any] = {"data": [full_place(place) for place in data]} if data else {}
+    places |= {"valid": full_path(valid)} if valid else {}
+    return config.model_copy(update=places), settings
+
+
+def _takes_an_original(config: TrainConfig, settings: Any) -> bool:
+    """Whether another model than the one that was trained on has a place in an export: the one that was quantized for it."""
+    base = local_checkpoint(config.model)
+    is_quantized = bool(config.quantize) or (base is not None and is_packed(base))
+    return isinstance(settings, MergeSettings) and is_quantized
 
 
 def target_kind(format: str) -> type[Target]:
@@ -115,7 +142,7 @@ def target_kind(format: str) -> type[Target]:
 def _settings(kind: type[Target], options: dict[str, Any]) -> Any:
     """A format's own options; one that it does not have is a mistake, unless it is None, which stands for not given."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    given = {name: value for name, value in given.items() if value is not None and value is not False and value != ()}
     for name in given:
         if name not in kind.Settings.model_fields:
             owners = [other for other, entry in TARGETS.items() if name in entry.Settings.model_fields]

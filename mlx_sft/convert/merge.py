@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.dequantize import dequantized_edits, say_unpacked, unpacked
+from mlx_sft.convert.mlx_lm_reader import say_for_both
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.load import finished_folder, load_run, load_trained
+from mlx_sft.load import Trained, load_on_base
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
 from mlx_sft.model.load import is_packed, resolve_checkpoint
 from mlx_sft.model.quantize import WeightRow, first_rows
@@ -47,18 +49,29 @@ class Merging:
     """What is merged into what.
 
     Attributes:
-        run: The run that is exported.
-        config: Its configuration.
+        trained: What the run trained.
         checkpoint: The tensors that are merged into.
         base: The model whose checkpoint that is; None where it is the run's own.
         dequantized: Whether each weight that was quantized for training is written as the numbers that it stood for.
     """
 
-    run: RunFolder
-    config: TrainConfig
+    trained: Trained
     checkpoint: Checkpoint
     base: str | None = None
     dequantized: bool = False
+
+    @property
+    def config(self) -> TrainConfig:
+        """That of the run."""
+        return self.trained.config
+
+    def trained_model(self, dtype: str = "float32") -> nn.Module:
+        """The base with what was trained in it, unrounded."""
+        return load_on_base(self.trained.run, self.config, self.trained, dtype).model
+
+    def trained_on(self, dtype: str = "float32") -> nn.Module:
+        """The base as it was trained on, quantized where it was."""
+        return load_on_base(self.trained.run, self.config, None, dtype).model
 
     @property
     def of_what_was_trained(self) -> bool:
@@ -83,20 +96,22 @@ def write_merged(merging: Merging, folder: Path) -> Merging:
         UserError: If the run has not finished, the base does not fit, or a merged weight is not finite in the tensor's dtype.
     """
     config, checkpoint = merging.config, merging.checkpoint
-    refuse_unmergeable(merging.run, config)
+    refuse_unmergeable(merging.trained.run, config)
     packed = is_packed(checkpoint.path)
     _check_base(merging, packed)
     bases: dict[str, Rows] = {}
     if merging.dequantized:
-        model = load_run(merging.run.path, base=True, dtype="float32").model
+        model = merging.trained_on()
         if packed:
             checkpoint, bases = unpacked(checkpoint, model)
         else:
             bases = dequantized_edits(checkpoint, model)
     kind: type[Method] = METHODS[config.method]
-    merge(checkpoint, kind.edits(finished_folder(merging.run, config)), folder, bases)
+    with merging.trained.in_own_form() as trained:
+        merge(checkpoint, kind.edits(trained), folder, bases)
     if packed:
         say_unpacked(checkpoint, folder)
+    say_for_both(folder)
     write_template(config.chat_template, folder)
     return replace(merging, checkpoint=checkpoint)
 
@@ -115,8 +130,8 @@ def _check_base(merging: Merging, packed: bool) -> None:
             exit_code=USAGE,
         )
     if merging.base is not None and is_packed(resolve_checkpoint(config.model)):
-        method, parameters = load_trained(merging.run, config)
-        trained_on = load_run(merging.run.path, base=True).model
+        method, parameters = merging.trained.read()
+        trained_on = merging.trained_on(config.dtype)
         check_exportable(path, method, parameters, first_rows(trained_on), _ANOTHER)
 
 

@@ -6,9 +6,7 @@ What is uploaded is what `export` writes and verifies, in a temporary folder.
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from mlx_sft.convert.hub import Repository, files_of
 from mlx_sft.convert.model_card import Published, RunSummary, model_card, read_run_summary
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import disk_errors, folder_bytes, free_bytes, read_json, refuse_full_disk, to_json, write_file
+from mlx_sft.files import folder_bytes, read_json, to_json, workplace, write_file
 from mlx_sft.load import finished_folder
 from mlx_sft.methods import make_method
 from mlx_sft.model.load import CARD, name_elsewhere, resolve_checkpoint
@@ -110,7 +108,7 @@ def push(
         needed = 2 * folder_bytes(finished_folder(folder, config))  # PEFT's files and mlx-lm's
     else:
         needed = Checkpoint.open(resolve_checkpoint(base_model or config.model)).size()
-    with _workplace(folder, needed) as work:
+    with workplace(folder.path, needed, "this push") as work:
         note("writing and verifying what is to be uploaded")
         written, verification = work / "model", None
         if adapter_only:
@@ -134,28 +132,10 @@ def _in_silence(message: str) -> None:
 
 
 def _refuse_unfinished(run: RunFolder, config: TrainConfig, adapter_only: bool) -> None:
-    result = finished_folder(run, config)
+    finished_folder(run, config)
     if adapter_only and not make_method(config).frozen_base:
         what, hint = f"a run of --method {config.method} has no adapter", "leave --adapter-only out"
         raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
-    if not run.card.is_file():  # which is written last
-        raise UserError(
-            f"this run has not finished: what it has in {result.name}/ is of its newest checkpoint",
-            where=str(run.path),
-            hint=f"finish it with `mlx-sft train --resume {run.path}`",
-        )
-
-
-@contextmanager
-def _workplace(run: RunFolder, needed: int) -> Iterator[Path]:
-    """A temporary folder with room for so many bytes: beside the run, else where the system has such folders."""
-    places = [run.path.resolve().parent, Path(tempfile.gettempdir())]
-    place = next((place for place in places if os.access(place, os.W_OK) and free_bytes(place) >= needed), places[-1])
-    refuse_full_disk(place, needed, "this push", "remove what is not needed, or set TMPDIR to a folder on another disk")
-    with disk_errors(place):
-        work = tempfile.TemporaryDirectory(prefix=".mlx-sft-push-", dir=place)
-    with work as name:
-        yield Path(name)
 
 
 def _write_adapter(run: RunFolder, summary: RunSummary, folder: Path, note: Note) -> None:

@@ -20,36 +20,29 @@ from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import Merging
+from mlx_sft.convert.mlx_lm_reader import MATCH_TOLERANCE, Logits, difference_of, logits
 from mlx_sft.data.conversation import items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.sources import Source, locate, split_weight
 from mlx_sft.errors import UserError
-from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.load import load_model, load_tokenizer, stated_vocabulary
 from mlx_sft.model.names import mlx_names
 from mlx_sft.model.translate import read_config
 
-Logits = list[NDArray[np.float32]]
-"""For each row, [positions, vocabulary]."""
-
 MOST_ROWS = 4
 MOST_TOKENS = 32
 """Tokens of a row that are compared: its last, because rows often begin alike. For a vocabulary of 150,000 the logits of all
 rows take 80 MB; on a CPU three passes over a model of 0.6 billion parameters take a few minutes."""
-
-MATCH_TOLERANCE = 1e-3
-"""Largest difference of written and intended, relative to the largest logit: float32 sums in another order stay well below,
-also where a GPU multiplies float32 matrices in a shorter format."""
 
 KL_LIMITS = {"F32": 1e-4, "F16": 2e-3, "BF16": 5e-2}
 """Most divergence from the trained model, in nats a position. Rounding moves a weight by up to 2^-12 of itself in float16 and
@@ -108,13 +101,12 @@ def verify_merged(merging: Merging, folder: Path, tokenizer: Path | None = None)
     Raises:
         UserError: If the checkpoint does not load, or differs beyond tolerance.
     """
-    rows, source = sample_rows(merging.config, tokenizer or folder)
-    rows = [row[-MOST_TOKENS:] for row in rows[:MOST_ROWS]]
-    written = _logits(load_model(str(folder), "float32").model, rows)
+    rows, source = compared_rows(merging.config, tokenizer or folder)
+    written = logits(load_model(str(folder), "float32").model, rows)
     intended, dtype = _intended_logits(merging, rows)
     _check_match(written, intended)
     del intended
-    trained = _logits(load_run(merging.run.path, dtype="float32").model, rows)
+    trained = logits(merging.trained_model(), rows)
     limit = KL_LIMITS[dtype] if merging.of_what_was_trained else None
     result = _compare(trained, written, dtype, limit, source)
     if not result.kl <= (np.finfo(np.float64).max if limit is None else limit):
@@ -127,22 +119,17 @@ def verify_merged(merging: Merging, folder: Path, tokenizer: Path | None = None)
     return result
 
 
-def _logits(model: nn.Module, rows: list[list[int]]) -> Logits:
-    """Float32 logits, a row at a time."""
-    return [np.array(model(mx.array([row]))[0].astype(mx.float32)) for row in rows]
-
-
 def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, str]:
     """Logits of the base with its changed weights in place, and the coarsest dtype that these were rounded to."""
     config = merging.config
     quantized: list[str] = []
     if merging.dequantized:
-        model = load_run(merging.run.path, base=True, dtype="float32").model
+        model = merging.trained_on()
         quantized = [name for name, _ in quantized_modules(model)]
         model = dequantize_model(model)
     else:
         model = load_model(merging.base or config.model, "float32").model
-    method, parameters = load_trained(merging.run, config)
+    method, parameters = merging.trained.read()
     weights = dict(tree_flatten(model.parameters()))
     paths = mlx_names(weights)
     changed = method.changed_shapes(parameters)
@@ -155,13 +142,11 @@ def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, s
         rounded = weight.astype(_MLX_DTYPES[dtype]).astype(mx.float32)
         mx.eval(rounded)  # at once, so that the weight before it is let go
         model.update(tree_unflatten([(paths[name], rounded)]))
-    return _logits(model, rows), max(dtypes, key=KL_LIMITS.__getitem__)
+    return logits(model, rows), max(dtypes, key=KL_LIMITS.__getitem__)
 
 
 def _check_match(written: Logits, intended: Logits) -> None:
-    # np.max, unlike max, keeps a NaN, with which no comparison is true.
-    largest = np.max([np.abs(row).max() for row in intended])
-    difference = np.max([np.abs(ours - theirs).max() for ours, theirs in zip(written, intended, strict=True)])
+    difference, largest = difference_of(written, intended)
     if not difference <= MATCH_TOLERANCE * largest:
         raise UserError(
             f"the exported model is not the merged one: a logit differs by {difference:.3g}, where the largest is "
@@ -198,10 +183,16 @@ def _divergence(reference: NDArray[np.float32], other: NDArray[np.float32]) -> N
     return divergence
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+def _log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = scores.astype(np.float64) - scores.max(-1, keepdims=True)
     log_probabilities: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return log_probabilities
+
+
+def compared_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
+    """As `sample_rows`, no more and no longer ones than are compared."""
+    rows, source = sample_rows(config, base)
+    return [row[-MOST_TOKENS:] for row in rows[:MOST_ROWS]], source
 
 
 def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
@@ -221,10 +212,15 @@ def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
             raise UserError("none of its rows can be used", where=source.name)
     except UserError as error:
         # The data may have moved since; that is no reason not to export.
-        below = min(len(tokenizer), stated_vocabulary(read_config(base)) or len(tokenizer))
-        random = np.random.default_rng(0).integers(0, below, (MOST_ROWS, MOST_TOKENS))
-        return random.tolist(), f"random tokens, because the data cannot be read again ({error.what})"
+        return random_rows(tokenizer, base), f"random tokens, because the data cannot be read again ({error.what})"
     return rows, description
+
+
+def random_rows(tokenizer: PreTrainedTokenizerBase, base: Path) -> list[list[int]]:
+    """Token ids that a model in a folder knows."""
+    below = min(len(tokenizer), stated_vocabulary(read_config(base)) or len(tokenizer))
+    found: list[list[int]] = np.random.default_rng(0).integers(0, below, (MOST_ROWS, MOST_TOKENS)).tolist()
+    return found
 
 
 def _source(config: TrainConfig) -> tuple[Source, str]:

@@ -227,6 +227,18 @@ def split_weight(spec: str) -> tuple[str, float | None]:
     return data, weight
 
 
+def full_place(spec: str) -> str:
+    """Data as it is given, with the full path of what lies on disk, so that it is found from anywhere."""
+    name, _ = split_weight(spec)
+    return full_path(name) + spec[len(name) :]
+
+
+def full_path(name: str) -> str:
+    """The full path of what lies on disk, and every other name as it is."""
+    path = user_path(name)
+    return str(path.resolve()) if path.exists() or numbered_files(path) else name
+
+
 def _exists(name: str) -> bool:
     try:
         return user_path(name).exists()

@@ -126,7 +126,7 @@ def _read(adapter: str) -> _Weighted:
         name, factor = adapter, 1.0  # a colon of the name's own
     if not math.isfinite(factor):
         raise UserError(f"the weight of {name} is {factor}", hint="write A:0.7", exit_code=USAGE)
-    folder = RunFolder.open(name).adapter if (Path(name) / "config.yaml").is_file() else Path(name)
+    folder = _folder(name)
     settings, parameters = read_adapter(folder)
     if settings.also_train:
         what = f"it has {', '.join(settings.also_train)} trained in full, which cannot be added up"
@@ -136,6 +136,15 @@ def _read(adapter: str) -> _Weighted:
             "adapters of DoRA cannot be added up", where=name, hint="merge each into a checkpoint of its own"
         )
     return _Weighted(name, factor, settings, parameters, base_model_name(folder), names_begin(folder))
+
+
+def _folder(name: str) -> Path:
+    """An adapter's folder; that of a run has to have finished."""
+    if not (Path(name) / "config.yaml").is_file():
+        return Path(name)
+    run = RunFolder.open(name)
+    run.refuse_unfinished("export a step with --format peft and --step best, last, or")
+    return run.adapter
 
 
 def _check_agreement(adapters: list[_Weighted], way: Method, rank: int | None) -> None:

@@ -31,6 +31,7 @@ from mlx_sft.model.weights import (
     INDEX,
     LICENCE_FILES,
     MODEL_FILES,
+    OTHER_FILES,
     SINGLE,
     TOKENIZER_FILES,
     Checkpoint,
@@ -58,7 +59,7 @@ _KEPT = "e_score_correction_bias"
 CARD = "README.md"
 """The model card, which names the licence."""
 
-_DOWNLOADED = [*MODEL_FILES, "model*.safetensors", INDEX, *LICENCE_FILES, CARD]
+_DOWNLOADED = [*MODEL_FILES, "model*.safetensors", INDEX, *LICENCE_FILES, *OTHER_FILES, CARD]
 
 
 @dataclass(frozen=True)

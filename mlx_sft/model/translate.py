@@ -305,6 +305,11 @@ def _module(kind: str) -> Any:
         return None
 
 
+def fields_read(path: Path) -> dict[str, Any]:
+    """The settings of a checkpoint's language model that mlx-lm's code reads, with its defaults."""
+    return _settings(path).fields
+
+
 def _text_code(whole: dict[str, Any], path: Path) -> tuple[Any, Any]:
     """The module of the language model inside of one that can do more, and the class of its settings."""
     family = family_code(whole, path)

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mlx_sft.errors import UserError
@@ -38,7 +39,23 @@ MODEL_FILES = (
 )
 """The files of a model beside its weights."""
 
-LICENCE_FILES = ("LICENSE*", "NOTICE*")
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+OTHER_FILES = ("*processor_config.json", "tekken.json", "params.json", "*.model", "*.py")
+"""What other readers of the model may want beside these: processors of images and sounds, Mistral's own files, code of its own."""
+
+_NOT_COPIED = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".npz", ".npy", ".onnx", ".onnx_data", ".ot",
+    ".pkl", ".pickle", ".tflite", ".mlmodel", ".lock", ".incomplete", ".part",
+})  # fmt: skip
+"""Endings of weights in any form, of what an optimizer left, and of files that are not complete."""
+
+_OF_OTHER_WEIGHTS = ("*.index.json", "adapter_config.json")
+_CARD = "README.md"
+"""The base's card is no card of what is made of it."""
+
+_MOST_SIDE_BYTES = 128 * 2**20
+"""Of one file; the largest tokenizers have 35 MB."""
 
 _LONGEST_NAME = 255
 """Bytes of a file's name, on every file system in use."""
@@ -112,7 +129,7 @@ class Checkpoint:
 
     def size(self) -> int:
         """The bytes that `write` writes, near enough."""
-        beside = (file.stat().st_size for file in _side_files(self.path))
+        beside = (file.stat().st_size for file in side_files(self.path))
         return sum(tensor.size for tensor in self.tensors.values()) + sum(beside)
 
     def write(self, folder: Path, contents: Callable[[StoredTensor], Iterable[bytes | memoryview]]) -> None:
@@ -130,16 +147,62 @@ class Checkpoint:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer, chat templates and licences byte for byte, and nothing else."""
-    for file in _side_files(source):
+    """Copy configuration, tokenizer, processors, code, licences and whatever else is no weights, byte for byte."""
+    for file in side_files(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
 
 
-def _side_files(folder: Path) -> list[Path]:
-    patterns = (*MODEL_FILES, *LICENCE_FILES)
-    return [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+def side_files(folder: Path) -> list[Path]:
+    """The files that go along where a checkpoint is written anew: all but weights, and but what `left_out` names."""
+    found = {file for pattern in MODEL_FILES for file in folder.glob(pattern)} | set(folder.iterdir())
+    return sorted(file for file in found if not _why_left_out(file, folder))
+
+
+def left_out(folder: Path) -> list[str]:
+    """What of a checkpoint folder does not go along, and why; its own weights and their index are written anew."""
+    written = {file.name for file in weight_files(folder)} | {INDEX}
+    reasons = {file.name: _why_left_out(file, folder) for file in sorted(folder.iterdir()) if file.name not in written}
+    templates = {Path(pattern).parent.name for pattern in MODEL_FILES} - {""}
+    return [f"{name} ({reason})" for name, reason in reasons.items() if reason and name not in templates]
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """Those of `side_files` that are licences."""
+    return [file for file in side_files(folder) if any(file.match(pattern) for pattern in LICENCE_FILES)]
+
+
+def _why_left_out(file: Path, folder: Path) -> str:
+    """Why a file does not go along with a checkpoint; empty where it does."""
+    name = file.name.lower()
+    if file.is_dir():
+        return "a folder"
+    if name.startswith("."):
+        return "hidden"
+    if file.suffix.lower() in _NOT_COPIED or any(fnmatch(name, pattern) for pattern in _OF_OTHER_WEIGHTS):
+        return "weights, or of weights"
+    if file.name == _CARD:
+        return "the base's card"
+    if not file.is_file():
+        return "not a file"
+    known = any(file.relative_to(folder).match(pattern) for pattern in MODEL_FILES)
+    if file.is_symlink() and _leads_out(file, folder) and not (known and file.resolve().name == file.name):
+        return "a link out of the folder"
+    if file.stat().st_size > _MOST_SIDE_BYTES and not known:
+        return f"larger than {_MOST_SIDE_BYTES // 2**20} MiB"
+    return ""
+
+
+def _leads_out(link: Path, folder: Path) -> bool:
+    """Whether a link leads elsewhere than into the folder; in the Hub's cache, than to what was downloaded of the same repository.
+
+    The maker of a folder must not decide which files of this machine are published. A file of the model that a person has linked, under
+    its own name, has been read already.
+    """
+    target, home = link.resolve(), folder.resolve()
+    inside = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    return not any(target.is_relative_to(place) for place in inside)
 
 
 def weight_files(path: Path) -> list[Path]:

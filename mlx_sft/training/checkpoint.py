@@ -9,7 +9,6 @@ checkpoints/step-00000050/
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -20,18 +19,16 @@ import mlx.core as mx
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from mlx_sft.errors import UserError
-from mlx_sft.files import disk_errors, read_json, to_json, write_folder
+from mlx_sft.files import disk_errors, read_json, sha256_line, to_json, write_folder
 from mlx_sft.methods import Parameters
 from mlx_sft.optimizers import Optimizer
-from mlx_sft.run_folder import RunFolder
+from mlx_sft.run_folder import CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS, RunFolder
 from mlx_sft.safetensors_file import read_arrays, write_arrays
 from mlx_sft.training.recompute import Mode
 
-_PARAMETERS = "parameters.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
-_SUMS = "SHA256SUMS"
-_FILES = (_PARAMETERS, _OPTIMIZER, _STATE)
+_FILES = (CHECKPOINT_PARAMETERS, _OPTIMIZER, _STATE)
 
 CallbackStates = dict[str, dict[str, Any]]
 """Callbacks' states by their names."""
@@ -104,10 +101,10 @@ def save(
     moments = optimizer.flat_state()
     needed = sum(array.nbytes for array in (*parameters.values(), *moments.values()))
     with write_folder(run.checkpoint(progress.step), needed) as temporary:
-        write_arrays(temporary / _PARAMETERS, parameters)
+        write_arrays(temporary / CHECKPOINT_PARAMETERS, parameters)
         write_arrays(temporary / _OPTIMIZER, moments)
         (temporary / _STATE).write_text(to_json(state))
-        (temporary / _SUMS).write_text("".join(_sum_line(temporary / name) for name in _FILES))
+        (temporary / CHECKPOINT_SUMS).write_text("".join(sha256_line(temporary / name) for name in _FILES))
 
 
 def set_aside_damaged(run: RunFolder) -> list[str]:
@@ -132,8 +129,8 @@ def set_aside_damaged(run: RunFolder) -> list[str]:
 def _damage(folder: Path) -> str:
     """What of a checkpoint is not as it was written; empty where all of it is."""
     try:
-        written = (folder / _SUMS).read_text(encoding="utf-8")
-        sums = {name: _sum_line(folder / name) for name in _FILES}
+        written = (folder / CHECKPOINT_SUMS).read_text(encoding="utf-8")
+        sums = {name: sha256_line(folder / name) for name in _FILES}
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError) as error:
@@ -141,7 +138,7 @@ def _damage(folder: Path) -> str:
     if written == "".join(sums.values()):
         return ""
     changed = [name for name, line in sums.items() if line not in written]
-    return f"{' and '.join(changed or [_SUMS])} changed since it was written"
+    return f"{' and '.join(changed or [CHECKPOINT_SUMS])} changed since it was written"
 
 
 def _set_aside(folder: Path, damage: str, good: int) -> str:
@@ -150,12 +147,6 @@ def _set_aside(folder: Path, damage: str, good: int) -> str:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     return f"{folder}: damaged, {damage}; it is now {aside.name}, and the run goes on from step {good}"
-
-
-def _sum_line(path: Path) -> str:
-    """A line of `SHA256SUMS`."""
-    with path.open("rb") as file:
-        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
 
 def prune(run: RunFolder, keep: int, progress: Progress) -> None:
@@ -192,7 +183,8 @@ def load(
     try:
         state = read_json(folder / _STATE)
         saved, moments = (
-            {name: mx.array(value) for name, value in read_arrays(folder / file)} for file in (_PARAMETERS, _OPTIMIZER)
+            {name: mx.array(value) for name, value in read_arrays(folder / file)}
+            for file in (CHECKPOINT_PARAMETERS, _OPTIMIZER)
         )
         progress = TypeAdapter(Progress).validate_python(state["progress"])
         if progress.step != steps[-1]:

@@ -101,7 +101,7 @@ class Job:
     def shorten(self, total_steps: int) -> None:
         self.config = self.config.model_copy(update={"max_steps": total_steps})
         self.plan = planned_steps(self.config, self.data)
-        record_revision(self.run, self.config)
+        record_revision(self.run, self.config, self.plan.total_steps)
         self.replanned = True
 
     def suspect(self, steps: int) -> None:

@@ -26,7 +26,7 @@ from mlx_sft.training.job import Job
 from mlx_sft.training.machine import footprint_bytes, memory_limits_restored
 from mlx_sft.training.out_of_memory import evaluate_in_memory, recover, wait_for_gpu
 from mlx_sft.training.preview import show_plan
-from mlx_sft.training.results import finish, save, save_result
+from mlx_sft.training.results import begin, finish, save, save_result
 from mlx_sft.training.setup import Given, prepare_job
 from mlx_sft.training.step import StepGradient, to_float
 from mlx_sft.training.stopping import Stopped, stop_request
@@ -100,6 +100,7 @@ def train(
 def _take_steps(job: Job) -> float | None:
     """All that are left; the training loss of the last of them is returned."""
     loss = None
+    begin(job)
     job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
     with _saved_when_stopped(job):
         goes_back = job.callbacks.may_go_back

@@ -13,6 +13,13 @@ from mlx_sft.training import checkpoint
 from mlx_sft.training.job import Job
 
 
+def begin(job: Job) -> None:
+    """A run that has ended, and goes on, is not finished: its card goes, by which that is told."""
+    if job.progress.stopped_of is None and job.step < job.total_steps:
+        with disk_errors(job.run.card):
+            job.run.card.unlink(missing_ok=True)
+
+
 def save(job: Job) -> None:
     """A checkpoint of the job as it stands; where there is no validation, it is the result too."""
     states = job.callbacks.state()

@@ -14,14 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sft.common_settings import option_name, public_name
+from mlx_sft.common_settings import IN_MEMORY, option_name, public_name
 from mlx_sft.config import TrainConfig, owners_of
 from mlx_sft.data.chat_template import template_text
-from mlx_sft.data.folders import numbered_files
 from mlx_sft.data.prepare import PreparedData
-from mlx_sft.data.sources import split_weight
+from mlx_sft.data.sources import full_path, full_place, split_weight
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json, to_json, user_path, write_file
+from mlx_sft.load import refuse_other_base
 from mlx_sft.model.load import checkpoint_fingerprint
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.settings import OnResume, on_resume
@@ -62,9 +62,20 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
         what = "--out names another folder than --resume"
         raise UserError(what, where=given.out, hint="leave it out to resume", exit_code=USAGE)
     names = {"quiet", "json_lines", "resume"} | (given.model_fields_set & anew - {"out"})
-    revised = {name: getattr(given, name) for name in given.model_fields_set & _revised(given)}
+    revised = {name: getattr(full, name) for name in given.model_fields_set & _revised(given)}
+    if revised.get("model", saved.model) != saved.model:
+        refuse_other_base(run, full.model)
     revised = {name: value for name, value in revised.items() if value is not None}
     return saved.model_copy(update={name: getattr(given, name) for name in names} | revised | computed_anew(given))
+
+
+def refuse_missing(run: RunFolder, config: TrainConfig) -> None:
+    """Raise `UserError` for data or a model of the run that is no longer where it was, before anything is read."""
+    data = [(spec, "--data") for spec, _ in map(split_weight, config.data)]
+    for place, option in (*data, (config.valid, "--valid"), (config.model, "--model")):
+        if place is not None and Path(place).is_absolute() and not user_path(place).exists():
+            hint = f"where it lies elsewhere now: mlx-sft train --resume {run.path} {option} PLACE"
+            raise UserError("it is no longer where this run found it", where=place, hint=hint)
 
 
 def _shortened(value: Any) -> str:
@@ -80,8 +91,8 @@ def continued_config(given: TrainConfig, trl: RunFolder) -> TrainConfig:
     return resumed_config(asked, trl).model_copy(update=place)
 
 
-def record_revision(run: RunFolder, config: TrainConfig) -> None:
-    """Have the run folder say what was given anew, so that the next continuation need not be told.
+def record_revision(run: RunFolder, config: TrainConfig, total_steps: int) -> None:
+    """Have the run folder say what was given anew, and how many steps that plans, so that the next continuation need not be told.
 
     `config.yaml` comes first: where a crash left it alone with the news, they are as if they had been given once more.
     """
@@ -90,9 +101,9 @@ def record_revision(run: RunFolder, config: TrainConfig) -> None:
     if any(getattr(saved, name) != value for name, value in news.items()):
         write_file(run.config, saved.model_copy(update=news).to_yaml(CONFIG_HEADER))
     began = read_json(run.environment, hint=NEW_RUN)
-    settings = began.get("settings", {}) | news
-    if settings != began.get("settings"):
-        write_file(run.environment, to_json(began | {"settings": settings}))
+    now = began | {"settings": began.get("settings", {}) | news, "total_steps": total_steps}
+    if now != began:
+        write_file(run.environment, to_json(now))
 
 
 def computed_anew(given: TrainConfig) -> dict[str, Any]:
@@ -107,17 +118,12 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
     names = ("valid", "model", "init_adapter", "resume_from_peft")
     given = {name: getattr(config, name) for name in names}
     full: dict[str, Any] = {
-        name: _full_path(value) for name, value in given.items() if value is not None and value != "tiny"
+        name: full_path(value) for name, value in given.items() if value is not None and value != "tiny"
     }
     if config.chat_template is not None:
         full["chat_template"] = template_text(config.chat_template)
-    full["data"] = [_full_path(name) + spec[len(name) :] for spec in config.data for name, _ in [split_weight(spec)]]
+    full["data"] = [full_place(spec) for spec in config.data]
     return config.model_copy(update=full)
-
-
-def _full_path(name: str) -> str:
-    path = user_path(name)
-    return str(path.resolve()) if path.exists() or numbered_files(path) else name
 
 
 def identity_of(config: TrainConfig, data: PreparedData, path: Path) -> dict[str, str]:
@@ -168,7 +174,7 @@ def _marked(config: TrainConfig, *marks: OnResume) -> set[str]:
 
 def _revised(config: TrainConfig) -> set[str]:
     """The settings that a continuation may give anew and that hold from then on; they change nothing of what was done before."""
-    return _marked(config, OnResume.GROWS, OnResume.REVISED)
+    return _marked(config, OnResume.GROWS, OnResume.REVISED, OnResume.MOVED)
 
 
 def _agrees(config: TrainConfig, name: str, before: Any, now: Any) -> bool:
@@ -176,7 +182,14 @@ def _agrees(config: TrainConfig, name: str, before: Any, now: Any) -> bool:
     mark = on_resume(type(config).model_fields[name])
     if mark is OnResume.GROWS and isinstance(before, int) and isinstance(now, int):
         return now >= before
+    if mark is OnResume.MOVED and IN_MEMORY not in (now, *(now if isinstance(now, list) else ())):
+        return bool(_shares(before) == _shares(now))
     return mark is OnResume.REVISED or now == before
+
+
+def _shares(places: Any) -> Any:
+    """What is said of places beside where they are: how many there are, and the share of each in a mixture."""
+    return [split_weight(place)[1] for place in places] if isinstance(places, list) else places is None
 
 
 def _owners_said(field: str) -> str:
@@ -198,9 +211,9 @@ def differences(run: RunFolder, config: TrainConfig) -> list[str]:
     return changed
 
 
-def describe_environment(config: TrainConfig, identity: dict[str, str]) -> dict[str, Any]:
-    """`environment.json`: the machine, and what the run is."""
-    return _machine() | {"identity": identity, "settings": _result_settings(config)}
+def describe_environment(config: TrainConfig, identity: dict[str, str], total_steps: int) -> dict[str, Any]:
+    """`environment.json`: the machine, what the run is, and the steps that are planned."""
+    return _machine() | {"identity": identity, "settings": _result_settings(config), "total_steps": total_steps}
 
 
 def _machine() -> dict[str, Any]:

@@ -71,6 +71,7 @@ from mlx_sft.training.resume import (
     identity_of,
     record_revision,
     refuse_changes,
+    refuse_missing,
     resumed_config,
 )
 from mlx_sft.training.schedule import planned_steps
@@ -160,9 +161,9 @@ def prepare_job(
     )  # fmt: skip
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
     if run:
-        record_revision(run, config)
+        record_revision(run, config, plan.total_steps)
     else:
-        environment = describe_environment(config, identity)
+        environment = describe_environment(config, identity, plan.total_steps)
         environment |= {"memory": memory.describe(predicted), "measured": asdict(measured)}
         run = _create(config, data, environment, held)
     hold_to(machine, predicted)
@@ -201,7 +202,9 @@ def _opened(config: TrainConfig, console: Console, held: ExitStack) -> tuple[Tra
     held.enter_context(run.locked())
     for damage in checkpoint.set_aside_damaged(run):
         console.warn(damage)
-    return resumed_config(config, run), run
+    resumed = resumed_config(config, run)
+    refuse_missing(run, resumed)
+    return resumed, run
 
 
 def _read_data(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -79,8 +80,10 @@ def test_transformers_computes_what_peft_computes(
     assert _layout(result.path) == _layout(run.base)
     assert ("lm_head.weight" in Checkpoint.open(result.path).tensors) is not tied
     for file in run.base.iterdir():
-        if file.suffix != ".safetensors":
+        if file.suffix != ".safetensors" and file.name != "config.json":
             assert (result.path / file.name).read_bytes() == file.read_bytes()
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (run.base, result.path))
+    assert after == before | {"rope_theta": 50_000.0}, "which transformers 5 writes elsewhere than mlx-lm reads it"
     AutoTokenizer.from_pretrained(result.path)
 
 
@@ -390,6 +393,24 @@ def test_a_target_that_would_destroy_is_refused(
     assert error.value.exit_code == 2
     after = {p: p.read_bytes() for p in [*tmp_path.rglob("*"), *run.base.rglob("*")] if p.is_file()}
     assert after == before
+
+
+@pytest.mark.parametrize("format", ["merged", "mlx"])
+def test_what_the_base_has_beside_its_weights_goes_along_and_the_rest_is_named(
+    format: str, tmp_path: Path, make_base: Callable[..., Path], make_run: Callable
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(make_base(), base)
+    processors = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+    beside = {*processors, "spiece.model", "tekken.json", "params.json", "LICENSE", "helper.py"}
+    for name in (*beside, "pytorch_model.bin", "README.md"):
+        (base / name).write_text(f"{{}} {name}")
+    (base / "original").mkdir()
+    result = export(make_run(base).path, tmp_path / "to", format=format)
+    assert {name: (result.path / name).read_text() for name in beside} == {name: f"{{}} {name}" for name in beside}
+    assert not {"pytorch_model.bin", "README.md", "original"} & {path.name for path in result.path.iterdir()}
+    named = "README.md (the base's card), original (a folder), pytorch_model.bin (weights, or of weights)"
+    assert result.notes == (f"not copied from the base: {named}",)
 
 
 def test_an_unfinished_run_is_told_so(tmp_path: Path, make_base: Callable[..., Path], make_run: Callable) -> None:

@@ -295,10 +295,10 @@ def test_where_the_runs_disk_is_full_another_is_taken(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = import_module("mlx_sft.convert.publish")
-    monkeypatch.setattr(module, "free_bytes", lambda path: 0 if path == run.parent else 10**12)
+    monkeypatch.setattr("mlx_sft.files.free_bytes", lambda path: 0 if path == run.parent else 10**12)
     other = tmp_path / "other"
     other.mkdir()
-    monkeypatch.setattr(module.tempfile, "tempdir", str(other))
+    monkeypatch.setattr("tempfile.tempdir", str(other))
     used = []
     real = module.export
     monkeypatch.setattr(module, "export", lambda run, to, **options: used.append(to) or real(run, to, **options))

@@ -13,6 +13,7 @@ import pytest
 from mlx_lm import load
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
+from mlx_sft.convert.targets import mlx_lm as mlx_lm_target
 from mlx_sft.methods import lora, mlx_lm_files
 from mlx_sft.methods.lora import LoraSettings
 from mlx_sft.methods.mlx_lm_files import read_adapter, write_adapter
@@ -33,6 +34,38 @@ def test_mlx_lm_computes_what_was_trained(
     base = np.array(load_run(run, base=True).model(token_ids))
     assert np.abs(ours - base).max() > 1e-3
     np.testing.assert_allclose(np.array(model(token_ids).astype(mx.float32)), ours, atol=1e-4)
+
+
+def test_it_is_opened_by_mlx_lm_before_it_is_done(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(TrainConfig(**settings | {"lr": 0.1}))
+    real = mlx_lm_target.load_adapters
+
+    def otherwise(model: Any, folder: str) -> Any:
+        loaded = real(model, folder)
+        loaded.layers[0].self_attn.q_proj.scale *= 3
+        return loaded
+
+    monkeypatch.setattr(mlx_lm_target, "load_adapters", otherwise)
+    with pytest.raises(UserError, match="mlx-lm computes another model with it"):
+        export(settings["out"], tmp_path / "adapter", format="mlx-lm")
+    monkeypatch.setattr(mlx_lm_target, "load_adapters", lambda *_: {}["lora"])
+    with pytest.raises(UserError, match="mlx-lm cannot open this adapter: lora"):
+        export(settings["out"], tmp_path / "adapter", format="mlx-lm")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_base_that_mlx_lm_reads_otherwise_is_noted(
+    settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    for form, notes in ((4, 0), (5, 1)):
+        out = str(tmp_path / f"run-{form}")
+        train(TrainConfig(**settings | {"model": str(make_base("llama", form=form)), "out": out, "max_steps": 1}))
+        result = export(out, tmp_path / f"adapter-{form}", format="mlx-lm")
+        assert len(result.notes) == notes
+    assert "of the base itself, mlx-lm computes another model of it" in result.notes[0]
+    assert "mlx-sft convert" in result.notes[0]
 
 
 def test_the_command_writes_it(settings: dict[str, Any], cli: Callable[..., Any], tmp_path: Path) -> None:

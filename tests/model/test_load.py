@@ -274,6 +274,10 @@ def test_only_what_makes_the_model_is_downloaded(cache: Callable[..., Path], dow
         "qwen.tiktoken",
         "LICENSE",
         "README.md",
+        "preprocessor_config.json",
+        "tekken.json",
+        "tokenizer.model",
+        "modeling_own.py",
     ]
     others = [
         "consolidated.safetensors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from mlx_sft.errors import UserError
-from mlx_sft.model.weights import INDEX, SINGLE, Checkpoint, copy_side_files
+from mlx_sft.model import weights
+from mlx_sft.model.weights import INDEX, SINGLE, Checkpoint, copy_side_files, left_out, licence_files, side_files
 from mlx_sft.safetensors_file import read_bytes
 
 
@@ -109,7 +111,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-def test_only_what_belongs_to_the_model_goes_along(tmp_path: Path) -> None:
+def test_all_that_is_no_weights_goes_along(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     target.mkdir()
     (source / "additional_chat_templates").mkdir(parents=True)
@@ -126,13 +128,72 @@ def test_only_what_belongs_to_the_model_goes_along(tmp_path: Path) -> None:
         "additional_chat_templates/tool_use.jinja",
         "LICENSE.txt",
         "NOTICE",
+        "USE_POLICY.md",
+        "modeling_own.py",
+        "params.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "spiece.model",
+        "tekken.json",
     }
-    left = {SINGLE, "pytorch_model.bin", "training_args.bin", "optimizer.pt", "README.md", "run.py"}
-    for name in kept | left:
-        (source / name).write_bytes(name.encode() + b"\r\n\xff")
+    left = {
+        "README.md": "the base's card",
+        **dict.fromkeys([".git", "onnx", "original"], "a folder"),
+        ".gitattributes": "hidden",
+        **dict.fromkeys(["adapter_config.json", "model.gguf", "model_int8.onnx"], "weights, or of weights"),
+        **dict.fromkeys(["optimizer.pt", "pytorch_model.bin"], "weights, or of weights"),
+        **dict.fromkeys(["pytorch_model.bin.index.json", "x.lock"], "weights, or of weights"),
+    }
+    for name in kept | left.keys() | {SINGLE, INDEX}:
+        if left.get(name) == "a folder":
+            (source / name).mkdir()
+            (source / name / "config.json").write_text("{}")
+        else:
+            (source / name).write_bytes(name.encode() + b"\r\n\xff")
+    (source / INDEX).unlink()
 
     copy_side_files(source, target)
 
     copied = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
     assert copied == kept
     assert all((target / name).read_bytes() == (source / name).read_bytes() for name in kept)
+    assert sorted(left_out(source)) == sorted(f"{name} ({reason})" for name, reason in left.items())
+
+
+def test_a_link_is_followed_within_the_folder_and_in_the_hubs_cache_and_no_further(tmp_path: Path) -> None:
+    """Otherwise the maker of a folder would decide which files of this machine are published."""
+    secret, blobs = tmp_path / "secret", tmp_path / "models--a--b" / "blobs"
+    secret.write_text("token")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    for name in (SINGLE, "config.json", "preprocessor_config.json", "LICENSE"):
+        (blobs / f"{name}-hash").write_text(name)
+        (snapshot / name).symlink_to(f"../../blobs/{name}-hash")
+    (snapshot / "NOTICE").symlink_to("LICENSE")
+    for name in ("LICENSE.key", "vocab.txt", "params.json"):
+        (snapshot / name).symlink_to(secret)
+    (snapshot / "gone.json").symlink_to("nowhere")
+    (snapshot / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("of another folder, under its own name")
+
+    assert {file.name for file in side_files(snapshot)} == {
+        *("config.json", "preprocessor_config.json", "LICENSE", "NOTICE", "tokenizer.json")
+    }
+    assert {file.name for file in licence_files(snapshot)} == {"LICENSE", "NOTICE"}
+    assert left_out(snapshot) == [
+        "LICENSE.key (a link out of the folder)",
+        "gone.json (not a file)",
+        "params.json (a link out of the folder)",
+        "vocab.txt (a link out of the folder)",
+    ]
+
+
+def test_what_is_no_regular_file_or_too_large_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_MOST_SIDE_BYTES", 3)
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, size in (("small.json", 3), ("large.json", 4), ("tokenizer.json", 4)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    assert [file.name for file in side_files(tmp_path)] == ["small.json", "tokenizer.json"]
+    assert left_out(tmp_path) == ["large.json (larger than 0 MiB)", "pipe.json (not a file)"]

@@ -100,7 +100,12 @@ def test_another_model_in_the_same_place_is_refused(cut_short: dict[str, Any]) -
 
 @pytest.mark.parametrize(
     ("changes", "option"),
-    [({"lr": 1.0}, "--lr"), ({"rank": 16}, "--rank"), ({"method": "full"}, "--method"), ({"data": "other"}, "--data")],
+    [
+        ({"lr": 1.0}, "--lr"),
+        ({"rank": 16}, "--rank"),
+        ({"method": "full"}, "--method"),
+        ({"data": ["a", "b"]}, "--data"),
+    ],
 )
 def test_another_setting_given_with_resume_is_refused(
     cut_short: dict[str, Any], changes: dict[str, Any], option: str
@@ -176,6 +181,7 @@ def test_the_environment_says_what_the_result_depends_on(settings: dict[str, Any
         "device",
         "identity",
         "settings",
+        "total_steps",
         "memory",
         "measured",
     }

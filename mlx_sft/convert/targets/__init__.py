@@ -6,13 +6,17 @@ A further form is one more file with a subclass of `Target`, and a line in `ENTR
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import Merging, refuse_unmergeable
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.load import Step, Trained, base_of
 from mlx_sft.methods import Method
 from mlx_sft.model.load import resolve_checkpoint
 from mlx_sft.model.weights import Checkpoint
@@ -39,12 +43,19 @@ class Export:
         config: Its configuration.
         to: The folder as it will be called.
         verify: Whether what is written is opened again and compared.
+        step: Which step of the run.
     """
 
     run: RunFolder
     config: TrainConfig
     to: Path
     verify: bool = True
+    step: Step = None
+
+    @cached_property
+    def trained(self) -> Trained:
+        """What the run trained up to the step; raises `UserError` where it has nothing of it."""
+        return Trained(self.run, self.config, self.step)
 
     @property
     def method(self) -> type[Method]:
@@ -103,14 +114,36 @@ class Target:
         return None
 
 
-class MergeSettings(NoSettings):
+class StepSettings(NoSettings):
+    """Which step of a run is exported."""
+
+    step: str | int | None = None
+    """What the run had trained by its best evaluation (`best`), by now (`last`), or by a step that has a checkpoint (its number);
+    the result of a finished run where not given."""
+
+
+class BaseModelSettings(NoSettings):
+    """Where the base is."""
+
+    base_model: str | None = None
+    """Where the run's base lies now, if not where training found it; or the original of a base whose weights are quantized."""
+
+
+class DataSettings(NoSettings):
+    """Where the data is."""
+
+    data: list[str] = Field(default_factory=list)
+    """Where the run's data lies now, if not where training found it; given as often as for training."""
+    valid: str | None = None
+    """Where the run's validation rows lie now."""
+
+
+class MergeSettings(StepSettings, BaseModelSettings, DataSettings):
     """What a run on a quantized base is merged into."""
 
     base: Literal["original", "dequantized"] = "original"
     """What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized weights stand for, which
     keeps exactly what was trained."""
-    base_model: str | None = None
-    """The original of a base whose weights are quantized."""
 
 
 class WholeModel(Target):
@@ -121,13 +154,15 @@ class WholeModel(Target):
 
     @property
     def source(self) -> Path:
-        return resolve_checkpoint(self.settings.base_model or self.export.config.model)
+        original = self.settings.base_model
+        return resolve_checkpoint(original) if original else base_of(self.export.run, self.export.config)
 
     def check(self) -> None:
         if self.settings.base == "dequantized" and self.settings.base_model is not None:
             what = "--base dequantized writes the base that was trained, and no other"
             raise UserError(what, hint="leave one of --base and --base-model out", exit_code=USAGE)
         refuse_unmergeable(self.export.run, self.export.config)
+        _ = self.export.trained
 
     def needed_bytes(self) -> int:
         return Checkpoint.open(self.source).size()
@@ -136,4 +171,4 @@ class WholeModel(Target):
         """What is merged into what, before it is."""
         export, settings = self.export, self.settings
         checkpoint = Checkpoint.open(self.source)
-        return Merging(export.run, export.config, checkpoint, settings.base_model, settings.base == "dequantized")
+        return Merging(export.trained, checkpoint, settings.base_model, settings.base == "dequantized")

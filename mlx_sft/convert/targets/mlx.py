@@ -1,29 +1,27 @@
 """A model as a folder that mlx-lm opens, quantized or not; what quantizing takes from a trained weight is told.
 
-`config.json` says each setting in the form that mlx-lm reads, and in transformers'.
+`config.json` says each setting in the form that mlx-lm reads, and in transformers'. mlx-lm's own loader opens the folder before it is done.
 """
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import save_config, save_model
 
 from mlx_sft.convert.merge import Merging
+from mlx_sft.convert.mlx_lm_reader import Logits, check_in_mlx_lm, computable, config_for_mlx_lm, logits
 from mlx_sft.convert.targets import MergeSettings
 from mlx_sft.convert.targets.merged import Merged
-from mlx_sft.convert.verify import Verification
+from mlx_sft.convert.verify import Verification, compared_rows, random_rows, verify_merged
 from mlx_sft.files import free_folder, refuse_full_disk, write_folder
-from mlx_sft.load import load_run, load_trained
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
-from mlx_sft.model.rope import UNREAD
 from mlx_sft.model.stored_form import give_mlx_form
-from mlx_sft.model.translate import translate_config
 from mlx_sft.model.weights import Checkpoint, copy_side_files
 from mlx_sft.safetensors_file import read_float32
 
@@ -45,7 +43,9 @@ def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: s
     needed = Checkpoint.open(path).size()
     refuse_full_disk(target, needed, "this folder", "remove what is not needed, or give --to on another disk")
     with write_folder(target, needed) as temporary:
-        _write(load_model(model, dtype or "stored"), temporary, quantize)
+        loaded = load_model(model, dtype or "stored")
+        rows = random_rows(loaded.tokenizer, path)
+        check_in_mlx_lm(temporary, rows, _write(loaded, temporary, quantize, rows))
     return target
 
 
@@ -63,6 +63,8 @@ class Mlx(Merged):
     summary: ClassVar = "the same as mlx-lm writes it, quantized or not"
     Settings: ClassVar = MlxSettings
 
+    _verification: Verification | None = None
+
     def needed_bytes(self) -> int:
         return 2 * super().needed_bytes()
 
@@ -71,62 +73,34 @@ class Mlx(Merged):
         merged = folder / "merged"
         merged.mkdir()
         super().write(merged)
-        self._verification = super().verify(merged) if self.export.verify else None
+        rows: list[list[int]] = []
+        if self.export.verify:
+            self._verification = verify_merged(self._written or self.merging(), merged)
+            rows, _ = compared_rows(self.export.config, merged)
         quantize = self.settings.quantize
-        _write(load_model(str(merged), "stored"), folder, quantize)
+        self._compared = rows, _write(load_model(str(merged), "stored"), folder, quantize, rows)
         shutil.rmtree(merged)
         if quantize is not None:
             self.lost = _lost(self._written or self.merging(), QUANTIZATIONS[quantize])
 
-    def verify(self, folder: Path) -> Verification | None:  # type: ignore[override]
+    def verify(self, folder: Path) -> Verification | None:
+        """How the merged checkpoint compares, which this was made of; and mlx-lm opens this."""
+        check_in_mlx_lm(folder, *self._compared)
         return self._verification
 
 
-def _write(loaded: LoadedModel, folder: Path, quantization: str | None) -> None:
-    config = config_for_both(loaded.config, translate_config(loaded.path))
+def _write(loaded: LoadedModel, folder: Path, quantization: str | None, rows: list[list[int]]) -> Logits:
+    """Write a model, which is let go; its logits on some rows, quantized where it is written so, are returned."""
+    config = config_for_mlx_lm(loaded.path)
     give_mlx_form(loaded.model)
     if quantization is not None:
         config["quantization"] = quantize(loaded.model, quantization)
+    with computable(loaded.model):
+        found = logits(loaded.model, rows)
     copy_side_files(loaded.path, folder)
     save_model(folder, loaded.model, donate_model=True)
     save_config(config, folder / "config.json")
-
-
-def config_for_both(stored: dict[str, Any], translated: dict[str, Any]) -> dict[str, Any]:
-    """Settings that mlx-lm reads, and transformers too.
-
-    Args:
-        stored: `config.json` of the checkpoint.
-        translated: The same as mlx-lm's code reads it.
-    """
-    kind = translated["model_type"]
-    if kind != stored["model_type"]:  # of a text alone, for which mlx-lm has no name
-        text = config_for_both(stored, translated | {"model_type": stored["model_type"]})
-        shared = {name: stored[name] for name in _OF_THE_WHOLE if name in stored}
-        return shared | {"model_type": kind, "text_config": text}
-    config = stored | {
-        name: value
-        for name, value in translated.items()
-        if name in _ASKED_FOR or (value is not None and name != UNREAD)
-    }
-    by_type = stored.get("rope_parameters")
-    if isinstance(by_type, dict) and any(isinstance(value, dict) for value in by_type.values()):
-        config["rope_parameters"] = by_type  # mlx-lm has other names for what it says
-    return config
-
-
-_ASKED_FOR = ("rope_scaling",)
-"""What the code of some families asks for, be it nothing."""
-
-_OF_THE_WHOLE = (
-    "vocab_size",
-    "tie_word_embeddings",
-    "eos_token_id",
-    "bos_token_id",
-    "pad_token_id",
-    "dtype",
-    "torch_dtype",
-)
+    return found
 
 
 def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
@@ -134,9 +108,9 @@ def _lost(merging: Merging, quantization: Quantization) -> dict[str, float]:
 
     Both are compared with the base as quantized in the same way.
     """
-    method, parameters = load_trained(merging.run, merging.config)
+    method, parameters = merging.trained.read()
     lost: dict[str, float] = {}
-    trained_on = load_run(merging.run.path, base=True, dtype="float32").model if merging.dequantized else None
+    trained_on = merging.trained_on() if merging.dequantized else None
     weights = weights_by_name(trained_on) if trained_on is not None else {}
     for name, shape in method.changed_shapes(parameters).items():
         before = weights.pop(name) if weights else _stored(merging.checkpoint, name, shape)

@@ -5,13 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from mlx_sft.convert.targets.peft import AdapterAlone, same
+from mlx_lm.tuner.utils import load_adapters
+
+from mlx_sft.convert.mlx_lm_reader import MATCH_TOLERANCE, check_in_mlx_lm, difference_of, logits
+from mlx_sft.convert.targets import DataSettings
+from mlx_sft.convert.targets.peft import AdapterAlone, PeftSettings, same
+from mlx_sft.convert.verify import compared_rows
 from mlx_sft.data.chat_template import write_template
-from mlx_sft.errors import USAGE, UserError
-from mlx_sft.load import load_trained
+from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.load import base_of, load_on_base
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.model.outline import outline
+from mlx_sft.model.stored_form import give_mlx_form
+
+
+class MlxLmSettings(PeftSettings, DataSettings):
+    """The same, and the rows on which it is compared."""
 
 
 class MlxLm(AdapterAlone):
@@ -19,10 +29,11 @@ class MlxLm(AdapterAlone):
 
     name: ClassVar = "mlx-lm"
     summary: ClassVar = "the adapter alone, as mlx-lm writes it"
+    Settings: ClassVar = MlxLmSettings
 
     @property
     def source(self) -> Path:
-        return resolve_checkpoint(self.export.config.model, weights=False)
+        return base_of(self.export.run, self.export.config, weights=False)
 
     def check(self) -> None:
         super().check()
@@ -31,20 +42,43 @@ class MlxLm(AdapterAlone):
             raise UserError(what, where=str(self.export.run.path), hint="export it with --format peft", exit_code=USAGE)
 
     def write(self, folder: Path) -> None:
-        method, parameters = load_trained(self.export.run, self.export.config)
+        method, parameters = self.trained()
         if method.mlx_lm is not None:
             name = name_elsewhere(self.export.config.model)
             method.mlx_lm.write_adapter(folder, method.settings, parameters, name, self._paths())
         write_template(self.export.config.chat_template, folder)
 
     def verify(self, folder: Path) -> None:
-        method, parameters = load_trained(self.export.run, self.export.config)
+        method, parameters = self.trained()
         if method.mlx_lm is None:
             return
         scale, again = method.mlx_lm.read_adapter(folder, self._paths())
         expected = method.settings.scale_of(next(iter(parameters)).rpartition(".")[0])
         if scale != expected or not same(parameters, again):
             raise UserError("the adapter was not written as it is", where=str(folder))
+        self._open(folder)
+
+    def _open(self, folder: Path) -> None:
+        """Have mlx-lm put the adapter on the base, and compare; that it reads the base itself is no promise of this form, and is noted."""
+        run, config = self.export.run, self.export.config
+        rows, _ = compared_rows(config, self.source)
+        model = load_on_base(run, config, None, "float32").model
+        give_mlx_form(model)
+        hint = "export it with --format peft, or merged"
+        with blamed_on(folder, "mlx-lm cannot open this adapter", hint):
+            found = logits(load_adapters(model, str(folder)).eval(), rows)
+        del model
+        trained = load_on_base(run, config, self.export.trained, "float32").model
+        difference, largest = difference_of(found, logits(trained, rows))
+        if not difference <= MATCH_TOLERANCE * largest:
+            what = f"mlx-lm computes another model with it: a logit differs by {difference:.3g}, where the largest is {largest:.3g}"
+            raise UserError(what, where=str(folder), hint=hint)
+        del trained
+        if config.quantize is None:
+            try:
+                check_in_mlx_lm(resolve_checkpoint(config.model), rows)
+            except UserError as error:
+                self.notes.append(f"of the base itself, {error.what}; `mlx-sft convert` writes one for mlx-lm")
 
     def _paths(self) -> dict[str, str]:
         """mlx-lm's name of each linear module of the base, by its name in transformers."""

@@ -11,11 +11,9 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from mlx_sft.convert.base_info import base_info
-from mlx_sft.convert.targets import Target
+from mlx_sft.convert.targets import BaseModelSettings, StepSettings, Target
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import folder_bytes
-from mlx_sft.load import finished_folder, load_trained
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
@@ -25,17 +23,26 @@ from mlx_sft.model.names import CAUSAL_LM, Opening
 _WHOLE = "export it with --format merged, which holds all that was trained, and push it without --adapter-only"
 
 
+class PeftSettings(StepSettings, BaseModelSettings):
+    """Which step, of which base."""
+
+
 class AdapterAlone(Target):
     """A form without the base in it."""
 
     def check(self) -> None:
-        finished_folder(self.export.run, self.export.config)
+        _ = self.export.trained
         if not self.export.method.frozen_base:
             what, hint = f"a run of --method {self.export.method.name} has no adapter", "export it with --format merged"
             raise UserError(what, where=str(self.export.run.path), hint=hint, exit_code=USAGE)
 
     def needed_bytes(self) -> int:
-        return folder_bytes(finished_folder(self.export.run, self.export.config))
+        return self.export.trained.bytes()
+
+    def trained(self) -> tuple[Method, Parameters]:
+        """What is exported, read from its method's own form, with the settings as that says them."""
+        with self.export.trained.in_own_form() as folder:
+            return self.export.method.read(folder)
 
 
 class Peft(AdapterAlone):
@@ -43,10 +50,11 @@ class Peft(AdapterAlone):
 
     name: ClassVar = "peft"
     summary: ClassVar = "the adapter alone, as PEFT writes it"
+    Settings: ClassVar = PeftSettings
 
     def write(self, folder: Path) -> None:
         run, config = self.export.run, self.export.config
-        method, parameters = load_trained(run, config)
+        method, parameters = self.trained()
         name = name_elsewhere(config.model)
         method.write(folder, parameters, name, base_info(run, config).revision)
         write_template(config.chat_template, folder)
@@ -64,7 +72,7 @@ class Peft(AdapterAlone):
             )
 
     def verify(self, folder: Path) -> None:
-        method, parameters = load_trained(self.export.run, self.export.config)
+        method, parameters = self.trained()
         written, again = self.export.method.read(folder)
         if _but_targets(written) != _but_targets(method) or not same(parameters, again):
             raise UserError("the adapter was not written as it is", where=str(folder))

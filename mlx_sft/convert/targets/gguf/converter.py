@@ -6,6 +6,7 @@ It is another program, with a Python and packages of its own.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +28,9 @@ _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _PACKAGES = "requirements/requirements-convert_hf_to_gguf.txt"
 REPOSITORY = "https://github.com/ggml-org/llama.cpp"
 _LINES_SHOWN = 10
+
+_UNKNOWN_TOKENIZER = re.compile(r"pre-tokenizer was not recognized.*?chkhsh:\s*([0-9a-f]{64})", re.DOTALL)
+"""What the converter says of a tokenizer that is none of those that llama.cpp tells apart; a newer one need not know it either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,14 @@ class Converter:
 
     def _failure(self, code: int, said: str) -> UserError:
         tail = "\n".join(line.rstrip() for line in said.splitlines()[-_LINES_SHOWN:])
-        hint = "this llama.cpp may not know the model's family or tokenizer: update it, or export with --format merged"
+        if unknown := _UNKNOWN_TOKENIZER.search(said):
+            what = f"llama.cpp does not know this model's tokenizer (chkhsh: {unknown[1]})"
+            hint = (
+                f"say beside this line, in get_vocab_base_pre() of {self.script.parent}, which of its tokenizers splits text alike; "
+                "or export with --format merged"
+            )
+            return UserError(what, where=str(self.script), hint=hint)
+        hint = "this llama.cpp may not know the model's family: update it, or export with --format merged"
         if "ModuleNotFoundError" in said or "ImportError" in said:
             packages = self.script.parent / _PACKAGES
             hint = f"give its Python what it needs: {shlex.join([self.interpreter, '-m', 'pip', 'install', '-r', str(packages)])}"

@@ -1,7 +1,8 @@
 """The Modelfile of a GGUF file for Ollama: which template makes the prompt, the default system message, the tokens that end an answer.
 
-A chat template with tools or reasoning is followed by Ollama itself, out of the GGUF file. For a plain one, Ollama has to be given a
-TEMPLATE in Go's language, or it may take one of its own that resembles it: the TEMPLATE is exact, or the Modelfile is refused.
+A chat template with tools or reasoning is followed by Ollama itself, out of the GGUF file, whatever a TEMPLATE says that can do less. For
+a plain one, Ollama has to be given a TEMPLATE in Go's language, or it may take one of its own that resembles it: the TEMPLATE is exact, or
+the Modelfile is refused. `OLLAMA_GO_TEMPLATE=1` has Ollama follow a TEMPLATE always, and `=0` never: where we write one, that is the same.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ REQUIRED = "0.30.11"
 """The first version of Ollama whose `/api/chat` and `/api/generate` both follow the chat template in a GGUF file."""
 
 _HEAD = "# Made by mlx-sft. In this folder: ollama create NAME -f Modelfile\n"
-_NO_TEMPLATE = "# No TEMPLATE: Ollama follows the chat template in the GGUF file.\n"
+_NO_TEMPLATE = "# No TEMPLATE: Ollama follows the chat template in the GGUF file, which has tools or reasoning.\n"
+_A_TEMPLATE = "# Ollama follows this TEMPLATE, as the chat template in the GGUF file has neither tools nor reasoning.\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,13 @@ def make_modelfile(
 def _follows_gguf_template(chat_template: str) -> bool:
     """Whether Ollama follows a GGUF's chat template rather than a plain TEMPLATE, for what more that can do: tools, or reasoning.
 
-    Ollama looks for these words (`chatTemplateCapabilities` in `server/images.go`).
+    Ollama looks for these words (`chatTemplateCapabilities` in `server/images.go`, August 2026).
     """
     tools = "tools" in chat_template or "tool_call" in chat_template
-    return tools or ("<think>" in chat_template and "</think>" in chat_template)
+    thinks = "<think>" in chat_template and "</think>" in chat_template
+    splits = "content.split('</think>')" in chat_template or 'content.split("</think>")' in chat_template
+    elsewhere = "reasoning_content" in chat_template or "<SPECIAL_12>" in chat_template
+    return tools or thinks or (splits and not elsewhere)
 
 
 def _without_template(chat: Chat, source: str, chat_template: str) -> Modelfile:
@@ -101,7 +106,7 @@ def _with_template(chat: Chat, source: str, bos: str) -> Modelfile:
     quoted = f'TEMPLATE """{_holdable(template.text)}"""\n'
     if template.default_system:
         quoted += f'SYSTEM """{_holdable(template.default_system)}"""\n'
-    return Modelfile(f"{_HEAD}FROM {source}\n{quoted}{_stops(chat)}", tuple(_notes(chat, bos)))
+    return Modelfile(f"{_HEAD}{_A_TEMPLATE}FROM {source}\n{quoted}{_stops(chat)}", tuple(_notes(chat, bos)))
 
 
 def _holdable(value: str) -> str:

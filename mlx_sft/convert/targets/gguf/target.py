@@ -20,9 +20,9 @@ from mlx_sft.convert.targets.gguf.comparison import GgufFacts, check_gguf
 from mlx_sft.convert.targets.gguf.converter import OUTPUT, REPOSITORY, Converter, find_converter, no_converter
 from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
 from mlx_sft.convert.verify import Verification, verify_merged
-from mlx_sft.errors import UserError
-from mlx_sft.model.load import load_tokenizer
-from mlx_sft.model.weights import LICENCE_FILES, Checkpoint
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.model.load import TINY, load_tokenizer
+from mlx_sft.model.weights import Checkpoint, licence_files
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 MODELFILE = "Modelfile"
@@ -56,6 +56,9 @@ class Gguf(WholeModel):
     def check(self) -> None:
         super().check()
         base = self.source
+        if base == TINY:
+            what = "llama.cpp does not know the tokenizer of the embedded model `tiny`, so that it has no GGUF file"
+            raise UserError(what, hint="train another model, or export with --format merged", exit_code=USAGE)
         self._converter()
         if (files := code_files(base)) and not may_run_code_of(base):
             what = f"this model names Python code of its own ({', '.join(files)}), which llama.cpp's converter may run"
@@ -78,7 +81,7 @@ class Gguf(WholeModel):
         self._converter().run(written, folder / OUTPUT)
         facts = check_gguf(folder / OUTPUT, written, numbers=self.export.verify)
         shutil.rmtree(merged.parent)
-        for file in (file for pattern in LICENCE_FILES for file in base.glob(pattern) if file.is_file()):
+        for file in licence_files(base):
             shutil.copyfile(file, folder / file.name)
         self.notes.append(facts.said)
         if self.settings.ollama:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import printable
-from mlx_sft.convert.targets import Target
+from mlx_sft.convert.targets import BaseModelSettings, DataSettings, Target
 from mlx_sft.convert.targets.peft import open_as_peft, same
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.convert.targets.trl.sft_config import sft_arguments
@@ -22,8 +22,9 @@ from mlx_sft.data.example import Example
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json, write_file
+from mlx_sft.load import base_of
 from mlx_sft.methods import Method, Parameters
-from mlx_sft.model.load import load_tokenizer, name_elsewhere, resolve_checkpoint
+from mlx_sft.model.load import load_tokenizer, name_elsewhere
 from mlx_sft.model.names import CAUSAL_LM, EXPERTS_PART, opening
 from mlx_sft.model.outline import outline
 from mlx_sft.model.translate import read_config
@@ -41,15 +42,20 @@ _DROPOUT = """\
 """
 
 
+class TrlSettings(BaseModelSettings, DataSettings):
+    """Where the run's base and data are."""
+
+
 class Trl(Target):
     """The export format `trl`; the run may have just begun."""
 
     name: ClassVar = "trl"
     summary: ClassVar = "the run itself, as a script for TRL, its rows and its start"
+    Settings: ClassVar = TrlSettings
 
     @property
     def source(self) -> Path:
-        return resolve_checkpoint(self.export.config.model)
+        return base_of(self.export.run, self.export.config)
 
     def check(self) -> None:
         """Raise `UserError` where TRL cannot do what the run does."""

@@ -18,6 +18,13 @@ from mlx_sft.safetensors_file import open_safetensors, read_float32
 
 MODE: str = globals().get("MODE", "")
 
+UNKNOWN_TOKENIZER = f"""WARNING:hf-to-gguf:** WARNING: The BPE pre-tokenizer was not recognized!
+WARNING:hf-to-gguf:**          - the model has not been added to convert_hf_to_gguf_update.py yet
+WARNING:hf-to-gguf:** ref:     https://github.com/ggml-org/llama.cpp/pull/6920
+WARNING:hf-to-gguf:**
+WARNING:hf-to-gguf:** chkhsh:  {"0123456789abcdef" * 4}
+"""
+
 _KINDS = {
     "f32": gguf.GGMLQuantizationType.F32,
     "f16": gguf.GGMLQuantizationType.F16,
@@ -103,6 +110,9 @@ def main() -> int:
     if MODE == "fails":
         print("INFO: reading\nModel FooForCausalLM is not supported", file=sys.stderr)
         return 3
+    if MODE == "tokenizer":
+        print(UNKNOWN_TOKENIZER, file=sys.stderr)
+        raise NotImplementedError("BPE pre-tokenizer was not recognized - update get_vocab_base_pre()")
     if MODE == "packages":
         raise ModuleNotFoundError("No module named 'torch'")
     if MODE == "silent":

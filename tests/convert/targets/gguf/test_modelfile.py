@@ -149,6 +149,30 @@ def test_tools_and_reasoning_are_left_to_the_template_in_the_file(name: str, bui
     assert modelfile.notes == ("Ollama 0.30.11 or later is needed, which follows the chat template in the GGUF file",)
 
 
+@pytest.mark.parametrize(
+    ("words", "follows"),
+    [
+        ("{{ tools }}", True),
+        ("{# a tool_call #}", True),
+        ("{# <think> and </think> #}", True),
+        ("{% set said = content.split('</think>') %}", True),
+        ('{% set said = content.split("</think>") %}{{ reasoning_content }}', False),
+        ("{# <think> #}", False),
+    ],
+)
+def test_a_template_is_written_only_where_ollama_follows_it(
+    words: str, follows: bool, make_tokenizer: MakeTokenizer
+) -> None:
+    """What more the GGUF's template can do decides: `chatTemplateCapabilities`, `shouldPreferChatTemplate` in Ollama's `images.go`."""
+    unseen = f"{{% if false %}}{words}{{% endif %}}"
+    modelfile = make_modelfile(make_tokenizer(unseen + CHATML), {}, "./model.gguf")
+    commands = dict(parse_modelfile(modelfile.text))
+    assert ("TEMPLATE" in commands) is not follows
+    assert ("REQUIRES" in commands) is follows
+    said = "# No TEMPLATE: Ollama follows the chat template" if follows else "# Ollama follows this TEMPLATE"
+    assert said in modelfile.text
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_plain_template_needs_no_other_and_no_version(name: str, built: Callable[[str], Any]) -> None:
     modelfile = built(name)[1]
@@ -174,7 +198,7 @@ def test_the_real_qwen3(talk: list[dict[str, str]], neighbour: Callable[[str], P
     modelfile = make_modelfile(tokenizer, {}, "./model.gguf")
     assert modelfile.text == (
         "# Made by mlx-sft. In this folder: ollama create NAME -f Modelfile\n"
-        "# No TEMPLATE: Ollama follows the chat template in the GGUF file.\n"
+        "# No TEMPLATE: Ollama follows the chat template in the GGUF file, which has tools or reasoning.\n"
         "FROM ./model.gguf\n"
         "REQUIRES 0.30.11\n"
         'PARAMETER stop "<|im_end|>"\n'

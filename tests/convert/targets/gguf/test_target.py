@@ -112,6 +112,28 @@ def test_packages_that_the_converter_lacks_are_said_with_the_command_that_instal
     assert f"-m pip install -r {llama_cpp}/requirements/requirements-convert_hf_to_gguf.txt" in caught.value.hint
 
 
+def test_a_tokenizer_that_llama_cpp_does_not_know_is_told_by_its_line_and_not_to_update(
+    tmp_path: Path, make_base: Any, make_run: Any, make_llama_cpp: MakeLlamaCpp
+) -> None:
+    llama_cpp = make_llama_cpp("tokenizer")
+    with pytest.raises(UserError, match="does not know this model's tokenizer") as caught:
+        export(make_run(make_base()).path, tmp_path / "out", format="gguf", llama_cpp=llama_cpp, verify=False)
+    assert f"chkhsh: {'0123456789abcdef' * 4}" in caught.value.what
+    assert "get_vocab_base_pre()" in caught.value.hint
+    assert "update" not in caught.value.hint
+    assert "--format merged" in caught.value.hint
+
+
+def test_the_embedded_model_is_told_apart_before_anything_is_done(
+    tmp_path: Path, make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(Path("tiny"), method="full")
+    (run.path / "weights").mkdir()
+    with pytest.raises(UserError, match="does not know the tokenizer of the embedded model `tiny`"):
+        export(run.path, tmp_path / "out", format="gguf", llama_cpp=tmp_path / "no-folder")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_the_package_the_header_and_the_size_are_checked_and_that_is_said(
     tmp_path: Path, make_base: Any, make_run: Any, make_llama_cpp: MakeLlamaCpp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +230,7 @@ def test_ollama_gets_a_modelfile_beside_it(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["LICENSE", "Modelfile", "model.gguf"]
     assert (tmp_path / "out" / "Modelfile").read_text() == (
         "# Made by mlx-sft. In this folder: ollama create NAME -f Modelfile\n"
+        "# Ollama follows this TEMPLATE, as the chat template in the GGUF file has neither tools nor reasoning.\n"
         "FROM ./model.gguf\n"
         'TEMPLATE """{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}'
         '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
