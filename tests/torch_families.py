@@ -87,6 +87,7 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16,
         "mamba_d_state": 8,
     },
+    "hunyuan_v1_dense": _NO_PADDING,
     "jamba": _NO_PADDING
     | {
         "num_experts": 4,

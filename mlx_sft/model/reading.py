@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ class Reading:
         left = {name: array for name, array in given.items() if id(array) not in as_it_is and not self._needless(name)}
         names = {id(array) for array in given.values()}
         made = [array for array in taken.values() if id(array) not in names]
-        unread = left.keys() - _reaching(made, left) if left else set()
+        unread = left.keys() - (_reaching(made, left) if left and made else set())
         if unread:
             what = (
                 f"mlx-lm's code for this family does not read {_some(sorted(unread))}; the model would be another one"
@@ -161,25 +161,19 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     return all(np.array_equal(read_rows(one, row, row + 1), read_rows(other, row, row + 1)) for row in rows)
 
 
-def _reaching(outputs: Iterable[mx.array], named: Mapping[str, mx.array]) -> set[str]:
-    """The names of those arrays from which at least one of the outputs would be computed."""
-    ends = {f"o{number}": array for number, array in enumerate(outputs)}
-    starts = {f"i{number}": name for number, name in enumerate(named)}
+def _reaching(outputs: list[mx.array], named: Mapping[str, mx.array]) -> set[str]:
+    """The names of those arrays, which must depend on no others, from which at least one of the outputs would be computed."""
     graph = io.StringIO()
-    mx.export_to_dot(graph, **ends, **{label: named[name] for label, name in starts.items()})
-    inputs: dict[str, list[str]] = {}
-    for line in graph.getvalue().splitlines():
-        source, arrow, target = line.partition(" -> ")
-        if arrow:
-            inputs.setdefault(target.strip('"'), []).append(source.strip('"'))
-    reached: set[str] = set()
-    waiting = list(ends)
-    while waiting:
-        node = waiting.pop()
-        if node not in reached:
-            reached.add(node)
-            waiting += inputs.get(node, ())
-    return {name for label, name in starts.items() if label in reached}
+    # Arrays are written in the order in which they are met: first those that are asked about, one after another.
+    mx.export_to_dot(graph, *named.values(), mx.depends(mx.zeros(1), outputs))
+    lines = graph.getvalue().splitlines()
+    arrays = [found[1] for line in lines if (found := _ARRAY.fullmatch(line))]
+    used = {line.partition(" -> ")[0].strip('"') for line in lines if line.startswith('"')}
+    return {name for name, array in zip(named, arrays, strict=False) if array in used}
+
+
+_ARRAY = re.compile(r'\{ (?:rank=\w+; )?"(\w+)"; \}')
+"""A line of the graph, in Graphviz's language, for an array; another says `"A" -> 5` of an operation that takes it."""
 
 
 def _some(names: list[str]) -> str:

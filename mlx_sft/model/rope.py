@@ -30,8 +30,16 @@ _SETTINGS: dict[str, set[str]] = {
 }  # fmt: skip
 """The settings that mlx-lm's `initialize_rope`, or a module here, reads, by type of RoPE."""
 
-_READ_BY = {"llama_4_scaling_beta": ("ministral3", "mistral4")}
-"""Settings among those of RoPE by which the attention of these families scales its queries."""
+_READ_BY = {
+    "llama_4_scaling_beta": ("ministral3", "mistral4"),
+    # Hunyuan's dynamic RoPE has a base of its own; the others it names beside are YaRN's, and neither library looks at them.
+    "alpha": ("hunyuan_v1_dense",),
+    "beta_fast": ("hunyuan_v1_dense",),
+    "beta_slow": ("hunyuan_v1_dense",),
+    "mscale": ("hunyuan_v1_dense",),
+    "mscale_all_dim": ("hunyuan_v1_dense",),
+}
+"""Settings among those of RoPE that these families' code reads, or that have no effect in them."""
 
 _OF_MLX_LM = {"rotary_emb_base", "rotary_pct", "rotary_dim"}
 """Other names of the base, and of the part of a head that is turned."""

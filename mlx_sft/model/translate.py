@@ -223,7 +223,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _settings(path: Path) -> _Settings:
     raw = read_config(path)
-    with blamed_on(path / "config.json", "transformers does not take it", DOWNLOAD_AGAIN):
+    hint = f"another version of transformers may; if it is not as its authors published it, {DOWNLOAD_AGAIN}"
+    with blamed_on(path / "config.json", "transformers does not take it", hint):
         try:
             full = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=may_run_code_of(path))
         except (ValueError, OSError):

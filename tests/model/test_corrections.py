@@ -59,6 +59,9 @@ _MULTIPLIERS = {
             "intermediate_size": 256,
             "rope_parameters": {"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.5},
         }),
+        ("hunyuan_v1_dense", {"rope_parameters": {
+            "rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "mscale": 1.0,
+        }}),
         # Settings that a config of transformers 5 says in other words.
         ("apertus", {}),
         ("exaone4", {}),

@@ -23,6 +23,7 @@ from mlx_sft.methods.lora import resolve_targets
 from mlx_sft.model.load import load_model
 from mlx_sft.model.outline import outline
 from mlx_sft.model.quantize import quantized_modules
+from mlx_sft.model.reading import _reaching
 from tests.parity import assert_close
 
 Tensors = dict[str, torch.Tensor]
@@ -106,6 +107,18 @@ def test_a_parameter_that_nothing_is_computed_with_is_named(
     _refused(make_base("qwen3"), r"loads \S+ and \d+ more and computes nothing with it")
 
 
+def test_a_tensor_that_alone_is_thrown_away_is_named(
+    changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Careless(qwen3.Model):
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            return {name: weight for name, weight in weights.items() if "extra" not in name}
+
+    _of_code(monkeypatch, Careless)
+    base = changed("qwen3", lambda tensors: tensors | {"model.extra": torch.ones(3)})
+    _refused(base, r"does not read model\.extra; the model would be another one")
+
+
 def test_a_head_stored_twice_is_the_embedding_and_another_head_is_that_head(
     changed: Callable[..., Path], torch_logits: Callable, mlx_logits: Callable, token_ids: list
 ) -> None:
@@ -120,6 +133,16 @@ def test_a_head_stored_twice_is_the_embedding_and_another_head_is_that_head(
     assert "lm_head" in model
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     assert_close(mlx_logits(model, token_ids), torch.tensor(torch_logits(theirs, token_ids)))
+
+
+def test_arrays_are_told_apart_by_what_is_computed_from_them_however_many_there_are() -> None:
+    """A large mixture of experts has tens of thousands of tensors."""
+    named = {f"expert {number}": mx.full((2,), number) for number in range(3000)}
+    mx.eval(named)
+    used = {name: array for name, array in named.items() if int(name.split()[1]) % 3}
+    stacks = [mx.stack(list(used.values())[start : start + 500]) for start in range(0, len(used), 500)]
+    assert _reaching([*stacks, mx.zeros(2) + named["expert 3"]], named) == {*used, "expert 3"}
+    assert _reaching([named["expert 5"] * named["expert 6"]], {"alone": named["expert 6"]}) == {"alone"}
 
 
 def test_a_missing_tensor_is_named_and_may_be_a_broken_copy(changed: Callable[..., Path]) -> None:
