@@ -224,7 +224,7 @@ def test_what_contradicts_itself_is_refused(base: Path, run: Callable[..., Path]
     folder = run()
     for options, message in (
         ({"base": "dequantized"}, "for a run on a quantized base"),
-        ({"base": "dequantized", "base_model": str(base)}, "leave one of"),
+        ({"base": "dequantized", "base_model": str(base)}, "for a run on a quantized base"),
         ({"format": "peft", "base": "dequantized"}, "--base goes with --format merged or mlx or gguf"),
         ({"quantize": "4"}, "goes with --format mlx"),
     ):
@@ -233,6 +233,9 @@ def test_what_contradicts_itself_is_refused(base: Path, run: Callable[..., Path]
         assert message in str(caught.value)
         assert caught.value.exit_code == 2
     quantized = _quantized(tmp_path / "quantized", base)
+    of_quantized = run(model=str(quantized), out=str(tmp_path / "of-quantized"))
+    with pytest.raises(UserError, match="leave one of"):
+        export(of_quantized, tmp_path / "none", base="dequantized", base_model=str(base))
     with pytest.raises(UserError, match="quantized already, to 4 bits"):
         load_model(str(quantized), quantize="8")
     with pytest.raises(UserError, match="--method full trains the weights themselves"):
@@ -264,7 +267,7 @@ def test_another_model_in_place_of_the_base_is_refused(
 ) -> None:
     folder = run()
     other = make_base("qwen3", tied=True, intermediate_size=128, rms_norm_eps=0.5)
-    with pytest.raises(UserError, match="not the trained one"):
+    with pytest.raises(UserError, match="not the model that the run was trained on"):
         export(folder, tmp_path / "none", base_model=str(other))
     shutil.copytree(base, tmp_path / "moved")
     assert export(folder, tmp_path / "merged", base_model=str(tmp_path / "moved")).verification is not None

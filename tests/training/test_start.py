@@ -109,7 +109,7 @@ def test_the_command_needs_nothing_but_the_folder(half_trained: Path, cli: Calla
 
 
 @pytest.mark.parametrize(
-    ("changes", "option"), [({"lr": 1.0}, "--lr"), ({"rank": 2}, "--rank"), ({"data": "x"}, "--data")]
+    ("changes", "option"), [({"lr": 1.0}, "--lr"), ({"rank": 2}, "--rank"), ({"data": ["x", "y"]}, "--data")]
 )
 def test_another_setting_given_along_is_refused(
     half_trained: Path, tmp_path: Path, changes: dict[str, Any], option: str
