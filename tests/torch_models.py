@@ -60,7 +60,7 @@ def _make_base(
     key = (family, tied, dtype, shard, form, json.dumps(settings, sort_keys=True))
     if key not in made:
         torch.manual_seed(0)
-        shape = _SHAPE | {"tie_word_embeddings": tied} | (TORCH_FAMILIES | OTHER_FAMILIES)[family] | settings
+        shape = _SHAPE | {"tie_word_embeddings": tied} | (TORCH_FAMILIES | OTHER_FAMILIES).get(family, {}) | settings
         config = AutoConfig.for_model(family, **deepcopy(shape))  # transformers adds to dictionaries that it is given
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
         with torch.no_grad():  # transformers starts norms at one and biases at zero, which would hide a mistake in them
