@@ -251,7 +251,7 @@ OTHER_IN_MLX_LM = {
     *(("phi3", "longrope"), ("qwen3_moe", "yarn"), ("mixtral", "llama3")),
     *(("qwen2_moe", "linear"), ("gemma2", "linear"), ("glm4", "yarn")),
 }
-"""Rotations that the families' code there takes otherwise or not at all, and that are put right here: in its form these would be other models."""
+"""Rotations that the families' code there takes otherwise or not at all: put right here, in its form these would be other models."""
 
 
 @pytest.mark.parametrize(("kind", "rope"), ROPES)
