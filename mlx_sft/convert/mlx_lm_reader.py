@@ -7,7 +7,7 @@ falls back on its own default. transformers reads the older names too, so that a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.files import to_json
 from mlx_sft.model.load import cast, load_model
 from mlx_sft.model.stored_form import give_mlx_form
-from mlx_sft.model.translate import fields_read, read_config, translate_config
+from mlx_sft.model.translate import fields_of_the_whole, fields_read, read_config, translate_config
 from mlx_sft.trust import may_run_code_of
 
 Logits = list[NDArray[np.float32]]
@@ -41,7 +41,7 @@ def say_for_both(folder: Path) -> None:
     """Have a checkpoint's `config.json` say each setting under the name that mlx-lm reads, too; without need it stays as it is."""
     stored, translated = read_config(folder), translate_config(folder)
     if translated["model_type"] == stored["model_type"]:  # else it is of a text alone, for which mlx-lm has no name
-        said = said_for_both(stored, translated, fields_read(folder))
+        said = said_for_both(stored, translated, fields_read(folder), fields_of_the_whole(folder))
         if said != stored:
             (folder / "config.json").write_text(to_json(said))
 
@@ -51,7 +51,7 @@ def config_for_mlx_lm(folder: Path) -> dict[str, Any]:
     stored, translated, fields = read_config(folder), translate_config(folder), fields_read(folder)
     kind = translated["model_type"]
     if kind == stored["model_type"]:
-        return said_for_both(stored, translated, fields)
+        return said_for_both(stored, translated, fields, fields_of_the_whole(folder))
     shared = {name: stored[name] for name in _OF_THE_WHOLE if name in stored}
     return shared | {"model_type": kind, "text_config": said_for_both(stored, translated, fields)}
 
@@ -67,16 +67,28 @@ _OF_THE_WHOLE = (
 )
 
 
-def said_for_both(stored: dict[str, Any], translated: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+def said_for_both(
+    stored: dict[str, Any],
+    translated: dict[str, Any],
+    fields: dict[str, Any],
+    of_whole: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """`stored`, with those settings added that mlx-lm's code would not find in it, or would read otherwise.
 
     Args:
         stored: `config.json` of a checkpoint.
         translated: The same as mlx-lm's code reads it.
         fields: The settings of the language model that the code reads, with its defaults.
+        of_whole: Those that it reads beside them, where they are nested, such as Gemma 3's `vocab_size`.
     """
-    if isinstance(stored.get("text_config"), dict) and isinstance(translated.get("text_config"), dict):
-        return stored | {"text_config": said_for_both(stored["text_config"], translated["text_config"], fields)}
+    text = translated.get("text_config")
+    if isinstance(stored.get("text_config"), dict) and isinstance(text, dict):
+        beside = {
+            name: text[name]
+            for name, default in (of_whole or {}).items()
+            if name in text and name not in stored and not _say_the_same(default, text[name])
+        }
+        return stored | beside | {"text_config": said_for_both(stored["text_config"], text, fields)}
     added = {}
     for name, default in fields.items():
         if name == "model_type" or name not in translated or (name == "rope_parameters" and stored.get(name)):

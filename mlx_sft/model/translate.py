@@ -311,6 +311,12 @@ def fields_read(path: Path) -> dict[str, Any]:
     return _settings(path).fields
 
 
+def fields_of_the_whole(path: Path) -> dict[str, Any]:
+    """What mlx-lm's code of a model that can do more reads beside the settings of its language model, with its defaults."""
+    fields = _fields(family_code(read_config(path), path).ModelArgs)
+    return {name: default for name, default in fields.items() if name not in ("model_type", _NESTED)}
+
+
 def _text_code(whole: dict[str, Any], path: Path) -> tuple[Any, Any]:
     """The module of the language model inside of one that can do more, and the class of its settings."""
     family = family_code(whole, path)

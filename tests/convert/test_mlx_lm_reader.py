@@ -200,3 +200,11 @@ def test_a_folder_that_mlx_lm_cannot_open_is_an_error_with_its_words(
     folder = copied(make_base("llama"), tmp_path / "copy", num_attention_heads=None)
     with pytest.raises(UserError, match=f"{folder}: mlx-lm cannot open it: "):
         check_in_mlx_lm(folder, ROWS, [np.zeros((12, 264), np.float32)])
+
+
+def test_what_mlx_lm_reads_beside_nested_settings_is_said_there_too() -> None:
+    stored = {"model_type": "gemma3", "text_config": {"vocab_size": 64}, "image_token_index": 7}
+    translated = stored | {"text_config": {"vocab_size": 64, "hidden_size": 8}, "vision_config": {}}
+    of_whole = {"vocab_size": 262208, "hidden_size": 8, "image_token_index": 3, "vision_config": None}
+    said = said_for_both(stored, translated, {"vocab_size": 262208}, of_whole)
+    assert said == stored | {"vocab_size": 64}
