@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.console import Console
+from mlx_sft.data.batches import Layout, MicroBatch, collate
 from mlx_sft.errors import USAGE
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.resume import resumed_config
+from mlx_sft.training.setup import prepare_job
+from mlx_sft.training.shapes import compiled_shape, compiled_shapes
 from tests.run_folders import outcome
 
 
@@ -348,3 +353,19 @@ def test_more_epochs_that_the_disk_has_no_room_for_change_nothing(
     usage = type(shutil.disk_usage("/"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 0))
     assert "of disk" in refusal(cut_short, epochs=9).what
+
+
+def test_on_a_gpu_the_commonest_shapes_of_the_plan_are_compiled(settings: dict[str, Any]) -> None:
+    job = prepare_job(TrainConfig(**settings | {"epochs": 1, "batch_size": 1}), Console(quiet=True))
+    arguments = (job.plan, job.data.train, job.settings.micro_batch_tokens)
+    assert compiled_shapes(*arguments, job.settings.layout) == []
+    lengths = job.data.train.needed_lengths
+    layout = Layout.of_few_shapes(lengths)
+    found = compiled_shapes(*arguments, layout)
+    batches = [
+        collate(job.data.train, MicroBatch(step.rows, layout.width_of(int(lengths[step.rows[0]]))))
+        for step in job.plan.steps()
+    ]
+    taken = Counter(shape for batch in batches if (shape := compiled_shape(batch, found)))
+    assert set(found) == taken.keys()
+    assert min(taken.values()) > 2

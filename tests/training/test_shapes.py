@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks.rows import CHAT_LENGTHS, PAIR_LENGTHS, spread
-from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console
 from mlx_sft.data.batches import Layout, MicroBatch, Plan, collate, cut
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
-from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.shapes import MOST_TRACES, Shape, compiled_shape, compiled_shapes, padded_shape
 
 pytestmark = pytest.mark.fast
@@ -36,22 +33,6 @@ def test_a_shape_counts_supervised_positions_on_the_grid(examples: Examples) -> 
     batch = collate(examples, MicroBatch((0, 1), 24))
     assert padded_shape(batch) == (2, 24, 16)
     assert len(batch.targets) == 9
-
-
-def test_on_a_gpu_the_commonest_shapes_of_the_plan_are_compiled(settings: dict[str, Any]) -> None:
-    job = prepare_job(TrainConfig(**settings | {"epochs": 1, "batch_size": 1}), Console(quiet=True))
-    arguments = (job.plan, job.data.train, job.settings.micro_batch_tokens)
-    assert compiled_shapes(*arguments, job.settings.layout) == []
-    lengths = job.data.train.needed_lengths
-    layout = Layout.of_few_shapes(lengths)
-    found = compiled_shapes(*arguments, layout)
-    batches = [
-        collate(job.data.train, MicroBatch(step.rows, layout.width_of(int(lengths[step.rows[0]]))))
-        for step in job.plan.steps()
-    ]
-    taken = Counter(shape for batch in batches if (shape := compiled_shape(batch, found)))
-    assert set(found) == taken.keys()
-    assert min(taken.values()) > 2
 
 
 def test_a_micro_batch_takes_the_smallest_shape_that_holds_it(examples: Examples) -> None:
