@@ -15,7 +15,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import check_vocabulary
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.source_report import SourceReport
-from mlx_sft.load import Step, load_run
+from mlx_sft.load import WhichStep, load_run
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import vocabulary_size
@@ -98,7 +98,7 @@ class _Bound(Method):
 
 
 def evaluate_run(
-    run: str | Path, data: str, *, base: bool = False, step: Step = None, base_model: str | None = None
+    run: str | Path, data: str, *, base: bool = False, step: WhichStep = None, base_model: str | None = None
 ) -> EvaluationResult:
     """Token-mean loss and accuracy of a run's model on a data source.
 

@@ -27,7 +27,7 @@ from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import read_arrays
 
-Step = str | int | None
+WhichStep = str | int | None
 """Which step of a run: `best`, by validation loss; `last`; the number of one that has a checkpoint; None for a finished run's result."""
 
 _STEP = "take what it has with --step best, last, or"
@@ -59,7 +59,7 @@ def load_run(
     *,
     base: bool = False,
     dtype: str | None = None,
-    step: Step = None,
+    step: WhichStep = None,
     base_model: str | None = None,
 ) -> AdaptedModel:
     """Load a run's base model and put what the run trained into it.
@@ -182,13 +182,13 @@ class Trained:
     Args:
         run: The run.
         config: Its configuration.
-        step: Which step; see `Step`.
+        step: Which step; see `WhichStep`.
 
     Raises:
         UserError: If the run has not finished and no step was given, or there is nothing of that step.
     """
 
-    def __init__(self, run: RunFolder, config: TrainConfig, step: Step = None) -> None:
+    def __init__(self, run: RunFolder, config: TrainConfig, step: WhichStep = None) -> None:
         self.run, self.config, self.step = run, config, step
         self._kind: type[Method] = METHODS[config.method]
         self.file: Path | None = None
@@ -246,7 +246,7 @@ class Trained:
             yield folder
 
 
-def load_trained(run: RunFolder, config: TrainConfig, step: Step = None) -> tuple[Method, Parameters]:
+def load_trained(run: RunFolder, config: TrainConfig, step: WhichStep = None) -> tuple[Method, Parameters]:
     """What a run has trained, as `Trained` finds it: the method and its parameters, float32."""
     return Trained(run, config, step).read()
 

@@ -26,7 +26,7 @@ from mlx_sft.data.example import SPAN, Example, Note, Outcome, spans_of, weights
 from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.data.template import Facts
-from mlx_sft.data.token_counts import Tokens
+from mlx_sft.data.token_counts import TokenColumn
 from mlx_sft.errors import UserError
 
 _CONTENT: dict[str, tuple[str, Callable[[Example], Any]]] = {
@@ -325,11 +325,11 @@ class Examples(Sequence[Example]):
         """How many there are of each source."""
         return list(map(int, np.bincount(self._store_indices(), minlength=len(self._stores))))
 
-    def tokens(self) -> list[Tokens]:
+    def tokens(self) -> list[TokenColumn]:
         """The tokens of each source."""
         stores, columns = self._store_indices(), (self.supervised_tokens, self.lengths - self.supervised_tokens)
         sums = (np.bincount(stores, column, len(self._stores)).astype(np.int64).tolist() for column in columns)
-        return [Tokens(*one) for one in zip(*sums, strict=True)]
+        return [TokenColumn(*one) for one in zip(*sums, strict=True)]
 
     def first_rows(self, found: NDArray[np.bool_], most: int) -> list[str]:
         """The origins of the first rows with an example that is found."""

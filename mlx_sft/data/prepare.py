@@ -25,7 +25,7 @@ from mlx_sft.data.report import DataReport
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.source_report import SourceReport
 from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
-from mlx_sft.data.token_counts import NO_TOKENS
+from mlx_sft.data.token_counts import EMPTY_COLUMN
 from mlx_sft.data.tokenize import tokenized
 from mlx_sft.data.truncation import Truncation, truncate
 from mlx_sft.errors import USAGE, UserError
@@ -148,8 +148,8 @@ def _with_parts(sources: Sequence[SourceReport], train: Examples, valid: Example
     Validation examples are of sources of their own, which are the last ones, or held out of those to train on.
     """
     trained, held_out = train.tokens(), valid.tokens()
-    trained += [NO_TOKENS] * (len(sources) - len(trained))
-    held_out = [NO_TOKENS] * (len(sources) - len(held_out)) + held_out if len(sources) > len(held_out) else held_out
+    trained += [EMPTY_COLUMN] * (len(sources) - len(trained))
+    held_out = [EMPTY_COLUMN] * (len(sources) - len(held_out)) + held_out if len(sources) > len(held_out) else held_out
     return [
         replace(source, tokens=replace(source.tokens, trained_on=one, held_out=other))
         for source, one, other in zip(sources, trained, held_out, strict=True)

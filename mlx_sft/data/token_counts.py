@@ -7,17 +7,17 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenColumn:
     """So many tokens that are supervised, and so many that are only read."""
 
     supervised: int = 0
     context: int = 0
 
-    def __add__(self, other: Tokens) -> Tokens:
-        return Tokens(self.supervised + other.supervised, self.context + other.context)
+    def __add__(self, other: TokenColumn) -> TokenColumn:
+        return TokenColumn(self.supervised + other.supervised, self.context + other.context)
 
-    def __sub__(self, other: Tokens) -> Tokens:
-        return Tokens(self.supervised - other.supervised, self.context - other.context)
+    def __sub__(self, other: TokenColumn) -> TokenColumn:
+        return TokenColumn(self.supervised - other.supervised, self.context - other.context)
 
     @property
     def all(self) -> int:
@@ -27,7 +27,7 @@ class Tokens:
         return {"supervised": self.supervised, "context": self.context}
 
 
-NO_TOKENS = Tokens()
+EMPTY_COLUMN = TokenColumn()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +43,17 @@ class TokenCounts:
             nothing stands before them.
     """
 
-    trained_on: Tokens = NO_TOKENS
-    held_out: Tokens = NO_TOKENS
-    cut_off: Tokens = NO_TOKENS
-    dropped: Tokens = NO_TOKENS
+    trained_on: TokenColumn = EMPTY_COLUMN
+    held_out: TokenColumn = EMPTY_COLUMN
+    cut_off: TokenColumn = EMPTY_COLUMN
+    dropped: TokenColumn = EMPTY_COLUMN
     first_of_pieces: int = 0
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         return TokenCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(TokenCounts)))
 
     @property
-    def columns(self) -> dict[str, Tokens]:
+    def columns(self) -> dict[str, TokenColumn]:
         """By name; each token is in one of them."""
         return {
             "trained_on": self.trained_on,

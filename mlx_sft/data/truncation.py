@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Note
-from mlx_sft.data.token_counts import NO_COUNTS, NO_TOKENS, TokenCounts, Tokens
+from mlx_sft.data.token_counts import EMPTY_COLUMN, NO_COUNTS, TokenColumn, TokenCounts
 from mlx_sft.errors import UserError
 
 Overlong = Literal["split", "truncate", "drop", "error"] | None
@@ -91,7 +91,7 @@ def _counts(whole: Examples, pieces: Examples, cut: Examples, kept: NDArray[np.b
     return TokenCounts(
         trained_on=left,
         cut_off=_tokens(pieces.select(chosen)) - left,
-        dropped=_tokens(pieces.select(left_out)) + Tokens(alone, -alone),
+        dropped=_tokens(pieces.select(left_out)) + TokenColumn(alone, -alone),
         first_of_pieces=no_longer - alone,
     )
 
@@ -106,8 +106,8 @@ def _refusal(origin: str, length: int, max_length: int, overlong: Overlong) -> U
     return UserError(what, where=origin, hint=hint)
 
 
-def _tokens(examples: Examples) -> Tokens:
-    return sum(examples.tokens(), NO_TOKENS)
+def _tokens(examples: Examples) -> TokenColumn:
+    return sum(examples.tokens(), EMPTY_COLUMN)
 
 
 def _of_one(examples: Examples, index: int, length: int, longest: int, overlong: Overlong, *, kept: bool) -> Note:

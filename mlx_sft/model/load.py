@@ -23,7 +23,7 @@ from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import mark_joined, quantized_modules
 from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import stored_quantization
-from mlx_sft.model.reading import Reading, tied_as_stored
+from mlx_sft.model.reading import CheckpointReader, tied_as_stored
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.stored_form import take_stored_form
 from mlx_sft.model.translate import read_config, translate_config, unread
@@ -119,13 +119,13 @@ def load_model(
     refuse_other_forms(path, config, quantize)
     settings = tied_as_stored(translate_config(path), checkpoint)
     trusted = may_run_code_of(path)
-    reading = Reading(path, settings)
+    reader = CheckpointReader(path, settings)
     with blamed_on(path, f"mlx-lm's code for models of type {config['model_type']} fails on this checkpoint", _FAILED):
         model, _ = mlx_lm_utils.load_model(
             path,
             lazy=True,
             model_config=settings,
-            get_model_classes=reading.classes,
+            get_model_classes=reader.classes,
             trust_remote_code=trusted,
         )
         correct_ropes(model, settings, unread(path))
@@ -135,7 +135,7 @@ def load_model(
             quantize_model(model, quantize)
         mark_joined(model, checkpoint)
         mx.eval(model.parameters())
-        reading.check_computed_with(model)
+        reader.check_computed_with(model)
         model.freeze()
     return LoadedModel(model, tokenizer or load_tokenizer(path), path, name, config)
 

@@ -48,7 +48,7 @@ _ROWS_COMPARED = 64
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-class Reading:
+class CheckpointReader:
     """Builds the model of a checkpoint for `mlx_lm.utils.load_model`, and watches what becomes of each tensor.
 
     Args:

@@ -16,7 +16,7 @@ from mlx_sft.data.part_report import PartReport
 from mlx_sft.data.report import DataReport
 from mlx_sft.data.source_report import SourceReport, reasons
 from mlx_sft.data.template import Facts
-from mlx_sft.data.token_counts import TokenCounts, Tokens
+from mlx_sft.data.token_counts import TokenColumn, TokenCounts
 
 pytestmark = pytest.mark.fast
 
@@ -145,7 +145,7 @@ def test_the_first_rows_of_several_sources_are_named_in_their_order_and_once() -
 
 def test_a_few_duplicates_and_a_few_lost_tokens_are_findings_and_no_warnings() -> None:
     train = part(*(example(10, f"a:{fill}", fill=fill) for fill in range(50)), example(10, "a:51", fill=3))
-    tokens = TokenCounts(trained_on=Tokens(99, 1), cut_off=Tokens(1, 0))
+    tokens = TokenCounts(trained_on=TokenColumn(99, 1), cut_off=TokenColumn(1, 0))
     told = report(
         train,
         tokens=tokens,

@@ -16,7 +16,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import Merging, refuse_unmergeable
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.load import Step, Trained, base_of
+from mlx_sft.load import Trained, WhichStep, base_of
 from mlx_sft.methods import Method
 from mlx_sft.model.load import resolve_checkpoint
 from mlx_sft.model.weights import Checkpoint
@@ -50,7 +50,7 @@ class Export:
     config: TrainConfig
     to: Path
     verify: bool = True
-    step: Step = None
+    step: WhichStep = None
 
     @cached_property
     def trained(self) -> Trained:
