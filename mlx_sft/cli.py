@@ -123,14 +123,14 @@ def inspect(
     from mlx_sft.console import Console
 
     console = Console(quiet=config.quiet)
-    with console.reading() as progress:
-        if write_clean is not None:
-            clean = inspection.write_clean(config, write_clean, overwrite=overwrite, progress=progress)
-        else:
-            found = inspection.inspect(config, row=row, only=only, limit=limit, progress=progress)
     if write_clean is not None:
+        with console.reading() as progress:
+            clean = inspection.write_clean(config, write_clean, overwrite=overwrite, progress=progress)
         clean.show(console, as_json=as_json)
-    elif html is not None:
+        return
+    with console.reading() as progress:
+        found = inspection.inspect(config, row=row, only=only, limit=limit, progress=progress)
+    if html is not None:
         write_text(f"{found.write_page(html)}\n")
     elif as_json:
         write_text(found.to_json() + "\n")
@@ -249,11 +249,11 @@ def push(run: str, repo: str, **options: Any) -> None:
         console.done(result.url)
 
 
-_STEP_HELP = (
-    "What the run had trained by its best evaluation (best), by now (last), or by a step that has a checkpoint (its number); "
-    "the result of a finished run where not given."
-)
-_BASE_MODEL_HELP = "Where the run's base lies now, if not where training found it."
+_step = click.option("--step", metavar="STEP",
+    help="What the run had trained by its best evaluation (best), by now (last), or by a step that has a checkpoint (its number); "
+    "the result of a finished run where not given.")  # fmt: skip
+_base_model = click.option("--base-model", metavar="MODEL",
+    help="Where the run's base lies now, if not where training found it.")  # fmt: skip
 
 
 def _model_options(command: Command) -> Command:
@@ -266,8 +266,8 @@ def _model_options(command: Command) -> Command:
         click.option("--base", is_flag=True, help="The model as it was before training."),
         click.option("--adapter", metavar="DIR", help="A PEFT adapter, on --model or on the base that it names."),
         click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
-        click.option("--step", metavar="STEP", help=_STEP_HELP),
-        click.option("--base-model", metavar="MODEL", help=_BASE_MODEL_HELP),
+        _step,
+        _base_model,
         click.option("--run", metavar="RUN", help="The run folder."),
     ):  # fmt: skip
         command = option(command)
@@ -388,8 +388,8 @@ def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None
 @main.command(name="eval")
 @click.option("--run", required=True, metavar="RUN", help="The run folder.")
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
-@click.option("--step", metavar="STEP", help=_STEP_HELP)
-@click.option("--base-model", metavar="MODEL", help=_BASE_MODEL_HELP)
+@_step
+@_base_model
 @click.option("--base", is_flag=True, help="The model as it was before training.")
 @click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
 @_trusting

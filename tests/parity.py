@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,20 @@ def loss_and_gradients(
     shapes = [padded_shape(batch) for batch in batches] if compiled else []
     computer = GradientComputer(split, method, 264, recompute=mode, compiled=shapes)
     return computer.gradient(parameters or start, batches)[:2]
+
+
+def losses_of_steps(
+    model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], steps: int, *, lr: float
+) -> list[float]:
+    """The loss before each of so many full-batch steps of PyTorch's AdamW, with a decay of 0.1 and gradients clipped at 1."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.1)
+    losses = []
+    for _ in range(steps):
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses

@@ -19,7 +19,7 @@ from mlx_lm import utils as mlx_lm_utils
 from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError, blamed_on
-from mlx_sft.files import to_json
+from mlx_sft.files import to_json, write_file
 from mlx_sft.model.load import cast, load_model
 from mlx_sft.model.stored_form import give_mlx_form
 from mlx_sft.model.translate import fields_of_the_whole, fields_read, read_config, translate_config
@@ -39,11 +39,10 @@ _NOT_TO_BE_READ = (
 
 def say_for_both(folder: Path) -> None:
     """Have a checkpoint's `config.json` say each setting under the name that mlx-lm reads, too; without need it stays as it is."""
-    stored, translated = read_config(folder), translate_config(folder)
-    if translated["model_type"] == stored["model_type"]:  # else it is of a text alone, for which mlx-lm has no name
-        said = said_for_both(stored, translated, fields_read(folder), fields_of_the_whole(folder))
-        if said != stored:
-            (folder / "config.json").write_text(to_json(said))
+    stored, said = read_config(folder), config_for_mlx_lm(folder)
+    # The type is another for a text alone, for which mlx-lm has no name.
+    if said["model_type"] == stored["model_type"] and said != stored:
+        write_file(folder / "config.json", to_json(said))
 
 
 def config_for_mlx_lm(folder: Path) -> dict[str, Any]:
@@ -145,15 +144,15 @@ def check_in_mlx_lm(folder: Path, rows: list[list[int]], expected: Logits | None
         opened, _ = mlx_lm_utils.load_model(folder, lazy=True, trust_remote_code=trusted)
         with computable(opened):
             found = logits(opened, rows)
-    difference, largest = difference_of(found, expected)
-    if not difference <= MATCH_TOLERANCE * largest:
-        what = f"mlx-lm computes another model of it: a logit differs by {difference:.3g}, where the largest is {largest:.3g}"
-        raise UserError(what, where=str(folder), hint=_NOT_TO_BE_READ)
+    if told := difference_of(found, expected):
+        raise UserError(f"mlx-lm computes another model of it: {told}", where=str(folder), hint=_NOT_TO_BE_READ)
 
 
-def difference_of(found: Logits, expected: Logits) -> tuple[float, float]:
-    """The largest difference of a logit, and the largest logit that was expected; NaN where one of them is."""
+def difference_of(found: Logits, expected: Logits) -> str:
+    """How far two models that should be one are apart, in words; empty where they are one, which no NaN is."""
     # np.max, unlike max, keeps a NaN, with which no comparison is true.
     largest = np.max([np.abs(row).max() for row in expected])
     difference = np.max([np.abs(ours - theirs).max() for ours, theirs in zip(found, expected, strict=True)])
-    return float(difference), float(largest)
+    if difference <= MATCH_TOLERANCE * largest:
+        return ""
+    return f"a logit differs by {difference:.3g}, where the largest is {largest:.3g}"

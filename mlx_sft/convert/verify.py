@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import Merging
-from mlx_sft.convert.mlx_lm_reader import MATCH_TOLERANCE, Logits, difference_of, logits
+from mlx_sft.convert.mlx_lm_reader import Logits, difference_of, logits
 from mlx_sft.data.conversation import items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.row_reader import RowReader
@@ -146,11 +146,9 @@ def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, s
 
 
 def _check_match(written: Logits, intended: Logits) -> None:
-    difference, largest = difference_of(written, intended)
-    if not difference <= MATCH_TOLERANCE * largest:
+    if told := difference_of(written, intended):
         raise UserError(
-            f"the exported model is not the merged one: a logit differs by {difference:.3g}, where the largest is "
-            f"{largest:.3g}; nothing was written",
+            f"the exported model is not the merged one: {told}; nothing was written",
             hint="the disk or the checkpoint may be damaged; export again, and report it if it stays so",
         )
 

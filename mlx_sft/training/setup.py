@@ -125,11 +125,8 @@ def prepare_job(
     config, method, parameters = _attach_exportable(config, base, begun=begun)
     _refuse_dropout_outside_layers(method, split, parameters)
     computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
-    layout = layout_on(machine, computer, parameters, data.train)
-    device.ask(computer, parameters, layout, asked_for(config)[-1], machine, console)
-    measured = Measured.of_run(run) if run else measure(computer, split, parameters, data.train, layout, machine)
+    layout, measured = _measured_layout(config, run, computer, split, parameters, data, machine, console)
     held.enter_context(attention_in_blocks(measured.attention_block))
-    layout = replace(layout, call_cost=measured.call_cost)
     planner = _planner(config, machine, computer, split, method, parameters, vocabulary, data, layout)
     memory, settings = planner.plan(computer, parameters, len(data.train))
     config = _decided(config, settings)
@@ -174,6 +171,17 @@ def prepare_job(
         config, run, base, split, method, computer, plan, data,
         parameters, optimizer, callbacks, identity, progress, console, memory, settings, predicted, disk,
     )  # fmt: skip
+
+
+def _measured_layout(
+    config: TrainConfig, run: RunFolder | None, computer: GradientComputer, split: SplitModel, parameters: Parameters,
+    data: PreparedData, machine: Machine, console: Console,
+) -> tuple[Layout, Measured]:  # fmt: skip
+    """How rows are laid out on this machine, and what was measured for it: now, or as a run that goes on began."""
+    layout = layout_on(machine, computer, parameters, data.train)
+    device.ask(computer, parameters, layout, asked_for(config)[-1], machine, console)
+    measured = Measured.of_run(run) if run else measure(computer, split, parameters, data.train, layout, machine)
+    return replace(layout, call_cost=measured.call_cost), measured
 
 
 def _with_given(config: TrainConfig, given: Given) -> TrainConfig:

@@ -23,7 +23,7 @@ from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder
 from tests.chats import write_chats
-from tests.parity import assert_close, loss_and_gradients
+from tests.parity import assert_close, loss_and_gradients, losses_of_steps
 
 pytestmark = [
     # PEFT asks a transformers model in a way that transformers has renamed.
@@ -147,17 +147,8 @@ def test_a_run_follows_pefts_trajectory(
     records = [json.loads(line) for line in RunFolder(run).metrics.read_text().splitlines()]
 
     model = peft.PeftModel.from_pretrained(torch_model(base), start, is_trainable=True)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=2e-3, weight_decay=0.1)
     examples = prepare(config, tokenizer).train
-    losses = []
-    for _ in range(10):
-        loss = torch_loss(model, examples)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = losses_of_steps(model, lambda: torch_loss(model, examples), 10, lr=2e-3)
     np.testing.assert_allclose([record["loss"] for record in records], losses, rtol=1e-5)
     assert losses[-1] < 0.8 * losses[0]
 
