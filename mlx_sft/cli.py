@@ -10,7 +10,18 @@ import click
 from mlx_sft.config import sections
 from mlx_sft.console import print_error, read_line, write_text
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
-from mlx_sft.options import Command, Sectioned, choices, export_options, given, resolved, settings
+from mlx_sft.options import (
+    Sectioned,
+    base_model,
+    choices,
+    export_options,
+    given,
+    model_options,
+    resolved,
+    settings,
+    step,
+    trusting,
+)
 
 
 class _Commands(click.Group):
@@ -40,30 +51,12 @@ def main() -> None:
     """
 
 
-def _trust(context: click.Context, _: click.Parameter, trusted: bool) -> None:
-    if trusted:
-        from mlx_sft.console import Console
-        from mlx_sft.trust import trust_remote_code
-
-        context.with_resource(trust_remote_code(Console().warn))
-
-
-_trusting = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
-    callback=_trust,
-    help="Let Python code that comes with the model run, with all that you may do; it is named before it does.",
-)
-
-
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
 @settings()
 @click.option(
     "--supervise", is_flag=True, help="Train in a process of its own, which is resumed where a driver's error ends it."
 )
-@_trusting
+@trusting
 def train(config_file: str | None, supervise: bool, **options: Any) -> None:
     """Fine-tune a model on chats.
 
@@ -94,7 +87,7 @@ def train(config_file: str | None, supervise: bool, **options: Any) -> None:
     "--write-clean", metavar="FILE", help="Write the rows as they were understood to a .jsonl, say what changed."
 )
 @click.option("--overwrite", is_flag=True, help="With --write-clean: replace a file that is there already.")
-@_trusting
+@trusting
 def inspect(
     config_file: str | None,
     row: str | None,
@@ -142,7 +135,7 @@ def inspect(
 @settings("out", "resume", "resume_from_peft", "json_lines", "callbacks")
 @click.option("--machine", metavar="MAC", help="Plan for this Mac instead, such as 'M2 16GB', 'M3 Max 64GB' or 16GB.")
 @click.option("--json", "as_json", is_flag=True, help="Write all of it as a line of JSON.")
-@_trusting
+@trusting
 def plan(config_file: str | None, machine: str | None, as_json: bool, **options: Any) -> None:
     """Show what a run would take, before any weight is read: memory part by part, what fits, and how long.
 
@@ -172,7 +165,7 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
     show_default=True,
     help="Open what was written as its consumer does, and compare it with the trained model.",
 )
-@_trusting
+@trusting
 def export(run: str, to: str, **options: Any) -> None:
     """Write a run as a folder that PyTorch, mlx-lm or llama.cpp opens.
 
@@ -199,7 +192,7 @@ def export(run: str, to: str, **options: Any) -> None:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of the weights; as they are stored where not given.",
 )
-@_trusting
+@trusting
 def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> None:
     """Write a model as a folder for mlx-lm, quantized or not.
 
@@ -230,7 +223,7 @@ def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> Non
 @click.option(
     "--dry-run", is_flag=True, help="Make and verify all of it, show it, and upload nothing; needs no network."
 )
-@_trusting
+@trusting
 def push(run: str, repo: str, **options: Any) -> None:
     """Publish a run on the Hugging Face Hub, with a model card.
 
@@ -249,55 +242,15 @@ def push(run: str, repo: str, **options: Any) -> None:
         console.done(result.url)
 
 
-_step = click.option("--step", metavar="STEP",
-    help="What the run had trained by its best evaluation (best), by now (last), or by a step that has a checkpoint (its number); "
-    "the result of a finished run where not given.")  # fmt: skip
-_base_model = click.option("--base-model", metavar="MODEL",
-    help="Where the run's base lies now, if not where training found it.")  # fmt: skip
-
-
-def _model_options(command: Command) -> Command:
-    for option in (
-        _trusting,
-        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
-                     help="0 takes the likeliest token each time."),
-        click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True,
-                     help="Longest answer."),
-        click.option("--base", is_flag=True, help="The model as it was before training."),
-        click.option("--adapter", metavar="DIR", help="A PEFT adapter, on --model or on the base that it names."),
-        click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
-        _step,
-        _base_model,
-        click.option("--run", metavar="RUN", help="The run folder."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def _load(run: str | None, model: str | None, adapter: str | None, base: bool, **of_run: Any) -> Any:
-    from mlx_sft.load import load_adapter, load_run
-    from mlx_sft.model.load import load_model
-
-    if (run is None) == (model is None and adapter is None):
-        hint = "mlx-sft generate --run runs/... --prompt ..."
-        raise UserError("give either --run, or --model or --adapter, or both of these", hint=hint, exit_code=USAGE)
-    if base and run is None:
-        raise UserError("--base goes with --run", hint="a model alone is its own base", exit_code=USAGE)
-    if stray := next((name for name, value in of_run.items() if value is not None and run is None), None):
-        option = "--" + stray.replace("_", "-")
-        raise UserError(f"{option} goes with --run", hint=f"leave {option} out", exit_code=USAGE)
-    if adapter is not None:
-        return load_adapter(adapter, model)
-    return load_run(run, base=base, **of_run) if run is not None else load_model(str(model))
-
-
 @main.command()
-@_model_options
+@model_options
 @click.option("--prompt", metavar="TEXT", help="What to ask; read from standard input where not given.")
 def generate(max_tokens: int, temperature: float, prompt: str | None, **model: Any) -> None:
     """Answer one prompt."""
-    loaded = _load(**model)
     from mlx_sft.generate import stream_text
+    from mlx_sft.load import load_named
+
+    loaded = load_named(**model)
 
     prompt = prompt if prompt is not None else sys.stdin.read()
     for text in stream_text(loaded, prompt, max_tokens=max_tokens, temperature=temperature):
@@ -306,15 +259,16 @@ def generate(max_tokens: int, temperature: float, prompt: str | None, **model: A
 
 
 @main.command()
-@_model_options
+@model_options
 def chat(max_tokens: int, temperature: float, **model: Any) -> None:
     """Talk with a model; an empty line or Ctrl-D ends the conversation.
 
     A line `/adapter DIR` changes the adapter for what follows, `/adapter` alone takes it off.
     """
     from mlx_sft.generate import Chat
+    from mlx_sft.load import load_named
 
-    talk = Chat(_load(**model), max_tokens=max_tokens, temperature=temperature)
+    talk = Chat(load_named(**model), max_tokens=max_tokens, temperature=temperature)
     while text := read_line():
         for piece in talk.say(text):
             write_text(piece)
@@ -388,11 +342,11 @@ def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None
 @main.command(name="eval")
 @click.option("--run", required=True, metavar="RUN", help="The run folder.")
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
-@_step
-@_base_model
+@step
+@base_model
 @click.option("--base", is_flag=True, help="The model as it was before training.")
 @click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
-@_trusting
+@trusting
 def evaluate(run: str, data: str, json_lines: bool, **model: Any) -> None:
     """Loss, perplexity and token accuracy of a run on a file."""
     from mlx_sft.evaluate import evaluate_run

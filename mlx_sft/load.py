@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -146,6 +147,30 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
         raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
     loaded = load_model(name, dtype)
     return adapted(loaded, put_adapter(loaded.model, folder))
+
+
+def load_named(
+    run: str | None = None, model: str | None = None, adapter: str | None = None, base: bool = False, **of_run: Any
+) -> LoadedModel:
+    """The model that a person names in one of three ways: a run, a model, or an adapter on a model.
+
+    Args:
+        of_run: What only a run takes: `step` and `base_model` of `load_run`.
+
+    Raises:
+        UserError: If these do not go together, or as `load_run` and `load_adapter`.
+    """
+    if (run is None) == (model is None and adapter is None):
+        hint = "mlx-sft generate --run runs/... --prompt ..."
+        raise UserError("give either --run, or --model or --adapter, or both of these", hint=hint, exit_code=USAGE)
+    if base and run is None:
+        raise UserError("--base goes with --run", hint="a model alone is its own base", exit_code=USAGE)
+    if stray := next((name for name, value in of_run.items() if value is not None and run is None), None):
+        option = "--" + stray.replace("_", "-")
+        raise UserError(f"{option} goes with --run", hint=f"leave {option} out", exit_code=USAGE)
+    if adapter is not None:
+        return load_adapter(adapter, model)
+    return load_run(run, base=base, **of_run) if run is not None else load_model(str(model))
 
 
 def put_adapter(model: nn.Module, folder: str | Path | None, attached: Method | None = None) -> Method | None:

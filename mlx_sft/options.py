@@ -65,6 +65,50 @@ def export_options(command: Command) -> Command:
     )(command)
 
 
+def _trust(context: click.Context, _: click.Parameter, trusted: bool) -> None:
+    if trusted:
+        from mlx_sft.console import Console
+        from mlx_sft.trust import trust_remote_code
+
+        context.with_resource(trust_remote_code(Console().warn))
+
+
+trusting = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_trust,
+    help="Let Python code that comes with the model run, with all that you may do; it is named before it does.",
+)
+
+
+step = click.option("--step", metavar="STEP",
+    help="What the run had trained by its best evaluation (best), by now (last), or by a step that has a checkpoint (its number); "
+    "the result of a finished run where not given.")  # fmt: skip
+base_model = click.option("--base-model", metavar="MODEL",
+    help="Where the run's base lies now, if not where training found it.")  # fmt: skip
+
+
+def model_options(command: Command) -> Command:
+    """Which model, and how it answers: of `generate` and `chat`."""
+    for option in (
+        trusting,
+        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
+                     help="0 takes the likeliest token each time."),
+        click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True,
+                     help="Longest answer."),
+        click.option("--base", is_flag=True, help="The model as it was before training."),
+        click.option("--adapter", metavar="DIR", help="A PEFT adapter, on --model or on the base that it names."),
+        click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
+        step,
+        base_model,
+        click.option("--run", metavar="RUN", help="The run folder."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def resolved(config_file: str | None, options: dict[str, Any]) -> TrainConfig:
     return TrainConfig.resolve(config_file, **given(options))
 
