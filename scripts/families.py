@@ -38,6 +38,7 @@ from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.model.load import TINY, load_model
+from mlx_sft.model.names import INSIDE
 from mlx_sft.model.translate import exact_length, family_code
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +213,10 @@ def in_peft(kind: str, base: Path, run: Path, folder: Path) -> float:
     for of_class in dict.fromkeys((_class(kind), *with_head)):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            model = peft.PeftModel.from_pretrained(_opened(kind, base, of_class), adapter).eval()
+            opened = _opened(kind, base, of_class)
+            if OF_TEXT.get(kind, ("",) * 3)[2] == INSIDE:
+                opened.model = _Inside(opened.model)
+            model = peft.PeftModel.from_pretrained(opened, adapter).eval()
         if not any("missing adapter keys" in str(one.message) for one in warned):
             found.append(_apart(ours, _theirs(model, token_ids)))
     if not found:
@@ -226,6 +230,15 @@ def in_mlx_lm(base: Path, run: Path, work: Path) -> float:
     model, _ = load_of_mlx_lm(str(convert(str(base), work / "base-in-mlx")), adapter_path=str(adapter))
     token_ids = _token_ids(base)
     return _apart(_ours(model, token_ids), _ours(load_run(run, dtype="float32").model, token_ids))
+
+
+class _Inside(torch.nn.Module):
+    """The body of a text under the name that it has in the whole."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.language_model, self.forward = body, body.forward
+        vars(self)["embed_tokens"] = body.embed_tokens  # PEFT asks for it; it keeps its one name
 
 
 class Apart:

@@ -43,8 +43,9 @@ def _read(folder: Path, config: Mapping[str, Any]) -> PeftBase:
                 modules.add(module)
                 module = module.rpartition(".")[0]
     if found is not None and found.begins != "model." and not _holds_others(modules, found):
-        # mlx-lm leaves the rest out of its folders; it may have modules of any of these names.
-        modules |= {f"{_TOWER}.{in_a_layer(module)}" for module in modules if module.startswith(found.begins)}
+        # mlx-lm leaves the rest out of its folders; it may have modules of any of the names that are in layers.
+        inside = {in_a_layer(module) for module in modules if module.startswith(found.begins)}
+        modules |= {f"{_TOWER}.{name}" for name in inside - modules}
     return PeftBase(found, frozenset(modules), frozenset(experts))
 
 

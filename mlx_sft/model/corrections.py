@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from mlx_sft.errors import UserError
 from mlx_sft.model.falcon_h1 import FalconH1Layer, unmultiplied, with_multipliers
+from mlx_sft.model.gemma3n import Gemma3n
 
 Weights = dict[str, mx.array]
 Settings = dict[str, Any]
@@ -85,12 +86,12 @@ class _RoutingBias(nn.Module):
         self.e_score_correction_bias = mx.zeros((1, experts))
 
 
-CORRECTED = (GeluMLP, GroupedGatedRMSNorm, BiasedRouting, FalconH1Layer)
+CORRECTED = (GeluMLP, GroupedGatedRMSNorm, BiasedRouting, FalconH1Layer, Gemma3n)
 """Modules by which a model is computed here otherwise than mlx-lm does."""
 
 
-def correct_modules(model: nn.Module, settings: Settings, where: str) -> None:
-    """Put modules that compute what transformers does in the place of mlx-lm's that do not; their weights are not loaded yet.
+def corrected(model: nn.Module, settings: Settings, where: str) -> nn.Module:
+    """The model with modules that compute what transformers does in the place of mlx-lm's that do not; weights are not loaded yet.
 
     Args:
         model: Made from `settings`, translated.
@@ -109,6 +110,8 @@ def correct_modules(model: nn.Module, settings: Settings, where: str) -> None:
     if family in _OTHER_GELU and (gelu := _GELUS.get(_activation(settings))) is not None:
         for layer in _layers(model):
             layer.mlp = GeluMLP(layer.mlp, _OTHER_GELU[family], gelu)
+    if family == "gemma3n_text":
+        return Gemma3n(model.args)
     if family == "falcon_h1":
         with_multipliers(model)
     if family in _GATED_NORMS:
@@ -118,6 +121,7 @@ def correct_modules(model: nn.Module, settings: Settings, where: str) -> None:
         for layer in _layers(model):
             if "switch_mlp" in layer.mlp:
                 layer.mlp = BiasedRouting(layer.mlp, settings.get("moe_norm_min", 1e-12))
+    return model
 
 
 def before_reading(weights: Weights, settings: Settings, where: str) -> Weights:
@@ -214,11 +218,6 @@ _COMPUTED_OTHERWISE: list[tuple[tuple[str, ...], Callable[[Settings], bool], str
         ("jamba",),
         lambda settings: settings.get("num_experts", 1) > 1,
         "the weights of the chosen experts are made to sum to one",
-    ),
-    (
-        ("gemma3n_text",),
-        lambda settings: settings.get("num_kv_shared_layers", 0) > 0,
-        "without a cache, its later layers do not share the keys and values of earlier ones",
     ),
     (("minicpm3",), lambda _: True, "its logits are others"),
     (("mistral4",), lambda _: True, "the scores of its attention are scaled by YaRN's factor"),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_sft.errors import UserError, blamed_on
-from mlx_sft.model.corrections import correct_modules
+from mlx_sft.model.corrections import corrected
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import mark_joined
 from mlx_sft.model.load import refuse_other_forms
@@ -41,8 +40,7 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
     settings = translate_config(path)
     family = family_code(settings, path)
     with blamed_on(path / "config.json", "no model can be made of it", DOWNLOAD_AGAIN):
-        model: nn.Module = family.Model(family.ModelArgs.from_dict(settings))
-        correct_modules(model, settings, str(path))
+        model = corrected(family.Model(family.ModelArgs.from_dict(settings)), settings, str(path))
         correct_ropes(model, settings, unread(path))
         if stored is not None:
             quantize_as_stored(model, stored, _packed_modules(path))

@@ -20,7 +20,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_sft.errors import UserError
-from mlx_sft.model.corrections import before_reading, correct_modules
+from mlx_sft.model.corrections import before_reading, corrected
+from mlx_sft.model.gemma3n import is_shared_away
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_rows
@@ -65,8 +66,7 @@ class CheckpointReader:
         return self._make, self._family.ModelArgs
 
     def _make(self, arguments: Any) -> nn.Module:
-        model: nn.Module = self._family.Model(arguments)
-        correct_modules(model, self._settings, str(self._path))
+        model = corrected(self._family.Model(arguments), self._settings, str(self._path))
         sanitize = getattr(model, "sanitize", dict)
 
         def watched(given: Weights) -> Weights:
@@ -133,7 +133,12 @@ class CheckpointReader:
         layer = _LAYER.search(name)
         beyond = layer is not None and int(layer[1]) >= text.get("num_hidden_layers", int(layer[1]) + 1)
         other_sense = text is not self._settings and _OTHER_SENSES.search(name) is not None
-        return beyond or other_sense or any(re.search(pattern, name) for pattern in _NEEDLESS)
+        return (
+            beyond
+            or other_sense
+            or is_shared_away(name, text)
+            or any(re.search(pattern, name) for pattern in _NEEDLESS)
+        )
 
 
 def tied_as_stored(settings: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:

@@ -79,6 +79,8 @@ class MlxLm(AdapterAlone):
                 self.notes.append(f"of the base itself, {error.what}; `mlx-sft convert` writes one for mlx-lm")
 
     def _paths(self) -> dict[str, str]:
-        """mlx-lm's name of each linear module of the base, by its name in transformers."""
-        modules = linear_modules(outline(self.source, "float32").model)
+        """mlx-lm's name of each linear module of the base, by its name in transformers; raises for one that it computes otherwise."""
+        model = outline(self.source, "float32").model
+        give_mlx_form(model)
+        modules = linear_modules(model)
         return {name: path for name, (path, _) in modules.items()}
