@@ -34,7 +34,6 @@ from mlx_sft.model.weights import (
     OTHER_FILES,
     SINGLE,
     TOKENIZER_FILES,
-    Checkpoint,
     check_weights,
     weight_files,
 )
@@ -138,63 +137,6 @@ def load_model(
         reader.check_computed_with(model)
         model.freeze()
     return LoadedModel(model, tokenizer or load_tokenizer(path), path, name, config)
-
-
-def given_tokenizer(model: Any, tokenizer: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that came with a model in memory, without mlx-lm's wrapper; None where none did.
-
-    Raises:
-        UserError: If it is not one of transformers.
-    """
-    found = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    if not isinstance(found, PreTrainedTokenizerBase | None):
-        found = getattr(found, "_tokenizer", found)  # mlx-lm's wrapper
-    if not isinstance(found, PreTrainedTokenizerBase | None):
-        hint = "give the second of what mlx_lm.load returns, or a tokenizer of transformers"
-        raise UserError(f"the tokenizer is a {type(found).__name__}", hint=hint, exit_code=USAGE)
-    return found
-
-
-def given_model(
-    model: Any, name: str, tokenizer: PreTrainedTokenizerBase, *, dtype: str, quantize: str | None
-) -> LoadedModel:
-    """A model in memory as one that was loaded; its weights are frozen.
-
-    Args:
-        model: What `load_model` gave, or a model of mlx-lm's.
-        name: The checkpoint that it was loaded from.
-        tokenizer: The model's.
-        dtype: The precision that the configuration asks for; `auto` for the model's own.
-        quantize: What the configuration asks for.
-
-    Raises:
-        UserError: If it is neither, or not as the configuration says.
-    """
-    loaded = getattr(model, "model", None) if isinstance(model, LoadedModel) else model
-    if not isinstance(loaded, nn.Module):
-        hint = "give what mlx_sft.load_model returns, or a model of mlx-lm's with its tokenizer"
-        raise UserError(f"the model is a {type(model).__name__}", hint=hint, exit_code=USAGE)
-    path = resolve_checkpoint(name)
-    own = str(next(iter(floating_weights(loaded).values())).dtype).rpartition(".")[2]
-    if resolve_dtype(dtype) != own and dtype != "auto":
-        hint = "leave dtype out, or load the model in that precision"
-        raise UserError(f"dtype is {dtype}, and the model in memory is {own}", hint=hint, exit_code=USAGE)
-    is_quantized = next(quantized_modules(loaded), None) is not None
-    if is_quantized != (quantize is not None or is_packed(path)):
-        what = (
-            "is quantized, and its checkpoint is not"
-            if is_quantized
-            else "is not quantized, as the configuration wants it"
-        )
-        raise UserError(
-            f"the model in memory {what}", where=name, hint="let `train` load it, with --quantize", exit_code=USAGE
-        )
-    checkpoint = Checkpoint.open(path)
-    take_stored_form(loaded, checkpoint)
-    mark_joined(loaded, checkpoint)
-    loaded.freeze()
-    loaded.eval()
-    return LoadedModel(loaded, tokenizer, path, name, read_config(path))
 
 
 def cast(model: nn.Module, dtype: str) -> None:

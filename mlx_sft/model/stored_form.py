@@ -73,6 +73,10 @@ class ShiftedRMSNorm(nn.Module):
         return norm
 
 
+OF_STORED_FORM = (TurnedConv1d, ShiftedRMSNorm)
+"""Modules whose weights are as a checkpoint has them."""
+
+
 def take_stored_form(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put such modules in the place of those whose weights mlx-lm's code turned or shifted when it read this checkpoint.
 
@@ -99,8 +103,8 @@ def give_mlx_form(model: nn.Module) -> None:
             "mlx-lm's code computes models of this family otherwise than transformers, and than here",
             hint="export with `--to merged`, for transformers and for training here",
         )
-    ours = TurnedConv1d | ShiftedRMSNorm
-    _put(model, [(path, module.to_mlx()) for path, module in model.named_modules() if isinstance(module, ours)])
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, OF_STORED_FORM)]
+    _put(model, [(path, module.to_mlx()) for path, module in found])
 
 
 def _turned(weight: mx.array) -> mx.array:

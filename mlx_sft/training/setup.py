@@ -28,12 +28,11 @@ from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
 from mlx_sft.methods import Method, Parameters
+from mlx_sft.model.given import given_model, given_tokenizer
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import joined_note
 from mlx_sft.model.load import (
     LoadedModel,
-    given_model,
-    given_tokenizer,
     load_model,
     load_tokenizer,
     resolve_checkpoint,

@@ -16,7 +16,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.methods.full import Full
-from mlx_sft.model.load import given_model, load_model, load_tokenizer
+from mlx_sft.model.given import given_model
+from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.model.quantize import first_rows, weights_by_name
 from mlx_sft.model.stored_form import ShiftedRMSNorm, TurnedConv1d, give_mlx_form
 from mlx_sft.model.translate import translate_config
