@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_sft import train
 from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import Examples
@@ -30,6 +31,7 @@ from mlx_sft.data.encode import Example
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import write_adapter
 from mlx_sft.model.load import load_model
+from mlx_sft.model.outline import outline
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.machine import memory_limits_restored
 from tests.chats import write_chats
@@ -147,7 +149,8 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
 
 def random_adapter(base: Path, settings: LoraSettings) -> dict[str, mx.array]:
     """Parameters of an adapter for a checkpoint, with nothing zero."""
-    model = load_model(str(base), "float32").model
+    # DoRA's magnitudes are norms of the weights; of all else the shapes are enough.
+    model = load_model(str(base), "float32").model if settings.dora else outline(base, "float32").model
     start = Lora(settings).attach(model, seed=1)
     random = np.random.default_rng(2)
     drawn = {name: mx.array(random.normal(0, 0.1, value.shape).astype(np.float32)) for name, value in start.items()}
@@ -197,16 +200,38 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(chats: Path, make_base: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
     """Settings of a run of 6 steps on `chats` that takes a fraction of a second; its folder is not there yet."""
+    return settings_of_run(chats, make_base("qwen3", tied=True), tmp_path / "run")
+
+
+def settings_of_run(chats: Path, base: Path, out: Path) -> dict[str, Any]:
+    """As the fixture `settings`, for a folder of one's own."""
     return {
         "data": str(chats),
-        "model": str(make_base("qwen3", tied=True)),
-        "out": str(tmp_path / "run"),
+        "model": str(base),
+        "out": str(out),
         "rank": 2,
         "lr": 1e-2,
         "batch_size": 4,
         "epochs": 2,
         "quiet": True,
     }
+
+
+@pytest.fixture(scope="session")
+def train_once(
+    chats: Path, make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`train_once(**changes of settings)` → a finished run, the same for all who ask for it: to be read, or copied."""
+    made: dict[str, Path] = {}
+
+    def once(**changes: Any) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in made:
+            settings = settings_of_run(chats, make_base("qwen3", tied=True), tmp_path_factory.mktemp("once") / "run")
+            made[key] = train(TrainConfig(**settings | changes)).run_dir
+        return made[key]
+
+    return once
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,10 +162,9 @@ def test_a_folder_that_is_no_run_is_named(cli: Cli, tmp_path: Path, command: str
 
 
 @pytest.fixture
-def run(settings: dict[str, Any]) -> str:
+def run(train_once: Callable[..., Path], settings: dict[str, Any]) -> str:
     """A finished run with validation."""
-    mlx_sft.train(TrainConfig(**settings, valid_fraction=0.2))
-    return str(settings["out"])
+    return str(shutil.copytree(train_once(valid_fraction=0.2), settings["out"]))
 
 
 def test_train_ends_stdout_with_the_run_folder_and_says_the_rest_on_stderr(cli: Cli, settings: dict[str, Any]) -> None:

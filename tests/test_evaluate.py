@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from tests.chosen import without_adapter
 
 
 @pytest.fixture
-def run(settings: dict[str, Any], chats: Path) -> RunFolder:
+def run(train_once: Callable[..., Path], settings: dict[str, Any], chats: Path) -> RunFolder:
     """A run that was validated on what it was trained on."""
-    return RunFolder(train(TrainConfig(**settings, valid=str(chats))).run_dir)
+    return RunFolder(shutil.copytree(train_once(valid=str(chats)), settings["out"]))
 
 
 def last_evaluation(run: RunFolder) -> dict[str, Any]:

@@ -178,6 +178,20 @@ def test_loss_and_the_gradient_of_every_weight_are_those_of_torch(
         assert_close(gradient, theirs if half is None else theirs.chunk(2, dim=1)[half], TOLERANCE.get(family, 1e-5))
 
 
+def test_a_full_run_is_merged_into_what_transformers_opens(
+    family: str, base: Path, settings: dict[str, Any], tmp_path: Path, torch_model: Callable, torch_logits: Callable,
+    mlx_logits: Callable, token_ids: list,
+) -> None:  # fmt: skip
+    chosen = {"model": str(base), "method": "full", "max_steps": 1, "warmup": 0, "dtype": "float32"}
+    run = train(TrainConfig(**without_adapter(settings) | chosen)).run_dir
+    ours = mlx_logits(load_run(run).model, token_ids)
+    assert (
+        np.abs(ours - mlx_logits(load_model(str(base), "float32").model, token_ids)).max() > 1e-2 * np.abs(ours).max()
+    )
+    merged = torch_logits(torch_model(export(run, tmp_path / "merged").path), token_ids)
+    assert_close(ours, torch.tensor(merged), TOLERANCE.get(family, 1e-5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [*OTHERWISE_IN_MLX_LM, "mixtral"])
 def test_a_full_run_goes_on_to_the_byte_and_what_it_leaves_alone_is_written_back_to_the_bit(

@@ -22,6 +22,7 @@ from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.callbacks import Callback
 from tests.chosen import without_adapter
+from tests.conftest import settings_of_run
 
 Cli = Callable[..., Result]
 
@@ -48,9 +49,15 @@ def interrupted(settings: dict[str, Any], step: int, **further: Any) -> RunFolde
     return RunFolder(settings["out"])
 
 
+@pytest.fixture(scope="module")
+def stopped(chats: Path, make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = settings_of_run(chats, make_base("qwen3", tied=True), tmp_path_factory.mktemp("stopped") / "run")
+    return interrupted(settings, 3, epochs=20).path
+
+
 @pytest.fixture
-def run(settings: dict[str, Any]) -> RunFolder:
-    return interrupted(settings, 3, epochs=20)
+def run(stopped: Path, settings: dict[str, Any]) -> RunFolder:
+    return RunFolder(shutil.copytree(stopped, settings["out"]))
 
 
 def logits(run: RunFolder, **options: Any) -> np.ndarray:

@@ -64,9 +64,9 @@ def _make_base(
         config = AutoConfig.for_model(family, **deepcopy(shape))  # transformers adds to dictionaries that it is given
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
         with torch.no_grad():  # transformers starts norms at one and biases at zero, which would hide a mistake in them
-            for name, parameter in model.named_parameters():
-                if parameter.ndim == 1 or name.endswith(("bias", "sinks")):
-                    parameter.add_(0.2 * torch.randn_like(parameter))
+            for name, tensor in model.state_dict().items():  # buffers included
+                if tensor.is_floating_point() and (tensor.ndim == 1 or name.endswith(("bias", "sinks"))):
+                    tensor.add_(0.2 * torch.randn_like(tensor))
         folder = folders.mktemp(family)
         model.save_pretrained(folder, max_shard_size=shard)
         tokenizer.save_pretrained(folder)

@@ -19,9 +19,9 @@ COMMIT = "abc0" * 10
 
 
 @pytest.fixture
-def run(settings: dict[str, Any]) -> RunFolder:
+def run(train_once: Callable[..., Path], settings: dict[str, Any]) -> RunFolder:
     """A finished run with validation."""
-    return RunFolder(train(TrainConfig(**settings, valid_fraction=0.2)).run_dir)
+    return RunFolder(shutil.copytree(train_once(valid_fraction=0.2), settings["out"]))
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -233,15 +235,21 @@ def base_of(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return base
 
 
+@cache
+def _opened(base: Path, auto_class: str) -> torch.nn.Module:
+    model: torch.nn.Module = getattr(transformers, auto_class).from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
 def _opened_as_trained(base: Path, folder: Path, ours: np.ndarray, token_ids: list[list[int]]) -> bool:
     """Whether PEFT itself puts every tensor in its place, puts an adapter on nothing else, and computes the same."""
     found = peft_base(str(base))
     assert found is not None
     assert found.opening is not None
-    auto_class = getattr(transformers, found.opening.auto_class)
-    model = auto_class.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
     try:
-        adapted = peft.PeftModel.from_pretrained(model, folder).eval()
+        adapted = peft.PeftModel.from_pretrained(deepcopy(_opened(base, found.opening.auto_class)), folder).eval()
     except (ValueError, RuntimeError):
         return False
     if any(not value.any() for name, value in adapted.named_parameters() if "lora_B" in name):

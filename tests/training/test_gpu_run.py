@@ -26,7 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_whole_run_is_the_same_on_a_gpu(method: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    rows = [{"prompt": f"the {animal}", "completion": "sat on the mat"} for animal in ("cat", "dog")] * 6
+    rows = [{"prompt": f"the {animal}", "completion": "sat on the mat"} for animal in ("cat", "dog")] * 3
     data = tmp_path / "alike.jsonl"  # so that a shape is met often enough to be compiled
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings: dict[str, Any] = {
@@ -36,7 +36,7 @@ def test_a_whole_run_is_the_same_on_a_gpu(method: str, tmp_path: Path, request: 
         "method": method,
         "batch_size": 2,
     }
-    settings |= {"valid": str(data), "epochs": 2, "data_workers": 1, "lr": 1e-3, "quiet": True}
+    settings |= {"valid": str(data), "epochs": 1, "data_workers": 1, "lr": 1e-3, "quiet": True}
     runs = []
     for device in ("cpu", "gpu"):
         if device == "gpu":

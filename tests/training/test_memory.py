@@ -79,38 +79,35 @@ def measured(gradient_computer: GradientComputer, parameters: Parameters, batch:
     return mx.get_peak_memory() - before
 
 
-@pytest.mark.parametrize("mode", MODES)
+_SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "lora": ("qwen3", {}, {"rank": 4}),
+    "vocabulary": ("qwen3", {"hidden_size": 64, "vocab_size": 16384}, {"rank": 2}),
+    "full": ("qwen3", {"num_hidden_layers": 2}, {"method": "full"}),
+    "tied embeddings": (
+        "qwen3",
+        {"vocab_size": 4096, "tie_word_embeddings": True},
+        {"rank": 4, "also_train": ["embed_tokens", "lm_head"]},
+    ),
+    "linear attention": ("qwen3_5_text", _LINEAR_ATTENTION, {"rank": 4}),
+    "convolutions": ("lfm2", {"layer_types": 3 * ["conv", "full_attention"]}, {"rank": 4}),
+}
+_MORE_SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {"num_key_value_heads": 4}, {"rank": 16}),
+    "top layers": ("qwen3", {}, {"rank": 4, "layers": "last:4"}),
+    "head": ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["lm_head"]}),
+    "embeddings": ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["embed_tokens"]}),
+    "full of some": ("qwen3", {}, {"method": "full", "layers": "2-4"}),
+}
+"""The same code as the shapes above with others of its settings: the two modes at the ends are enough."""
+
+
 @pytest.mark.parametrize(
-    ("family", "shape", "settings"),
-    [
-        ("qwen3", {}, {"rank": 4}),
-        ("llama", {"num_key_value_heads": 4}, {"rank": 16}),
-        ("qwen3", {"hidden_size": 64, "vocab_size": 16384}, {"rank": 2}),
-        ("qwen3", {"num_hidden_layers": 2}, {"method": "full"}),
-        ("qwen3", {}, {"rank": 4, "layers": "last:4"}),
-        (
-            "qwen3",
-            {"vocab_size": 4096, "tie_word_embeddings": True},
-            {"rank": 4, "also_train": ["embed_tokens", "lm_head"]},
-        ),
-        ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["lm_head"]}),
-        ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["embed_tokens"]}),
-        ("qwen3", {}, {"method": "full", "layers": "2-4"}),
-        ("qwen3_5_text", _LINEAR_ATTENTION, {"rank": 4}),
-        ("lfm2", {"layer_types": 3 * ["conv", "full_attention"]}, {"rank": 4}),
-    ],
-    ids=[
-        "lora",
-        "llama",
-        "vocabulary",
-        "full",
-        "top layers",
-        "tied embeddings",
-        "head",
-        "embeddings",
-        "full of some",
-        "linear attention",
-        "convolutions",
+    ("family", "shape", "settings", "mode"),
+    [pytest.param(*shape, mode, id=f"{name}-{mode}") for name, shape in _SHAPES.items() for mode in MODES]
+    + [
+        pytest.param(*shape, mode, id=f"{name}-{mode}")
+        for name, shape in _MORE_SHAPES.items()
+        for mode in ("off", "blocks")
     ],
 )
 def test_a_prediction_is_near_what_is_measured(
