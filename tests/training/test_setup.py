@@ -18,6 +18,7 @@ from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.resume import resumed_config
 from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.shapes import compiled_shape, compiled_shapes
+from tests.conftest import settings_of_run
 from tests.run_folders import outcome
 
 
@@ -36,16 +37,28 @@ def refusal(settings: dict[str, Any], **further: Any) -> UserError:
     return caught.value
 
 
-@pytest.fixture
-def cut_short(settings: dict[str, Any], chats: Path, tmp_path: Path) -> dict[str, Any]:
-    """The settings of a run on data and a model of its own, as it was left after step 4 of 6."""
-    data, model = tmp_path / "chats.jsonl", tmp_path / "base"
+@pytest.fixture(scope="module")
+def left(chats: Path, make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a run on data and a model of its own, as it was left after step 4 of 6; there is a copy of it all under `.kept`."""
+    folder = tmp_path_factory.mktemp("left") / "it"
+    folder.mkdir()
+    data, model = folder / "chats.jsonl", folder / "base"
     shutil.copy(chats, data)
-    shutil.copytree(settings["model"], model)
-    settings |= {"data": str(data), "model": str(model), "save_every": 2}
+    shutil.copytree(make_base("qwen3", tied=True), model)
+    settings = settings_of_run(data, model, folder / "run") | {"save_every": 2}
     train(TrainConfig(**settings))
     shutil.rmtree(RunFolder(settings["out"]).checkpoint(6))
+    shutil.copytree(folder, folder.with_suffix(".kept"))
     return settings
+
+
+@pytest.fixture
+def cut_short(left: dict[str, Any]) -> dict[str, Any]:
+    """The same, in the same place, whatever a test before made of it."""
+    folder = Path(left["out"]).parent
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_suffix(".kept"), folder)
+    return dict(left)
 
 
 def test_a_run_goes_on_where_it_was(cut_short: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
