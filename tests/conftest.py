@@ -31,7 +31,6 @@ from mlx_sft.data.encode import Example
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import write_adapter
 from mlx_sft.model.load import load_model
-from mlx_sft.model.outline import outline
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.machine import memory_limits_restored
 from tests.chats import write_chats
@@ -149,8 +148,7 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
 
 def random_adapter(base: Path, settings: LoraSettings) -> dict[str, mx.array]:
     """Parameters of an adapter for a checkpoint, with nothing zero."""
-    # DoRA's magnitudes are norms of the weights; of all else the shapes are enough.
-    model = load_model(str(base), "float32").model if settings.dora else outline(base, "float32").model
+    model = load_model(str(base), "float32").model
     start = Lora(settings).attach(model, seed=1)
     random = np.random.default_rng(2)
     drawn = {name: mx.array(random.normal(0, 0.1, value.shape).astype(np.float32)) for name, value in start.items()}
