@@ -78,7 +78,7 @@ def test_as_many_checkpoints_are_counted_as_there_will_be(changes: dict[str, Any
     plan = Plan(20, batch_size=5, epochs=3)
     assert plan.total_steps == 12
     goes_back = "on_divergence" in changes
-    need = DiskNeed.of_run({}, 0, Config(data="x", **changes), plan, goes_back=goes_back)
+    need = DiskNeed.of_run(0, 0, Config(data="x", **changes), plan, goes_back=goes_back)
     assert need.checkpoints == checkpoints
 
 

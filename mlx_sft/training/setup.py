@@ -153,8 +153,8 @@ def prepare_job(
         settings, progress = _resumed(settings, progress, anew)
     predicted = predicted_peak(memory.footprint, settings, plan, data.train)
     disk = DiskNeed.of_run(
-        parameters, memory.footprint.optimizer_state_bytes, config, plan,
-        goes_back=callbacks.may_go_back, written=method.written_bytes(parameters),
+        memory.footprint.checkpoint_bytes, method.written_bytes(parameters), config, plan,
+        goes_back=callbacks.may_go_back,
     )  # fmt: skip
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
     if run:
