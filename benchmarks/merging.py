@@ -77,9 +77,9 @@ def largest_tensor(file: Path) -> int:
 
 def main() -> None:
     from mlx_sft.convert.merge import merge
-    from mlx_sft.files import write_folder
     from mlx_sft.methods import method_in
     from mlx_sft.model.weights import Checkpoint
+    from mlx_sft.writing import write_folder
 
     model, adapter, folder, result = sys.argv[1:]
     edits = method_in(Path(adapter)).edits(Path(adapter))
