@@ -87,7 +87,7 @@ def main() -> None:
     before = resident_bytes()
     reset_peak()
     began = time.perf_counter()
-    with write_folder(Path(folder)) as temporary:
+    with write_folder(Path(folder), parents=True) as temporary:
         merge(checkpoint, edits, temporary)
     measured = {"merge_seconds": time.perf_counter() - began, "above_bytes": peak_resident_bytes() - before}
     Path(result).write_text(json.dumps(measured), encoding="utf-8")
