@@ -77,9 +77,9 @@ def largest_tensor(file: Path) -> int:
 
 def main() -> None:
     from mlx_sft.convert.merge import merge
-    from mlx_sft.files import write_folder
     from mlx_sft.methods import method_in
     from mlx_sft.model.weights import Checkpoint
+    from mlx_sft.writing import write_folder
 
     model, adapter, folder, result = sys.argv[1:]
     edits = method_in(Path(adapter)).edits(Path(adapter))
@@ -87,7 +87,7 @@ def main() -> None:
     before = resident_bytes()
     reset_peak()
     began = time.perf_counter()
-    with write_folder(Path(folder)) as temporary:
+    with write_folder(Path(folder), parents=True) as temporary:
         merge(checkpoint, edits, temporary)
     measured = {"merge_seconds": time.perf_counter() - began, "above_bytes": peak_resident_bytes() - before}
     Path(result).write_text(json.dumps(measured), encoding="utf-8")

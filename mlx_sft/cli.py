@@ -320,14 +320,14 @@ def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None
         from pathlib import Path
 
         from mlx_sft import device_check
-        from mlx_sft.files import write_file
+        from mlx_sft.writing import write_file
 
         answers = []
         for answered in device_check.device_check(small=small):
             answers.append(answered)
             write_text(answered.line())
         if report is not None:
-            write_file(Path(report), device_check.report(answers))
+            write_file(Path(report), device_check.report(answers), parents=True)
         return
     from mlx_sft import doctor
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from mlx_sft.training.callbacks.power import conditions
 from mlx_sft.training.machine import Machine, this_machine
 from mlx_sft.training.memory import MODES
 from mlx_sft.training.plan import footprint_of
+from mlx_sft.writing import new_file, private_folder
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "huggingface_hub", "numpy")
 _OLDEST_MACOS = 14
@@ -69,6 +69,9 @@ def findings() -> Iterator[Finding]:
     yield _device(machine)
     yield _memory(machine)
     for name, place in (("disk, here", Path.cwd()), ("disk, cache", cache_folder())):
+        if place is None:
+            yield Finding(name, "none: this user has no home folder", "MLX_SFT_CACHE names one")
+            continue
         free = free_bytes(place)
         little = "a run with its checkpoints and an export may want more" if free < _LITTLE_DISK else ""
         yield Finding(name, f"{size(free)} free ({place})", little)
@@ -148,8 +151,9 @@ def _longest(name: str, machine: Machine, quantize: str | None) -> int:
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8,
         "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960, "tie_word_embeddings": tied, "hidden_act": "silu",
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
+    with private_folder() as folder:
+        with new_file(Path(folder) / "config.json") as file:
+            file.write(json.dumps(config).encode())
         settings = TrainConfig(data=["-"], model=folder, quantize=quantize)
         footprint = footprint_of(settings, Path(folder), machine.dtype, fused=machine.fused)
     return max(most_tokens(footprint, mode, machine.memory) for mode in MODES)

@@ -1,22 +1,18 @@
-"""Files on the user's disk: JSON and YAML read within bounds, files and folders written atomically, free space checked.
+"""Files on the user's disk: JSON and YAML read within bounds, errors of the disk in words, free space checked.
 
 What is read may come from anyone, so size, depth and the expansion of YAML aliases are bounded before they cost anything.
-What is written appears under its name only once it is complete.
+What is written goes through `writing`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,114 +180,6 @@ def read_errors(where: str | Path, hint: str = "") -> Iterator[None]:
         raise UserError(f"cannot read: {error.strerror or error}", where=str(where), hint=hint) from error
 
 
-def sync(descriptor: int) -> None:
-    """Make what was written survive a loss of power."""
-    os.fsync(descriptor)
-    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone leaves it in the drive's cache
-        with suppress(OSError):  # which not every file system can empty
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-
-
-def sync_path(path: Path) -> None:
-    """`sync` for a file's content, or for the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: at every instant its path holds the old content or the new one, never a part."""
-    data = content.encode() if isinstance(content, str) else content
-    write_file_with(path, lambda temporary: temporary.write_bytes(data))
-
-
-def write_file_with(path: Path, write: Callable[[Path], object]) -> None:
-    """As `write_file`, with the content written by `write(temporary_path)`.
-
-    The temporary name keeps the suffix, because some writers choose their format by it.
-    """
-    temporary = path.with_name(f".writing-{path.name}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            sync_path(temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_path(path.parent)
-
-
-def free_folder(to: str | Path) -> Path:
-    """A folder that is to be written, as an absolute path; raises `UserError` where it already holds something."""
-    target = Path(to).expanduser().resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("this folder already holds something", where=str(to), hint="give another --to")
-    return target
-
-
-@contextmanager
-def write_folder(path: Path, needed: int = 0) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; rename it to `path` when the block ends well, remove it when not.
-
-    A folder already at `path` is replaced.
-
-    Args:
-        needed: Bytes that it will take; 0 where that is not known.
-    """
-    temporary = path.with_name(f".writing-{path.name}")
-    with disk_errors(path, needed):
-        recover_replaced_folder(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            for written in [*temporary.rglob("*"), temporary]:
-                sync_path(written)
-            _replace_folder(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            recover_replaced_folder(path)
-            raise
-        sync_path(path.parent)
-
-
-def recover_replaced_folder(path: Path) -> None:
-    """Where this folder was being replaced when the process was killed or the disk failed, move the old one back to its place."""
-    old = path.with_name(f".replaced-{path.name}")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    elif old.is_dir():
-        old.rename(path)
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """Where the file system cannot exchange folders, `path` is missing for an instant: `recover_replaced_folder` mends a kill there."""
-    if not path.exists():
-        new.rename(path)
-    elif exchange(new, path):
-        sync_path(path.parent)
-        shutil.rmtree(new)
-    else:
-        old = path.rename(path.with_name(f".replaced-{path.name}"))
-        new.rename(path)
-        shutil.rmtree(old)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names atomically; whether this system and its file system can."""
-    library = ctypes.CDLL(None)
-    names = os.fsencode(one), os.fsencode(other)
-    if hasattr(library, "renamex_np"):  # macOS: RENAME_SWAP
-        return bool(library.renamex_np(*names, 2) == 0)
-    if hasattr(library, "renameat2"):  # Linux: both from the current folder (AT_FDCWD), RENAME_EXCHANGE
-        return bool(library.renameat2(-100, names[0], -100, names[1], 2) == 0)
-    return False
-
-
 def to_json(value: Any) -> str:
     """As the JSON files of a run and of an export are written."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -301,22 +189,6 @@ def sha256_line(path: Path) -> str:
     """A file's line in a list of checksums, as `sha256sum` writes it."""
     with path.open("rb") as file:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
-
-
-@contextmanager
-def workplace(beside: Path, needed: int, who: str) -> Iterator[Path]:
-    """A temporary folder with room for so many bytes: beside something, else where the system has such folders.
-
-    Args:
-        who: What needs it, for the error where no disk has the room.
-    """
-    places = [beside.resolve().parent, Path(tempfile.gettempdir())]
-    place = next((place for place in places if os.access(place, os.W_OK) and free_bytes(place) >= needed), places[-1])
-    refuse_full_disk(place, needed, who, "remove what is not needed, or set TMPDIR to a folder on another disk")
-    with disk_errors(place):
-        work = tempfile.TemporaryDirectory(prefix=".mlx-sft-", dir=place)
-    with work as name:
-        yield Path(name)
 
 
 def free_bytes(path: Path) -> int:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import folder_bytes, user_path, workplace
+from mlx_sft.files import folder_bytes, user_path
 from mlx_sft.methods import Method, Parameters, attach_trained, make_method, method_in
 from mlx_sft.model.load import (
     LoadedModel,
@@ -27,6 +27,7 @@ from mlx_sft.model.load import (
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import read_arrays
+from mlx_sft.writing import workplace
 
 WhichStep = str | int | None
 """Which step of a run: `best`, by validation loss; `last`; the number of one that has a checkpoint; None for a finished run's result."""

@@ -6,24 +6,27 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import (
-    disk_errors,
-    read_errors,
-    read_json,
-    recover_replaced_folder,
-    sha256_line,
-    user_path,
-    write_file,
-)
+from mlx_sft.files import disk_errors, read_errors, read_json, sha256_line, user_path
+from mlx_sft.writing import is_temporary, path_of, recover_replaced_folder, refuse_link, remove, write_file
 
 CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS = "parameters.safetensors", "SHA256SUMS"
 """In the folder of a checkpoint: what is trained, and the checksums of its files."""
+
+
+class Inside:
+    """A file or folder of a run by its path within, wherever the run lies now."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunFolder, kind: type[RunFolder]) -> Path:
+        return run.path / self._name
 
 
 class RunFolder:
@@ -42,24 +45,46 @@ class RunFolder:
     ```
     """
 
+    config, environment, data_report = Inside("config.yaml"), Inside("environment.json"), Inside("data_report.json")
+    metrics, card = Inside("metrics.jsonl"), Inside("README.md")
+    adapter, weights, last, checkpoints = Inside("adapter"), Inside("weights"), Inside("last"), Inside("checkpoints")
+
     def __init__(self, path: str | Path) -> None:
-        self.path = user_path(path)
-        self.config = self.path / "config.yaml"
-        self.environment = self.path / "environment.json"
-        self.data_report = self.path / "data_report.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.adapter = self.path / "adapter"
-        self.weights = self.path / "weights"
-        self.last = self.path / "last"
-        self.checkpoints = self.path / "checkpoints"
-        self.card = self.path / "README.md"
+        self._path = user_path(path)
+        self._held: int | None = None
+        self._tell: Callable[[str], None] = lambda message: None
         self._made = False
+
+    @property
+    def path(self) -> Path:
+        """The folder; while it is locked, where it lies now.
+
+        Raises:
+            UserError: If it was removed meanwhile.
+        """
+        if self._held is not None and not _is_at(self._held, self._path):
+            self._follow(self._held)
+        return self._path
+
+    def _follow(self, held: int) -> None:
+        """Someone has renamed the folder that this process writes, or removed it; another one may have its place."""
+        found = None
+        with suppress(OSError):
+            found = path_of(held)
+        if found is None or not _is_at(held, found):
+            what = "the run folder was removed, or moved to another disk, while it was written"
+            hint = "where there is a copy of it, go on with: mlx-sft train --resume COPY"
+            raise UserError(what, where=str(self._path), hint=hint)
+        self._tell(f"the run folder {self._path} is now {found}, where the run goes on")
+        self._path = found
+        self._remove_left()  # what was being written there when it was moved
 
     @classmethod
     def new(cls, path: str | Path) -> RunFolder:
         """A run that is to be made; refuses a folder that holds anything but the first files of a run that never began."""
         run = cls(path)
         with disk_errors(run.path):
+            refuse_link(run.path)
             if run.path.exists() and (not run.path.is_dir() or not run._is_free()):
                 resume = f"continue it with --resume {run.path}, or " if run.config.exists() else ""
                 raise UserError(
@@ -93,9 +118,8 @@ class RunFolder:
             raise
 
     def _is_free(self) -> bool:
-        names = {path.name.removeprefix(".writing-") for path in self.path.iterdir()}
-        head = {self.data_report.name, self.environment.name, self.config.name}
-        return names <= head and not self.config.exists()
+        head = {self.data_report.name, self.environment.name}
+        return all(path.name in head or is_temporary(path) for path in self.path.iterdir())
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -110,8 +134,11 @@ class RunFolder:
         return run
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, tell: Callable[[str], None] = lambda message: None) -> Iterator[None]:
         """While the block runs, no other process writes this run. The lock is released when the process ends, even when it is killed.
+
+        Args:
+            tell: Is told where the folder is, when someone has renamed it.
 
         Raises:
             UserError: If another process holds it.
@@ -130,9 +157,22 @@ class RunFolder:
             with disk_errors(self.checkpoints):
                 for old in self.checkpoints.glob(".replaced-*"):
                     recover_replaced_folder(old.with_name(old.name.removeprefix(".replaced-")))
+            self._remove_left()
+            if _is_at(descriptor, self._path):  # else this file system gives a folder several numbers
+                self._held, self._tell = descriptor, tell
             yield
         finally:
+            self._held = None
             os.close(descriptor)
+
+    def _remove_left(self) -> None:
+        """Remove what a killed process was writing; as the run is locked, no one is writing it now."""
+        for path in [*self._path.glob(".writing-*"), *self._path.glob("*/.writing-*")]:
+            # What an export is writing into a folder here is no part of the run.
+            kept = is_temporary(path.parent) or (path.is_dir() and path.parent.name != "checkpoints")
+            if is_temporary(path) and not kept:
+                with disk_errors(path):
+                    remove(path)
 
     def _refuse_links_out(self) -> None:
         """The maker of a folder must not decide where else this process writes."""
@@ -222,6 +262,14 @@ class RunFolder:
         """Steps that have a complete checkpoint, ascending."""
         digits = (p.name.removeprefix("step-") for p in self.checkpoints.glob("step-*") if p.is_dir())
         return sorted(int(step) for step in digits if step.isdecimal())
+
+
+def _is_at(held: int, path: Path) -> bool:
+    """Whether an open folder lies at a path."""
+    try:
+        return os.path.samestat(os.fstat(held), path.stat())
+    except OSError:
+        return False
 
 
 _MOST_LISTED = 6

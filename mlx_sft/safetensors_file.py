@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_errors
+from mlx_sft.writing import new_file
 
 STORED_AS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -148,14 +149,14 @@ def write_safetensors(
     """Write a file tensor by tensor, so that no more than a piece of one tensor need ever be in memory.
 
     Args:
-        path: The file.
+        path: The file, which must not be there.
         tensors: (name, dtype, shape, size in bytes) in the order of their bytes.
         contents: For each tensor, in the same order, its bytes in pieces.
         metadata: The header's `__metadata__`.
 
     Raises:
         ValueError: If the contents of a tensor have another size than was said.
-        OSError: If the disk does not take it.
+        OSError: If the disk does not take it, or the file is there.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     sizes: dict[str, int] = {}
@@ -166,7 +167,7 @@ def write_safetensors(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, size), pieces in zip(sizes.items(), contents, strict=True):
             written = sum(file.write(piece) for piece in pieces)

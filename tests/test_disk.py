@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_sft import TrainConfig, UserError, export, train
+from mlx_sft import TrainConfig, UserError, export, train, writing
 from mlx_sft.config import TrainConfig as Config
 from mlx_sft.console import Console
 from mlx_sft.data.batches import Plan
@@ -46,16 +46,15 @@ def test_a_run_that_does_not_fit_is_refused_before_its_folder_is_made(
 
 def test_a_run_takes_no_more_than_was_said(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked at whenever a file has been made durable, which is before anything is removed."""
-    from mlx_sft import files
 
-    run, most, real = Path(settings["out"]), [0], files.sync_path
+    run, most, real = Path(settings["out"]), [0], writing.sync_path
 
     def looking(path: Path) -> None:
         real(path)
         taken = sum(file.stat().st_size for file in run.rglob("*.safetensors"))
         most[0] = max(most[0], taken)
 
-    monkeypatch.setattr(files, "sync_path", looking)
+    monkeypatch.setattr(writing, "sync_path", looking)
     config = TrainConfig(**settings | {"save_every": 1, "keep": 2, "valid_fraction": 0.2})
     train(config)
     newest = RunFolder(run).checkpoint(RunFolder(run).checkpoint_steps()[-1])
@@ -78,7 +77,7 @@ def test_as_many_checkpoints_are_counted_as_there_will_be(changes: dict[str, Any
     plan = Plan(20, batch_size=5, epochs=3)
     assert plan.total_steps == 12
     goes_back = "on_divergence" in changes
-    need = DiskNeed.of_run({}, 0, Config(data="x", **changes), plan, goes_back=goes_back)
+    need = DiskNeed.of_run(0, 0, Config(data="x", **changes), plan, goes_back=goes_back)
     assert need.checkpoints == checkpoints
 
 

@@ -1,4 +1,4 @@
-"""Files on the disk: what is within bounds is read, what is not is refused by its line, and what is written is complete or absent."""
+"""Files on the disk: what is within bounds is read, what is not is refused by its line."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import errno
 import json
 import os
 import shutil
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from mlx_sft import files
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import (
     MOST_JSON_BYTES,
@@ -24,11 +22,7 @@ from mlx_sft.files import (
     read_front_matter,
     read_json,
     read_yaml,
-    write_file,
-    write_file_with,
-    write_folder,
 )
-from tests.disks import a_full_disk
 
 pytestmark = pytest.mark.fast
 
@@ -153,82 +147,6 @@ def test_metadata_that_is_out_of_bounds_is_refused_at_its_line(tmp_path: Path, c
     assert caught.value.where == f"{file}:{line}"
 
 
-def test_a_file_is_written_with_the_folders_above_it(tmp_path: Path) -> None:
-    write_file(tmp_path / "a" / "b" / "text", "grüße\n")
-    write_file(tmp_path / "a" / "b" / "bytes", b"\x00\xff")
-    assert (tmp_path / "a" / "b" / "text").read_bytes() == "grüße\n".encode()
-    assert (tmp_path / "a" / "b" / "bytes").read_bytes() == b"\x00\xff"
-    assert names(tmp_path / "a" / "b") == ["bytes", "text"]
-
-
-def test_what_is_needed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        a_full_disk(monkeypatch),
-        pytest.raises(UserError) as caught,
-        write_folder(tmp_path / "x", 12 * 10**8) as folder,
-    ):
-        (folder / "file").write_text("x")
-    assert caught.value.hint.startswith("free 1.20 GB")
-
-
-def test_a_file_whose_writing_fails_is_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_file(tmp_path / "file", "old")
-    with a_full_disk(monkeypatch), pytest.raises(UserError, match="the disk is full") as caught:
-        write_file(tmp_path / "file", "new")
-    assert caught.value.where == str(tmp_path / "file")
-    assert "--resume" in caught.value.hint
-    assert (tmp_path / "file").read_text() == "old"
-    assert names(tmp_path) == ["file"]
-
-
-def test_a_writer_gets_a_name_with_the_files_suffix(tmp_path: Path) -> None:
-    def write(path: Path) -> None:
-        assert path != tmp_path / "x.safetensors"
-        assert path.suffix == ".safetensors"
-        path.write_text("x")
-
-    write_file_with(tmp_path / "x.safetensors", write)
-    assert names(tmp_path) == ["x.safetensors"]
-
-
-def test_a_folder_appears_whole_and_replaces_the_one_before(tmp_path: Path) -> None:
-    for content in ("old", "new"):
-        with write_folder(tmp_path / "folder") as temporary:
-            (temporary / "deep").mkdir()
-            (temporary / "deep" / content).write_text(content)
-            assert content not in names(tmp_path)
-        assert names(tmp_path) == ["folder"]
-        assert names(tmp_path / "folder" / "deep") == [content]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_folder_whose_writing_fails_is_the_old_one(tmp_path: Path, error: type[BaseException]) -> None:
-    with write_folder(tmp_path / "folder") as temporary:
-        (temporary / "file").write_text("old")
-
-    def fail() -> None:
-        with write_folder(tmp_path / "folder") as temporary:
-            (temporary / "file").write_text("new")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert (tmp_path / "folder" / "file").read_text() == "old"
-    assert names(tmp_path) == ["folder"]
-
-
-def test_what_a_killed_writer_left_is_no_obstacle(tmp_path: Path) -> None:
-    for left in (".writing-folder", ".replaced-folder"):
-        (tmp_path / left).mkdir()
-        (tmp_path / left / "torn").touch()
-    for content in ("first", "second"):
-        with write_folder(tmp_path / "folder") as temporary:
-            (temporary / "file").write_text(content)
-    assert (tmp_path / "folder" / "file").read_text() == "second"
-    assert names(tmp_path) == ["folder"]
-    assert names(tmp_path / "folder") == ["file"]
-
-
 @pytest.mark.parametrize(
     ("number", "message"),
     [
@@ -245,63 +163,6 @@ def test_a_failed_write_says_where_and_what_to_do(number: int, message: str) -> 
     assert caught.value.what == message
     assert caught.value.where == "runs/x"
     assert caught.value.hint
-
-
-def test_a_folder_that_a_killed_process_was_replacing_is_back_in_its_place(tmp_path: Path) -> None:
-    (tmp_path / ".replaced-folder").mkdir()
-    (tmp_path / ".replaced-folder" / "file").write_text("old")
-    with pytest.raises(UserError), write_folder(tmp_path / "folder"):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-    assert (tmp_path / "folder" / "file").read_text() == "old"
-    (tmp_path / ".replaced-folder").mkdir()
-    with write_folder(tmp_path / "folder") as temporary:
-        (temporary / "file").write_text("new")
-    assert (tmp_path / "folder" / "file").read_text() == "new"
-    assert names(tmp_path) == ["folder"]
-
-
-def test_a_folder_is_never_missing_while_it_is_replaced(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    is_there: set[bool] = set()
-    seen = threading.Event()
-
-    def watch() -> None:
-        while not seen.is_set():
-            is_there.add(folder.exists())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        for _ in range(200):
-            with write_folder(folder) as temporary:
-                (temporary / "file").write_text("new")
-    finally:
-        seen.set()
-        watcher.join()
-    assert is_there == {True}
-    assert names(folder) == ["file"]
-
-
-def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "file").write_text("old")
-    monkeypatch.setattr(files, "exchange", lambda one, other: False)  # as on a memory stick
-    rename = Path.rename
-
-    def refuse(path: Path, to: Path) -> Path:
-        if path.name == ".writing-folder":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return rename(path, to)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(UserError), write_folder(folder) as temporary:
-        (temporary / "file").write_text("new")
-    assert (folder / "file").read_text() == "old"
-    assert names(tmp_path) == ["folder"]
 
 
 def test_free_space_is_that_of_the_nearest_folder_there_is(tmp_path: Path) -> None:

@@ -106,6 +106,100 @@ def test_only_the_public_module_and_the_command_line_import_the_package_itself(p
     assert "mlx_sft" not in {module for module, _ in imports(parse(path))}
 
 
+# --- what is written -----------------------------------------------------------------------------------------------------------
+
+METHODS_THAT_WRITE = {
+    "write_text",
+    "write_bytes",
+    "touch",
+    "symlink_to",
+    "hardlink_to",
+    "rename",
+    "tofile",
+    "save_weights",
+    "save_pretrained",
+}
+FUNCTIONS_THAT_WRITE = {
+    "FileIO",
+    "copy2",
+    "copyfile",
+    "copytree",
+    "mkstemp",
+    "mkdtemp",
+    "NamedTemporaryFile",
+    "TemporaryDirectory",
+    "memmap",
+    "savetxt",
+    "savez",
+    "savez_compressed",
+    "save_safetensors",
+    "save_gguf",
+    "save_file",
+    "save_model",
+    "save_config",
+}
+OF_MODULES = {
+    "os.link",
+    "os.mkfifo",
+    "os.rename",
+    "os.replace",
+    "os.symlink",
+    "shutil.copy",
+    "shutil.move",
+    "mx.save",
+    "np.save",
+}
+WRITTEN_OTHERWISE = {
+    "data/cache.py np.memmap": "maps a file that is there, for reading",
+    "data/tokenize.py folder.rename": "gives a private folder its name in the cache, where that is free",
+    "training/checkpoint.py folder.rename": "sets a damaged checkpoint aside, under a name that was made free",
+    "convert/targets/mlx.py save_model": "mlx-lm's own writer, into a temporary folder of `write_folder`",
+    "convert/targets/mlx.py save_config": "the same",
+}
+"""Outside of `writing.py`, each with its reason."""
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call writes a file, or gives one its name, in Python's way or in that of a library that is used."""
+    whole = ast.unparse(call.func)
+    name = whole.rpartition(".")[2]
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    if name in ("open", "fdopen"):
+        modes = [value.value for value in given if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+        flags = [value for value in given if re.search("O_(WRONLY|RDWR|CREAT|APPEND|TRUNC)", ast.unparse(value))]
+        return bool(flags) or any(set(mode) & set("wax+") for mode in modes)
+    if name == "replace" and isinstance(call.func, ast.Attribute):
+        return len(given) == 1  # a path's; a text's has two
+    is_method = isinstance(call.func, ast.Attribute) and name in METHODS_THAT_WRITE
+    return is_method or name in FUNCTIONS_THAT_WRITE or whole in OF_MODULES
+
+
+def test_what_is_written_goes_through_one_module() -> None:
+    """A file that is written elsewhere could be written through a link that someone has put there."""
+    found = {
+        f"{path.relative_to(PACKAGE)} {ast.unparse(node.func)}"
+        for path in MODULES
+        for node in ast.walk(parse(path))
+        if path.name != "writing.py" and isinstance(node, ast.Call) and writes(node)
+    }
+    assert found == set(WRITTEN_OTHERWISE)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('path.open("wb")', True), ('open(path, mode="a")', True), ("os.open(path, os.O_WRONLY)", True), ('path.write_text("")', True),
+        ("mx.save_safetensors(name, arrays)", True), ("new.replace(path)", True), ("shutil.copyfile(a, b)", True), ("np.save(a, b)", True),
+        ('path.open("rb")', False), ("os.open(path, os.O_RDONLY)", False), ('text.replace("a", "b")', False), ("replace(a, b=1)", False),
+        ('write_text("to stdout")', False), ("save(job)", False),
+    ],
+)  # fmt: skip
+def test_what_writes_is_recognized(text: str, found: bool) -> None:
+    call = ast.parse(text, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert writes(call) is found
+
+
 # --- the package -------------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mlx_sft import writing
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
 from mlx_sft.run_folder import RunFolder
@@ -20,6 +21,10 @@ pytestmark = pytest.mark.fast
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def left_by_a_dead_process(name: str) -> str:
+    return f".writing-{writing._THIS_MACHINE}-{2**22 + 1}-0123456789abcdef-{name}"
 
 
 def test_a_run_is_made_in_a_folder_that_is_new_or_empty(tmp_path: Path) -> None:
@@ -48,7 +53,7 @@ def test_a_folder_that_holds_something_is_refused_and_a_run_in_it_is_named(tmp_p
 
 
 def test_the_head_of_a_run_that_never_began_is_taken_over(tmp_path: Path) -> None:
-    for name in ("data_report.json", ".writing-environment.json"):
+    for name in ("data_report.json", left_by_a_dead_process("environment.json")):
         (tmp_path / name).write_text("{")
     run = RunFolder.create(tmp_path)
     run.write_head(config="c", data_report="d", environment="e")
@@ -126,6 +131,45 @@ def test_a_run_is_written_by_one_at_a_time(tmp_path: Path) -> None:
         assert caught.value.where == str(run.path)
     with RunFolder(run.path).locked():
         assert list(run.path.iterdir()) == before
+
+
+def test_what_a_killed_process_was_writing_goes_when_the_run_is_locked_and_an_export_in_it_stays(
+    tmp_path: Path,
+) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    mine = writing._prefix()  # of a process that is alive: the lock says that no one writes there
+    for folder in ("adapter", f"{mine}export"):
+        (run.path / folder).mkdir()
+    for file in (f"{mine}config.yaml", f"adapter/{mine}a.safetensors", f"{mine}export/{mine}config.json"):
+        (run.path / file).touch()
+    (run.checkpoints / f"{mine}step-00000002").mkdir(parents=True)
+    with run.locked():
+        assert names(run.path) == sorted([f"{mine}export", "adapter", "checkpoints"])
+        assert names(run.adapter) == names(run.checkpoints) == []
+        assert names(run.path / f"{mine}export") == [f"{mine}config.json"]
+
+
+@pytest.mark.parametrize("target", ["there", "nowhere"])
+def test_a_link_is_no_place_for_a_new_run(tmp_path: Path, target: str) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "run").symlink_to(target)
+    with pytest.raises(UserError, match=r"a symbolic link"):
+        RunFolder.create(tmp_path / "run")
+    assert names(tmp_path) == ["run", "there"]
+
+
+def test_a_locked_run_is_found_where_it_was_renamed_whatever_has_its_place_now(tmp_path: Path) -> None:
+    run, told = RunFolder.create(tmp_path / "run"), list[str]()
+    with run.locked(told.append):
+        (tmp_path / "run").rename(tmp_path / "other")
+        (tmp_path / "run").mkdir()
+        for _ in range(2):
+            assert run.config == tmp_path / "other" / "config.yaml"
+        (tmp_path / "other").rmdir()
+        with pytest.raises(UserError, match=r"was removed") as caught:
+            run.checkpoint_steps()
+        assert caught.value.where == str(tmp_path / "other")
+    assert told == [f"the run folder {tmp_path / 'run'} is now {tmp_path / 'other'}, where the run goes on"]
 
 
 def test_a_head_that_can_be_neither_written_nor_removed_ends_in_words(

@@ -26,6 +26,7 @@ from mlx_sft.model.names import expert_name, transformers_name
 from mlx_sft.model.quantize import dequantized
 from mlx_sft.model.weights import INDEX, Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, SafetensorsFile, StoredTensor
+from mlx_sft.writing import write_file
 
 
 def dequantized_edits(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Rows]:
@@ -70,12 +71,12 @@ def say_unpacked(checkpoint: Checkpoint, folder: Path) -> None:
     config = read_json(folder / "config.json")
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
-    (folder / "config.json").write_text(to_json(config))
+    write_file(folder / "config.json", to_json(config))
     if checkpoint.index is not None:
         size = sum(tensor.size for tensor in checkpoint.tensors.values())
         weight_map = {name: tensor.file.name for name, tensor in sorted(checkpoint.tensors.items())}
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _parts(module: Any, count: int) -> list[Rows]:

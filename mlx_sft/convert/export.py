@@ -13,11 +13,12 @@ from mlx_sft.convert.targets import Export, MergeSettings, Target
 from mlx_sft.convert.verify import Verification
 from mlx_sft.data.sources import full_path, full_place
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import refuse_full_disk, write_folder
+from mlx_sft.files import refuse_full_disk
 from mlx_sft.load import config_of, is_base
 from mlx_sft.model.load import is_packed, local_checkpoint
 from mlx_sft.registry import METHODS, TARGETS
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.writing import refuse_link, write_folder
 
 LOST_LIMIT = 1.0
 """Where quantizing moves a weight by more than training did, what training did to it is no longer told from noise."""
@@ -107,7 +108,7 @@ def export(
     target.check()
     needed = target.needed_bytes()
     refuse_full_disk(place, needed, "this export", _ROOM)
-    with write_folder(place, needed) as temporary:
+    with write_folder(place, needed, parents=True) as temporary:
         target.write(temporary)
         verification = target.verify(temporary) if verify else None
     if step is not None and (number := target.export.trained.number) is not None:
@@ -163,6 +164,7 @@ def _settings(kind: type[Target], options: dict[str, Any]) -> Any:
 
 def check_target(to: Path, run: RunFolder, config: TrainConfig, base: Path, overwrite: bool) -> Path:
     """The folder to write, resolved; refused where writing it would replace what a person did not mean."""
+    refuse_link(to.expanduser())
     target = to.expanduser().resolve()
     kept = {
         "the run": run.path,

@@ -19,11 +19,12 @@ from mlx_lm import utils as mlx_lm_utils
 from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError, blamed_on
-from mlx_sft.files import to_json, write_file
+from mlx_sft.files import to_json
 from mlx_sft.model.load import cast, load_model
 from mlx_sft.model.stored_form import give_mlx_form
 from mlx_sft.model.translate import fields_of_the_whole, fields_read, read_config, translate_config
 from mlx_sft.trust import may_run_code_of
+from mlx_sft.writing import write_file
 
 Logits = list[NDArray[np.float32]]
 """For each row, [positions, vocabulary]."""

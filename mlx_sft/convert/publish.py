@@ -17,12 +17,13 @@ from mlx_sft.convert.hub import Repository, files_of
 from mlx_sft.convert.model_card import Published, RunSummary, model_card, read_run_summary
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import folder_bytes, read_json, to_json, workplace, write_file
+from mlx_sft.files import folder_bytes, read_json, to_json
 from mlx_sft.load import finished_folder
 from mlx_sft.methods import make_method
 from mlx_sft.model.load import CARD, name_elsewhere, resolve_checkpoint
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.writing import workplace, write_file
 
 Note = Callable[[str], None]
 """Called with a sentence about what is done now, or what is missing."""

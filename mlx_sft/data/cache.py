@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.errors import UserError
 from mlx_sft.registry import FORMATS
+from mlx_sft.writing import new_file, open_to_append, private_folder, remove
 
 UNUSED_DAYS = 30
 _ARRAYS = {
@@ -50,22 +50,22 @@ _ARRAYS = {
 }
 _ROWS, _CHECKSUMS = "rows.json", "checksums.json"
 _KEY = re.compile("[0-9a-f]{64}")
-_WRITING = ".writing-mlx-sft-"
-_WRITING_HERE = f"{_WRITING}{platform.node()}-"
-"""Before the number of the process, so that what it leaves is known when it is dead."""
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _PIECE = 1 << 20
 
 
-def cache_folder() -> Path:
-    """$MLX_SFT_CACHE, else mlx-sft in $XDG_CACHE_HOME, else in ~/.cache."""
+def cache_folder() -> Path | None:
+    """$MLX_SFT_CACHE, else mlx-sft in $XDG_CACHE_HOME, else in ~/.cache; None for a user without a home.
+
+    A folder that any user could have made, such as one in /tmp, is none of these: whoever makes a cache decides what is trained on.
+    """
     if own := os.environ.get("MLX_SFT_CACHE"):
         return Path(own).expanduser().absolute()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         return (base if base.is_absolute() else Path.home() / ".cache") / "mlx-sft"
     except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"mlx-sft-{os.getuid()}"
+        return None
 
 
 # The key
@@ -191,7 +191,7 @@ class Writer:
         self._row_format: str | None = None
         self.rows = 0
         for name in _ARRAYS:
-            (folder / name).touch()
+            new_file(folder / name).close()
 
     def append(self, chunk: Store) -> Store:
         """Write a chunk's rows; returns them as they are counted in the whole."""
@@ -201,7 +201,7 @@ class Writer:
         for name in _ARRAYS:
             array: NDArray[Any] = getattr(chunk, name)
             content = array.tobytes()
-            with (self._folder / name).open("ab") as file:
+            with open_to_append(self._folder / name) as file:
                 file.write(content)
             self._checksums[name] = zlib.crc32(content, self._checksums[name])
             lengths[name] += len(array)
@@ -219,9 +219,11 @@ class Writer:
             "lost": [asdict(row) for row in self._lost],
             "keys": [asdict(key) for key in self._keys.counts],
         }
-        (self._folder / _ROWS).write_text(json.dumps(about))
+        with new_file(self._folder / _ROWS) as file:
+            file.write(json.dumps(about).encode())
         checksums = self._checksums | {_ROWS: _checksum(self._folder / _ROWS)}
-        (self._folder / _CHECKSUMS).write_text(json.dumps(checksums))
+        with new_file(self._folder / _CHECKSUMS) as file:
+            file.write(json.dumps(checksums).encode())
         return _mapped_store(self._folder)
 
 
@@ -239,9 +241,7 @@ def writing(home: Path | None, progress: ReadingProgress) -> Iterator[Path]:
         UserError: where writing fails.
     """
     with write_errors(Path(tempfile.gettempdir())):
-        temporary = _beside(home, progress) or tempfile.TemporaryDirectory(
-            prefix="mlx-sft-", ignore_cleanup_errors=True
-        )
+        temporary = _beside(home, progress) or private_folder()
     with temporary as folder, write_errors(Path(folder).parent):
         yield Path(folder)
 
@@ -252,8 +252,7 @@ def _beside(home: Path | None, progress: ReadingProgress) -> tempfile.TemporaryD
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         remove_unused(home.parent)
-        prefix = f"{_WRITING_HERE}{os.getpid()}-"
-        return tempfile.TemporaryDirectory(prefix=prefix, dir=home.parent, ignore_cleanup_errors=True)
+        return private_folder(home.parent)
     except OSError as error:
         progress.note(
             f"cannot write to the cache {home.parent} ({error.strerror or error}): tokenized rows are not kept; "
@@ -277,24 +276,10 @@ def write_errors(parent: Path) -> Iterator[None]:
 
 
 def remove_unused(parent: Path) -> None:
-    """Remove what no run has used for `UNUSED_DAYS`, and what dead processes were writing."""
+    """Remove what no run has used for `UNUSED_DAYS`."""
     oldest = time.time() - UNUSED_DAYS * 24 * 3600
     for folder in parent.iterdir():
-        if _KEY.fullmatch(folder.name) or folder.name.startswith(_WRITING):
+        if _KEY.fullmatch(folder.name):
             with suppress(OSError):
-                if folder.stat().st_mtime < oldest or _is_abandoned(folder.name):
-                    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_abandoned(name: str) -> bool:
-    """Whether a process of this machine was writing the folder of this name, and is dead."""
-    process = name.removeprefix(_WRITING_HERE).partition("-")[0]
-    if not name.startswith(_WRITING_HERE) or not process.isdigit():
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's, and alive
-        pass
-    return False
+                if folder.lstat().st_mtime < oldest:
+                    remove(folder)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sft.errors import USAGE, UserError, blamed_on, did_you_mean
-from mlx_sft.files import user_path, write_file
+from mlx_sft.files import user_path
+from mlx_sft.writing import write_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import threading
 from collections import deque
@@ -24,6 +23,7 @@ from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.readers import Row
 from mlx_sft.data.sources import Source
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.writing import remove
 
 ROWS_AT_ONCE = 128
 CHARACTERS_AT_ONCE = 1 << 19
@@ -59,7 +59,8 @@ def tokenized(
     """
     before = _state(source)
     sha256 = source.sha256()
-    home = cache_folder() / entry_key(sha256, source.name, pipeline) if keep and sha256 else None
+    cache = cache_folder()
+    home = cache / entry_key(sha256, source.name, pipeline) if keep and sha256 and cache else None
     store = open_store(home) if home else None
     if store is not None:
         progress.finished(source.name, store.rows, cached=True)
@@ -68,7 +69,8 @@ def tokenized(
         return Tokenized(store, sha256)
     if home and home.exists():
         progress.note(f"the cache entry {home} is damaged; its rows are tokenized again")
-        shutil.rmtree(home, ignore_errors=True)
+        with suppress(OSError):
+            remove(home)
     with writing(home, progress) as folder:
         store = _write(folder, source, pipeline, progress, workers, on_lost)
         if _state(source) != before:

@@ -31,11 +31,12 @@ from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.source_report import reasons
 from mlx_sft.data.sources import locate, split_weight
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import user_path, write_file_with
+from mlx_sft.files import user_path
 from mlx_sft.inspection.changes import changes
 from mlx_sft.inspection.inspector import ready, without_limit
 from mlx_sft.inspection.selection import SurveyedRows
 from mlx_sft.registry import OBJECTIVES
+from mlx_sft.writing import new_file, write_file_with
 
 _WRITERS: dict[type[Item], tuple[RowFormat, Callable[[Any], dict[str, Any]]]] = {
     Conversation: (messages.FORMAT, messages.write),
@@ -154,14 +155,14 @@ def write_clean(
     rules = KeyRules.of(tokenizer.chat_template, ignore_unknown=config.ignore_unknown_keys)
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
+        with new_file(temporary) as file:
             for row, reading, given_as_objects in _kept_rows(config, prepared, progress):
                 file.writelines(_lines(reading, _Cleaner(rules, given_as_objects), result))
                 if config.roles and with_roles(row.value, config.roles) != row.value:
                     result.add(row.origin, ["roles as --roles names them"])
         _check(temporary, config, tokenizer, prepared, progress)
 
-    write_file_with(target, write)
+    write_file_with(target, write, parents=True)
     return result
 
 

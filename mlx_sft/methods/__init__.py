@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
-from mlx_sft.files import read_json, write_file, write_file_with
+from mlx_sft.files import read_json
 from mlx_sft.registry import METHODS
 from mlx_sft.safetensors_file import read_arrays, write_arrays
 from mlx_sft.settings import Settings as NoSettings
+from mlx_sft.writing import make_folder, write_file, write_file_with
 
 ENTRIES = {
     "lora": "mlx_sft.methods.lora:Lora",
@@ -198,9 +199,11 @@ class Method:
         """Write the result; each file is the old or the new one at every instant.
 
         Args:
+            folder: Made where it is not there.
             base_model: Name or path by which others find the base.
             revision: Its commit on the Hub, where it is known.
         """
+        make_folder(folder)
         write_file_with(folder / _PARAMETERS, lambda path: write_arrays(path, parameters, {"format": "mlx"}))
         stated = {"method": self.name, "base_model": base_model, "revision": revision}
         write_file(

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import free_folder, write_folder
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.lora_settings import HALVES, LoraSettings
 from mlx_sft.methods.peft_files import base_model_name, names_begin, read_adapter, write_adapter
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.writing import free_folder, write_folder
 
 Method = Literal["linear", "cat", "svd"]
 Array = NDArray[np.float32]
@@ -84,7 +84,7 @@ def merge_adapters(
             parameters[f"{module}.{half}"] = mx.array(value)
     settings = _settings(parameters, modules)
     target = free_folder(to)
-    with write_folder(target) as temporary:
+    with write_folder(target, parents=True) as temporary:
         write_adapter(temporary, settings, parameters, read[0].base_model, begins=read[0].begins)
     return target
 

@@ -17,13 +17,13 @@ from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError
-from mlx_sft.files import write_file_with
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
 from mlx_sft.methods.layers import LayersSettings, chosen_layers, layer_number, layer_prefixes, written_layers
 from mlx_sft.model.head import floating_weights, repeated_layers
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.names import transformers_name
 from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_arrays, read_rows, write_arrays
+from mlx_sft.writing import make_folder, write_file_with
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -121,6 +121,7 @@ class Full(Method):
         return edits
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
+        make_folder(folder)
         write_file_with(folder / WEIGHTS_FILE, lambda path: write_arrays(path, parameters, {"format": "mlx"}))
 
     @classmethod

@@ -18,10 +18,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.errors import UserError
-from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.files import read_json, to_json
 from mlx_sft.methods.layers import layer_number
 from mlx_sft.methods.lora_settings import MAGNITUDE, LoraSettings
 from mlx_sft.safetensors_file import read_arrays, write_arrays
+from mlx_sft.writing import make_folder, write_file, write_file_with
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapters.safetensors"
@@ -65,6 +66,7 @@ def write_adapter(
             raise UserError(f"mlx-lm has no place for an adapter on {module}", where=str(folder), hint=hint)
         keys.add(place["key"])
         arrays[f"{module}.{_PARTS[half]}"] = mx.contiguous(value.T) if value.ndim == 2 else value
+    make_folder(folder)
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "mlx"}))
     config: dict[str, Any] = {
         "model": base_model,

@@ -23,7 +23,7 @@ import mlx.core as mx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
-from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.files import read_json, to_json
 from mlx_sft.methods.also_train import HEAD, is_whole, tied_weight
 from mlx_sft.methods.layers import layers_of_config, layers_to_transform
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
@@ -32,6 +32,7 @@ from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_rules import PeftBase, endings, in_a_layer, losses, target_modules
 from mlx_sft.model.names import EXPERTS_PART, INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
+from mlx_sft.writing import make_folder, write_file, write_file_with
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -120,6 +121,7 @@ def write_adapter(
     arrays = {peft_name(base.name(name)): value for name, value in _unstacked(parameters).items()}
     if (tied := tied_weight(parameters, settings.also_train)) is not None:
         arrays[peft_name(base.name(f"{HEAD}.weight"))] = tied  # PEFT asks for it under both names
+    make_folder(folder)
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
     modules = sorted({name.rpartition(".")[0] for name in parameters if not is_whole(name)})
     saved = modules_to_save(settings.also_train, parameters, base.name)

@@ -7,7 +7,6 @@ The weight files are `model.safetensors`, else the shards that `model.safetensor
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -17,6 +16,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.files import read_json
 from mlx_sft.model.names import EXPERTS_PART, expert_name, transformers_name
 from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor, open_safetensors, stored_dtype, write_safetensors
+from mlx_sft.writing import copy_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -142,7 +142,7 @@ class Checkpoint:
                 file.metadata | {"format": "pt"},
             )
         if self.index is not None:
-            shutil.copyfile(self.index, folder / INDEX)
+            copy_file(self.index, folder / INDEX)
         copy_side_files(self.path, folder)
 
 
@@ -151,7 +151,7 @@ def copy_side_files(source: Path, target: Path) -> None:
     for file in side_files(source):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+        copy_file(file, copy)
 
 
 def side_files(folder: Path) -> list[Path]:

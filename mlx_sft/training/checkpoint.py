@@ -9,7 +9,6 @@ checkpoints/step-00000050/
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +18,13 @@ import mlx.core as mx
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from mlx_sft.errors import UserError
-from mlx_sft.files import disk_errors, read_json, sha256_line, to_json, write_folder
+from mlx_sft.files import disk_errors, read_json, sha256_line, to_json
 from mlx_sft.methods import Parameters
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.run_folder import CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS, RunFolder
 from mlx_sft.safetensors_file import read_arrays, write_arrays
 from mlx_sft.training.recompute import Mode
+from mlx_sft.writing import make_folder, remove, write_file, write_folder
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
@@ -100,11 +100,12 @@ def save(
     }
     moments = optimizer.flat_state()
     needed = sum(array.nbytes for array in (*parameters.values(), *moments.values()))
+    make_folder(run.checkpoints)
     with write_folder(run.checkpoint(progress.step), needed) as temporary:
         write_arrays(temporary / CHECKPOINT_PARAMETERS, parameters)
         write_arrays(temporary / _OPTIMIZER, moments)
-        (temporary / _STATE).write_text(to_json(state))
-        (temporary / CHECKPOINT_SUMS).write_text("".join(sha256_line(temporary / name) for name in _FILES))
+        write_file(temporary / _STATE, to_json(state))
+        write_file(temporary / CHECKPOINT_SUMS, "".join(sha256_line(temporary / name) for name in _FILES))
 
 
 def set_aside_damaged(run: RunFolder) -> list[str]:
@@ -144,7 +145,7 @@ def _damage(folder: Path) -> str:
 def _set_aside(folder: Path, damage: str, good: int) -> str:
     aside = folder.with_name(f"damaged-{folder.name}")
     with disk_errors(folder):
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         folder.rename(aside)
     return f"{folder}: damaged, {damage}; it is now {aside.name}, and the run goes on from step {good}"
 
@@ -164,7 +165,7 @@ def remove_after(run: RunFolder, step: int) -> None:
 def _remove(run: RunFolder, steps: Iterable[int]) -> None:
     for step in steps:
         with disk_errors(run.checkpoint(step)):
-            shutil.rmtree(run.checkpoint(step))
+            remove(run.checkpoint(step))
 
 
 def load(

@@ -9,7 +9,6 @@ from pathlib import Path
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import Plan
 from mlx_sft.files import folder_bytes, refuse_full_disk
-from mlx_sft.methods import Parameters
 
 
 def begins_with_a_checkpoint(config: TrainConfig, *, goes_back: bool) -> bool:
@@ -32,28 +31,14 @@ class DiskNeed:
     results: int
 
     @classmethod
-    def of_run(
-        cls,
-        parameters: Parameters,
-        optimizer_bytes: int,
-        config: TrainConfig,
-        plan: Plan,
-        *,
-        goes_back: bool,
-        written: int | None = None,
-    ) -> DiskNeed:
-        """Of a run whose result takes `written` bytes; where None, as many as its parameters."""
-        trained = sum(value.nbytes for value in parameters.values())
+    def of_run(cls, checkpoint: int, result: int, config: TrainConfig, plan: Plan, *, goes_back: bool) -> DiskNeed:
+        """Of a run whose checkpoints and whose result take so many bytes each."""
         every = config.save_every
         between = every if isinstance(every, int) else plan.steps_per_epoch
         saves = math.ceil(plan.total_steps / between)
         at_the_start = begins_with_a_checkpoint(config, goes_back=goes_back)
         kept = min(config.keep + 1, saves + at_the_start) + goes_back  # one more, from before a divergence
-        return cls(
-            checkpoint=trained + optimizer_bytes,
-            checkpoints=kept,
-            results=3 * (trained if written is None else written),
-        )
+        return cls(checkpoint, checkpoints=kept, results=3 * result)
 
     @property
     def total(self) -> int:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 from mlx_sft.convert.model_card import model_card, run_summary
 from mlx_sft.errors import UserError
-from mlx_sft.files import disk_errors, write_file
+from mlx_sft.files import disk_errors
 from mlx_sft.model.load import name_elsewhere
 from mlx_sft.training import checkpoint
 from mlx_sft.training.job import Job
+from mlx_sft.writing import remove, write_file
 
 
+def _where_the_run_lies(write: Callable[[Job], None]) -> Callable[[Job], None]:
+    """A function that writes in the run folder, as one that does it once more where someone has renamed the folder meanwhile."""
+
+    @wraps(write)
+    def written(job: Job) -> None:
+        while True:
+            before = job.run.path
+            try:
+                write(job)
+            except UserError:
+                if job.run.path == before:
+                    raise
+            if job.run.path == before:
+                return
+
+    return written
+
+
+@_where_the_run_lies
 def begin(job: Job) -> None:
     """A run that has ended, and goes on, is not finished: its card goes, by which that is told."""
     if job.progress.stopped_of is None and job.step < job.total_steps:
@@ -22,19 +43,26 @@ def begin(job: Job) -> None:
 
 def save(job: Job) -> None:
     """A checkpoint of the job as it stands; where there is no validation, it is the result too."""
+    _save(job)
+    job.emit({"kind": "save", "step": job.progress.step, "path": str(job.run.checkpoint(job.progress.step))})
+
+
+@_where_the_run_lies
+def _save(job: Job) -> None:
     states = job.callbacks.state()
     checkpoint.save(job.run, job.progress, job.parameters, job.optimizer, states, job.identity, seed=job.config.seed)
     checkpoint.prune(job.run, job.config.keep, job.progress)
     if job.progress.best_step is None:
         save_result(job)
-    job.emit({"kind": "save", "step": job.progress.step, "path": str(job.run.checkpoint(job.progress.step))})
 
 
+@_where_the_run_lies
 def save_result(job: Job) -> None:
     """The parameters as the run's result."""
     _write(job, _result(job))
 
 
+@_where_the_run_lies
 def finish(job: Job) -> None:
     """The run's result in its place: the best by validation loss, else the last; and the last beside it.
 
@@ -54,7 +82,7 @@ def finish(job: Job) -> None:
             )
     elif job.run.last.exists():  # of when the run was shorter
         with disk_errors(job.run.last):
-            shutil.rmtree(job.run.last)
+            remove(job.run.last)
     summary = run_summary(job.run, job.config, job.data.report.to_json())
     write_file(job.run.card, model_card(summary))
 

@@ -20,11 +20,12 @@ from mlx_sft.data.chat_template import template_text
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.sources import full_path, full_place, split_weight
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import read_json, to_json, user_path, write_file
+from mlx_sft.files import read_json, to_json, user_path
 from mlx_sft.load import refuse_other_base
 from mlx_sft.model.load import checkpoint_fingerprint
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.settings import OnResume, on_resume
+from mlx_sft.writing import write_file
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "numpy", "safetensors")
 NEW_RUN = "start a new run with `mlx-sft train --config` on its config.yaml"

@@ -152,8 +152,8 @@ def prepare_job(
         settings, progress = _resumed(settings, progress, anew)
     predicted = predicted_peak(memory.footprint, settings, plan, data.train)
     disk = DiskNeed.of_run(
-        parameters, memory.footprint.optimizer_state_bytes, config, plan,
-        goes_back=callbacks.may_go_back, written=method.written_bytes(parameters),
+        memory.footprint.checkpoint_bytes, method.written_bytes(parameters), config, plan,
+        goes_back=callbacks.may_go_back,
     )  # fmt: skip
     disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
     if run:
@@ -161,7 +161,7 @@ def prepare_job(
     else:
         environment = describe_environment(config, identity, plan.total_steps)
         environment |= {"memory": memory.describe(predicted), "measured": asdict(measured)}
-        run = _create(config, data, environment, held)
+        run = _create(config, data, environment, console, held)
     hold_to(machine, predicted)
     compiled = compiled_shapes(plan, data.train, settings.micro_batch_tokens, settings.layout)
     computer.configure(settings.mode, compiled, settings.head_chunk)
@@ -206,7 +206,7 @@ def _opened(config: TrainConfig, console: Console, held: ExitStack) -> tuple[Tra
             RunFolder.new(config.out)  # before the work, not after it
         return config, None
     run = resumed_run(config.resume)
-    held.enter_context(run.locked())
+    held.enter_context(run.locked(console.warn))
     for damage in checkpoint.set_aside_damaged(run):
         console.warn(damage)
     resumed = resumed_config(config, run)
@@ -349,10 +349,12 @@ def _resumed(settings: BatchSettings, progress: Progress, anew: Collection[str])
     return settings, progress
 
 
-def _create(config: TrainConfig, data: PreparedData, environment: dict[str, Any], held: ExitStack) -> RunFolder:
+def _create(
+    config: TrainConfig, data: PreparedData, environment: dict[str, Any], console: Console, held: ExitStack
+) -> RunFolder:
     """A run folder with its head, locked until `held` is closed."""
     run = RunFolder.create(config.out or RunFolder.default_path(config.model))
-    held.enter_context(run.locked())
+    held.enter_context(run.locked(console.warn))
     RunFolder.new(run.path)  # another process may have begun one meanwhile
     run.write_head(
         config=config.model_copy(update={"out": None}).to_yaml(CONFIG_HEADER),

@@ -295,7 +295,8 @@ def test_where_the_runs_disk_is_full_another_is_taken(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = import_module("mlx_sft.convert.publish")
-    monkeypatch.setattr("mlx_sft.files.free_bytes", lambda path: 0 if path == run.parent else 10**12)
+    for name in ("files", "writing"):
+        monkeypatch.setattr(f"mlx_sft.{name}.free_bytes", lambda path: 0 if path == run.parent else 10**12)
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(other))

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from mlx_sft import writing
 from mlx_sft.data import cache
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.keys import KeyRules
@@ -269,7 +270,7 @@ def test_what_a_run_of_another_machine_is_writing_stays_for_a_month(
     stand_in: ModuleType, rows: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_WRITING_HERE", ".writing-mlx-sft-elsewhere-")
+        patch.setattr(writing, "_THIS_MACHINE", "0" * 8)
         patch.setattr(os, "getpid", lambda: 2**22 + 1)  # that of no process
         folder.mkdir()
         theirs = cache.writing(folder / "key", stand_in.Told())
@@ -410,6 +411,25 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert cache.cache_folder() == tmp_path / "mlx-sft"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache.cache_folder() == Path.home() / ".cache" / "mlx-sft"
+
+
+def test_for_a_user_without_a_home_no_rows_are_kept_where_others_could_put_theirs(
+    stand_in: ModuleType, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MLX_SFT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", without)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert cache.cache_folder() is None
+    told = stand_in.Told()
+    for _ in range(2):
+        assert len(texts(stand_in.read(rows, told))) == 300
+    assert told.sources == [(rows, 302, False)] * 2
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 # Memory

@@ -29,50 +29,50 @@ def _replace(original: Any, replacement: Any) -> None:
 
 
 def _nothing_is_synced() -> None:
-    from mlx_sft import files
+    from mlx_sft import writing
 
-    _replace(files.sync, lambda descriptor: None)
+    _replace(writing.sync, lambda descriptor: None)
 
 
 def _files_are_synced_after_they_have_their_names() -> None:
-    from mlx_sft import files
+    from mlx_sft import files, writing
 
-    def write_file_with(path: Path, write: Callable[[Path], None], *_: object) -> None:
+    def write_file_with(path: Path, write: Callable[[Path], None], **_: object) -> None:
         temporary = path.with_name(f".writing-{path.name}")
         with files.disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
             write(temporary)
             temporary.replace(path)
-            files.sync_path(path.parent)
-            files.sync_path(path)
+            writing.sync_path(path.parent)
+            writing.sync_path(path)
 
     @contextmanager
-    def write_folder(path: Path, *_: object) -> Iterator[Path]:
+    def write_folder(path: Path, *_: object, **__: object) -> Iterator[Path]:
         temporary = path.with_name(f".writing-{path.name}")
         with files.disk_errors(path):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
             temporary.rename(path)
-            files.sync_path(path.parent)
+            writing.sync_path(path.parent)
             for written in path.iterdir():
-                files.sync_path(written)
+                writing.sync_path(written)
 
-    _replace(files.write_file_with, write_file_with)
-    _replace(files.write_folder, write_folder)
+    _replace(writing.write_file_with, write_file_with)
+    _replace(writing.write_folder, write_folder)
 
 
 def _what_is_written_has_its_name_at_once() -> None:
-    from mlx_sft import files
+    from mlx_sft import files, writing
 
     @contextmanager
-    def write_folder(path: Path, *_: object) -> Iterator[Path]:
+    def write_folder(path: Path, *_: object, **__: object) -> Iterator[Path]:
         with files.disk_errors(path):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
             yield path
 
-    _replace(files.write_folder, write_folder)
+    _replace(writing.write_folder, write_folder)
 
 
 def _errors_of_the_disk_are_tracebacks() -> None:

@@ -245,6 +245,82 @@ def _damage(trial: Trial, folder: Path, others: list[Path]) -> str:
     return path.name
 
 
+# --- places that are not what they were, or never were ---------------------------------------------------------------------------
+
+
+def moved(trial: Trial) -> None:
+    """The folder of a run is renamed or removed at a call; the run, which may be killed then, goes on."""
+    scene = trial.scene()
+    here, there = trial.folder / "here", trial.disk / "renamed"
+    child = trial.train(scene, Wait(_call(trial, scene, after=0.3), here))
+    if not child.until(here.exists):
+        raise NotSurvived(f"it ended early: {child.wait().err}")
+    if removed := trial.random.random() < 0.3:
+        shutil.rmtree(trial.run)
+    else:
+        trial.run.rename(there)
+    here.unlink()
+    if trial.timed and trial.random.random() < 0.3:
+        time.sleep(trial.random.random() * scene.seconds / 2)
+        child.kill()
+    ended = child.wait()
+    if trial.run.exists():
+        raise NotSurvived(f"it writes where the folder was: {sorted(tree(trial.run))}")
+    if removed and ended.code == 1:
+        check_refused(ended, "the run folder was removed", str(trial.run))
+    elif not removed:
+        _killed(ended)
+        there.rename(trial.run)
+    trial.finish(scene)
+
+
+def links(trial: Trial) -> None:
+    """Links, and other names of files, that someone has put where something is to be written: no file outside is written, nor removed."""
+    scene = trial.scene()
+    outside, run = trial.folder / "outside", trial.run
+    outside.mkdir()
+    for name in ("a", "b", "c"):
+        (outside / name).write_text(f"{name} of someone")
+    before = tree(outside)
+    _killed(trial.train(scene, Kill(_call(trial, scene, after=0.3))).wait())
+    files = [path for path in sorted(run.rglob("*")) if path.is_file()]
+    for path in trial.random.sample(files, len(files) // 2):  # as a backup by hard links has them
+        (outside / "backup" / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, outside / "backup" / path.relative_to(run))
+    before |= tree(outside)
+    for name in (".writing-adapter_config.json", ".replaced-step-00000004", ".writing-config.yaml"):
+        plant = run / trial.random.choice(["", "checkpoints", "adapter"]) / name
+        if plant.parent.is_dir() and trial.random.random() < 0.5:
+            os.link(outside / "a", plant)
+    ended = trial.train(scene).wait()
+    check_done(ended)
+    for planted in run.rglob(".*"):
+        planted.unlink()
+    trial.compare(scene)
+    _outputs(trial, outside)
+    compare(tree(outside), before, "what lies outside")
+
+
+def _outputs(trial: Trial, outside: Path) -> None:
+    """Each file and folder that a command writes, in the place of a link."""
+    to, data = trial.disk / "exported", str(trial.lab.folder / "chats.jsonl")
+    model = str(trial.lab.folder / "model")
+    words = {
+        "page.html": ["inspect", "--data", data, "--model", model, "--html"],
+        "clean.jsonl": ["inspect", "--data", data, "--model", model, "--overwrite", "--write-clean"],
+    }
+    for name, typed in words.items():
+        target = trial.disk / name
+        for plant in (target, target.with_name(f".writing-{name}")):
+            trial.random.choice([os.symlink, os.link])(outside / trial.random.choice("abc"), plant)
+        check_done(trial.start([*typed, str(target)]).wait())
+        if target.is_symlink() or target.stat().st_nlink != 1:
+            raise NotSurvived(f"{name} is another file still")
+    to.symlink_to(trial.random.choice([outside, outside / "nowhere"]))
+    for typed in (export_words(trial.run, to, "peft"), ["train", "--data", data, "--model", model, "--out", str(to)]):
+        check_refused(trial.start(typed).wait(), "a symbolic link", str(to))
+
+
 # --- the time, other processes, the terminal -------------------------------------------------------------------------------------
 
 
@@ -314,6 +390,8 @@ KINDS = {
     "disk": Kind(disk, 60, "a disk that is full or broken: a small one where it can be mounted, else failing calls"),
     "export": Kind(export, 60, "exports that are killed, or fail for the disk"),
     "damage": Kind(damage, 40, "checkpoints with a bit, a part or a file that is not theirs"),
+    "moved": Kind(moved, 40, "a run folder that is renamed or removed"),
+    "links": Kind(links, 20, "links, and other names of files, in the place of everything that is written"),
     "read-only": Kind(read_only_folder, 20, "folders that may not be written to"),
     "clock": Kind(clock, 20, "a clock that jumps by an hour or years"),
     "two": Kind(two, 10, "two processes on one run"),

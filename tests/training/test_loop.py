@@ -236,6 +236,7 @@ def poisoned(settings: dict[str, Any], make_base: Callable[..., Path], tmp_path:
     content["model.embed_tokens.weight"][token_id] = np.inf
     described = [(tensor.name, "F32", tensor.shape, tensor.size) for tensor in file.tensors]
     pieces = ([content[tensor.name].tobytes()] for tensor in file.tensors)
+    (base / "model.safetensors").unlink()
     write_safetensors(base / "model.safetensors", described, pieces, file.metadata)
     changes = {
         "model": str(base),

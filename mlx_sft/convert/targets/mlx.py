@@ -18,12 +18,13 @@ from mlx_sft.convert.mlx_lm_reader import Logits, check_in_mlx_lm, computable, c
 from mlx_sft.convert.targets import MergeSettings
 from mlx_sft.convert.targets.merged import Merged
 from mlx_sft.convert.verify import Verification, compared_rows, random_rows, verify_merged
-from mlx_sft.files import free_folder, refuse_full_disk, write_folder
+from mlx_sft.files import refuse_full_disk
 from mlx_sft.model.load import LoadedModel, load_model, resolve_checkpoint
 from mlx_sft.model.quantize import QUANTIZATIONS, Quantization, quantize, round_trip, weights_by_name
 from mlx_sft.model.stored_form import give_mlx_form
 from mlx_sft.model.weights import Checkpoint, copy_side_files
 from mlx_sft.safetensors_file import read_float32
+from mlx_sft.writing import free_folder, write_folder
 
 
 def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: str | None = None) -> Path:
@@ -42,7 +43,7 @@ def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: s
     path = resolve_checkpoint(model)
     needed = Checkpoint.open(path).size()
     refuse_full_disk(target, needed, "this folder", "remove what is not needed, or give --to on another disk")
-    with write_folder(target, needed) as temporary:
+    with write_folder(target, needed, parents=True) as temporary:
         loaded = load_model(model, dtype or "stored")
         rows = random_rows(loaded.tokenizer, path)
         check_in_mlx_lm(temporary, rows, _write(loaded, temporary, quantize, rows))

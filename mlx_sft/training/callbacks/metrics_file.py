@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlx_sft.errors import UserError
-from mlx_sft.files import disk_errors, sync
+from mlx_sft.files import disk_errors
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
+from mlx_sft.writing import open_to_append, sync
 
 _NOT_WRITTEN = ("start", "save", "end")
 """Kinds that a run which was killed and resumed has at other places than one that was not."""
@@ -50,7 +51,7 @@ class MetricsFile(Callback):
         """Open the file, cut back to its state, or to the last whole line before that where someone has cut it elsewhere."""
         self._path = run.folder.metrics
         with disk_errors(self._path):
-            self._file = FileIO(self._path, "a+")
+            self._file = open_to_append(self._path)
             self._file.seek(0)
             self._cut(self._file, self._file.read(self._kept_bytes).rfind(b"\n") + 1)
 

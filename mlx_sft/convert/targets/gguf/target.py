@@ -24,6 +24,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.model.load import TINY, load_tokenizer
 from mlx_sft.model.weights import Checkpoint, licence_files
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
+from mlx_sft.writing import copy_file, write_file
 
 MODELFILE = "Modelfile"
 
@@ -82,11 +83,11 @@ class Gguf(WholeModel):
         facts = check_gguf(folder / OUTPUT, written, numbers=self.export.verify)
         shutil.rmtree(merged.parent)
         for file in licence_files(base):
-            shutil.copyfile(file, folder / file.name)
+            copy_file(file, folder / file.name)
         self.notes.append(facts.said)
         if self.settings.ollama:
             modelfile = _modelfile(config, base, facts)
-            (folder / MODELFILE).write_text(modelfile.text, encoding="utf-8")
+            write_file(folder / MODELFILE, modelfile.text)
             self.notes += modelfile.notes
 
     def verify(self, folder: Path) -> Verification | None:

@@ -11,7 +11,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, user_path
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.peft_files import our_name
-from mlx_sft.run_folder import RunFolder
+from mlx_sft.run_folder import Inside, RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32
 
 _FIRST, _SECOND = "exp_avg", "exp_avg_sq"
@@ -38,16 +38,9 @@ class TrlFolder(RunFolder):
     ```
     """
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
-        self.script = self.path / "train.py"
-        self.requirements = self.path / "requirements.txt"
-        self.trl = self.path / "trl.json"
-        self.rows = self.path / "rows.jsonl"
-        self.steps = self.path / "steps.jsonl"
-        self.initial_adapter = self.path / "initial_adapter"
-        self.moments = self.adapter / "optimizer.safetensors"
-        self.progress = self.adapter / "progress.json"
+    script, requirements, trl = Inside("train.py"), Inside("requirements.txt"), Inside("trl.json")
+    rows, steps, initial_adapter = Inside("rows.jsonl"), Inside("steps.jsonl"), Inside("initial_adapter")
+    moments, progress = Inside("adapter/optimizer.safetensors"), Inside("adapter/progress.json")
 
     @classmethod
     def find(cls, path: str | Path) -> TrlFolder | None:

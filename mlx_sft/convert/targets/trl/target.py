@@ -6,7 +6,7 @@ It is above `training` where the other export formats are below, because what it
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import to_json, write_file
+from mlx_sft.files import to_json
 from mlx_sft.load import base_of
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import load_tokenizer, name_elsewhere
@@ -31,6 +31,7 @@ from mlx_sft.model.translate import read_config
 from mlx_sft.training.resume import CONFIG_HEADER, identity_of, refuse_changes
 from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.start import starting_parameters
+from mlx_sft.writing import new_file, write_file
 
 _FILES = Path(__file__).parent / "files"
 
@@ -126,13 +127,14 @@ def _start(config: TrainConfig, path: Path) -> tuple[Method, Parameters]:
 def _write_rows(export: TrlFolder, examples: Examples, steps: Sequence[Step]) -> None:
     """The rows that are trained on, each once, and which of them each step has."""
     used = sorted({row for step in steps for row in step.rows})
-    with export.rows.open("w") as file:
-        for row in used:
-            file.write(json.dumps(_row(examples[row])) + "\n")
+    _write_lines(export.rows, (_row(examples[row]) for row in used))
     numbers = {row: number for number, row in enumerate(used)}
-    with export.steps.open("w") as file:
-        for step in steps:
-            file.write(json.dumps({"step": step.number, "rows": [numbers[row] for row in step.rows]}) + "\n")
+    _write_lines(export.steps, ({"step": step.number, "rows": [numbers[row] for row in step.rows]} for step in steps))
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    with new_file(path) as file:
+        file.writelines(f"{json.dumps(record)}\n".encode() for record in records)
 
 
 def _row(example: Example) -> dict[str, list[int]]:
