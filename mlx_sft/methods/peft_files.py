@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
+from mlx_sft.gate import checked
 from mlx_sft.methods.also_train import HEAD, is_whole, tied_weight
 from mlx_sft.methods.layers import layers_of_config, layers_to_transform
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
@@ -334,7 +335,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}"
         raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
-    return read_json(path)
+    return read_json(checked(path.parent) / path.name)
 
 
 def _check_plain(config: dict[str, Any], where: Path) -> None:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mlx_sft.console import Console
 from mlx_sft.data.batches import CALL_COST, Batch, Layout, MicroBatch, collate
@@ -57,8 +57,8 @@ class Measured:
         attention_block: Queries and keys at once in attention's backward pass; None for MLX's own choice.
     """
 
-    call_cost: int = CALL_COST
-    attention_block: int | None = None
+    call_cost: Annotated[int, Field(ge=0, le=_MOST_COST)] = CALL_COST
+    attention_block: Annotated[int, Field(ge=1, le=max(BLOCKS))] | None = None
 
     @classmethod
     def of_run(cls, run: RunFolder) -> Measured:

@@ -203,9 +203,20 @@ class Callbacks:
         return states
 
     def load_state(self, states: dict[str, dict[str, Any]]) -> list[str]:
-        """Give each its state; returns the names of states that nobody takes."""
+        """Give each its state; returns the names of states that nobody takes.
+
+        Raises:
+            UserError: For a state that a callback cannot take up.
+        """
         for callback in self._callbacks:
-            callback.load_state(states.get(self._key(callback), {}))
+            name = self._key(callback)
+            try:
+                callback.load_state(states.get(name, {}))
+            except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+                what = f"damaged checkpoint: the state of the callback {name} cannot be taken up: {error}"
+                raise UserError(
+                    what, hint="remove the newest checkpoint; the run then goes on from the one before"
+                ) from error
         return sorted(states.keys() - {self._key(callback) for callback in self._callbacks})
 
     def close(self) -> None:
