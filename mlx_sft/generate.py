@@ -35,17 +35,18 @@ def stream_text(
         UserError: If the chat template rejects the conversation, or what was trained does not say how generation starts with it.
     """
     method = loaded.method if isinstance(loaded, AdaptedModel) else None
-    tokenizer = TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded))
-    answer = stream_generate(
-        loaded.model,
-        tokenizer,
-        prompt_tokens(loaded, prompt),
-        max_tokens=max_tokens,
-        sampler=make_sampler(temp=temperature),
-        prompt_cache=method.generation_cache(loaded.model) if method else None,
-    )
-    with tokenizer_errors(str(loaded.path), "the answer", panics_only=True):
-        yield from (response.text for response in answer)
+    # mlx-lm tokenizes before the first token, and decodes with each.
+    with tokenizer_errors(str(loaded.path), "generating", panics_only=True):
+        tokenizer = TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded))
+        for response in stream_generate(
+            loaded.model,
+            tokenizer,
+            prompt_tokens(loaded, prompt),
+            max_tokens=max_tokens,
+            sampler=make_sampler(temp=temperature),
+            prompt_cache=method.generation_cache(loaded.model) if method else None,
+        ):
+            yield response.text
 
 
 class Chat:

@@ -17,12 +17,14 @@ import pytest
 from click.testing import CliRunner
 from transformers import CONFIG_MAPPING
 
-from mlx_sft import TrainConfig, UserError, load_run, train
+from mlx_sft import TrainConfig, UserError, generate_text, load_run, train
 from mlx_sft.cli import main
+from mlx_sft.data.prepare import prepare
+from mlx_sft.data.tokenizer import BrokenTokenizer, decoded
 from mlx_sft.gate import MOST_BYTES, MOST_CONFIG_DEPTH, checked, checked_tokenizer
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.compose import merge_adapters
-from mlx_sft.model.load import TINY, checkpoint_fingerprint, load_model, load_tokenizer
+from mlx_sft.model.load import TINY, load_model, load_tokenizer
 from mlx_sft.model.outline import outline
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.run_folder import RunFolder
@@ -159,6 +161,7 @@ LIES: list[tuple[dict[str, Any], str]] = [
     ({"vision_config": {"depth": 10**9}}, "depth"),
     ({"block_configs": [{"num_heads": 10**9}]}, "num_heads"),
     ({"max_position_embeddings": 10**30}, "max_position_embeddings is a number of 100 bits"),
+    ({"eos_token_id": 10**20}, "eos_token_id is a number of 67 bits"),
     ({"rope_theta": float("nan")}, "rope_theta is NaN"),
     ({"rope_scaling": {"factor": float("inf")}}, "factor is Infinity"),
 ]
@@ -217,7 +220,6 @@ READERS: list[Callable[[Path], Any]] = [
     lambda folder: load_model(str(folder), "float32"),
     load_tokenizer,
     lambda folder: outline(folder, "float32"),
-    checkpoint_fingerprint,
     Checkpoint.open,
     lambda folder: train(TrainConfig(data=["-"], model=str(folder))),
 ]
@@ -437,3 +439,66 @@ def test_what_tokenizers_do_replace_is_taken(model: Path) -> None:
     usual = [replace(" ", "▁"), {"type": "Prepend", "prepend": "▁"}, replace("``", '"'), replace(" {2,}", "▁", "Regex")]
     change(model / "tokenizer.json", normalizer=sequence(*usual))
     checked_tokenizer(model)
+
+
+@pytest.mark.parametrize(
+    ("part", "fails"),
+    [
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"Regex": "(a+)+$"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            },
+            BrokenTokenizer,
+        ),
+        ({"normalizer": replace("(a|aa)+$", "b", "Regex")}, BrokenTokenizer),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, BrokenTokenizer),
+        ({"model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {"a": 0}}}, UserError),
+        ({"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}}, UserError),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_fails_is_named(
+    model: Path, tmp_path: Path, part: dict[str, Any], fails: type[UserError]
+) -> None:
+    """What panics ends the reading at once: the rows behind would take as long each."""
+    rows = tmp_path / "rows.jsonl"
+    turn = {"role": "user", "content": "a" * 60 + "b"}
+    rows.write_text((json.dumps({"messages": [turn, {"role": "assistant", "content": "b"}]}) + "\n") * 3)
+    change(model / "tokenizer.json", **part)
+    tokenizer = load_tokenizer(model)
+    with watchdog(60), pytest.raises(fails, match=rf"the tokenizer.json of {model} fails on a text") as caught:
+        prepare(TrainConfig(data=[str(rows)], data_cache=False), tokenizer)
+    assert f"{rows}:1" in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_tokenizer_that_panics_when_it_is_loaded_is_refused(model: Path) -> None:
+    change(model / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    with pytest.raises(UserError, match="cannot load its tokenizer: Precompiled"):
+        load_tokenizer(model)
+
+
+class Panics:
+    """A decoder as tokenizers would have it give up."""
+
+    name_or_path = "there"
+
+    def decode(self, *_: object, **__: object) -> str:
+        raise type("PanicException", (BaseException,), {})("index out of bounds")
+
+
+def test_a_decoder_that_panics_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_sft.data.tokenizer.unwrapped", lambda tokenizer: tokenizer)
+    with pytest.raises(BrokenTokenizer, match=r"the tokenizer.json of there fails on a text: index out of bounds"):
+        decoded(Panics(), [1])
+
+
+def test_the_prompt_of_a_tokenizer_that_panics_is_refused(model: Path) -> None:
+    change(model / "tokenizer.json", pre_tokenizer={"type": "FixedLength", "length": 0})
+    with pytest.raises(BrokenTokenizer, match="fails on a text"):
+        generate_text(load_model(str(model)), "Hello", max_tokens=1)

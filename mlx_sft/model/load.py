@@ -324,7 +324,7 @@ def checkpoint_fingerprint(path: Path) -> str:
     Of a large file it covers the size, the beginning and even samples.
     """
     digest = hashlib.sha256()
-    small = {file for pattern in MODEL_FILES for file in checked(path).glob(pattern) if file.is_file()}
+    small = {file for pattern in MODEL_FILES for file in path.glob(pattern) if file.is_file()}
     for file in sorted({*small, *weight_files(path)}):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path).as_posix()}:{size}:".encode())
