@@ -231,9 +231,10 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
-        names = {path.name for path in self.checkpoints.glob("step-*") if path.is_dir()}
-        steps = (int(digits) for name in names if (digits := name.removeprefix("step-")).isdecimal())
-        return sorted(step for step in steps if self.checkpoint(step).name in names)
+        named = ((path, path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*") if path.is_dir())
+        return sorted(
+            int(digits) for path, digits in named if digits.isdecimal() and path == self.checkpoint(int(digits))
+        )
 
 
 _MOST_LISTED = 6

@@ -33,6 +33,7 @@ from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_rules import PeftBase, endings, in_a_layer, losses, target_modules
 from mlx_sft.model.names import EXPERTS_PART, INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
+from mlx_sft.settings import first_problem
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -249,8 +250,7 @@ def _to_settings(config: dict[str, Any], modules: dict[str, str], where: Path) -
     try:
         stated = _Stated.model_validate(config)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{first['loc'][0]}: {first['msg']}", where=str(where)) from error
+        raise UserError(first_problem(error), where=str(where)) from error
     layers = layers_of_config(config, modules)
     return LoraSettings.model_construct(
         rank=stated.r,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import mlx.core as mx
-from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, TypeAdapter
+from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import disk_errors, read_json, read_text, sha256_line, to_json, write_folder
@@ -24,6 +24,7 @@ from mlx_sft.methods import Parameters
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.run_folder import CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS, MOST_SUMS_BYTES, RunFolder
 from mlx_sft.safetensors_file import read_arrays, write_arrays
+from mlx_sft.settings import first_problem
 from mlx_sft.training.recompute import Mode
 
 _OPTIMIZER = "optimizer.safetensors"
@@ -197,10 +198,15 @@ def load(
             raise ValueError(f"it is of step {progress.step}")
         random_state, callbacks = state["random_state"], TypeAdapter(CallbackStates).validate_python(state["callbacks"])
         changed = [name for name, value in identity.items() if state["identity"][name] != value]
+    except ValidationError as error:
+        what = f"damaged checkpoint: in {_STATE}, {first_problem(error)}"
+        raise UserError(what, where=str(folder), hint=hint) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"damaged checkpoint: {error}", where=str(folder), hint=hint) from error
     except UserError as error:
-        raise UserError(f"damaged checkpoint: {error.what}", where=str(folder), hint=hint) from error
+        raise UserError(
+            f"damaged checkpoint: {Path(error.where).name}: {error.what}", where=str(folder), hint=hint
+        ) from error
     if changed:
         raise UserError(f"{' and '.join(changed)} changed since this checkpoint was written", where=str(folder))
     if {n: v.shape for n, v in saved.items()} != {n: v.shape for n, v in parameters.items()}:

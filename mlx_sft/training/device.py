@@ -27,6 +27,7 @@ from mlx_sft.methods import Parameters
 from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.objectives import Weighting
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.settings import first_problem
 from mlx_sft.training.failures import BatchFailed, failures_noticed
 from mlx_sft.training.layer_counts import LayerCounts, count_layers
 from mlx_sft.training.machine import Machine
@@ -66,7 +67,7 @@ class Measured:
         try:
             return TypeAdapter(cls).validate_python(read_json(run.environment, hint=NEW_RUN).get("measured", {}))
         except ValidationError as error:
-            what = f"what was measured cannot be read: {error.errors()[0]['msg']}"
+            what = f"what was measured cannot be read: {first_problem(error)}"
             raise UserError(what, where=str(run.environment), hint="remove its part `measured`") from error
 
 

@@ -10,11 +10,14 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from pydantic import ValidationError
+
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.registry import CALLBACKS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.settings import Settings as NoSettings
+from mlx_sft.settings import first_problem
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -213,7 +216,8 @@ class Callbacks:
             try:
                 callback.load_state(states.get(name, {}))
             except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-                what = f"damaged checkpoint: the state of the callback {name} cannot be taken up: {error}"
+                problem = first_problem(error) if isinstance(error, ValidationError) else error
+                what = f"damaged checkpoint: in state.json, the callback {name} cannot take up its state: {problem}"
                 raise UserError(
                     what, hint="remove the newest checkpoint; the run then goes on from the one before"
                 ) from error
