@@ -27,6 +27,7 @@ from mlx_sft.files import open_regular, read_errors, read_json
 MOST_BYTES = 256 * 2**20
 """Of a file that is read as a whole: the largest tokenizers have 35 MB, the report on millions of rows has more."""
 MOST_CONFIG_BYTES = 16 * 2**20
+MOST_TEMPLATE_BYTES = 2**20
 MOST_CONFIG_VALUES = 1_000_000
 """A tokenizer's configuration with six thousand added tokens has fifty thousand."""
 MOST_CONFIG_DEPTH = 32
@@ -70,7 +71,7 @@ _BOUNDS = tuple(
 of these names no longer than the number may be. -1 stands for `all` or `none`."""
 
 MOST_GROWTH = 256
-"""How many times as long a tokenizer's replacements may make a text; those of the families that are known stay below ten."""
+"""How many times as long a tokenizer's replacements may make a text; Gemma's and Llama 2's, which write ▁ for a space, count as 1 and 2."""
 MOST_ADDED_TOKENS = 1024
 """Tokens that a tokenizer may put around every text."""
 
@@ -102,8 +103,16 @@ def checked(folder: Path, *, deep: bool = False) -> Path:
             continue
         except OSError as error:  # a link in a circle
             raise UserError(f"cannot be read: {error.strerror}", where=str(path), hint=_HINT) from error
-        _check_kind(path, found)
-        if path.name.endswith(_CONFIG) and not path.name.startswith("."):  # a hidden one may be being written
+        if stat.S_ISDIR(found.st_mode):
+            if not deep and path.name.endswith(_NO_FOLDERS):
+                raise UserError("a folder in the place of a file", where=str(path), hint=_HINT)
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError("not a regular file, so that reading it may never end", where=str(path), hint=_HINT)
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue  # no library reads it, and it may be being written
+        _check_size(path, found)
+        if path.name.endswith(_CONFIG):
             _check_config(path, found.st_ino, found.st_size, found.st_mtime_ns)
     return folder
 
@@ -120,20 +129,16 @@ def _entries(folder: Path, deep: bool) -> Iterator[Path]:
             yield from (folder / _TEMPLATES).iterdir()
 
 
-def _check_kind(path: Path, found: os.stat_result) -> None:
-    """Raise `UserError` unless it is a file of a size that can be read, or a folder where a folder may be."""
-    whole = path.name.endswith(_READ_WHOLE)
-    if stat.S_ISDIR(found.st_mode):
-        if path.name.endswith(_NO_FOLDERS):
-            raise UserError("a folder in the place of a file", where=str(path), hint=_HINT)
+def _check_size(path: Path, found: os.stat_result) -> None:
+    """Raise `UserError` for a file that is read as a whole and is too large for it."""
+    if not path.name.endswith(_READ_WHOLE):
         return
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError("not a regular file, so that reading it may never end", where=str(path), hint=_HINT)
     most = MOST_CONFIG_BYTES if path.name.endswith(_CONFIG) else MOST_BYTES
-    if whole and found.st_size > most:
+    most = MOST_TEMPLATE_BYTES if path.suffix == ".jinja" else most
+    if found.st_size > most:
         what = f"this file has more than {most // 2**20} MiB, which none of its kind has"
         raise UserError(what, where=str(path), hint=_HINT)
-    if whole and not found.st_size:
+    if not found.st_size:
         with read_errors(path), open_regular(path) as file:
             if file.read(1):  # such as those of /proc
                 raise UserError("a file of the system, which does not say how long it is", where=str(path), hint=_HINT)

@@ -314,6 +314,18 @@ def test_a_run_with_what_is_no_file_is_refused(
         assert caught.value.where == str(path)
 
 
+def test_what_is_being_written_may_go_while_it_is_looked_at(finished: Path) -> None:
+    """A run may be read while it is trained: of what is hidden only the kind matters, and that it is gone does not."""
+    half = finished / "run" / ".writing-adapter"
+    half.mkdir()
+    (half / "adapter_config.json").write_text("{")
+    (half / "gone.json").symlink_to("gone")
+    try:
+        assert RunFolder.open(finished / "run").is_finished
+    finally:
+        shutil.rmtree(half)
+
+
 # --- nobody reads beside it ---------------------------------------------------------------------------------------------------------
 
 _LIBRARIES = {

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_json, read_text, user_path, write_file
+from mlx_sft.gate import MOST_TEMPLATE_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NAMED = Path(__file__).parent / "chat_templates"
 FILE, _OLD_FILE = "chat_template.jinja", "chat_template.json"
-
-_MOST_BYTES = 2**20
-"""Of a template in a file of its own."""
 
 _MARKERS = re.compile(r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>")
 
@@ -37,7 +35,7 @@ def template_text(given: str) -> str:
         return (_NAMED / f"{given}.jinja").read_text(encoding="utf-8")
     path = user_path(given)
     if path.is_file():
-        text = read_text(path, most=_MOST_BYTES, hint="give a text file in UTF-8")
+        text = read_text(path, most=MOST_TEMPLATE_BYTES, hint="give a text file in UTF-8")
         if _is_text(text):
             return text
         raise UserError("it writes nothing of a conversation", where=given, hint="give a chat template in Jinja")
