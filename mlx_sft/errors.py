@@ -47,13 +47,20 @@ def blamed_on(where: object, what: str, hint: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         if isinstance(error, OSError) and error.filename and error.strerror:  # without its number
             said = f"{error.strerror} ({error.filename})"
         reason = " ".join(str(said).split()) or type(error).__name__
         shown = reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]}..."
         raise UserError(f"{what}: {shown}", where=str(where), hint=hint) from error
+
+
+def is_panic(error: BaseException | None) -> bool:
+    """Whether a library in Rust gave up: what is raised then is no `Exception`."""
+    return type(error).__name__ == "PanicException"
 
 
 _MOST_REASON = 300

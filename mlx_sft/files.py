@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +39,7 @@ _FRONT_MATTER = re.compile(r"---[ \t]*\r?(\n.*?\n)---[ \t]*\r?(?:\n|$)", re.DOTA
 
 def read_json(path: Path, *, hint: str = "", most: int = MOST_JSON_BYTES) -> dict[str, Any]:
     """The object that a JSON file of up to `most` bytes holds; raises `UserError` for anything else."""
-    text = _text(path, most, hint, FAILURE)
+    text = read_text(path, most=most, hint=hint)
     try:
         found = json.loads(text)
     except RecursionError as error:
@@ -50,12 +53,12 @@ def read_json(path: Path, *, hint: str = "", most: int = MOST_JSON_BYTES) -> dic
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; raises `UserError` for anything else."""
-    return _yaml_mapping(_text(path, MOST_YAML_BYTES, _YAML_HINT, USAGE), path)
+    return _yaml_mapping(read_text(path, most=MOST_YAML_BYTES, hint=_YAML_HINT, exit_code=USAGE), path)
 
 
 def read_front_matter(path: Path) -> dict[str, Any]:
     """The metadata that a Markdown file begins with, between two lines of `---`; raises `UserError` as `read_yaml` does."""
-    found = _FRONT_MATTER.match(_text(path, MOST_YAML_BYTES, "", FAILURE))
+    found = _FRONT_MATTER.match(read_text(path, most=MOST_YAML_BYTES))
     return _yaml_mapping(found[1], path) if found and found[1].strip() else {}
 
 
@@ -75,9 +78,19 @@ def _yaml_mapping(text: str, path: Path) -> dict[str, Any]:
     return found
 
 
-def _text(path: Path, most: int, hint: str, exit_code: int) -> str:
+def open_regular(path: Path) -> io.BufferedReader:
+    """A file opened for reading; raises `OSError` for a pipe, where reading could wait for ever, and for anything else that is none."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")  # noqa: PTH123 (there is no path any more)
+
+
+def read_text(path: Path, *, most: int, hint: str = "", exit_code: int = FAILURE) -> str:
+    """The UTF-8 text of a file of up to `most` bytes; raises `UserError` for anything else."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(most + 1)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         reason = getattr(error, "strerror", None) or error
@@ -187,7 +200,7 @@ def to_json(value: Any) -> str:
 
 def sha256_line(path: Path) -> str:
     """A file's line in a list of checksums, as `sha256sum` writes it."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
 

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.system_prompts import folded
-from mlx_sft.data.tokenizer import generation_ends
+from mlx_sft.data.tokenizer import generation_ends, tokenizer_errors
 from mlx_sft.errors import UserError
 from mlx_sft.load import AdaptedModel, adapted, put_adapter
 from mlx_sft.model.load import LoadedModel
@@ -35,16 +35,18 @@ def stream_text(
         UserError: If the chat template rejects the conversation, or what was trained does not say how generation starts with it.
     """
     method = loaded.method if isinstance(loaded, AdaptedModel) else None
-    tokenizer = TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded))
-    for response in stream_generate(
-        loaded.model,
-        tokenizer,
-        prompt_tokens(loaded, prompt),
-        max_tokens=max_tokens,
-        sampler=make_sampler(temp=temperature),
-        prompt_cache=method.generation_cache(loaded.model) if method else None,
-    ):
-        yield response.text
+    # mlx-lm tokenizes before the first token, and decodes with each.
+    with tokenizer_errors(str(loaded.path), "generating", panics_only=True):
+        tokenizer = TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded))
+        for response in stream_generate(
+            loaded.model,
+            tokenizer,
+            prompt_tokens(loaded, prompt),
+            max_tokens=max_tokens,
+            sampler=make_sampler(temp=temperature),
+            prompt_cache=method.generation_cache(loaded.model) if method else None,
+        ):
+            yield response.text
 
 
 class Chat:
@@ -92,7 +94,7 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, with the header that opens the assistant's turn."""
     tokenizer: Any = loaded.tokenizer
     if isinstance(prompt, str) and not tokenizer.chat_template:
-        return list(tokenizer(prompt)["input_ids"])
+        return _tokens(loaded, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     # The chat template gets the variables that it had in training, and system prompts where they stood.
     config = loaded.train_config if isinstance(loaded, AdaptedModel) else None
@@ -100,7 +102,12 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     if config and config.system == "fold":
         conversation = folded(tokenizer, conversation, prompt=True)
     text = ReferenceRendering(tokenizer, conversation).prompted
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _tokens(loaded, text, add_special_tokens=False)
+
+
+def _tokens(loaded: LoadedModel, text: str, **options: bool) -> list[int]:
+    with tokenizer_errors(str(loaded.path), "the prompt"):
+        return list(loaded.tokenizer(text, **options)["input_ids"])
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:

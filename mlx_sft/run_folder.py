@@ -12,11 +12,15 @@ from datetime import datetime
 from pathlib import Path
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import disk_errors, read_errors, read_json, sha256_line, user_path
+from mlx_sft.files import disk_errors, open_regular, read_errors, read_json, read_text, sha256_line, user_path
+from mlx_sft.gate import checked
 from mlx_sft.writing import is_temporary, path_of, recover_replaced_folder, refuse_link, remove, write_file
 
 CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS = "parameters.safetensors", "SHA256SUMS"
 """In the folder of a checkpoint: what is trained, and the checksums of its files."""
+
+MOST_SUMS_BYTES = 2**16
+_LONGEST_METRIC = 2**20
 
 
 class Inside:
@@ -123,7 +127,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Open a run that `train` made."""
+        """Open a run that `train` made; raises `UserError` for any other folder, and for one with what is no regular file."""
         run = cls(path)
         if not run.config.is_file():
             raise UserError(
@@ -131,6 +135,7 @@ class RunFolder:
                 where=str(run.path),
                 hint="give the folder that `mlx-sft train` printed last, such as runs/...",
             )
+        checked(run.path, deep=True)
         return run
 
     @contextmanager
@@ -155,7 +160,7 @@ class RunFolder:
                 pass  # not every file system has locks
             self._refuse_links_out()
             with disk_errors(self.checkpoints):
-                for old in self.checkpoints.glob(".replaced-*"):
+                for old in self.checkpoints.glob(".replaced-?*"):
                     recover_replaced_folder(old.with_name(old.name.removeprefix(".replaced-")))
             self._remove_left()
             if _is_at(descriptor, self._path):  # else this file system gives a folder several numbers
@@ -228,13 +233,17 @@ class RunFolder:
     def best_step(self) -> int | None:
         """The step of the best evaluation so far, whose result is kept; None before the first."""
         best = None
-        if self.metrics.is_file():
-            for line in self.metrics.read_bytes().splitlines():
-                with suppress(ValueError):  # a line that was cut is no evaluation
-                    record = json.loads(line)
-                    if isinstance(record, dict) and record.get("kind") == "evaluation" and record.get("best") is True:
-                        best = record.get("step")
-        return best
+        for line in self.metric_lines() if self.metrics.is_file() else ():
+            with suppress(ValueError, RecursionError):  # a line that was cut is no evaluation
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("kind") == "evaluation" and record.get("best") is True:
+                    best = record.get("step")
+        return best if isinstance(best, int) else None
+
+    def metric_lines(self) -> Iterator[bytes]:
+        """The lines of its metrics; one that is longer than any comes in pieces."""
+        with read_errors(self.metrics), open_regular(self.metrics) as file:
+            yield from iter(lambda: file.readline(_LONGEST_METRIC), b"")
 
     def trained_parameters(self, step: int) -> Path:
         """The file with what was trained up to a step.
@@ -248,7 +257,7 @@ class RunFolder:
             raise UserError(f"there is no checkpoint of step {step}", where=str(self.path), hint=hint, exit_code=USAGE)
         file = folder / CHECKPOINT_PARAMETERS
         with read_errors(folder, "give another --step"):
-            sums = (folder / CHECKPOINT_SUMS).read_text(encoding="utf-8", errors="replace")
+            sums = read_text(folder / CHECKPOINT_SUMS, most=MOST_SUMS_BYTES)
             written = sha256_line(file) in sums.splitlines(keepends=True)
         if not written:
             what = f"damaged checkpoint: {file.name} changed since it was written"
@@ -260,8 +269,10 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
-        digits = (p.name.removeprefix("step-") for p in self.checkpoints.glob("step-*") if p.is_dir())
-        return sorted(int(step) for step in digits if step.isdecimal())
+        named = ((path, path.name.removeprefix("step-")) for path in self.checkpoints.glob("step-*") if path.is_dir())
+        return sorted(
+            int(digits) for path, digits in named if digits.isdecimal() and path == self.checkpoint(int(digits))
+        )
 
 
 def _is_at(held: int, path: Path) -> bool:

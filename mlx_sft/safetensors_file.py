@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mlx_sft.errors import UserError
-from mlx_sft.files import read_errors
+from mlx_sft.files import open_regular, read_errors
 from mlx_sft.writing import new_file
 
 STORED_AS: dict[str, np.dtype[Any]] = {
@@ -75,7 +75,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
     Raises `UserError` naming the file where it is missing, cut short, or not what the format allows.
     """
-    with read_errors(path, _CHECK), path.open("rb") as file:
+    with read_errors(path, _CHECK), open_regular(path) as file:
         length = file.read(8)
         if length == b"version ":
             hint = "fetch them with `git lfs pull`"

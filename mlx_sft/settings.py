@@ -7,7 +7,7 @@ import re
 from enum import Enum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 
@@ -25,6 +25,12 @@ class OnResume(Enum):
 def on_resume(info: FieldInfo) -> OnResume:
     """Whether `--resume` may give this field anew."""
     return next((mark for mark in info.metadata if isinstance(mark, OnResume)), OnResume.FIXED)
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong with what was validated, on one line: `rate_factor: Input should be ...`."""
+    problem = error.errors(include_url=False)[0]
+    return ": ".join(filter(None, (".".join(map(str, problem["loc"])), problem["msg"])))
 
 
 class Settings(BaseModel):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.files import to_json
+from mlx_sft.gate import checked
 from mlx_sft.model.load import cast, load_model
 from mlx_sft.model.stored_form import give_mlx_form
 from mlx_sft.model.translate import fields_of_the_whole, fields_read, read_config, translate_config
@@ -142,7 +143,7 @@ def check_in_mlx_lm(folder: Path, rows: list[list[int]], expected: Logits | None
         del model
     trusted = may_run_code_of(folder)
     with blamed_on(folder, "mlx-lm cannot open it", _NOT_TO_BE_READ):
-        opened, _ = mlx_lm_utils.load_model(folder, lazy=True, trust_remote_code=trusted)
+        opened, _ = mlx_lm_utils.load_model(checked(folder), lazy=True, trust_remote_code=trusted)
         with computable(opened):
             found = logits(opened, rows)
     if told := difference_of(found, expected):

@@ -148,22 +148,17 @@ def run_summary(run: RunFolder, config: TrainConfig, report: Mapping[str, Any]) 
         config=config,
         base=base_info(run, config),
         data=data,
-        result=_run_result(run.metrics),
+        result=_run_result(run),
         versions={name: version for name, version in versions if isinstance(version, str)},
     )
 
 
-def _run_result(metrics: Path) -> RunResult:
+def _run_result(run: RunFolder) -> RunResult:
     last = MetricsRecord(kind="train")
     best: MetricsRecord | None = None
     loss: float | None = None
     loss_at_best: float | None = None
-    try:
-        lines = metrics.read_bytes().splitlines()
-    except OSError as error:
-        what = f"cannot be read: {error.strerror or error}"
-        raise UserError(what, where=str(metrics), hint="check the path") from error
-    for line in lines:
+    for line in run.metric_lines():
         with suppress(ValidationError):  # a damaged line is no reason to have no card
             record = MetricsRecord.model_validate_json(line)
             if record.kind == "train":

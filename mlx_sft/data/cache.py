@@ -20,22 +20,24 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 
 from mlx_sft.data.dataset import CONTENTS, TABLE, LostRow, Store
-from mlx_sft.data.example import SPAN, Note
+from mlx_sft.data.example import SPAN
 from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.errors import UserError
+from mlx_sft.files import open_regular, read_json
 from mlx_sft.registry import FORMATS
 from mlx_sft.writing import new_file, open_to_append, private_folder, remove
 
@@ -142,14 +144,29 @@ def _code() -> str:
 # An entry
 
 
+@dataclass(frozen=True)
+class _About:
+    """What `rows.json` holds."""
+
+    rows: Annotated[int, Field(ge=0, le=2**53)]
+    row_format: str | None
+    lost: list[LostRow]
+    keys: list[KeyCount]
+
+
+_ABOUT = TypeAdapter(_About)
+
+
 def open_store(folder: Path) -> Store | None:
     """The rows in a folder, which is used now; None where there is no entry, or a damaged one."""
     try:
         checksums = {name: _checksum(folder / name) for name in (*_ARRAYS, _ROWS)}
-        if json.loads((folder / _CHECKSUMS).read_bytes()) != checksums:
+        if read_json(folder / _CHECKSUMS) != checksums:
             return None
         store = _mapped_store(folder)
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
+        return None
+    if not _is_whole(store):
         return None
     with suppress(OSError):  # of a cache that may only be read
         os.utime(folder)
@@ -158,11 +175,29 @@ def open_store(folder: Path) -> Store | None:
 
 def _mapped_store(folder: Path) -> Store:
     """It stays usable where its files are removed from the disk."""
-    about = json.loads((folder / _ROWS).read_bytes())
-    lost = [LostRow(row["number"], Note(**row["note"]), row["mixed"]) for row in about["lost"]]
+    with open_regular(folder / _ROWS) as file:
+        about = _ABOUT.validate_json(file.read())
     arrays = {name: _mapped(folder / name, dtype) for name, dtype in _ARRAYS.items()}
-    keys = [KeyCount(**key) for key in about["keys"]]
-    return Store(**arrays, rows=about["rows"], lost=lost, row_format=about["row_format"], keys=keys)
+    return Store(**arrays, rows=about.rows, lost=about.lost, row_format=about.row_format, keys=about.keys)
+
+
+def _is_whole(store: Store) -> bool:
+    """Whether the parts that its table names are there, and its numbers can be those of tokens."""
+    table, contents = store.table, store.contents
+    if len(table) != len(contents):
+        return False
+    parts = (
+        (store.token_ids, table["first_token"], contents["length"]),
+        (store.spans, table["first_span"], table["spans"]),
+        (store.breaks, table["first_break"], table["breaks"]),
+        (store.origins, table["first_character"], table["characters"]),
+        (range(store.rows), table["row"], 1),
+    )
+    there = all(np.all((first >= 0) & (size >= 0) & (first <= len(part) - size)) for part, first, size in parts)
+    counts = (contents[name] for name in ("needed_length", "supervised_tokens"))
+    counted = all(np.all((count >= 0) & (count <= contents["length"])) for count in counts)
+    weights = bool(np.all(np.isfinite(store.spans["weight"])))
+    return there and counted and weights and store.token_ids.min(initial=0) >= 0
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -173,7 +208,7 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
 
 def _checksum(path: Path) -> int:
     checksum = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(_PIECE):
             checksum = zlib.crc32(piece, checksum)
     return checksum
@@ -213,14 +248,9 @@ class Writer:
 
     def finish(self) -> Store:
         """The whole, mapped into memory."""
-        about = {
-            "rows": self.rows,
-            "row_format": self._row_format,
-            "lost": [asdict(row) for row in self._lost],
-            "keys": [asdict(key) for key in self._keys.counts],
-        }
+        about = _About(self.rows, self._row_format, self._lost, self._keys.counts)
         with new_file(self._folder / _ROWS) as file:
-            file.write(json.dumps(about).encode())
+            file.write(json.dumps(asdict(about)).encode())
         checksums = self._checksums | {_ROWS: _checksum(self._folder / _ROWS)}
         with new_file(self._folder / _CHECKSUMS) as file:
             file.write(json.dumps(checksums).encode())

@@ -5,13 +5,13 @@ The named ones are in `chat_templates/`; they write plain turns, and refuse tool
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_sft.errors import USAGE, UserError, blamed_on, did_you_mean
-from mlx_sft.files import user_path
+from mlx_sft.errors import USAGE, UserError, did_you_mean
+from mlx_sft.files import read_json, read_text, user_path
+from mlx_sft.gate import MOST_TEMPLATE_BYTES
 from mlx_sft.writing import write_file
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def template_text(given: str) -> str:
         return (_NAMED / f"{given}.jinja").read_text(encoding="utf-8")
     path = user_path(given)
     if path.is_file():
-        with blamed_on(given, "cannot read this chat template", "give a text file in UTF-8"):
-            text = path.read_text(encoding="utf-8")
+        text = read_text(path, most=MOST_TEMPLATE_BYTES, hint="give a text file in UTF-8")
         if _is_text(text):
             return text
         raise UserError("it writes nothing of a conversation", where=given, hint="give a chat template in Jinja")
@@ -88,8 +87,7 @@ def _is_token(tokenizer: Any, mark: str) -> bool:
 
 def _in_json(file: Path) -> str:
     try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        text = read_json(file).get("chat_template")
+    except UserError:
         return ""
-    text = found.get("chat_template") if isinstance(found, dict) else None
     return text if isinstance(text, str) else ""

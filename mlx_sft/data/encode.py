@@ -16,7 +16,7 @@ from mlx_sft.data.messages import take_weights
 from mlx_sft.data.splitting import BREAK, text_breaks
 from mlx_sft.data.system_prompts import SystemPrompts, folded
 from mlx_sft.data.template import NO_FACTS, Facts, render
-from mlx_sft.data.tokenizer import end_tokens, unwrapped
+from mlx_sft.data.tokenizer import end_tokens, tokenizer_errors, unwrapped
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -190,16 +190,10 @@ class Encoder:
         self, text: str, origin: str, add_special_tokens: bool = False
     ) -> tuple[NDArray[np.int32], Alignment]:
         _check_unicode(text, origin)
-        try:
+        with tokenizer_errors(self.tokenizer.name_or_path, origin):
             encoding = self.tokenizer(
                 text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
             )
-        except NotImplementedError as error:
-            raise UserError(
-                f"the tokenizer {self.tokenizer.name_or_path} does not say where its tokens stand in the text",
-                where=origin,
-                hint="use a checkpoint with a tokenizer.json",
-            ) from error
         ids: list[int] = encoding["input_ids"]
         offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
         added = np.array([token_id in self._added_ids for token_id in ids], bool)

@@ -16,7 +16,7 @@ from mlx_sft.data.mask.trace import Integers
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.splitting import BREAK, pieces
 from mlx_sft.data.template import NO_FACTS, Facts
-from mlx_sft.data.tokenizer import unwrapped
+from mlx_sft.data.tokenizer import decoded
 
 Fate = Literal["truncated", "dropped", "bad"]
 
@@ -159,15 +159,10 @@ def decoded_segments(tokenizer: Any, example: Example) -> list[tuple[str, bool]]
     """An example as text, in pieces that are supervised (True) or not, in order; special tokens are shown."""
     supervised = example.loss_weights != 0
     bounds = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(example)]
-    decode: Any = unwrapped(tokenizer).decode
     segments, before = [], ""
     for first, last in pairwise(bounds):
         # From the start each time: some decoders change the first token of what they are given.
-        text: str = decode(
-            example.token_ids[:last].tolist(),
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-        )
+        text = decoded(tokenizer, example.token_ids[:last].tolist())
         segments.append((text[len(before) :], bool(supervised[first])))
         before = text
     return segments
@@ -175,11 +170,10 @@ def decoded_segments(tokenizer: Any, example: Example) -> list[tuple[str, bool]]
 
 def decoded_pieces(tokenizer: Any, token_ids: list[int]) -> list[str]:
     """The text of each token where there is no text but theirs; the later tokens of one character have none."""
-    decode: Any = unwrapped(tokenizer).decode
     pieces = [""] * len(token_ids)
     first = 0
     for after in range(1, len(token_ids) + 1):
-        text: str = decode(token_ids[first:after], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = decoded(tokenizer, token_ids[first:after])
         if not text.endswith(_HALF_A_CHARACTER) or after - first == _LONGEST_CHARACTER or after == len(token_ids):
             pieces[first], first = text, after
     return pieces

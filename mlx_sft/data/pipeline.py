@@ -21,6 +21,7 @@ from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.data.screening import SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
 from mlx_sft.data.template_limits import NoTemplate, TemplateStopped
+from mlx_sft.data.tokenizer import BrokenTokenizer
 from mlx_sft.errors import UserError
 from mlx_sft.registry import OBJECTIVES
 
@@ -89,6 +90,7 @@ class Pipeline:
 
         Raises:
             NoTemplate: where there is no chat template, or it would hang or fill the memory, which no other row would change.
+            BrokenTokenizer: likewise where the tokenizer gives up.
         """
         origin = row.where if isinstance(row, UserError) else row.origin
         keys: Sequence[KeyUse] = ()
@@ -115,7 +117,7 @@ class Pipeline:
             return Outcome(origin, self._encode(item), signs, keys=keys)
         except TemplateStopped as stopped:
             raise stopped.at(origin) from None
-        except NoTemplate:
+        except (NoTemplate, BrokenTokenizer):
             raise
         except UserError as error:
             fate: Fate = "dropped" if isinstance(error, LeftOut) else "bad"

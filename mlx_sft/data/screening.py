@@ -15,7 +15,7 @@ from mlx_sft.data.conversation import Conversation, Document, Item
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.template_limits import TemplateStopped
-from mlx_sft.data.tokenizer import unwrapped
+from mlx_sft.data.tokenizer import tokenizer_errors, unwrapped
 from mlx_sft.errors import UserError
 
 SPECIAL_SIGN = "special-token"
@@ -98,10 +98,11 @@ class SpecialTokens:
             token for token in tokens if len(token.strip()) >= _SHORTEST_TOKEN and not token.isalnum()
         } - _SWITCHES
         normalized = {token.content for token in added if token.normalized} & tokens
-        self._normalizer = tokenizer.backend_tokenizer.normalizer if normalized else None
+        self._normalizer: Any = tokenizer.backend_tokenizer.normalizer if normalized else None
         self._pattern = _any_of(tokens)
         # The tokenizer looks for these in normalized text, where it writes them as its normalizer would.
-        self._normalized = {self._normalizer.normalize_str(t): t for t in normalized} if self._normalizer else {}
+        self._name = str(getattr(tokenizer, "name_or_path", ""))
+        self._normalized = {self._as_tokenized(token): token for token in normalized} if self._normalizer else {}
         self._normalized_pattern = _any_of(set(self._normalized))
         self.user_header = _plain_header(before_user, self._pattern)
 
@@ -138,9 +139,15 @@ class SpecialTokens:
     def _tokens_of(self, text: str) -> list[str]:
         tokens: list[str] = self._pattern.findall(text)
         if self._normalizer and not tokens and text:
-            found = self._normalized_pattern.findall(self._normalizer.normalize_str(text))
+            found = self._normalized_pattern.findall(self._as_tokenized(text))
             return [self._normalized[token] for token in found]
         return tokens
+
+    def _as_tokenized(self, text: str) -> str:
+        """A text as the tokenizer's normalizer writes it."""
+        with tokenizer_errors(self._name, ""):
+            written: str = self._normalizer.normalize_str(text)
+        return written
 
 
 def _text_place(place: str, key: str) -> str:

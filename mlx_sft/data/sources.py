@@ -19,7 +19,7 @@ from mlx_sft.data.file_text import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.data.folders import PartFiles, numbered_files, parts_of
 from mlx_sft.data.readers import READERS, Reader, Rows, reader_of, table_row
 from mlx_sft.errors import USAGE, UserError, did_you_mean
-from mlx_sft.files import read_errors, user_path
+from mlx_sft.files import open_regular, read_errors, user_path
 
 HUB_PREFIX = "hf:"
 KNOWN = ", ".join(READERS) + f" (all but .parquet also with {' or '.join(COMPRESSIONS)} behind it)"
@@ -72,7 +72,7 @@ class FileSource:
             return self.path.stat().st_size
 
     def sha256(self) -> str:
-        with read_errors(self.name), self.path.open("rb") as file:
+        with read_errors(self.name), open_regular(self.path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json
+from mlx_sft.gate import checked
 from mlx_sft.registry import METHODS
 from mlx_sft.safetensors_file import read_arrays, write_arrays
 from mlx_sft.settings import Settings as NoSettings
@@ -217,7 +218,7 @@ class Method:
     @classmethod
     def read(cls, folder: Path) -> tuple[Method, Parameters]:
         """What `write` wrote, float32; raises `UserError` where it is not whole."""
-        stated = read_json(folder / _SETTINGS)
+        stated = read_json(checked(folder) / _SETTINGS)
         try:
             method = cls(cls.Settings(**stated["settings"]))
         except (KeyError, TypeError, ValueError) as error:

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json
+from mlx_sft.gate import checked
 from mlx_sft.methods.also_train import HEAD, is_whole, tied_weight
 from mlx_sft.methods.layers import layers_of_config, layers_to_transform
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
@@ -32,6 +33,7 @@ from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_rules import PeftBase, endings, in_a_layer, losses, target_modules
 from mlx_sft.model.names import EXPERTS_PART, INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
+from mlx_sft.settings import first_problem
 from mlx_sft.writing import make_folder, write_file, write_file_with
 
 CONFIG = "adapter_config.json"
@@ -250,8 +252,7 @@ def _to_settings(config: dict[str, Any], modules: dict[str, str], where: Path) -
     try:
         stated = _Stated.model_validate(config)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{first['loc'][0]}: {first['msg']}", where=str(where)) from error
+        raise UserError(first_problem(error), where=str(where)) from error
     layers = layers_of_config(config, modules)
     return LoraSettings.model_construct(
         rank=stated.r,
@@ -336,7 +337,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}"
         raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
-    return read_json(path)
+    return read_json(checked(path.parent) / path.name)
 
 
 def _check_plain(config: dict[str, Any], where: Path) -> None:

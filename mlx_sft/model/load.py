@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mlx_sft.console import count
 from mlx_sft.data.chat_template import with_template
 from mlx_sft.errors import USAGE, UserError, blamed_on
-from mlx_sft.files import user_path
+from mlx_sft.files import open_regular, user_path
+from mlx_sft.gate import checked, checked_tokenizer
 from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import mark_joined, quantized_modules
 from mlx_sft.model.quantize import quantize as quantize_model
@@ -121,11 +122,7 @@ def load_model(
     reader = CheckpointReader(path, settings)
     with blamed_on(path, f"mlx-lm's code for models of type {config['model_type']} fails on this checkpoint", _FAILED):
         model, _ = mlx_lm_utils.load_model(
-            path,
-            lazy=True,
-            model_config=settings,
-            get_model_classes=reader.classes,
-            trust_remote_code=trusted,
+            checked(path), lazy=True, model_config=settings, get_model_classes=reader.classes, trust_remote_code=trusted
         )
         correct_ropes(model, settings, unread(path))
         take_stored_form(model, checkpoint)
@@ -273,7 +270,7 @@ def checkpoint_fingerprint(path: Path) -> str:
     for file in sorted({*small, *weight_files(path)}):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path).as_posix()}:{size}:".encode())
-        with file.open("rb") as content:
+        with open_regular(file) as content:
             digest.update(content.read(_HEAD_BYTES))
             for sample in range(_SAMPLES):  # evenly over the rest, its end included
                 content.seek(max(0, size - _SAMPLE_BYTES) * (sample + 1) // _SAMPLES)
@@ -292,7 +289,9 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> PreTrainedTo
     if not trusted and (files := code_files(path)):
         what, hint = f"{what} without Python code of its own ({', '.join(files)})", TRUST_HINT
     with blamed_on(path, what, hint):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trusted)
+        tokenizer = AutoTokenizer.from_pretrained(
+            checked_tokenizer(path), local_files_only=True, trust_remote_code=trusted
+        )
     if not isinstance(getattr(tokenizer, "model_max_length", 0), int | float):
         what = f"its model_max_length is {tokenizer.model_max_length!r}, and no number"
         raise UserError(what, where=str(path / "tokenizer_config.json"), hint=hint)

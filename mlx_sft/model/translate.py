@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.files import read_json
+from mlx_sft.gate import checked
 from mlx_sft.model.family_settings import ALWAYS, layer_types_as_read, settings_asked_for
 from mlx_sft.model.rope import UNREAD, Unread, translate_rope
 from mlx_sft.trust import may_run_code_of, model_code
@@ -206,7 +207,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         hint = "give a Hugging Face checkpoint folder"
         raise UserError("not a model folder: no config.json", where=str(path), hint=hint)
-    config = read_json(file, hint=DOWNLOAD_AGAIN)
+    config = read_json(checked(path) / file.name, hint=DOWNLOAD_AGAIN)
     for part in (config, config.get(_NESTED)):
         layers = part.get("num_hidden_layers", 1) if isinstance(part, dict) else 1
         if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:
@@ -226,7 +227,8 @@ def _settings(path: Path) -> _Settings:
     hint = f"another version of transformers may; if it is not as its authors published it, {DOWNLOAD_AGAIN}"
     with blamed_on(path / "config.json", "transformers does not take it", hint):
         try:
-            full = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=may_run_code_of(path))
+            trusted = may_run_code_of(path)
+            full = AutoConfig.from_pretrained(checked(path), local_files_only=True, trust_remote_code=trusted)
         except (ValueError, OSError):
             if raw["model_type"] in CONFIG_MAPPING:
                 raise
@@ -268,7 +270,7 @@ def family_code(settings: dict[str, Any], path: Path) -> Any:
         UserError: If there is none.
     """
     if model_code(path, settings):
-        return _own_code(path / settings["model_file"])
+        return _own_code(checked(path) / settings["model_file"])
     kind = _family(settings["model_type"])
     by_architecture = getattr(mlx_lm_utils, "MODEL_ARCHITECTURE_REMAPPING", {})
     named = [

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json
+from mlx_sft.gate import checked
 from mlx_sft.model.names import EXPERTS_PART, expert_name, transformers_name
 from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor, open_safetensors, stored_dtype, write_safetensors
 from mlx_sft.writing import copy_file
@@ -88,7 +89,7 @@ class Checkpoint:
         folder = Path(path)
         if not folder.is_dir():
             raise UserError("no such model folder", where=str(folder))
-        paths = _present_files(folder)
+        paths = _present_files(checked(folder))
         files = tuple(open_safetensors(file) for file in paths)
         tensors: dict[str, StoredTensor] = {}
         for tensor in (tensor for file in files for tensor in file.tensors):

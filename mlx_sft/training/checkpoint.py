@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import mlx.core as mx
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from mlx_sft.errors import UserError
-from mlx_sft.files import disk_errors, read_json, sha256_line, to_json
+from mlx_sft.files import disk_errors, read_json, read_text, sha256_line, to_json
 from mlx_sft.methods import Parameters
 from mlx_sft.optimizers import Optimizer
-from mlx_sft.run_folder import CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS, RunFolder
+from mlx_sft.run_folder import CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS, MOST_SUMS_BYTES, RunFolder
 from mlx_sft.safetensors_file import read_arrays, write_arrays
+from mlx_sft.settings import first_problem
 from mlx_sft.training.recompute import Mode
 from mlx_sft.writing import make_folder, remove, write_file, write_folder
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
 _FILES = (CHECKPOINT_PARAMETERS, _OPTIMIZER, _STATE)
+
+_Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""Of a micro-batch; MLX has no longer axis."""
 
 CallbackStates = dict[str, dict[str, Any]]
 """Callbacks' states by their names."""
@@ -54,18 +58,18 @@ class Progress:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    step: Annotated[int, Field(ge=0)] = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    stopped_of: int | None = None
-    suspect: int = 0
-    rate_factor: float = 1.0
-    micro_batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    step: NonNegativeInt = 0
+    best_loss: FiniteFloat | None = None
+    best_step: NonNegativeInt | None = None
+    skipped: NonNegativeInt = 0
+    skipped_in_a_row: NonNegativeInt = 0
+    stopped_of: NonNegativeInt | None = None
+    suspect: NonNegativeInt = 0
+    rate_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    micro_batch_tokens: _Tokens | None = None
     recompute: Mode | None = None
-    head_chunk: Annotated[int, Field(ge=1)] | None = None
-    evaluation_tokens: Annotated[int, Field(ge=1)] | None = None
+    head_chunk: _Tokens | None = None
+    evaluation_tokens: _Tokens | None = None
 
     def after(self, **changes: Any) -> Progress:
         return replace(self, **changes)
@@ -129,13 +133,16 @@ def set_aside_damaged(run: RunFolder) -> list[str]:
 
 def _damage(folder: Path) -> str:
     """What of a checkpoint is not as it was written; empty where all of it is."""
+    for name in (CHECKPOINT_SUMS, *_FILES):
+        if not (folder / name).exists():
+            return f"{name} is missing"
     try:
-        written = (folder / CHECKPOINT_SUMS).read_text(encoding="utf-8")
+        written = read_text(folder / CHECKPOINT_SUMS, most=MOST_SUMS_BYTES)
         sums = {name: sha256_line(folder / name) for name in _FILES}
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError) as error:
+    except OSError as error:
         return f"it cannot be read: {error}"
+    except UserError as error:
+        return f"{CHECKPOINT_SUMS}: {error.what}"
     if written == "".join(sums.values()):
         return ""
     changed = [name for name, line in sums.items() if line not in written]
@@ -192,10 +199,15 @@ def load(
             raise ValueError(f"it is of step {progress.step}")
         random_state, callbacks = state["random_state"], TypeAdapter(CallbackStates).validate_python(state["callbacks"])
         changed = [name for name, value in identity.items() if state["identity"][name] != value]
+    except ValidationError as error:
+        what = f"damaged checkpoint: in {_STATE}, {first_problem(error)}"
+        raise UserError(what, where=str(folder), hint=hint) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"damaged checkpoint: {error}", where=str(folder), hint=hint) from error
     except UserError as error:
-        raise UserError(f"damaged checkpoint: {error.what}", where=str(folder), hint=hint) from error
+        raise UserError(
+            f"damaged checkpoint: {Path(error.where).name}: {error.what}", where=str(folder), hint=hint
+        ) from error
     if changed:
         raise UserError(f"{' and '.join(changed)} changed since this checkpoint was written", where=str(folder))
     if {n: v.shape for n, v in saved.items()} != {n: v.shape for n, v in parameters.items()}:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mlx_sft.console import Console
 from mlx_sft.data.batches import CALL_COST, Batch, Layout, MicroBatch, collate
@@ -27,6 +27,7 @@ from mlx_sft.methods import Parameters
 from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.objectives import Weighting
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.settings import first_problem
 from mlx_sft.training.failures import BatchFailed, failures_noticed
 from mlx_sft.training.layer_counts import LayerCounts, count_layers
 from mlx_sft.training.machine import Machine
@@ -57,8 +58,8 @@ class Measured:
         attention_block: Queries and keys at once in attention's backward pass; None for MLX's own choice.
     """
 
-    call_cost: int = CALL_COST
-    attention_block: int | None = None
+    call_cost: Annotated[int, Field(ge=0, le=_MOST_COST)] = CALL_COST
+    attention_block: Annotated[int, Field(ge=1, le=max(BLOCKS))] | None = None
 
     @classmethod
     def of_run(cls, run: RunFolder) -> Measured:
@@ -66,7 +67,7 @@ class Measured:
         try:
             return TypeAdapter(cls).validate_python(read_json(run.environment, hint=NEW_RUN).get("measured", {}))
         except ValidationError as error:
-            what = f"what was measured cannot be read: {error.errors()[0]['msg']}"
+            what = f"what was measured cannot be read: {first_problem(error)}"
             raise UserError(what, where=str(run.environment), hint="remove its part `measured`") from error
 
 

@@ -20,11 +20,12 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
+from mlx_sft.errors import blamed_on
 from mlx_sft.files import read_yaml
 from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_size
 from mlx_sft.model.outline import outline
 from mlx_sft.model.tiles import expected_tiles
-from mlx_sft.model.translate import read_config
+from mlx_sft.model.translate import DOWNLOAD_AGAIN, read_config
 from mlx_sft.training.batch_settings import (
     LongestRow,
     MemoryPlanner,
@@ -263,10 +264,11 @@ def _data(config: TrainConfig, path: Path, progress: ReadingProgress | None) -> 
 def footprint_of(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
     """Of a model in this precision, whose weights need not be there, on a CPU or on a GPU (`fused`)."""
     split = outline(path, dtype, config.quantize)
-    config, method, parameters = starting_parameters(config, split.model, begun=False)
-    vocabulary = vocabulary_size(split.model, read_config(path))
-    head: HeadWay = "fused" if fused else "whole" if expected_tiles(split) is None else "tiles"
-    return Footprint.of(config, split, method, parameters, vocabulary, head=head, fused=fused)
+    with blamed_on(path / "config.json", "nothing can be computed with this model", DOWNLOAD_AGAIN):
+        config, method, parameters = starting_parameters(config, split.model, begun=False)
+        vocabulary = vocabulary_size(split.model, read_config(path))
+        head: HeadWay = "fused" if fused else "whole" if expected_tiles(split) is None else "tiles"
+        return Footprint.of(config, split, method, parameters, vocabulary, head=head, fused=fused)
 
 
 def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:

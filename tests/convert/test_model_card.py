@@ -255,7 +255,7 @@ def test_numbers_that_are_none_are_refused(run: RunFolder, changes: dict[str, An
 
 def test_a_file_that_is_missing_is_named(run: RunFolder) -> None:
     run.metrics.unlink()
-    with pytest.raises(UserError, match="cannot be read") as caught:
+    with pytest.raises(UserError, match="cannot read") as caught:
         read_run_summary(run)
     assert caught.value.where == str(run.metrics)
 

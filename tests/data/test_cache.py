@@ -10,17 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlx_sft import writing
 from mlx_sft.data import cache
-from mlx_sft.data.dataset import Examples
+from mlx_sft.data.dataset import CONTENTS, TABLE, Examples
+from mlx_sft.data.example import SPAN
 from mlx_sft.data.keys import KeyRules
 from mlx_sft.errors import UserError
 
@@ -237,6 +240,52 @@ def test_a_damaged_entry_is_noticed_and_made_again(
     assert (folder / name / file).read_bytes()[:middle] == content[:middle]
     stand_in.read(rows, told)
     assert told.sources[-1] == (rows, 302, True)
+
+
+def forge_rows(entry: Path, **values: Any) -> None:
+    file = entry / "rows.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def forge_array(entry: Path, file: str, dtype: Any, change: Callable[[Any], None]) -> None:
+    array = np.fromfile(entry / file, dtype)
+    change(array)
+    array.tofile(entry / file)
+
+
+def pipe_in_place(entry: Path) -> None:
+    (entry / "spans").unlink()
+    os.mkfifo(entry / "spans")
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda entry: forge_rows(entry, rows="many"),
+        lambda entry: forge_rows(entry, lost=[{"number": 1}]),
+        lambda entry: forge_rows(entry, rows=1),
+        lambda entry: forge_array(entry, "table", TABLE, lambda table: table["first_token"].fill(2**62)),
+        lambda entry: forge_array(entry, "table", TABLE, lambda table: table["characters"].fill(-1)),
+        lambda entry: forge_array(entry, "contents", CONTENTS, lambda contents: contents["length"].fill(2**30)),
+        lambda entry: forge_array(entry, "token_ids", "<i4", lambda ids: ids.fill(-5)),
+        lambda entry: forge_array(entry, "spans", SPAN, lambda spans: spans["weight"].fill(np.nan)),
+        pipe_in_place,
+    ],
+)
+def test_an_entry_with_values_that_none_has_is_made_again(
+    stand_in: ModuleType, rows: str, folder: Path, forge: Callable[[Path], None]
+) -> None:
+    """Its checksums are right, as one makes them who has changed it on purpose."""
+    expected = texts(stand_in.read(rows))
+    (name,) = entries(folder)
+    forge(folder / name)
+    sums = {file.name: zlib.crc32(file.read_bytes()) for file in (folder / name).iterdir() if file.is_file()}
+    (folder / name / "checksums.json").write_text(
+        json.dumps({file: sums[file] for file in sums if file != "checksums.json"})
+    )
+    told = stand_in.Told()
+    assert texts(stand_in.read(rows, told)) == expected
+    assert told.sources == [(rows, 302, False)]
 
 
 def test_a_kill_in_the_middle_leaves_what_the_next_run_removes(

@@ -104,7 +104,7 @@ def test_what_is_no_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it writes nothing of a conversation"):
         template_text(str(tmp_path / "empty.jinja"))
     (tmp_path / "bytes.jinja").write_bytes(b"\xff{{ messages }}")
-    with pytest.raises(UserError, match="cannot read this chat template"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         template_text(str(tmp_path / "bytes.jinja"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from safetensors.numpy import save
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.prepare import prepare
+from mlx_sft.errors import UserError
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import open_safetensors, read_bytes
+from mlx_sft.training.plan import footprint_of
 from tests.chats import write_chats
 from tests.fuzz.mutators import PIECES, any_value, as_json, changed, changed_bytes, changed_json
-from tests.fuzz.parser import Files, Materials, Parser, Wrong
+from tests.fuzz.parser import NO_FILES, Files, Materials, Parser, Wrong
 
 CANARY = "canary.py"
 RAN = "canary-ran"
@@ -240,11 +242,36 @@ _TEMPLATES = (
 )  # fmt: skip
 
 
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+_WORDS = {"e": 0, "t": 1}
+_BAD_PARTS: tuple[dict[str, Any], ...] = (
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"(\w+\s?)+$"}, "behavior": "Isolated", "invert": False}},
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    {"normalizer": _replace({"Regex": r"(\w|\w\w)+\d"}, "x")},
+    {"normalizer": _replace({"String": ""}, "e")},
+    {"normalizer": {"type": "Sequence", "normalizers": [_replace({"String": "e"}, "e" * 10**4)] * 3}},
+    {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8A"}},
+    {"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "", "max_input_chars_per_word": 9, "vocab": _WORDS}},
+    {"model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": _WORDS}},
+    {"model": {"type": "Unigram", "unk_id": None, "vocab": [["e", -1.0]]}},
+    {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, _replace({"String": "e"}, "e" * 10**4)]}},
+    {"decoder": {"type": "Strip", "content": "e", "start": 10**9, "stop": 10**9}},
+)  # fmt: skip
+"""Parts with which a tokenizer panics, fails, or makes very much of little."""
+
+
 def _make_tokenizer(chance: random.Random, materials: Materials) -> Files:
     files = {name: content for name, content in materials.model.items() if name != _WEIGHTS} | {CANARY: _CODE}
     match chance.choice(
         ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "beside"]
     ):
+        case "tokenizer.json" if chance.random() < 0.3:
+            files["tokenizer.json"] = as_json(_parsed(files["tokenizer.json"]) | chance.choice(_BAD_PARTS), chance)
         case "tokenizer.json" if chance.random() < 0.7:
             parsed = _parsed(files["tokenizer.json"])
             part = chance.choice([part for part in parsed if part != "model"] + ["model"])
@@ -298,7 +325,77 @@ def _examples(examples: Any) -> Iterator[Any]:
     return (examples[index] for index in range(len(examples)))
 
 
+# A folder in which something is no file, or a number is none that a model has
+
+
+_PLACES = (
+    "config.json", "generation_config.json", "hf_quant_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "README.md",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "adapter_config.json", "additional_chat_templates/x.jinja",
+)  # fmt: skip
+_NUMBERS_OF = (
+    "num_labels", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "hidden_size", "intermediate_size",
+    "head_dim", "max_position_embeddings", "rope_theta", "rms_norm_eps", "num_local_experts", "layer_types", "eos_token_id",
+)  # fmt: skip
+_NUMBERS = (
+    0,
+    -1,
+    1,
+    3,
+    2.5,
+    10**6,
+    10**9,
+    10**12,
+    10**30,
+    -(10**9),
+    1e300,
+    float("nan"),
+    float("inf"),
+    "3",
+    "x",
+    None,
+    [10**9],
+    ["x"] * 10**5,
+)
+
+
+def _make_folder(chance: random.Random, materials: Materials) -> Files:
+    files = dict(materials.model) | {CANARY: _CODE}
+    if chance.random() < 0.6:
+        files[chance.choice(_PLACES)] = chance.choice(list(NO_FILES))
+    else:
+        name = chance.choice(["config.json", "config.json", "generation_config.json", "tokenizer_config.json"])
+        config = json.loads(files[name])
+        place = config if chance.random() < 0.8 else config.setdefault("text_config", {})
+        place[chance.choice(_NUMBERS_OF)] = chance.choice(_NUMBERS)
+        files[name] = json.dumps(config).encode()
+    return files
+
+
+def _read_folder(folder: Path, materials: Materials) -> None:
+    ways: list[Callable[[], Any]] = [
+        lambda: load_model(str(folder), "float32"),
+        lambda: load_tokenizer(folder),
+        lambda: footprint_of(TrainConfig(data=["-"], model=str(folder)), folder, "float32", fused=False),
+    ]
+    refused = []
+    try:
+        for way in ways:
+            try:
+                way()
+            except UserError as error:
+                refused.append(error)
+    finally:
+        check_canary(folder)
+    broken = [path.name for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())]
+    if broken and len(refused) < len(ways):
+        raise Wrong(f"it was read, although {broken[0]} is no file")
+    if refused:
+        raise refused[0]
+
+
 SAFETENSORS = Parser("safetensors", _make_safetensors, _read_safetensors, 1500)
 ADAPTER = Parser("adapter", _make_adapter, _read_adapter, 1000)
 MODEL = Parser("model", _make_model, _read_model, 800)
+FOLDER = Parser("folder", _make_folder, _read_folder, 600)
 TOKENIZER = Parser("tokenizer", _make_tokenizer, _read_tokenizer, 400)

@@ -5,6 +5,7 @@ Knows no parser by name.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,17 @@ from functools import cached_property
 from pathlib import Path
 
 Files = dict[str, bytes]
-"""The files of a folder by their paths in it."""
+"""The files of a folder by their paths in it; what is no file is one of `NO_FILES`."""
+
+NO_FILES: dict[bytes, Callable[[Path], object]] = {
+    b"@pipe@": os.mkfifo,
+    b"@device@": lambda path: path.symlink_to("/dev/zero"),
+    b"@loop@": lambda path: path.symlink_to(path.name),
+    b"@link to a pipe@": lambda path: (os.mkfifo(path.with_name("pipe")), path.symlink_to("pipe")),
+    b"@link to nothing@": lambda path: path.symlink_to("nothing"),
+    b"@folder@": Path.mkdir,
+}
+"""What may lie in the place of a file, and how it is made."""
 
 
 class Wrong(Exception):
@@ -64,4 +75,4 @@ def write(files: Files, folder: Path) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        NO_FILES.get(content, lambda path, content=content: path.write_bytes(content))(path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tests.fuzz.models import ADAPTER, MODEL, SAFETENSORS, TOKENIZER
+from tests.fuzz.models import ADAPTER, FOLDER, MODEL, SAFETENSORS, TOKENIZER
 from tests.fuzz.rows import DATA, TOKENS
 from tests.fuzz.runs import CHECKPOINT, RUN
 from tests.fuzz.settings import CONFIG, OPTIONS
 
 PARSERS = {
     parser.name: parser
-    for parser in (CONFIG, OPTIONS, DATA, TOKENS, SAFETENSORS, ADAPTER, MODEL, TOKENIZER, CHECKPOINT, RUN)
+    for parser in (CONFIG, OPTIONS, DATA, TOKENS, SAFETENSORS, ADAPTER, MODEL, FOLDER, TOKENIZER, CHECKPOINT, RUN)
 }

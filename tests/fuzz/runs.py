@@ -26,7 +26,7 @@ from mlx_sft.training.loop import train
 from mlx_sft.training.setup import prepare_job
 from tests.fuzz.models import changed_safetensors
 from tests.fuzz.mutators import as_yaml, changed, changed_bytes, changed_json
-from tests.fuzz.parser import Files, Materials, Parser, Wrong
+from tests.fuzz.parser import NO_FILES, Files, Materials, Parser, Wrong
 
 _STATE, _PARAMETERS, _OPTIMIZER = "state.json", "parameters.safetensors", "optimizer.safetensors"
 _LAST = "checkpoints/step-00000010"
@@ -87,8 +87,41 @@ def _job(materials: Materials) -> Job:
     return prepare_job(TrainConfig(resume=str(run), quiet=True), Console(quiet=True))
 
 
+_PLACES = (
+    "metrics.jsonl", "environment.json", "data_report.json", "last", "adapter", "checkpoints/.replaced-", "checkpoints/.replaced-x",
+    "checkpoints/step-00000099", f"{_LAST}/more", f"{_LAST}/{_STATE}", f"{_LAST}/SHA256SUMS", "README.md",
+)  # fmt: skip
+_FORGED = {
+    "micro_batch_tokens": (0, -1, 2**31, 10**30, 1.5, "x"), "head_chunk": (0, 10**30), "evaluation_tokens": (-5, 10**30),
+    "rate_factor": (float("nan"), float("inf"), 0.0, -1.0, 1e300, "x"), "best_loss": (float("nan"), [1]), "suspect": (-1, 10**30),
+    "skipped": (-1, None), "skipped_in_a_row": (10**30, -1), "stopped_of": (-1, "x"), "best_step": (-1, 2.5),
+}  # fmt: skip
+_FORGED_OF_CALLBACKS = {
+    "metrics-file": ({"bytes": -1}, {"bytes": 10**30}, {"bytes": "x"}), "time-limit": ({"seconds": float("nan")}, {"seconds": -1}),
+    "divergence": ({"losses": [None]}, {"losses": 1}, {"rollbacks": 10**30}, {"above_bound": -1}),
+    "early-stopping": ({"without_better": "x"}, {"stopped_of": []}),
+}  # fmt: skip
+
+
+def _forged(chance: random.Random, files: Files) -> None:
+    """Put a value into the state that no run has; the checksums are right."""
+    state = json.loads(files[f"{_LAST}/{_STATE}"])
+    forged = _FORGED if chance.random() < 0.6 else _FORGED_OF_CALLBACKS
+    name = chance.choice(list(forged))
+    state["progress" if forged is _FORGED else "callbacks"][name] = chance.choice(forged[name])
+    files[f"{_LAST}/{_STATE}"] = json.dumps(state).encode()
+    _signed(files)
+
+
 def _make_run(chance: random.Random, materials: Materials) -> Files:
     files = _unfinished(materials)
+    kind = chance.random()
+    if kind < 0.25:
+        files[chance.choice(_PLACES)] = chance.choice(list(NO_FILES))
+        return files
+    if kind < 0.5:
+        _forged(chance, files)
+        return files
     name = chance.choice(
         [
             "config.yaml",
@@ -121,7 +154,7 @@ def _read_run(folder: Path, materials: Materials) -> None:
     before = {
         name: (folder / name).read_bytes()
         for name in (f"{_LAST}/{_OPTIMIZER}", f"{_LAST}/{_STATE}")
-        if (folder / name).exists()
+        if (folder / name).is_file()
     }
     result = train(TrainConfig(resume=str(folder), quiet=True))
     if result.steps != 12:

@@ -22,6 +22,7 @@ QUICK = {
     "safetensors": 80,
     "adapter": 60,
     "model": 40,
+    "folder": 25,
     "tokenizer": 20,
     "checkpoint": 40,
     "run": 6,

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from mlx_sft import UserError
+from mlx_sft import TrainConfig, UserError
 from mlx_sft.data.tokenizer import end_tokens
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.model.outline import outline
+from mlx_sft.training.plan import footprint_of
 
 
 @pytest.fixture
@@ -63,6 +64,19 @@ def test_a_configuration_that_cannot_be_is_refused(folder: Path, lie: dict[str, 
 
 
 @pytest.mark.parametrize(
+    "lie", [{"num_key_value_heads": 0}, {"num_key_value_heads": 3}, {"rope_theta": "abc"}], ids=str
+)
+def test_a_plan_of_what_cannot_be_computed_is_refused(folder: Path, lie: dict[str, Any]) -> None:
+    file = folder / "config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 4, "rope_parameters": None} | lie)
+    )
+    with pytest.raises(UserError) as caught:
+        footprint_of(TrainConfig(data=["-"], model=str(folder)), folder, "float32", fused=False)
+    assert caught.value.where == str(file)
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("tokenizer.json", "{}"),
@@ -75,12 +89,12 @@ def test_a_configuration_that_cannot_be_is_refused(folder: Path, lie: dict[str, 
 )
 def test_a_tokenizer_that_cannot_be_is_refused(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
-    with pytest.raises(UserError, match=r"cannot load its tokenizer|not a mapping") as caught:
+    with pytest.raises(UserError, match=r"cannot load its tokenizer|not a mapping|not JSON") as caught:
         load_tokenizer(folder)
     assert str(folder) in caught.value.where
 
 
-@pytest.mark.parametrize("ends", ['"x"', "[[2]]", "99999999999999999999", "-5", "{}"])
+@pytest.mark.parametrize("ends", ['"x"', "[[2]]", "999999999999", "-5", "{}"])
 def test_ends_that_are_no_tokens_are_none(folder: Path, ends: str) -> None:
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
     tokenizer = load_tokenizer(folder)

@@ -4,6 +4,8 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +16,11 @@ from mlx_sft.errors import UserError
 from mlx_sft.optimizers import Optimizer, make_optimizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
+from mlx_sft.training.callbacks import Callbacks
+from mlx_sft.training.callbacks.divergence import Divergence
+from mlx_sft.training.callbacks.early_stopping import EarlyStopping
+from mlx_sft.training.callbacks.metrics_file import MetricsFile
+from mlx_sft.training.callbacks.time_limit import TimeLimit
 from mlx_sft.training.checkpoint import Progress
 
 pytestmark = pytest.mark.fast
@@ -204,3 +211,76 @@ def test_other_random_numbers_are_refused(run: RunFolder) -> None:
     with pytest.raises(UserError, match="draws other random numbers") as caught:
         checkpoint.load(run, start(), fresh_optimizer(), IDENTITY, seed=1)
     assert caught.value.hint
+
+
+def forged(run: RunFolder, part: str, **values: object) -> None:
+    """Put values into a part of the state, with right checksums, as one would who has changed it on purpose."""
+    folder = run.checkpoint(3)
+    state = json.loads((folder / "state.json").read_text())
+    state[part] |= values
+    (folder / "state.json").write_text(json.dumps(state))
+    names = ("parameters.safetensors", "optimizer.safetensors", "state.json")
+    sums = "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    (folder / "SHA256SUMS").write_text(sums)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("micro_batch_tokens", 10**30),
+        ("head_chunk", 0),
+        ("evaluation_tokens", 2**31),
+        ("rate_factor", float("nan")),
+        ("rate_factor", 2.0),
+        ("best_loss", float("inf")),
+        ("suspect", -1),
+        ("skipped", "many"),
+    ],
+)
+def test_a_value_that_no_run_has_is_refused(run: RunFolder, name: str, value: object) -> None:
+    forged(run, "progress", **{name: value})
+    assert not checkpoint.set_aside_damaged(run)
+    with pytest.raises(UserError, match=rf"damaged checkpoint: in state.json, {name}: Input should be") as caught:
+        checkpoint.load(run, start(), fresh_optimizer(), IDENTITY, seed=0)
+    assert caught.value.where == str(run.checkpoint(3))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("metrics-file", {"bytes": -1}),
+        ("metrics-file", {"bytes": "x"}),
+        ("divergence", {"losses": [float("nan")]}),
+        ("divergence", {"losses": 5}),
+        ("divergence", {"rollbacks": 10**30}),
+        ("early-stopping", {"without_better": None}),
+        ("time-limit", {"seconds": float("nan")}),
+        ("time-limit", {"seconds": [1]}),
+    ],
+)
+def test_a_state_that_no_callback_has_is_refused(name: str, state: dict[str, Any]) -> None:
+    callbacks = Callbacks([MetricsFile(), Divergence(), EarlyStopping(), TimeLimit()])
+    with pytest.raises(
+        UserError, match=rf"in state.json, the callback {name} cannot take up its state: .*nput should be"
+    ):
+        callbacks.load_state({name: state})
+
+
+def test_metrics_that_are_longer_than_any_disk_are_those_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "train"}\n')
+    metrics = MetricsFile()
+    metrics.load_state({"bytes": 10**18})
+    metrics.on_start(SimpleNamespace(folder=RunFolder(tmp_path)), {})
+    metrics.load_state({"bytes": 10**18})
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"kind": "train"}\n'
+
+
+def test_leftovers_of_other_names_are_no_checkpoints(run: RunFolder) -> None:
+    """`.replaced-` without a name is nobody's; `step-3` is not how a checkpoint is called."""
+    (run.checkpoints / ".replaced-").mkdir()
+    (run.checkpoints / "step-3").mkdir()
+    (run.checkpoints / "step-000000000000000009").mkdir()
+    with run.locked():
+        assert run.checkpoint_steps() == [3]

@@ -10,11 +10,14 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from pydantic import ValidationError
+
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.registry import CALLBACKS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.settings import Settings as NoSettings
+from mlx_sft.settings import first_problem
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -203,9 +206,21 @@ class Callbacks:
         return states
 
     def load_state(self, states: dict[str, dict[str, Any]]) -> list[str]:
-        """Give each its state; returns the names of states that nobody takes."""
+        """Give each its state; returns the names of states that nobody takes.
+
+        Raises:
+            UserError: For a state that a callback cannot take up.
+        """
         for callback in self._callbacks:
-            callback.load_state(states.get(self._key(callback), {}))
+            name = self._key(callback)
+            try:
+                callback.load_state(states.get(name, {}))
+            except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+                problem = first_problem(error) if isinstance(error, ValidationError) else error
+                what = f"damaged checkpoint: in state.json, the callback {name} cannot take up its state: {problem}"
+                raise UserError(
+                    what, hint="remove the newest checkpoint; the run then goes on from the one before"
+                ) from error
         return sorted(states.keys() - {self._key(callback) for callback in self._callbacks})
 
     def close(self) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt
+
 from mlx_sft.errors import UserError
 from mlx_sft.settings import OnResume, Settings
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
@@ -65,6 +67,12 @@ class DivergenceSettings(Settings):
     on_divergence: Annotated[Literal["ignore", "stop", "rollback"], OnResume.REVISED] = "ignore"
     """Where the loss leaves a bound that moves with it: warn, stop the run, or go back to the checkpoint before and on with half
     the learning rate."""
+
+
+class _State(BaseModel):
+    losses: Annotated[tuple[FiniteFloat, ...], Field(max_length=_WINDOW)] = ()
+    above_bound: NonNegativeInt = 0
+    rollbacks: Annotated[int, Field(ge=0, le=MOST_ROLLBACKS)] = 0
 
 
 class Divergence(Callback):
@@ -120,8 +128,8 @@ class Divergence(Callback):
         return {"losses": list(self._losses), "above_bound": self._above, "rollbacks": self._rollbacks}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._losses = tuple(state.get("losses", ()))
-        self._above, self._rollbacks = state.get("above_bound", 0), state.get("rollbacks", 0)
+        taken = _State.model_validate(state)
+        self._losses, self._above, self._rollbacks = taken.losses, taken.above_bound, taken.rollbacks
 
 
 def _way_on(run: str, before: list[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BaseModel, Field, NonNegativeInt
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
@@ -20,6 +20,11 @@ class EarlyStoppingSettings(Settings):
 
     early_stop: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a better validation loss."""
+
+
+class _State(BaseModel):
+    without_better: NonNegativeInt = 0
+    stopped_of: int | None = None
 
 
 class EarlyStopping(Callback):
@@ -54,5 +59,5 @@ class EarlyStopping(Callback):
         return {"without_better": self._without_better, "stopped_of": self._stopped_of}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._without_better = state.get("without_better", 0)
-        self._stopped_of = state.get("stopped_of")
+        taken = _State.model_validate(state)
+        self._without_better, self._stopped_of = taken.without_better, taken.stopped_of

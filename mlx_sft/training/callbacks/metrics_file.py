@@ -12,6 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import NonNegativeInt, TypeAdapter
+
 from mlx_sft.errors import UserError
 from mlx_sft.files import disk_errors
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
@@ -53,7 +55,7 @@ class MetricsFile(Callback):
         with disk_errors(self._path):
             self._file = open_to_append(self._path)
             self._file.seek(0)
-            self._cut(self._file, self._file.read(self._kept_bytes).rfind(b"\n") + 1)
+            self._cut(self._file, self._file.read(min(self._kept_bytes, self._path.stat().st_size)).rfind(b"\n") + 1)
 
     def state(self) -> dict[str, Any]:
         if self._file is None:
@@ -63,10 +65,10 @@ class MetricsFile(Callback):
         return {"bytes": self._file.tell()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._kept_bytes = state.get("bytes", 0)
+        self._kept_bytes = TypeAdapter(NonNegativeInt).validate_python(state.get("bytes", 0))
         if self._file is not None:
             with disk_errors(self._path):
-                self._cut(self._file, self._kept_bytes)
+                self._cut(self._file, min(self._kept_bytes, self._path.stat().st_size))
 
     def close(self) -> None:
         if self._file is not None:

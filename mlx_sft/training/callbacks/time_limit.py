@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, TypeAdapter
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
@@ -24,6 +26,9 @@ _WINDOW = 10
 """Steps, and what happens between them, that tell the pace."""
 _SLOWER = 0.95
 """Of the planned steps, below which fewer are planned."""
+
+
+_SECONDS: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False)])
 
 
 class TimeLimit(Callback):
@@ -88,4 +93,4 @@ class TimeLimit(Callback):
         return {"seconds": round(self._used(), 3)} if self._limited else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._before = state.get("seconds", 0.0)
+        self._before = _SECONDS.validate_python(state.get("seconds", 0.0))
