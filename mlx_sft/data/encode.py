@@ -103,7 +103,9 @@ class Encoder:
         Raises:
             UserError: naming the item's origin, where it cannot be rendered or tokenized.
         """
-        return [encoded.example() for encoded in self.encoded(item)]  # one at a time: with its places it takes ten times as much
+        return [
+            encoded.example() for encoded in self.encoded(item)
+        ]  # one at a time: with its places it takes ten times as much
 
     def view(self, item: Item) -> list[View]:
         """The examples of an item as `encode` gives them, with their text.

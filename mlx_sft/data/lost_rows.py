@@ -12,7 +12,7 @@ from mlx_sft.errors import UserError
 SHOWN_BAD_ROWS = 10
 """So many bad rows are named in one error."""
 MOST_IN_A_ROW = 100_000
-"""So many bad rows one after another, some ten seconds of work, end the reading: this is no file of rows."""
+"""So many bad rows one after another, some three seconds of work, end the reading: this is no file of rows."""
 MOST_LOST = 0.5
 """The share of the rows that may be dropped or bad, and of the supervised tokens that may be lost to the longest length."""
 

@@ -149,7 +149,9 @@ def render(
             where=conversation.origin,
             hint=refusal.hint or "give another template with --chat-template, or rows of plain `text`",
         ) from None
-    written = np.bincount(traced.letter_to_message + 1, minlength=len(traced.messages) + 1)[1:].tolist()  # of each message
+    written = np.bincount(traced.letter_to_message + 1, minlength=len(traced.messages) + 1)[
+        1:
+    ].tolist()  # of each message
     cut = {turn.message for turn in turns if turn.leaves_out_words(traced, written[turn.message])}
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} if cut else set()
     turns = [turn for turn in turns if turn.spans]

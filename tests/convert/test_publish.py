@@ -221,7 +221,9 @@ def test_a_hub_that_refuses_is_asked_before_the_work(hub: Hub, run: Path, no_wor
         push(run, "me/model")
 
 
-def test_an_upload_that_fails_leaves_nothing_behind_and_works_once_more(hub: Hub, cli: Cli, run: Path, tmp_path: Path) -> None:
+def test_an_upload_that_fails_leaves_nothing_behind_and_works_once_more(
+    hub: Hub, cli: Cli, run: Path, tmp_path: Path
+) -> None:
     before = tree(tmp_path)
     hub.refusals["PUT /storage"] = (403, "no room")
     result = cli("push", run, "--repo", "me/model")
