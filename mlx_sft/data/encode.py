@@ -73,7 +73,7 @@ DEFAULT_SETTINGS = EncodeSettings()
 
 MOST_TEXT = 4 << 20
 """Bytes, as UTF-8, of a text that is tokenized at once: a long novel, a million tokens of English. A byte takes 150 of memory in ordinary
-text and up to 500 in the worst (docs/decisions.md has the figures), so that the longest row takes half a gigabyte to two."""
+text and up to 400 in the worst (docs/decisions.md has the figures), so that the longest row takes half a gigabyte to 1.6."""
 MOST_TEXT_OF_TURNS = 64 << 20
 """Characters of the examples of one conversation whose turns are examples of their own, each with all that comes before it."""
 
