@@ -7,6 +7,7 @@ Knows nothing of models.
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import re
@@ -55,6 +56,21 @@ def conversation(rng: np.random.Generator, words: np.ndarray) -> list[dict[str, 
     return [
         {"role": role, "content": text(mean)} for _ in range(turns) for role, mean in (("user", 20), ("assistant", 120))
     ]
+
+
+def long_text(kind: str, size: int) -> str:
+    """A text of about so many bytes of a kind that costs the tokenizer little or much."""
+    rng = np.random.default_rng(0)
+    if kind == "base64":
+        return base64.b64encode(rng.bytes(size * 3 // 4)).decode()
+    if kind == "words":
+        words = ["the", "house", "of", "language", "never", "memory", "and", "which", "before", "a", "model"]
+        return " ".join(rng.choice(words, size // 5))[:size]
+    first, last = {"letters": (0x61, 0x7B), "chinese": (0x4E00, 0x9FFF), "rare": (0x20000, 0x2A6D0)}[kind]
+    return "".join(map(chr, rng.integers(first, last, size // len(chr(first).encode()))))
+
+
+ROWS = ("words", "letters", "base64", "chinese", "rare")
 
 
 # One process
@@ -110,6 +126,29 @@ def measure(data: str, tokenizer: str, workers: int) -> dict[str, Any]:
         "peak_bytes_of_largest_worker": kilobytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss),
         "fingerprint": prepared.report.fingerprint,
     }
+
+
+def measure_row(kind: str, tokenizer: str) -> str:
+    """What one row of the longest text that is tokenized takes, as text and as an answer."""
+    from transformers import AutoTokenizer
+
+    from mlx_sft.config import TrainConfig
+    from mlx_sft.data.encode import MOST_TEXT
+    from mlx_sft.data.pipeline import Pipeline
+    from mlx_sft.data.readers import Row
+
+    pipeline = Pipeline.from_config(TrainConfig(), AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
+    text = long_text(kind, MOST_TEXT - 1000)
+    lines = []
+    for value in ({"text": text}, {"prompt": "Write.", "completion": text}):
+        before, started = memory_so_far(), time.process_time()
+        outcome = pipeline.process(Row("row:1", value))
+        tokens = sum(len(example.token_ids) for example in outcome.examples)
+        taken, seconds = peak_bytes() - before, time.process_time() - started
+        lines.append(
+            f"{kind:8} {next(iter(value)):8} {tokens:>10,} tokens  {seconds:5.1f} s  {taken / MEGABYTE:,.0f} MB"
+        )
+    return "\n".join(lines)
 
 
 def memory_so_far() -> int:
@@ -226,6 +265,7 @@ def parse() -> argparse.Namespace:
         "--tokenizer", type=Path, default=TINY_TOKENIZER, help="a folder with tokenizer.json and a chat template"
     )
     parser.add_argument("--measure", nargs=2, metavar=("FILE", "WORKERS"), help="one start on a file, as JSON")
+    parser.add_argument("--row", choices=ROWS, help="what one row of the longest text takes, and nothing else")
     return parser.parse_args()
 
 
@@ -234,6 +274,9 @@ def main() -> None:
     if arguments.measure:
         data, workers = arguments.measure
         print(json.dumps(measure(data, str(arguments.tokenizer), int(workers))))
+        return
+    if arguments.row:
+        print(measure_row(arguments.row, str(arguments.tokenizer)))
         return
     WORK.mkdir(exist_ok=True)
     about = environment(PACKAGES) | {"tokenizer": arguments.tokenizer.resolve().name}

@@ -336,8 +336,7 @@ _OWN = {"read_text", "read_bytes", "open", "fdopen", "FileIO"}
 """Python's own."""
 
 _CHECKED_BEFORE = {
-    "model/weights.py write copyfile": "`Checkpoint.open` has checked the folder",
-    "model/weights.py copy_side_files copyfile": "`side_files` are regular files of a checked folder",
+    "writing.py copy_file source.open": "regular files of a folder that `Checkpoint.open` or `side_files` has checked",
     "model/translate.py _own_code spec_from_file_location": "its one caller has checked the folder",
     "safetensors_file.py open_safetensors safe_open": "`open_regular` has opened it just before",
     "safetensors_file.py _read fromfile": "`open_safetensors` has opened it before",
@@ -347,7 +346,6 @@ _CHECKED_BEFORE = {
     "convert/publish.py _refuse_home file.read_text": "what this export has just written",
     "convert/targets/mlx_lm.py _open load_adapters": "what this export has just written",
     "convert/targets/gguf/comparison.py _check_head path.open": "what llama.cpp has just written",
-    "convert/targets/gguf/target.py write copyfile": "`licence_files` are regular files of a checked folder",
 }  # fmt: skip
 
 _NO_FOLDER_OF_OTHERS = {

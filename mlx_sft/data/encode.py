@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mlx_sft.config import TrainConfig
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 
 from mlx_sft.data.mask.trace import Span
 
@@ -71,6 +71,12 @@ class EncodeSettings:
 
 DEFAULT_SETTINGS = EncodeSettings()
 
+MOST_TEXT = 4 << 20
+"""Bytes, as UTF-8, of a text that is tokenized at once: a long novel, a million tokens of English. A byte takes 150 of memory in ordinary
+text and up to 400 in the worst (docs/decisions.md has the figures), so that the longest row takes half a gigabyte to 1.6."""
+MOST_TEXT_OF_TURNS = 64 << 20
+"""Characters of the examples of one conversation whose turns are examples of their own, each with all that comes before it."""
+
 
 class Encoder:
     """Turns conversations, documents and tokens into examples with one tokenizer. It can be pickled.
@@ -86,7 +92,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, settings: EncodeSettings = DEFAULT_SETTINGS) -> None:
         self.tokenizer = unwrapped(tokenizer)
         self.settings = settings
-        self._added_ids = frozenset(self.tokenizer.added_tokens_decoder)
+        self._added_ids = np.array([*self.tokenizer.added_tokens_decoder], np.int32)
         self.end_tokens = end_tokens(tokenizer)
 
     def encode(self, item: Item) -> list[Example]:
@@ -97,7 +103,9 @@ class Encoder:
         Raises:
             UserError: naming the item's origin, where it cannot be rendered or tokenized.
         """
-        return [encoded.example() for encoded in self.encoded(item)]
+        return [
+            encoded.example() for encoded in self.encoded(item)
+        ]  # one at a time: with its places it takes ten times as much
 
     def view(self, item: Item) -> list[View]:
         """The examples of an item as `encode` gives them, with their text.
@@ -107,22 +115,27 @@ class Encoder:
         """
         return [encoded.view(self.tokenizer) for encoded in self.encoded(item)]
 
-    def encoded(self, item: Item) -> list[Encoded]:
+    def encoded(self, item: Item) -> Iterator[Encoded]:
         """What `encode` and `view` both show of an item."""
         if isinstance(item, Document):
-            return [self._document(item)]
+            yield self._document(item)
+            return
         if isinstance(item, Tokens):
-            return [self._tokens(item)]
+            yield self._tokens(item)
+            return
         conversation = self.given_to_template(item)
         if self.settings.verbatim:
-            return self._examples(conversation)
+            yield from self._examples(conversation)
+            return
         form = as_the_template_takes_them(self.tokenizer, conversation)
-        first, *others = self._examples(form)
+        examples = self._examples(form)
+        first = next(examples)
         moved = len(item.messages) - len(conversation.messages)
         unanswered = int(conversation.messages[-1].get("role") != "assistant")
         forms = changed_calls(conversation, form)
         facts = first.facts + Facts(systems_moved=moved, unanswered=unanswered, **forms)
-        return [replace(first, facts=facts), *others]
+        yield replace(first, facts=facts)
+        yield from examples
 
     def given_to_template(self, item: Conversation) -> Conversation:
         """The conversation with all variables of the template, and with its system prompts where the settings put them.
@@ -133,17 +146,28 @@ class Encoder:
         conversation = replace(item, template_kwargs=self.settings.template_kwargs | item.template_kwargs)
         return folded(self.tokenizer, conversation) if self.settings.system == "fold" else conversation
 
-    def _examples(self, conversation: Conversation) -> list[Encoded]:
+    def _examples(self, conversation: Conversation) -> Iterator[Encoded]:
         supervised = supervised_messages(conversation)
         if self.settings.train_on == "last":
             last = max(assistant_messages(conversation.messages), default=NOBODY)
             supervised = [index for index in supervised if index == last]
         if self.settings.train_on != "every-turn" or not supervised:
-            return [self._conversation(conversation, supervised)]
-        return [
-            self._conversation(_through(conversation, index, number), [index], in_context=True)
-            for number, index in enumerate(supervised, 1)
-        ]
+            yield self._conversation(conversation, supervised)
+            return
+        characters = 0
+        for number, index in enumerate(supervised, 1):
+            encoded = self._conversation(_through(conversation, index, number), [index], in_context=True)
+            length = len(encoded.alignment.text) if encoded.alignment else 0
+            characters += length
+            # No later turn has less before it: what is too much is known after a few turns.
+            if characters + (len(supervised) - number) * length > MOST_TEXT_OF_TURNS:
+                raise UserError(
+                    f"its {len(supervised):,} turns, each an example with all that comes before it, are more than "
+                    f"{MOST_TEXT_OF_TURNS >> 20} million characters together",
+                    where=conversation.origin,
+                    hint="split the conversation into shorter ones, or give --train-on all, which takes it as one example",
+                )
+            yield encoded
 
     def _conversation(self, conversation: Conversation, supervised: list[int], in_context: bool = False) -> Encoded:
         """A conversation of which the turns of these messages are trained on."""
@@ -158,9 +182,9 @@ class Encoder:
         )
         token_ids, alignment = self._tokenize(rendering.text, conversation.origin)
         weights = np.zeros(len(token_ids), np.float32)
-        for turn in rendering.turns:
-            weight = 1.0 if conversation.weights is None else conversation.weights[turn.message]
-            weights[alignment.supervised(turn.spans)] = weight
+        said = conversation.weights
+        for weight, turns in groupby(rendering.turns, lambda turn: 1.0 if said is None else said[turn.message]):
+            weights[alignment.supervised([span for turn in turns for span in turn.spans])] = weight
         facts, appended = rendering.facts, 0
         last = rendering.turns[-1] if rendering.turns else None
         if self.settings.append_eos and last and not last.ends and last.message == len(conversation.messages) - 1:
@@ -189,15 +213,20 @@ class Encoder:
     def _tokenize(
         self, text: str, origin: str, add_special_tokens: bool = False
     ) -> tuple[NDArray[np.int32], Alignment]:
-        _check_unicode(text, origin)
+        _check_text(text, origin)
         with tokenizer_errors(self.tokenizer.name_or_path, origin):
             encoding = self.tokenizer(
-                text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
+                text,
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
             )
-        ids: list[int] = encoding["input_ids"]
-        offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
-        added = np.array([token_id in self._added_ids for token_id in ids], bool)
-        return np.array(ids, np.int32), Alignment.of(text, offsets, added)
+        # Taken out of it: a list of numbers takes ten times as much memory as an array.
+        offsets = np.array(encoding.pop("offset_mapping"), np.int64).reshape(-1, 2)
+        ids = np.array(encoding.pop("input_ids"), np.int32)
+        return ids, Alignment.of(text, offsets, np.isin(ids, self._added_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,9 +317,15 @@ def _through(conversation: Conversation, index: int, number: int) -> Conversatio
     )
 
 
-def _check_unicode(text: str, origin: str) -> None:
+def _check_text(text: str, origin: str) -> None:
+    """Raise `UserError` for a text that is too long to be tokenized at once, or that is no Unicode."""
     try:
-        text.encode("utf-8")
+        if (size := len(text.encode("utf-8"))) > MOST_TEXT:
+            raise UserError(
+                f"{size / (1 << 20):.1f} MiB of text, where at most {MOST_TEXT >> 20} MiB can be tokenized at once",
+                where=origin,
+                hint="split it into several rows; a .txt file is split at its paragraphs",
+            )
     except UnicodeEncodeError as error:
         raise UserError(
             f"holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character",
@@ -334,11 +369,15 @@ class Alignment:
         that began before the span (one that swallows the white space behind it).
         """
         mask = np.zeros(len(self.starts), bool)
+        # Looked at are only tokens near a span: a conversation may have ten thousand of them.
+        ended, begin = np.maximum.accumulate(self.ends), np.minimum.accumulate(self.starts[::-1])[::-1]
         for first, last in spans:
-            overlaps = (self.starts < last) & (self.ends > first) & ~(self.added & (self.starts < first))
-            for index in np.flatnonzero(overlaps & (self.ends > last)):
-                overlaps[index] = not self.text[max(first, self.starts[index]) : last].isspace()
-            mask |= overlaps
+            near = slice(int(np.searchsorted(ended, first, "right")), int(np.searchsorted(begin, last)))
+            starts, ends = self.starts[near], self.ends[near]
+            overlaps = (starts < last) & (ends > first) & ~(self.added[near] & (starts < first))
+            for index in np.flatnonzero(overlaps & (ends > last)):
+                overlaps[index] = not self.text[max(first, starts[index]) : last].isspace()
+            mask[near] |= overlaps
         return mask
 
     def token_to_message(self, char_to_message: Integers) -> Integers:

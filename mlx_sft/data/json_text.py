@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 DEEPEST = 200
 """Levels of lists and objects in one another; what comes after reading (templates, pickling) recurses too."""
 LONGEST_ROW = 16 << 20
-"""Bytes or characters of one row. Longer than a long novel: to tokenize as much takes half a minute and a gigabyte."""
+"""Bytes or characters of one row as it is written, with JSON's escapes (six bytes for a Chinese character). What of it is tokenized may
+have 4 MiB, which `encode` says."""
 
 _TOO_LONG = f"a row of more than {LONGEST_ROW >> 20} million characters"
 _SPACE = re.compile(r"[ \t\r\n]*")

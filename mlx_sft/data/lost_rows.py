@@ -11,6 +11,8 @@ from mlx_sft.errors import UserError
 
 SHOWN_BAD_ROWS = 10
 """So many bad rows are named in one error."""
+MOST_IN_A_ROW = 100_000
+"""So many bad rows one after another, some three seconds of work, end the reading: this is no file of rows."""
 MOST_LOST = 0.5
 """The share of the rows that may be dropped or bad, and of the supervised tokens that may be lost to the longest length."""
 
@@ -22,10 +24,18 @@ class BadRows:
         self._source = source
         self._refused = refused
         self._notes: list[Note] = []
+        self._in_a_row, self._last = 0, -1
 
     def add(self, row: LostRow) -> None:
-        """Raise `UserError` for a row of another format, and for the tenth bad one."""
-        if not self._refused or row.note.fate != "bad":
+        """Raise `UserError` for a row of another format, for the tenth bad one, and for too many one after another that are let pass."""
+        if row.note.fate != "bad":
+            return
+        self._in_a_row = self._in_a_row + 1 if row.number == self._last + 1 else 1
+        self._last = row.number
+        if self._in_a_row > MOST_IN_A_ROW:
+            what = f"more than {MOST_IN_A_ROW:,} rows one after another cannot be used, this one too: {row.note.reason}"
+            raise UserError(what, where=row.note.origin, hint="take this part out of the file, or give another file")
+        if not self._refused:
             return
         if row.mixed:
             raise UserError(row.note.reason, where=row.note.origin, hint=row.note.hint)

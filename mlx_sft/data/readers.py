@@ -88,7 +88,7 @@ def _json_lines(path: Path, on_bytes: OnBytes | None) -> Rows:
     for origin, line in text_lines(path, on_bytes):
         if isinstance(line, UserError):
             yield line
-        elif text := line.rstrip(" \t\r\n"):
+        elif not line.startswith("\n") and (text := line.rstrip(" \t\r\n")):  # what begins with an end is blank
             try:
                 yield _row(origin, parse_json(text), _JSON_LINES_HINT)
             except ValueError as error:
@@ -139,21 +139,25 @@ def _table(delimiter: str, path: Path, on_bytes: OnBytes | None) -> Rows:
     """
     # The csv module refuses cells over 128 KiB unless told otherwise; a long conversation is one cell.
     csv.field_size_limit(LONGEST_ROW)
-    lines = _table_lines(path, on_bytes)
-    beginning: list[str] = []
-    for text in lines:
-        beginning.append(text)
-        if text.strip():
-            break
-    delimiter = _delimiter_of("".join(beginning), delimiter)
+    line = 0  # as far as csv's reader has read
+
+    def lines() -> Iterator[str]:
+        nonlocal line
+        for text in _table_lines(path, on_bytes):
+            line += max(1, text.count("\n"))
+            yield text
+
+    texts = lines()
+    beginning = next((text for text in texts if text.strip()), "")
+    delimiter = _delimiter_of(beginning, delimiter)
     hint = f"quote cells that hold a {_DELIMITERS[delimiter]}, quote or line break"
     bare = delimiter == "\t" and _has_bare_quotes(path)
-    reader = csv.reader(chain(beginning, lines), delimiter=delimiter, quotechar=None if bare else '"', strict=True)
+    reader = csv.reader(chain([beginning], texts), delimiter=delimiter, quotechar=None if bare else '"', strict=True)
     header: list[str] = []
-    line = 1
+    first = line
     try:
         for cells in reader:
-            origin, line = f"{path}:{line}", reader.line_num + 1
+            origin, first = f"{path}:{first}", line + 1
             if not cells:
                 continue
             if not header:
@@ -166,7 +170,7 @@ def _table(delimiter: str, path: Path, on_bytes: OnBytes | None) -> Rows:
     except csv.Error as error:
         # Raised, not handed out: a stray quote swallows the rows behind it.
         reason = str(error).partition(" - ")[0]  # behind it is advice to a programmer
-        raise UserError(f"not CSV: {reason}", where=f"{path}:{line}", hint=hint) from None
+        raise UserError(f"not CSV: {reason}", where=f"{path}:{first}", hint=hint) from None
 
 
 def _delimiter_of(header: str, expected: str) -> str:
@@ -206,7 +210,10 @@ def _table_lines(path: Path, on_bytes: OnBytes | None) -> Iterator[str]:
     for _, line in text_lines(path, on_bytes):
         if isinstance(line, UserError):
             raise line  # inside a quoted cell there is no next row to go on with
-        yield line
+        if line.count("\n") < 2 or not line.strip("\r\n"):
+            yield line
+        else:  # of blank lines in one text, csv's reader understands only those without a space
+            yield from (f"{blank}\n" for blank in line.split("\n")[:-1])
 
 
 def _passages(path: Path, on_bytes: OnBytes | None) -> Rows:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
@@ -149,7 +149,10 @@ def render(
             where=conversation.origin,
             hint=refusal.hint or "give another template with --chat-template, or rows of plain `text`",
         ) from None
-    cut = {turn.message for turn in turns if turn.leaves_out_words(traced)}
+    written = np.bincount(traced.letter_to_message + 1, minlength=len(traced.messages) + 1)[
+        1:
+    ].tolist()  # of each message
+    cut = {turn.message for turn in turns if turn.leaves_out_words(traced, written[turn.message])}
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} if cut else set()
     turns = [turn for turn in turns if turn.spans]
     if not silent_turns:
@@ -274,8 +277,8 @@ def _systems(traced: TracedRendering) -> dict[str, int]:
     return counts
 
 
-def _left_out(traced: TracedRendering, supervised: Sequence[int]) -> int:
+def _left_out(traced: TracedRendering, supervised: Collection[int]) -> int:
     """How many messages that are neither a system's nor supervised have letters, of which none is written."""
     others = (index for index, message in enumerate(traced.messages) if message.get("role") not in SYSTEM_ROLES)
-    written = set(traced.letter_to_message.tolist())
+    written, supervised = set(traced.letter_to_message.tolist()), set(supervised)
     return sum(traced.letters[index] > 0 and index not in written for index in others if index not in supervised)

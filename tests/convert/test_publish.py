@@ -221,14 +221,22 @@ def test_a_hub_that_refuses_is_asked_before_the_work(hub: Hub, run: Path, no_wor
         push(run, "me/model")
 
 
-def test_an_upload_that_fails_leaves_nothing_behind(hub: Hub, cli: Cli, run: Path, tmp_path: Path) -> None:
+def test_an_upload_that_fails_leaves_nothing_behind_and_works_once_more(
+    hub: Hub, cli: Cli, run: Path, tmp_path: Path
+) -> None:
     before = tree(tmp_path)
     hub.refusals["PUT /storage"] = (403, "no room")
     result = cli("push", run, "--repo", "me/model")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "error: me/model: the token may not do this (403: no room)" in result.stderr
     assert arrived(hub) == {}
+    hub.refusals = {"POST /api/models/me/model/commit": (0, "")}  # the weights are there by now
+    assert cli("push", run, "--repo", "me/model").exit_code == 1
+    assert arrived(hub) == {}
     assert tree(tmp_path) == before
+    hub.refusals = {}
+    assert cli("push", run, "--repo", "me/model").exit_code == 0
+    assert "model.safetensors" in arrived(hub)
 
 
 def test_a_name_that_cannot_be_is_a_usage_error(cli: Cli, run: Path, no_work: None) -> None:

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data import Examples, PreparedData, prepare, prepare_file, survey
+from mlx_sft.data import Examples, PreparedData, encode, lost_rows, prepare, prepare_file, survey
 from mlx_sft.data.dataset import pack
 from mlx_sft.data.example import IGNORED, Example, Outcome
 from mlx_sft.data.prepare import split
@@ -225,6 +225,50 @@ def test_a_row_is_kept_as_long_as_one_of_its_turns_is(
     cut = run(tokenizer, data, **settings)
     assert [example.origin for example in cut.train] == [f"{data}:1#1", f"{data}:1#2", f"{data}:2#1", f"{data}:3#1"]
     assert cut.report.sources[0].notes[0].reason == "of its 3 examples 1 cut and 1 dropped, longer than 60 tokens"
+
+
+def test_a_file_of_nothing_but_bad_rows_ends_the_reading_though_they_are_to_be_skipped(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost_rows, "MOST_IN_A_ROW", 3)
+    apart = write_rows("x", "x", "x", chat("a"), "x", "x", chat("b"), "x")
+    for verb in (prepare, survey):
+        assert run(tokenizer, apart, verb, skip_bad_rows=True, allow_lost_rows=True).report.bad == 6
+    together = write_rows(chat("a"), "x", "x", "x", "x", chat("b"))
+    for verb in (prepare, survey):
+        with pytest.raises(UserError, match=r"more than 3 rows one after another cannot be used") as caught:
+            run(tokenizer, together, verb, skip_bad_rows=True, allow_lost_rows=True)
+        assert caught.value.where == f"{together}:5"
+        assert caught.value.hint
+
+
+def test_a_text_that_is_too_long_to_be_tokenized_at_once_is_bad_by_its_line(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "MOST_TEXT", 100)
+    data = write_rows({"text": "a" * 100}, {"text": "\u4e00" * 34}, {"text": "b"})
+    with pytest.raises(UserError, match=r"MiB of text, where at most") as caught:
+        run(tokenizer, data)
+    assert caught.value.where == f"{data}:2"
+    assert "split it into several rows" in caught.value.hint
+    prepared = run(tokenizer, data, skip_bad_rows=True)
+    assert (prepared.report.kept, prepared.report.bad) == (2, 1)
+    data = write_rows(chat("a"), chat("a" * 100))
+    assert run(tokenizer, data, survey).report.bad == 1
+
+
+def test_turns_that_are_examples_with_all_that_comes_before_are_bounded_together(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": role, "content": "x"} for _ in range(50) for role in ("user", "assistant")]
+    data = write_rows({"messages": turns})
+    settings: dict[str, Any] = {"max_length": 9999, "data_cache": False}
+    whole = run(tokenizer, data, train_on="every-turn", **settings).report.train.tokens
+    monkeypatch.setattr(encode, "MOST_TEXT_OF_TURNS", whole // 2)
+    with pytest.raises(UserError, match=r"its 50 turns, each an example with all that comes before it") as caught:
+        run(tokenizer, data, train_on="every-turn", **settings)
+    assert caught.value.where == f"{data}:1"
+    assert len(run(tokenizer, data, **settings).train) == 1
 
 
 @pytest.mark.parametrize("seed", range(10))

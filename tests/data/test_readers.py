@@ -602,3 +602,29 @@ def test_an_element_of_a_list_may_not_be_too_long_either(monkeypatch: pytest.Mon
     assert isinstance(long, ValueError)
     assert "a row of more than" in str(long)
     assert short == "b"
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "blank", "last"),
+    [
+        *(("a.jsonl", '{"text": "one"}\n', blank, '{"text": "two"}\n') for blank in ("\n", "\r\n", " \t\n")),
+        *(("a.txt", "one\n", blank, "two\n") for blank in ("\n", " \t\n")),
+        *(("a.csv", "text\none\n", blank, "two\n") for blank in ("\n", "\r\n")),
+    ],
+)
+def test_a_long_run_of_blank_lines_is_read_at_once_and_counted(
+    tmp_path: Path, name: str, first: str, blank: str, last: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes((first + 1_000_000 * blank + last).encode())
+    before = first.count("\n")
+    one, two = Row(f"{path}:{before}", {"text": "one"}), Row(f"{path}:{before + 1_000_001}", {"text": "two"})
+    assert read(path) == [one, two]
+    assert sum(1 for _ in file_text.text_lines(path, None)) < 10_000
+
+
+def test_blank_lines_inside_of_a_cell_are_all_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    cell = "a" + 20_000 * "\n" + 20_000 * " \n" + "b"
+    path.write_text(f'text\n"{cell}"\nc\n')
+    assert read(path) == [Row(f"{path}:2", {"text": cell}), Row(f"{path}:40003", {"text": "c"})]

@@ -22,7 +22,9 @@ import psutil
 from tests.faults.injected import Fault
 
 LONGEST = 300.0
-"""Seconds after which a child is taken to hang; it takes one or two, and the machine may have other work."""
+"""Seconds of the processor after which a child is taken to hang; it takes one or two. Not of the clock: the machine may have other work."""
+IDLE = 120.0
+"""Seconds of the clock in which a child has used none of the processor's after which it is taken to hang too."""
 
 _PRELOADED = ["mlx_sft.cli", "mlx_sft.convert.export", "mlx_sft.training.loop", "tests.faults.children"]
 _numbers = count(1)
@@ -85,23 +87,28 @@ class Child:
 
     def wait(self) -> Ended:
         """Until it ends; raises `TimeoutError` for one that does not."""
-        self._process.join(LONGEST)
-        if self._process.exitcode is None:
-            self.kill()
-            raise TimeoutError(f"still running after {LONGEST:.0f} seconds: mlx-sft {' '.join(self._words)}")
+        self.until(lambda: bool(self._process.join(1.0)))
         return Ended(self._process.exitcode, self._out.read_text(), self._err.read_text())
 
     def until(self, reached: Callable[[], bool]) -> bool:
         """Wait until something is so; False where it ends before. Raises `TimeoutError` for one that hangs."""
-        deadline = time.monotonic() + LONGEST
+        used, since = -1.0, time.monotonic()
         while self.is_alive():
             if reached():
                 return True
-            if time.monotonic() > deadline:
+            if (now := self._processor_seconds()) != used:
+                used, since = now, time.monotonic()
+            if used > LONGEST or time.monotonic() > since + IDLE:
                 self.kill()
-                raise TimeoutError(f"still on its way after {LONGEST:.0f} seconds: mlx-sft {' '.join(self._words)}")
+                raise TimeoutError(f"hangs, after {used:.0f} seconds of the processor: mlx-sft {' '.join(self._words)}")
             time.sleep(0.005)
         return False
+
+    def _processor_seconds(self) -> float:
+        try:
+            return sum(psutil.Process(self.pid).cpu_times()[:2])
+        except psutil.Error:
+            return 0.0
 
 
 def _context() -> Any:

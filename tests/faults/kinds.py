@@ -206,7 +206,7 @@ def damage(trial: Trial) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folders = sorted((trial.run / "checkpoints").iterdir(), reverse=True)
     number = trial.random.choice([*range(1, len(folders)), len(folders)])
-    damaged = {folder: _damage(trial, folder, folders) for folder in folders[:number]}
+    damaged = {folder: _damage(trial, scene, folder) for folder in folders[:number]}
     before = tree(trial.run)
     ended = trial.resume().wait()
     if number == len(folders):
@@ -225,20 +225,26 @@ def damage(trial: Trial) -> None:
     trial.compare(scene)
 
 
-def _damage(trial: Trial, folder: Path, others: list[Path]) -> str:
-    """Do something to a file of a checkpoint, and name the file."""
+def _damage(trial: Trial, scene: Scene, folder: Path) -> str:
+    """Do something to a file of a checkpoint, and name the file.
+
+    How long a file is may differ from run to run, and no choice may depend on it: a seed would not repeat the trial.
+    """
     path = trial.random.choice(sorted(folder.iterdir()))
     content = bytearray(path.read_bytes())
-    place = trial.random.randrange(len(content))
+    place, bit = int(trial.random.random() * len(content)), trial.random.randrange(8)
     what = trial.random.choice(["flip", "flip", "cut", "cut", "add", "remove", "other"])
+    # Of the undisturbed run: in this one, another checkpoint may have lost the file, or hold the one of this.
+    others = sorted(one for one in (scene.run / "checkpoints").iterdir() if one.name != folder.name)
+    other = trial.random.choice(others) / path.name
     if what == "flip":
-        content[place] ^= 1 << trial.random.randrange(8)
+        content[place] ^= 1 << bit
     elif what == "cut":
         del content[place:]
     elif what == "add":
         content += bytes(1 + place % 9)
     elif what == "other":
-        content[:] = (trial.random.choice([other for other in others if other != folder]) / path.name).read_bytes()
+        content[:] = other.read_bytes()
     path.write_bytes(content)
     if what == "remove":
         path.unlink()

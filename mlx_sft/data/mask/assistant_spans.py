@@ -11,11 +11,22 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mlx_sft.data.mask.headers import Headers
 from mlx_sft.data.mask.reasoning import after_empty_think_block
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
-from mlx_sft.data.mask.trace import NOBODY, Refusal, Span, TracedRendering, assistant_messages, called_functions
+from mlx_sft.data.mask.trace import (
+    NOBODY,
+    Refusal,
+    Span,
+    TracedRendering,
+    assistant_messages,
+    called_functions,
+    places_of,
+)
+
+_SPACE = re.compile(r"\s*")
 
 Starts = Callable[[int, int, int], int]
 """Where a turn starts, given its message, where the first character of that message is, and where its first letter is."""
@@ -51,10 +62,10 @@ class Turn:
         """Without an empty think block at its start."""
         return self.from_place(after_empty_think_block(whole, *self.spans[0])) if self.spans else self
 
-    def leaves_out_words(self, rendering: TracedRendering) -> bool:
-        """Whether a letter of its message, or the name of a function that it calls, is not in the turn."""
+    def leaves_out_words(self, rendering: TracedRendering, letters_written: int) -> bool:
+        """Whether a letter of its message, of which so many are written, or the name of a function that it calls, is not in the turn."""
         letters = rendering.letters[self.message]
-        if np.count_nonzero(rendering.letter_to_message == self.message) < letters:
+        if letters_written < letters:
             return True
         written = self.text(rendering.text)
         content = rendering.messages[self.message].get("content")
@@ -92,7 +103,11 @@ def traced_turns(
         Refusal: where it is not certain what the model must write.
     """
     ending = ends_pattern(end_tokens)
-    return [_turn(rendering, index, starts, ending) for index in supervised]
+    written, letters = (
+        places_of(messages, len(rendering.messages))
+        for messages in (rendering.char_to_message, rendering.letter_to_message)
+    )
+    return [_turn(rendering, index, written[index], letters[index], starts, ending) for index in supervised]
 
 
 def ends_pattern(end_tokens: frozenset[str]) -> re.Pattern[str]:
@@ -104,14 +119,20 @@ def ends_in_space(text: str) -> bool:
     return text != text.rstrip()
 
 
-def _turn(rendering: TracedRendering, index: int, starts: Starts, ending: re.Pattern[str]) -> Turn:
-    written = np.flatnonzero(rendering.char_to_message == index)
+def _turn(
+    rendering: TracedRendering,
+    index: int,
+    written: NDArray[np.int64],
+    letters: NDArray[np.int64],
+    starts: Starts,
+    ending: re.Pattern[str],
+) -> Turn:
+    """The turn of a message, given the places of what was written for it and of its letters."""
     if not len(written):
         return Turn(index, (), ends=False)
     first, last = int(written[0]), int(written[-1]) + 1
     if last - first != len(written):
         raise Refusal(f"it writes message {index + 1} in several places")
-    letters = np.flatnonzero(rendering.letter_to_message == index)
     start = starts(index, first, int(letters[0]) if len(letters) else last)
     return _through_end(rendering, index, start, int(letters[-1]) + 1 if len(letters) else start, last, ending)
 
@@ -128,7 +149,8 @@ def _through_end(
         own = None
     end = own.end() if own else len(text[:last].rstrip())
     spans = [(start, end)] if end > start else []
-    next_character = len(text) - len(text[end:].lstrip())
+    space = _SPACE.match(text, end)
+    next_character = space.end() if space else end
     after_loop = ending.match(text, next_character)
     if after_loop is None or rendering.char_to_message[next_character] != NOBODY:
         return Turn(index, tuple(spans), ends=own is not None)

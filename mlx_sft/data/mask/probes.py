@@ -304,8 +304,9 @@ def _with_untraced(reference: ReferenceRendering, variant: Variant, char_to_mess
     Raises:
         Refusal: where nothing is traced, and the template does not have the property.
     """
+    traced = set(np.unique(char_to_message).tolist())
     for index in assistant_messages(reference.messages):
-        if (char_to_message == index).any():
+        if index in traced:
             continue
         added = reference.added(index)
         if added is None and not variant.loops:

@@ -12,6 +12,7 @@ from mlx_sft.data.mask.trace import (
     TracedRendering,
     assistant_messages,
     called_functions,
+    places_of,
 )
 from tests.data.mask.pictures import CALL, assistant, user
 
@@ -87,3 +88,10 @@ def test_assistants_are_found_by_their_role() -> None:
 )
 def test_functions_are_found_in_either_form_of_call(calls: Any, functions: list[Any]) -> None:
     assert called_functions({"role": "assistant", "tool_calls": calls}) == functions
+
+
+def test_the_places_of_all_messages_are_those_of_each() -> None:
+    messages = np.array([0, -1, 2, 2, 0, 1, -1, 2], np.int32)
+    assert [found.tolist() for found in places_of(messages, 4)] == [
+        np.flatnonzero(messages == index).tolist() for index in range(4)
+    ]
