@@ -39,6 +39,7 @@ class RunFolder:
       last/               the last, where adapter/ holds an earlier, better one
       checkpoints/        step-00000050/, ...: what --resume continues from
       README.md           a model card, which is there once the run has finished
+      error.log           the traceback of an error that nobody foresaw, where one ended the run
     ```
     """
 
@@ -53,6 +54,7 @@ class RunFolder:
         self.last = self.path / "last"
         self.checkpoints = self.path / "checkpoints"
         self.card = self.path / "README.md"
+        self.error_log = self.path / "error.log"
         self._made = False
 
     @classmethod
@@ -77,6 +79,16 @@ class RunFolder:
         with disk_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         return run
+
+    def note_on(self, error: BaseException) -> None:
+        """Have an error on its way out say of which run it is; the inverse of `noted_on`."""
+        error.add_note(f"{_NOTE}{self.path}")
+
+    @classmethod
+    def noted_on(cls, error: BaseException) -> list[RunFolder]:
+        """The run that an error ended; none where it ended none."""
+        notes = getattr(error, "__notes__", [])
+        return [cls(note.removeprefix(_NOTE)) for note in notes if note.startswith(_NOTE)][:1]
 
     def write_head(self, config: str, data_report: str, environment: str) -> None:
         """Write the files that a run begins with, all three or none; from then on it can be resumed."""
@@ -223,6 +235,8 @@ class RunFolder:
         digits = (p.name.removeprefix("step-") for p in self.checkpoints.glob("step-*") if p.is_dir())
         return sorted(int(step) for step in digits if step.isdecimal())
 
+
+_NOTE = "this ended the run in "
 
 _MOST_LISTED = 6
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +35,19 @@ CallbackStates = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """What followed an optimizer step when an error, or a signal, ended the run before all of it had happened.
+
+    Attributes:
+        record: The step's, or that of the evaluation after it.
+        heard: The names of the callbacks that had heard of it.
+    """
+
+    record: dict[str, Any]
+    heard: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a run stands after a step.
 
@@ -50,6 +63,7 @@ class Progress:
         recompute: The recomputation since then.
         head_chunk: Positions that go through the head at once, since then.
         evaluation_tokens: The budget of evaluations since memory ran out in one.
+        unfinished: What is still to happen after this step, before the next one.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -66,6 +80,7 @@ class Progress:
     recompute: Mode | None = None
     head_chunk: Annotated[int, Field(ge=1)] | None = None
     evaluation_tokens: Annotated[int, Field(ge=1)] | None = None
+    unfinished: Unfinished | None = None
 
     def after(self, **changes: Any) -> Progress:
         return replace(self, **changes)

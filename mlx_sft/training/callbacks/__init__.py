@@ -184,12 +184,19 @@ class Callbacks:
         for callback in self._callbacks:
             callback.check(config, data)
 
-    def emit(self, run: TrainingRun, record: Record) -> None:
-        """Tell every callback of a record; raises `UserError` for one that is none."""
+    def emit(self, run: TrainingRun, record: Record, heard: list[str] | None = None) -> None:
+        """Tell every callback of a record; raises `UserError` for one that is none.
+
+        Args:
+            heard: The names of those that know of it already; each that is told now is added.
+        """
+        heard = [] if heard is None else heard
         if not isinstance(record.get("kind"), str):
             raise UserError(f"a callback's record has no kind: {record}", hint='emit {"kind": "sample", ...}')
         for callback in self._callbacks:
-            callback.on_record(run, record)
+            if (name := self._key(callback)) not in heard:
+                callback.on_record(run, record)
+                heard.append(name)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The state of each that has one, by name."""
