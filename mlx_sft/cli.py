@@ -23,6 +23,7 @@ from mlx_sft.options import (
     step,
     trusting,
 )
+from mlx_sft.streams import hurry
 
 
 class _Commands(click.Group):
@@ -36,6 +37,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
+            hurry()
             error = UserError("interrupted", exit_code=INTERRUPTED)
         except UserError as raised:
             error = raised

@@ -62,6 +62,8 @@ class Output:
         """Nothing: what is written is flushed."""
 
     def write(self, text: str) -> int:
+        if not isinstance(text, str):  # by which click tells a stream of bytes
+            raise TypeError("this is a stream of text")
         try:
             for start in range(0, len(text), _PIECE) if self.failure is None else ():
                 self._wait()

@@ -14,7 +14,8 @@ from tests.faults.trial import Lab
 
 pytestmark = pytest.mark.faults
 
-QUICK = {"kill": 5, "power": 4, "disk": 4, "export": 4, "damage": 3, "read-only": 2, "clock": 2, "two": 1, "stop": 1}
+QUICK = {"kill": 5, "power": 4, "disk": 4, "export": 4, "damage": 3, "read-only": 2, "clock": 2, "two": 1}
+QUICK |= {"streams": 4, "unread": 3, "stop": 1}
 
 
 @pytest.mark.parametrize("kind", QUICK)
