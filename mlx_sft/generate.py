@@ -92,7 +92,7 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, with the header that opens the assistant's turn."""
     tokenizer: Any = loaded.tokenizer
     if isinstance(prompt, str) and not tokenizer.chat_template:
-        return list(tokenizer(prompt)["input_ids"])
+        return list(tokenizer(_whole(prompt))["input_ids"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     # The chat template gets the variables that it had in training, and system prompts where they stood.
     config = loaded.train_config if isinstance(loaded, AdaptedModel) else None
@@ -100,7 +100,16 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     if config and config.system == "fold":
         conversation = folded(tokenizer, conversation, prompt=True)
     text = ReferenceRendering(tokenizer, conversation).prompted
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(_whole(text), add_special_tokens=False)["input_ids"])
+
+
+def _whole(text: str) -> str:
+    """The text; raises `UserError` where a tokenizer would not take it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not UTF-8 text", hint="write it in UTF-8, without half a character") from error
+    return text
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
