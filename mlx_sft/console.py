@@ -189,12 +189,10 @@ class Console:
         self.stop()
         if self._json_lines:
             self._emit({"kind": "done", "path": path})
-        stdout = output("stdout")
-        if not self._json_lines:
-            stdout.write(path + "\n")
-        elif stdout.reader_left:
-            return
-        refuse_loss(stdout, where=path, hint="the result is whole and saved here")
+        else:
+            _write(path + "\n")
+        if not output("stdout").reader_left:
+            refuse_loss(output("stdout"), where=path, hint="the result is whole and saved here")
 
     def stop(self) -> None:
         """Leave the live line as it stands."""
@@ -262,9 +260,13 @@ def write_text(text: str) -> None:
         UserError: If it could not be written.
         BrokenPipeError: If the program that read it has ended.
     """
+    _write(text)
+    refuse_loss(output("stdout"))
+
+
+def _write(text: str) -> None:
     stdout = output("stdout")
     stdout.write(printable(text) if stdout.isatty() else text)
-    refuse_loss(stdout)
 
 
 def read_line() -> str:

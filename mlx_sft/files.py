@@ -227,7 +227,7 @@ def write_file_with(path: Path, write: Callable[[Path], object]) -> None:
 
 def free_folder(to: str | Path) -> Path:
     """A folder that is to be written, as an absolute path; raises `UserError` where it already holds something."""
-    target = Path(to).expanduser().resolve()
+    target = user_path(to).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError("this folder already holds something", where=str(to), hint="give another --to")
     return target

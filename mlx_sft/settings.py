@@ -75,7 +75,9 @@ def parse_bytes(text: str) -> int:
 
 def parse_duration(text: str) -> int:
     """`45m`, `1h30m` or `90s` → seconds. Raises `ValueError` for anything else."""
-    match = re.fullmatch(r"(?:(\d{1,9})\s*h)?\s*(?:(\d{1,9})\s*m(?:in)?)?\s*(?:(\d{1,9})\s*s)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(
+        r"(?:(\d{1,9})\s*h)?\s*(?:(\d{1,9})\s*m(?:in)?)?\s*(?:(\d{1,9})\s*s)?", text.strip(), re.IGNORECASE
+    )
     seconds = (
         sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
     )

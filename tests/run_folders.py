@@ -12,7 +12,7 @@ TIMINGS |= {"active_memory_bytes", "cache_memory_bytes", "footprint_bytes"}
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Every file of a run by its path, without what tells the time, what was free when it began, or what is shown; no file may be left out."""
+    """Every file of a run by its path, without what tells the time, was free when it began, or is shown; no file may be left out."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         content: Any = path.read_bytes()

@@ -102,7 +102,8 @@ class Callback:
     """One callback; each method may be left as it is.
 
     What `state` returns is kept in every checkpoint and given to `load_state` when the run goes on from it, so that a run that was
-    killed and resumed ends as if it had not been. A `UserError` ends the run with its message.
+    killed and resumed ends as if it had not been. A `UserError` ends the run with its message. Whatever is raised, the step is saved, and
+    the record that the callback was told of then is told again when the run goes on.
 
     Attributes:
         name: By which `--callbacks` chooses it, and under which its state is kept.
