@@ -46,6 +46,10 @@ class Unfinished:
     record: dict[str, Any]
     heard: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.record.get("kind") not in ("train", "evaluation"):
+            raise ValueError("its unfinished step has no record of a step or an evaluation")
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from pydantic import TypeAdapter
 
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import loop
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 from mlx_sft.training.callbacks.metrics_file import MetricsFile
+from mlx_sft.training.checkpoint import Progress, Unfinished
 from tests.chats import write_chats
 from tests.faults.small import make_model
 from tests.run_folders import outcome
@@ -155,3 +157,10 @@ def test_a_state_that_diverges_is_not_saved_over_one_that_does_not(options: dict
     with pytest.raises(UserError, match="it diverges"):
         train(TrainConfig(**options | {"save_every": 2, "keep": 1}), callbacks=[Suspicious()])
     assert RunFolder(options["out"]).checkpoint_steps() == [2]
+
+
+def test_a_checkpoint_whose_unfinished_step_has_no_record_is_damaged() -> None:
+    with pytest.raises(ValueError, match="no record of a step"):
+        TypeAdapter(Progress).validate_python({"step": 2, "unfinished": {"record": {"step": 2}, "heard": []}})
+    kept: dict[str, Any] = {"step": 2, "unfinished": {"record": {"kind": "train", "step": 2}, "heard": ["a"]}}
+    assert TypeAdapter(Progress).validate_python(kept).unfinished == Unfinished(kept["unfinished"]["record"], ["a"])
