@@ -6,6 +6,7 @@ An `Output` never raises. What it could not write is lost, and it remembers why;
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import select
@@ -149,17 +150,29 @@ def refuse_loss(stdout: Output, *, where: str = "", hint: str = "write to where 
 def guarded_streams() -> Iterator[None]:
     """For the command line: while the block runs, what any library writes to stdout or stderr can neither fail nor steer the terminal.
 
-    Libraries make their loggers' handlers and progress bars when they are imported or used, with `sys.stderr` as it is then.
+    Libraries write their logs and progress bars to `sys.stderr` as it was when they were imported, or as it is.
     """
     open_descriptors()
     before, outputs = (sys.stdout, sys.stderr), (output("stdout"), output("stderr"))
     sys.stdout, sys.stderr = cast(TextIO, outputs[0]), cast(TextIO, _Unsteered(outputs[1]))
+    logs = [handler for handler in _log_handlers() if handler.stream is before[1]]
     try:
+        for handler in logs:
+            handler.stream = sys.stderr
         yield
     finally:
         sys.stdout, sys.stderr = before
+        for handler in logs:
+            handler.stream = sys.stderr
         for stream in outputs:
             stream.silence()
+
+
+def _log_handlers() -> list[logging.StreamHandler[TextIO]]:
+    """What has been set up to write logs to a stream, of whichever library."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", [])}
+    return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
 
 
 class _Unsteered:

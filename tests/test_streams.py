@@ -51,13 +51,17 @@ def test_what_an_encoding_does_not_have_is_escaped() -> None:
 def test_nothing_that_another_library_says_steers_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     said = io.StringIO()
     monkeypatch.setattr(sys, "stderr", said)
+    logger = logging.Logger("a library's, imported before")
+    monkeypatch.setitem(logging.root.manager.loggerDict, logger.name, logger)
+    logger.addHandler(before := logging.StreamHandler())
     with guarded_streams():
-        handler = logging.StreamHandler()  # as libraries make theirs when they are imported
-        handler.emit(logging.LogRecord("transformers", 30, "", 0, f"model {_STEERING}", (), None))
+        logger.warning(f"model {_STEERING}")
+        logging.StreamHandler().emit(logging.LogRecord("imported later", 30, "", 0, f"model {_STEERING}", (), None))
         print(f"careful {_STEERING}", file=sys.stderr)
         for _ in tqdm(range(2), desc=f"fetching {_STEERING}"):
             pass
-    assert said.getvalue().count("\\x1b]0;owned\\x07") >= 3
+    assert before.stream is said
+    assert said.getvalue().count("\\x1b]0;owned\\x07") >= 4
     assert not set(said.getvalue()) & {"\x1b", "\x07"}
     assert "\r" in said.getvalue(), "a progress bar stays one"
 
