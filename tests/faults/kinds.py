@@ -267,7 +267,10 @@ def unread(trial: Trial) -> None:
     scene = trial.scene()
     descriptor, room = trial.random.choice([1, 1, 2]), trial.random.choice([0, 4096, 8192])
     child = trial.train(scene, Stream(descriptor, "unread", room), quiet=descriptor == 1, json=descriptor == 1)
-    metrics, deadline = trial.run / "metrics.jsonl", time.monotonic() + 2  # it may wait for its reader before it begins
+    metrics, deadline = (
+        trial.run / "metrics.jsonl",
+        time.monotonic() + 10,
+    )  # it may wait for its reader before it begins
     child.until(lambda: time.monotonic() > deadline or (metrics.exists() and metrics.stat().st_size > 0))
     number = trial.random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     for _ in range(trial.random.choice([1, 2])):
