@@ -8,7 +8,8 @@ from typing import Any, Literal
 import click
 
 from mlx_sft.config import sections
-from mlx_sft.console import print_error, read_line, write_text
+from mlx_sft.console import print_error, read_all, read_line, write_text
+from mlx_sft.crash_report import command_line
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
 from mlx_sft.options import (
     Sectioned,
@@ -22,15 +23,21 @@ from mlx_sft.options import (
     step,
     trusting,
 )
+from mlx_sft.streams import hurry
 
 
 class _Commands(click.Group):
-    """Commands whose `UserError` becomes a message and an exit code, and so does Ctrl-C."""
+    """Commands whose `UserError` becomes a message and an exit code, and so does Ctrl-C, and whatever else is raised."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with command_line():
+            return super().main(*args, **options)
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
+            hurry()
             error = UserError("interrupted", exit_code=INTERRUPTED)
         except UserError as raised:
             error = raised
@@ -252,7 +259,7 @@ def generate(max_tokens: int, temperature: float, prompt: str | None, **model: A
 
     loaded = load_named(**model)
 
-    prompt = prompt if prompt is not None else sys.stdin.read()
+    prompt = prompt if prompt is not None else read_all()
     for text in stream_text(loaded, prompt, max_tokens=max_tokens, temperature=temperature):
         write_text(text)
     write_text("\n")

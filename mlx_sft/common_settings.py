@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from mlx_sft.errors import did_you_mean
 from mlx_sft.registry import CALLBACKS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Registry
 from mlx_sft.settings import OnResume, Settings, parse_bytes, parse_duration, split_pairs, writable
+from mlx_sft.streams import printable
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 
@@ -200,7 +201,8 @@ class CommonSettings(Settings):
         parts = [part.strip() for name in names for part in name.split(",")]
         for name in parts:
             if name not in CALLBACKS:
-                raise ValueError(f"{CALLBACKS.unknown(name).what}; {CALLBACKS.unknown(name).hint}")
+                unknown = CALLBACKS.unknown(name)
+                raise ValueError(printable(f"{unknown.what}; {unknown.hint}"))
         return parts
 
     @field_validator("memory_limit")

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
 from rich.console import Console as RichConsole
 from rich.live import Live
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from mlx_sft.errors import UserError
+from mlx_sft.streams import output, printable, refuse_loss
 
 _MOST_SHOWN = 3000
 """Characters of the first conversation."""
@@ -45,10 +45,20 @@ _STYLES: dict[Look, str] = {
 
 
 class _Screen(RichConsole):
-    """A terminal, or a program at the other end of a pipe; when the reader goes away, nothing more is written and the run continues."""
+    """A terminal, or a program at the other end of a pipe; where it takes nothing more, nothing more is written and the run continues."""
 
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
+    def __init__(self, name: Literal["stdout", "stderr"]) -> None:
+        super().__init__(file=cast(TextIO, output(name)), highlight=False, soft_wrap=True)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """What other libraries say while a live line stands comes through here as well: none of it steers the terminal."""
+        super().print(*map(_unsteered, objects), **options)
+
+
+def _unsteered(shown: Any) -> Any:
+    if isinstance(shown, Text) and (plain := printable(shown.plain)) != shown.plain:
+        return Text(plain)
+    return shown
 
 
 class Console:
@@ -62,8 +72,8 @@ class Console:
     def __init__(self, *, quiet: bool = False, json_lines: bool = False) -> None:
         self._json_lines = json_lines
         self._shown = not (quiet or json_lines)
-        self._screen = _Screen(stderr=True, highlight=False, soft_wrap=True)
-        self._read = True
+        self._screen = _Screen("stderr")
+        self._told_of_loss = False
         self._live: Live | None = None
 
     def note(self, message: str) -> None:
@@ -126,7 +136,7 @@ class Console:
 
     def data(self, pieces: Iterable[tuple[str, Look]]) -> None:
         """Text for stdout; where there is no colour, supervised text stands between ⟦ ⟧."""
-        screen = RichConsole(highlight=False, soft_wrap=True)
+        screen = _Screen("stdout")
         coloured = _has_colours(screen)
         text, inside = Text(), False
         for part, look in pieces:
@@ -138,6 +148,7 @@ class Console:
         if inside:
             text.append("⟧")
         screen.print(text, end="")
+        refuse_loss(output("stdout"))
 
     def step(self, record: Mapping[str, Any], total_steps: int, seconds_left: float) -> None:
         """One optimizer step: the live line, a plain line now and then, or a line of JSON."""
@@ -170,12 +181,18 @@ class Console:
         )
 
     def done(self, path: str) -> None:
-        """The last line on stdout: where the result is."""
+        """The last line on stdout: where the result is.
+
+        Raises:
+            UserError: If that, or a line of JSON before it, could not be written.
+        """
         self.stop()
         if self._json_lines:
             self._emit({"kind": "done", "path": path})
         else:
-            write_text(path + "\n")
+            _write(path + "\n")
+        if not output("stdout").reader_left:
+            refuse_loss(output("stdout"), where=path, hint="the result is whole and saved here")
 
     def stop(self) -> None:
         """Leave the live line as it stands."""
@@ -184,12 +201,14 @@ class Console:
             self._live = None
 
     def _emit(self, record: Mapping[str, Any]) -> None:
-        if not self._read:
-            return
-        try:
-            write_text(json.dumps(record, ensure_ascii=False) + "\n")
-        except BrokenPipeError:  # the program that read the lines has ended; the run goes on
-            self._read = False
+        stdout = output("stdout")
+        stdout.write(json.dumps(record) + "\n")  # in ASCII, which every encoding has
+        if stdout.is_lost and not self._told_of_loss:
+            self._told_of_loss = True
+            what = (
+                f"standard output cannot be written ({stdout.reason}): lines of --json are lost, and what runs goes on"
+            )
+            self._screen.print(_labelled("warning", "yellow", what))
 
 
 class ReadingBar:
@@ -227,7 +246,7 @@ class ReadingBar:
 
 def print_error(error: UserError) -> None:
     """`error: chats.jsonl:17: not JSON`, and the hint, on stderr."""
-    screen = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+    screen = _Screen("stderr")
     place = f"{error.where}: " if error.where else ""
     screen.print(_labelled("error", "red", place + error.what))
     if error.hint:
@@ -235,34 +254,41 @@ def print_error(error: UserError) -> None:
 
 
 def write_text(text: str) -> None:
-    """Text to stdout as it is being generated; as it is for a program, printable for a terminal."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+    """Text to stdout as it is being generated; as it is for a program, printable for a terminal.
+
+    Raises:
+        UserError: If it could not be written.
+        BrokenPipeError: If the program that read it has ended.
+    """
+    _write(text)
+    refuse_loss(output("stdout"))
+
+
+def _write(text: str) -> None:
+    stdout = output("stdout")
+    stdout.write(printable(text) if stdout.isatty() else text)
 
 
 def read_line() -> str:
     """A line from stdin, asked for with `> ` where a person types it; empty at the end of the input."""
-    if sys.stdin.isatty():
-        sys.stderr.write("> ")
-        sys.stderr.flush()
-    return sys.stdin.readline().strip()
+    if sys.stdin is not None and sys.stdin.isatty():
+        output("stderr").write("> ")
+    return _read(whole=False).strip()
 
 
-def printable(text: str) -> str:
-    """Text whose control characters are spelt out: those that steer a terminal, and those that hide or turn text around.
-
-    New lines and tabs stay, and so do spaces of any width and the joiners inside an emoji or a word.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c in _HARMLESS or c.isprintable() else _spelt_out(c) for c in text)
+def read_all() -> str:
+    """All of stdin."""
+    return _read(whole=True)
 
 
-_HARMLESS = "\n\t\u200c\u200d"
-
-
-def _spelt_out(character: str) -> str:
-    return character if unicodedata.category(character) == "Zs" else f"\\x{ord(character):02x}"
+def _read(*, whole: bool) -> str:
+    hint = "give text in UTF-8, or --prompt"
+    if sys.stdin is None:
+        raise UserError("standard input is closed", hint=hint)
+    try:
+        return sys.stdin.read() if whole else sys.stdin.readline()
+    except (OSError, ValueError) as error:  # bytes that are no UTF-8 are a ValueError
+        raise UserError(f"standard input cannot be read: {error}", hint=hint) from error
 
 
 def count(number: int | float) -> str:

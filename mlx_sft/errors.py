@@ -12,6 +12,8 @@ from contextlib import contextmanager
 FAILURE = 1
 USAGE = 2
 INTERRUPTED = 130
+SOFTWARE = 70
+"""What nobody foresaw: `EX_SOFTWARE` of sysexits.h."""
 
 
 class UserError(Exception):

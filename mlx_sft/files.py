@@ -194,8 +194,8 @@ def read_errors(where: str | Path, hint: str = "") -> Iterator[None]:
 
 
 def to_json(value: Any) -> str:
-    """As the JSON files of a run and of an export are written."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """As the JSON files of a run and of an export are written: of half a character, as in a file's name, the escape."""
+    return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def sha256_line(path: Path) -> str:

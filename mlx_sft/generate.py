@@ -106,6 +106,10 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
 
 
 def _tokens(loaded: LoadedModel, text: str, **options: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not UTF-8 text", hint="write it in UTF-8, without half a character") from error
     with tokenizer_errors(str(loaded.path), "the prompt"):
         return list(loaded.tokenizer(text, **options)["input_ids"])
 

@@ -46,11 +46,12 @@ class RunFolder:
       last/               the last, where adapter/ holds an earlier, better one
       checkpoints/        step-00000050/, ...: what --resume continues from
       README.md           a model card, which is there once the run has finished
+      error.log           the traceback of an error that nobody foresaw, where one ended the run
     ```
     """
 
     config, environment, data_report = Inside("config.yaml"), Inside("environment.json"), Inside("data_report.json")
-    metrics, card = Inside("metrics.jsonl"), Inside("README.md")
+    metrics, card, error_log = Inside("metrics.jsonl"), Inside("README.md"), Inside("error.log")
     adapter, weights, last, checkpoints = Inside("adapter"), Inside("weights"), Inside("last"), Inside("checkpoints")
 
     def __init__(self, path: str | Path) -> None:
@@ -106,6 +107,16 @@ class RunFolder:
         with disk_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         return run
+
+    def note_on(self, error: BaseException) -> None:
+        """Have an error on its way out say of which run it is; the inverse of `noted_on`."""
+        error.add_note(f"{_NOTE}{self.path}")
+
+    @classmethod
+    def noted_on(cls, error: BaseException) -> list[RunFolder]:
+        """The run that an error ended; none where it ended none."""
+        notes = getattr(error, "__notes__", [])
+        return [cls(note.removeprefix(_NOTE)) for note in notes if note.startswith(_NOTE)][:1]
 
     def write_head(self, config: str, data_report: str, environment: str) -> None:
         """Write the files that a run begins with, all three or none; from then on it can be resumed."""
@@ -282,6 +293,8 @@ def _is_at(held: int, path: Path) -> bool:
     except OSError:
         return False
 
+
+_NOTE = "this ended the run in "
 
 _MOST_LISTED = 6
 

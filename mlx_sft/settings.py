@@ -66,18 +66,24 @@ def writable(value: Any, *, endless: bool) -> Any:
     return value
 
 
+_MOST_BYTES = 1e18
+"""A million terabytes; a limit of MLX's is a number of 64 bits."""
+
+
 def parse_bytes(text: str) -> int:
     """`12GB` or `900 MB` → bytes, in powers of ten; `12GiB` in powers of two. Raises `ValueError` for anything else."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kMGT])(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
+    amount = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper()) if match else 0.0
+    if not 0 < amount < _MOST_BYTES:
         raise ValueError("write an amount of memory such as 12GB or 900MB")
-    power = " KMGT".index(match[2].upper())
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return int(amount)
 
 
 def parse_duration(text: str) -> int:
     """`45m`, `1h30m` or `90s` → seconds. Raises `ValueError` for anything else."""
-    match = re.fullmatch(r"(?:(\d+)\s*h)?\s*(?:(\d+)\s*m(?:in)?)?\s*(?:(\d+)\s*s)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(
+        r"(?:(\d{1,9})\s*h)?\s*(?:(\d{1,9})\s*m(?:in)?)?\s*(?:(\d{1,9})\s*s)?", text.strip(), re.IGNORECASE
+    )
     seconds = (
         sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
     )

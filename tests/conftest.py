@@ -28,6 +28,7 @@ from mlx_sft.cli import main
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
+from mlx_sft.errors import SOFTWARE
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import write_adapter
 from mlx_sft.model.load import load_model
@@ -238,7 +239,7 @@ def cli() -> Callable[..., Result]:
 
     def invoke(*arguments: object, **options: Any) -> Result:
         result = CliRunner().invoke(main, [str(argument) for argument in arguments], **options)
-        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+        assert result.exit_code != SOFTWARE, result.output
         return result
 
     return invoke

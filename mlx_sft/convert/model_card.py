@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import printable
 from mlx_sft.convert.base_info import BaseInfo, base_info
 from mlx_sft.convert.hub import is_hub_id
 from mlx_sft.data.sources import HUB_PREFIX
@@ -26,6 +25,7 @@ from mlx_sft.files import read_json
 from mlx_sft.methods import Method, make_method
 from mlx_sft.registry import OPTIMIZERS
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.streams import printable
 
 _TEMPLATE = str(Path(__file__).with_name("model_card.md.jinja"))
 _MOST_REPORT_BYTES = 256 * 2**20

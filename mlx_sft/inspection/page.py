@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_sft.console import printable
 from mlx_sft.inspection.rows import ShownExample, ShownRow
+from mlx_sft.streams import printable
 
 MOST_TOKENS = 300_000
 """The most tokens on a page; more would make it slow to open."""

@@ -66,6 +66,8 @@ def merge_adapters(
     read = [_read(adapter) for adapter in adapters]
     _check_agreement(read, method, rank)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for one in read for name in one.parameters))
+    if rank is not None:
+        _refuse_rank(rank, read, modules)
     largest = rank or max(one.settings.rank_of(module) for one in read for module in modules)
     compose: dict[str, Callable[[list[Part]], tuple[Array, Array]]] = {
         "linear": linear,
@@ -87,6 +89,19 @@ def merge_adapters(
     with write_folder(target, parents=True) as temporary:
         write_adapter(temporary, settings, parameters, read[0].base_model, begins=read[0].begins)
     return target
+
+
+def _refuse_rank(rank: int, adapters: list[_Weighted], modules: list[str]) -> None:
+    """Raise `UserError` for a rank that no sum of these adapters has: what is above it would be zeros."""
+    parts = ([part for one in adapters if (part := one.part(module)) is not None] for module in modules)
+    most = max(
+        min(sum(lora_A.shape[-2] for _, lora_A, _ in of_module), first.shape[-1], last.shape[-2])
+        for of_module in parts
+        for _, first, last in of_module[:1]
+    )
+    if rank > most:
+        what = f"--rank {rank} is more than the sum of these adapters has, which is at most {most}"
+        raise UserError(what, hint="give a smaller one, or leave --rank out", exit_code=USAGE)
 
 
 def linear(parts: list[Part]) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ checkpoints/step-00000050/
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +39,23 @@ CallbackStates = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """What followed an optimizer step when an error, or a signal, ended the run before all of it had happened.
+
+    Attributes:
+        record: The step's, or that of the evaluation after it.
+        heard: The names of the callbacks that had heard of it.
+    """
+
+    record: dict[str, Any]
+    heard: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.record.get("kind") not in ("train", "evaluation"):
+            raise ValueError("its unfinished step has no record of a step or an evaluation")
+
+
+@dataclass(frozen=True)
 class Progress:
     """Where a run stands after a step.
 
@@ -54,6 +71,7 @@ class Progress:
         recompute: The recomputation since then.
         head_chunk: Positions that go through the head at once, since then.
         evaluation_tokens: The budget of evaluations since memory ran out in one.
+        unfinished: What is still to happen after this step, before the next one.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -70,6 +88,7 @@ class Progress:
     recompute: Mode | None = None
     head_chunk: _Tokens | None = None
     evaluation_tokens: _Tokens | None = None
+    unfinished: Unfinished | None = None
 
     def after(self, **changes: Any) -> Progress:
         return replace(self, **changes)

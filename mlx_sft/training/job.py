@@ -19,7 +19,7 @@ from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import checkpoint
 from mlx_sft.training.batch_settings import BatchSettings, MemoryPlanner
 from mlx_sft.training.callbacks import Callbacks, Record
-from mlx_sft.training.checkpoint import Progress
+from mlx_sft.training.checkpoint import Progress, Unfinished
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.memory import Prediction
 from mlx_sft.training.resume import record_revision
@@ -37,6 +37,8 @@ class Job:
         settings: How its steps are computed now.
         predicted: The parts of its peak, as it was planned.
         disk: What it writes at the most.
+        unfinished: What follows the last step, while that is under way.
+        torn: Whether an update is under way, so that parameters and optimizer are of no step.
     """
 
     config: TrainConfig
@@ -61,6 +63,8 @@ class Job:
     stop_reason: str | None = None
     replanned: bool = False
     told_of_no_gradient: bool = False
+    unfinished: Unfinished | None = None
+    torn: bool = False
 
     def learning_rate(self, step: Step) -> float:
         """That of the schedule, or what rollbacks have left of it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.optimizers.gradients import clip_scale, global_norm
 from mlx_sft.training import checkpoint
 from mlx_sft.training.callbacks import Callback, Record
+from mlx_sft.training.checkpoint import Unfinished
 from mlx_sft.training.disk_need import begins_with_a_checkpoint
 from mlx_sft.training.failures import GPU_HINT, BatchFailed, Interrupted, is_interrupted, is_out_of_memory
 from mlx_sft.training.job import Job
@@ -102,12 +103,16 @@ def _take_steps(job: Job) -> float | None:
     loss = None
     begin(job)
     job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
-    with _saved_when_stopped(job):
+    with _saved_on_the_way_out(job):
         goes_back = job.callbacks.may_go_back
         if begins_with_a_checkpoint(job.config, goes_back=goes_back) and not job.run.checkpoint_steps():
             save(job)
-        while job.progress.stopped_of is None and job.step < job.total_steps:
-            loss = _take_steps_from_here(job)
+        while job.progress.unfinished or (job.progress.stopped_of is None and job.step < job.total_steps):
+            if job.progress.unfinished:
+                job.unfinished, job.progress = job.progress.unfinished, job.progress.after(unfinished=None)
+                _follow_up(job, next(job.plan.steps(job.step - 1)))
+            else:
+                loss = _take_steps_from_here(job)
     return loss
 
 
@@ -117,23 +122,35 @@ def _take_steps_from_here(job: Job) -> float | None:
     job.replanned = False
     with _steps_left(job) as steps:
         for prepared in steps:
-            step = prepared.step
             record = train_step(job, prepared, steps)
             loss = record["loss"]
-            job.emit(record)
-            if job.replanned:
-                break
-            if job.data.valid and (job.progress.stopped_of is not None or _due(job.config.eval_every, step, job)):
-                evaluate(job, step)
-            stopped = job.progress.stopped_of is not None
-            if stopped or _due(job.config.save_every, step, job):
-                save(job)
-            _stop_if_lost(job, step)
-            if stopped:
-                job.console.note(f"stopped after step {step.number}: {job.stop_reason}")
-            if stopped or job.replanned:
+            _follow_up(job, prepared.step)
+            if job.progress.stopped_of is not None or job.replanned:
                 break
     return loss
+
+
+def _follow_up(job: Job, step: Step) -> None:
+    """What follows a step: callbacks hear of it, and it is evaluated and saved where that is due. It goes on from `job.unfinished`."""
+    todo = job.unfinished
+    if todo is not None and todo.record["kind"] == "train":
+        job.callbacks.emit(job, todo.record, todo.heard)
+        if job.replanned:
+            job.unfinished = None
+            return
+        if job.data.valid and (job.progress.stopped_of is not None or _due(job.config.eval_every, step, job)):
+            job.unfinished = todo = Unfinished(evaluate(job, step))
+    if todo is not None and todo.record["kind"] == "evaluation":
+        job.callbacks.emit(job, todo.record, todo.heard)
+        if todo.record["best"]:
+            save_result(job)
+    stopped = job.progress.stopped_of is not None
+    if stopped or _due(job.config.save_every, step, job):
+        save(job)
+    job.unfinished = None
+    _stop_if_lost(job, step)
+    if stopped:
+        job.console.note(f"stopped after step {step.number}: {job.stop_reason or 'as it was asked to before'}")
 
 
 def _steps_left(job: Job) -> StepFeed:
@@ -165,18 +182,34 @@ def _stop_if_lost(job: Job, step: Step) -> None:
 
 
 @contextmanager
-def _saved_when_stopped(job: Job) -> Iterator[None]:
-    """A run that is asked to stop ends with a checkpoint of its last step, and with the command that goes on."""
+def _saved_on_the_way_out(job: Job) -> Iterator[None]:
+    """Whatever ends a run, the state after its last step is saved; one that was asked to stop says how to go on."""
     try:
         yield
     except Stopped as stopped:
-        if job.progress.step not in job.run.checkpoint_steps():
-            save(job)
+        _save_last_step(job)
         raise UserError(
             f"stopped by {stopped} after step {job.progress.step}, which is saved",
             hint=f"continue with: mlx-sft train --resume {job.run.path}",
             exit_code=128 + stopped.number,
         ) from None
+    except BaseException:
+        # Not a state that a watch over the loss holds to be lost: a run would go on from it, and older ones make room for it.
+        if job.step and not job.progress.suspect and not job.torn:
+            with suppress(
+                UserError, RuntimeError, MemoryError
+            ):  # what ended the run is said, not what keeps it from saving
+                _save_last_step(job)
+        raise
+
+
+def _save_last_step(job: Job) -> None:
+    """What has not happened yet after the step is saved with it, and happens when the run goes on."""
+    if job.step in job.run.checkpoint_steps():
+        return
+    job.progress = job.progress.after(unfinished=job.unfinished)
+    save(job)
+    job.console.note(f"the state after step {job.step} is saved in {job.run.checkpoint(job.step)}")
 
 
 @contextmanager
@@ -184,7 +217,10 @@ def _ended_in_words(job: Job) -> Iterator[None]:
     """A machine without memory ends a run with what to do next; the live line is left as it stands."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except BaseException as error:
+        job.run.note_on(error)
+        if not isinstance(error, RuntimeError | MemoryError):
+            raise
         if is_interrupted(error):
             raise UserError(
                 f"the system took the GPU away after step {job.progress.step}, in its update: {error}; {_saved(job)}",
@@ -224,6 +260,7 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
     finite = math.isfinite(loss) and math.isfinite(to_float(norm))
     rate = job.learning_rate(step)
     if finite:
+        job.torn = True
         scale = clip_scale(norm, config.max_grad_norm)
         job.parameters = job.optimizer.update(job.parameters, gradients, rate, scale)
         computer.bind(job.parameters)
@@ -266,7 +303,7 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
         job.console.warn(f"step {step.number} skipped, its gradient is not finite; rows {origins}")
         progress["skipped"] = job.progress.skipped + 1
         progress["skipped_in_a_row"] = job.progress.skipped_in_a_row + 1
-    job.progress = job.progress.after(**progress)
+    job.progress, job.unfinished, job.torn = job.progress.after(**progress), Unfinished(record), False
     return record
 
 
@@ -297,8 +334,8 @@ def _gradient(job: Job, prepared: PreparedStep, feed: StepFeed) -> tuple[StepGra
         prepared = feed.again(job.settings.micro_batch_tokens)
 
 
-def evaluate(job: Job, step: Step) -> None:
-    """Loss over the whole validation set; the best parameters so far become the run's result."""
+def evaluate(job: Job, step: Step) -> Record:
+    """Loss over the whole validation set, as a record; whether it is the best so far is the job's progress from then on."""
     started = time.perf_counter()
     tokens = job.settings.micro_batch_tokens
     budget = min(tokens, job.progress.evaluation_tokens or tokens)
@@ -333,6 +370,4 @@ def evaluate(job: Job, step: Step) -> None:
         "seconds": round(seconds, 4),
     }
     _add_metrics(record, result.own, job.config)
-    job.emit(record)
-    if best:
-        save_result(job)
+    return record

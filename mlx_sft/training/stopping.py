@@ -11,7 +11,9 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from mlx_sft.streams import hurry
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -42,7 +44,10 @@ class StopRequest:
         if self.number is not None:
             os._exit(128 + number)  # whatever is on the disk is whole
         self.number = number
-        os.write(2, _ASKED)
+        hurry()
+        # A thread of its own: where nobody reads what is written, it waits, and the next signal must be heard all the same.
+        with suppress(RuntimeError):  # no threads are left
+            threading.Thread(target=_say, name="signal heard", daemon=True).start()
 
 
 @contextmanager
@@ -55,6 +60,7 @@ def stop_request() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
+    hurry(False)  # of a run before
     read, write = socket.socketpair()
     write.setblocking(False)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -80,6 +86,11 @@ def _read(signals: socket.socket, request: StopRequest) -> None:
         for number in received:
             if number in _SIGNALS:
                 request.receive(number)
+
+
+def _say() -> None:
+    with suppress(OSError):
+        os.write(2, _ASKED)
 
 
 def _noted(*_: object) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import pty
+import select
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -110,6 +113,45 @@ class Stop:
 
     def install(self, folder: Path) -> None:
         _install(folder, _Counting(self.at, CHANGES, lambda call: os.kill(os.getpid(), signal.SIGTSTP)))
+
+
+STREAMS = ("full", "closed", "gone", "terminal", "unread")
+"""What a stream may be: on a full disk, closed, a pipe whose reader has left, a terminal that was closed, a pipe that nobody reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Standard output (1) or error (2) is one of `STREAMS`; a pipe that nobody reads has room for so many bytes."""
+
+    descriptor: int
+    what: str
+    room: int = 0
+
+    def install(self, folder: Path) -> None:
+        if self.what == "closed":
+            os.close(self.descriptor)
+            for name in (("stdout", "__stdout__"), ("stderr", "__stderr__"))[self.descriptor - 1]:
+                setattr(sys, name, None)
+            return
+        opened = self._open()
+        os.dup2(opened, self.descriptor)
+        os.close(opened)
+
+    def _open(self) -> int:
+        if self.what == "full":
+            return os.open("/dev/full", os.O_WRONLY)
+        read, write = pty.openpty() if self.what == "terminal" else os.pipe()
+        if self.what != "unread":
+            os.close(read)
+            return write
+        os.set_blocking(write, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(write, bytes(select.PIPE_BUF))
+        os.set_blocking(write, True)
+        for _ in range(0, self.room, select.PIPE_BUF):
+            os.read(read, select.PIPE_BUF)
+        return write
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.children import Ended
-from tests.faults.injected import Clock, Fault, Kill, PowerCut, Refuse, Stop, Wait, error_names
+from tests.faults.injected import STREAMS, Clock, Fault, Kill, PowerCut, Refuse, Stop, Stream, Wait, error_names
 from tests.faults.layer import CHANGES
 from tests.faults.mounts import can_forbid, can_mount, enlarge, read_only, small_disk
 from tests.faults.trial import (
@@ -107,7 +107,7 @@ def disk(trial: Trial) -> None:
     _fails(trial, scene, trial.train(scene, fault).wait())
     if fault.lasting and error != errno.EIO:  # where nothing can be removed either, something stays
         clean(trial.disk)
-    trial.finish(scene)
+    trial.finish(scene, saved=True)
 
 
 def _small_disk(trial: Trial, scene: Scene) -> None:
@@ -117,7 +117,7 @@ def _small_disk(trial: Trial, scene: Scene) -> None:
             _fails(trial, scene, trial.train(scene).wait())
             clean(trial.disk)
             enlarge(trial.disk, 2**30)
-            trial.finish(scene)
+            trial.finish(scene, saved=True)
         except NotSurvived:
             shutil.copytree(trial.disk, trial.folder / "kept")  # before the disk is gone
             raise
@@ -141,7 +141,7 @@ def read_only_folder(trial: Trial) -> None:
     if trial.random.random() < 0.5 or not can_forbid():
         error = trial.random.choice([errno.EROFS, errno.EACCES])
         _fails(trial, scene, trial.train(scene, _refusal(trial, scene, "train", error, lasting=True)).wait())
-        trial.finish(scene)
+        trial.finish(scene, saved=True)
         return
     if trial.random.random() < 0.5:
         _killed(trial.train(scene, Kill(_call(trial, scene, after=0.3))).wait())
@@ -327,6 +327,45 @@ def _outputs(trial: Trial, outside: Path) -> None:
         check_refused(trial.start(typed).wait(), "a symbolic link", str(to))
 
 
+# --- where it is written to ---------------------------------------------------------------------------------------------------------
+
+
+def streams(trial: Trial) -> None:
+    """An output fails from the beginning: all is done and saved, and where something is lost on stdout the exit code says so."""
+    scene = trial.scene()
+    descriptor, what = trial.random.choice([1, 2]), trial.random.choice(STREAMS[:-1])
+    lines = trial.random.random() < 0.5
+    ended = trial.train(scene, Stream(descriptor, what), quiet=False, json=lines).wait()
+    code = 0 if descriptor == 2 or what == "gone" else 1
+    if ended.code != code or "Traceback" in ended.err or "Exception ignored" in ended.err:
+        raise NotSurvived(f"it should end with {code}, and ended with {ended.code}: {ended.err}")
+    if code == 1 and "standard output cannot be written" not in ended.err:
+        raise NotSurvived(f"it does not say what it could not write: {ended.err}")
+    trial.compare(scene)
+
+
+def unread(trial: Trial) -> None:
+    """Nobody reads stdout or stderr, and a signal asks the run to stop; or two do, at once or a little later."""
+    scene = trial.scene()
+    descriptor, room = trial.random.choice([1, 1, 2]), trial.random.choice([0, 4096, 8192])
+    child = trial.train(scene, Stream(descriptor, "unread", room), quiet=descriptor == 1, json=descriptor == 1)
+    metrics, deadline = (
+        trial.run / "metrics.jsonl",
+        time.monotonic() + 10,
+    )  # it may wait for its reader before it begins
+    child.until(lambda: time.monotonic() > deadline or (metrics.exists() and metrics.stat().st_size > 0))
+    number = trial.random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    for _ in range(trial.random.choice([1, 2])):
+        with suppress(ProcessLookupError):
+            os.kill(child.pid, number)
+        time.sleep(trial.random.choice([0.0, 0.1]))
+    ended = child.wait()
+    if ended.code not in (0, 128 + number, -number) or "Traceback" in ended.err:
+        raise NotSurvived(f"it should end with {128 + number}, and ended with {ended.code}: {ended.err}")
+    check_checkpoints(trial.run, scene)
+    trial.finish(scene, saved=True)
+
+
 # --- the time, other processes, the terminal -------------------------------------------------------------------------------------
 
 
@@ -401,6 +440,8 @@ KINDS = {
     "read-only": Kind(read_only_folder, 20, "folders that may not be written to"),
     "clock": Kind(clock, 20, "a clock that jumps by an hour or years"),
     "two": Kind(two, 10, "two processes on one run"),
+    "streams": Kind(streams, 40, "standard output or error on a full disk, closed, or without a reader"),
+    "unread": Kind(unread, 20, "signals while nobody reads what the run writes"),
     "stop": Kind(stop, 10, "SIGTSTP, then SIGCONT"),
 }
 """Every kind by its name."""

@@ -26,6 +26,8 @@ QUICK = {
     "clock": 2,
     "two": 1,
     "stop": 1,
+    "streams": 4,
+    "unread": 3,
 }
 
 

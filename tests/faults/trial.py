@@ -180,24 +180,33 @@ class Trial:
     def start(self, words: Sequence[str], *faults: Fault) -> Child:
         return Child(words, self.disk, self.said, _environment(self.disk), [*self.always, *faults])
 
-    def train(self, scene: Scene, *faults: Fault) -> Child:
+    def train(self, scene: Scene, *faults: Fault, quiet: bool = True, json: bool = False) -> Child:
         """The run, begun or continued as it stands."""
         clock = [] if any(isinstance(fault, Clock) for fault in faults) else scene.clock
         if (self.run / "config.yaml").exists():
             return self.resume(*clock, *faults)
-        return self.start(["train", "--quiet", *options_of(scene.options | {"out": self.run})], *clock, *faults)
+        shown = [*(["--quiet"] if quiet else []), *(["--json"] if json else [])]
+        return self.start(["train", *shown, *options_of(scene.options | {"out": self.run})], *clock, *faults)
 
     def resume(self, *faults: Fault) -> Child:
         return self.start(["train", "--quiet", "--resume", str(self.run)], *faults)
 
-    def finish(self, scene: Scene, *faults: Fault) -> None:
+    def finish(self, scene: Scene, *faults: Fault, saved: bool = False) -> None:
         """Continue the run to its end, and compare it with the one that was left alone."""
         check_done(self.train(scene, *faults).wait())
-        self.compare(scene)
+        self.compare(scene, saved=saved)
 
-    def compare(self, scene: Scene) -> None:
-        """Raise `NotSurvived` unless the run is the one that was left alone, byte for byte."""
-        compare(self.found(), expected(scene.run), "the run")
+    def compare(self, scene: Scene, *, saved: bool = False) -> None:
+        """Raise `NotSurvived` unless the run is the one that was left alone, byte for byte.
+
+        Args:
+            saved: Whether what ended it may have saved it, so that there may be a checkpoint of one step more.
+        """
+        found, wanted = self.found(), expected(scene.run)
+        further = {path.parent for path in map(Path, found.keys() - wanted.keys()) if path.parent.name[:5] == "step-"}
+        if saved and len(further) == 1:
+            found = {name: value for name, value in found.items() if Path(name).parent not in further}
+        compare(found, wanted, "the run")
 
     def found(self) -> dict[str, Any]:
         try:

@@ -89,11 +89,18 @@ def test_cat_is_the_exact_sum_of_adapters_of_any_ranks_and_modules(tmp_path: Pat
     assert config["base_model_name_or_path"] == "m"
 
 
+@pytest.mark.parametrize("rank", [6, 10**9])
+def test_a_rank_that_no_sum_of_them_has_is_refused_before_anything_is_computed(rank: int, tmp_path: Path) -> None:
+    folders = [_adapter(tmp_path / "a", rank=2), _adapter(tmp_path / "b", rank=3, seed=1)]
+    with pytest.raises(UserError, match=rf"--rank {rank} is more than the sum of these adapters has, .* at most 5"):
+        merge_adapters(folders, tmp_path / "c", method="svd", rank=rank)
+
+
 def test_svd_with_rank_enough_is_the_exact_sum(tmp_path: Path) -> None:
     folders = [_adapter(tmp_path / "a", rank=2), _adapter(tmp_path / "b", rank=3, seed=1)]
     expected = sum(map(_update, folders))
     np.testing.assert_allclose(
-        _update(merge_adapters(folders, tmp_path / "c", method="svd", rank=6)), expected, atol=1e-5
+        _update(merge_adapters(folders, tmp_path / "c", method="svd", rank=5)), expected, atol=1e-5
     )
     low = _update(merge_adapters(folders, tmp_path / "d", method="svd", rank=1))
     assert np.linalg.matrix_rank(low, tol=1e-4) == 1

@@ -105,7 +105,8 @@ class Callback:
     """One callback; each method may be left as it is.
 
     What `state` returns is kept in every checkpoint and given to `load_state` when the run goes on from it, so that a run that was
-    killed and resumed ends as if it had not been. A `UserError` ends the run with its message.
+    killed and resumed ends as if it had not been. A `UserError` ends the run with its message. Whatever is raised, the step is saved, and
+    the record that the callback was told of then is told again when the run goes on.
 
     Attributes:
         name: By which `--callbacks` chooses it, and under which its state is kept.
@@ -187,12 +188,19 @@ class Callbacks:
         for callback in self._callbacks:
             callback.check(config, data)
 
-    def emit(self, run: TrainingRun, record: Record) -> None:
-        """Tell every callback of a record; raises `UserError` for one that is none."""
+    def emit(self, run: TrainingRun, record: Record, heard: list[str] | None = None) -> None:
+        """Tell every callback of a record; raises `UserError` for one that is none.
+
+        Args:
+            heard: The names of those that know of it already; each that is told now is added.
+        """
+        heard = [] if heard is None else heard
         if not isinstance(record.get("kind"), str):
             raise UserError(f"a callback's record has no kind: {record}", hint='emit {"kind": "sample", ...}')
         for callback in self._callbacks:
-            callback.on_record(run, record)
+            if (name := self._key(callback)) not in heard:
+                callback.on_record(run, record)
+                heard.append(name)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The state of each that has one, by name."""

@@ -39,7 +39,7 @@ class MetricsFile(Callback):
         if record["kind"] in _NOT_WRITTEN or self._file is None:
             return
         try:
-            line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+            line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
         except (TypeError, ValueError) as error:
             what = f"a record of the kind {record['kind']} cannot be written: {error}"
             raise UserError(

@@ -23,7 +23,8 @@ class Terminal(Callback):
             self._since, self._first = time.perf_counter(), record["step"]
 
     def on_step(self, run: TrainingRun, record: Record) -> None:
-        a_step = (time.perf_counter() - self._since) / (record["step"] - self._first)
+        steps = max(1, record["step"] - self._first)  # none where a run goes on with what followed its last step
+        a_step = (time.perf_counter() - self._since) / steps
         run.console.step(record, run.total_steps, a_step * (run.total_steps - record["step"]))
 
     def on_evaluation(self, run: TrainingRun, record: Record) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import printable
 from mlx_sft.convert.targets import BaseModelSettings, DataSettings, Target
 from mlx_sft.convert.targets.peft import open_as_peft, same
 from mlx_sft.convert.targets.trl.folder import TrlFolder
@@ -28,6 +27,7 @@ from mlx_sft.model.load import load_tokenizer, name_elsewhere
 from mlx_sft.model.names import CAUSAL_LM, EXPERTS_PART, opening
 from mlx_sft.model.outline import outline
 from mlx_sft.model.translate import read_config
+from mlx_sft.streams import printable
 from mlx_sft.training.resume import CONFIG_HEADER, identity_of, refuse_changes
 from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.start import starting_parameters

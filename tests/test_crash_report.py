@@ -1,0 +1,67 @@
+"""What nobody foresaw ends the command line in a sentence, a file with the traceback and exit code 70."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from mlx_sft import doctor
+from mlx_sft.cli import main
+from mlx_sft.run_folder import RunFolder
+
+pytestmark = pytest.mark.fast
+
+
+class Panic(BaseException):
+    """As those of libraries in Rust, which are no `Exception`."""
+
+
+def ends_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Result:
+    def findings() -> Iterator[None]:
+        raise error
+        yield
+
+    monkeypatch.setattr(doctor, "findings", findings)
+    return CliRunner().invoke(main, ["doctor"])
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), Panic("x"), MemoryError("x"), RecursionError("x"), OSError(5, "x")])
+def test_it_is_named_and_kept(error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = ends_with(error, monkeypatch)
+    assert result.exit_code == 70
+    assert f"error: unforeseen, {type(error).__name__}: " in result.stderr
+    (log,) = tmp_path.iterdir()
+    assert str(log) in result.stderr
+    assert "Traceback" not in result.output
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert re.search(r"^mlx-sft \d.*\n\nTraceback", log.read_text(), re.MULTILINE)
+    assert log.read_text().rstrip().endswith(f"{type(error).__name__}: {error}")
+
+
+def test_of_a_run_it_is_kept_in_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    error = KeyError("x")
+    run.note_on(error)
+    result = ends_with(error, monkeypatch)
+    assert (result.exit_code, str(run.error_log) in result.stderr) == (70, True)
+    assert "KeyError" in run.error_log.read_text()
+
+
+def test_the_traceback_is_shown_where_it_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    result = ends_with(KeyError("\x1b]0;x"), monkeypatch)
+    assert result.exit_code == 70
+    assert "Traceback" in result.stderr
+    assert "\x1b" not in result.stderr
+    assert "what led to it is above" in result.stderr
+
+
+def test_an_interruption_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ends_with(KeyboardInterrupt(), monkeypatch)
+    assert (result.exit_code, result.stderr) == (130, "error: interrupted\n")
