@@ -48,7 +48,7 @@ class NewTokens:
     after: int = 0
 
     def rows(self, rows: int) -> int:
-        """How many rows embeddings of so many need: as many, where the padding holds the new tokens; more keep the multiple of the padding."""
+        """How many rows embeddings of so many need: as many, where the padding holds the new tokens; more keep the padding's multiple."""
         if self.after <= max(rows, self.before):
             return rows
         multiple = math.gcd(rows, _MOST_PADDED) if rows > self.before else 1

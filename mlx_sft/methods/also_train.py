@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
-from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, DELTA, is_named
+from mlx_sft.methods.lora_settings import DELTA, HALVES, MAGNITUDE, is_named
 from mlx_sft.model.head import HEAD, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized
 from mlx_sft.model.names import transformers_name

@@ -123,8 +123,8 @@ class Lora(Method):
             raise UserError(what, where="rank", hint="8 to 64 are usual")
         _check_patterns(self.settings, chosen)
         in_full = [name for name, _, _ in whole_modules(model, self.settings.also_train)]
-        token_rows = on_model(model, self.settings.token_rows, in_full)
-        self.settings = self.settings.model_copy(update={"train_new_tokens": token_rows or False})
+        stated = on_model(model, self.settings.token_rows, in_full) or False
+        self.settings = self.settings.model_copy(update={"train_new_tokens": stated})
         self.modules = {}
         for name in chosen:
             path, linear = linears[name]
@@ -132,7 +132,7 @@ class Lora(Method):
             self.modules[name] = self._kind(name, linear)(linear, rank, scale, self.settings.dropout)
             _replace(model, path, self.modules[name])
         whole = self._whole.attach(model, self._dtype, self.settings.also_train, _replace)
-        whole |= self._rows.attach(model, self._dtype, token_rows, _replace)
+        whole |= self._rows.attach(model, self._dtype, self.settings.token_rows, _replace)
         # Whole weights first: MLX computes gradients in this order, and those of embeddings last would find all others still there.
         parameters = whole | self._initial(seed)
         self.bind(model, parameters)
@@ -212,7 +212,9 @@ class Lora(Method):
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
         method, parameters = cls.read(folder)
-        edits = new_weights(parameters, method.settings.also_train) | row_edits(parameters, method.settings.token_rows)
+        edits = new_weights(parameters, method.settings.also_train)
+        tied = isinstance(method.settings.train_new_tokens, list)
+        edits |= row_edits(parameters, method.settings.token_rows, tied=tied)
         for name, shape in method.changed_shapes(parameters).items():
             if name in edits:
                 continue
@@ -265,7 +267,8 @@ class Lora(Method):
             return [name for name, _, _ in asked_for] == [name for name, _, _ in own_ones]
         if name == "train_new_tokens":
             theirs = {name for name, _, _ in whole_modules(model, self.settings.also_train)}
-            return bool(given) and on_model(model, given, theirs) == on_model(model, self.settings.token_rows, theirs)
+            asked_rows = self.settings.model_copy(update={"train_new_tokens": given}).token_rows
+            return on_model(model, asked_rows, theirs) == on_model(model, self.settings.token_rows, theirs)
         if name not in ("target", "layers"):
             return super().agrees(model, name, given)
         asked = self.settings.model_copy(update={name: given})  # `all-linear` may be the names in the file

@@ -44,7 +44,7 @@ class LoraSettings(LayersSettings):
     """The same for alpha."""
     also_train: list[str] = Field(default_factory=list)
     """Modules whose weights are trained in full beside the adapters, such as embed_tokens,lm_head (PEFT's modules_to_save)."""
-    train_new_tokens: bool | dict[str, list[int]] = False
+    train_new_tokens: bool | list[int] | dict[str, list[int]] = False
     """Train the rows of new tokens in the embeddings and in the head, and no other rows of these (PEFT's trainable_token_indices)."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts: Kaiming-uniform, as PEFT does by default, or gaussian with deviation 1 / rank. B starts at zero."""
@@ -67,13 +67,15 @@ class LoraSettings(LayersSettings):
 
     @field_validator("train_new_tokens")
     @classmethod
-    def _tokens_by_module(cls, value: bool | dict[str, list[int]]) -> bool | dict[str, list[int]]:
-        lists = value if isinstance(value, dict) else {}
-        if any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in lists.values()):
+    def _tokens_by_module(
+        cls, value: bool | list[int] | dict[str, list[int]]
+    ) -> bool | list[int] | dict[str, list[int]]:
+        lists = value if isinstance(value, dict) else {"embed_tokens": value} if isinstance(value, list) else {}
+        if value == {} or any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in lists.values()):
             raise ValueError("names no token of a module, or one twice")
         if not lists.keys() <= {"embed_tokens", "lm_head"}:
             raise ValueError("rows are those of embed_tokens and lm_head, and not of another module")
-        return value or False
+        return value
 
     @field_validator("target")
     @classmethod
@@ -86,8 +88,9 @@ class LoraSettings(LayersSettings):
 
     @property
     def token_rows(self) -> dict[str, list[int]]:
-        """The tokens whose rows are trained, of `embed_tokens` and of `lm_head`."""
-        return self.train_new_tokens if isinstance(self.train_new_tokens, dict) else {}
+        """The tokens whose rows are trained, of `embed_tokens` and of `lm_head`; those of one weight by the first name."""
+        given = self.train_new_tokens
+        return given if isinstance(given, dict) else {"embed_tokens": given} if isinstance(given, list) else {}
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -125,7 +125,7 @@ def write_adapter(
     modules = sorted({name.rpartition(".")[0] for name in parameters if is_lora(name)})
     saved = modules_to_save(settings.also_train, parameters, base.name)
     config = _to_config(settings, modules, base, base_model, revision) | saved
-    config |= indices(settings.token_rows, parameters, base.name)
+    config |= indices(settings.train_new_tokens, parameters, base.name)
     write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
 
 
@@ -162,7 +162,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     settings = _to_settings(config, modules, folder / CONFIG)
     _check_shapes(settings, parameters, file.path)
     also = saved_modules(config, whole, file.path)
-    further = {"also_train": also, "train_new_tokens": read_indices(config, rows, file.path) or False}
+    further = {"also_train": also, "train_new_tokens": read_indices(config, rows, file.path)}
     return settings.model_copy(update=further), _stacked(parameters, file.path) | whole | rows
 
 

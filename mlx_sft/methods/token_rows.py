@@ -30,13 +30,16 @@ from mlx_sft.model.vocabulary import EMBEDDINGS, token_modules
 TokenIds = dict[str, list[int]]
 """The tokens whose rows are trained, by `embed_tokens` and `lm_head`."""
 
+Stated = list[int] | TokenIds
+"""The same as settings and PEFT's config say it: a list is of the embeddings, and of the head where that is the same weight."""
+
 ROWS = f".token_adapter.{DELTA}"
 """How PEFT's name of these rows goes on after the module's; it is that of a parameter here too."""
 
 _FROZEN = ".token_adapter.base_layer.weight"
 """The same of the frozen weight, which PEFT saves besides where a vocabulary has grown."""
 
-_OTHERS = "train it without these rows"
+_OTHERS = "save it again with `save_pretrained` of PEFT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +129,8 @@ def is_rows(name: str) -> bool:
     return name.endswith(ROWS)
 
 
-def on_model(model: nn.Module, token_ids: TokenIds, in_full: Iterable[str]) -> TokenIds:
-    """The tokens of each module, with both names of a weight that has two.
+def on_model(model: nn.Module, token_ids: TokenIds, in_full: Iterable[str]) -> Stated:
+    """What is said of a model with such rows: a list where embeddings and head are one weight.
 
     Args:
         in_full: The names in transformers of the modules that are trained in full.
@@ -138,11 +141,10 @@ def on_model(model: nn.Module, token_ids: TokenIds, in_full: Iterable[str]) -> T
     if not token_ids:
         return {}
     modules = token_modules(model)
-    if HEAD not in modules:
-        if token_ids.get(EMBEDDINGS) is None or token_ids.get(HEAD, token_ids[EMBEDDINGS]) != token_ids[EMBEDDINGS]:
-            what = f"this model has one weight for {EMBEDDINGS} and {HEAD}, and other rows of each are to be trained"
-            raise UserError(what, where="train_new_tokens", hint="name the same for both")
-        token_ids = {EMBEDDINGS: token_ids[EMBEDDINGS], HEAD: token_ids[EMBEDDINGS]}
+    of_embeddings = token_ids.get(EMBEDDINGS)
+    if HEAD not in modules and (of_embeddings is None or token_ids.get(HEAD, of_embeddings) != of_embeddings):
+        what = f"this model has one weight for {EMBEDDINGS} and {HEAD}, and other rows of each are to be trained"
+        raise UserError(what, where="train_new_tokens", hint="name the same for both")
     for role, (path, module) in modules.items():
         if role in token_ids and transformers_name(path) in set(in_full):
             hint = "leave out --train-new-tokens, or the module of --also-train"
@@ -151,12 +153,7 @@ def on_model(model: nn.Module, token_ids: TokenIds, in_full: Iterable[str]) -> T
             what = f"there is no row for the token {most}: this model has {module.weight.shape[0]}"
             hint = "add the tokens with which it was trained: --add-tokens FILE, or their tokenizer beside the adapter"
             raise UserError(what, where="train_new_tokens", hint=hint)
-    return token_ids
-
-
-def taken_off(model: nn.Module) -> dict[str, Any]:
-    """The modules without their rows, by path, of every one that has some."""
-    return {path: module.frozen for path, module in model.named_modules() if isinstance(module, TokenRows)}
+    return of_embeddings if of_embeddings and HEAD not in modules else token_ids
 
 
 def weights_of_rows(parameters: Parameters) -> dict[str, str]:
@@ -176,13 +173,13 @@ def changed_rows(weight: mx.array, name: str, parameters: Parameters, token_ids:
     return changed
 
 
-def row_edits(parameters: Parameters, token_ids: TokenIds) -> dict[str, WeightEdit]:
+def row_edits(parameters: Parameters, token_ids: TokenIds, *, tied: bool) -> dict[str, WeightEdit]:
     """What becomes of the weights of which rows are trained; of a tied one, also of the copy that a checkpoint may store."""
     named = weights_of_rows(parameters)
-    tied = named and HEAD in token_ids and f"{HEAD}.weight" not in named
     found = {weight: (rows, False) for weight, rows in named.items()}
     if tied:
-        found[f"{HEAD}.weight"] = (next(iter(named.values())), True)
+        found |= {f"{HEAD}.weight": (rows, True) for rows in named.values()}
+        token_ids = token_ids | {HEAD: token_ids[EMBEDDINGS]}
     return {
         weight: NewRows(
             shape=None,
@@ -197,20 +194,19 @@ def row_edits(parameters: Parameters, token_ids: TokenIds) -> dict[str, WeightEd
 # PEFT's files
 
 
-def indices(token_ids: TokenIds, parameters: Parameters, written: Callable[[str], str]) -> dict[str, Any]:
-    """What PEFT's config says of the rows; a list is of the embeddings, and of the head where these are one weight.
+def indices(stated: bool | Stated, parameters: Parameters, written: Callable[[str], str]) -> dict[str, Any]:
+    """What PEFT's config says of the rows.
 
     Args:
+        stated: As settings say it.
         written: The name of a module in the class that opens the base, by its name here.
     """
-    named = weights_of_rows(parameters)
-    if not named:
-        return {}
-    modules = {weight: written(weight.removesuffix(".weight")).rpartition(".")[2] for weight in named}
-    if HEAD not in token_ids or f"{HEAD}.weight" in named:
-        stated = {module: tokens_of(weight, token_ids) for weight, module in modules.items()}
-        return {"trainable_token_indices": stated}
-    return {"trainable_token_indices": token_ids[EMBEDDINGS], "ensure_weight_tying": True}
+    if not isinstance(stated, dict):
+        return {"trainable_token_indices": stated} if stated else {}
+    named = {
+        weight: written(weight.removesuffix(".weight")).rpartition(".")[2] for weight in weights_of_rows(parameters)
+    }
+    return {"trainable_token_indices": {module: tokens_of(weight, stated) for weight, module in named.items()}}
 
 
 def is_frozen_copy(name: str, config: Mapping[str, Any]) -> bool:
@@ -221,7 +217,7 @@ def is_frozen_copy(name: str, config: Mapping[str, Any]) -> bool:
     )
 
 
-def read_indices(config: Mapping[str, Any], rows: Parameters, where: Path) -> TokenIds:
+def read_indices(config: Mapping[str, Any], rows: Parameters, where: Path) -> bool | Stated:
     """The tokens whose rows an adapter has, as PEFT's config and the tensors say; of rows that are there under two names one are dropped.
 
     Raises:
@@ -241,17 +237,17 @@ def read_indices(config: Mapping[str, Any], rows: Parameters, where: Path) -> To
     head, embeddings = by_role.get(HEAD), by_role.get(EMBEDDINGS)
     if head and embeddings and mx.array_equal(rows[head], rows[embeddings]):
         del rows[head], by_role[HEAD]  # PEFT saves those of a tied weight twice where the vocabulary has grown
-    if not isinstance(stated, dict) and config.get("ensure_weight_tying"):
-        found[HEAD] = found[EMBEDDINGS]
     for role, name in by_role.items():
         if role not in found or rows[name].ndim != 2 or rows[name].shape[0] != len(found[role]):
             what = f"{name} is {list(rows[name].shape)}, and trainable_token_indices names {len(found.get(role, []))} tokens"
             raise UserError(what, where=str(where), hint=_OTHERS)
-    if found and EMBEDDINGS in found and EMBEDDINGS not in by_role:
-        raise UserError(
-            "trainable_token_indices names tokens, and no rows of them are there", where=str(where), hint=_OTHERS
-        )
-    return found
+    missing = found.keys() - by_role.keys()
+    if EMBEDDINGS in missing or (missing and found.get(EMBEDDINGS) != found[HEAD]):
+        what = "trainable_token_indices names tokens, and no rows of them are there"
+        raise UserError(what, where=str(where), hint=_OTHERS)
+    if missing:  # of a tied weight, by both names
+        return found[EMBEDDINGS]
+    return found if isinstance(stated, dict) and found else found.get(EMBEDDINGS, False)
 
 
 _MOST = 2**31

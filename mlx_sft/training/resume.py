@@ -50,7 +50,7 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
         before, now = getattr(saved, field), getattr(full, field)
         if field == "chat_template_kwargs":
             now = before | now  # the run added the day on which it began
-        if now is True and isinstance(before, dict):
+        if now is True and isinstance(before, list | dict):
             continue  # what the run found it to mean
         if now not in ("auto", None) and not _agrees(saved, field, before, now):
             raise UserError(
