@@ -28,7 +28,6 @@ from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training.plan import RunPlan
 from tests.parity import assert_close, loss_and_gradients, losses_of_steps
 
 pytestmark = [
@@ -140,11 +139,10 @@ def test_they_are_where_embeddings_or_logits_are_scaled(
     assert_close(gradients[EMBEDDINGS], _peft_names(adapted)[EMBEDDINGS].grad, 5e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
 def test_a_run_with_new_tokens_follows_pefts_trajectory(
-    tied: bool, with_tokens: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path, torch_loss: Callable
+    with_tokens: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path, torch_loss: Callable
 ) -> None:
-    base, start = make_base("qwen3", tied=tied), tmp_path / "start"
+    base, start = make_base("qwen3"), tmp_path / "start"
     _write_start(start, base, _settings({"embed_tokens": [264, 265], "lm_head": [264, 265]}), 266)
     given = {name: value for name, value in with_tokens.items() if name not in ("rank", "epochs")}
     config = TrainConfig(**given | {
@@ -173,11 +171,11 @@ def test_new_rows_start_as_those_of_transformers(tied: bool, make_base: Callable
         np.testing.assert_allclose(np.array(weight), expected.weight.detach().numpy(), rtol=0, atol=5e-5)
 
 
-def test_what_is_trained_is_no_more_than_these_rows(with_tokens: dict[str, Any]) -> None:
-    plain = {name: value for name, value in with_tokens.items() if name not in ("train_new_tokens", "add_tokens")}
-    footprints = [RunPlan(TrainConfig(**given)).footprint for given in (plain, with_tokens)]
-    assert footprints[1].trainable - footprints[0].trainable == 2 * 64
-    assert footprints[1].vocabulary == 266
+def test_what_is_trained_is_no_more_than_these_rows(with_tokens: dict[str, Any], cli: Callable[..., Any]) -> None:
+    options = ["--data", with_tokens["data"], "--model", with_tokens["model"], "--machine", "M2 16GB", "--json"]
+    new = ["--add-tokens", with_tokens["add_tokens"], "--train-new-tokens"]
+    trained = [json.loads(cli("plan", *options, *more).stdout)["trainable"] for more in ([], new)]
+    assert trained[1] - trained[0] == 2 * 64
 
 
 # What cannot be
@@ -308,9 +306,6 @@ def test_an_adapter_made_by_peft_gives_pefts_logits_and_goes_on(
         load_tokenizer(base, None, with_tokens["add_tokens"]).save_pretrained(folder)
     token_ids = [[5, 3, 17, *ids, 8]]
     theirs = torch.tensor(torch_logits(adapted, token_ids))
-    tolerance = (
-        1e-4 if grown and form is list and not tied else 1e-5
-    )  # rows of the head that are drawn, and not trained
     ours = load_adapter(folder, str(base), "float32")
     assert_close(mlx_logits(ours.model, token_ids), theirs)
 
@@ -444,21 +439,3 @@ def test_inspect_sees_them_as_tokens(with_tokens: dict[str, Any]) -> None:
         for example in json.loads(inspect(config.model_copy(update={"add_tokens": None})).to_json())["rows"]
     )
     assert more < fewer
-
-
-def test_the_command_line_has_both(with_tokens: dict[str, Any], cli: Callable[..., Any], tmp_path: Path) -> None:
-    options = [
-        "--data",
-        with_tokens["data"],
-        "--model",
-        with_tokens["model"],
-        "--out",
-        tmp_path / "by-cli",
-        "--max-steps",
-        1,
-    ]
-    result = cli("train", *options, "--add-tokens", with_tokens["add_tokens"], "--train-new-tokens")
-    assert result.exit_code == 0, result.output
-    assert "2 new tokens, with the ids 264 to 265" in result.output
-    config = TrainConfig.resolve(RunFolder(tmp_path / "by-cli").config)
-    assert config.add_tokens == ["<call>", {"content": "<|done|>", "normalized": False}]
