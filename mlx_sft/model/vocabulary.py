@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.data.new_tokens import NewTokens
-from mlx_sft.errors import UserError
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json, to_json, write_file
 from mlx_sft.model.head import HEAD, embedding_names
 from mlx_sft.model.linears import is_quantized
@@ -29,6 +29,9 @@ from mlx_sft.model.names import transformers_name
 from mlx_sft.model.quantize import dequantized
 from mlx_sft.model.weights import TOKENIZER_SIDE_FILES, Checkpoint
 from mlx_sft.safetensors_file import StoredTensor, read_rows, stored_dtype
+
+_OF_EACH_LAYER = "embed_tokens_per_layer"
+"""What Gemma 3n and 4 call embeddings that go into each layer."""
 
 _BLOCK = 4096
 """Rows that are in float32 at once."""
@@ -90,6 +93,10 @@ def grow(model: nn.Module, config: dict[str, Any], new: NewTokens | None) -> dic
     rows = new.rows(before)
     if rows == before:
         return config
+    if any(path.endswith(_OF_EACH_LAYER) for path, _ in model.named_modules()):
+        what = "each layer of this model has embeddings of its own, which would not grow with the vocabulary"
+        hint = f"{rows - before} rows are missing; train it with fewer new tokens, or with none"
+        raise UserError(what, where="add_tokens", hint=hint, exit_code=USAGE)
     for _, module in modules.values():
         _add_rows(module, rows - before)
     return with_vocabulary(config, rows)

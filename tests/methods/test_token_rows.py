@@ -29,6 +29,7 @@ from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.run_folder import RunFolder
 from tests.parity import assert_close, loss_and_gradients, losses_of_steps
+from tests.wrappers import make_wrapper
 
 pytestmark = [
     # PEFT asks a transformers model in a way that transformers has renamed.
@@ -213,6 +214,14 @@ def test_a_form_that_cannot_carry_them_refuses(form: str, with_tokens: dict[str,
         merge_adapters([str(RunFolder(run).adapter)] * 2, tmp_path / "sum")
 
 
+def test_a_model_with_embeddings_in_each_layer_does_not_grow(
+    with_tokens: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_wrapper("gemma4", make_base, tmp_path / "base")
+    with pytest.raises(UserError, match=r"embeddings of its own, which would not grow"):
+        train(TrainConfig(**with_tokens | {"model": str(base)}))
+
+
 def test_a_head_whose_bias_peft_would_lose_goes_out_merged(
     with_tokens: dict[str, Any],
     make_base: Callable[..., Path],
@@ -275,6 +284,22 @@ def test_peft_and_transformers_open_what_a_run_leaves(
     assert "base.resize_token_embeddings(266)  # for the new tokens" in card
     assert "| New tokens | `<call>`, " in card
     assert 'tokenizer = AutoTokenizer.from_pretrained("me/it")' in card
+
+
+def test_a_language_model_inside_of_one_that_sees_has_them_too(
+    with_tokens: dict[str, Any],
+    make_base: Callable[..., Path],
+    tmp_path: Path,
+    torch_logits: Callable,
+    mlx_logits: Callable,
+) -> None:
+    base, token_ids = make_wrapper("gemma3", make_base, tmp_path / "base"), [[5, 264, 3, 265, 8]]
+    run = train(TrainConfig(**with_tokens | {"model": str(base), "max_steps": 2})).run_dir
+    merged, adapter = (export(run, tmp_path / form, format=form).path for form in ("merged", "peft"))
+    adapted = peft.PeftModel.from_pretrained(_in_torch(base, 266), adapter).eval()
+    ours = mlx_logits(load_run(run).model, token_ids)
+    for model in (_in_torch(merged), adapted):
+        assert_close(ours, torch.tensor(torch_logits(model, token_ids)), 2e-5)
 
 
 @pytest.mark.parametrize(
