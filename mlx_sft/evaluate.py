@@ -18,7 +18,7 @@ from mlx_sft.data.source_report import SourceReport
 from mlx_sft.load import WhichStep, load_run
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
-from mlx_sft.model.load import vocabulary_size
+from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.objectives import make_objective
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.batch_settings import layout_on

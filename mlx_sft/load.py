@@ -10,8 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.data.new_tokens import NewTokens, beyond
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import folder_bytes, user_path
 from mlx_sft.methods import Method, Parameters, attach_trained, make_method, method_in
@@ -19,6 +21,8 @@ from mlx_sft.model.load import (
     LoadedModel,
     cast,
     checkpoint_fingerprint,
+    extended_tokenizer,
+    has_tokenizer,
     load_model,
     load_tokenizer,
     name_elsewhere,
@@ -89,10 +93,11 @@ def load_on_base(run: RunFolder, config: TrainConfig, found: Trained | None, dty
     trained = found.read() if found else None
     path = base_of(run, config)
     # A base that training quantized is quantized from the same numbers.
-    tokenizer = load_tokenizer(path, config.chat_template)
+    tokenizer, new = extended_tokenizer(path, config.chat_template, config.add_tokens)
     loaded = load_model(
-        config.model, config.dtype if config.quantize else dtype or config.dtype, tokenizer, quantize=config.quantize
-    )
+        config.model, config.dtype if config.quantize else dtype or config.dtype, tokenizer,
+        quantize=config.quantize, new_tokens=new,
+    )  # fmt: skip
     cast(loaded.model, dtype or config.dtype)
     method = None
     if found is not None and trained is not None:
@@ -146,8 +151,18 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
     name = model or method_in(Path(folder)).base_model(Path(folder))
     if not name:
         raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
-    loaded = load_model(name, dtype)
+    tokenizer, new = _of_adapter(Path(folder), resolve_checkpoint(name))
+    loaded = load_model(name, dtype, tokenizer, new_tokens=new)
     return adapted(loaded, put_adapter(loaded.model, folder))
+
+
+def _of_adapter(folder: Path, base: Path) -> tuple[PreTrainedTokenizerBase | None, NewTokens | None]:
+    """The tokenizer that lies beside an adapter, where it has tokens that the base's lacks, and these."""
+    if not has_tokenizer(folder):
+        return None, None
+    tokenizer = load_tokenizer(folder)
+    new = beyond(tokenizer, load_tokenizer(base))
+    return (tokenizer, new) if new.ids else (None, None)
 
 
 def load_named(

@@ -138,7 +138,7 @@ def _kind(info: FieldInfo) -> dict[str, Any]:
     """click's arguments for the values of a field."""
     kind = _without_none(info.annotation)
     options: dict[str, Any] = {"default": None}
-    if kind is bool:
+    if bool in (kind, *get_args(kind)):
         options |= {"is_flag": True, "flag_value": True}
     elif get_origin(kind) is Literal:
         options["type"] = click.Choice([str(value) for value in get_args(kind)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -50,7 +50,8 @@ class Settings(BaseModel):
     @classmethod
     def _plain_values(cls, value: Any, info: ValidationInfo) -> Any:
         """No truth for a number (YAML's `no` is false, which Python takes for 0), and nothing that YAML would give back otherwise."""
-        of_truth = cls.model_fields[str(info.field_name)].annotation is bool
+        kind = cls.model_fields[str(info.field_name)].annotation
+        of_truth = bool in (kind, *get_args(kind))
         parts = value if isinstance(value, list | tuple) else [value]
         if not of_truth and any(isinstance(part, bool) for part in parts):
             raise ValueError("yes and no, true and false are no value of it")

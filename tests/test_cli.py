@@ -24,7 +24,10 @@ Cli = Callable[..., Any]
 
 SPECIAL: dict[str, tuple[list[str], Any]] = {
     "data": (["x"], ["x"]),
-    **{name: (["x"], "x") for name in ("valid", "model", "init_adapter", "out", "resume", "resume_from_peft")},
+    **{
+        name: (["x"], "x")
+        for name in ("valid", "model", "add_tokens", "init_adapter", "out", "resume", "resume_from_peft")
+    },
     **{name: (["0.5"], 0.5) for name in ("valid_fraction", "warmup", "dropout", "momentum", "beta1")},
     "decay_rate": (["-0.7"], -0.7),
     "format": (["text"], "text"),
@@ -41,6 +44,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "alpha_pattern": (["down_proj=0.5"], {"down_proj": 0.5}),
     "layers": (["last:2, 0"], "last:2,0"),
     "also_train": (["embed_tokens,lm_head"], ["embed_tokens", "lm_head"]),
+    "train_new_tokens": ([], True),
     "betas": (["0.5", "0.6"], (0.5, 0.6)),
     "time_limit": (["45m"], "45m"),
     "overlong": (["drop"], "drop"),

@@ -16,9 +16,10 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.hub import is_hub_id
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_front_matter
-from mlx_sft.model.load import CARD, checkpoint_fingerprint, local_checkpoint
+from mlx_sft.model.load import CARD, checkpoint_fingerprint, extended_tokenizer, local_checkpoint
 from mlx_sft.model.names import CAUSAL_LM, opening
 from mlx_sft.model.translate import read_config
+from mlx_sft.model.vocabulary import rows_needed
 from mlx_sft.run_folder import RunFolder
 
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
@@ -39,6 +40,7 @@ class BaseInfo:
         family: The `model_type` of its config.json; None where it is no longer on this disk.
         licence: What the Hub's metadata call `license`, `license_name` and `license_link`; empty where it is not known.
         auto_class: The class of transformers that opens it.
+        rows: How many its embeddings need for the run's new tokens; None where they have them.
     """
 
     name: str
@@ -47,6 +49,7 @@ class BaseInfo:
     family: str | None = None
     licence: Mapping[str, str] = field(default_factory=dict)
     auto_class: str = CAUSAL_LM
+    rows: int | None = None
 
 
 def base_info(run: RunFolder, config: TrainConfig) -> BaseInfo:
@@ -68,7 +71,14 @@ def base_info(run: RunFolder, config: TrainConfig) -> BaseInfo:
         family=settings["model_type"],
         licence=_licence(folder, settings, hub_id if on_hub else None),
         auto_class=opened.auto_class if opened else CAUSAL_LM,
+        rows=_rows(folder, config) if config.add_tokens else None,
     )
+
+
+def _rows(folder: Path, config: TrainConfig) -> int | None:
+    with suppress(UserError):  # its weights are not there
+        return rows_needed(folder, extended_tokenizer(folder, None, config.add_tokens)[1])
+    return None
 
 
 def _licence(folder: Path, config: Mapping[str, Any], hub_id: str | None) -> dict[str, str]:

@@ -20,11 +20,13 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.dequantize import dequantized_edits, say_unpacked, unpacked
 from mlx_sft.convert.mlx_lm_reader import say_for_both
 from mlx_sft.data.chat_template import write_template
+from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.load import Trained, load_on_base
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
-from mlx_sft.model.load import is_packed, resolve_checkpoint
+from mlx_sft.model.load import extended_tokenizer, is_packed, resolve_checkpoint
 from mlx_sft.model.quantize import WeightRow, first_rows
+from mlx_sft.model.vocabulary import grown, say_vocabulary, write_tokenizer
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
@@ -99,18 +101,23 @@ def write_merged(merging: Merging, folder: Path) -> Merging:
     refuse_unmergeable(merging.trained.run, config)
     packed = is_packed(checkpoint.path)
     _check_base(merging, packed)
-    bases: dict[str, Rows] = {}
+    tokenizer, new = extended_tokenizer(checkpoint.path, config.chat_template, config.add_tokens)
+    bases: dict[str, Rows]
+    checkpoint, bases = grown(checkpoint, new)
     if merging.dequantized:
         model = merging.trained_on()
         if packed:
             checkpoint, bases = unpacked(checkpoint, model)
         else:
-            bases = dequantized_edits(checkpoint, model)
+            bases |= dequantized_edits(checkpoint, model)
     kind: type[Method] = METHODS[config.method]
     with merging.trained.in_own_form() as trained:
         merge(checkpoint, kind.edits(trained), folder, bases)
     if packed:
         say_unpacked(checkpoint, folder)
+    if new.ids:
+        say_vocabulary(folder, new)
+        write_tokenizer(tokenizer, checkpoint.path, folder)
     say_for_both(folder)
     write_template(config.chat_template, folder)
     return replace(merging, checkpoint=checkpoint)
@@ -132,7 +139,8 @@ def _check_base(merging: Merging, packed: bool) -> None:
     if merging.base is not None and is_packed(resolve_checkpoint(config.model)):
         method, parameters = merging.trained.read()
         trained_on = merging.trained_on(config.dtype)
-        check_exportable(path, method, parameters, first_rows(trained_on), _ANOTHER)
+        _, new = extended_tokenizer(path, None, config.add_tokens)
+        check_exportable(path, method, parameters, first_rows(trained_on), _ANOTHER, new)
 
 
 def check_exportable(
@@ -141,6 +149,7 @@ def check_exportable(
     parameters: Parameters,
     rows: Mapping[str, WeightRow],
     hint: str = _NOT_EXPORTABLE,
+    new_tokens: NewTokens | None = None,
 ) -> None:
     """See from a checkpoint folder, before training, that what will be trained can be merged into it.
 
@@ -152,11 +161,12 @@ def check_exportable(
         parameters: What the method trains.
         rows: Of the model before training, by the weights' names in transformers.
         hint: What to do where they differ.
+        new_tokens: Those for which the model has got rows.
 
     Raises:
         UserError: Naming the weight that the checkpoint does not have, has otherwise, or holds no plain numbers of.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint, _ = grown(Checkpoint.open(path), new_tokens or NewTokens())
     for name, shape in method.changed_shapes(parameters).items():
         if f"{name.removesuffix('.weight')}.scales" in checkpoint.named:
             continue

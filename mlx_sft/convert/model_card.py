@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, Validat
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.base_info import BaseInfo, base_info
 from mlx_sft.convert.hub import is_hub_id
+from mlx_sft.data.new_tokens import text_of
 from mlx_sft.data.sources import HUB_PREFIX
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json
@@ -207,6 +208,7 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
         data=summary.data,
         config=summary.config,
         method=_marked(method.describe()),
+        new_tokens=_marked(", ".join(f"`{text_of(token)}`" for token in summary.config.add_tokens or [])),
         optimizer=OPTIMIZERS[summary.config.optimizer].__name__,
         result=summary.result,
         published=published,

@@ -35,9 +35,10 @@ from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.sources import Source, locate, split_weight
 from mlx_sft.errors import UserError
 from mlx_sft.model.linears import quantized_modules
-from mlx_sft.model.load import load_model, load_tokenizer, stated_vocabulary
+from mlx_sft.model.load import extended_tokenizer, load_model, load_tokenizer, resolve_checkpoint
 from mlx_sft.model.names import mlx_names
 from mlx_sft.model.translate import read_config
+from mlx_sft.model.vocabulary import stated_vocabulary
 
 MOST_ROWS = 4
 MOST_TOKENS = 32
@@ -128,7 +129,9 @@ def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, s
         quantized = [name for name, _ in quantized_modules(model)]
         model = dequantize_model(model)
     else:
-        model = load_model(merging.base or config.model, "float32").model
+        base = merging.base or config.model
+        _, new = extended_tokenizer(resolve_checkpoint(base), None, config.add_tokens)
+        model = load_model(base, "float32", new_tokens=new).model
     method, parameters = merging.trained.read()
     weights = dict(tree_flatten(model.parameters()))
     paths = mlx_names(weights)
@@ -200,7 +203,7 @@ def sample_rows(config: TrainConfig, base: Path) -> tuple[list[list[int]], str]:
         config: The run's.
         base: Its base checkpoint.
     """
-    tokenizer = load_tokenizer(base, config.chat_template)
+    tokenizer = load_tokenizer(base, config.chat_template, config.add_tokens)
     try:
         source, description = _source(config)
         reader = RowReader.from_config(config)

@@ -73,7 +73,9 @@ def ready(config: TrainConfig, tokenizer: Any = None) -> tuple[TrainConfig, Any]
     if tokenizer is None:
         from mlx_sft.model.load import load_tokenizer, resolve_checkpoint  # imports MLX, which takes seconds
 
-        tokenizer = load_tokenizer(resolve_checkpoint(config.model, weights=False), config.chat_template)
+        tokenizer = load_tokenizer(
+            resolve_checkpoint(config.model, weights=False), config.chat_template, config.add_tokens
+        )
     variables = todays_variables(tokenizer) | config.chat_template_kwargs
     return config.model_copy(update={"chat_template_kwargs": variables}), tokenizer
 

@@ -6,7 +6,7 @@ A further method is one more file with a subclass of `Method`, and a line in `EN
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.errors import UserError
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json
 from mlx_sft.gate import checked
 from mlx_sft.registry import METHODS
@@ -123,8 +123,27 @@ class Method:
         """Whether `bind` is to be given a random key in training."""
         return False
 
+    def for_new_tokens(self, token_ids: Sequence[int], *, from_adapter: bool) -> dict[str, Any]:
+        """The settings that change where the tokenizer gets tokens with these ids, if any.
+
+        Args:
+            from_adapter: Whether an existing adapter decides over the settings.
+
+        Raises:
+            UserError: If nothing that is trained would tell these tokens from each other.
+        """
+        if token_ids and self.frozen_base:
+            what = f"--method {self.name} trains no embeddings, so that new tokens would mean nothing"
+            raise UserError(
+                what, where="add_tokens", hint="give --method lora with --train-new-tokens", exit_code=USAGE
+            )
+        return {}
+
     def attach(self, model: nn.Module, seed: int) -> Parameters:
-        """Prepare a frozen model and return the parameters as training starts with them; raises `UserError` where it cannot."""
+        """Prepare a frozen model and return the parameters as training starts with them; raises `UserError` where it cannot.
+
+        Settings may become what they mean on this model.
+        """
         raise NotImplementedError
 
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
@@ -267,6 +286,20 @@ def make_method(config: TrainConfig) -> Method:
     return kind(config.settings(kind.Settings))
 
 
+def for_new_tokens(config: TrainConfig, token_ids: Sequence[int]) -> TrainConfig:
+    """The configuration for a tokenizer that has got tokens with these ids; raises `UserError` where they would not be trained."""
+    from_adapter = config.init_adapter is not None or config.resume_from_peft is not None
+    changes = make_method(config).for_new_tokens(token_ids, from_adapter=from_adapter)
+    return config.model_copy(update=changes) if changes else config
+
+
+def as_attached(config: TrainConfig, method: Method) -> TrainConfig:
+    """The configuration with a method's settings as they became when it was attached to a model."""
+    settings = {name: getattr(method.settings, name) for name in type(method.settings).model_fields}
+    changes = {name: value for name, value in settings.items() if getattr(config, name) != value}
+    return config.model_copy(update=changes) if changes else config
+
+
 def method_in(folder: Path) -> type[Method]:
     """The method whose result a folder holds; where no method knows it, the default one, which says what is missing."""
     found = (entry for _, entry in METHODS.items() if entry.frozen_base and entry.recognizes(folder))
@@ -322,7 +355,9 @@ __all__ = [
     "Parameters",
     "Rows",
     "WeightEdit",
+    "as_attached",
     "attach_trained",
+    "for_new_tokens",
     "make_method",
     "method_in",
 ]

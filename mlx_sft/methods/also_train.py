@@ -19,14 +19,11 @@ from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
-from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, is_named
-from mlx_sft.model.head import tied_embedding
+from mlx_sft.methods.lora_settings import DELTA, HALVES, MAGNITUDE, is_named
+from mlx_sft.model.head import HEAD, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.quantize import dequantized
-
-HEAD = "lm_head"
-"""transformers' name of the output head, also of one that is tied."""
 
 _ORIGINAL = "_original"
 
@@ -80,7 +77,7 @@ class WholeModules:
 
 def is_whole(name: str) -> bool:
     """Whether a parameter is a weight of the model, and no part of an adapter."""
-    return name.rpartition(".")[2] not in (*HALVES, MAGNITUDE)
+    return name.rpartition(".")[2] not in (*HALVES, MAGNITUDE, DELTA)
 
 
 def whole_modules(model: nn.Module, names: Iterable[str]) -> list[tuple[str, str, Any]]:
@@ -162,17 +159,23 @@ def _has_weights(module: Any) -> bool:
     return isinstance(weight, mx.array) and weight.ndim <= 2
 
 
-def _trained_copy(module: Any, dtype: mx.Dtype) -> nn.Module:
-    """A module of the same kind with weights of its own, not frozen; a quantized one becomes one of numbers of this precision."""
+def plain_copy(module: Any, dtype: mx.Dtype, part: Callable[[mx.array], mx.array] = lambda array: array) -> nn.Module:
+    """A module of the same kind with this part of the weights' rows; a quantized one becomes one of numbers of this precision."""
     kind: Any = _PLAIN.get(type(module), type(module))
     copy: nn.Module = kind.__new__(kind)
     nn.Module.__init__(copy)
     vars(copy).update(vars(module))
     for name, value in module.items():
-        if not (is_quantized(module) and name in ("scales", "biases")):
-            copy[name] = value
+        if not (is_quantized(module) and name in ("weight", "scales", "biases")):
+            copy[name] = part(value)
     if is_quantized(module):
-        copy.weight = dequantized(module).astype(dtype)  # mxfp4 gives bfloat16
+        copy.weight = dequantized(module, part).astype(dtype)  # mxfp4 gives bfloat16
+    return copy
+
+
+def _trained_copy(module: Any, dtype: mx.Dtype) -> nn.Module:
+    """A copy with weights of its own, not frozen."""
+    copy = plain_copy(module, dtype)
     vars(copy)[_ORIGINAL] = module
     vars(copy)["_no_grad"] = set()
     return copy

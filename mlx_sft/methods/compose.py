@@ -146,6 +146,9 @@ def _read(adapter: str) -> _Weighted:
     if settings.also_train:
         what = f"it has {', '.join(settings.also_train)} trained in full, which cannot be added up"
         raise UserError(what, where=name, hint="merge each into a checkpoint of its own")
+    if settings.train_new_tokens:
+        what = "it has rows of new tokens, which cannot be added up"
+        raise UserError(what, where=name, hint="merge each into a checkpoint of its own")
     if settings.dora:
         raise UserError(
             "adapters of DoRA cannot be added up", where=name, hint="merge each into a checkpoint of its own"

@@ -6,9 +6,10 @@ The parameters are float32 masters; the model computes with them in its own prec
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
-from mlx_sft.errors import UserError
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
 from mlx_sft.methods.layers import LayersSettings, chosen_layers, layer_number, layer_prefixes, written_layers
 from mlx_sft.model.head import floating_weights, repeated_layers
@@ -70,6 +71,12 @@ class Full(Method):
     def __init__(self, settings: FullSettings | None = None) -> None:
         super().__init__(settings)
         self._places: dict[str, tuple[str, mx.Dtype]] = {}
+
+    def for_new_tokens(self, token_ids: Sequence[int], *, from_adapter: bool) -> dict[str, Any]:
+        if token_ids and self.settings.layers is not None:
+            what = "--layers trains no embeddings, so that new tokens would mean nothing"
+            raise UserError(what, where="add_tokens", hint="leave --layers out", exit_code=USAGE)
+        return {}
 
     def attach(self, model: nn.Module, seed: int) -> Parameters:
         """Return float32 masters of the weights; nothing here is random.

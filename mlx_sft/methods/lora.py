@@ -7,7 +7,7 @@ Names, start and scale are PEFT's, and so are the files (`peft_files`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.errors import UserError
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
 from mlx_sft.methods.also_train import (
     WholeModules,
@@ -31,12 +31,14 @@ from mlx_sft.methods.also_train import (
 from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.layers import in_layers
 from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
-from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_lora, is_named
 from mlx_sft.methods.peft_files import CONFIG, base_model_name, names_begin, read_adapter, write_adapter
 from mlx_sft.methods.peft_rules import in_a_layer
-from mlx_sft.model.head import floating_weights
+from mlx_sft.methods.token_rows import TokenRows, TrainedRows, changed_rows, on_model, row_edits, weights_of_rows
+from mlx_sft.model.head import HEAD, embedding_names, floating_weights
 from mlx_sft.model.linears import is_experts, is_joined, linear_modules, weight_shape
 from mlx_sft.model.names import EXPERTS_PART
+from mlx_sft.model.vocabulary import EMBEDDINGS
 
 _PARTS = (*HALVES, MAGNITUDE)
 
@@ -83,6 +85,7 @@ class Lora(Method):
         super().__init__(settings)
         self.modules: dict[str, LoraLinear] = {}
         self._whole = WholeModules()
+        self._rows = TrainedRows()
         self._dtype = mx.float32
         """Of the model."""
         self._begins: str | None = None
@@ -91,6 +94,19 @@ class Lora(Method):
     @property
     def uses_dropout(self) -> bool:
         return self.settings.dropout > 0
+
+    def for_new_tokens(self, token_ids: Sequence[int], *, from_adapter: bool) -> dict[str, Any]:
+        asked, also = self.settings.train_new_tokens, {name.rpartition(".")[2] for name in self.settings.also_train}
+        if asked is True and not token_ids:
+            what = "--train-new-tokens, and there are no new tokens"
+            raise UserError(what, where="train_new_tokens", hint="name them with --add-tokens FILE", exit_code=USAGE)
+        if asked is True:
+            return {"train_new_tokens": {role: list(token_ids) for role in (EMBEDDINGS, HEAD)}}
+        if token_ids and not (asked or from_adapter or also & {name.rpartition(".")[2] for name in embedding_names()}):
+            what = "nothing would train the embeddings of the new tokens, so that they would mean nothing"
+            hint = f"give --train-new-tokens, or --also-train {EMBEDDINGS},{HEAD}"
+            raise UserError(what, where="add_tokens", hint=hint, exit_code=USAGE)
+        return {}
 
     def attach(self, model: nn.Module, seed: int) -> Parameters:
         """Wrap the target modules; A starts random from `seed`, B at zero.
@@ -106,6 +122,9 @@ class Lora(Method):
             what = f"{most} is more than the widest of these modules has features, {widest}"
             raise UserError(what, where="rank", hint="8 to 64 are usual")
         _check_patterns(self.settings, chosen)
+        in_full = [name for name, _, _ in whole_modules(model, self.settings.also_train)]
+        stated = on_model(model, self.settings.token_rows, in_full) or False
+        self.settings = self.settings.model_copy(update={"train_new_tokens": stated})
         self.modules = {}
         for name in chosen:
             path, linear = linears[name]
@@ -113,6 +132,7 @@ class Lora(Method):
             self.modules[name] = self._kind(name, linear)(linear, rank, scale, self.settings.dropout)
             _replace(model, path, self.modules[name])
         whole = self._whole.attach(model, self._dtype, self.settings.also_train, _replace)
+        whole |= self._rows.attach(model, self._dtype, self.settings.token_rows, _replace)
         # Whole weights first: MLX computes gradients in this order, and those of embeddings last would find all others still there.
         parameters = whole | self._initial(seed)
         self.bind(model, parameters)
@@ -128,12 +148,13 @@ class Lora(Method):
                 module.update(given)
                 module.drop_with(module_key)
         self._whole.bind(parameters)
+        self._rows.bind(parameters)
 
     def rounded(self, parameters: Parameters) -> Parameters:
         if self._dtype == mx.float32:
             return parameters
         return {
-            name: value if is_whole(name) else self._of(name).rounded(name.rpartition(".")[2], value, self._dtype)
+            name: self._of(name).rounded(name.rpartition(".")[2], value, self._dtype) if is_lora(name) else value
             for name, value in parameters.items()
         }
 
@@ -141,7 +162,7 @@ class Lora(Method):
         if self._dtype == mx.float32:
             return gradients
         return {
-            name: value if is_whole(name) else self._of(name).unrounded(name.rpartition(".")[2], value)
+            name: self._of(name).unrounded(name.rpartition(".")[2], value) if is_lora(name) else value
             for name, value in gradients.items()
         }
 
@@ -150,9 +171,9 @@ class Lora(Method):
 
     @staticmethod
     def detach(model: nn.Module) -> Callable[[], None]:
-        taken = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+        taken = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear | TokenRows)}
         for path, module in taken.items():
-            _replace(model, path, module.linear)
+            _replace(model, path, module.frozen if isinstance(module, TokenRows) else module.linear)
         put_whole_back = put_back(model, _replace)
 
         def again() -> None:
@@ -165,16 +186,20 @@ class Lora(Method):
     def release(self, model: nn.Module) -> None:
         forget_originals(model)
 
-    def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters if not is_whole(name))
+    def changed_shapes(self, parameters: Parameters) -> Mapping[str, tuple[int, ...] | None]:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters if is_lora(name))
         pairs = {module: [parameters[f"{module}.{half}"] for half in HALVES] for module in modules}
-        return {
-            f"{module}.weight": (*lora_B.shape[:-1], lora_A.shape[-1]) for module, (lora_A, lora_B) in pairs.items()
-        } | {name: value.shape for name, value in parameters.items() if is_whole(name)}
+        return (
+            {f"{module}.weight": (*lora_B.shape[:-1], lora_A.shape[-1]) for module, (lora_A, lora_B) in pairs.items()}
+            | {name: value.shape for name, value in parameters.items() if is_whole(name)}
+            | dict.fromkeys(weights_of_rows(parameters))
+        )
 
     def changed_weight(self, name: str, weight: mx.array, parameters: Parameters) -> mx.array:
         if name in parameters:
             return parameters[name]
+        if name in weights_of_rows(parameters):
+            return changed_rows(weight, name, parameters, self.settings.token_rows)
         module = name.removesuffix(".weight")
         lora_A, lora_B = (parameters[f"{module}.{half}"] for half in HALVES)
         changed = weight.astype(mx.float32) + self.settings.scale_of(module) * (lora_B @ lora_A)
@@ -188,6 +213,8 @@ class Lora(Method):
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
         method, parameters = cls.read(folder)
         edits = new_weights(parameters, method.settings.also_train)
+        tied = isinstance(method.settings.train_new_tokens, list)
+        edits |= row_edits(parameters, method.settings.token_rows, tied=tied)
         for name, shape in method.changed_shapes(parameters).items():
             if name in edits:
                 continue
@@ -229,15 +256,19 @@ class Lora(Method):
 
     def decayed(self, name: str) -> bool:
         """Of a weight of the model as transformers' Trainer has it."""
-        return not is_whole(name) or is_decayed(name)
+        return is_lora(name) or is_decayed(name)
 
     def drops(self, name: str) -> bool:
-        return self.uses_dropout and not is_whole(name)
+        return self.uses_dropout and is_lora(name)
 
     def agrees(self, model: nn.Module, name: str, given: Any) -> bool:
         if name == "also_train":
             asked_for, own_ones = (whole_modules(model, names) for names in (given, self.settings.also_train))
             return [name for name, _, _ in asked_for] == [name for name, _, _ in own_ones]
+        if name == "train_new_tokens":
+            theirs = {name for name, _, _ in whole_modules(model, self.settings.also_train)}
+            asked_rows = self.settings.model_copy(update={"train_new_tokens": given}).token_rows
+            return on_model(model, asked_rows, theirs) == on_model(model, self.settings.token_rows, theirs)
         if name not in ("target", "layers"):
             return super().agrees(model, name, given)
         asked = self.settings.model_copy(update={name: given})  # `all-linear` may be the names in the file
@@ -246,6 +277,8 @@ class Lora(Method):
     def not_in_trl(self) -> str:
         if self.settings.also_train:
             return "the moments of weights that --also-train names would not come back"
+        if self.settings.train_new_tokens:
+            return "the moments of new tokens' rows would not come back, nor would the vocabulary grow there"
         return "DoRA starts from the norms of the weights, which it would compute anew" if self.settings.dora else ""
 
     @property
@@ -262,6 +295,8 @@ class Lora(Method):
             targets += f" ({len(settings.targets)} modules)"
         names = ", ".join(f"`{name}`" for name in settings.also_train)
         also = f"; {names} trained in full" if names else ""
+        rows = max(map(len, settings.token_rows.values()), default=0)
+        also += f"; the rows of {rows} tokens in embeddings and head" if rows else ""
         layers = f" of the layers `{settings.layers}`" if settings.layers else ""
         return (
             f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{layers}{own}{also}"

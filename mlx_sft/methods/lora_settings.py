@@ -12,6 +12,7 @@ from mlx_sft.settings import split_pairs
 
 HALVES = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
+DELTA = "trainable_tokens_delta"
 """The last parts of a parameter's name."""
 
 GROUPS = {
@@ -43,6 +44,8 @@ class LoraSettings(LayersSettings):
     """The same for alpha."""
     also_train: list[str] = Field(default_factory=list)
     """Modules whose weights are trained in full beside the adapters, such as embed_tokens,lm_head (PEFT's modules_to_save)."""
+    train_new_tokens: bool | list[int] | dict[str, list[int]] = False
+    """Train the rows of new tokens in the embeddings and in the head, and no other rows of these (PEFT's trainable_token_indices)."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts: Kaiming-uniform, as PEFT does by default, or gaussian with deviation 1 / rank. B starts at zero."""
 
@@ -62,6 +65,18 @@ class LoraSettings(LayersSettings):
             raise ValueError("names no module; write embed_tokens,lm_head")
         return list(dict.fromkeys(parts))
 
+    @field_validator("train_new_tokens")
+    @classmethod
+    def _tokens_by_module(
+        cls, value: bool | list[int] | dict[str, list[int]]
+    ) -> bool | list[int] | dict[str, list[int]]:
+        lists = value if isinstance(value, dict) else {"embed_tokens": value} if isinstance(value, list) else {}
+        if value == {} or any(not ids or len(set(ids)) < len(ids) or min(ids) < 0 for ids in lists.values()):
+            raise ValueError("names no token of a module, or one twice")
+        if not lists.keys() <= {"embed_tokens", "lm_head"}:
+            raise ValueError("rows are those of embed_tokens and lm_head, and not of another module")
+        return value
+
     @field_validator("target")
     @classmethod
     def _split_target(cls, target: str | list[str]) -> str | list[str]:
@@ -70,6 +85,12 @@ class LoraSettings(LayersSettings):
         if not names or not all(names):
             raise ValueError("names no module")
         return names[0] if len(names) == 1 and isinstance(target, str) else names
+
+    @property
+    def token_rows(self) -> dict[str, list[int]]:
+        """The tokens whose rows are trained, of `embed_tokens` and of `lm_head`; those of one weight by the first name."""
+        given = self.train_new_tokens
+        return given if isinstance(given, dict) else {"embed_tokens": given} if isinstance(given, list) else {}
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -85,6 +106,11 @@ class LoraSettings(LayersSettings):
         alpha = next((alpha for name, alpha in self.alpha_pattern.items() if is_named(module, name)), self.alpha)
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def is_lora(name: str) -> bool:
+    """Whether a parameter is a part of an adapter beside a linear module."""
+    return name.rpartition(".")[2] in (*HALVES, MAGNITUDE)
 
 
 def is_named(module: str, name: str) -> bool:

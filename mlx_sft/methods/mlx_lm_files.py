@@ -52,6 +52,8 @@ def write_adapter(
     if settings.also_train:
         what = f"mlx-lm's form has no place for {', '.join(settings.also_train)}, which --also-train trained in full"
         raise UserError(what, where=str(folder), hint=hint)
+    if settings.train_new_tokens:
+        raise UserError("mlx-lm's form has no place for the rows of new tokens", where=str(folder), hint=hint)
     scales = {settings.scale_of(name.rpartition(".")[0]) for name in parameters}
     if len(scales) > 1 or settings.rank_pattern:
         raise UserError("mlx-lm's form has one rank and one scale for all modules", where=str(folder), hint=hint)

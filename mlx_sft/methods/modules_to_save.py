@@ -15,7 +15,8 @@ import mlx.core as mx
 
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
-from mlx_sft.methods.also_train import HEAD, is_whole, tied_weight
+from mlx_sft.methods.also_train import is_whole, tied_weight
+from mlx_sft.model.head import HEAD
 
 _EMBEDDING_LAYERS = ("embed_tokens", HEAD)
 """The names by which PEFT knows embeddings and heads."""

@@ -25,12 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json
 from mlx_sft.gate import checked
-from mlx_sft.methods.also_train import HEAD, is_whole, tied_weight
+from mlx_sft.methods.also_train import is_whole, tied_weight
 from mlx_sft.methods.layers import layers_of_config, layers_to_transform
-from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_lora, is_named
 from mlx_sft.methods.modules_to_save import modules_to_save, saved_modules, saved_weight
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_rules import PeftBase, endings, in_a_layer, losses, target_modules
+from mlx_sft.methods.token_rows import indices, is_frozen_copy, is_rows, read_indices
+from mlx_sft.model.head import HEAD
 from mlx_sft.model.names import EXPERTS_PART, INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 from mlx_sft.settings import first_problem
@@ -47,7 +49,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
     "target_parameters": ([], None),
-    "trainable_token_indices": ([], {}, None),
     "layer_replication": ([], None),
     "alora_invocation_tokens": ([], None),
     "arrow_config": (None,),
@@ -95,7 +96,7 @@ def our_name(name: str) -> str:
 
 def _stripped(name: str) -> str:
     stripped = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
-    if peft_name(stripped) != name or stripped.rpartition(".")[2] not in (*HALVES, MAGNITUDE) or "." not in stripped:
+    if peft_name(stripped) != name or not (is_lora(stripped) or is_rows(stripped)) or "." not in stripped:
         raise ValueError(name)
     return stripped
 
@@ -125,9 +126,10 @@ def write_adapter(
         arrays[peft_name(base.name(f"{HEAD}.weight"))] = tied  # PEFT asks for it under both names
     make_folder(folder)
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
-    modules = sorted({name.rpartition(".")[0] for name in parameters if not is_whole(name)})
+    modules = sorted({name.rpartition(".")[0] for name in parameters if is_lora(name)})
     saved = modules_to_save(settings.also_train, parameters, base.name)
     config = _to_config(settings, modules, base, base_model, revision) | saved
+    config |= indices(settings.train_new_tokens, parameters, base.name)
     write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
 
 
@@ -143,6 +145,8 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     parameters: dict[str, mx.array] = {}
     modules: dict[str, str] = {}
     for tensor in file.tensors:
+        if is_frozen_copy(tensor.name, config):
+            continue
         try:
             stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
         except ValueError:
@@ -156,12 +160,14 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
         parameters[name] = mx.array(read_float32(tensor))
         modules[name.rpartition(".")[0]] = stripped.rpartition(".")[0]
     whole = {name: parameters.pop(name) for name in list(parameters) if is_whole(name)}
+    rows = {name: parameters.pop(name) for name in list(parameters) if is_rows(name)}
     adapted = {name.rpartition(".")[0] for name in parameters}
     modules = {name: modules[name] for name in sorted(adapted)}
     settings = _to_settings(config, modules, folder / CONFIG)
     _check_shapes(settings, parameters, file.path)
     also = saved_modules(config, whole, file.path)
-    return settings.model_copy(update={"also_train": also}), _stacked(parameters, file.path) | whole
+    further = {"also_train": also, "train_new_tokens": read_indices(config, rows, file.path)}
+    return settings.model_copy(update=further), _stacked(parameters, file.path) | whole | rows
 
 
 def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
@@ -171,10 +177,12 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
         return
     settings, parameters = read_adapter(folder)
     for tensor in open_safetensors(_weights_file(folder)).tensors:
+        if is_frozen_copy(tensor.name, config):
+            continue
         stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
         if base.name(transformers_name(stripped)) != stripped:
             yield f"no module of the model is named {stripped}"
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if not is_whole(name)))
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if is_lora(name)))
     yield from losses(base, settings, modules, config)
 
 

@@ -20,7 +20,8 @@ from mlx_sft.model.blocks import replaced_children
 
 _BODY_NAMES = ("model", "transformer", "backbone")
 
-_OUTPUT_NAME = "lm_head"
+HEAD = "lm_head"
+"""transformers' name of the output head, also of one that is tied."""
 _EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embeddings")
 """Names of the embedding in a body, which is the output matrix too where there is no other."""
 
@@ -102,7 +103,7 @@ class SplitModel:
         """The module that holds the output matrix, and the matrix's name in it; None where no known name is found."""
         if self.body_name is None:
             return None
-        places = ((self._owner, _OUTPUT_NAME), *((self.body, name) for name in _EMBEDDING_NAMES))
+        places = ((self._owner, HEAD), *((self.body, name) for name in _EMBEDDING_NAMES))
         return next(((holder, name) for holder, name in places if name in holder), None)
 
     def _is_body(self, name: str) -> bool:
@@ -139,12 +140,17 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
+def embedding_names() -> set[str]:
+    """The names that embeddings of tokens may have."""
+    return {f"{body}.{name}" for body in _BODY_NAMES for name in _EMBEDDING_NAMES}
+
+
 def tied_embedding(model: nn.Module) -> str | None:
     """The name in transformers of the embedding that is the output matrix too; None where there is a matrix of its own."""
     owner: nn.Module = model.get(_NESTED, model)
-    if _OUTPUT_NAME in owner or getattr(getattr(owner, "args", None), "tie_word_embeddings", True) is False:
+    if HEAD in owner or getattr(getattr(owner, "args", None), "tie_word_embeddings", True) is False:
         return None
-    paths = {f"{body}.{name}" for body in _BODY_NAMES for name in _EMBEDDING_NAMES}
+    paths = embedding_names()
     kinds = (nn.Embedding, nn.QuantizedEmbedding)
     return next(
         (str(path) for path, module in owner.named_modules() if path in paths and isinstance(module, kinds)), None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlx_sft.console import count
 from mlx_sft.data.chat_template import with_template
+from mlx_sft.data.new_tokens import NewTokens, Token, add_tokens
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.files import open_regular, user_path
 from mlx_sft.gate import checked, checked_tokenizer
@@ -28,6 +30,7 @@ from mlx_sft.model.reading import CheckpointReader, tied_as_stored
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.stored_form import take_stored_form
 from mlx_sft.model.translate import read_config, translate_config, unread
+from mlx_sft.model.vocabulary import grow
 from mlx_sft.model.weights import (
     INDEX,
     LICENCE_FILES,
@@ -39,6 +42,9 @@ from mlx_sft.model.weights import (
     weight_files,
 )
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
+
+AddedTokens = str | Sequence[Token] | None
+"""A file of tokens, or the tokens."""
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -71,7 +77,7 @@ class LoadedModel:
         tokenizer: The checkpoint's transformers tokenizer.
         path: The checkpoint folder on disk.
         name: The model as the user named it.
-        config: `config.json` as it stands in the checkpoint.
+        config: `config.json` as it stands in the checkpoint, but for the size of a vocabulary with new tokens.
     """
 
     model: nn.Module
@@ -100,6 +106,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     quantize: str | None = None,
+    new_tokens: NewTokens | None = None,
 ) -> LoadedModel:
     """Load a checkpoint with every floating weight cast to `dtype`.
 
@@ -109,6 +116,7 @@ def load_model(
             CUDA, float32 on the CPU.
         tokenizer: The checkpoint's, where it is loaded already.
         quantize: A name of `QUANTIZATIONS`: quantize the weights, from this precision, as `mlx_lm.convert` would.
+        new_tokens: Tokens for which embeddings and head get rows, where they have none.
 
     Raises:
         UserError: If the checkpoint is missing, incomplete, or has a setting that nothing would read.
@@ -127,6 +135,7 @@ def load_model(
         correct_ropes(model, settings, unread(path))
         take_stored_form(model, checkpoint)
         cast(model, dtype)
+        config = grow(model, config, new_tokens)
         if quantize is not None:
             quantize_model(model, quantize)
         mark_joined(model, checkpoint)
@@ -248,7 +257,7 @@ def _download(name: str, *, weights: bool) -> Path:
 
 def _missing(snapshot: Path, *, weights: bool) -> str:
     """What is missing in a downloaded Hub model, in words; empty where nothing is."""
-    tokenizer = "" if _has_tokenizer(snapshot) else "no tokenizer"
+    tokenizer = "" if has_tokenizer(snapshot) else "no tokenizer"
     if not weights:
         return tokenizer
     if not (snapshot / "config.json").is_file():
@@ -278,10 +287,21 @@ def checkpoint_fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(path: Path, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with another chat template where one is given; raises `UserError` where there is none."""
+def load_tokenizer(path: Path, chat_template: str | None = None, new: AddedTokens = None) -> PreTrainedTokenizerBase:
+    """As `extended_tokenizer`."""
+    return extended_tokenizer(path, chat_template, new)[0]
+
+
+def extended_tokenizer(
+    path: Path, chat_template: str | None = None, new: AddedTokens = None
+) -> tuple[PreTrainedTokenizerBase, NewTokens]:
+    """The checkpoint's tokenizer, with another chat template and with further tokens where these are given; and what was added.
+
+    Raises:
+        UserError: Where there is no tokenizer, or the others cannot be.
+    """
     hint = "the folder needs tokenizer.json and tokenizer_config.json"
-    if not _has_tokenizer(path):
+    if not has_tokenizer(path):
         # transformers would make one without a vocabulary.
         raise UserError("cannot load its tokenizer (there is none)", where=str(path), hint=hint)
     trusted = may_run_code_of(path)
@@ -297,32 +317,8 @@ def load_tokenizer(path: Path, chat_template: str | None = None) -> PreTrainedTo
         raise UserError(what, where=str(path / "tokenizer_config.json"), hint=hint)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError("its tokenizer is not one that transformers knows", where=str(path))
-    return with_template(tokenizer, chat_template, path)
-
-
-def vocabulary_size(model: nn.Module, config: dict[str, Any]) -> int:
-    """The number of rows of a model's embedding: how many token ids it knows.
-
-    Args:
-        model: An mlx-lm model.
-        config: Its `config.json`, whose `vocab_size` tells the embedding of tokens from one of positions.
-
-    Raises:
-        UserError: If the model has no embedding to tell it by.
-    """
-    rows = {module.weight.shape[0] for module in model.modules() if isinstance(module, nn.Embedding)}
-    stated = stated_vocabulary(config)
-    if stated is not None and (stated in rows or not rows):
-        return stated
-    if not rows:
-        raise UserError("neither the model nor its config.json tells how many tokens it knows")
-    return max(rows)
-
-
-def stated_vocabulary(config: dict[str, Any]) -> int | None:
-    """The vocabulary size of the language model that a `config.json` states; None where it states none."""
-    stated: int | None = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return stated
+    added = add_tokens(tokenizer, new)
+    return with_template(tokenizer, chat_template, path), added
 
 
 def untested_note(config: dict[str, Any]) -> str:
@@ -336,5 +332,6 @@ def untested_note(config: dict[str, Any]) -> str:
     )
 
 
-def _has_tokenizer(path: Path) -> bool:
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
     return any(file.is_file() for pattern in TOKENIZER_FILES for file in path.glob(pattern))

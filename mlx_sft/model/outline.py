@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.model.corrections import corrected
 from mlx_sft.model.head import SplitModel
@@ -15,6 +16,7 @@ from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import quantize_as_stored
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config, unread
+from mlx_sft.model.vocabulary import grow
 from mlx_sft.model.weights import Checkpoint, weight_files
 from mlx_sft.safetensors_file import open_safetensors
 
@@ -26,12 +28,12 @@ class _UncheckedSplit(SplitModel):
         return True
 
 
-def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
+def outline(path: Path, dtype: str, quantize: str | None = None, new_tokens: NewTokens | None = None) -> SplitModel:
     """The model of a checkpoint folder, frozen and split as for training; its weights are placeholders.
 
     Args:
         dtype: The precision in which the weights would be loaded.
-        quantize: How they would be quantized, as for `load_model`.
+        quantize, new_tokens: How they would be quantized, and which tokens get rows, as for `load_model`.
 
     Raises:
         UserError: For a configuration that cannot be trained.
@@ -46,6 +48,7 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
             quantize_as_stored(model, stored, _packed_modules(path))
     target: mx.Dtype = getattr(mx, dtype)
     model.apply(lambda weight: mx.ones(weight.shape, target) if mx.issubdtype(weight.dtype, mx.floating) else weight)
+    grow(model, {}, new_tokens)
     if quantize is not None:
         quantize_model(model, quantize)
     if (checkpoint := _checkpoint(path)) is not None:

@@ -25,10 +25,7 @@ INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 """A tokenizer is at least one of these."""
 
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "hf_quant_config.json",
+TOKENIZER_SIDE_FILES = (
     *TOKENIZER_FILES,
     "tokenizer_config.json",
     "merges.txt",
@@ -36,6 +33,13 @@ MODEL_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+)
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "hf_quant_config.json",
+    *TOKENIZER_SIDE_FILES,
     "additional_chat_templates/*.jinja",
 )
 """The files of a model beside its weights."""

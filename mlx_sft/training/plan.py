@@ -17,15 +17,18 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Look, count, duration, size
 from mlx_sft.data.batches import JOINED, Layout
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import blamed_on
 from mlx_sft.files import read_yaml
-from mlx_sft.model.load import load_tokenizer, resolve_checkpoint, vocabulary_size
+from mlx_sft.methods import for_new_tokens
+from mlx_sft.model.load import extended_tokenizer, resolve_checkpoint
 from mlx_sft.model.outline import outline
 from mlx_sft.model.tiles import expected_tiles
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, read_config
+from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.training.batch_settings import (
     LongestRow,
     MemoryPlanner,
@@ -123,11 +126,15 @@ class RunPlan:
         self.measured = machine_name is None
         machine = self.machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
         path = resolve_checkpoint(config.model, weights=False)
-        data = _data(config, path, progress)
+        tokenizer, new = None, NewTokens()
+        if config.data != [NO_DATA] or config.add_tokens:
+            tokenizer, new = extended_tokenizer(path, config.chat_template, config.add_tokens)
+        config = for_new_tokens(config, new.ids)
+        data = _data(config, tokenizer, progress)
         given = config.dtype != "auto"
         self.dtype = config.dtype if given else machine.dtype
-        self.footprint = footprint_of(config, path, self.dtype, fused=machine.fused)
-        self.on_macs = footprint_of(config, path, self.dtype if given else "bfloat16", fused=True)
+        self.footprint = footprint_of(config, path, self.dtype, new, fused=machine.fused)
+        self.on_macs = footprint_of(config, path, self.dtype if given else "bfloat16", new, fused=True)
         lengths = data.train.needed_lengths if data else [config.max_length - 1]
         layout = Layout.of_few_shapes(lengths) if machine.compiles else JOINED
         self.longest = _longest(config, layout, data)
@@ -253,17 +260,18 @@ def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfi
     return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
 
 
-def _data(config: TrainConfig, path: Path, progress: ReadingProgress | None) -> PreparedData | None:
+def _data(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None) -> PreparedData | None:
     if config.data == [NO_DATA]:
         return None
-    tokenizer = load_tokenizer(path, config.chat_template)
     pinned = todays_variables(tokenizer) | config.chat_template_kwargs
     return prepare(config.model_copy(update={"chat_template_kwargs": pinned}), tokenizer, progress)
 
 
-def footprint_of(config: TrainConfig, path: Path, dtype: str, *, fused: bool) -> Footprint:
+def footprint_of(
+    config: TrainConfig, path: Path, dtype: str, new_tokens: NewTokens | None = None, *, fused: bool
+) -> Footprint:
     """Of a model in this precision, whose weights need not be there, on a CPU or on a GPU (`fused`)."""
-    split = outline(path, dtype, config.quantize)
+    split = outline(path, dtype, config.quantize, new_tokens)
     with blamed_on(path / "config.json", "nothing can be computed with this model", DOWNLOAD_AGAIN):
         config, method, parameters = starting_parameters(config, split.model, begun=False)
         vocabulary = vocabulary_size(split.model, read_config(path))

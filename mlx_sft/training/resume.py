@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_sft.common_settings import IN_MEMORY, option_name, public_name
 from mlx_sft.config import TrainConfig, owners_of
 from mlx_sft.data.chat_template import template_text
+from mlx_sft.data.new_tokens import read_tokens
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.sources import full_path, full_place, split_weight
 from mlx_sft.errors import USAGE, UserError
@@ -50,6 +51,8 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
         before, now = getattr(saved, field), getattr(full, field)
         if field == "chat_template_kwargs":
             now = before | now  # the run added the day on which it began
+        if now is True and isinstance(before, list | dict):
+            continue  # what the run found it to mean
         if now not in ("auto", None) and not _agrees(saved, field, before, now):
             raise UserError(
                 f"{option_name(field)} {_shortened(now)} differs from the run's {_shortened(before)}",
@@ -123,6 +126,7 @@ def with_full_paths(config: TrainConfig) -> TrainConfig:
     }
     if config.chat_template is not None:
         full["chat_template"] = template_text(config.chat_template)
+    full["add_tokens"] = read_tokens(config.add_tokens)
     full["data"] = [full_place(spec) for spec in config.data]
     return config.model_copy(update=full)
 

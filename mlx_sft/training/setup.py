@@ -23,25 +23,26 @@ from mlx_sft.convert.merge import check_exportable
 from mlx_sft.data.batches import Layout
 from mlx_sft.data.chat_template import template_text, with_template
 from mlx_sft.data.dataset import Examples, check_vocabulary
+from mlx_sft.data.new_tokens import NewTokens, add_tokens
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.data.template import todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
-from mlx_sft.methods import Method, Parameters
+from mlx_sft.methods import Method, Parameters, for_new_tokens
 from mlx_sft.model.given import given_model, given_tokenizer
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import joined_note
 from mlx_sft.model.load import (
     LoadedModel,
+    extended_tokenizer,
     load_model,
-    load_tokenizer,
     resolve_checkpoint,
     resolve_dtype,
     untested_note,
-    vocabulary_size,
 )
 from mlx_sft.model.quantize import first_rows
 from mlx_sft.model.translate import exact_length, read_config
+from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.objectives import make_objective
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
@@ -112,16 +113,16 @@ def prepare_job(
     config, run = _opened(_with_given(config, given), console, held)
     path = resolve_checkpoint(config.model)
     callbacks = Callbacks.of_run(config, given.callbacks)
-    config, tokenizer, data = _read_data(config, path, console, given, new=run is None)
+    config, tokenizer, new_tokens, data = _read_data(config, path, console, given, new=run is None)
     callbacks.check(config, data)
     machine = within(this_machine(), config)
     mx.set_memory_limit(machine.memory)  # rather than go beyond it, MLX waits for operations that are under way
     if given.model is None:
         refuse_too_large(config, path, machine)
-    base, vocabulary = _load_base(config, tokenizer, data, console, given)
+    base, vocabulary = _load_base(config, tokenizer, new_tokens, data, console, given)
     split = SplitModel(base.model)
     begun = run is not None and bool(run.checkpoint_steps())
-    config, method, parameters = _attach_exportable(config, base, begun=begun)
+    config, method, parameters = _attach_exportable(config, base, new_tokens, begun=begun)
     _refuse_dropout_outside_layers(method, split, parameters)
     computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
     layout, measured = _measured_layout(config, run, computer, split, parameters, data, machine, console)
@@ -216,14 +217,13 @@ def _opened(config: TrainConfig, console: Console, held: ExitStack) -> tuple[Tra
 
 def _read_data(
     config: TrainConfig, path: Path, console: Console, given: Given, *, new: bool
-) -> tuple[TrainConfig, PreTrainedTokenizerBase, PreparedData]:
-    """The tokenizer, and the rows as it writes them; a new run pins the day on which it begins."""
+) -> tuple[TrainConfig, PreTrainedTokenizerBase, NewTokens, PreparedData]:
+    """The tokenizer, what was added to it, and the rows as it writes them; a new run pins the day on which it begins."""
     read_config(path)  # first, because the tokenizer would take the blame
-    tokenizer = given_tokenizer(given.model, given.tokenizer)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(path, config.chat_template)
-    elif config.chat_template is not None:
-        tokenizer = with_template(copy.copy(tokenizer), config.chat_template, path)
+    tokenizer, added = _tokenizer(config, path, given)
+    config = for_new_tokens(config, added.ids)
+    if note := added.note():
+        console.note(note)
     if new:
         if config.chat_template is not None:
             config = config.model_copy(update={"chat_template": template_text(config.chat_template)})
@@ -231,15 +231,36 @@ def _read_data(
         config = config.model_copy(update={"chat_template_kwargs": pinned})
     with console.reading() as reading:
         data = prepare(config, tokenizer, reading, rows=given.data, valid_rows=given.valid)
-    return config, tokenizer, data
+    return config, tokenizer, added, data
+
+
+def _tokenizer(config: TrainConfig, path: Path, given: Given) -> tuple[PreTrainedTokenizerBase, NewTokens]:
+    """The model's, or the one that was given, with the run's own tokens and chat template; and what was added."""
+    tokenizer = given_tokenizer(given.model, given.tokenizer)
+    if tokenizer is None:
+        return extended_tokenizer(path, config.chat_template, config.add_tokens)
+    if given.model is not None and config.add_tokens:
+        hint = "let `train` load it by its name"
+        raise UserError("a model in memory gets no new tokens", where="add_tokens", hint=hint, exit_code=USAGE)
+    if config.add_tokens:
+        tokenizer = copy.deepcopy(tokenizer)
+    added = add_tokens(tokenizer, config.add_tokens)
+    if config.chat_template is not None:
+        tokenizer = with_template(copy.copy(tokenizer), config.chat_template, path)
+    return tokenizer, added
 
 
 def _load_base(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: PreparedData, console: Console, given: Given
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: NewTokens,
+    data: PreparedData,
+    console: Console,
+    given: Given,
 ) -> tuple[LoadedModel, int]:
     """The model before training and its vocabulary, once it is sure that it can compute every row."""
     if given.model is None:
-        base = load_model(config.model, config.dtype, tokenizer, quantize=config.quantize)
+        base = load_model(config.model, config.dtype, tokenizer, quantize=config.quantize, new_tokens=new_tokens)
     else:
         base = given_model(given.model, config.model, tokenizer, dtype=config.dtype, quantize=config.quantize)
     for note in (untested_note(base.config), joined_note(base.model)):
@@ -253,12 +274,12 @@ def _load_base(
 
 
 def _attach_exportable(
-    config: TrainConfig, base: LoadedModel, *, begun: bool
+    config: TrainConfig, base: LoadedModel, new_tokens: NewTokens, *, begun: bool
 ) -> tuple[TrainConfig, Method, Parameters]:
     """As `starting_parameters`, once it is sure that what will be trained can be merged into the checkpoint."""
     rows = first_rows(base.model)
     config, method, parameters = starting_parameters(config, base.model, begun=begun)
-    check_exportable(base.path, method, parameters, rows)
+    check_exportable(base.path, method, parameters, rows, new_tokens=new_tokens)
     for value in parameters.values():
         mx.eval(value)  # one after another: what they are computed from may be as large as the model
     return config, method, parameters

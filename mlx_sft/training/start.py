@@ -12,7 +12,7 @@ from mlx_sft.console import Console
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
-from mlx_sft.methods import Method, Parameters, attach_trained, make_method
+from mlx_sft.methods import Method, Parameters, as_attached, attach_trained, make_method
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
@@ -73,7 +73,7 @@ def starting_parameters(
             raise UserError(f"--method {config.method} trains nothing of this model", where="method", exit_code=USAGE)
         method.bind(model, parameters)
         method.release(model)
-        return config, method, parameters
+        return as_attached(config, method), method, parameters
     adapter, trained = METHODS[config.method].read(where)
     decided = adapter.decides(where)
     for name, value in decided.items():
@@ -90,7 +90,7 @@ def starting_parameters(
     method = make_method(config)
     parameters = attach_trained(model, method, trained, where)
     method.release(model)
-    return config, method, parameters
+    return as_attached(config, method), method, parameters
 
 
 def starting_progress(

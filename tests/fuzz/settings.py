@@ -35,6 +35,8 @@ _GOOD: tuple[dict[str, Any], ...] = (
         "data": ["a.jsonl:0.7", "b.jsonl:0.3"],
         "columns": {"user": "question"},
         "chat_template_kwargs": {"enable_thinking": False},
+        "add_tokens": ["<call>", {"content": "<|end|>", "special": True}],
+        "train_new_tokens": True,
     },
     {
         "data": "x.csv",

@@ -220,7 +220,6 @@ def test_a_bfloat16_adapter_becomes_float32(tmp_path: Path) -> None:
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", 1),
         ("layer_replication", [[0, 4]]),
-        ("trainable_token_indices", [3]),
         ("target_parameters", ["mlp.experts"]),
     ],
 )

@@ -23,9 +23,9 @@ from mlx_sft.model.load import (
     load_tokenizer,
     resolve_checkpoint,
     resolve_dtype,
-    vocabulary_size,
 )
 from mlx_sft.model.translate import translate_config
+from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.model.weights import INDEX, weight_files
 
 

@@ -14,11 +14,15 @@ from mlx_sft.convert.base_info import base_info
 from mlx_sft.convert.targets import BaseModelSettings, StepSettings, Target
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import read_json
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
-from mlx_sft.model.load import name_elsewhere
+from mlx_sft.model.head import HEAD
+from mlx_sft.model.load import extended_tokenizer, local_checkpoint, name_elsewhere, resolve_checkpoint
 from mlx_sft.model.names import CAUSAL_LM, Opening
+from mlx_sft.model.vocabulary import write_tokenizer
+from mlx_sft.model.weights import Checkpoint
 
 _WHOLE = "export it with --format merged, which holds all that was trained, and push it without --adapter-only"
 
@@ -57,6 +61,8 @@ class Peft(AdapterAlone):
         method, parameters = self.trained()
         name = name_elsewhere(config.model)
         method.write(folder, parameters, name, base_info(run, config).revision)
+        if config.add_tokens:
+            self._write_tokens(folder)
         write_template(config.chat_template, folder)
         if not (folder / CONFIG).is_file():
             self.notes.append(
@@ -70,6 +76,19 @@ class Peft(AdapterAlone):
             self.notes.append(
                 f"open the base with {opened.auto_class}: these names are those of its modules there, and in no other class"
             )
+
+    def _write_tokens(self, folder: Path) -> None:
+        """The tokenizer with the run's tokens, without which the adapter is of no use."""
+        base = local_checkpoint(self.export.config.model)
+        if base is None:
+            self.notes.append(
+                "the base is not on this disk, so that the tokenizer with the new tokens is not beside it"
+            )
+            return
+        tokenizer, _ = extended_tokenizer(base, None, self.export.config.add_tokens)
+        write_tokenizer(tokenizer, base, folder)
+        if rows := base_info(self.export.run, self.export.config).rows:
+            self.notes.append(f"before PEFT opens it, the base needs its rows: base.resize_token_embeddings({rows})")
 
     def verify(self, folder: Path) -> None:
         method, parameters = self.trained()
@@ -101,6 +120,10 @@ def open_as_peft(folder: Path, base: str, hint: str = _WHOLE) -> Opening | None:
         return None
     if found.opening is None:
         what = "it is not known what transformers calls the language model inside of this base, where PEFT would look"
+        raise UserError(what, where=base, hint=hint)
+    rows = read_json(folder / CONFIG).get("trainable_token_indices")
+    if rows and f"{HEAD}.bias" in Checkpoint.open(resolve_checkpoint(base)).named:
+        what = "PEFT leaves out the bias of the head of this base where rows of it are trained"
         raise UserError(what, where=base, hint=hint)
     if lost := list(lost_by_peft(folder, found)):
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""

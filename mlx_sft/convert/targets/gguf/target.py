@@ -105,7 +105,10 @@ def _modelfile(config: TrainConfig, base: Path, facts: GgufFacts | None = None) 
     """The Modelfile for a GGUF file, where there is one already of what that was found to be."""
     adds_bos, found = (None, None) if facts is None else (facts.adds_bos, facts.chat_template)
     modelfile = make_modelfile(
-        load_tokenizer(base, config.chat_template), config.chat_template_kwargs, f"./{OUTPUT}", adds_bos
+        load_tokenizer(base, config.chat_template, config.add_tokens),
+        config.chat_template_kwargs,
+        f"./{OUTPUT}",
+        adds_bos,
     )
     if modelfile.chat_template is not None and found is not None and found != modelfile.chat_template:
         what = f"the chat template in {OUTPUT}, which Ollama follows, is not the tokenizer's"
