@@ -56,6 +56,7 @@ class GgufAdapter(AdapterAlone):
     def check(self) -> None:
         super().check()
         refuse_source(self.source)
+        self._in_llama_cpp()
         if importlib.util.find_spec("gguf") is None:
             what = "llama.cpp's own package, which reads what its converter wrote, is not installed"
             raise UserError(what, hint="pip install 'mlx-sft[gguf]'")
@@ -65,8 +66,7 @@ class GgufAdapter(AdapterAlone):
 
     def write(self, folder: Path) -> None:
         base = self.source
-        method, parameters = self.trained()
-        settings, parameters = in_llama_cpp(method.settings, parameters)
+        settings, parameters = self._in_llama_cpp()
         peft = folder / "peft"
         write_adapter(peft, settings, parameters, "")
         self._converter().run(peft, folder / OUTPUT, "f32", base)
@@ -79,6 +79,10 @@ class GgufAdapter(AdapterAlone):
             self._write_modelfile(folder)
         else:
             self.notes.append(f"it goes on a GGUF file of the base: llama-cli -m base.gguf --lora {OUTPUT}")
+
+    def _in_llama_cpp(self) -> tuple[LoraSettings, Parameters]:
+        method, parameters = self.trained()
+        return in_llama_cpp(method.settings, parameters)
 
     def _write_modelfile(self, folder: Path) -> None:
         named = self._from()
@@ -120,7 +124,7 @@ def in_llama_cpp(settings: LoraSettings, parameters: Parameters) -> tuple[LoraSe
     alphas = {name: settings.scale_of(name) * settings.rank_of(name) for name in _modules(parameters)}
     alpha = next(iter(alphas.values()))
     scaled = {
-        name: value * (alphas[module] / alpha) if half == "lora_B" and alphas[module] != alpha else value
+        name: value * (alphas[module] / alpha) if half == HALVES[1] and alphas[module] != alpha else value
         for name, value in parameters.items()
         for module, _, half in [name.rpartition(".")]
     }

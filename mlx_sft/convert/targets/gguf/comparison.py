@@ -128,7 +128,7 @@ def check_adapter(path: Path, tensors: Mapping[str, StoredTensor], alpha: float,
 
     Args:
         path: The file.
-        tensors: Its tensors by their names here: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
+        tensors: Its tensors by their names here, with the module's before the last dot: A [r, in] and B [out, r] of each.
         alpha: The adapter's, of which llama.cpp makes the scale alpha / r.
         numbers: Whether the numbers are compared.
 
