@@ -27,6 +27,7 @@ _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 _PACKAGES = "requirements/requirements-convert_hf_to_gguf.txt"
 REPOSITORY = "https://github.com/ggml-org/llama.cpp"
+_TRIED = "llama.cpp's commit 0c1e57098, the one in llama-cpp-python 0.3.36, was tried"
 _LINES_SHOWN = 10
 
 _UNKNOWN_TOKENIZER = re.compile(r"pre-tokenizer was not recognized.*?chkhsh:\s*([0-9a-f]{64})", re.DOTALL)
@@ -93,7 +94,7 @@ class Converter:
                 "or export with --format merged"
             )
             return UserError(what, where=str(self.script), hint=hint)
-        hint = "this llama.cpp may not know the model's family: update it, or export with --format merged"
+        hint = f"this llama.cpp may not know the model's family: update it ({_TRIED}), or export with --format merged"
         if "ModuleNotFoundError" in said or "ImportError" in said:
             packages = self.script.parent / _PACKAGES
             hint = f"give its Python what it needs: {shlex.join([self.interpreter, '-m', 'pip', 'install', '-r', str(packages)])}"
