@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from mlx_sft import export
 from mlx_sft.convert.targets.gguf.converter import SCRIPT, Converter
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gemma3", "phi3")
 
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16},
@@ -38,7 +38,7 @@ AS_PUBLISHED: dict[str, dict[str, Any]] = {
 for _kind, _settings in AS_PUBLISHED.items():  # here, so that the processes of the steps have them, too
     FAMILIES[_kind] = FAMILIES.get(_kind, {}) | _settings
 
-ROUNDED_GELU = {"gemma2": 5e-3, "gemma3_text": 5e-3}
+ROUNDED_GELU = {"gemma2": 5e-3, "gemma3_text": 5e-3, "gemma3": 5e-3}
 """The largest difference of families whose GELU llama.cpp looks up in a table of half precision on the CPU."""
 
 _FLOAT32 = 0
