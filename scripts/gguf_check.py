@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from mlx_sft import export
 from mlx_sft.convert.targets.gguf.converter import SCRIPT, Converter
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gemma3", "phi3")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gemma3", "phi3", "lfm2")
 
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16},
