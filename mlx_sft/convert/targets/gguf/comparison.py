@@ -164,7 +164,9 @@ def check_adapter(path: Path, tensors: Mapping[str, StoredTensor], alpha: float,
             raise UserError(f"llama.cpp has no name for {module}", where=architecture, hint=_MERGED)
         if (ignored := _NOT_COMPUTED_WITH.get(architecture)) and re.search(ignored, theirs):
             what = f"llama.cpp opens an adapter on {module} and does not compute with it"
-            raise UserError(what, where=architecture, hint=_MERGED)
+            raise UserError(
+                what, where=architecture, hint="export the run with --format merged, or train other modules"
+            )
         expected.setdefault(f"{theirs}.weight.{half.lower()}", []).append(tensor)
     written = {tensor.name: tensor for tensor in reader.tensors}
     for name in sorted(expected.keys() ^ written.keys()):
