@@ -8,6 +8,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+LLAMA := .llama.cpp
+# llama.cpp's source comes in that package's.
+LLAMA_VERSION := 0.3.36
 WORKERS ?= 2
 CHECKED := mlx_sft tests scripts examples benchmarks
 
@@ -19,7 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs families audit test-lowest wheel clean
+.PHONY: help demo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs families gguf-check audit test-lowest wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +57,10 @@ lint: $(VENV)/.ready-dev  ## style, types, the one-way flow of imports, docs/ref
 
 families: $(VENV)/.ready-dev  ## every family of models, measured: the table of docs/models.md, some twenty minutes (ARGS="qwen3 gpt_oss" for some)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python scripts/families.py $(ARGS)
+
+gguf-check: $(VENV)/.ready-dev $(LLAMA)/.ready  ## does the real llama.cpp compute what was trained? Built from source: needs a network once, CMake and a C++ compiler
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONPATH=$(LLAMA)/source:$(LLAMA)/packages \
+		LLAMA_CPP_LIB_PATH=$(CURDIR)/$(LLAMA)/build/bin $(BIN)/python scripts/gguf_check.py --llama-cpp $(LLAMA)/source/vendor/llama.cpp $(ARGS)
 
 audit: $(VENV)/.ready-dev  ## look every dependency up among the known vulnerabilities (needs the network)
 	@$(BIN)/python -m pip install --quiet pip-audit
@@ -90,7 +97,7 @@ wheel: $(VENV)/.ready-dev  ## build dist/*.whl
 	$(BIN)/python -m hatchling build -t wheel
 
 clean:  ## remove .venv, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) $(LOWEST) build dist benchmarks/work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(LLAMA) build dist benchmarks/work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: touched when an installation is whole, so that one cut short is taken up again.
@@ -120,4 +127,16 @@ $(LOWEST)/.ready-dev: pyproject.toml scripts/lowest_versions.py $(VENV)/.made
 	@rm -rf $(LOWEST) && $(PYTHON) -m venv $(LOWEST)
 	@$(PYTHON) scripts/lowest_versions.py > $(LOWEST)/lowest.txt
 	@$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/lowest.txt --editable '.[dev]'
+	@touch $@
+
+$(LLAMA)/.ready: $(VENV)/.made
+	@echo "building llama.cpp from llama-cpp-python $(LLAMA_VERSION)"
+	@rm -rf $(LLAMA) && mkdir -p $(LLAMA)/source
+	@$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -d $(LLAMA) llama-cpp-python==$(LLAMA_VERSION)
+	@tar -xzf $(LLAMA)/*.tar.gz -C $(LLAMA)/source --strip-components 1 && rm $(LLAMA)/*.tar.gz
+	@$(BIN)/python -m pip install --quiet --no-deps --target $(LLAMA)/packages diskcache
+	@cmake -S $(LLAMA)/source/vendor/llama.cpp -B $(LLAMA)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=OFF \
+		-DGGML_METAL=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF > $(LLAMA)/cmake.log
+	@cmake --build $(LLAMA)/build --target llama -j 2 > $(LLAMA)/build.log
 	@touch $@

@@ -156,6 +156,8 @@ WRITTEN_OTHERWISE = {
     "training/checkpoint.py folder.rename": "sets a damaged checkpoint aside, under a name that was made free",
     "convert/targets/mlx.py save_model": "mlx-lm's own writer, into a temporary folder of `write_folder`",
     "convert/targets/mlx.py save_config": "the same",
+    "streams.py os.open": "/dev/null, in the place of a stream that is closed",
+    "crash_report.py tempfile.NamedTemporaryFile": "a private file under a random name, where nothing of ours can be written",
 }
 """Outside of `writing.py`, each with its reason."""
 

@@ -32,7 +32,8 @@ class ExportResult:
 
     Attributes:
         path: The folder.
-        format: `merged` or `mlx` (a whole checkpoint), `gguf` (the same for llama.cpp), `peft` or `mlx-lm` (the adapter alone).
+        format: `merged` or `mlx` (a whole checkpoint), `gguf` (the same for llama.cpp); `peft`, `mlx-lm` or `gguf-adapter` (the adapter
+            alone).
         verification: How it compares with the trained model; None where that was not asked for, and for an adapter alone, which
             is compared number by number with the run's.
         lost: For weights that were quantized after the merge, by name: how far this moved what training did to each, in parts of that.

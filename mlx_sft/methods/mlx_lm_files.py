@@ -1,11 +1,12 @@
-"""LoRA adapters as mlx-lm's own files, for `mlx_lm.generate --adapter-path` and what else reads them.
+"""LoRA adapters as mlx-lm's own files, for `mlx_lm.generate --adapter-path`, mlx-swift-lm and what else reads them.
 
 ```
-adapter_config.json    {"fine_tune_type": "lora" or "dora", "num_layers": -1, "lora_parameters": {"rank", "scale", "dropout", "keys"}}
+adapter_config.json    {"fine_tune_type": "lora" or "dora", "num_layers": 28, "lora_parameters": {"rank", "scale", "dropout", "keys"}}
 adapters.safetensors   <module>.lora_a [in, r] and <module>.lora_b [r, out], float32; of experts [experts, r, in] and [experts, out, r]
 ```
-mlx-lm puts an adapter on the modules that `keys` names, in the last `num_layers` layers, -1 standing for all. One of them that has none
-of ours has one of zeros there, which changes nothing. Knows nothing of models.
+mlx-lm puts an adapter on the modules that `keys` names, in the last `num_layers` layers. One of them that has none of ours has one of
+zeros there, which changes nothing. mlx-lm itself writes -1 where all layers are meant, at which mlx-swift-lm ends the program: it takes
+that many from the end of a list. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ WEIGHTS = "adapters.safetensors"
 _PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", MAGNITUDE: "m"}
 _IN_A_LAYER = re.compile(r"(?:.*?\.)?\d+\.(?P<key>.+)")
 
-_EVERY_LAYER = -1
-
 
 def write_adapter(
-    folder: Path, settings: LoraSettings, parameters: dict[str, mx.array], base_model: str, paths: Mapping[str, str]
+    folder: Path,
+    settings: LoraSettings,
+    parameters: dict[str, mx.array],
+    base_model: str,
+    paths: Mapping[str, str],
+    depth: int,
 ) -> None:
     """Write an adapter.
 
@@ -44,6 +48,7 @@ def write_adapter(
         parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r].
         base_model: Name or path of the base model.
         paths: mlx-lm's name of each module, by its name in transformers.
+        depth: How many layers the base has.
 
     Raises:
         UserError: If it changes something outside of the layers, where mlx-lm puts no adapter, or modules have ranks of their own.
@@ -73,7 +78,7 @@ def write_adapter(
     config: dict[str, Any] = {
         "model": base_model,
         "fine_tune_type": "dora" if settings.dora else "lora",
-        "num_layers": _num_layers(settings, parameters, paths),
+        "num_layers": depth - min(number for name in parameters if (number := layer_number(name)) is not None),
         "lora_parameters": {
             "rank": settings.rank,
             "scale": scale,
@@ -82,14 +87,6 @@ def write_adapter(
         },
     }
     write_file(folder / CONFIG, to_json(config))
-
-
-def _num_layers(settings: LoraSettings, parameters: dict[str, mx.array], paths: Mapping[str, str]) -> int:
-    """As many of the top layers as have all that is trained."""
-    if settings.layers is None:
-        return _EVERY_LAYER
-    trained, every = ([n for name in names if (n := layer_number(name)) is not None] for names in (parameters, paths))
-    return max(every) + 1 - min(trained)
 
 
 def read_adapter(folder: Path, paths: Mapping[str, str]) -> tuple[float, dict[str, mx.array]]:

@@ -9,7 +9,6 @@ its export are the same each time. Of new tokens that the padding of a vocabular
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from mlx_sft.model.names import transformers_name
 from mlx_sft.model.quantize import dequantized
 from mlx_sft.model.weights import TOKENIZER_SIDE_FILES, Checkpoint
 from mlx_sft.safetensors_file import StoredTensor, read_rows, stored_dtype
-from mlx_sft.writing import write_file
+from mlx_sft.writing import copy_file, write_file
 
 _OF_EACH_LAYER = "embed_tokens_per_layer"
 """What Gemma 3n and 4 call embeddings that go into each layer."""
@@ -159,7 +158,7 @@ def write_tokenizer(tokenizer: Any, source: Path, folder: Path) -> None:
     """
     for file in (file for pattern in TOKENIZER_SIDE_FILES for file in source.glob(pattern)):
         if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+            copy_file(file, folder / file.name)
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     added = whole["added_tokens"]
     stored = folder / _WHOLE

@@ -109,7 +109,7 @@ def test_what_is_outside_of_the_layers_is_refused(tmp_path: Path) -> None:
     settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, rslora=False, target=["lm_head"], init="kaiming")
     parameters = {"lm_head.lora_A": mx.zeros((2, 3)), "lm_head.lora_B": mx.zeros((5, 2))}
     with pytest.raises(UserError, match="no place for an adapter on lm_head") as caught:
-        write_adapter(tmp_path, settings, parameters, "base", {})
+        write_adapter(tmp_path, settings, parameters, "base", {}, 8)
     assert "--format peft" in caught.value.hint
 
 
@@ -121,13 +121,14 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
         for name in names
         for half, shape in (("lora_A", (2, 3)), ("lora_B", (5, 2)))
     }
-    write_adapter(tmp_path, settings, parameters, "base", {})
+    write_adapter(tmp_path, settings, parameters, "base", {}, 8)
     scale, read = read_adapter(tmp_path, {})
     assert scale == 1.5
     assert read.keys() == parameters.keys()
     assert all(mx.array_equal(read[name], parameters[name]) for name in read)
-    keys = json.loads((tmp_path / "adapter_config.json").read_text())["lora_parameters"]["keys"]
-    assert keys == ["mlp.experts.3.up", "mlp.up"]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["lora_parameters"]["keys"] == ["mlp.experts.3.up", "mlp.up"]
+    assert config["num_layers"] == 8  # and never -1, at which mlx-swift-lm ends the program
 
 
 def test_ranks_of_single_modules_are_refused(tmp_path: Path) -> None:
@@ -140,4 +141,4 @@ def test_ranks_of_single_modules_are_refused(tmp_path: Path) -> None:
         for half, shape in (("lora_A", (rank, 3)), ("lora_B", (5, rank)))
     }
     with pytest.raises(UserError, match="one rank and one scale for all modules"):
-        write_adapter(tmp_path, settings, parameters, "base", {})
+        write_adapter(tmp_path, settings, parameters, "base", {}, 8)

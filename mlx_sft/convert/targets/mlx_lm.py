@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import mlx.nn as nn
 from mlx_lm.tuner.utils import load_adapters
 
 from mlx_sft.convert.mlx_lm_reader import check_in_mlx_lm, difference_of, logits
@@ -45,14 +46,15 @@ class MlxLm(AdapterAlone):
         method, parameters = self.trained()
         if method.mlx_lm is not None:
             name = name_elsewhere(self.export.config.model)
-            method.mlx_lm.write_adapter(folder, method.settings, parameters, name, self._paths())
+            base = self._base()
+            method.mlx_lm.write_adapter(folder, method.settings, parameters, name, _paths(base), len(base.layers))
         write_template(self.export.config.chat_template, folder)
 
     def verify(self, folder: Path) -> None:
         method, parameters = self.trained()
         if method.mlx_lm is None:
             return
-        scale, again = method.mlx_lm.read_adapter(folder, self._paths())
+        scale, again = method.mlx_lm.read_adapter(folder, _paths(self._base()))
         expected = method.settings.scale_of(next(iter(parameters)).rpartition(".")[0])
         if scale != expected or not same(parameters, again):
             raise UserError("the adapter was not written as it is", where=str(folder))
@@ -78,9 +80,13 @@ class MlxLm(AdapterAlone):
             except UserError as error:
                 self.notes.append(f"of the base itself, {error.what}; `mlx-sft convert` writes one for mlx-lm")
 
-    def _paths(self) -> dict[str, str]:
-        """mlx-lm's name of each linear module of the base, by its name in transformers; raises for one that it computes otherwise."""
+    def _base(self) -> Any:
+        """The base without weights, as mlx-lm computes it; raises for one that it computes otherwise."""
         model = outline(self.source, "float32").model
         give_mlx_form(model)
-        modules = linear_modules(model)
-        return {name: path for name, (path, _) in modules.items()}
+        return model
+
+
+def _paths(model: nn.Module) -> dict[str, str]:
+    """mlx-lm's name of each linear module of a model, by its name in transformers."""
+    return {name: path for name, (path, _) in linear_modules(model).items()}

@@ -1,7 +1,8 @@
-"""A GGUF file, read by llama.cpp's own package and compared with the checkpoint that it was made from.
+"""A GGUF file, read by llama.cpp's own package and compared with the checkpoint, or the adapter, that it was made from.
 
 Each tensor that has a name in both is there in its shape; each matrix holds the same numbers, in whatever order the file keeps them;
-every number is finite; the embeddings have a row for each token. Without the package, only the header and the size are checked.
+every number is finite; the embeddings have a row for each token. Without the package, only the header and the size are checked. Of an
+adapter, every tensor has such a name, and nothing else is there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError, blamed_on
+from mlx_sft.methods.layers import layer_number
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_rows
 
@@ -36,9 +38,23 @@ _LEAST_SHARE = 0.8
 """Of a checkpoint's bytes that its GGUF file has: some converters cut off rows of the embeddings that stand for no token."""
 
 _DAMAGED = "the disk or llama.cpp may be at fault: update llama.cpp, and export again"
+_MERGED = "export the run merged, with --format gguf"
 _EMBEDDINGS = ("token_embd.weight", "output.weight")
 _SUFFIXES = (".weight", ".bias")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+
+_LATENT = r"attn_|^output$"
+_NOT_COMPUTED_WITH = {
+    "deepseek2": _LATENT,
+    "deepseek32": _LATENT,
+    "glm-dsa": _LATENT,
+    "minicpm3": _LATENT,
+    "plm": _LATENT,
+    "kimi-linear": r"attn_|ssm_|^output$",
+    "nemotron_h_moe": r"ffn_latent",
+}
+"""What llama.cpp multiplies without looking for an adapter on it, though it opens one (its `src/models`, `ggml_mul_mat` where
+`build_lora_mm` stands elsewhere; commit 0c1e57098): most of latent attention, by architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +102,81 @@ def check_gguf(path: Path, checkpoint: Checkpoint, *, numbers: bool = True) -> G
         raise UserError("it does not say how many layers it has", where=str(path), hint=_DAMAGED)
     names = gguf.get_tensor_name_map(known[architecture], layers)
     compared = _compare(reader, path, checkpoint, lambda name: names.get_name(name, try_suffixes=_SUFFIXES), numbers)
-    adds_bos = _setting(reader, "tokenizer.ggml.add_bos_token")
     said = f"{path.name}: {architecture} of {layers} layers, {compared} of its {len(reader.tensors)} tensors compared with the checkpoint's"
+    return _facts(reader, said)
+
+
+def read_facts(path: Path) -> GgufFacts:
+    """What a model's GGUF file says of prompts; raises `UserError` where it is none."""
+    import gguf
+
+    with blamed_on(
+        path, "this is not a GGUF file that can be read", "name the base's GGUF file, or a model of Ollama's"
+    ):
+        reader = gguf.GGUFReader(path)
+    return _facts(reader, f"{path.name}: {_setting(reader, 'general.architecture')}")
+
+
+def _facts(reader: GGUFReader, said: str) -> GgufFacts:
+    adds_bos = _setting(reader, "tokenizer.ggml.add_bos_token")
     chat_template = str(_setting(reader, "tokenizer.chat_template") or "")
     return GgufFacts(said, adds_bos if isinstance(adds_bos, bool) else None, chat_template)
+
+
+def check_adapter(path: Path, tensors: Mapping[str, StoredTensor], alpha: float, *, numbers: bool = True) -> str:
+    """Compare the GGUF file of an adapter with what it was made from.
+
+    Args:
+        path: The file.
+        tensors: Its tensors by their names here, with the module's before the last dot: A [r, in] and B [out, r] of each.
+        alpha: The adapter's, of which llama.cpp makes the scale alpha / r.
+        numbers: Whether the numbers are compared.
+
+    Returns:
+        For a person: what was compared.
+
+    Raises:
+        UserError: If they differ, or llama.cpp would not compute with a part of it.
+    """
+    import gguf
+
+    with blamed_on(path, "llama.cpp's own package cannot read what its converter wrote", _DAMAGED):
+        reader = gguf.GGUFReader(path)
+    architecture = str(_setting(reader, "general.architecture"))
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        what = f"its tensors cannot be compared: the installed gguf does not know {architecture!r}"
+        raise UserError(what, where=str(path), hint=f"python -m pip install --upgrade gguf; or {_MERGED}")
+    for name, right in (
+        ("general.type", "adapter"),
+        ("adapter.type", "lora"),
+        ("adapter.lora.alpha", np.float32(alpha)),
+    ):
+        if (found := _setting(reader, name)) != right:
+            raise UserError(f"its {name} is {found}, and {right} was written", where=str(path), hint=_DAMAGED)
+    layers = 1 + max((layer_number(name) or 0) for name in tensors)
+    names = gguf.get_tensor_name_map(known[architecture], layers)
+    expected: dict[str, list[StoredTensor]] = {}
+    for tensor_name, tensor in tensors.items():
+        module, _, half = tensor_name.rpartition(".")
+        theirs = names.get_name(_EXPERT.sub(".experts.", module))
+        if theirs is None:
+            raise UserError(f"llama.cpp has no name for {module}", where=architecture, hint=_MERGED)
+        if (ignored := _NOT_COMPUTED_WITH.get(architecture)) and re.search(ignored, theirs):
+            what = f"llama.cpp opens an adapter on {module} and does not compute with it"
+            raise UserError(
+                what, where=architecture, hint="export the run with --format merged, or train other modules"
+            )
+        expected.setdefault(f"{theirs}.weight.{half.lower()}", []).append(tensor)
+    written = {tensor.name: tensor for tensor in reader.tensors}
+    for name in sorted(expected.keys() ^ written.keys()):
+        what = f"it has {name}, which was not trained" if name in written else f"it lacks {name}"
+        raise UserError(what, where=str(path), hint=_MERGED)
+    for name, found in written.items():
+        _check_shape(found, expected[name], path)
+        if numbers:
+            _check_numbers(found, expected[name], path)
+    return f"{path.name}: {architecture}, all of its {len(written)} tensors compared with the adapter's"
 
 
 def _check_head(path: Path, checkpoint: Checkpoint) -> None:
@@ -130,7 +217,10 @@ def _compare(
 
 def _check_shape(tensor: ReaderTensor, stored: list[StoredTensor], path: Path) -> None:
     shape, first = tuple(int(length) for length in reversed(tensor.shape)), stored[0].shape
-    same = shape == first if len(shape) == 2 else math.prod(shape) == sum(math.prod(one.shape) for one in stored)
+    if len(shape) == 2:  # that of a convolution has a length of one between, which llama.cpp leaves out
+        same = [length for length in shape if length > 1] == [length for length in first if length > 1]
+    else:
+        same = math.prod(shape) == sum(math.prod(one.shape) for one in stored)
     if tensor.name in _EMBEDDINGS and shape[1:] == first[1:]:
         same = shape[0] <= first[0]
     if not same:

@@ -1,6 +1,6 @@
-"""llama.cpp's own converter of Hugging Face checkpoints to GGUF: found on this machine, and run.
+"""llama.cpp's own converters of Hugging Face checkpoints and of PEFT's adapters to GGUF: found on this machine, and run.
 
-It is another program, with a Python and packages of its own.
+They are another program, with a Python and packages of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
 from mlx_sft.model.weights import Checkpoint
 
-SCRIPT = "convert_hf_to_gguf.py"
+SCRIPT, ADAPTER_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 OUTPUT = "model.gguf"
 
 _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -27,6 +27,7 @@ _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 _PACKAGES = "requirements/requirements-convert_hf_to_gguf.txt"
 REPOSITORY = "https://github.com/ggml-org/llama.cpp"
+_TRIED = "llama.cpp's commit 0c1e57098, the one in llama-cpp-python 0.3.36, was tried"
 _LINES_SHOWN = 10
 
 _UNKNOWN_TOKENIZER = re.compile(r"pre-tokenizer was not recognized.*?chkhsh:\s*([0-9a-f]{64})", re.DOTALL)
@@ -56,16 +57,14 @@ class Converter:
             return named
         return shutil.which("python3") or sys.executable
 
-    def command(self, checkpoint: Path, output: Path, outtype: str) -> list[str]:
-        return [self.interpreter, str(self.script), str(checkpoint), "--outfile", str(output), "--outtype", outtype]
-
-    def run(self, checkpoint: Checkpoint, output: Path) -> None:
-        """Write a checkpoint as a GGUF file of the same precision.
+    def run(self, source: Path, output: Path, outtype: str, base: Path | None = None) -> None:
+        """Write a checkpoint, or with its base an adapter in PEFT's files, as a GGUF file of a precision.
 
         Raises:
             UserError: If the converter cannot be started, fails, or writes nothing.
         """
-        command = self.command(checkpoint.path, output, outtype(checkpoint))
+        command = [self.interpreter, str(self.script), str(source), "--outfile", str(output), "--outtype", outtype]
+        command += ["--base", str(base)] if base is not None else []
         # The converter lets code that a tokenizer names be fetched and run; nothing is fetched here.
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         try:
@@ -95,14 +94,14 @@ class Converter:
                 "or export with --format merged"
             )
             return UserError(what, where=str(self.script), hint=hint)
-        hint = "this llama.cpp may not know the model's family: update it, or export with --format merged"
+        hint = f"this llama.cpp may not know the model's family: update it ({_TRIED}), or export with --format merged"
         if "ModuleNotFoundError" in said or "ImportError" in said:
             packages = self.script.parent / _PACKAGES
             hint = f"give its Python what it needs: {shlex.join([self.interpreter, '-m', 'pip', 'install', '-r', str(packages)])}"
         return UserError(f"llama.cpp's converter failed (exit code {code}):\n{tail}", where=str(self.script), hint=hint)
 
 
-def find_converter(folder: str | Path | None = None) -> Converter | None:
+def find_converter(folder: str | Path | None = None, script: str = SCRIPT) -> Converter | None:
     """The converter in a folder of llama.cpp; where none is named, on PATH, in $LLAMA_CPP_DIR or in ~/llama.cpp.
 
     Raises:
@@ -110,38 +109,34 @@ def find_converter(folder: str | Path | None = None) -> Converter | None:
     """
     if folder is not None:
         named = user_path(folder)
-        found = next(_scripts_in(named), None)
+        found = next(_scripts_in(named, script), None)
         if found is None:
             hint = f"give the folder of a clone of {REPOSITORY}"
-            raise UserError(f"there is no {SCRIPT} in this folder", where=str(folder), hint=hint, exit_code=USAGE)
+            raise UserError(f"there is no {script} in this folder", where=str(folder), hint=hint, exit_code=USAGE)
         return Converter(found)
-    on_path = shutil.which(SCRIPT)
+    on_path = shutil.which(script)
     if on_path is not None:
         return Converter(Path(on_path).resolve())  # Homebrew links it
     usual = (os.environ.get("LLAMA_CPP_DIR", ""), "~/llama.cpp")
-    scripts = (script for place in usual if place for script in _scripts_in(user_path(place)))
+    scripts = (found for place in usual if place for found in _scripts_in(user_path(place), script))
     return next((Converter(script) for script in scripts), None)
 
 
-def _scripts_in(folder: Path) -> Iterator[Path]:
-    for script in (folder / SCRIPT, folder / "bin" / SCRIPT):
+def _scripts_in(folder: Path, name: str) -> Iterator[Path]:
+    for script in (folder / name, folder / "bin" / name):
         if script.is_file():
             yield script.resolve()
 
 
-def no_converter(run: Path, target: Path, checkpoint: Checkpoint) -> UserError:
-    """The error where there is no converter, with the commands that do the same by hand."""
-    merged = target.with_name(f"{target.name}-merged")
-    outfile = ["--outfile", f"{target}.gguf", "--outtype", outtype(checkpoint)]
-    commands = [
+def no_converter(script: str, then: list[list[str]]) -> UserError:
+    """The error where there is no converter, with the commands that install one, and those that then do the same by hand."""
+    install = [
         ["git", "clone", REPOSITORY],
         ["python3", "-m", "pip", "install", "-r", f"llama.cpp/{_PACKAGES}"],
-        ["mlx-sft", "export", "--run", str(run), "--to", str(merged)],
-        ["python3", f"llama.cpp/{SCRIPT}", str(merged), *outfile],
     ]
-    by_hand = "\n".join(f"  {shlex.join(command)}" for command in commands)
+    by_hand = "\n".join(f"  {shlex.join(command)}" for command in install + then)
     return UserError(
-        f"llama.cpp's {SCRIPT} is neither on PATH, nor in $LLAMA_CPP_DIR, nor in ~/llama.cpp",
+        f"llama.cpp's {script} is neither on PATH, nor in $LLAMA_CPP_DIR, nor in ~/llama.cpp",
         hint=f"name its folder with --llama-cpp DIR, or convert by hand:\n{by_hand}",
     )
 

@@ -44,36 +44,46 @@ class Modelfile:
 
 
 def make_modelfile(
-    tokenizer: PreTrainedTokenizerBase, variables: dict[str, Any], source: str, adds_bos: bool | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    variables: dict[str, Any],
+    source: str,
+    adds_bos: bool | None = None,
+    adapter: str = "",
 ) -> Modelfile:
     """The Modelfile of a model, by which Ollama writes conversations as the tokenizer does.
 
     Args:
         tokenizer: Of the model.
         variables: Of its chat template, as the model was trained with them.
-        source: The model's file, from the Modelfile's place.
+        source: The model's file, from the Modelfile's place, or what Ollama calls the model.
         adds_bos: Whether the model's file has Ollama begin a prompt with the beginning-of-sequence token; as the tokenizer does,
             where it is not said.
+        adapter: The file of an adapter on that model, where there is one.
 
     Raises:
         UserError: If there is no chat template, or it cannot be put in Ollama's form exactly.
     """
     if not tokenizer.chat_template:
-        raise UserError("this tokenizer has no chat template", where=tokenizer.name_or_path, hint="leave out --ollama")
+        raise UserError(
+            "this tokenizer has no chat template",
+            where=tokenizer.name_or_path,
+            hint="leave out --ollama or --ollama-base",
+        )
     named = tokenizer.chat_template
     in_gguf = named if isinstance(named, str) else named.get("default", "")
     if adds_bos is None:
         adds_bos = _begins_with_bos(tokenizer)
     bos = str(tokenizer.bos_token) if adds_bos and tokenizer.bos_token else ""
+    origin = f"FROM {source}\n" + (f"ADAPTER {adapter}\n" if adapter else "")
     try:
         if _follows_gguf_template(in_gguf):
-            return _without_template(Chat(tokenizer, variables), source, in_gguf)
-        return _with_template(Chat(tokenizer, todays_variables(tokenizer) | variables, left_out=bos), source, bos)
+            return _without_template(Chat(tokenizer, variables), origin, in_gguf)
+        return _with_template(Chat(tokenizer, todays_variables(tokenizer) | variables, left_out=bos), origin, bos)
     except Unfit as unfit:
         raise UserError(
             f"this chat template cannot be put in Ollama's form exactly: {unfit}",
             where=tokenizer.name_or_path,
-            hint="leave out --ollama: the GGUF carries the chat template itself, which llama.cpp follows",
+            hint="leave out --ollama or --ollama-base: the GGUF of the model carries the chat template itself, which llama.cpp follows",
         ) from None
 
 
@@ -89,24 +99,24 @@ def _follows_gguf_template(chat_template: str) -> bool:
     return tools or thinks or (splits and not elsewhere)
 
 
-def _without_template(chat: Chat, source: str, chat_template: str) -> Modelfile:
+def _without_template(chat: Chat, origin: str, chat_template: str) -> Modelfile:
     """For a chat template that Ollama takes out of the GGUF file, and calls without the variables of this run."""
     notes = [f"Ollama {REQUIRED} or later is needed, which follows the chat template in the GGUF file"]
     talk = [message("user", "a"), message("assistant", "b"), message("user", "c")]
     if chat.prompt(talk) != Chat(chat.tokenizer, {}).prompt(talk):
         given = ", ".join(f"{name}={value!r}" for name, value in chat.variables.items())
         notes.append(f"Ollama does not give the chat template what this run gave it: {given}")
-    text = f"{_HEAD}{_NO_TEMPLATE}FROM {source}\nREQUIRES {REQUIRED}\n{_stops(chat)}"
+    text = f"{_HEAD}{_NO_TEMPLATE}{origin}REQUIRES {REQUIRED}\n{_stops(chat)}"
     return Modelfile(text, tuple(notes), chat_template)
 
 
-def _with_template(chat: Chat, source: str, bos: str) -> Modelfile:
+def _with_template(chat: Chat, origin: str, bos: str) -> Modelfile:
     """For a plain chat template."""
     template = go_template(chat)
     quoted = f'TEMPLATE """{_holdable(template.text)}"""\n'
     if template.default_system:
         quoted += f'SYSTEM """{_holdable(template.default_system)}"""\n'
-    return Modelfile(f"{_HEAD}{_A_TEMPLATE}FROM {source}\n{quoted}{_stops(chat)}", tuple(_notes(chat, bos)))
+    return Modelfile(f"{_HEAD}{_A_TEMPLATE}{origin}{quoted}{_stops(chat)}", tuple(_notes(chat, bos)))
 
 
 def _holdable(value: str) -> str:

@@ -17,7 +17,15 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import write_merged
 from mlx_sft.convert.targets import MergeSettings, WholeModel
 from mlx_sft.convert.targets.gguf.comparison import GgufFacts, check_gguf
-from mlx_sft.convert.targets.gguf.converter import OUTPUT, REPOSITORY, Converter, find_converter, no_converter
+from mlx_sft.convert.targets.gguf.converter import (
+    OUTPUT,
+    REPOSITORY,
+    SCRIPT,
+    Converter,
+    find_converter,
+    no_converter,
+    outtype,
+)
 from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
 from mlx_sft.convert.verify import Verification, verify_merged
 from mlx_sft.errors import USAGE, UserError
@@ -57,15 +65,10 @@ class Gguf(WholeModel):
     def check(self) -> None:
         super().check()
         base = self.source
-        if base == TINY:
-            what = "llama.cpp does not know the tokenizer of the embedded model `tiny`, so that it has no GGUF file"
-            raise UserError(what, hint="train another model, or export with --format merged", exit_code=USAGE)
+        refuse_source(base)
         self._converter()
-        if (files := code_files(base)) and not may_run_code_of(base):
-            what = f"this model names Python code of its own ({', '.join(files)}), which llama.cpp's converter may run"
-            raise UserError(what, where=str(base), hint=TRUST_HINT)
         if self.settings.ollama:
-            _modelfile(self.export.config, base)
+            modelfile_of(self.export.config, base, f"./{OUTPUT}")
 
     def needed_bytes(self) -> int:
         """With the merged checkpoint on its way."""
@@ -79,14 +82,14 @@ class Gguf(WholeModel):
         if self.export.verify:
             self._verification = verify_merged(merging, merged)
         written = Checkpoint.open(merged)
-        self._converter().run(written, folder / OUTPUT)
+        self._converter().run(written.path, folder / OUTPUT, outtype(written))
         facts = check_gguf(folder / OUTPUT, written, numbers=self.export.verify)
         shutil.rmtree(merged.parent)
         for file in licence_files(base):
             copy_file(file, folder / file.name)
         self.notes.append(facts.said)
         if self.settings.ollama:
-            modelfile = _modelfile(config, base, facts)
+            modelfile = modelfile_of(config, base, f"./{OUTPUT}", facts)
             write_file(folder / MODELFILE, modelfile.text)
             self.notes += modelfile.notes
 
@@ -97,20 +100,32 @@ class Gguf(WholeModel):
     def _converter(self) -> Converter:
         converter = find_converter(self.settings.llama_cpp)
         if converter is None:
-            raise no_converter(self.export.run.path, self.export.to, Checkpoint.open(self.source))
+            run, to = self.export.run.path, self.export.to
+            merged = to.with_name(f"{to.name}-merged")
+            outfile = ["--outfile", f"{to}.gguf", "--outtype", outtype(Checkpoint.open(self.source))]
+            export = ["mlx-sft", "export", "--run", str(run), "--to", str(merged)]
+            raise no_converter(SCRIPT, [export, ["python3", f"llama.cpp/{SCRIPT}", str(merged), *outfile]])
         return converter
 
 
-def _modelfile(config: TrainConfig, base: Path, facts: GgufFacts | None = None) -> Modelfile:
-    """The Modelfile for a GGUF file, where there is one already of what that was found to be."""
+def refuse_source(base: Path) -> None:
+    """Raise `UserError` for a base that llama.cpp's converters do not read, or might run code of."""
+    if base == TINY:
+        what = "llama.cpp does not know the tokenizer of the embedded model `tiny`, so that it has no GGUF file"
+        raise UserError(what, hint="train another model, or export with --format merged", exit_code=USAGE)
+    if (files := code_files(base)) and not may_run_code_of(base):
+        what = f"this model names Python code of its own ({', '.join(files)}), which llama.cpp's converter may run"
+        raise UserError(what, where=str(base), hint=TRUST_HINT)
+
+
+def modelfile_of(
+    config: TrainConfig, base: Path, model: str, facts: GgufFacts | None = None, adapter: str = ""
+) -> Modelfile:
+    """The Modelfile for what its FROM names, where that is a GGUF file that is there already of what it was found to be."""
     adds_bos, found = (None, None) if facts is None else (facts.adds_bos, facts.chat_template)
-    modelfile = make_modelfile(
-        load_tokenizer(base, config.chat_template, config.add_tokens),
-        config.chat_template_kwargs,
-        f"./{OUTPUT}",
-        adds_bos,
-    )
+    tokenizer = load_tokenizer(base, config.chat_template, config.add_tokens)
+    modelfile = make_modelfile(tokenizer, config.chat_template_kwargs, model, adds_bos, adapter)
     if modelfile.chat_template is not None and found is not None and found != modelfile.chat_template:
-        what = f"the chat template in {OUTPUT}, which Ollama follows, is not the tokenizer's"
-        raise UserError(what, where=str(base), hint="leave out --ollama, or update llama.cpp")
+        what = f"the chat template in {Path(model).name}, which Ollama follows, is not the tokenizer's"
+        raise UserError(what, where=str(base), hint="leave out --ollama or --ollama-base, or update llama.cpp")
     return modelfile

@@ -23,17 +23,18 @@ MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 
 @pytest.fixture
 def make_llama_cpp(tmp_path: Path) -> Callable[..., Path]:
-    """`make_llama_cpp(mode, name=)` → a folder with a converter, in which what `mode` says goes wrong."""
+    """`make_llama_cpp(mode, name=)` → a folder with the converters, in which what `mode` says goes wrong."""
 
     def make(mode: str = "", name: str = "llama.cpp") -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        script = folder / "convert_hf_to_gguf.py"
         source = (Path(__file__).parent / "stand_in_converter.py").read_text(encoding="utf-8")
         head, _, body = source.partition("from __future__ import annotations\n")
         future = "from __future__ import annotations\n"
-        script.write_text(f"#!{sys.executable}\n{head}{future}MODE = {mode!r}\n{body}", encoding="utf-8")
-        script.chmod(0o755)
+        for name_of_script in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
+            script = folder / name_of_script
+            script.write_text(f"#!{sys.executable}\n{head}{future}MODE = {mode!r}\n{body}", encoding="utf-8")
+            script.chmod(0o755)
         return folder
 
     return make

@@ -1,4 +1,4 @@
-"""Stands in for llama.cpp's `convert_hf_to_gguf.py`: the same command line, the same names, the same order of rows, small.
+"""Stands in for llama.cpp's `convert_hf_to_gguf.py` and `convert_lora_to_gguf.py`: the same command lines, names and order of rows, small.
 
 `MODE` is written before this text where it is put in place; it says what goes wrong.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,12 @@ def tensors(folder: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
+def _named(config: dict[str, Any]) -> str:
+    return str(config["model_type"]).replace("_", "")
+
+
 def _architecture(config: dict[str, Any]) -> gguf.MODEL_ARCH:
-    return next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == config["model_type"])
+    return next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == _named(config))
 
 
 def spoilt(found: dict[str, np.ndarray]) -> None:
@@ -101,11 +106,45 @@ def write(folder: Path, output: Path, kind: str) -> None:
     writer.close()
 
 
+def write_adapter(folder: Path, base: Path, output: Path) -> None:
+    """As `convert_lora_to_gguf.py` does, of PEFT's files."""
+    config = json.loads((base / "config.json").read_text())
+    architecture = "of-tomorrow" if MODE == "unknown" else "deepseek2" if MODE == "latent" else _named(config)
+    writer = gguf.GGUFWriter(output, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha + (MODE == "alpha"))
+    names = gguf.get_tensor_name_map(_architecture(config), config["num_hidden_layers"])
+    found: dict[str, Any] = {}
+    for tensor in open_safetensors(folder / "adapter_model.safetensors").tensors:
+        module, _, half = tensor.name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        values = read_float32(tensor)
+        if config["model_type"] == "llama" and module.endswith(("q_proj", "k_proj")) and half == "lora_B":
+            values = permuted(values, config["num_attention_heads" if "q_proj" in module else "num_key_value_heads"])
+        name = f"{names.get_name(re.sub('experts[.][0-9]+', 'experts', module))}.weight.{half.lower()}"
+        found[name] = [*found.get(name, []), values] if ".experts." in module else values
+    gate, up = "blk.1.ffn_gate.weight.lora_b", "blk.1.ffn_up.weight.lora_b"
+    if MODE == "swapped":
+        found[gate], found[up] = found[up], found[gate]
+    elif MODE == "missing":
+        del found[gate]
+    elif MODE == "more":
+        found["blk.1.ffn_norm.weight.lora_b"] = found[gate]
+    for name, values in found.items():
+        writer.add_tensor(name, np.array(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--outfile", type=Path, required=True)
     parser.add_argument("--outtype", choices=list(_KINDS), required=True)
+    parser.add_argument("--base", type=Path)
     given = parser.parse_args()
     if MODE == "fails":
         print("INFO: reading\nModel FooForCausalLM is not supported", file=sys.stderr)
@@ -119,6 +158,9 @@ def main() -> int:
         return 0
     if MODE == "garbage":
         given.outfile.write_bytes(b"not a model" * 100_000)
+        return 0
+    if given.base is not None:
+        write_adapter(given.model, given.base, given.outfile)
         return 0
     write(given.model, given.outfile, given.outtype)
     if MODE == "truncated":

@@ -19,9 +19,9 @@ EMBEDDINGS = "model.embed_tokens.weight"
 EXPERT = "model.layers.0.mlp.experts.{}.up_proj.weight"
 
 
-def written(folder: Path, tensors: dict[str, np.ndarray], tokens: int = 5) -> Path:
+def written(folder: Path, tensors: dict[str, np.ndarray], tokens: int = 5, architecture: str = "qwen3moe") -> Path:
     path = folder / "model.gguf"
-    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(1)
     writer.add_token_list([f"<{number}>" for number in range(tokens)])
     for name, values in tensors.items():
@@ -76,3 +76,21 @@ def test_an_expert_that_is_missing_is_noticed(
     }
     with pytest.raises(UserError, match=r"is \[1, 3, 4\], and 2 times \[3, 4\] in the checkpoint"):
         check_gguf(written(tmp_path, tensors), checkpoint)
+
+
+def test_the_weight_of_a_convolution_has_no_length_of_one_in_gguf(
+    tmp_path: Path, numbers: dict[str, np.ndarray]
+) -> None:
+    weight = np.arange(12, dtype=np.float32).reshape(4, 1, 3)
+    save_file(
+        {EMBEDDINGS: numbers[EMBEDDINGS], "model.layers.0.conv.conv.weight": weight}, tmp_path / "model.safetensors"
+    )
+    checkpoint = Checkpoint.open(tmp_path)
+    for shape, fits in (((4, 3), True), ((3, 4), False)):
+        tensors = {"token_embd.weight": numbers[EMBEDDINGS], "blk.0.shortconv.conv.weight": weight.reshape(shape)}
+        path = written(tmp_path, tensors, tokens=6, architecture="lfm2")
+        if fits:
+            assert "2 of its 2 tensors compared" in check_gguf(path, checkpoint).said
+        else:
+            with pytest.raises(UserError, match=r"is \[3, 4\], and \[4, 1, 3\] in the checkpoint"):
+                check_gguf(path, checkpoint)
