@@ -40,6 +40,8 @@ _NOT_EXPORTABLE = (
     "leave it out with --method lora and --target, or train another model"
 )
 
+_HEAD = "lm_head.weight"
+
 _ROUNDED, _QUANTIZED = 1e-2, 0.5
 """How far a number of a row may be from the checkpoint's, in parts of the largest: loaded in another precision, and in 4 bits."""
 
@@ -184,6 +186,7 @@ def merge(
         UserError: For an edit of a weight that the checkpoint does not have, or has in another shape, and where a merged weight is
             not finite in the tensor's dtype.
     """
+    _refuse_half_of_tied(checkpoint, edits)
     new_rows = dict(bases or {})
     at_once: set[str] = set()
     for name, edit in edits.items():
@@ -204,6 +207,14 @@ def merge(
         return _merged(tensor, rows, tensor.rows if tensor.name in at_once else _block(tensor))
 
     checkpoint.write(folder, contents)
+
+
+def _refuse_half_of_tied(checkpoint: Checkpoint, edits: dict[str, WeightEdit]) -> None:
+    """Raise `UserError` for an edit of the embeddings alone, or of the head alone, where one tensor is both."""
+    if _HEAD in checkpoint.named or not any(edit.alone for edit in edits.values()):
+        return
+    what = "this model has one weight for embeddings and head, and what was trained changes one of them alone"
+    raise UserError(what, where=str(checkpoint.path), hint=_ALONE)
 
 
 def _block(tensor: StoredTensor) -> int:

@@ -21,7 +21,7 @@ from mlx_sft.model.blocks import replaced_children
 _BODY_NAMES = ("model", "transformer", "backbone")
 
 _OUTPUT_NAME = "lm_head"
-_EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embeddings")
+EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embeddings")
 """Names of the embedding in a body, which is the output matrix too where there is no other."""
 
 _NESTED = "language_model"
@@ -102,7 +102,7 @@ class SplitModel:
         """The module that holds the output matrix, and the matrix's name in it; None where no known name is found."""
         if self.body_name is None:
             return None
-        places = ((self._owner, _OUTPUT_NAME), *((self.body, name) for name in _EMBEDDING_NAMES))
+        places = ((self._owner, _OUTPUT_NAME), *((self.body, name) for name in EMBEDDING_NAMES))
         return next(((holder, name) for holder, name in places if name in holder), None)
 
     def _is_body(self, name: str) -> bool:
@@ -144,7 +144,7 @@ def tied_embedding(model: nn.Module) -> str | None:
     owner: nn.Module = model.get(_NESTED, model)
     if _OUTPUT_NAME in owner or getattr(getattr(owner, "args", None), "tie_word_embeddings", True) is False:
         return None
-    paths = {f"{body}.{name}" for body in _BODY_NAMES for name in _EMBEDDING_NAMES}
+    paths = {f"{body}.{name}" for body in _BODY_NAMES for name in EMBEDDING_NAMES}
     kinds = (nn.Embedding, nn.QuantizedEmbedding)
     return next(
         (str(path) for path, module in owner.named_modules() if path in paths and isinstance(module, kinds)), None

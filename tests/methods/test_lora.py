@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.methods import make_method
-from mlx_sft.methods.lora import DoraLinear, Lora, LoraLinear, LoraSettings, resolve_targets
+from mlx_sft.methods.lora import DoraLinear, Lora, LoraLinear, LoraSettings
+from mlx_sft.methods.lora_targets import resolve_targets
 from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
 from tests.graphs import primitives
