@@ -277,7 +277,24 @@ def chat(max_tokens: int, temperature: float, **model: Any) -> None:
 
 @main.group()
 def adapters() -> None:
-    """Work on adapters without a model."""
+    """Look at adapters, and compose them."""
+
+
+@adapters.command()
+@click.argument("adapter", metavar="DIR")
+@click.option("--model", metavar="MODEL", help="Its base, if not the one that it names; its weights need not be there.")
+@click.option("--json", "as_json", is_flag=True, help="Write the findings as a line of JSON.")
+def check(adapter: str, model: str | None, as_json: bool) -> None:
+    """Say what an adapter changes, and what of it PEFT, mlx-lm, llama.cpp and this program would not take.
+
+    DIR is an adapter of PEFT's or mlx-lm's, or a run. The exit code is 1 where one of them would not take all of it.
+    """
+    from mlx_sft.convert.adapter_check import check_adapter
+
+    found = check_adapter(adapter, model)
+    write_text((found.to_json() if as_json else found.describe()) + "\n")
+    if not found.is_taken:
+        raise click.exceptions.Exit(1)
 
 
 @adapters.command(name="merge")
@@ -298,7 +315,7 @@ def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
-    from mlx_sft.methods.compose import merge_adapters
+    from mlx_sft.convert.compose import merge_adapters
 
     Console().done(str(merge_adapters(adapters, to, method=method, rank=rank)))
 

@@ -142,6 +142,7 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
     Raises:
         UserError: If the adapter is missing or damaged, names no base, or does not fit it; the message says what differs.
     """
+    refuse_unfinished_result(folder)
     name = model or method_in(Path(folder)).base_model(Path(folder))
     if not name:
         raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
@@ -185,6 +186,8 @@ def put_adapter(model: nn.Module, folder: str | Path | None, attached: Method | 
     if attached is not None and type(attached).detach is Method.detach:
         what = f"--method {attached.name} does not say how it is taken off a model"
         raise UserError(what, hint="start again, with --base or with another --adapter")
+    if folder is not None:
+        refuse_unfinished_result(folder)
     trained = None if folder is None else method_in(Path(folder)).read(Path(folder))
     put_back = [kind.detach(model) for _, kind in METHODS.items()]
     if trained is None:
@@ -199,6 +202,31 @@ def put_adapter(model: nn.Module, folder: str | Path | None, attached: Method | 
             undo()
         raise
     return method
+
+
+def result_folder(name: str | Path) -> Path:
+    """The folder of an adapter, which that of a run may stand for; raises `UserError` for a run that trained none."""
+    folder = user_path(name)
+    if not (folder / RunFolder(folder).config.name).is_file():
+        return folder
+    run = RunFolder.open(folder)
+    kind: type[Method] = METHODS[TrainConfig.resolve(run.config).method]
+    if not kind.frozen_base:
+        raise UserError(f"a run of --method {kind.name} has no adapter", where=str(run.path), exit_code=USAGE)
+    return run.path / kind.folder
+
+
+def refuse_unfinished_result(folder: str | Path, way_out: str = "") -> None:
+    """Raise `UserError` for a folder in which a run that has not finished keeps its result, such as runs/x/adapter.
+
+    Args:
+        way_out: As in `RunFolder.refuse_unfinished`.
+    """
+    place = user_path(folder).resolve()
+    run = RunFolder(place.parent)
+    results = {kind.folder for _, kind in METHODS.items()} | {run.last.name}
+    if place.name in results and run.config.is_file() and run.environment.is_file():
+        run.refuse_unfinished(way_out or f"give --run {run.path} in its place, with --step best, last, or")
 
 
 class Trained:

@@ -33,8 +33,16 @@ from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding
 from mlx_sft.methods.lora_targets import EMBEDDINGS, adaptable, adapted_modules, check_patterns
-from mlx_sft.methods.peft_files import CONFIG, base_copies, base_model_name, names_begin, read_adapter, write_adapter
-from mlx_sft.methods.peft_forms import is_on_parameter, on_modules, refuse_other_copies
+from mlx_sft.methods.peft_files import (
+    CONFIG,
+    base_copies,
+    base_model_name,
+    names_begin,
+    on_parameters,
+    read_adapter,
+    write_adapter,
+)
+from mlx_sft.methods.peft_forms import on_modules, refuse_other_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.model.head import floating_weights, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized, weight_shape
@@ -89,10 +97,12 @@ class Lora(Method):
         self._whole = WholeModules()
         self._dtype = mx.float32
         """Of the model."""
-        self._begins: str | None = None
+        self.names_begin: str | None = None
         """How names begin in the file that it was read from."""
         self.base_copies: dict[str, mx.array] = {}
         """Weights of the base that the file holds copies of, by the names of their modules."""
+        self.on_parameters: frozenset[str] = frozenset()
+        """Modules in the names of the parameters that are in truth parameters, of all experts of a layer."""
         self._as_in_mlx_lm = False
         """Whether the file is mlx-lm's, where an adapter on embeddings changes a tied head too."""
         self._shared = ""
@@ -215,7 +225,7 @@ class Lora(Method):
         return _as_one_weight(edits)
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
-        write_adapter(folder, self.settings, parameters, base_model, revision, self._begins)
+        write_adapter(folder, self.settings, parameters, base_model, revision, self.names_begin)
 
     def written_bytes(self, parameters: Parameters) -> int:
         tied = tied_weight(parameters, self.settings.also_train)
@@ -230,9 +240,15 @@ class Lora(Method):
             return method, parameters
         settings, parameters = read_adapter(folder)
         method = cls(settings)
-        method._begins = names_begin(folder)
+        method.names_begin = names_begin(folder)
         method.base_copies = base_copies(folder)
+        method.on_parameters = on_parameters(folder)
         return method, parameters
+
+    def needs_model(self, trained: Parameters) -> bool:
+        """Whether `of_model` has something to do."""
+        turned = self._as_in_mlx_lm and any(is_embedding(name.rpartition(".")[0]) for name in trained)
+        return bool(self.base_copies or self.on_parameters or turned)
 
     def of_model(self, model: nn.Module, trained: Parameters, where: Path) -> Parameters:
         """What was trained on a parameter of all experts, on their modules; mlx-lm's adapter on tied embeddings, on both uses of them."""
@@ -240,8 +256,8 @@ class Lora(Method):
             places = {name: module for name, (_, module) in adaptable(model).items() if name in self.base_copies}
             weights = {name: plain_weight(module) for name, module in places.items()}
             refuse_other_copies(self.base_copies, weights, where, rounded=any(map(is_quantized, places.values())))
-        if any(map(is_on_parameter, trained)):
-            found = on_modules(model, self.settings, trained, where)
+        if self.on_parameters:
+            found = on_modules(model, self.settings, trained, self.on_parameters)
             self.settings, trained, self._shared = found.settings, found.parameters, found.shared
         tied = tied_embedding(model)
         if self._as_in_mlx_lm and f"{tied}.lora_A" in trained:

@@ -25,7 +25,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
 from mlx_sft.methods.also_train import HEAD, is_whole, tied_weight
 from mlx_sft.methods.layers import layers_of_config, layers_to_transform
-from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_named
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
 from mlx_sft.methods.modules_to_save import modules_to_save, saved_modules, saved_weight
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_forms import (
@@ -40,8 +40,8 @@ from mlx_sft.methods.peft_forms import (
     target_parameters,
 )
 from mlx_sft.methods.peft_patterns import LONGEST_NAME, of_modules, together
-from mlx_sft.methods.peft_rules import PeftBase, endings, in_a_layer, losses, target_modules
-from mlx_sft.model.names import EXPERTS_PART, INSIDE, Opening, expert_name, split_expert, transformers_name
+from mlx_sft.methods.peft_rules import Loss, PeftBase, for_each_expert, losses, target_modules, targets_in_file
+from mlx_sft.model.names import INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 
 CONFIG = "adapter_config.json"
@@ -182,6 +182,17 @@ def base_copies(folder: Path) -> dict[str, mx.array]:
     return {module: read_copy(tensor, read_float32(tensor)) for module, tensor in tensors.items() if module is not None}
 
 
+def on_parameters(folder: Path) -> frozenset[str]:
+    """The names here of what an adapter is on that PEFT trained as `target_parameters`: the matrices of all experts of a layer."""
+    config, path = _read_config(folder / CONFIG), _weights_file(folder)
+    named = target_parameters(config, folder / CONFIG)
+    if not named:
+        return frozenset()
+    stripped = [plain_name(t.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)) for t in open_safetensors(path).tensors]
+    found = {of_parameter(name, named, path) for name in stripped} - set(stripped)
+    return frozenset(transformers_name(name).rpartition(".")[0] for name in found)
+
+
 def _copied(name: str, config: dict[str, Any]) -> str | None:
     """The module of whose weight a tensor is a copy; None where it is none."""
     stripped = name.removeprefix(_PREFIX)
@@ -189,8 +200,8 @@ def _copied(name: str, config: dict[str, Any]) -> str | None:
     return module and transformers_name(module)
 
 
-def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
-    """What PEFT would open otherwise than it was trained, of a LoRA adapter's files, a sentence each."""
+def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
+    """What PEFT would open otherwise than it was trained, of a LoRA adapter's files."""
     config = _read_config(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         return
@@ -200,7 +211,7 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
             continue
         stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
         if base.name(transformers_name(stripped)) != stripped:
-            yield f"no module of the model is named {stripped}"
+            yield Loss("no module of the model is named {}", stripped)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if not is_whole(name)))
     yield from losses(base, settings, modules, config)
 
@@ -265,8 +276,8 @@ def _to_config(
         "target_modules": target_modules(base, modules, layers["layers_to_transform"]),
         "exclude_modules": None,
         **layers,
-        "rank_pattern": {_for_each_expert(base.name(name)): rank for name, rank in settings.rank_pattern.items()},
-        "alpha_pattern": {_for_each_expert(base.name(name)): alpha for name, alpha in settings.alpha_pattern.items()},
+        "rank_pattern": {for_each_expert(base.name(name)): rank for name, rank in settings.rank_pattern.items()},
+        "alpha_pattern": {for_each_expert(base.name(name)): alpha for name, alpha in settings.alpha_pattern.items()},
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
@@ -287,45 +298,13 @@ def _to_settings(config: dict[str, Any], modules: dict[str, str], where: Path) -
         alpha=stated.lora_alpha,
         dropout=stated.lora_dropout,
         rslora=bool(stated.use_rslora),
-        target=_targets(config, modules, layers),
+        target=targets_in_file(config, modules, layers),
         layers=layers,
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         dora=bool(stated.use_dora),
         rank_pattern=of_modules(stated.rank_pattern or {}, "rank_pattern", modules, str(where)),
         alpha_pattern=of_modules(stated.alpha_pattern or {}, "alpha_pattern", modules, str(where)),
     )
-
-
-def _for_each_expert(name: str) -> str:
-    """A name of experts' modules together, as PEFT's expression for each of them."""
-    before, experts, after = f".{name}".rpartition(EXPERTS_PART)
-    return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
-
-
-def _targets(config: dict[str, Any], modules: dict[str, str], layers: str | None) -> list[str]:
-    """Names of what the file has: where the config's list says all of it, in each of these layers alike, else module by module.
-
-    The list may name more in the model than what was trained, as `out_proj` does where attention and convolution both have one; so a
-    name is taken with what stands before it in a layer.
-    """
-    whole = sorted({together(module) for module in modules})
-    names = config.get("target_modules")
-    partial = (config.get("layers_to_transform") is not None and layers is None) or config.get("exclude_modules")
-    if (
-        partial
-        or any(EXPERTS_PART in module for module in whole)
-        or not isinstance(names, list)
-        or not all(isinstance(name, str) for name in names)
-    ):
-        return whole
-    named: dict[str, list[str]] = {name: [] for name in names}
-    for ours, theirs in modules.items():
-        for name in filter(named.__contains__, endings(theirs)):
-            named[name].append(ours)
-    if not all(named.values()) or {module for fit in named.values() for module in fit} != modules.keys():
-        return whole
-    within = ((in_a_layer(module), module, name) for name, fit in named.items() for module in fit)
-    return sorted({short if is_named(short, name) else module for short, module, name in within})
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ experts.lora_A, .lora_B                                                         
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,11 +189,13 @@ class OfModules:
     shared: str
 
 
-def on_modules(model: nn.Module, settings: LoraSettings, parameters: Parameters, where: Path) -> OfModules:
-    """Put what is on the parameters of experts on the modules that hold them in a model of mlx-lm's.
+def on_modules(
+    model: nn.Module, settings: LoraSettings, parameters: Parameters, of_experts: Collection[str]
+) -> OfModules:
+    """Put what is on parameters of experts on the modules that hold them in a model of mlx-lm's; what the model has not, stays as it is.
 
-    Raises:
-        UserError: If the model has no such experts.
+    Args:
+        of_experts: The names of those parameters, among the names of modules.
     """
     family = str(getattr(model, "model_type", ""))
     known: dict[str, str] = {}
@@ -205,17 +207,15 @@ def on_modules(model: nn.Module, settings: LoraSettings, parameters: Parameters,
     origins: dict[str, str] = {}
     shared = ""
     for name, value in parameters.items():
-        if not is_on_parameter(name):
-            found[name] = value
-            origins[name.rpartition(".")[0]] = name.rpartition(".")[0]
-            continue
         module, _, half = name.rpartition(".")
         block, _, parameter = module.rpartition(".")
         parts = next(
             (p for p in _PARTS.get(parameter, ((parameter,),)) if all(f"{block}.{one}" in known for one in p)), None
         )
-        if parts is None:
-            raise UserError(f"this model has no experts whose weights are {module}", where=str(where), hint=_MERGE)
+        if module not in of_experts or parts is None:
+            found[name] = value
+            origins[module] = module
+            continue
         shared = module if len(parts) > 1 else shared
         for number, part in enumerate(parts):
             ours = known[f"{block}.{part}"]

@@ -37,13 +37,14 @@ def of_modules(values: dict[str, T], name: str, modules: dict[str, str], where: 
     return {together(module): value for module, value in found if value is not None}
 
 
-def compiled(key: str, name: str, where: str) -> re.Pattern[str]:
-    """As PEFT matches it: a regular expression for the end of a module's name; raises `UserError` for one that is not to be tried."""
+def compiled(key: str, name: str, where: str, *, ends: bool = True) -> re.Pattern[str]:
+    """As PEFT matches it: a regular expression for the end of a module's name, or for all of it; raises `UserError` for one that is not
+    to be tried."""
     repetitions = len(re.findall(r"[*+?{]", key))
     if len(key) > LONGEST_NAME or repetitions > _MOST_REPETITIONS or re.search(r"\)[*+?{]", key):
         raise UserError(f"{name} has {key[:LONGEST_NAME]!r}, which may take too long to match", where=where)
     try:
-        return re.compile(rf"(.*\.)?({key})")
+        return re.compile(rf"(.*\.)?({key})" if ends else key)
     except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"{name} has {key!r}, which is no regular expression ({error})", where=where) from error
 

@@ -79,7 +79,7 @@ def test_layers_come_in_their_order() -> None:
     assert resolve_targets(model, ("all-linear",)) == [f"layers.{i}" for i in range(12)]
 
 
-@pytest.mark.parametrize("target", ["q_prj", "proj", "embed_tokens", "model.layers"])
+@pytest.mark.parametrize("target", ["q_prj", "proj", "embed", "model.layers"])
 def test_a_target_that_is_no_linear_module_is_told_which_there_are(model: nn.Module, target: str) -> None:
     with pytest.raises(UserError, match=f"no linear module of this model is named {target}") as error:
         _lora(target=["q_proj", target]).attach(model, seed=0)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mlx_sft.convert.compose import merge_adapters
 from mlx_sft.errors import UserError
-from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.methods.lora import LoraSettings
 from mlx_sft.methods.peft_files import read_adapter, write_adapter
 
