@@ -162,6 +162,8 @@ def check_exportable(
     for name, shape in method.changed_shapes(parameters).items():
         if f"{name.removesuffix('.weight')}.scales" in checkpoint.named:
             continue
+        if name == _HEAD and name not in checkpoint.named:
+            continue  # it is the embeddings' tensor, and `merge` says whether the two can part
         tensor = checkpoint.parts(name, shape, "training", hint)[-1]
         first = tensor.rows - 1 if len(tensor.shape) > 2 else 0
         row = rows[name]

@@ -200,7 +200,8 @@ def for_each_expert(name: str) -> str:
 
 
 def targets_in_file(config: Mapping[str, Any], modules: Mapping[str, str], layers: str | None) -> list[str]:
-    """The inverse of `target_modules` for reading. Names of what the file has: where the config's list says all of it, in each of these layers alike, else module by module.
+    """The inverse, for reading. Names of what the file has: where the config's list says all of it, in each of these layers alike, else
+    module by module.
 
     The list may name more in the model than what was trained, as `out_proj` does where attention and convolution both have one; so a
     name is taken with what stands before it in a layer.
