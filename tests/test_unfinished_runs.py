@@ -292,7 +292,7 @@ def test_the_adapter_inside_of_such_a_run_is_refused_as_the_run_is(
 ) -> None:
     train(TrainConfig(**settings | {"out": str(tmp_path / "whole"), "max_steps": 2}))
     whole = tmp_path / "whole"
-    shutil.copytree(whole / "adapter", run.adapter)  # as one that has been evaluated has it
+    assert run.adapter.is_dir()
     with pytest.raises(UserError, match=r"has not finished: step \d+ of \d+ is its newest checkpoint") as caught:
         load_adapter(run.adapter)
     assert f"give --run {run.path} in its place, with --step best, last, or" in caught.value.hint

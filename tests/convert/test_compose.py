@@ -150,7 +150,7 @@ def test_what_peft_would_lose_is_refused(
     base = make_base("qwen2_moe")
     settings = LoraSettings(rank=2, alpha=4.0)
     write_adapter(tmp_path / "a", settings, make_adapter(base, settings), str(base))
-    with pytest.raises(UserError, match="PEFT has no place for the adapter on .*experts") as caught:
+    with pytest.raises(UserError, match=r"PEFT has no place for the adapter on .*experts") as caught:
         merge_adapters([str(tmp_path / "a")] * 2, tmp_path / "both", method="cat")
     assert "adapters check" in caught.value.hint
     assert not (tmp_path / "both").exists()
