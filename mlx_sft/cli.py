@@ -12,15 +12,14 @@ from mlx_sft.console import print_error, read_line, write_text
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
 from mlx_sft.options import (
     Sectioned,
-    base_model,
     choices,
     export_options,
     given,
     model_options,
     resolved,
     settings,
-    step,
     trusting,
+    which_model,
 )
 
 
@@ -357,15 +356,15 @@ def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None
 
 
 @main.command(name="eval")
-@click.option("--run", required=True, metavar="RUN", help="The run folder.")
+@which_model
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
-@step
-@base_model
-@click.option("--base", is_flag=True, help="The model as it was before training.")
 @click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
-@trusting
-def evaluate(run: str, data: str, json_lines: bool, **model: Any) -> None:
-    """Loss, perplexity and token accuracy of a run on a file."""
-    from mlx_sft.evaluate import evaluate_run
+def evaluate(data: str, json_lines: bool, **model: Any) -> None:
+    """Loss, perplexity and token accuracy on a file, of a run, of an adapter, or of a model.
 
-    write_text(evaluate_run(run, data, **model).describe(as_json=json_lines) + "\n")
+    The rows are read with the run's settings; without a run, with those that train has by itself.
+    """
+    from mlx_sft.evaluate import evaluate_model
+    from mlx_sft.load import load_named
+
+    write_text(evaluate_model(load_named(**model), data).describe(as_json=json_lines) + "\n")
