@@ -288,7 +288,7 @@ def check(adapter: str, model: str | None, as_json: bool) -> None:
 
     DIR is an adapter of PEFT's or mlx-lm's, or a run. The exit code is 1 where one of them would not take all of it.
     """
-    from mlx_sft.convert.adapter_check import check_adapter
+    from mlx_sft.methods.adapter_check import check_adapter
 
     found = check_adapter(adapter, model)
     write_text((found.to_json() if as_json else found.describe()) + "\n")
@@ -314,7 +314,7 @@ def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "
     The last line on stdout is the folder.
     """
     from mlx_sft.console import Console
-    from mlx_sft.convert.compose import merge_adapters
+    from mlx_sft.methods.compose import merge_adapters
 
     Console().done(str(merge_adapters(adapters, to, method=method, rank=rank)))
 

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mlx_sft import UserError, export, load_run, train
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.compose import merge_adapters
 from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.data.dataset import Examples
 from mlx_sft.load import load_adapter
 from mlx_sft.methods import Parameters
+from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.methods.full import Full
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.head import SplitModel

@@ -16,9 +16,9 @@ import pytest
 from click.testing import Result
 
 from mlx_sft import TrainConfig, UserError, evaluate_run, export, load_model, load_run, train
-from mlx_sft.convert.compose import merge_adapters
 from mlx_sft.errors import USAGE
 from mlx_sft.load import load_adapter
+from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.callbacks import Callback
 from tests.chosen import without_adapter

@@ -9,6 +9,7 @@ experts.lora_A, .lora_B                                                         
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from mlx_sft.methods.lora_settings import HALVES, LoraSettings, is_embedding
 from mlx_sft.methods.peft_rules import renamed
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.names import EXPERTS_PART
-from mlx_sft.safetensors_file import StoredTensor
+from mlx_sft.model.weights import Checkpoint
+from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_float32
 
 HEAD = "lm_head"
 _COPY, _NESTED, _OF_EMBEDDINGS = ".base_layer.weight", ".base_layer", "lora_embedding_"
@@ -113,6 +115,29 @@ def read_copy(tensor: StoredTensor, value: Any) -> mx.array:
     """A copy, in the precision in which it is stored."""
     kinds = {"BF16": mx.bfloat16, "F16": mx.float16}
     return mx.array(value).astype(kinds.get(tensor.dtype, mx.float32))
+
+
+def check_copies(copies: Mapping[str, mx.array], base: Path, where: Path) -> list[str]:
+    """Compare the copies of a base's weights that PEFT saved in an adapter with a checkpoint folder.
+
+    Returns:
+        The modules that could not be compared, because the base is quantized or its weights are not here.
+
+    Raises:
+        UserError: For one that is another weight.
+    """
+    named: Mapping[str, StoredTensor] = {}
+    if copies:
+        with suppress(UserError):
+            named = Checkpoint.open(base).named
+    embeddings = next((tensor for name, tensor in named.items() if is_embedding(name.removesuffix(".weight"))), None)
+    weights = {}
+    for module in copies:
+        stored = named.get(f"{module}.weight") or (embeddings if module == HEAD else None)
+        if stored is not None and stored.dtype in STORED_AS:
+            weights[module] = read_copy(stored, read_float32(stored))
+    refuse_other_copies({name: copies[name] for name in weights}, weights, where)
+    return [module for module in copies if module not in weights]
 
 
 # --- adapters on parameters -----------------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
-from mlx_sft.convert.compose import merge_adapters
 from mlx_sft.convert.model_card import Published, model_card, read_run_summary
 from mlx_sft.convert.targets.peft import open_as_peft
 from mlx_sft.load import load_adapter
+from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.methods.lora import LoraSettings
 from mlx_sft.methods.peft_files import read_adapter, write_adapter
 from mlx_sft.model import names

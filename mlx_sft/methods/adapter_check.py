@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,17 +23,17 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_sft.console import count
 from mlx_sft.errors import USAGE, UserError, blamed_on
-from mlx_sft.load import refuse_unfinished_result, result_folder
 from mlx_sft.methods import Parameters, attach_trained, mlx_lm_files
 from mlx_sft.methods.also_train import HEAD
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora import Lora
-from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
 from mlx_sft.methods.lora_targets import adaptable
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
-from mlx_sft.methods.peft_forms import read_copy, refuse_other_copies
+from mlx_sft.methods.peft_forms import check_copies
 from mlx_sft.methods.peft_rules import in_a_layer
+from mlx_sft.methods.results import refuse_unfinished_result, result_folder
 from mlx_sft.model.head import tied_embedding
 from mlx_sft.model.linears import weight_shape
 from mlx_sft.model.load import local_checkpoint
@@ -41,8 +41,6 @@ from mlx_sft.model.names import CAUSAL_LM, transformers_name
 from mlx_sft.model.outline import outline
 from mlx_sft.model.stored_form import give_mlx_form
 from mlx_sft.model.translate import read_config
-from mlx_sft.model.weights import Checkpoint
-from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_float32
 
 OURS, PEFT, MLX_LM, LLAMA_CPP = "mlx-sft", "PEFT", "mlx-lm", "llama.cpp"
 
@@ -309,29 +307,6 @@ class _Look:
         if HEAD in adapted and _is_tied(self.base):
             found.append(Problem("its converter refuses {} where the model ties it to the embeddings", (HEAD,)))
         return [one for one in found if one.modules] + self._homeless("its converter has no name for {}")
-
-
-def check_copies(copies: Mapping[str, mx.array], base: Path, where: Path) -> list[str]:
-    """Compare the copies of a base's weights that PEFT saved in an adapter with a checkpoint folder.
-
-    Returns:
-        The modules that could not be compared, because the base is quantized or its weights are not here.
-
-    Raises:
-        UserError: For one that is another weight.
-    """
-    named: Mapping[str, StoredTensor] = {}
-    if copies:
-        with suppress(UserError):
-            named = Checkpoint.open(base).named
-    embeddings = next((tensor for name, tensor in named.items() if is_embedding(name.removesuffix(".weight"))), None)
-    weights = {}
-    for module in copies:
-        stored = named.get(f"{module}.weight") or (embeddings if module == HEAD else None)
-        if stored is not None and stored.dtype in STORED_AS:
-            weights[module] = read_copy(stored, read_float32(stored))
-    refuse_other_copies({name: copies[name] for name in weights}, weights, where)
-    return [module for module in copies if module not in weights]
 
 
 def _opened_by_mlx_lm(model: Any, folder: Path) -> list[Problem]:

@@ -16,15 +16,15 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft.convert.adapter_check import check_copies
-from mlx_sft.convert.targets.peft import open_as_peft
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import free_folder, user_path, write_folder
-from mlx_sft.load import refuse_unfinished_result, result_folder
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.lora import Lora
 from mlx_sft.methods.lora_settings import HALVES, LoraSettings
-from mlx_sft.methods.peft_files import write_adapter
+from mlx_sft.methods.peft_base import peft_base
+from mlx_sft.methods.peft_files import lost_by_peft, write_adapter
+from mlx_sft.methods.peft_forms import check_copies
+from mlx_sft.methods.results import refuse_unfinished_result, result_folder
 from mlx_sft.model.load import local_checkpoint
 from mlx_sft.model.outline import outline
 from mlx_sft.run_folder import RunFolder
@@ -92,13 +92,18 @@ def merge_adapters(
     target = free_folder(to)
     with write_folder(target) as temporary:
         write_adapter(temporary, settings, parameters, read[0].base_model, begins=read[0].begins)
-        open_as_peft(temporary, read[0].base_model, _NOT_IN_PEFT)
+        _refuse_losses(temporary, read[0].base_model)
     return target
 
 
-_NOT_IN_PEFT = (
-    "look at each with `mlx-sft adapters check`; where PEFT cannot have it, merge each run into a checkpoint of its own"
-)
+def _refuse_losses(folder: Path, base_model: str) -> None:
+    """Raise `UserError` for a result of which PEFT would lose a part; where the base is not on this disk, that is not seen."""
+    base = peft_base(base_model)
+    if base is not None and base.modules and (lost := list(lost_by_peft(folder, base))):
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        what = f"PEFT would not open the result as the sum of these adapters: {lost[0]}{more}"
+        hint = "look at each with `mlx-sft adapters check`; where PEFT cannot have it, merge each run into a checkpoint of its own"
+        raise UserError(what, where=base_model, hint=hint)
 
 
 def linear(parts: list[Part]) -> tuple[Array, Array]:

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mlx_sft.convert.adapter_check import LLAMA_CPP, MLX_LM, OURS, PEFT, AdapterCheck, check_adapter
 from mlx_sft.errors import UserError
+from mlx_sft.methods.adapter_check import LLAMA_CPP, MLX_LM, OURS, PEFT, AdapterCheck, check_adapter
 from mlx_sft.methods.lora import LoraSettings
 from mlx_sft.methods.peft_files import write_adapter
 from tests.methods.test_adapters_in import of_mlx_lm, of_peft

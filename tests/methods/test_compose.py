@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mlx_sft.convert.compose import merge_adapters
 from mlx_sft.errors import UserError
 from mlx_sft.load import load_adapter
 from mlx_sft.methods import mlx_lm_files
+from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import read_adapter, write_adapter
 from mlx_sft.model.linears import linear_modules
