@@ -204,9 +204,8 @@ class _Look:
 
     def _ours(self) -> list[Problem]:
         """Of this package; from then on the method and its parameters are as this model has them."""
-        copies, self.method.base_copies = self.method.base_copies, {}
         try:
-            if unseen := check_copies(copies, self.base, self.where):
+            if unseen := check_copies(self.method.base_copies, self.base, self.where):
                 self.notes.append(
                     f"it holds copies of the base's weights that were not compared with the base: {', '.join(unseen)}"
                 )

@@ -153,7 +153,6 @@ def _read(adapter: str) -> _Weighted:
                 what, where=name, hint="compose where the base is, or merge each into a checkpoint of its own"
             )
         check_copies(method.base_copies, checkpoint, folder)
-        method.base_copies = {}
         parameters = method.of_model(outline(checkpoint, "float32").model, parameters, folder)
     settings = method.settings
     if settings.also_train:

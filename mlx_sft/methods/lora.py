@@ -46,6 +46,7 @@ from mlx_sft.methods.peft_forms import on_modules, refuse_other_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.model.head import floating_weights, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized, weight_shape
+from mlx_sft.model.outline import is_outline
 from mlx_sft.model.quantize import plain_weight
 
 _PARTS = (*HALVES, MAGNITUDE)
@@ -252,7 +253,7 @@ class Lora(Method):
 
     def of_model(self, model: nn.Module, trained: Parameters, where: Path) -> Parameters:
         """What was trained on a parameter of all experts, on their modules; mlx-lm's adapter on tied embeddings, on both uses of them."""
-        if self.base_copies:
+        if self.base_copies and not is_outline(model):
             places = {name: module for name, (_, module) in adaptable(model).items() if name in self.base_copies}
             weights = {name: plain_weight(module) for name, module in places.items()}
             refuse_other_copies(self.base_copies, weights, where, rounded=any(map(is_quantized, places.values())))

@@ -22,6 +22,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json, write_file, write_file_with
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
+from mlx_sft.methods.peft_patterns import LONGEST_NAME, MOST_FEATURES
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.model.names import transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
@@ -93,7 +94,7 @@ def _num_layers(settings: LoraSettings, parameters: dict[str, mx.array], paths: 
 
 def holds_adapter(folder: Path) -> bool:
     """Whether a folder's `adapter_config.json` is mlx-lm's, and not PEFT's, whose file has the same name."""
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return config.get("peft_type") is None and bool({"fine_tune_type", "lora_parameters"} & config.keys())
 
 
@@ -120,7 +121,10 @@ def read_adapter(folder: Path) -> tuple[LoraSettings, dict[str, mx.array]]:
         module, _, part = tensor.name.rpartition(".")
         if part not in ours or not module or (part == "m" and not is_dora):
             hint = "only lora_a and lora_b are read, and m of DoRA"
-            raise UserError(f"unknown tensor {tensor.name}", where=str(folder / WEIGHTS), hint=hint)
+            raise UserError(f"unknown tensor {tensor.name[:LONGEST_NAME]}", where=str(folder / WEIGHTS), hint=hint)
+        if max(tensor.shape, default=0) >= MOST_FEATURES or len(module) > LONGEST_NAME:
+            what = f"{tensor.name[:LONGEST_NAME]} is larger than any module of a model"
+            raise UserError(what, where=str(folder / WEIGHTS))
         value = mx.array(read_float32(tensor))
         parameters[f"{transformers_name(module)}.{ours[part]}"] = value.T if value.ndim == 2 else value
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))

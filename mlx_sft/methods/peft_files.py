@@ -39,7 +39,7 @@ from mlx_sft.methods.peft_forms import (
     stored_name,
     target_parameters,
 )
-from mlx_sft.methods.peft_patterns import LONGEST_NAME, of_modules, together
+from mlx_sft.methods.peft_patterns import LONGEST_NAME, MOST_FEATURES, of_modules, together
 from mlx_sft.methods.peft_rules import Loss, PeftBase, for_each_expert, losses, target_modules, targets_in_file
 from mlx_sft.model.names import INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
@@ -82,9 +82,6 @@ class _Stated(BaseModel):
     alpha_pattern: dict[str, float] | None = None
     modules_to_save: list[str] | None = None
     ensure_weight_tying: bool | None = False
-
-
-_MOST_FEATURES = 2**31
 
 
 def peft_name(name: str) -> str:
@@ -156,7 +153,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
             hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules and embeddings are read"
             raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
         stripped = of_parameter(stripped, named, file.path)
-        if max(tensor.shape, default=0) >= _MOST_FEATURES or len(stripped) > LONGEST_NAME:
+        if max(tensor.shape, default=0) >= MOST_FEATURES or len(stripped) > LONGEST_NAME:
             raise UserError(f"{tensor.name[:LONGEST_NAME]} is larger than any module of a model", where=str(file.path))
         name = transformers_name(stripped)
         if name in parameters:

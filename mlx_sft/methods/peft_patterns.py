@@ -9,7 +9,8 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods.lora_settings import is_named
 from mlx_sft.model.names import split_expert
 
-LONGEST_NAME = 300
+LONGEST_NAME, MOST_FEATURES = 300, 2**31
+"""Of a module: more has none, and no adapter may make it look so."""
 
 _MOST_REPETITIONS = 3
 """In a pattern of names that is a regular expression: more of them, or one of a group, could take longer than a life."""

@@ -54,7 +54,13 @@ def outline(path: Path, dtype: str, quantize: str | None = None) -> SplitModel:
         mark_joined(model, checkpoint)
     model.freeze()
     model.eval()
+    model._outlined = True
     return _UncheckedSplit(model)
+
+
+def is_outline(model: nn.Module) -> bool:
+    """Whether a model's weights are placeholders, which are not to be compared with anything."""
+    return bool(getattr(model, "_outlined", False))
 
 
 def _checkpoint(path: Path) -> Checkpoint | None:

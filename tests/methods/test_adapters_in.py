@@ -195,11 +195,13 @@ def test_training_from_an_adapter_on_embeddings_and_head_has_pefts_gradients(
 )
 def test_a_run_that_starts_from_an_adapter_on_embeddings_goes_to_peft_and_into_a_checkpoint(
     tied: bool, targets: list[str], make_base: Callable[..., Path], settings: dict[str, Any], tmp_path: Path, torch_logits: Callable,
-    mlx_logits: Callable, token_ids: list,
+    mlx_logits: Callable, token_ids: list, cli: Callable[..., Any],
 ) -> None:  # fmt: skip
     base = make_base("qwen3", tied=tied)
     of_peft(base, tmp_path / "a", target_modules=targets)
     shape = {"model": str(base), "max_steps": 2, "init_adapter": str(tmp_path / "a")}
+    planned = cli("plan", "--data", settings["data"], "--model", base, "--init-adapter", tmp_path / "a")
+    assert planned.exit_code == 0, planned.stderr  # also without the weights, with which the copies of the base's are compared
     run = train(TrainConfig(**settings | shape)).run_dir
     ours = torch.tensor(mlx_logits(load_run(run, dtype="float32").model, token_ids))
     written = export(run, tmp_path / "peft", format="peft").path
