@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError
-from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
+from mlx_sft.methods import Method, Parameters, WeightEdit, mlx_lm_files
 from mlx_sft.methods.also_train import (
     HEAD,
     WholeModules,
@@ -30,6 +28,7 @@ from mlx_sft.methods.also_train import (
     whole_modules,
 )
 from mlx_sft.methods.full import is_decayed
+from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
 from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding
 from mlx_sft.methods.lora_targets import EMBEDDINGS, adaptable, adapted_modules, check_patterns
@@ -50,31 +49,6 @@ from mlx_sft.model.outline import is_outline
 from mlx_sft.model.quantize import plain_weight
 
 _PARTS = (*HALVES, MAGNITUDE)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRankUpdate(WeightEdit):
-    """W → W + scale · B · A, of a matrix, or of each of a stack; with magnitudes its rows have these norms (DoRA)."""
-
-    lora_A: NDArray[np.float32]
-    lora_B: NDArray[np.float32]
-    scale: float
-    magnitudes: NDArray[np.float32] | None
-
-    def is_same(self, other: LowRankUpdate) -> bool:
-        """Whether another weight is changed alike."""
-        halves = ((self.lora_A, other.lora_A), (self.lora_B, other.lora_B))
-        return self.scale == other.scale and all(np.array_equal(one, two) for one, two in halves)
-
-    def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
-        lora_A, lora_B = (self.lora_A, self.lora_B) if expert is None else (self.lora_A[expert], self.lora_B[expert])
-        update = lora_B[start:stop] @ (lora_A if lora_A.ndim == 2 else lora_A[start:stop])
-        update *= np.float32(self.scale)
-        update += base(start, stop)
-        if self.magnitudes is not None:
-            norms = np.linalg.norm(update, axis=1)
-            update *= (self.magnitudes[start:stop] / np.where(norms == 0, 1, norms))[:, None]
-        return update
 
 
 class Lora(Method):
@@ -193,7 +167,7 @@ class Lora(Method):
 
     def changed_shapes(self, parameters: Parameters) -> dict[str, tuple[int, ...]]:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters if not is_whole(name))
-        pairs = {module: _halves(module, parameters) for module in modules}
+        pairs = {module: weight_halves(module, parameters) for module in modules}
         return {
             f"{module}.weight": (*lora_B.shape[:-1], lora_A.shape[-1]) for module, (lora_A, lora_B) in pairs.items()
         } | {name: value.shape for name, value in parameters.items() if is_whole(name)}
@@ -202,7 +176,7 @@ class Lora(Method):
         if name in parameters:
             return parameters[name]
         module = name.removesuffix(".weight")
-        lora_A, lora_B = _halves(module, parameters)
+        lora_A, lora_B = weight_halves(module, parameters)
         changed = weight.astype(mx.float32) + self.settings.scale_of(module) * (lora_B @ lora_A)
         magnitudes = parameters.get(f"{module}.{MAGNITUDE}")
         if magnitudes is None:
@@ -218,12 +192,12 @@ class Lora(Method):
             if name in edits:
                 continue
             module = name.removesuffix(".weight")
-            lora_A, lora_B = (np.array(half, np.float32) for half in _halves(module, parameters))
+            lora_A, lora_B = (np.array(half, np.float32) for half in weight_halves(module, parameters))
             norms = parameters.get(f"{module}.{MAGNITUDE}")
             magnitudes = None if norms is None else np.array(norms, np.float32)
             scale = method.settings.scale_of(module)
             edits[name] = LowRankUpdate(shape=shape, lora_A=lora_A, lora_B=lora_B, scale=scale, magnitudes=magnitudes)
-        return _as_one_weight(edits)
+        return as_one_weight(edits)
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
         write_adapter(folder, self.settings, parameters, base_model, revision, self.names_begin)
@@ -352,24 +326,6 @@ class Lora(Method):
             if isinstance(module, DoraLinear):
                 parameters[f"{path}.{MAGNITUDE}"] = module.lora_magnitude_vector
         return parameters
-
-
-def _halves(module: str, parameters: Parameters) -> tuple[mx.array, mx.array]:
-    """A and B, whose product B A is of the shape of the module's weight; that of embeddings is turned."""
-    lora_A, lora_B = (parameters[f"{module}.{half}"] for half in HALVES)
-    return (lora_B.T, lora_A.T) if is_embedding(module) else (lora_A, lora_B)
-
-
-def _as_one_weight(edits: dict[str, WeightEdit]) -> dict[str, WeightEdit]:
-    """A head that changes as the embeddings do may be the same tensor as theirs."""
-    uses = {
-        name: edit
-        for name, edit in edits.items()
-        if isinstance(edit, LowRankUpdate) and (name == f"{HEAD}.weight" or is_embedding(name.removesuffix(".weight")))
-    }
-    if len(uses) == 2 and LowRankUpdate.is_same(*uses.values()):
-        return edits | {f"{HEAD}.weight": replace(uses[f"{HEAD}.weight"], optional=True)}
-    return edits | {name: replace(edit, alone=True) for name, edit in uses.items()}
 
 
 def _module_at(model: nn.Module, path: str) -> Any:

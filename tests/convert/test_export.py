@@ -23,7 +23,7 @@ from mlx_sft.convert.export import export
 from mlx_sft.errors import UserError
 from mlx_sft.load import load_run
 from mlx_sft.methods.full import Full
-from mlx_sft.methods.lora import LowRankUpdate
+from mlx_sft.methods.lora_edits import LowRankUpdate
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.model.load import load_model
 from mlx_sft.model.weights import Checkpoint

@@ -201,7 +201,9 @@ def test_a_run_that_starts_from_an_adapter_on_embeddings_goes_to_peft_and_into_a
     of_peft(base, tmp_path / "a", target_modules=targets)
     shape = {"model": str(base), "max_steps": 2, "init_adapter": str(tmp_path / "a")}
     planned = cli("plan", "--data", settings["data"], "--model", base, "--init-adapter", tmp_path / "a")
-    assert planned.exit_code == 0, planned.stderr  # also without the weights, with which the copies of the base's are compared
+    assert planned.exit_code == 0, (
+        planned.stderr
+    )  # also without the weights, with which the copies of the base's are compared
     run = train(TrainConfig(**settings | shape)).run_dir
     ours = torch.tensor(mlx_logits(load_run(run, dtype="float32").model, token_ids))
     written = export(run, tmp_path / "peft", format="peft").path
