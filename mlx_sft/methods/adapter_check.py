@@ -133,7 +133,12 @@ class AdapterCheck:
 
     def to_json(self) -> str:
         """A line of JSON."""
-        return json.dumps(asdict(self) | {"changes_nothing": self.changes_nothing, "is_taken": self.is_taken})
+        problems = {
+            name: None if found is None else [{"said": str(one), "modules": one.modules} for one in found]
+            for name, found in self.problems.items()
+        }
+        verdict = {"changes_nothing": self.changes_nothing, "is_taken": self.is_taken}
+        return json.dumps(asdict(self) | {"problems": problems} | verdict)
 
 
 def check_adapter(folder: str | Path, model: str | None = None) -> AdapterCheck:

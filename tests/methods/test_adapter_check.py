@@ -188,6 +188,8 @@ def test_the_command(
     found = json.loads(result.stdout)
     assert (result.exit_code, found["is_taken"], found["changes_nothing"]) == (1, False, False)
     assert len(found["problems"][PEFT][0]["modules"]) == 6
+    assert found["problems"][PEFT][0]["said"] in cli("adapters", "check", tmp_path / "a").stdout
+    assert found["problems"][OURS] == []
     run = make_run(make_base("qwen3", tied=True))
     assert cli("adapters", "check", run.path).exit_code == 0
     result = cli("adapters", "check", tmp_path, "--model", base)
