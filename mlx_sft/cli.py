@@ -13,15 +13,14 @@ from mlx_sft.crash_report import command_line
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
 from mlx_sft.options import (
     Sectioned,
-    base_model,
     choices,
     export_options,
     given,
     model_options,
     resolved,
     settings,
-    step,
     trusting,
+    which_model,
 )
 from mlx_sft.streams import hurry
 
@@ -284,7 +283,24 @@ def chat(max_tokens: int, temperature: float, **model: Any) -> None:
 
 @main.group()
 def adapters() -> None:
-    """Work on adapters without a model."""
+    """Look at adapters, and compose them."""
+
+
+@adapters.command()
+@click.argument("adapter", metavar="DIR")
+@click.option("--model", metavar="MODEL", help="Its base, if not the one that it names; its weights need not be there.")
+@click.option("--json", "as_json", is_flag=True, help="Write the findings as a line of JSON.")
+def check(adapter: str, model: str | None, as_json: bool) -> None:
+    """Say what an adapter changes, and what of it PEFT, mlx-lm, llama.cpp and this program would not take.
+
+    DIR is an adapter of PEFT's or mlx-lm's, or a run. The exit code is 1 where one of them would not take all of it.
+    """
+    from mlx_sft.methods.adapter_check import check_adapter
+
+    found = check_adapter(adapter, model)
+    write_text((found.to_json() if as_json else found.describe()) + "\n")
+    if not found.is_taken:
+        raise click.exceptions.Exit(1)
 
 
 @adapters.command(name="merge")
@@ -347,15 +363,15 @@ def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None
 
 
 @main.command(name="eval")
-@click.option("--run", required=True, metavar="RUN", help="The run folder.")
+@which_model
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
-@step
-@base_model
-@click.option("--base", is_flag=True, help="The model as it was before training.")
 @click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
-@trusting
-def evaluate(run: str, data: str, json_lines: bool, **model: Any) -> None:
-    """Loss, perplexity and token accuracy of a run on a file."""
-    from mlx_sft.evaluate import evaluate_run
+def evaluate(data: str, json_lines: bool, **model: Any) -> None:
+    """Loss, perplexity and token accuracy on a file, of a run, of an adapter, or of a model.
 
-    write_text(evaluate_run(run, data, **model).describe(as_json=json_lines) + "\n")
+    The rows are read with the run's settings; without a run, with those that train has by itself.
+    """
+    from mlx_sft.evaluate import evaluate_model
+    from mlx_sft.load import load_named
+
+    write_text(evaluate_model(load_named(**model), data).describe(as_json=json_lines) + "\n")

@@ -15,12 +15,12 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import check_vocabulary
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.source_report import SourceReport
-from mlx_sft.load import WhichStep, load_run
+from mlx_sft.load import AdaptedModel, WhichStep, load_run
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
+from mlx_sft.model.load import LoadedModel
 from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.objectives import make_objective
-from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.batch_settings import layout_on
 from mlx_sft.training.machine import this_machine
 from mlx_sft.training.out_of_memory import evaluate_in_memory
@@ -111,13 +111,23 @@ def evaluate_run(
     Raises:
         UserError: If the run or the data cannot be used.
     """
-    loaded = load_run(run, base=base, step=step, base_model=base_model)
-    config = loaded.train_config or TrainConfig.resolve(RunFolder.open(run).config)
+    return evaluate_model(load_run(run, base=base, step=step, base_model=base_model), data)
+
+
+def evaluate_model(loaded: LoadedModel, data: str) -> EvaluationResult:
+    """Token-mean loss and accuracy of a loaded model on a data source, with the settings of its run, or those that training has by itself.
+
+    Raises:
+        UserError: If the data cannot be used.
+    """
+    own = isinstance(loaded, AdaptedModel) and loaded.train_config
+    config = own or TrainConfig(data=[data], model=loaded.name)
+    method = _Bound(loaded.method if isinstance(loaded, AdaptedModel) else None)
     examples, report = prepare_file(data, config, loaded.tokenizer)
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)
     objective = make_objective(config)
-    split, method = SplitModel(loaded.model), _Bound(loaded.method)
+    split = SplitModel(loaded.model)
     computer = GradientComputer(split, method, vocabulary, objective, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
     evaluation, _ = evaluate_in_memory(

@@ -17,6 +17,7 @@ from mlx_sft.data.new_tokens import NewTokens, beyond
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import folder_bytes, user_path
 from mlx_sft.methods import Method, Parameters, attach_trained, make_method, method_in
+from mlx_sft.methods.results import refuse_unfinished_result
 from mlx_sft.model.load import (
     LoadedModel,
     cast,
@@ -148,6 +149,7 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
     Raises:
         UserError: If the adapter is missing or damaged, names no base, or does not fit it; the message says what differs.
     """
+    refuse_unfinished_result(folder)
     name = model or method_in(Path(folder)).base_model(Path(folder))
     if not name:
         raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
@@ -201,6 +203,8 @@ def put_adapter(model: nn.Module, folder: str | Path | None, attached: Method | 
     if attached is not None and type(attached).detach is Method.detach:
         what = f"--method {attached.name} does not say how it is taken off a model"
         raise UserError(what, hint="start again, with --base or with another --adapter")
+    if folder is not None:
+        refuse_unfinished_result(folder)
     trained = None if folder is None else method_in(Path(folder)).read(Path(folder))
     put_back = [kind.detach(model) for _, kind in METHODS.items()]
     if trained is None:

@@ -93,13 +93,22 @@ base_model = click.option("--base-model", metavar="MODEL",
 def model_options(command: Command) -> Command:
     """Which model, and how it answers: of `generate` and `chat`."""
     for option in (
-        trusting,
         click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
                      help="0 takes the likeliest token each time."),
         click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True,
                      help="Longest answer."),
+        which_model,
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def which_model(command: Command) -> Command:
+    """A run, a model, or an adapter on a model: what `load_named` takes."""
+    for option in (
+        trusting,
         click.option("--base", is_flag=True, help="The model as it was before training."),
-        click.option("--adapter", metavar="DIR", help="A PEFT adapter, on --model or on the base that it names."),
+        click.option("--adapter", metavar="DIR", help="An adapter of PEFT's or mlx-lm's, on --model or on the base that it names."),
         click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
         step,
         base_model,

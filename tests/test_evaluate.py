@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.errors import USAGE
 from mlx_sft.evaluate import evaluate_run
 from mlx_sft.run_folder import RunFolder
 from tests.chosen import without_adapter
@@ -72,3 +73,10 @@ def test_a_run_that_has_not_finished_says_how_to(run: RunFolder, chats: Path) ->
     (run.adapter).rename(run.path / "elsewhere")
     with pytest.raises(UserError, match=f"--resume {run.path}"):
         evaluate_run(run.path, str(chats))
+
+
+def test_an_adapter_is_evaluated_as_its_run_is(run: RunFolder, chats: Path, cli: Callable[..., Any]) -> None:
+    expected = evaluate_run(run.path, str(chats))
+    result = cli("eval", "--adapter", run.adapter, "--data", chats, "--json")
+    assert json.loads(result.stdout)["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert cli("eval", "--data", chats).exit_code == USAGE

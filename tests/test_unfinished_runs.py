@@ -292,3 +292,23 @@ def test_a_run_of_before_its_steps_were_noted_still_says_where_it_stands(run: Ru
     run.environment.write_text(json.dumps(began))
     with pytest.raises(UserError, match=r"has not finished: step \d+ is its newest"):
         load_run(run.path)
+
+
+def test_the_adapter_inside_of_such_a_run_is_refused_as_the_run_is(
+    run: RunFolder, settings: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    train(TrainConfig(**settings | {"out": str(tmp_path / "whole"), "max_steps": 2}))
+    whole = tmp_path / "whole"
+    assert run.adapter.is_dir()
+    with pytest.raises(UserError, match=r"has not finished: step \d+ of \d+ is its newest checkpoint") as caught:
+        load_adapter(run.adapter)
+    assert f"give --run {run.path} in its place, with --step best, last, or" in caught.value.hint
+    result = cli("generate", "--adapter", run.adapter, "--prompt", "the cat")
+    assert (result.exit_code, "has not finished" in result.stderr) == (1, True)
+    chat = cli("chat", "--adapter", whole / "adapter", "--max-tokens", 1, input=f"/adapter {run.adapter}\n\n")
+    assert "has not finished" in chat.stdout
+    with pytest.raises(UserError, match="has not finished"):
+        merge_adapters([str(run.adapter), str(whole)], tmp_path / "both")
+    elsewhere = shutil.copytree(run.adapter, tmp_path / "elsewhere" / "adapter")
+    assert load_adapter(elsewhere).method is not None
+    assert load_adapter(whole / "adapter").method is not None

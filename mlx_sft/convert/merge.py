@@ -42,6 +42,8 @@ _NOT_EXPORTABLE = (
     "leave it out with --method lora and --target, or train another model"
 )
 
+HEAD_WEIGHT = "lm_head.weight"
+
 _ROUNDED, _QUANTIZED = 1e-2, 0.5
 """How far a number of a row may be from the checkpoint's, in parts of the largest: loaded in another precision, and in 4 bits."""
 
@@ -170,6 +172,8 @@ def check_exportable(
     for name, shape in method.changed_shapes(parameters).items():
         if f"{name.removesuffix('.weight')}.scales" in checkpoint.named:
             continue
+        if name == HEAD_WEIGHT and name not in checkpoint.named:
+            continue  # it is the embeddings' tensor, and `merge` says whether the two can part
         tensor = checkpoint.parts(name, shape, "training", hint)[-1]
         first = tensor.rows - 1 if len(tensor.shape) > 2 else 0
         row = rows[name]
@@ -194,6 +198,7 @@ def merge(
         UserError: For an edit of a weight that the checkpoint does not have, or has in another shape, and where a merged weight is
             not finite in the tensor's dtype.
     """
+    _refuse_half_of_tied(checkpoint, edits)
     new_rows = dict(bases or {})
     at_once: set[str] = set()
     for name, edit in edits.items():
@@ -214,6 +219,14 @@ def merge(
         return _merged(tensor, rows, tensor.rows if tensor.name in at_once else _block(tensor))
 
     checkpoint.write(folder, contents)
+
+
+def _refuse_half_of_tied(checkpoint: Checkpoint, edits: dict[str, WeightEdit]) -> None:
+    """Raise `UserError` for an edit of the embeddings alone, or of the head alone, where one tensor is both."""
+    if HEAD_WEIGHT in checkpoint.named or not any(edit.alone for edit in edits.values()):
+        return
+    what = "this model has one weight for embeddings and head, and what was trained changes one of them alone"
+    raise UserError(what, where=str(checkpoint.path), hint=_ALONE)
 
 
 def _block(tensor: StoredTensor) -> int:

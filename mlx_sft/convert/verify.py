@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.merge import Merging
+from mlx_sft.convert.merge import HEAD_WEIGHT, Merging
 from mlx_sft.convert.mlx_lm_reader import Logits, difference_of, logits
 from mlx_sft.data.conversation import items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
@@ -136,6 +136,8 @@ def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, s
     weights = dict(tree_flatten(model.parameters()))
     paths = mlx_names(weights)
     changed = method.changed_shapes(parameters)
+    if HEAD_WEIGHT not in paths:  # it is the embeddings' weight, which changes as they do
+        changed = {name: shape for name, shape in changed.items() if name != HEAD_WEIGHT}
     dtypes = set()
     for name in dict.fromkeys([*changed, *(f"{module}.weight" for module in quantized)]):
         weight = weights.pop(paths[name])

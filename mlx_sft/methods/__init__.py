@@ -47,11 +47,13 @@ class WeightEdit:
         shape: The weight's: [out, in], or [experts, out, in] for the experts of a layer; None for the one that the checkpoint has.
         optional: Whether a checkpoint may lack this weight, as it may a copy of tied embeddings.
         at_once: Whether all rows are asked for at once.
+        alone: Whether it is of embeddings and not of a head that is tied to them, or of the head alone.
     """
 
     shape: tuple[int, ...] | None
     optional: bool = False
     at_once: bool = False
+    alone: bool = False
 
     def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
         """The new rows `start` to `stop`, float32; of one expert's matrix where the checkpoint has a tensor for each."""
@@ -215,6 +217,14 @@ class Method:
 
     # Files
 
+    def of_model(self, model: nn.Module, trained: Parameters, where: Path) -> Parameters:
+        """What `read` gave, as this model has it, where a file says it in a form that only the model makes clear.
+
+        Raises:
+            UserError: If it cannot be for this model.
+        """
+        return trained
+
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
         """Write the result; each file is the old or the new one at every instant.
 
@@ -322,6 +332,7 @@ def attach_trained(model: nn.Module, method: Method, trained: Parameters, where:
     Raises:
         UserError: If they are another model's; it names the first parameter that differs.
     """
+    trained = method.of_model(model, trained, where)
     try:
         start = method.attach(model, seed=0)
     except UserError as error:

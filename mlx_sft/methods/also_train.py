@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
-from mlx_sft.methods.lora_settings import DELTA, HALVES, MAGNITUDE, is_named
+from mlx_sft.methods.lora_settings import DELTA, HALVES, MAGNITUDE, is_embedding, is_named
 from mlx_sft.model.head import HEAD, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized
 from mlx_sft.model.names import transformers_name
@@ -137,12 +137,9 @@ def tied_weight(parameters: Parameters, also: Iterable[str]) -> mx.array | None:
     """The weight of embeddings and head, where these are one that is trained; None where they are not."""
     if HEAD not in also or f"{HEAD}.weight" in parameters:
         return None
-    embeddings = [value for name, value in parameters.items() if is_whole(name) and name.endswith(_EMBEDDINGS)]
+    weights = {name.removesuffix(".weight"): value for name, value in parameters.items() if name.endswith(".weight")}
+    embeddings = [value for name, value in weights.items() if is_embedding(name)]
     return embeddings[0] if len(embeddings) == 1 else None
-
-
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "tok_embeddings.weight", "embeddings.weight")
-"""How the names of embeddings end, as the model's split has them."""
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {

@@ -1,4 +1,4 @@
-"""Several adapters of one base → one. Knows nothing of models; the adapters' own names and shapes must agree.
+"""Several adapters of one base → one. The adapters' own names and shapes must agree; the base itself need not be there.
 
 With weights w and scales s, the update of each module is Σ w s B A: exactly so for `cat`, as near as a rank allows for `svd`. `linear` adds
 up the matrices, Σ √(w s) A and Σ √(w s) B, as PEFT does: it has products of one adapter's B with another's A besides.
@@ -17,9 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import user_path
 from mlx_sft.methods import Parameters
+from mlx_sft.methods.lora import Lora
 from mlx_sft.methods.lora_settings import HALVES, LoraSettings
-from mlx_sft.methods.peft_files import base_model_name, names_begin, read_adapter, write_adapter
+from mlx_sft.methods.peft_base import peft_base
+from mlx_sft.methods.peft_files import lost_by_peft, write_adapter
+from mlx_sft.methods.peft_forms import check_copies
+from mlx_sft.methods.results import refuse_unfinished_result, result_folder
+from mlx_sft.model.load import local_checkpoint
+from mlx_sft.model.outline import outline
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.writing import free_folder, write_folder
 
@@ -40,7 +47,7 @@ class _Weighted:
     settings: LoraSettings
     parameters: Parameters
     base_model: str
-    begins: str
+    begins: str | None
 
     def part(self, module: str) -> Part | None:
         if f"{module}.lora_A" not in self.parameters:
@@ -55,13 +62,13 @@ def merge_adapters(
     """Write one adapter, in PEFT's files, in place of several.
 
     Args:
-        adapters: Adapter folders, or runs, each with its weight: `A:0.7`; 1 where there is none.
+        adapters: Adapter folders of PEFT's or mlx-lm's, or runs, each with its weight: `A:0.7`; 1 where there is none.
         to: The folder to write.
         method: `linear` (equal ranks), `cat` (ranks add up) or `svd`.
         rank: Of the result, for `svd`; the largest of theirs where not given.
 
     Raises:
-        UserError: If adapters do not fit each other, naming what differs.
+        UserError: If adapters do not fit each other, naming what differs, or PEFT would lose a part of the result.
     """
     read = [_read(adapter) for adapter in adapters]
     _check_agreement(read, method, rank)
@@ -88,6 +95,7 @@ def merge_adapters(
     target = free_folder(to)
     with write_folder(target, parents=True) as temporary:
         write_adapter(temporary, settings, parameters, read[0].base_model, begins=read[0].begins)
+        _refuse_losses(temporary, read[0].base_model)
     return target
 
 
@@ -102,6 +110,16 @@ def _refuse_rank(rank: int, adapters: list[_Weighted], modules: list[str]) -> No
     if rank > most:
         what = f"--rank {rank} is more than the sum of these adapters has, which is at most {most}"
         raise UserError(what, hint="give a smaller one, or leave --rank out", exit_code=USAGE)
+
+
+def _refuse_losses(folder: Path, base_model: str) -> None:
+    """Raise `UserError` for a result of which PEFT would lose a part; where the base is not on this disk, that is not seen."""
+    base = peft_base(base_model)
+    if base is not None and base.modules and (lost := list(lost_by_peft(folder, base))):
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        what = f"PEFT would not open the result as the sum of these adapters: {lost[0]}{more}"
+        hint = "look at each with `mlx-sft adapters check`; where PEFT cannot have it, merge each run into a checkpoint of its own"
+        raise UserError(what, where=base_model, hint=hint)
 
 
 def linear(parts: list[Part]) -> tuple[Array, Array]:
@@ -142,7 +160,17 @@ def _read(adapter: str) -> _Weighted:
     if not math.isfinite(factor):
         raise UserError(f"the weight of {name} is {factor}", hint="write A:0.7", exit_code=USAGE)
     folder = _folder(name)
-    settings, parameters = read_adapter(folder)
+    method, parameters = Lora.read(folder)
+    base = Lora.base_model(folder)
+    if method.needs_model(parameters):
+        if (checkpoint := local_checkpoint(base)) is None:
+            what = "what it changes is only clear on its base, which is not on this disk"
+            raise UserError(
+                what, where=name, hint="compose where the base is, or merge each into a checkpoint of its own"
+            )
+        check_copies(method.base_copies, checkpoint, folder)
+        parameters = method.of_model(outline(checkpoint, "float32").model, parameters, folder)
+    settings = method.settings
     if settings.also_train:
         what = f"it has {', '.join(settings.also_train)} trained in full, which cannot be added up"
         raise UserError(what, where=name, hint="merge each into a checkpoint of its own")
@@ -153,16 +181,19 @@ def _read(adapter: str) -> _Weighted:
         raise UserError(
             "adapters of DoRA cannot be added up", where=name, hint="merge each into a checkpoint of its own"
         )
-    return _Weighted(name, factor, settings, parameters, base_model_name(folder), names_begin(folder))
+    return _Weighted(name, factor, settings, parameters, base, method.names_begin)
 
 
 def _folder(name: str) -> Path:
-    """An adapter's folder; that of a run has to have finished."""
-    if not (Path(name) / "config.yaml").is_file():
-        return Path(name)
-    run = RunFolder.open(name)
-    run.refuse_unfinished("export a step with --format peft and --step best, last, or")
-    return run.adapter
+    """An adapter's folder; a run has to have finished."""
+    folder = result_folder(name)
+    if folder != user_path(name):
+        RunFolder.open(name).refuse_unfinished(_STEP)
+    refuse_unfinished_result(folder, _STEP)
+    return folder
+
+
+_STEP = "export a step with --format peft and --step best, last, or"
 
 
 def _check_agreement(adapters: list[_Weighted], way: Method, rank: int | None) -> None:

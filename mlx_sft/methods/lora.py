@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.methods import Method, Parameters, Rows, WeightEdit, mlx_lm_files
+from mlx_sft.methods import Method, Parameters, WeightEdit, mlx_lm_files
 from mlx_sft.methods.also_train import (
     WholeModules,
     forget_originals,
@@ -29,41 +27,29 @@ from mlx_sft.methods.also_train import (
     whole_modules,
 )
 from mlx_sft.methods.full import is_decayed
-from mlx_sft.methods.layers import in_layers
-from mlx_sft.methods.lora_layers import DoraLinear, LoraLinear, LoraSwitchLinear
-from mlx_sft.methods.lora_settings import GROUPS, HALVES, MAGNITUDE, LoraSettings, is_lora, is_named
-from mlx_sft.methods.peft_files import CONFIG, base_model_name, names_begin, read_adapter, write_adapter
+from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
+from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
+from mlx_sft.methods.lora_targets import EMBEDDING_KINDS, adaptable, adapted_modules, check_patterns
+from mlx_sft.methods.peft_files import (
+    CONFIG,
+    base_copies,
+    base_model_name,
+    names_begin,
+    on_parameters,
+    read_adapter,
+    write_adapter,
+)
+from mlx_sft.methods.peft_forms import on_modules, refuse_other_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.token_rows import TokenRows, TrainedRows, changed_rows, on_model, row_edits, weights_of_rows
-from mlx_sft.model.head import HEAD, embedding_names, floating_weights
-from mlx_sft.model.linears import is_experts, is_joined, linear_modules, weight_shape
-from mlx_sft.model.names import EXPERTS_PART
+from mlx_sft.model.head import HEAD, embedding_names, floating_weights, tied_embedding
+from mlx_sft.model.linears import is_experts, is_quantized, weight_shape
+from mlx_sft.model.outline import is_outline
+from mlx_sft.model.quantize import plain_weight
 from mlx_sft.model.vocabulary import EMBEDDINGS
 
 _PARTS = (*HALVES, MAGNITUDE)
-
-_ROUTERS = ("gate", "router")
-"""What the module beside experts is called that chooses among them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRankUpdate(WeightEdit):
-    """W → W + scale · B · A, of a matrix, or of each of a stack; with magnitudes its rows have these norms (DoRA)."""
-
-    lora_A: NDArray[np.float32]
-    lora_B: NDArray[np.float32]
-    scale: float
-    magnitudes: NDArray[np.float32] | None
-
-    def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
-        lora_A, lora_B = (self.lora_A, self.lora_B) if expert is None else (self.lora_A[expert], self.lora_B[expert])
-        update = lora_B[start:stop] @ (lora_A if lora_A.ndim == 2 else lora_A[start:stop])
-        update *= np.float32(self.scale)
-        update += base(start, stop)
-        if self.magnitudes is not None:
-            norms = np.linalg.norm(update, axis=1)
-            update *= (self.magnitudes[start:stop] / np.where(norms == 0, 1, norms))[:, None]
-        return update
 
 
 class Lora(Method):
@@ -88,8 +74,16 @@ class Lora(Method):
         self._rows = TrainedRows()
         self._dtype = mx.float32
         """Of the model."""
-        self._begins: str | None = None
+        self.names_begin: str | None = None
         """How names begin in the file that it was read from."""
+        self.base_copies: dict[str, mx.array] = {}
+        """Weights of the base that the file holds copies of, by the names of their modules."""
+        self.on_parameters: frozenset[str] = frozenset()
+        """Modules in the names of the parameters that are in truth parameters, of all experts of a layer."""
+        self._as_in_mlx_lm = False
+        """Whether the file is mlx-lm's, where an adapter on embeddings changes a tied head too."""
+        self._shared = ""
+        """A parameter of the file that two modules have in common here."""
 
     @property
     def uses_dropout(self) -> bool:
@@ -115,21 +109,25 @@ class Lora(Method):
             UserError: If a target names no linear module of the model.
         """
         self._dtype = next(iter(floating_weights(model).values())).dtype
-        linears = linear_modules(model)
-        chosen = _adapted(model, self.settings)
+        linears = adaptable(model)
+        chosen = adapted_modules(model, self.settings)
         widest = max(max(weight_shape(linears[name][1])[-2:]) for name in chosen)
         if (most := max(self.settings.rank_of(name) for name in chosen)) > widest:
             what = f"{most} is more than the widest of these modules has features, {widest}"
             raise UserError(what, where="rank", hint="8 to 64 are usual")
-        _check_patterns(self.settings, chosen)
+        check_patterns(self.settings, chosen)
         in_full = [name for name, _, _ in whole_modules(model, self.settings.also_train)]
-        stated = on_model(model, self.settings.token_rows, in_full) or False
+        stated = on_model(model, self.settings.token_rows, in_full, chosen) or False
         self.settings = self.settings.model_copy(update={"train_new_tokens": stated})
         self.modules = {}
         for name in chosen:
             path, linear = linears[name]
-            rank, scale = self.settings.rank_of(name), self.settings.scale_of(name)
-            self.modules[name] = self._kind(name, linear)(linear, rank, scale, self.settings.dropout)
+            shape = self.settings.rank_of(name), self.settings.scale_of(name), self.settings.dropout
+            kind = self._kind(name, linear)
+            if kind is LoraTiedHead:  # around the embeddings, whatever they have of their own
+                self.modules[name] = LoraTiedHead(_module_at(model, path), *shape, weight_shape(linear))
+            else:
+                self.modules[name] = kind(linear, *shape)
             _replace(model, path, self.modules[name])
         whole = self._whole.attach(model, self._dtype, self.settings.also_train, _replace)
         whole |= self._rows.attach(model, self._dtype, self.settings.token_rows, _replace)
@@ -172,7 +170,8 @@ class Lora(Method):
     @staticmethod
     def detach(model: nn.Module) -> Callable[[], None]:
         taken = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear | TokenRows)}
-        for path, module in taken.items():
+        taken = dict(sorted(taken.items()))  # a tied head before the embeddings inside of it
+        for path, module in reversed(taken.items()):
             _replace(model, path, module.frozen if isinstance(module, TokenRows) else module.linear)
         put_whole_back = put_back(model, _replace)
 
@@ -188,7 +187,7 @@ class Lora(Method):
 
     def changed_shapes(self, parameters: Parameters) -> Mapping[str, tuple[int, ...] | None]:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters if is_lora(name))
-        pairs = {module: [parameters[f"{module}.{half}"] for half in HALVES] for module in modules}
+        pairs = {module: weight_halves(module, parameters) for module in modules}
         return (
             {f"{module}.weight": (*lora_B.shape[:-1], lora_A.shape[-1]) for module, (lora_A, lora_B) in pairs.items()}
             | {name: value.shape for name, value in parameters.items() if is_whole(name)}
@@ -201,7 +200,7 @@ class Lora(Method):
         if name in weights_of_rows(parameters):
             return changed_rows(weight, name, parameters, self.settings.token_rows)
         module = name.removesuffix(".weight")
-        lora_A, lora_B = (parameters[f"{module}.{half}"] for half in HALVES)
+        lora_A, lora_B = weight_halves(module, parameters)
         changed = weight.astype(mx.float32) + self.settings.scale_of(module) * (lora_B @ lora_A)
         magnitudes = parameters.get(f"{module}.{MAGNITUDE}")
         if magnitudes is None:
@@ -219,15 +218,15 @@ class Lora(Method):
             if name in edits:
                 continue
             module = name.removesuffix(".weight")
-            lora_A, lora_B = (np.array(parameters[f"{module}.{half}"], np.float32) for half in HALVES)
+            lora_A, lora_B = (np.array(half, np.float32) for half in weight_halves(module, parameters))
             norms = parameters.get(f"{module}.{MAGNITUDE}")
             magnitudes = None if norms is None else np.array(norms, np.float32)
             scale = method.settings.scale_of(module)
             edits[name] = LowRankUpdate(shape=shape, lora_A=lora_A, lora_B=lora_B, scale=scale, magnitudes=magnitudes)
-        return edits
+        return as_one_weight(edits)
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
-        write_adapter(folder, self.settings, parameters, base_model, revision, self._begins)
+        write_adapter(folder, self.settings, parameters, base_model, revision, self.names_begin)
 
     def written_bytes(self, parameters: Parameters) -> int:
         tied = tied_weight(parameters, self.settings.also_train)
@@ -235,10 +234,38 @@ class Lora(Method):
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Lora, Parameters]:
+        if mlx_lm_files.holds_adapter(folder):
+            settings, parameters = mlx_lm_files.read_adapter(folder)
+            method = cls(settings)
+            method._as_in_mlx_lm = True
+            return method, parameters
         settings, parameters = read_adapter(folder)
         method = cls(settings)
-        method._begins = names_begin(folder)
+        method.names_begin = names_begin(folder)
+        method.base_copies = base_copies(folder)
+        method.on_parameters = on_parameters(folder)
         return method, parameters
+
+    def needs_model(self, trained: Parameters) -> bool:
+        """Whether `of_model` has something to do."""
+        turned = self._as_in_mlx_lm and any(is_embedding(name.rpartition(".")[0]) for name in trained)
+        return bool(self.base_copies or self.on_parameters or turned)
+
+    def of_model(self, model: nn.Module, trained: Parameters, where: Path) -> Parameters:
+        """What was trained on a parameter of all experts, on their modules; mlx-lm's adapter on tied embeddings, on both uses of them."""
+        if self.base_copies and not is_outline(model):
+            places = {name: module for name, (_, module) in adaptable(model).items() if name in self.base_copies}
+            weights = {name: plain_weight(module) for name, module in places.items()}
+            refuse_other_copies(self.base_copies, weights, where, rounded=any(map(is_quantized, places.values())))
+        if self.on_parameters:
+            found = on_modules(model, self.settings, trained, self.on_parameters)
+            self.settings, trained, self._shared = found.settings, found.parameters, found.shared
+        tied = tied_embedding(model)
+        if self._as_in_mlx_lm and f"{tied}.lora_A" in trained:
+            halves = {f"{HEAD}.lora_A": trained[f"{tied}.lora_B"].T, f"{HEAD}.lora_B": trained[f"{tied}.lora_A"].T}
+            trained = trained | halves
+            self.settings = self.settings.model_copy(update={"target": [*self.settings.targets, HEAD]})
+        return trained
 
     @classmethod
     def recognizes(cls, folder: Path) -> bool:
@@ -246,12 +273,18 @@ class Lora(Method):
 
     @classmethod
     def base_model(cls, folder: Path) -> str:
+        if mlx_lm_files.holds_adapter(folder):
+            return mlx_lm_files.base_model_name(folder)
         return base_model_name(folder)
 
     def decides(self, where: Path) -> dict[str, Any]:
         if min(self.settings.alpha, *self.settings.alpha_pattern.values(), 1.0) <= 0:
             what = "its alpha is not above 0, so that it could not be trained"
             raise UserError(what, where=str(where), hint="start from another adapter")
+        if self._shared:
+            what = f"its adapter on {self._shared} has one A for the gates and the up projections, which each would train one of its own"
+            hint = "merge it with PEFT's merge_and_unload, and train the merged model"
+            raise UserError(what, where=str(where), hint=hint)
         return self.settings.model_dump(exclude={"dropout", "init"})
 
     def decayed(self, name: str) -> bool:
@@ -272,7 +305,7 @@ class Lora(Method):
         if name not in ("target", "layers"):
             return super().agrees(model, name, given)
         asked = self.settings.model_copy(update={name: given})  # `all-linear` may be the names in the file
-        return _adapted(model, asked) == _adapted(model, self.settings)
+        return adapted_modules(model, asked) == adapted_modules(model, self.settings)
 
     def not_in_trl(self) -> str:
         if self.settings.also_train:
@@ -303,10 +336,12 @@ class Lora(Method):
         )
 
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:
-        experts = is_experts(linear)
-        if self.settings.dora and experts:
-            what = f"DoRA is not known for experts ({name})"
+        experts, embeds = is_experts(linear), isinstance(linear, EMBEDDING_KINDS)
+        if self.settings.dora and (experts or embeds):
+            what = f"DoRA is not known for {'experts' if experts else 'embeddings'} ({name})"
             raise UserError(what, where="target", hint="leave them out, as with --target attention")
+        if embeds:
+            return LoraTiedHead if name == HEAD else LoraEmbedding
         return LoraSwitchLinear if experts else DoraLinear if self.settings.dora else LoraLinear
 
     def _initial(self, seed: int) -> Parameters:
@@ -327,65 +362,16 @@ class Lora(Method):
         return parameters
 
 
-def _check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
-    """Raise `UserError` for a rank or an alpha of a module that is not trained."""
-    for where in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(settings, where):
-            if not any(is_named(name, key) for name in chosen):
-                hint = f"these are: {', '.join(sorted({name.rpartition('.')[2] for name in chosen}))}"
-                raise UserError(f"no module that is trained is named {key}", where=where, hint=hint)
-
-
-def _adapted(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """The names in transformers of the modules that get an adapter, in the model's order."""
-    in_full = {name for name, _, _ in whole_modules(model, settings.also_train)}
-    linears = linear_modules(model)
-    names = in_layers(model, linears, settings.layers)
-    return _chosen({name: linears[name] for name in names if name not in in_full}, settings.targets)
-
-
-def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """The names in transformers of the modules that targets stand for, in the model's order.
-
-    `all-linear` is every linear module but the output head, as in PEFT, but the routers that choose experts, which are none there, and but
-    those whose weights the checkpoint holds inside of other tensors.
-    """
-    return _adapted(model, LoraSettings(target=list(targets)))
-
-
-def _chosen(linears: Mapping[str, tuple[str, nn.Module]], targets: tuple[str, ...]) -> list[str]:
-    names = list(linears)
-    routed = {name.partition(EXPERTS_PART)[0] for name in names if EXPERTS_PART in name}
-    routers = {f"{block}.{router}" for block in routed for router in _ROUTERS}
-    joined = {name for name, (_, module) in linears.items() if is_joined(module)}
-    numbered = (name for name in names if any(part.isdigit() for part in name.split(".")))
-    inner = [n for n in numbered if n not in joined and not any(f"{n}.".startswith(f"{router}.") for router in routers)]
-    chosen: set[str] = set()
-    for target in targets:
-        if target in GROUPS:
-            found = [n for n in inner if not GROUPS[target] or set(n.split(".")) & set(GROUPS[target])]
-        else:
-            named = [n for n in names if is_named(n, target)]
-            found = [n for n in named if n not in joined] or named
-        if not found:
-            if joined.issuperset(names):
-                what = "this checkpoint holds the weights of all linear modules inside of other tensors, or under other names"
-                raise UserError(what, where="target", hint="nothing could be merged into them; train another model")
-            known = sorted({name.rsplit(".", 1)[-1] for name in names})
-            raise UserError(
-                f"no linear module of this model is named {target}",
-                where="target",
-                hint=f"it has {', '.join(known)}",
-            )
-        chosen.update(found)
-    return [name for name in names if name in chosen]
+def _module_at(model: nn.Module, path: str) -> Any:
+    found: Any = model
+    for part in path.split("."):
+        found = found[_key(found, part)]
+    return found
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     *parents, name = path.split(".")
-    owner: Any = model
-    for part in parents:
-        owner = owner[_key(owner, part)]
+    owner = _module_at(model, ".".join(parents)) if parents else model
     owner[_key(owner, name)] = module
 
 

@@ -15,10 +15,12 @@ class LoraLinear(nn.Module):
     The update is computed in the precision of the input, from float32 parameters, or from those that `rounded` made of them.
     """
 
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
+    def __init__(
+        self, linear: nn.Module, rank: int, scale: float, dropout: float, shape: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.linear = linear
-        *experts, out_features, in_features = weight_shape(linear)
+        *experts, out_features, in_features = shape or weight_shape(linear)
         self.lora_A = mx.zeros((*experts, rank, in_features))
         self.lora_B = mx.zeros((*experts, out_features, rank))
         self.scale = scale
@@ -40,7 +42,9 @@ class LoraLinear(nn.Module):
         return int(self.lora_A.shape[-2])
 
     def __call__(self, x: mx.array) -> mx.array:
-        frozen: mx.array = self.linear(x)
+        return self._updated(self.linear(x), x)
+
+    def _updated(self, frozen: mx.array, x: mx.array) -> mx.array:
         # One pass over the output for the product and the sum.
         if x.dtype == self.lora_A.dtype == mx.float32:
             return mx.addmm(frozen, self.scale * (self._drop(x) @ self.lora_A.T), self.lora_B.T)
@@ -135,6 +139,42 @@ class LoraSwitchLinear(LoraLinear):
             return frozen + product(self.scale * product(self._drop(x), self.lora_A), self.lora_B)
         lora_A, lora_B = self._halves(x.dtype)
         return frozen + product(product(self._drop(x), lora_A), lora_B)
+
+
+class LoraEmbedding(LoraLinear):
+    """Embeddings with a low-rank update beside them: token ids [...] → [..., width].
+
+    A is [r, vocabulary] and B [width, r], as PEFT has them. As the output head, which embeddings are too where a model ties both, they
+    stay as they were. As in PEFT there is no dropout.
+    """
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(linear, rank, scale, dropout, weight_shape(linear)[::-1])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        frozen: mx.array = self.linear(x)
+        if frozen.dtype == self.lora_A.dtype == mx.float32:
+            return frozen + (self.scale * self.lora_A.T[x]) @ self.lora_B.T
+        lora_A, lora_B = self._halves(frozen.dtype)
+        return frozen + lora_A.T[x] @ lora_B.T
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        result: mx.array = self.linear.as_linear(x)
+        return result
+
+
+class LoraTiedHead(LoraLinear):
+    """The output head of a model that ties it to its embeddings, with a low-rank update that the embeddings have not.
+
+    `linear` are the embeddings, with or without an update of their own.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        result: mx.array = self.linear(x)
+        return result
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._updated(self.linear.as_linear(x), x)
 
 
 def _joined(x: mx.array) -> mx.array:

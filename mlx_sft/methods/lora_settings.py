@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from mlx_sft.methods.layers import LayersSettings
+from mlx_sft.model.head import EMBEDDING_NAMES
 from mlx_sft.settings import split_pairs
 
 HALVES = ("lora_A", "lora_B")
@@ -103,9 +104,12 @@ class LoraSettings(LayersSettings):
 
     def scale_of(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
-        alpha = next((alpha for name, alpha in self.alpha_pattern.items() if is_named(module, name)), self.alpha)
         rank = self.rank_of(module)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of the adapter on a module."""
+        return next((alpha for name, alpha in self.alpha_pattern.items() if is_named(module, name)), self.alpha)
 
 
 def is_lora(name: str) -> bool:
@@ -116,3 +120,8 @@ def is_lora(name: str) -> bool:
 def is_named(module: str, name: str) -> bool:
     """Whether a name, or the end of one, is a module's."""
     return module == name or module.endswith(f".{name}")
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module is the embeddings of tokens, by its name in transformers."""
+    return module.rpartition(".")[2] in EMBEDDING_NAMES

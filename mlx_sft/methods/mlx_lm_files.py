@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json
-from mlx_sft.methods.layers import layer_number
-from mlx_sft.methods.lora_settings import MAGNITUDE, LoraSettings
-from mlx_sft.safetensors_file import read_arrays, write_arrays
+from mlx_sft.methods.layers import layer_number, written_layers
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
+from mlx_sft.methods.peft_patterns import LONGEST_NAME, MOST_FEATURES
+from mlx_sft.methods.peft_rules import in_a_layer
+from mlx_sft.model.names import transformers_name
+from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 from mlx_sft.writing import make_folder, write_file, write_file_with
 
 CONFIG = "adapter_config.json"
@@ -89,13 +93,106 @@ def write_adapter(
     write_file(folder / CONFIG, to_json(config))
 
 
-def read_adapter(folder: Path, paths: Mapping[str, str]) -> tuple[float, dict[str, mx.array]]:
-    """The scale and the parameters of an adapter that `write_adapter` wrote, under the names that it was given."""
-    names = {path: name for name, path in paths.items()}
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder's `adapter_config.json` is mlx-lm's, and not PEFT's, whose file has the same name."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    return config.get("peft_type") is None and bool({"fine_tune_type", "lora_parameters"} & config.keys())
+
+
+def base_model_name(folder: Path) -> str:
+    """The name or path of the model that mlx-lm trained the adapter on; an empty string where it does not say."""
+    name = read_json(folder / CONFIG).get("model")
+    return name if isinstance(name, str) else ""
+
+
+def read_adapter(folder: Path) -> tuple[LoraSettings, dict[str, mx.array]]:
+    """Read an adapter that this package or mlx-lm wrote; the parameters become float32, with their names in transformers.
+
+    What is trained is what the file has tensors of: mlx-lm leaves the other modules of `keys` and `num_layers` as they are.
+
+    Raises:
+        UserError: Where files are missing or damaged, or hold whole weights and no adapter.
+    """
+    stated, is_dora = _stated(folder / CONFIG)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"not an adapter folder of mlx-lm: no {WEIGHTS}", where=str(folder))
     ours = {theirs: half for half, theirs in _PARTS.items()}
     parameters = {}
-    for name, value in read_arrays(folder / WEIGHTS):
-        module, _, half = name.rpartition(".")
-        parameters[f"{names.get(module, module)}.{ours[half]}"] = mx.array(value.T if value.ndim == 2 else value)
-    scale: float = read_json(folder / CONFIG)["lora_parameters"]["scale"]
-    return scale, parameters
+    for tensor in open_safetensors(folder / WEIGHTS).tensors:
+        module, _, part = tensor.name.rpartition(".")
+        if part not in ours or not module or (part == "m" and not is_dora):
+            hint = "only lora_a and lora_b are read, and m of DoRA"
+            raise UserError(f"unknown tensor {tensor.name[:LONGEST_NAME]}", where=str(folder / WEIGHTS), hint=hint)
+        if max(tensor.shape, default=0) >= MOST_FEATURES or len(module) > LONGEST_NAME:
+            what = f"{tensor.name[:LONGEST_NAME]} is larger than any module of a model"
+            raise UserError(what, where=str(folder / WEIGHTS))
+        value = mx.array(read_float32(tensor))
+        parameters[f"{transformers_name(module)}.{ours[part]}"] = value.T if value.ndim == 2 else value
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    _check_shapes(parameters, modules, stated.rank, is_dora, folder / WEIGHTS)
+    target, layers = _where(modules)
+    settings = LoraSettings.model_construct(
+        rank=stated.rank,
+        alpha=stated.scale * stated.rank,
+        dropout=stated.dropout,
+        dora=is_dora,
+        target=target,
+        layers=layers,
+    )
+    return settings, parameters
+
+
+class _Stated(BaseModel):
+    """What mlx-lm's config says in numbers; its scale is alpha / rank."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    rank: int = Field(ge=1)
+    scale: float
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+def _stated(path: Path) -> tuple[_Stated, bool]:
+    """The numbers, and whether it is DoRA."""
+    config = read_json(path)
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        what = (
+            "this is no adapter: it holds whole weights of the model"
+            if kind == "full"
+            else "only lora and dora are read"
+        )
+        hint = "put them into the model with `mlx_lm.fuse`, and give the folder that it writes as --model"
+        raise UserError(f"fine_tune_type is {kind!r}; {what}", where=str(path), hint=hint)
+    try:
+        return _Stated.model_validate(config.get("lora_parameters")), kind == "dora"
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["lora_parameters", *map(str, first["loc"])])
+        raise UserError(f"{place}: {first['msg']}", where=str(path)) from error
+
+
+def _check_shapes(parameters: dict[str, mx.array], modules: list[str], rank: int, is_dora: bool, where: Path) -> None:
+    """Raise `UserError` unless every module has all its parts, of this rank."""
+    if not modules:
+        raise UserError("this adapter has no tensors", where=str(where))
+    for module in modules:
+        for half, theirs in _PARTS.items():
+            value = parameters.get(f"{module}.{half}")
+            if value is None and (half != MAGNITUDE or is_dora):
+                raise UserError(f"{module}.{theirs} is missing", where=str(where))
+            if value is None or half == MAGNITUDE:
+                continue
+            if value.ndim not in (2, 3) or value.shape[-2 if half == HALVES[0] else -1] != rank:
+                raise UserError(
+                    f"{module}.{theirs} is {list(value.shape)}, and rank {rank} asks for another", where=str(where)
+                )
+
+
+def _where(modules: list[str]) -> tuple[list[str], str | None]:
+    """Targets and layers that stand for these modules: names in a layer where each of the layers has all of them, else each module."""
+    numbers = {number for module in modules if (number := layer_number(module)) is not None}
+    names = sorted({in_a_layer(module) for module in modules})
+    if len(names) * len(numbers) != len(modules):
+        return sorted(modules), None
+    return names, written_layers(numbers)

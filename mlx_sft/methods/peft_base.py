@@ -42,6 +42,8 @@ def _read(folder: Path, config: Mapping[str, Any]) -> PeftBase:
             while module:
                 modules.add(module)
                 module = module.rpartition(".")[0]
+        if modules:
+            modules.add("lm_head")  # also where the checkpoint ties it to the embeddings
     if found is not None and found.begins != "model." and not _holds_others(modules, found):
         # mlx-lm leaves the rest out of its folders; it may have modules of any of the names that are in layers.
         inside = {in_a_layer(module) for module in modules if module.startswith(found.begins)}

@@ -14,10 +14,9 @@ Equal adapters give byte-identical files. Whether an adapter fits a model is for
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import mlx.core as mx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,13 +26,32 @@ from mlx_sft.files import read_json, to_json
 from mlx_sft.gate import checked
 from mlx_sft.methods.also_train import is_whole, tied_weight
 from mlx_sft.methods.layers import layers_of_config, layers_to_transform
-from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_lora, is_named
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_lora
 from mlx_sft.methods.modules_to_save import modules_to_save, saved_modules, saved_weight
 from mlx_sft.methods.peft_base import peft_base
-from mlx_sft.methods.peft_rules import PeftBase, endings, in_a_layer, losses, target_modules
+from mlx_sft.methods.peft_forms import (
+    copied_module,
+    is_on_parameter,
+    of_parameter,
+    plain_name,
+    read_copy,
+    refuse_moved_base,
+    stacked,
+    stored_name,
+    target_parameters,
+)
+from mlx_sft.methods.peft_patterns import LONGEST_NAME, MOST_FEATURES, of_modules, together
+from mlx_sft.methods.peft_rules import (
+    Loss,
+    PeftBase,
+    for_each_expert,
+    losses,
+    target_modules,
+    targets_in_file,
+)
 from mlx_sft.methods.token_rows import indices, is_frozen_copy, is_rows, read_indices
 from mlx_sft.model.head import HEAD
-from mlx_sft.model.names import EXPERTS_PART, INSIDE, Opening, expert_name, split_expert, transformers_name
+from mlx_sft.model.names import INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 from mlx_sft.settings import first_problem
 from mlx_sft.writing import make_folder, write_file, write_file_with
@@ -48,7 +66,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
-    "target_parameters": ([], None),
     "layer_replication": ([], None),
     "alora_invocation_tokens": ([], None),
     "arrow_config": (None,),
@@ -78,15 +95,10 @@ class _Stated(BaseModel):
     ensure_weight_tying: bool | None = False
 
 
-_MOST_FEATURES, _LONGEST_NAME = 2**31, 300
-
-_MOST_REPETITIONS = 3
-"""In a pattern of names that is a regular expression: more of them, or one of a group, could take longer than a life."""
-
-
 def peft_name(name: str) -> str:
     """`model.layers.0.self_attn.q_proj.lora_A` → PEFT's name of the same tensor."""
-    return f"{_PREFIX}{name}{_SUFFIX}" if name.rpartition(".")[2] in HALVES else f"{_PREFIX}{name}"
+    stored = stored_name(name)
+    return f"{_PREFIX}{stored}{_SUFFIX}" if stored.rpartition(".")[2] in HALVES else f"{_PREFIX}{stored}"
 
 
 def our_name(name: str) -> str:
@@ -95,7 +107,7 @@ def our_name(name: str) -> str:
 
 
 def _stripped(name: str) -> str:
-    stripped = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    stripped = plain_name(name.removeprefix(_PREFIX).removesuffix(_SUFFIX))
     if peft_name(stripped) != name or not (is_lora(stripped) or is_rows(stripped)) or "." not in stripped:
         raise ValueError(name)
     return stripped
@@ -144,16 +156,18 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     file = open_safetensors(_weights_file(folder))
     parameters: dict[str, mx.array] = {}
     modules: dict[str, str] = {}
+    named = target_parameters(config, folder / CONFIG)
     for tensor in file.tensors:
-        if is_frozen_copy(tensor.name, config):
+        if _is_copy(tensor.name, config):
             continue
         try:
             stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
         except ValueError:
-            hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules are read"
+            hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules and embeddings are read"
             raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
-        if max(tensor.shape, default=0) >= _MOST_FEATURES or len(stripped) > _LONGEST_NAME:
-            raise UserError(f"{tensor.name[:_LONGEST_NAME]} is larger than any module of a model", where=str(file.path))
+        stripped = of_parameter(stripped, named, file.path)
+        if max(tensor.shape, default=0) >= MOST_FEATURES or len(stripped) > LONGEST_NAME:
+            raise UserError(f"{tensor.name[:LONGEST_NAME]} is larger than any module of a model", where=str(file.path))
         name = transformers_name(stripped)
         if name in parameters:
             raise UserError(f"{tensor.name} is there under another name, too", where=str(file.path))
@@ -164,24 +178,58 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     adapted = {name.rpartition(".")[0] for name in parameters}
     modules = {name: modules[name] for name in sorted(adapted)}
     settings = _to_settings(config, modules, folder / CONFIG)
-    _check_shapes(settings, parameters, file.path)
+    of_all = {name: parameters.pop(name) for name in list(parameters) if is_on_parameter(name)}
+    for name, value in of_all.items():
+        of_all[name] = stacked(name, value, settings.rank_of(name.rpartition(".")[0]), file.path)
+    _check_shapes(settings, parameters, of_all, file.path)
     also = saved_modules(config, whole, file.path)
     further = {"also_train": also, "train_new_tokens": read_indices(config, rows, file.path)}
-    return settings.model_copy(update=further), _stacked(parameters, file.path) | whole | rows
+    return settings.model_copy(update=further), _stacked(parameters, file.path) | of_all | whole | rows
 
 
-def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[str]:
-    """What PEFT would open otherwise than it was trained, of a LoRA adapter's files, a sentence each."""
+def base_copies(folder: Path) -> dict[str, mx.array]:
+    """The weights that PEFT saved beside an adapter on embeddings or the head as copies of the base's, by the names of their modules."""
+    config = _read_config(folder / CONFIG)
+    tensors = {_copied(tensor.name, config): tensor for tensor in open_safetensors(_weights_file(folder)).tensors}
+    return {module: read_copy(tensor, read_float32(tensor)) for module, tensor in tensors.items() if module is not None}
+
+
+def on_parameters(folder: Path) -> frozenset[str]:
+    """The names here of what an adapter is on that PEFT trained as `target_parameters`: the matrices of all experts of a layer."""
+    config, path = _read_config(folder / CONFIG), _weights_file(folder)
+    named = target_parameters(config, folder / CONFIG)
+    if not named:
+        return frozenset()
+    stripped = [plain_name(t.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)) for t in open_safetensors(path).tensors]
+    found = {of_parameter(name, named, path) for name in stripped} - set(stripped)
+    return frozenset(transformers_name(name).rpartition(".")[0] for name in found)
+
+
+def _copied(name: str, config: dict[str, Any]) -> str | None:
+    """The module of whose weight a tensor is a copy; None where it is none."""
+    stripped = name.removeprefix(_PREFIX)
+    known = saved_weight(stripped, config) or is_frozen_copy(name, config)
+    module = None if known else copied_module(stripped)
+    return module and transformers_name(module)
+
+
+def _is_copy(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor is a weight that was not trained."""
+    return is_frozen_copy(name, config) or _copied(name, config) is not None
+
+
+def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
+    """What PEFT would open otherwise than it was trained, of a LoRA adapter's files."""
     config = _read_config(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         return
     settings, parameters = read_adapter(folder)
     for tensor in open_safetensors(_weights_file(folder)).tensors:
-        if is_frozen_copy(tensor.name, config):
+        if _is_copy(tensor.name, config):
             continue
         stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
         if base.name(transformers_name(stripped)) != stripped:
-            yield f"no module of the model is named {stripped}"
+            yield Loss("no module of the model is named {}", stripped)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if is_lora(name)))
     yield from losses(base, settings, modules, config)
 
@@ -246,8 +294,8 @@ def _to_config(
         "target_modules": target_modules(base, modules, layers["layers_to_transform"]),
         "exclude_modules": None,
         **layers,
-        "rank_pattern": {_for_each_expert(base.name(name)): rank for name, rank in settings.rank_pattern.items()},
-        "alpha_pattern": {_for_each_expert(base.name(name)): alpha for name, alpha in settings.alpha_pattern.items()},
+        "rank_pattern": {for_each_expert(base.name(name)): rank for name, rank in settings.rank_pattern.items()},
+        "alpha_pattern": {for_each_expert(base.name(name)): alpha for name, alpha in settings.alpha_pattern.items()},
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
@@ -267,78 +315,13 @@ def _to_settings(config: dict[str, Any], modules: dict[str, str], where: Path) -
         alpha=stated.lora_alpha,
         dropout=stated.lora_dropout,
         rslora=bool(stated.use_rslora),
-        target=_targets(config, modules, layers),
+        target=targets_in_file(config, modules, layers),
         layers=layers,
         init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
         dora=bool(stated.use_dora),
-        rank_pattern=_pattern(stated.rank_pattern or {}, "rank_pattern", modules, where),
-        alpha_pattern=_pattern(stated.alpha_pattern or {}, "alpha_pattern", modules, where),
+        rank_pattern=of_modules(stated.rank_pattern or {}, "rank_pattern", modules, str(where)),
+        alpha_pattern=of_modules(stated.alpha_pattern or {}, "alpha_pattern", modules, str(where)),
     )
-
-
-T = TypeVar("T")
-
-
-def _pattern(values: dict[str, T], name: str, modules: dict[str, str], where: Path) -> dict[str, T]:
-    """Values of single modules by the ends of their names; where PEFT has regular expressions, by the names that these fit."""
-    patterns = {_compiled(key, name, where): value for key, value in values.items()}
-    if all(re.fullmatch(r"[\w.-]+", key) for key in values):
-        fitting = {key: [ours for ours, theirs in modules.items() if is_named(theirs, key)] for key in values}
-        if all(is_named(_together(module), key) for key, fit in fitting.items() for module in fit):
-            return {key: value for key, value in values.items() if fitting[key]}
-    found = (
-        (ours, next((v for p, v in patterns.items() if p.fullmatch(theirs)), None)) for ours, theirs in modules.items()
-    )
-    return {_together(module): value for module, value in found if value is not None}
-
-
-def _compiled(key: str, name: str, where: Path) -> re.Pattern[str]:
-    """As PEFT matches it: a regular expression for the end of a module's name."""
-    repetitions = len(re.findall(r"[*+?{]", key))
-    if len(key) > _LONGEST_NAME or repetitions > _MOST_REPETITIONS or re.search(r"\)[*+?{]", key):
-        raise UserError(f"{name} has {key[:_LONGEST_NAME]!r}, which may take too long to match", where=str(where))
-    try:
-        return re.compile(rf"(.*\.)?({key})")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"{name} has {key!r}, which is no regular expression ({error})", where=str(where)) from error
-
-
-def _together(module: str) -> str:
-    """The name of an expert's module without its number; any other as it is."""
-    found = split_expert(module)
-    return found[0] if found else module
-
-
-def _for_each_expert(name: str) -> str:
-    """A name of experts' modules together, as PEFT's expression for each of them."""
-    before, experts, after = f".{name}".rpartition(EXPERTS_PART)
-    return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
-
-
-def _targets(config: dict[str, Any], modules: dict[str, str], layers: str | None) -> list[str]:
-    """Names of what the file has: where the config's list says all of it, in each of these layers alike, else module by module.
-
-    The list may name more in the model than what was trained, as `out_proj` does where attention and convolution both have one; so a
-    name is taken with what stands before it in a layer.
-    """
-    together = sorted({_together(module) for module in modules})
-    names = config.get("target_modules")
-    partial = (config.get("layers_to_transform") is not None and layers is None) or config.get("exclude_modules")
-    if (
-        partial
-        or any(EXPERTS_PART in module for module in together)
-        or not isinstance(names, list)
-        or not all(isinstance(name, str) for name in names)
-    ):
-        return together
-    named: dict[str, list[str]] = {name: [] for name in names}
-    for ours, theirs in modules.items():
-        for name in filter(named.__contains__, endings(theirs)):
-            named[name].append(ours)
-    if not all(named.values()) or {module for fit in named.values() for module in fit} != modules.keys():
-        return together
-    within = ((in_a_layer(module), module, name) for name, fit in named.items() for module in fit)
-    return sorted({short if is_named(short, name) else module for short, module, name in within})
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -352,6 +335,7 @@ def _check_plain(config: dict[str, Any], where: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"its peft_type is {kind!r}; only LORA adapters are read", where=str(where))
+    refuse_moved_base(config, where)
     for name, neutral in _NEUTRAL.items():
         value = config.get(name)
         if not any(value is other or (value == other and type(value) is type(other)) for other in neutral):
@@ -375,19 +359,24 @@ def _weights_file(folder: Path) -> Path:
     raise UserError(f"not an adapter folder: no {WEIGHTS}", where=str(folder))
 
 
-def _check_shapes(settings: LoraSettings, parameters: dict[str, mx.array], where: Path) -> None:
-    """Every module has all its parts, and they agree with its rank."""
-    if not parameters:
+def _check_shapes(
+    settings: LoraSettings, parameters: dict[str, mx.array], of_all: dict[str, mx.array], where: Path
+) -> None:
+    """Every module has all its parts, and they agree with its rank; those of all experts at once agree with it already."""
+    named = parameters | of_all
+    if not named:
         raise UserError("this adapter has no tensors", where=str(where))
+    for name in named:
+        module = name.rpartition(".")[0]
+        for other in (*HALVES, *([MAGNITUDE] if settings.dora else [])):
+            if f"{module}.{other}" not in named:
+                raise UserError(f"{peft_name(f'{module}.{other}')} is missing", where=str(where))
     for name, value in parameters.items():
         module, _, part = name.rpartition(".")
-        for other in (*HALVES, *([MAGNITUDE] if settings.dora else [])):
-            if f"{module}.{other}" not in parameters:
-                raise UserError(f"{peft_name(f'{module}.{other}')} is missing", where=str(where))
         if part == MAGNITUDE:
             _check_magnitude(settings, name, value, parameters[f"{module}.lora_B"], where)
             continue
-        rank = settings.rank_of(_together(module))
+        rank = settings.rank_of(together(module))
         if value.ndim != 2 or value.shape[HALVES.index(part)] != rank:
             form = f"[{rank}, in]" if part == "lora_A" else f"[out, {rank}]"
             what = f"{peft_name(name)} is {list(value.shape)}, and rank {rank} asks for {form}"

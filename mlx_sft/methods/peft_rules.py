@@ -15,11 +15,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_sft.errors import UserError
 from mlx_sft.methods.layers import layer_number
 from mlx_sft.methods.lora_settings import LoraSettings, is_named
+from mlx_sft.methods.peft_patterns import compiled, together
 from mlx_sft.model.names import EXPERTS_PART, Opening
 
 _OF_EXPERTS = {
@@ -114,10 +117,12 @@ class PeftBase:
         module = self.module(name)
         return f"{module}.weight" if self._is_router(module) else module
 
-    def attached(self, targets: Iterable[str], layers: Collection[int] | None = None) -> set[str]:
-        """Where PEFT puts an adapter, given its `target_modules` and `layers_to_transform`, which it asks of no module that is named
-        in full, and of no parameter."""
-        names, parameters = set(targets), set()
+    def attached(
+        self, targets: Iterable[str], layers: Collection[int] | None = None, on_parameters: Iterable[str] = ()
+    ) -> set[str]:
+        """Where PEFT puts an adapter, given its `target_modules`, `layers_to_transform`, which it asks of no module that is named
+        in full, and of no parameter, and `target_parameters`."""
+        names, parameters = set(targets), set(on_parameters)
         for target in tuple(names):
             for part, parameter in _of_experts(self.family).items():
                 if is_named(target, part):
@@ -188,6 +193,39 @@ def target_modules(base: PeftBase, trained: Sequence[str], layers: Collection[in
     return sorted(next((names for names in (last, within, whole) if base.attached(names, layers) == places), last))
 
 
+def for_each_expert(name: str) -> str:
+    """A name of experts' modules together, as PEFT's expression for each of them."""
+    before, experts, after = f".{name}".rpartition(EXPERTS_PART)
+    return name if not experts else f"{before}{experts}".removeprefix(".") + rf"\d+.{after}"
+
+
+def targets_in_file(config: Mapping[str, Any], modules: Mapping[str, str], layers: str | None) -> list[str]:
+    """The inverse, for reading. Names of what the file has: where the config's list says all of it, in each of these layers alike, else
+    module by module.
+
+    The list may name more in the model than what was trained, as `out_proj` does where attention and convolution both have one; so a
+    name is taken with what stands before it in a layer.
+    """
+    whole = sorted({together(module) for module in modules})
+    names = config.get("target_modules")
+    partial = (config.get("layers_to_transform") is not None and layers is None) or config.get("exclude_modules")
+    if (
+        partial
+        or any(EXPERTS_PART in module for module in whole)
+        or not isinstance(names, list)
+        or not all(isinstance(name, str) for name in names)
+    ):
+        return whole
+    named: dict[str, list[str]] = {name: [] for name in names}
+    for ours, theirs in modules.items():
+        for name in filter(named.__contains__, endings(theirs)):
+            named[name].append(ours)
+    if not all(named.values()) or {module for fit in named.values() for module in fit} != modules.keys():
+        return whole
+    within = ((in_a_layer(module), module, name) for name, fit in named.items() for module in fit)
+    return sorted({short if is_named(short, name) else module for short, module, name in within})
+
+
 def in_a_layer(module: str) -> str:
     """`model.layers.3.self_attn.q_proj` → `self_attn.q_proj`; the whole name of what is in no layer."""
     return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
@@ -196,8 +234,24 @@ def in_a_layer(module: str) -> str:
 # --- what PEFT loses --------------------------------------------------------------------------------------------------------------
 
 
-def losses(base: PeftBase, settings: LoraSettings, trained: Sequence[str], config: Mapping[str, Any]) -> Iterator[str]:
-    """What PEFT makes otherwise than it was trained, a sentence each, with the module that it is about.
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What PEFT makes otherwise than it was trained.
+
+    Attributes:
+        why: A sentence, with {} for the module.
+        module: Its name here, or in transformers where it has none here.
+    """
+
+    why: str
+    module: str
+
+    def __str__(self) -> str:
+        return self.why.format(self.module)
+
+
+def losses(base: PeftBase, settings: LoraSettings, trained: Sequence[str], config: Mapping[str, Any]) -> Iterator[Loss]:
+    """What PEFT makes otherwise than it was trained, module by module.
 
     Args:
         base: With its modules.
@@ -205,45 +259,86 @@ def losses(base: PeftBase, settings: LoraSettings, trained: Sequence[str], confi
         trained: Them, by their names here.
         config: `adapter_config.json`.
     """
+    config = _UNSAID | {name: value for name, value in config.items() if value is not None}
     places: dict[str, list[str]] = {}
     for name in trained:
         places.setdefault(base.place(name), []).append(name)
-    attached = base.attached(config["target_modules"], config["layers_to_transform"])
+    attached = _attached(base, config)
+    if attached is None:
+        attached = set(places)
     for place, names in places.items():
+        why = ""
         if place not in attached:
-            yield f"PEFT has no place for the adapter on {names[0]}"
-        elif (block := _fused_in(base, place)) and (len(names) < 2 or f"{block}.down_proj" not in attached):
-            yield f"PEFT takes the adapter on {names[0]} only together with those on all the experts' projections"
+            why = "PEFT has no place for the adapter on {}"
+        elif (block := _fused_in(base, place, names)) and (len(names) < 2 or f"{block}.down_proj" not in attached):
+            why = "PEFT takes the adapter on {} only together with those on all the experts' projections"
         else:
-            yield from _otherwise(base, settings, place, names, config)
-    for place in sorted(attached - places.keys()):
-        yield f"PEFT would put an adapter on {place}, which has none here"
+            why = _otherwise(base, settings, place, names, config)
+        if why:
+            yield from (Loss(why, name) for name in names)
+    yield from (
+        Loss("PEFT would put an adapter on {}, which has none here", place)
+        for place in sorted(attached - places.keys())
+    )
 
 
-def _fused_in(base: PeftBase, place: str) -> str:
+_UNSAID: dict[str, Any] = {
+    "target_modules": [], "target_parameters": [], "exclude_modules": [], "layers_to_transform": None, "layers_pattern": [],
+    "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False,
+}  # fmt: skip
+"""What PEFT takes for a setting that a config does not say."""
+
+
+def _attached(base: PeftBase, config: Mapping[str, Any]) -> set[str] | None:
+    """Where PEFT puts adapters; None where its expression for names is not to be tried, or stands for all linear modules."""
+    targets, excluded = config["target_modules"], config["exclude_modules"]
+    found: set[str] = set()
+    if isinstance(targets, str):
+        if targets.lower() == "all-linear" or (expression := _expression(targets)) is None:
+            return None
+        found = {module for module in base.modules if expression.fullmatch(module)}
+        experts = _of_experts(base.family)
+        blocks = [f"{block}." for block in base.experts] + [f"{module.rpartition('.')[0]}." for module in base.modules]
+        targets = [part for part in experts if any(expression.fullmatch(block + part) for block in blocks)]
+        found = {module for module in found if module.rpartition(".")[2] not in experts}
+    layers = config["layers_to_transform"]
+    found |= base.attached(targets, [layers] if isinstance(layers, int) else layers, config["target_parameters"])
+    if isinstance(excluded, str):
+        expression = _expression(excluded)
+        return {one for one in found if expression is None or not expression.fullmatch(one)}
+    return {one for one in found if not ends_with(one, excluded)}
+
+
+def _expression(text: str) -> re.Pattern[str] | None:
+    with suppress(UserError):
+        return compiled(text, "target_modules", "", ends=False)
+    return None
+
+
+def _fused_in(base: PeftBase, place: str, names: Sequence[str]) -> str:
     """The experts' module whose gates and up projections a place holds, of which PEFT keeps the adapter inside of that on the down
-    projections; empty for any other place."""
+    projections; empty for any other place, and for an adapter that is on the parameter itself."""
     block, _, parameter = place.rpartition(".")
-    return block if block in base.experts and parameter == "gate_up_proj" else ""
+    is_itself = names[0].endswith(f".{parameter}")
+    return block if block in base.experts and parameter == "gate_up_proj" and not is_itself else ""
 
 
-def _otherwise(
-    base: PeftBase, settings: LoraSettings, place: str, names: list[str], config: Mapping[str, Any]
-) -> Iterator[str]:
-    """What differs where a place is found."""
+def _otherwise(base: PeftBase, settings: LoraSettings, place: str, names: list[str], config: Mapping[str, Any]) -> str:
+    """What differs where a place is found; empty where nothing does."""
     is_parameter = place not in base.modules
     if base.family in _MAMBA and place.rpartition(".")[2] in _NOT_IN_MAMBA:
-        yield f"PEFT puts no adapter on {names[0]} in models of type {base.family}"
+        return f"PEFT puts no adapter on {{}} in models of type {base.family}"
     if is_parameter and settings.dropout:
-        yield f"PEFT takes no dropout on {names[0]}"
-    together = len(names) if is_parameter else 1
-    rank = _of_pattern(config["rank_pattern"], place, together * config["r"])
-    alpha = _of_pattern(config["alpha_pattern"], place, together * config["lora_alpha"])
+        return "PEFT takes no dropout on {}"
+    number = len(names) if is_parameter else 1
+    rank = _of_pattern(config["rank_pattern"], place, number * config["r"])
+    alpha = _of_pattern(config["alpha_pattern"], place, number * config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
     if rank != sum(map(settings.rank_of, names)):
-        yield f"PEFT gives {names[0]} another rank"
-    elif any(not math.isclose(scale, settings.scale_of(name), rel_tol=1e-6) for name in names):
-        yield f"PEFT multiplies what {names[0]} adds with {scale:g} in the place of {settings.scale_of(names[0]):g}"
+        return "PEFT gives {} another rank"
+    if any(not math.isclose(scale, settings.scale_of(name), rel_tol=1e-6) for name in names):
+        return f"PEFT multiplies what {{}} adds with {scale:g} in the place of {settings.scale_of(names[0]):g}"
+    return ""
 
 
 def _of_pattern(values: Mapping[str, float], place: str, otherwise: float) -> float:

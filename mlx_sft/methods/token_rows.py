@@ -129,14 +129,15 @@ def is_rows(name: str) -> bool:
     return name.endswith(ROWS)
 
 
-def on_model(model: nn.Module, token_ids: TokenIds, in_full: Iterable[str]) -> Stated:
+def on_model(model: nn.Module, token_ids: TokenIds, in_full: Iterable[str], adapted: Iterable[str] = ()) -> Stated:
     """What is said of a model with such rows: a list where embeddings and head are one weight.
 
     Args:
         in_full: The names in transformers of the modules that are trained in full.
+        adapted: Of those that get an adapter.
 
     Raises:
-        UserError: Where there are no such rows or modules, or these are trained in full, too.
+        UserError: Where there are no such rows or modules, or these are trained otherwise, too.
     """
     if not token_ids:
         return {}
@@ -149,6 +150,9 @@ def on_model(model: nn.Module, token_ids: TokenIds, in_full: Iterable[str]) -> S
         if role in token_ids and transformers_name(path) in set(in_full):
             hint = "leave out --train-new-tokens, or the module of --also-train"
             raise UserError(f"{path} is trained in full, and its rows besides", where="train_new_tokens", hint=hint)
+        if role in token_ids and {role, transformers_name(path)} & set(adapted):
+            hint = "leave out --train-new-tokens, or the module of --target"
+            raise UserError(f"{path} gets an adapter, and rows of its own besides", where="train_new_tokens", hint=hint)
         if role in token_ids and (most := max(token_ids[role])) >= module.weight.shape[0]:
             what = f"there is no row for the token {most}: this model has {module.weight.shape[0]}"
             hint = "add the tokens with which it was trained: --add-tokens FILE, or their tokenizer beside the adapter"

@@ -22,7 +22,7 @@ _BODY_NAMES = ("model", "transformer", "backbone")
 
 HEAD = "lm_head"
 """transformers' name of the output head, also of one that is tied."""
-_EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embeddings")
+EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embeddings")
 """Names of the embedding in a body, which is the output matrix too where there is no other."""
 
 _NESTED = "language_model"
@@ -103,7 +103,7 @@ class SplitModel:
         """The module that holds the output matrix, and the matrix's name in it; None where no known name is found."""
         if self.body_name is None:
             return None
-        places = ((self._owner, HEAD), *((self.body, name) for name in _EMBEDDING_NAMES))
+        places = ((self._owner, HEAD), *((self.body, name) for name in EMBEDDING_NAMES))
         return next(((holder, name) for holder, name in places if name in holder), None)
 
     def _is_body(self, name: str) -> bool:
@@ -142,7 +142,7 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 
 def embedding_names() -> set[str]:
     """The names that embeddings of tokens may have."""
-    return {f"{body}.{name}" for body in _BODY_NAMES for name in _EMBEDDING_NAMES}
+    return {f"{body}.{name}" for body in _BODY_NAMES for name in EMBEDDING_NAMES}
 
 
 def tied_embedding(model: nn.Module) -> str | None:

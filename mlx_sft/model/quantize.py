@@ -115,6 +115,12 @@ def dequantized(module: Any, part: Callable[[mx.array], mx.array] = lambda array
     return numbers
 
 
+def plain_weight(module: Any) -> mx.array:
+    """The weight of a linear module or an embedding as numbers, whether it is quantized or not."""
+    weight: mx.array = dequantized(module) if "scales" in module else module.weight
+    return weight
+
+
 def round_trip(weight: mx.array, quantization: Quantization) -> mx.array:
     """A weight quantized and dequantized again, in its own precision; rows are independent of each other."""
     group_size, bits, mode = quantization

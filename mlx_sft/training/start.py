@@ -75,6 +75,7 @@ def starting_parameters(
         method.release(model)
         return as_attached(config, method), method, parameters
     adapter, trained = METHODS[config.method].read(where)
+    trained = adapter.of_model(model, trained, where)
     decided = adapter.decides(where)
     for name, value in decided.items():
         given = getattr(config, name)

@@ -15,11 +15,20 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mlx_sft.errors import UserError
+from mlx_sft.load import load_adapter
+from mlx_sft.methods import mlx_lm_files
 from mlx_sft.methods.compose import merge_adapters
-from mlx_sft.methods.lora import LoraSettings
+from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import read_adapter, write_adapter
+from mlx_sft.model.linears import linear_modules
+from mlx_sft.model.load import load_model
+from mlx_sft.model.outline import outline
+from tests.methods.test_adapters_in import of_peft
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -140,3 +149,40 @@ def test_the_command_ends_with_the_folder(cli: Callable[..., Any], tmp_path: Pat
     assert (result.exit_code, result.stdout) == (0, f"{tmp_path / 'c'}\n")
     np.testing.assert_allclose(_update(tmp_path / "c"), 0.5 * _update(folders[0]) + _update(folders[1]), atol=1e-6)
     assert cli("adapters", "merge", f"{folders[0]}:nan", folders[1], "--to", tmp_path / "d").exit_code == 2
+
+
+def test_what_peft_would_lose_is_refused(
+    make_base: Callable[..., Path], make_adapter: Callable, tmp_path: Path
+) -> None:
+    base = make_base("qwen2_moe")
+    settings = LoraSettings(rank=2, alpha=4.0)
+    write_adapter(tmp_path / "a", settings, make_adapter(base, settings), str(base))
+    with pytest.raises(UserError, match=r"PEFT has no place for the adapter on .*experts") as caught:
+        merge_adapters([str(tmp_path / "a")] * 2, tmp_path / "both", method="cat")
+    assert "adapters check" in caught.value.hint
+    assert not (tmp_path / "both").exists()
+
+
+def test_adapters_of_mlx_lm_and_on_parameters_of_experts_are_composed(
+    make_base: Callable[..., Path], tmp_path: Path, mlx_logits: Callable, token_ids: list
+) -> None:
+    base = make_base("qwen3_moe")
+    of_peft(
+        base, tmp_path / "a", target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    method, parameters = Lora.read(tmp_path / "a")
+    assert method.needs_model(parameters)
+    trained = method.of_model(load_model(str(base), "float32").model, parameters, tmp_path)
+    mlx_lm_files.write_adapter(tmp_path / "b", method.settings, trained, str(base), mlx_names_of(base), 2)
+    merged = merge_adapters([f"{tmp_path / 'a'}:0.25", f"{tmp_path / 'b'}:0.75"], tmp_path / "both", method="cat")
+    expected = mlx_logits(load_adapter(tmp_path / "a", dtype="float32").model, token_ids)
+    np.testing.assert_allclose(
+        mlx_logits(load_adapter(merged, dtype="float32").model, token_ids),
+        expected,
+        rtol=0,
+        atol=1e-5 * np.abs(expected).max(),
+    )
+
+
+def mlx_names_of(base: Path) -> dict[str, str]:
+    return {name: path for name, (path, _) in linear_modules(outline(base, "float32").model).items()}

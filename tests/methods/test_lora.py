@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.methods import make_method
-from mlx_sft.methods.lora import DoraLinear, Lora, LoraLinear, LoraSettings, resolve_targets
+from mlx_sft.methods.lora import DoraLinear, Lora, LoraLinear, LoraSettings
+from mlx_sft.methods.lora_targets import resolve_targets
 from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
 from tests.graphs import primitives
@@ -78,7 +79,7 @@ def test_layers_come_in_their_order() -> None:
     assert resolve_targets(model, ("all-linear",)) == [f"layers.{i}" for i in range(12)]
 
 
-@pytest.mark.parametrize("target", ["q_prj", "proj", "embed_tokens", "model.layers"])
+@pytest.mark.parametrize("target", ["q_prj", "proj", "embed", "model.layers"])
 def test_a_target_that_is_no_linear_module_is_told_which_there_are(model: nn.Module, target: str) -> None:
     with pytest.raises(UserError, match=f"no linear module of this model is named {target}") as error:
         _lora(target=["q_proj", target]).attach(model, seed=0)

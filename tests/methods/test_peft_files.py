@@ -220,7 +220,6 @@ def test_a_bfloat16_adapter_becomes_float32(tmp_path: Path) -> None:
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", 1),
         ("layer_replication", [[0, 4]]),
-        ("target_parameters", ["mlp.experts"]),
     ],
 )
 def test_what_is_not_plain_lora_is_refused_by_name(tmp_path: Path, name: str, value: object) -> None:

@@ -16,8 +16,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from mlx_sft import TrainConfig, evaluate_run, export, load_run, train
 from mlx_sft.errors import UserError
 from mlx_sft.load import load_adapter
-from mlx_sft.methods.lora import resolve_targets
 from mlx_sft.methods.lora_settings import GROUPS, LoraSettings
+from mlx_sft.methods.lora_targets import resolve_targets
 from mlx_sft.methods.peft_files import CONFIG, read_adapter, write_adapter
 from mlx_sft.methods.peft_rules import PeftBase, target_modules
 from mlx_sft.model.names import CAUSAL_LM, EXPERTS_PART, Opening, expert_name, transformers_name

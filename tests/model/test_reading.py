@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
-from mlx_sft.methods.lora import resolve_targets
+from mlx_sft.methods.lora_targets import resolve_targets
 from mlx_sft.model.load import load_model
 from mlx_sft.model.outline import outline
 from mlx_sft.model.quantize import quantized_modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,9 +55,10 @@ class MlxLm(AdapterAlone):
         method, parameters = self.trained()
         if method.mlx_lm is None:
             return
-        scale, again = method.mlx_lm.read_adapter(folder, _paths(self._base()))
-        expected = method.settings.scale_of(next(iter(parameters)).rpartition(".")[0])
-        if scale != expected or not same(parameters, again):
+        written, again = method.mlx_lm.read_adapter(folder)
+        module = next(iter(parameters)).rpartition(".")[0]
+        scales = [settings.scale_of(module) for settings in (written, method.settings)]
+        if not math.isclose(*scales) or not same(parameters, again):
             raise UserError("the adapter was not written as it is", where=str(folder))
         self._open(folder)
 

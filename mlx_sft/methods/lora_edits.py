@@ -1,0 +1,56 @@
+"""What LoRA makes of the weights of a model: W + scale · B A, of embeddings the same turned, and of a head that is tied to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_sft.methods import Parameters, Rows, WeightEdit
+from mlx_sft.methods.lora_settings import HALVES, is_embedding
+from mlx_sft.model.head import HEAD
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankUpdate(WeightEdit):
+    """W → W + scale · B · A, of a matrix, or of each of a stack; with magnitudes its rows have these norms (DoRA)."""
+
+    lora_A: NDArray[np.float32]
+    lora_B: NDArray[np.float32]
+    scale: float
+    magnitudes: NDArray[np.float32] | None
+
+    def is_same(self, other: LowRankUpdate) -> bool:
+        """Whether another weight is changed alike."""
+        halves = ((self.lora_A, other.lora_A), (self.lora_B, other.lora_B))
+        return self.scale == other.scale and all(np.array_equal(one, two) for one, two in halves)
+
+    def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
+        lora_A, lora_B = (self.lora_A, self.lora_B) if expert is None else (self.lora_A[expert], self.lora_B[expert])
+        update = lora_B[start:stop] @ (lora_A if lora_A.ndim == 2 else lora_A[start:stop])
+        update *= np.float32(self.scale)
+        update += base(start, stop)
+        if self.magnitudes is not None:
+            norms = np.linalg.norm(update, axis=1)
+            update *= (self.magnitudes[start:stop] / np.where(norms == 0, 1, norms))[:, None]
+        return update
+
+
+def weight_halves(module: str, parameters: Parameters) -> tuple[mx.array, mx.array]:
+    """A and B, whose product B A is of the shape of the module's weight; that of embeddings is turned."""
+    lora_A, lora_B = (parameters[f"{module}.{half}"] for half in HALVES)
+    return (lora_B.T, lora_A.T) if is_embedding(module) else (lora_A, lora_B)
+
+
+def as_one_weight(edits: dict[str, WeightEdit]) -> dict[str, WeightEdit]:
+    """A head that changes as the embeddings do may be the same tensor as theirs."""
+    uses = {
+        name: edit
+        for name, edit in edits.items()
+        if isinstance(edit, LowRankUpdate) and (name == f"{HEAD}.weight" or is_embedding(name.removesuffix(".weight")))
+    }
+    if len(uses) == 2 and LowRankUpdate.is_same(*uses.values()):
+        return edits | {f"{HEAD}.weight": replace(uses[f"{HEAD}.weight"], optional=True)}
+    return edits | {name: replace(edit, alone=True) for name, edit in uses.items()}
