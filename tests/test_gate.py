@@ -345,6 +345,7 @@ _CHECKED_BEFORE = {
     "data/readers.py _parquet ParquetFile": "`FileSource.reader` takes regular files only",
     "convert/publish.py _refuse_home file.read_text": "what this export has just written",
     "convert/targets/mlx_lm.py _open load_adapters": "what this export has just written",
+    "methods/adapter_check.py _opened_by_mlx_lm load_adapters": "`checked` stands in its second argument",
     "convert/targets/gguf/comparison.py _check_head path.open": "what llama.cpp has just written",
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import read_errors, user_path
+from mlx_sft.files import read_text, user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,13 +108,15 @@ def _in_file(given: str) -> Any:
     path = user_path(given)
     if not path.is_file():
         raise UserError("there is no such file", where=given, hint=_HINT, exit_code=USAGE)
-    with read_errors(path, _HINT):
-        content = path.read_bytes()
+    content = read_text(path, most=_MOST_BYTES, hint=_HINT, exit_code=USAGE)
     try:
-        text = content.decode("utf-8-sig")
+        text = content.removeprefix("\ufeff")
         return json.loads(text) if path.suffix == ".json" else _lines(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"these tokens cannot be read: {error}", where=str(Path(given)), hint=_HINT) from error
+
+
+_MOST_BYTES = 2**24
 
 
 def _lines(text: str) -> list[str]:

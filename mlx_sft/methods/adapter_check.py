@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +22,7 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_sft.console import count
 from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.gate import checked
 from mlx_sft.methods import Parameters, attach_trained, mlx_lm_files
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora import Lora
@@ -40,6 +40,7 @@ from mlx_sft.model.names import CAUSAL_LM, transformers_name
 from mlx_sft.model.outline import outline
 from mlx_sft.model.stored_form import give_mlx_form
 from mlx_sft.model.translate import read_config
+from mlx_sft.writing import private_folder
 
 OURS, PEFT, MLX_LM, LLAMA_CPP = "mlx-sft", "PEFT", "mlx-lm", "llama.cpp"
 
@@ -259,7 +260,7 @@ class _Look:
             self.notes.append(
                 "PEFT and llama.cpp do not read mlx-lm's files: what is said of them is of the same adapter in PEFT's"
             )
-            with TemporaryDirectory() as folder:
+            with private_folder() as folder:
                 self.method.write(Path(folder), self.parameters, self.name)
                 lost = list(lost_by_peft(Path(folder), found))
         return _together((one.why, one.module) for one in lost) + self.misfits
@@ -277,7 +278,7 @@ class _Look:
             self.notes.append(
                 "mlx-lm does not read PEFT's files: what is said of it is of the same adapter in its form"
             )
-            with TemporaryDirectory() as folder:
+            with private_folder() as folder:
                 settings, depth = self.method.settings, len(model.layers)
                 mlx_lm_files.write_adapter(Path(folder), settings, self.parameters, self.name, paths, depth)
                 return _opened_by_mlx_lm(model, Path(folder))
@@ -316,7 +317,7 @@ class _Look:
 def _opened_by_mlx_lm(model: Any, folder: Path) -> list[Problem]:
     """Have mlx-lm put an adapter in its form on a model."""
     with blamed_on(folder, "its loader refuses it"):
-        load_adapters(model, str(folder))
+        load_adapters(model, str(checked(folder)))
     return []
 
 

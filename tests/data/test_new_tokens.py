@@ -75,7 +75,7 @@ def test_rows_are_padded_as_the_checkpoint_has_it(rows: int, before: int, after:
         ('[{"content": "a", "spezial": true}]', "spezial is no switch"),
         ('[{"content": "a", "special": "yes"}]', "special is no switch"),
         ('["a"', "cannot be read"),
-        (b'["\xff"]', "cannot be read"),
+        (b'["\xff"]', "not UTF-8 text"),
     ],
 )
 def test_what_is_no_list_of_tokens_is_told(content: str | bytes, told: str, tmp_path: Path) -> None:
