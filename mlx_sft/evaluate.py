@@ -93,6 +93,10 @@ class _Bound(Method):
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         pass
 
+    @property
+    def virtual_tokens(self) -> int:
+        return self._method.virtual_tokens if self._method else 0
+
     def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
         return self._method.run_body(body, token_ids) if self._method else body(token_ids)
 

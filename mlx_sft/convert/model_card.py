@@ -201,6 +201,7 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
         title=published.repository if published else f"A fine-tuned {_code(base.name)}",
         what_it_is=_what_it_is(method, named, whole),
         peft=method.peft,
+        in_peft_generate=method.in_peft_generate,
         mergeable=method.mergeable,
         base=base,
         named_base=named,

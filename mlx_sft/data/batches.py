@@ -44,11 +44,13 @@ class Layout:
         widths: The widths that there are, in rising order, where shapes are to be few: a micro-batch then has 1, 2, 4, 8, ... rows of
             one of them. Empty where any will do.
         call_cost: What one more micro-batch costs, in tokens.
+        in_front: Positions that are computed in front of each row, and are not in its width.
     """
 
     joined: bool = False
     widths: tuple[int, ...] = ()
     call_cost: int = CALL_COST
+    in_front: int = 0
 
     @classmethod
     def of_few_shapes(cls, lengths: Lengths, call_cost: int = CALL_COST) -> Layout:
@@ -292,7 +294,7 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout
     Args:
         rows: Indices of examples.
         lengths: Needed length of every example.
-        token_budget: Tokens, padding included, that fit at once; a single longer row goes alone.
+        token_budget: Positions, padding and what is in front of each row included, that fit at once; a single longer row goes alone.
     """
     joined = layout.joined
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
@@ -306,9 +308,9 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout
             firsts = np.arange(min(end - 1, int(np.searchsorted(ends, ends[end] - token_budget))), end)
             candidates = costs[firsts] + own_costs[end] - own_costs[firsts]
         else:
-            most = min(end, max(1, token_budget // width))
+            most = min(end, max(1, token_budget // (width + layout.in_front)))
             firsts = end - counts[counts <= most][::-1] if layout.widths else np.arange(end - most, end)
-            candidates = costs[firsts] + (end - firsts) * row_cost(width)
+            candidates = costs[firsts] + (end - firsts) * row_cost(width + layout.in_front)
         best = int(candidates.argmin())
         costs[end] = candidates[best] + layout.call_cost
         last_cuts.append(int(firsts[best]))

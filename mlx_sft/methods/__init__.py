@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
@@ -28,6 +29,7 @@ from mlx_sft.writing import make_folder, write_file, write_file_with
 ENTRIES = {
     "lora": "mlx_sft.methods.lora:Lora",
     "full": "mlx_sft.methods.full:Full",
+    "prompt": "mlx_sft.methods.prompt:Prompt",
 }
 
 Parameters = dict[str, mx.array]
@@ -77,6 +79,13 @@ class WholeWeight(WeightEdit):
 class Binder(Protocol):
     """What a forward pass needs to know of a method."""
 
+    @property
+    def virtual_tokens(self) -> int:
+        """See `Method.virtual_tokens`."""
+
+    def in_head(self, name: str) -> bool:
+        """See `Method.in_head`."""
+
     def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
         """Put parameters (all, or some of them) into the model; a random key switches dropout on."""
 
@@ -102,6 +111,7 @@ class Method:
             say how. A run of a method that is not is refused by every export with merged weights.
         mlx_lm: The module that writes and reads its result in mlx-lm's form; None where mlx-lm has no such adapter.
         peft: Whether the files of its result are PEFT's, so that PEFT opens them.
+        in_peft_generate: Further arguments without which PEFT's `generate` does not give what was trained, for the model card.
         starts_in_trl: Whether PEFT's form of its parameters at the start is one that TRL goes on from.
         folder: What the folder of its result is called in a run.
     """
@@ -112,6 +122,7 @@ class Method:
     mergeable: ClassVar[bool] = False
     mlx_lm: ClassVar[Any] = None
     peft: ClassVar[bool] = False
+    in_peft_generate: ClassVar[str] = ""
     starts_in_trl: ClassVar[bool] = False
     folder: ClassVar[str] = "adapter"
 
@@ -124,6 +135,14 @@ class Method:
     def uses_dropout(self) -> bool:
         """Whether `bind` is to be given a random key in training."""
         return False
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that `run_body` computes in front of each row: they take time and memory, and are not counted by --max-length."""
+        return 0
+
+    def read_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take from the tokenizer what the settings need of it; called before `attach` where training starts."""
 
     def for_new_tokens(self, token_ids: Sequence[int], *, from_adapter: bool) -> dict[str, Any]:
         """The settings that change where the tokenizer gets tokens with these ids, if any.
@@ -178,6 +197,10 @@ class Method:
     def drops(self, name: str) -> bool:
         """Whether there is dropout on what this parameter is multiplied with."""
         return self.uses_dropout
+
+    def in_head(self, name: str) -> bool:
+        """Whether the output head may use this parameter, which is in none of the repeated layers."""
+        return True
 
     def release(self, model: nn.Module) -> None:
         """Let go of what only `detach` needs; training calls it, and takes nothing off."""
@@ -312,9 +335,9 @@ def as_attached(config: TrainConfig, method: Method) -> TrainConfig:
 
 def method_in(folder: Path) -> type[Method]:
     """The method whose result a folder holds; where no method knows it, the default one, which says what is missing."""
-    found = (entry for _, entry in METHODS.items() if entry.frozen_base and entry.recognizes(folder))
-    kind: type[Method] = next(found, METHODS[TrainConfig.model_fields["method"].default])
-    return kind
+    default: type[Method] = METHODS[TrainConfig.model_fields["method"].default]
+    others = (entry for _, entry in METHODS.items() if entry is not default)  # which takes any adapter for its own
+    return next((entry for entry in others if entry.frozen_base and entry.recognizes(folder)), default)
 
 
 def attach_trained(model: nn.Module, method: Method, trained: Parameters, where: Path) -> Parameters:

@@ -23,7 +23,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_sft.console import count
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.gate import checked
-from mlx_sft.methods import Parameters, attach_trained, mlx_lm_files
+from mlx_sft.methods import Method, Parameters, attach_trained, method_in, mlx_lm_files
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora import Lora
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
@@ -69,7 +69,7 @@ class AdapterCheck:
         folder: Where it lies.
         form: Whose files they are: PEFT's or mlx-lm's.
         base: The model, as it was named.
-        title: LoRA or DoRA.
+        title: LoRA, DoRA, or what another method is called.
         tensors, numbers: How many are trained.
         modules: The names of the modules that it is on, in transformers.
         trained_in_full: Of those, the ones whose own weights it holds.
@@ -87,12 +87,12 @@ class AdapterCheck:
     tensors: int
     numbers: int
     modules: list[str]
-    trained_in_full: list[str]
-    ranks: list[int]
-    alphas: list[float]
-    scales: list[float]
-    idle: list[str]
-    homeless: list[str]
+    trained_in_full: list[str] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    alphas: list[float] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
+    homeless: list[str] = field(default_factory=list)
     problems: dict[str, list[Problem] | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -108,9 +108,9 @@ class AdapterCheck:
 
     def describe(self) -> str:
         """For a person."""
-        shape = f"rank {_some(self.ranks)}, alpha {_some(self.alphas)}, scale {_some(self.scales)}"
+        shape = f", rank {_some(self.ranks)}, alpha {_some(self.alphas)}, scale {_some(self.scales)}" if self.ranks else ""
         lines = [
-            f"{self.folder}: {self.title} in {self.form}'s files, {shape}",
+            f"{self.folder}: {self.title} in {self.form}'s files{shape}",
             f"  {self.tensors} tensors, {count(self.numbers)} parameters, on {_in_few_words(self.modules)}",
         ]
         if self.trained_in_full:
@@ -155,14 +155,40 @@ def check_adapter(folder: str | Path, model: str | None = None) -> AdapterCheck:
     if not (where / CONFIG).is_file():
         hint = "give a folder with adapter_config.json, or a run that trained an adapter"
         raise UserError(f"not an adapter folder: no {CONFIG}", where=str(where), hint=hint)
-    name = model or Lora.base_model(where)
+    kind = method_in(where)
+    name = model or kind.base_model(where)
     if not name:
         raise UserError("this adapter names no base model", where=str(where), hint="give --model", exit_code=USAGE)
     base = local_checkpoint(name)
     if base is None:
         raise UserError("this model is not on this disk", where=name, hint="give the place of its base with --model")
+    if not issubclass(kind, Lora):
+        return _checked_as_a_whole(where, name, base, *kind.read(where))
     method, parameters = Lora.read(where)
     return _Look(where, name, base, method, parameters).result()
+
+
+def _checked_as_a_whole(where: Path, name: str, base: Path, method: Method, parameters: Parameters) -> AdapterCheck:
+    """Of a method whose parameters are of no modules: whether the model has a place for them, and which programs have a form for them."""
+    problems: dict[str, list[Problem] | None] = {OURS: []}
+    try:
+        attach_trained(outline(base, "float32").model, method, parameters, where)
+    except UserError as error:
+        problems[OURS] = [Problem(error.what)]
+    no_form = [Problem(f"it has no form for what --method {method.name} trains")]
+    problems[PEFT] = problems[OURS] if method.peft else no_form
+    problems |= {MLX_LM: [] if method.mlx_lm else no_form, LLAMA_CPP: no_form}
+    return AdapterCheck(
+        folder=str(where),
+        form=PEFT if method.peft else OURS,
+        base=name,
+        title=method.title,
+        tensors=len(parameters),
+        numbers=sum(value.size for value in parameters.values()),
+        modules=list(parameters),
+        problems=problems,
+        notes=[method.describe()],
+    )
 
 
 class _Look:

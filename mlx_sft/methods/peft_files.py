@@ -151,9 +151,9 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     Raises `UserError` where files are missing or damaged, or where the adapter is not LoRA or DoRA of linear modules.
     """
     folder = Path(folder)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     _check_plain(config, folder / CONFIG)
-    file = open_safetensors(_weights_file(folder))
+    file = open_safetensors(weights_file(folder))
     parameters: dict[str, mx.array] = {}
     modules: dict[str, str] = {}
     named = target_parameters(config, folder / CONFIG)
@@ -189,14 +189,14 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
 
 def base_copies(folder: Path) -> dict[str, mx.array]:
     """The weights that PEFT saved beside an adapter on embeddings or the head as copies of the base's, by the names of their modules."""
-    config = _read_config(folder / CONFIG)
-    tensors = {_copied(tensor.name, config): tensor for tensor in open_safetensors(_weights_file(folder)).tensors}
+    config = read_config(folder / CONFIG)
+    tensors = {_copied(tensor.name, config): tensor for tensor in open_safetensors(weights_file(folder)).tensors}
     return {module: read_copy(tensor, read_float32(tensor)) for module, tensor in tensors.items() if module is not None}
 
 
 def on_parameters(folder: Path) -> frozenset[str]:
     """The names here of what an adapter is on that PEFT trained as `target_parameters`: the matrices of all experts of a layer."""
-    config, path = _read_config(folder / CONFIG), _weights_file(folder)
+    config, path = read_config(folder / CONFIG), weights_file(folder)
     named = target_parameters(config, folder / CONFIG)
     if not named:
         return frozenset()
@@ -220,11 +220,11 @@ def _is_copy(name: str, config: dict[str, Any]) -> bool:
 
 def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
     """What PEFT would open otherwise than it was trained, of a LoRA adapter's files."""
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         return
     settings, parameters = read_adapter(folder)
-    for tensor in open_safetensors(_weights_file(folder)).tensors:
+    for tensor in open_safetensors(weights_file(folder)).tensors:
         if _is_copy(tensor.name, config):
             continue
         stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
@@ -236,13 +236,13 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
 
 def names_begin(folder: Path) -> str:
     """How the names of a language model's modules begin in the class that an adapter's file is for, as in `Opening`."""
-    names = (tensor.name.removeprefix(_PREFIX) for tensor in open_safetensors(_weights_file(folder)).tensors)
+    names = (tensor.name.removeprefix(_PREFIX) for tensor in open_safetensors(weights_file(folder)).tensors)
     return INSIDE if any(transformers_name(name) != name for name in names) else "model."
 
 
 def base_model_name(folder: str | Path) -> str:
     """The name or path of the base model that an adapter says it belongs to; an empty string where it says none."""
-    name = _read_config(Path(folder) / CONFIG).get("base_model_name_or_path")
+    name = read_config(Path(folder) / CONFIG).get("base_model_name_or_path")
     return name if isinstance(name, str) else ""
 
 
@@ -324,7 +324,7 @@ def _to_settings(config: dict[str, Any], modules: dict[str, str], where: Path) -
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}"
         raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
@@ -346,7 +346,7 @@ def _check_plain(config: dict[str, Any], where: Path) -> None:
             )
 
 
-def _weights_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
     path = folder / WEIGHTS
     if path.is_file():
         return path

@@ -29,18 +29,18 @@ _NESTED = "language_model"
 """The name of the language model in a model that can also see or hear."""
 
 
-class _FixedBody:
-    """Takes the body's place: returns the given hidden states for any call, and has the body's attributes."""
+class FixedResult:
+    """Takes a module's place: returns the given array for any call, and has the module's attributes."""
 
-    def __init__(self, body: nn.Module, hidden_states: mx.array) -> None:
-        self._body = body
-        self._hidden_states = hidden_states
+    def __init__(self, module: nn.Module, result: mx.array) -> None:
+        self._module = module
+        self._result = result
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return self._hidden_states
+        return self._result
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._body, name)
+        return getattr(self._module, name)
 
 
 class SplitModel:
@@ -57,7 +57,7 @@ class SplitModel:
         self.model = model
         self.run_body: Callable[[Any, mx.array], mx.array] = lambda body, token_ids: body(token_ids)
         # Where it is nested, the whole has a property for the body, which cannot be replaced.
-        self._owner: nn.Module = model.get(_NESTED, model)
+        self._owner = language_model(model)
         self.body_name = next((name for name in _BODY_NAMES if self._is_body(name)), None)
         if self.body_name is not None and not self._holds_on_probe():
             self.body_name = None
@@ -95,7 +95,7 @@ class SplitModel:
         if self.body_name is None:
             return hidden_states
         states = hidden_states[None]
-        with replaced_children(self._owner, {self.body_name: _FixedBody(self.body, states)}):
+        with replaced_children(self._owner, {self.body_name: FixedResult(self.body, states)}):
             logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
         return logits.squeeze(0)  # an index would be a gather, whose gradient is a scatter over all logits
 
@@ -134,9 +134,15 @@ class SplitModel:
         return next(iter(floating_weights(self.model).values())).dtype
 
 
+def language_model(model: nn.Module) -> nn.Module:
+    """The language model in a model that can also see or hear; else the model itself."""
+    found: nn.Module = model.get(_NESTED, model)
+    return found
+
+
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of a model of mlx-lm's, split or not."""
-    layers: list[nn.Module] = model.get(_NESTED, model).layers
+    layers: list[nn.Module] = language_model(model).layers
     return layers
 
 
@@ -147,7 +153,7 @@ def embedding_names() -> set[str]:
 
 def tied_embedding(model: nn.Module) -> str | None:
     """The name in transformers of the embedding that is the output matrix too; None where there is a matrix of its own."""
-    owner: nn.Module = model.get(_NESTED, model)
+    owner = language_model(model)
     if HEAD in owner or getattr(getattr(owner, "args", None), "tie_word_embeddings", True) is False:
         return None
     paths = embedding_names()

@@ -95,8 +95,11 @@ def layout_on(
     machine: Machine, gradient_computer: GradientComputer, parameters: Parameters, examples: Examples
 ) -> Layout:
     """Of few shapes where they are compiled; else joined, if the model can be computed so."""
+    in_front = gradient_computer.virtual_tokens
     if machine.compiles:
-        return Layout.of_few_shapes(examples.needed_lengths)
+        return replace(Layout.of_few_shapes(examples.needed_lengths), in_front=in_front)
+    if in_front:  # which rows that are joined would have in front of the first of them alone
+        return replace(PADDED, in_front=in_front)
     return JOINED if gradient_computer.keeps_rows_apart(parameters) else PADDED
 
 

@@ -123,6 +123,7 @@ class Footprint:
         trains_weights: Whether weights of the model are trained as they are, and nothing else.
         adapters: Trained numbers that are none of the model's weights.
         trains_head: Whether something outside of the layers is trained, which the head may use.
+        virtual_tokens: Positions in front of each row, of which its width says nothing.
         accumulates: Whether a step may have several micro-batches, whose gradients are added up.
         held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
         correction: What a measurement found what grows with the tokens to be, beside what is counted.
@@ -141,6 +142,7 @@ class Footprint:
     trains_weights: bool = False
     adapters: int = 0
     trains_head: bool = False
+    virtual_tokens: int = 0
     accumulates: bool = True
     held: bool = True
     correction: float = 1.0
@@ -174,6 +176,7 @@ class Footprint:
         outside, changed = split.outside_layers(parameters), method.changed_shapes(parameters)
         if any("embed" in name or name not in held for name in outside):
             lowest = 0  # a gradient goes through all layers: to the embedding, or to what a method puts before or between them
+        in_head = any(map(method.in_head, outside))
         optimizer: type[Optimizer] = OPTIMIZERS[config.optimizer]
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         return cls(
@@ -185,11 +188,12 @@ class Footprint:
             itemsize=split.model_dtype().size,
             hidden=max((layer.states for layer in layers), default=0) if split.body_name else vocabulary,
             vocabulary=vocabulary,
-            columns=min(COLUMNS, vocabulary) if head == "tiles" and not outside else vocabulary,
+            columns=min(COLUMNS, vocabulary) if head == "tiles" and not in_head else vocabulary,
             head=head,
             trains_weights=parameters.keys() <= changed.keys(),
             adapters=sum(array.size for name, array in parameters.items() if name not in changed),
-            trains_head=bool(outside),
+            trains_head=in_head,
+            virtual_tokens=method.virtual_tokens,
             accumulates=config.batch_size > 1,
             held=not fused,
         )
@@ -212,12 +216,14 @@ class Footprint:
                 tokens never take less.
             head_chunk: Positions that go through the head at once; as many as are fast where None.
         """
-        kept, work = self._of_layers(mode, tokens, tokens if width is None else width)
         rows = head_chunk or chunk_rows(self.columns, self.head)
         if supervised is None:
             positions, chunk = tokens, min(tokens, rows)
         else:
             positions, chunk = supervised, even_chunk(supervised, rows)
+        width = tokens if width is None else width
+        tokens += -(-tokens // width) * self.virtual_tokens
+        kept, work = self._of_layers(mode, tokens, width + self.virtual_tokens)
         states = (tokens + _STATES_A_POSITION * positions) * self.hidden * self.itemsize
         arrays = self._passing
         at_once = chunk * self.columns

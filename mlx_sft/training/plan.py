@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Look, count, duration, size
-from mlx_sft.data.batches import JOINED, Layout
+from mlx_sft.data.batches import JOINED, PADDED, Layout
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.data.pipeline import ReadingProgress
@@ -76,8 +76,9 @@ class Work:
     supervised: int
 
     @classmethod
-    def of(cls, examples: Examples) -> Work:
-        lengths = examples.needed_lengths.astype(np.int64)
+    def of(cls, examples: Examples, in_front: int = 0) -> Work:
+        """Of rows that have so many further positions in front of each."""
+        lengths = examples.needed_lengths.astype(np.int64) + in_front
         return cls(int(lengths.sum()), int((lengths * lengths).sum()), int(examples.supervised_tokens.sum()))
 
 
@@ -136,7 +137,9 @@ class RunPlan:
         self.footprint = footprint_of(config, path, self.dtype, new, fused=machine.fused)
         self.on_macs = footprint_of(config, path, self.dtype if given else "bfloat16", new, fused=True)
         lengths = data.train.needed_lengths if data else [config.max_length - 1]
-        layout = Layout.of_few_shapes(lengths) if machine.compiles else JOINED
+        in_front = self.footprint.virtual_tokens
+        layout = Layout.of_few_shapes(lengths) if machine.compiles else PADDED if in_front else JOINED
+        layout = replace(layout, in_front=in_front)
         self.longest = _longest(config, layout, data)
         planner = MemoryPlanner(config, machine, self.footprint, self.longest, layout)
         settings = self.settings = planner.choose()
@@ -145,7 +148,7 @@ class RunPlan:
         self.epochs = float(config.epochs)
         if data:
             steps = planned_steps(config, data)
-            self.work = Work.of(data.train)
+            self.work = Work.of(data.train, in_front)
             self.epochs = steps.total_steps / steps.steps_per_epoch
         if settings is None:
             self.predicted = self.footprint.predict(asked_for(config)[-1], self.longest.tokens)
@@ -159,13 +162,13 @@ class RunPlan:
 
     def lengths(self) -> list[dict[str, Any]]:
         """For each length and mode, how many rows fit at once, and what one takes."""
-        memory = self.machine.memory
+        memory, in_front = self.machine.memory, self.footprint.virtual_tokens
         return [
             {
                 "length": length,
                 **{
                     configured(mode): {
-                        "rows": most_tokens(self.footprint, mode, memory) // length,
+                        "rows": (most_tokens(self.footprint, mode, memory) + in_front) // (length + in_front),
                         "peak_bytes_of_one": self.footprint.predict(mode, length).peak,
                     }
                     for mode in MODES

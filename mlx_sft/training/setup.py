@@ -124,6 +124,8 @@ def prepare_job(
     begun = run is not None and bool(run.checkpoint_steps())
     config, method, parameters = _attach_exportable(config, base, new_tokens, begun=begun)
     _refuse_dropout_outside_layers(method, split, parameters)
+    for part in (data.train, data.valid):
+        _refuse_inexact_length(part, base.path, method.virtual_tokens)
     computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
     layout, measured = _measured_layout(config, run, computer, split, parameters, data, machine, console)
     held.enter_context(attention_in_blocks(measured.attention_block))
@@ -269,7 +271,6 @@ def _load_base(
     vocabulary = vocabulary_size(base.model, base.config)
     for part in (data.train, data.valid):
         check_vocabulary(part, vocabulary)
-        _refuse_inexact_length(part, base.path)
     return base, vocabulary
 
 
@@ -278,7 +279,7 @@ def _attach_exportable(
 ) -> tuple[TrainConfig, Method, Parameters]:
     """As `starting_parameters`, once it is sure that what will be trained can be merged into the checkpoint."""
     rows = first_rows(base.model)
-    config, method, parameters = starting_parameters(config, base.model, begun=begun)
+    config, method, parameters = starting_parameters(config, base.model, base.tokenizer, begun=begun)
     check_exportable(base.path, method, parameters, rows, new_tokens=new_tokens)
     for value in parameters.values():
         mx.eval(value)  # one after another: what they are computed from may be as large as the model
@@ -329,15 +330,16 @@ def _refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters
         )
 
 
-def _refuse_inexact_length(examples: Examples, path: Path) -> None:
+def _refuse_inexact_length(examples: Examples, path: Path, virtual_tokens: int) -> None:
     """Beyond some length, mlx-lm's code for a few families is not the model that was trained."""
     most = exact_length(path)
-    if most is not None and examples.lengths.max(initial=0) > most:
+    if most is not None and examples.lengths.max(initial=0) + virtual_tokens > most:
         longest = examples[int(examples.lengths.argmax())]
+        further = f" and {virtual_tokens} virtual ones" if virtual_tokens else ""
         raise UserError(
-            f"{len(longest)} tokens, and mlx-lm computes this model exactly for no more than {most}",
+            f"{len(longest)} tokens{further}, and mlx-lm computes this model exactly for no more than {most}",
             where=longest.origin,
-            hint=f"give --max-length {most}",
+            hint=f"give --max-length {most - virtual_tokens}",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.nn as nn
+from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.common_settings import option_name
 from mlx_sft.config import TrainConfig
@@ -12,7 +13,7 @@ from mlx_sft.console import Console
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
-from mlx_sft.methods import Method, Parameters, as_attached, attach_trained, make_method
+from mlx_sft.methods import Method, Parameters, as_attached, attach_trained, make_method, method_in
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
@@ -55,12 +56,12 @@ def new_config(given: TrainConfig, console: Console) -> TrainConfig:
 
 
 def starting_parameters(
-    config: TrainConfig, model: nn.Module, *, begun: bool
+    config: TrainConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, begun: bool
 ) -> tuple[TrainConfig, Method, Parameters]:
     """The method, attached to a frozen model, and its parameters at the start.
 
     An existing adapter's own settings override those of the configuration that shape it. A run that has begun has its parameters in a
-    checkpoint, and needs that adapter no more.
+    checkpoint, and needs that adapter no more. Without a tokenizer, what starts from a text has its shape alone.
 
     Raises:
         UserError: If the adapter cannot be read, belongs to another model, or is not as the configuration says.
@@ -68,12 +69,18 @@ def starting_parameters(
     where = None if begun else _given_adapter(config)
     if where is None:
         method = make_method(config)
+        if tokenizer is not None:
+            method.read_tokenizer(tokenizer)
         parameters = method.attach(model, config.seed)
         if not parameters:
             raise UserError(f"--method {config.method} trains nothing of this model", where="method", exit_code=USAGE)
         method.bind(model, parameters)
         method.release(model)
         return as_attached(config, method), method, parameters
+    kind = method_in(where)
+    if kind.name != config.method and kind.recognizes(where):
+        what, hint = f"this is an adapter of --method {kind.name}", f"give --method {kind.name}"
+        raise UserError(what, where=str(where), hint=hint, exit_code=USAGE)
     adapter, trained = METHODS[config.method].read(where)
     trained = adapter.of_model(model, trained, where)
     decided = adapter.decides(where)

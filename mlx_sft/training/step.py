@@ -157,7 +157,7 @@ class GradientComputer:
                 if weighting is None:
                     weighting = self._weigh(batches, self._first_pass(parameters, batches, keys, before_each))
                 # Not those of the head, whose gradients are sums over its chunks.
-                rounded = self._method.rounded(parameters) | self._split.outside_layers(parameters)
+                rounded = self._method.rounded(parameters) | self._of_head(parameters)
                 for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
                     before_each()
                     started = time.perf_counter()
@@ -177,6 +177,11 @@ class GradientComputer:
     def head_way(self) -> HeadWay:
         """How the head's loss is computed where the head is frozen."""
         return "fused" if self._fused else "whole" if self.tiled_head is None else "tiles"
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions in front of each row, of which a batch says nothing."""
+        return self._method.virtual_tokens
 
     def bind(self, parameters: Parameters) -> None:
         """Put parameters into the model, without dropout."""
@@ -334,7 +339,7 @@ class GradientComputer:
         head = self._head_for(parameters)
         return cross_entropy_sum(
             head,
-            self._split.outside_layers(parameters),
+            self._of_head(parameters),
             hidden_states,
             targets,
             weights,
@@ -346,9 +351,14 @@ class GradientComputer:
         hidden_states = self._split.hidden_states(token_ids)
         return hidden_states.reshape(-1, hidden_states.shape[-1])[positions]
 
+    def _of_head(self, parameters: Parameters) -> Parameters:
+        """The parameters that the head may use."""
+        outside = self._split.outside_layers(parameters)
+        return {name: value for name, value in outside.items() if self._method.in_head(name)}
+
     def _head_for(self, parameters: Parameters) -> Head | TiledHead:
         """In tiles where it can be, which is where it is frozen."""
-        frozen = not self._split.outside_layers(parameters)
+        frozen = not self._of_head(parameters)
         return self.tiled_head if frozen and self.tiled_head is not None else self._head
 
     def _chunk(self, head: Head | TiledHead) -> int:
