@@ -108,7 +108,9 @@ class AdapterCheck:
 
     def describe(self) -> str:
         """For a person."""
-        shape = f", rank {_some(self.ranks)}, alpha {_some(self.alphas)}, scale {_some(self.scales)}" if self.ranks else ""
+        shape = (
+            f", rank {_some(self.ranks)}, alpha {_some(self.alphas)}, scale {_some(self.scales)}" if self.ranks else ""
+        )
         lines = [
             f"{self.folder}: {self.title} in {self.form}'s files{shape}",
             f"  {self.tensors} tensors, {count(self.numbers)} parameters, on {_in_few_words(self.modules)}",

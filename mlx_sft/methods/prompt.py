@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691): n virtual tokens in front of everything are trained, and nothing else.
+"""Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691): n virtual tokens in front of everything are trained.
 
 ```
 adapter_config.json         PEFT's settings, with peft_type PROMPT_TUNING
@@ -43,8 +43,8 @@ class PromptSettings(Settings):
     virtual_tokens: int = Field(default=20, ge=1, le=_MOST)
     """How many trained vectors stand in front of each conversation. They come on top of --max-length."""
     prompt_init: str = "random"
-    """How they start: random (N(0, 1)), vocabulary (embeddings of tokens drawn at random), or text:WORDS (those of a text, which is repeated
-    or cut to their number)."""
+    """How they start: random (N(0, 1)), vocabulary (embeddings of tokens drawn at random), or text:WORDS (those of a text, which is
+    repeated or cut to their number)."""
 
     @field_validator("prompt_init")
     @classmethod
@@ -82,7 +82,9 @@ class Prompt(Method):
     name: ClassVar = "prompt"
     Settings: ClassVar = PromptSettings
     peft: ClassVar = True
-    in_peft_generate: ClassVar = ", use_cache=False"  # with its cache, tokens from the third on are others (PEFT 0.21.2, transformers 5.24)
+    in_peft_generate: ClassVar = (
+        ", use_cache=False"  # with its cache, tokens from the third on are others (PEFT 0.21.2, transformers 5.24)
+    )
 
     settings: PromptSettings
 
@@ -147,7 +149,11 @@ class Prompt(Method):
         make_folder(folder)
         write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, parameters, {"format": "pt"}))
         text = self.settings.text
-        start = "TEXT" if text is not None else {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}[self.settings.prompt_init]
+        start = (
+            "TEXT"
+            if text is not None
+            else {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}[self.settings.prompt_init]
+        )
         config = {
             "auto_mapping": None,
             "base_model_name_or_path": base_model,
@@ -198,4 +204,5 @@ class Prompt(Method):
         return "prompt tuning"
 
     def describe(self) -> str:
-        return f"prompt tuning, {self.virtual_tokens} virtual tokens in front of each conversation, started as `{self.settings.prompt_init}`"
+        start = f"started as `{self.settings.prompt_init}`"
+        return f"prompt tuning, {self.virtual_tokens} virtual tokens in front of each conversation, {start}"

@@ -24,8 +24,8 @@ from mlx_sft.model.head import FixedResult, agree_within, embedding_names, float
 from mlx_sft.model.outline import is_outline
 
 _SCALED_INSIDE = ("gemma", "minicpm3")
-"""How the names of families begin whose embeddings transformers multiplies inside of `embed_tokens`, so that vectors that are given in their
-place are not multiplied; mlx-lm does it after (transformers 5.24, mlx-lm 0.32)."""
+"""How the names of families begin whose embeddings transformers multiplies inside of `embed_tokens`, so that vectors that are given in
+their place are not multiplied; mlx-lm does it behind them (transformers 5.24)."""
 
 _PROBE, _IN_FRONT = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]]), 3
 
