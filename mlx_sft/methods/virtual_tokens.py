@@ -83,7 +83,7 @@ class InFront:
 
     def embeddings(self, token_ids: mx.array) -> mx.array:
         """[tokens, width] float32: what transformers' `embed_tokens` gives for these tokens."""
-        found = self._embedding(token_ids)
+        found: mx.array = self._embedding(token_ids)
         return (found * mx.array(self._scale, found.dtype)).astype(mx.float32)
 
     def run(self, vectors: mx.array, run: Callable[[mx.array], mx.array], token_ids: mx.array) -> mx.array:
