@@ -227,7 +227,7 @@ def _narrower(base: Path, folder: Path) -> Path:
         (USAGE, {"lr": "nan"}, "lr"),
         (USAGE, {"chat_template_kwargs": "[" * 5000}, "chat_template_kwargs"),
         (USAGE, {"config": "c.yaml"}, "c.yaml"),
-        (USAGE, {"config": "/"}, "Is a directory"),
+        (USAGE, {"config": "/"}, "not a regular file"),
         (FAILURE, {"resume": "/"}, "not a run folder"),
     ],
 )
