@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
@@ -25,7 +26,11 @@ from mlx_sft.model.linears import is_experts, is_quantized
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.quantize import dequantized
 
-_ORIGINAL = "_original"
+ORIGINAL = "_original"
+"""The attribute of a copy that is the module in whose place it is."""
+
+Place = tuple[nn.Module, str, mx.Dtype]
+"""Where a parameter is in a model: a module, the name of its weight there, and the precision in which it is bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,41 +43,24 @@ class NewWeight(WeightEdit):
         return self.trained[start:stop]
 
 
-class WholeModules:
-    """The modules of a model that are trained in full. Parameters: `<module>.weight`, and `.bias` where it has one, float32."""
+def attach_whole(model: nn.Module, dtype: mx.Dtype, names: Iterable[str]) -> dict[str, Place]:
+    """Put copies in the place of modules that are trained in full; raises `UserError` for a name that there is no such module of.
 
-    def __init__(self) -> None:
-        self._places: dict[str, tuple[nn.Module, str, mx.Dtype]] = {}
+    Args:
+        dtype: The model's precision.
+        names: Module names, or the ends of them.
 
-    def attach(
-        self,
-        model: nn.Module,
-        dtype: mx.Dtype,
-        names: Iterable[str],
-        replace: Callable[[nn.Module, str, nn.Module], None],
-    ) -> Parameters:
-        """Put copies in the place of the modules; raises `UserError` for a name that there is no such module of.
-
-        Args:
-            dtype: The model's precision.
-            names: Module names, or the ends of them.
-            replace: Puts a module at a path of the model.
-        """
-        self._places = {}
-        parameters: Parameters = {}
-        for name, path, module in whole_modules(model, names):
-            copy = _trained_copy(module, dtype)
-            replace(model, path, copy)
-            for part, value in copy.items():
-                self._places[f"{name}.{part}"] = (copy, part, value.dtype)
-                parameters[f"{name}.{part}"] = value.astype(mx.float32)
-        return parameters
-
-    def bind(self, parameters: Parameters) -> None:
-        """Those of the parameters that are theirs, in the precision of the model."""
-        for name, (module, part, dtype) in self._places.items():
-            if name in parameters:
-                module[part] = parameters[name].astype(dtype)
+    Returns:
+        The place of each parameter: `<module>.weight`, and `.bias` where it has one.
+    """
+    places: dict[str, Place] = {}
+    for name, path, module in whole_modules(model, names):
+        copy = plain_copy(module, dtype)
+        vars(copy)[ORIGINAL] = module
+        vars(copy)["_no_grad"] = set()
+        model.update_modules(tree_unflatten([(path, copy)]))
+        places |= {f"{name}.{part}": (copy, part, value.dtype) for part, value in copy.items()}
+    return places
 
 
 def is_whole(name: str) -> bool:
@@ -101,25 +89,6 @@ def whole_modules(model: nn.Module, names: Iterable[str]) -> list[tuple[str, str
         hint = f"give --also-train {short},{HEAD}, which trains that weight"
         raise UserError(what, where="also_train", hint=hint, exit_code=USAGE)
     return found
-
-
-def put_back(model: nn.Module, replace: Callable[[nn.Module, str, nn.Module], None]) -> Callable[[], None]:
-    """The modules as they were before; calling the result puts the trained copies back."""
-    copies = {path: module for path, module in model.named_modules() if _ORIGINAL in vars(module)}
-    for path, copy in copies.items():
-        replace(model, path, vars(copy)[_ORIGINAL])
-
-    def again() -> None:
-        for path, copy in copies.items():
-            replace(model, path, copy)
-
-    return again
-
-
-def forget_originals(model: nn.Module) -> None:
-    """Let go of the modules as they were, so that their weights leave the memory."""
-    for module in model.modules():
-        vars(module).pop(_ORIGINAL, None)
 
 
 def new_weights(parameters: Parameters, also: Iterable[str]) -> dict[str, WeightEdit]:
@@ -167,12 +136,4 @@ def plain_copy(module: Any, dtype: mx.Dtype, part: Callable[[mx.array], mx.array
             copy[name] = part(value)
     if is_quantized(module):
         copy.weight = dequantized(module, part).astype(dtype)  # mxfp4 gives bfloat16
-    return copy
-
-
-def _trained_copy(module: Any, dtype: mx.Dtype) -> nn.Module:
-    """A copy with weights of its own, not frozen."""
-    copy = plain_copy(module, dtype)
-    vars(copy)[_ORIGINAL] = module
-    vars(copy)["_no_grad"] = set()
     return copy

@@ -17,11 +17,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
-from mlx_sft.methods.also_train import plain_copy
+from mlx_sft.methods.also_train import Place, plain_copy
 from mlx_sft.methods.lora_settings import DELTA
 from mlx_sft.model.head import HEAD, embedding_names
 from mlx_sft.model.names import transformers_name
@@ -91,37 +92,23 @@ class TokenRows(nn.Module):
         return mx.put_along_axis(logits, places, own.astype(logits.dtype), axis=-1)
 
 
-class TrainedRows:
-    """The rows of a model that are trained. Parameters: `<module>` and PEFT's further name, [tokens, hidden], float32."""
+def attach_rows(model: nn.Module, dtype: mx.Dtype, token_ids: TokenIds) -> dict[str, Place]:
+    """Put rows beside the modules, as these have them.
 
-    def __init__(self) -> None:
-        self._places: dict[str, tuple[TokenRows, mx.Dtype]] = {}
+    Args:
+        dtype: The model's precision.
+        token_ids: Whose rows.
 
-    def attach(
-        self,
-        model: nn.Module,
-        dtype: mx.Dtype,
-        token_ids: TokenIds,
-        replace: Callable[[nn.Module, str, nn.Module], None],
-    ) -> Parameters:
-        """Put rows beside the modules, as these have them; the arguments are those of `WholeModules.attach`, and `on_model`'s result."""
-        self._places = {}
-        parameters: Parameters = {}
-        modules = token_modules(model) if token_ids else {}
-        for role, (path, module) in modules.items():
-            if role in token_ids:
-                rows = TokenRows(module, token_ids[role], dtype)
-                replace(model, path, rows)
-                name = f"{transformers_name(path)}{ROWS}"
-                self._places[name] = (rows, dtype)
-                parameters[name] = rows.rows.weight.astype(mx.float32)
-        return parameters
-
-    def bind(self, parameters: Parameters) -> None:
-        """Those of the parameters that are theirs, in the precision of the model."""
-        for name, (module, dtype) in self._places.items():
-            if name in parameters:
-                module.rows.weight = parameters[name].astype(dtype)
+    Returns:
+        The place of each parameter: `<module>` and PEFT's further name, [tokens, hidden].
+    """
+    places: dict[str, Place] = {}
+    for role, (path, module) in (token_modules(model) if token_ids else {}).items():
+        if role in token_ids:
+            beside = TokenRows(module, token_ids[role], dtype)
+            model.update_modules(tree_unflatten([(path, beside)]))
+            places[f"{transformers_name(path)}{ROWS}"] = (beside.rows, "weight", dtype)
+    return places
 
 
 def is_rows(name: str) -> bool:
