@@ -3,13 +3,16 @@
     frozen module, quantized or not ─► a copy in its place, of plain numbers ─► its weights are trained as they are, in float32
 
 Where a model ties its head to its embeddings both names must be given, because they are one weight. PEFT takes one name alone for a copy
-of the embeddings under a head that stays as it was; then the model is tied no more.
+of the embeddings under a head that stays as it was; then the model is tied no more. In its files a tied weight is there under both names:
+
+    model.embed_tokens.weight, and no lm_head.weight where both are named: one weight  ⇄  both tensors, and `ensure_weight_tying`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +28,7 @@ from mlx_sft.model.head import HEAD, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.quantize import dequantized
+from mlx_sft.model.vocabulary import EMBEDDINGS
 
 ORIGINAL = "_original"
 """The attribute of a copy that is the module in whose place it is."""
@@ -137,3 +141,54 @@ def plain_copy(module: Any, dtype: mx.Dtype, part: Callable[[mx.array], mx.array
     if is_quantized(module):
         copy.weight = dequantized(module, part).astype(dtype)  # mxfp4 gives bfloat16
     return copy
+
+
+# PEFT's files
+
+
+def modules_to_save(also: Sequence[str], parameters: Parameters, written: Callable[[str], str]) -> dict[str, Any]:
+    """What PEFT's config says of the modules that are trained in full.
+
+    Embeddings and head go by the names that PEFT knows, others by full names, since it takes any module whose name ends so.
+
+    Args:
+        also: The names that training was given.
+        written: The name of a module in the class that opens the base, by its name here.
+    """
+    saved = sorted({_short(written(name.rpartition(".")[0])) for name in parameters if is_whole(name)})
+    tied = tied_weight(parameters, also) is not None
+    return {"modules_to_save": saved or None} | ({"ensure_weight_tying": True} if tied else {})
+
+
+def saved_weight(name: str, config: dict[str, Any]) -> str | None:
+    """The name of a tensor, without what PEFT puts before it, where it is a weight of such a module; None for any other."""
+    module = name.rpartition(".")[0]
+    saved = config.get("modules_to_save")
+    ends = [end for end in saved if isinstance(end, str) and end] if isinstance(saved, list) else []
+    if ends and config.get("ensure_weight_tying"):
+        ends.append(HEAD)
+    return name if is_whole(name) and any(module.endswith(end) for end in ends) else None
+
+
+def saved_modules(config: dict[str, Any], weights: Parameters, where: Path) -> list[str]:
+    """The modules that are trained in full, by the names that training would be given. Of a weight that is tied, `weights` loses the copy.
+
+    Raises:
+        UserError: Where a module has no weight in the file.
+    """
+    modules = {name.rpartition(".")[0] for name in weights}
+    for end in config.get("modules_to_save") or []:
+        if not any(module.endswith(end) for module in modules):
+            raise UserError(f"modules_to_save names {end}, and no weight of it is there", where=str(where))
+    head = weights.get(f"{HEAD}.weight")
+    if config.get("ensure_weight_tying") and head is not None:
+        del weights[f"{HEAD}.weight"]
+        tied = tied_weight(weights, [HEAD])
+        if tied is None or not mx.array_equal(tied, head):  # of a model that has a head of its own
+            weights[f"{HEAD}.weight"] = head
+    return sorted(map(_short, modules))
+
+
+def _short(module: str) -> str:
+    end = module.rpartition(".")[2]
+    return end if end in (EMBEDDINGS, HEAD) else module

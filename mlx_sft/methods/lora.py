@@ -261,8 +261,8 @@ class Lora(Method):
             weights = {name: plain_weight(module) for name, module in places.items()}
             refuse_other_copies(self.base_copies, weights, where, rounded=any(map(is_quantized, places.values())))
         if self.on_parameters:
-            found = on_modules(model, self.settings, trained, self.on_parameters)
-            self.settings, trained, self._shared = found.settings, found.parameters, found.shared
+            of_modules = on_modules(model, self.settings, trained, self.on_parameters)
+            self.settings, trained, self._shared = of_modules
         tied = tied_embedding(model)
         if self._as_in_mlx_lm and f"{tied}.lora_A" in trained:
             halves = {f"{HEAD}.lora_A": trained[f"{tied}.lora_B"].T, f"{HEAD}.lora_B": trained[f"{tied}.lora_A"].T}

@@ -42,20 +42,15 @@ def adaptable(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 
 def adapted_modules(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """The names in transformers of the modules that get an adapter, in the model's order."""
-    in_full = {name for name, _, _ in whole_modules(model, settings.also_train)}
-    linears = adaptable(model)
-    names = in_layers(model, linears, settings.layers)
-    return _chosen({name: linears[name] for name in names if name not in in_full}, settings.targets)
-
-
-def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """The names in transformers of the modules that targets stand for, in the model's order.
+    """The names in transformers of the modules that get an adapter, in the model's order.
 
     `all-linear` is every linear module but the output head, as in PEFT, but the routers that choose experts, which are none there, and but
     those whose weights the checkpoint holds inside of other tensors.
     """
-    return adapted_modules(model, LoraSettings(target=list(targets)))
+    in_full = {name for name, _, _ in whole_modules(model, settings.also_train)}
+    linears = adaptable(model)
+    names = in_layers(model, linears, settings.layers)
+    return _chosen({name: linears[name] for name in names if name not in in_full}, settings.targets)
 
 
 def _chosen(linears: Mapping[str, tuple[str, nn.Module]], targets: tuple[str, ...]) -> list[str]:

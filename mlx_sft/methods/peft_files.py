@@ -24,10 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json
 from mlx_sft.gate import checked
-from mlx_sft.methods.also_train import is_whole, tied_weight
+from mlx_sft.methods.also_train import is_whole, modules_to_save, saved_modules, saved_weight, tied_weight
 from mlx_sft.methods.layers import layers_of_config, layers_to_transform
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_lora
-from mlx_sft.methods.modules_to_save import modules_to_save, saved_modules, saved_weight
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_forms import (
     copied_module,
@@ -40,14 +39,17 @@ from mlx_sft.methods.peft_forms import (
     stored_name,
     target_parameters,
 )
-from mlx_sft.methods.peft_patterns import LONGEST_NAME, MOST_FEATURES, of_modules, together
 from mlx_sft.methods.peft_rules import (
+    LONGEST_NAME,
+    MOST_FEATURES,
     Loss,
     PeftBase,
     for_each_expert,
     losses,
+    of_modules,
     target_modules,
     targets_in_file,
+    together,
 )
 from mlx_sft.methods.token_rows import indices, is_frozen_copy, is_rows, read_indices
 from mlx_sft.model.head import HEAD

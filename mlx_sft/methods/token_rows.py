@@ -24,6 +24,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
 from mlx_sft.methods.also_train import Place, plain_copy
 from mlx_sft.methods.lora_settings import DELTA
+from mlx_sft.methods.peft_rules import MOST_FEATURES
 from mlx_sft.model.head import HEAD, embedding_names
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.vocabulary import EMBEDDINGS, token_modules
@@ -219,7 +220,11 @@ def read_indices(config: Mapping[str, Any], rows: Parameters, where: Path) -> bo
     found: TokenIds = {}
     for module, numbers in lists.items():
         role = HEAD if str(module).rpartition(".")[2] == HEAD else EMBEDDINGS
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < _MOST for n in numbers) or not numbers:
+        if (
+            not isinstance(numbers, list)
+            or not all(type(n) is int and 0 <= n < MOST_FEATURES for n in numbers)
+            or not numbers
+        ):
             raise UserError("trainable_token_indices names no tokens", where=str(where), hint=_OTHERS)
         if role in found or len(set(numbers)) < len(numbers):
             raise UserError("trainable_token_indices names something twice", where=str(where), hint=_OTHERS)
@@ -239,6 +244,3 @@ def read_indices(config: Mapping[str, Any], rows: Parameters, where: Path) -> bo
     if missing:  # of a tied weight, by both names
         return found[EMBEDDINGS]
     return found if isinstance(stated, dict) and found else found.get(EMBEDDINGS, False)
-
-
-_MOST = 2**31
