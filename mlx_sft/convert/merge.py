@@ -216,7 +216,8 @@ def merge(
         rows = new_rows.get(tensor.name)
         if rows is None:
             return read_bytes(tensor)
-        return _merged(tensor, rows, tensor.rows if tensor.name in at_once else _block(tensor))
+        block = max(1, BLOCK_ELEMENTS // max(1, tensor.row_elements))
+        return _merged(tensor, rows, tensor.rows if tensor.name in at_once else block)
 
     checkpoint.write(folder, contents)
 
@@ -227,10 +228,6 @@ def _refuse_half_of_tied(checkpoint: Checkpoint, edits: dict[str, WeightEdit]) -
         return
     what = "this model has one weight for embeddings and head, and what was trained changes one of them alone"
     raise UserError(what, where=str(checkpoint.path), hint=_ALONE)
-
-
-def _block(tensor: StoredTensor) -> int:
-    return max(1, BLOCK_ELEMENTS // max(1, tensor.row_elements))
 
 
 def _merged(tensor: StoredTensor, new_rows: Rows, block: int) -> Iterator[memoryview]:

@@ -105,7 +105,11 @@ def verify_merged(merging: Merging, folder: Path, tokenizer: Path | None = None)
     rows, source = compared_rows(merging.config, tokenizer or folder)
     written = logits(load_model(str(folder), "float32").model, rows)
     intended, dtype = _intended_logits(merging, rows)
-    _check_match(written, intended)
+    if told := difference_of(written, intended):
+        raise UserError(
+            f"the exported model is not the merged one: {told}; nothing was written",
+            hint="the disk or the checkpoint may be damaged; export again, and report it if it stays so",
+        )
     del intended
     trained = logits(merging.trained_model(), rows)
     limit = KL_LIMITS[dtype] if merging.of_what_was_trained else None
@@ -148,14 +152,6 @@ def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, s
         mx.eval(rounded)  # at once, so that the weight before it is let go
         model.update(tree_unflatten([(paths[name], rounded)]))
     return logits(model, rows), max(dtypes, key=KL_LIMITS.__getitem__)
-
-
-def _check_match(written: Logits, intended: Logits) -> None:
-    if told := difference_of(written, intended):
-        raise UserError(
-            f"the exported model is not the merged one: {told}; nothing was written",
-            hint="the disk or the checkpoint may be damaged; export again, and report it if it stays so",
-        )
 
 
 def _compare(trained: Logits, written: Logits, dtype: str, limit: float | None, source: str) -> Verification:

@@ -31,7 +31,7 @@ from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
 from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
-from mlx_sft.methods.lora_targets import EMBEDDING_KINDS, adaptable, adapted_modules, check_patterns
+from mlx_sft.methods.lora_targets import adaptable, adapted_modules, check_patterns
 from mlx_sft.methods.peft_files import (
     CONFIG,
     base_copies,
@@ -44,7 +44,7 @@ from mlx_sft.methods.peft_files import (
 from mlx_sft.methods.peft_forms import on_modules, refuse_other_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.token_rows import TokenRows, attach_rows, changed_rows, on_model, row_edits, weights_of_rows
-from mlx_sft.model.head import HEAD, embedding_names, floating_weights, tied_embedding
+from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, embedding_names, floating_weights, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized, weight_shape
 from mlx_sft.model.outline import is_outline
 from mlx_sft.model.quantize import plain_weight

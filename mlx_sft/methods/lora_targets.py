@@ -10,7 +10,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods.also_train import whole_modules
 from mlx_sft.methods.layers import in_layers
 from mlx_sft.methods.lora_settings import GROUPS, LoraSettings, is_embedding, is_named
-from mlx_sft.model.head import HEAD, tied_embedding
+from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, tied_embedding
 from mlx_sft.model.linears import is_joined, linear_modules
 from mlx_sft.model.names import EXPERTS_PART, transformers_name
 
@@ -25,9 +25,6 @@ def check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
             if not any(is_named(name, key) for name in chosen):
                 hint = f"these are: {', '.join(sorted({name.rpartition('.')[2] for name in chosen}))}"
                 raise UserError(f"no module that is trained is named {key}", where=where, hint=hint)
-
-
-EMBEDDING_KINDS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 def adaptable(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:

@@ -195,12 +195,9 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     Args:
         weights: Whether the weights are needed, or only the tokenizer.
     """
-    if name == "tiny":
-        return TINY
-    folder = user_path(name)
-    if folder.is_dir():
+    if (folder := _named_folder(name)) is not None:
         return folder
-    if folder.exists():
+    if user_path(name).exists():
         hint = "give the folder that holds config.json and the weights"
         raise UserError("a model is a folder, not a file", where=name, hint=hint, exit_code=USAGE)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
@@ -218,15 +215,17 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
 
 def local_checkpoint(name: str) -> Path | None:
     """As `resolve_checkpoint` without downloading: the folder on disk, complete or not; None where there is none."""
-    if name == "tiny":
-        return TINY
-    folder = user_path(name)
-    if folder.is_dir():
+    if (folder := _named_folder(name)) is not None:
         return folder
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def _named_folder(name: str) -> Path | None:
+    folder = TINY if name == "tiny" else user_path(name)
+    return folder if folder.is_dir() else None
 
 
 def name_elsewhere(name: str) -> str:

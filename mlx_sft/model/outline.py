@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -52,8 +53,8 @@ def outline(path: Path, dtype: str, quantize: str | None = None, new_tokens: New
     grow(model, {}, new_tokens)
     if quantize is not None:
         quantize_model(model, quantize)
-    if (checkpoint := _checkpoint(path)) is not None:
-        mark_joined(model, checkpoint)
+    with suppress(UserError):  # where its files cannot be read, whoever loads it says why
+        mark_joined(model, Checkpoint.open(path))
     model.freeze()
     model.eval()
     model._outlined = True
@@ -63,14 +64,6 @@ def outline(path: Path, dtype: str, quantize: str | None = None, new_tokens: New
 def is_outline(model: nn.Module) -> bool:
     """Whether a model's weights are placeholders, which are not to be compared with anything."""
     return bool(getattr(model, "_outlined", False))
-
-
-def _checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint, where its files are on disk and can be read; else whoever loads it says why not."""
-    try:
-        return Checkpoint.open(path)
-    except UserError:
-        return None
 
 
 def _packed_modules(path: Path) -> set[str] | None:

@@ -17,11 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_sft.errors import UserError
 from mlx_sft.model.corrections import before_reading, corrected
 from mlx_sft.model.gemma3n import is_shared_away
+from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, weights_of
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_rows
@@ -42,7 +42,7 @@ _OTHER_SENSES = re.compile(
 )
 """The parts of a model by which it sees or hears; text does not pass through them."""
 
-_HEAD = "lm_head.weight"
+_HEAD = f"{HEAD}.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
 _ROWS_COMPARED = 64
 
@@ -72,7 +72,7 @@ class CheckpointReader:
         def watched(given: Weights) -> Weights:
             object.__delattr__(model, "sanitize")
             taken: Weights = sanitize(before_reading(dict(given), self._settings, str(self._path)))
-            parameters: Weights = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+            parameters = weights_of(model)
             taken |= {name: given[name] for name in parameters if name in given and name not in taken}
             self._check_places(taken, parameters)
             self._check_read(given, taken)
@@ -83,12 +83,11 @@ class CheckpointReader:
 
     def check_computed_with(self, model: nn.Module) -> None:
         """Raise `UserError` for a parameter that logits would not be computed from; nothing is computed here."""
-        parameters: Weights = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+        parameters = weights_of(model)
         # With sparse attention, what chooses among positions is asked only where there are more than it chooses.
         length = 2 + int((self._settings.get("text_config") or self._settings).get("index_topk") or 0)
         reached = _reaching([model(mx.zeros((1, length), mx.int32))], parameters)
-        kinds = nn.Embedding | nn.QuantizedEmbedding
-        embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, kinds)}
+        embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, EMBEDDING_KINDS)}
         if embeddings and not embeddings & reached:  # numbers have been asked for on the way
             what = "mlx-lm's code for this family computes in pieces, so that no gradient goes through it"
             raise UserError(what, where=str(self._path), hint="a newer mlx-lm may compute it at once")

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.model.blocks import replaced_children
-from mlx_sft.model.head import SplitModel
+from mlx_sft.model.head import EMBEDDING_KINDS, SplitModel
 from mlx_sft.model.linears import is_quantized, weight_shape
 from mlx_sft.model.quantize import dequantized
 
@@ -26,7 +26,7 @@ COLUMNS = 4096
 
 _PROBED = 8
 
-_OUTPUTS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+_OUTPUTS = (nn.Linear, nn.QuantizedLinear, *EMBEDDING_KINDS)
 
 
 class TiledHead:
