@@ -69,9 +69,9 @@ class Merging:
         """That of the run."""
         return self.trained.config
 
-    def trained_model(self, dtype: str = "float32") -> nn.Module:
+    def trained_model(self) -> nn.Module:
         """The base with what was trained in it, unrounded."""
-        return load_on_base(self.trained.run, self.config, self.trained, dtype).model
+        return load_on_base(self.trained.run, self.config, self.trained, "float32").model
 
     def trained_on(self, dtype: str = "float32") -> nn.Module:
         """The base as it was trained on, quantized where it was."""

@@ -91,18 +91,17 @@ class Verification:
         )
 
 
-def verify_merged(merging: Merging, folder: Path, tokenizer: Path | None = None) -> Verification:
+def verify_merged(merging: Merging, folder: Path) -> Verification:
     """Compare the checkpoint in `folder` with what a run trained.
 
     Args:
         merging: What was written into the folder.
         folder: The written checkpoint.
-        tokenizer: Where its tokenizer is, if not in the folder.
 
     Raises:
         UserError: If the checkpoint does not load, or differs beyond tolerance.
     """
-    rows, source = compared_rows(merging.config, tokenizer or folder)
+    rows, source = compared_rows(merging.config, folder)
     written = logits(load_model(str(folder), "float32").model, rows)
     intended, dtype = _intended_logits(merging, rows)
     if told := difference_of(written, intended):

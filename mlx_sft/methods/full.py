@@ -119,12 +119,11 @@ class Full(Method):
 
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
-        trained = {tensor.name: tensor for tensor in open_safetensors(folder / WEIGHTS_FILE).tensors}
-        edits: dict[str, WeightEdit] = {n: Replacement(shape=t.shape, trained=t) for n, t in trained.items()}
+        trained = open_safetensors(folder / WEIGHTS_FILE).tensors
+        edits: dict[str, WeightEdit] = {one.name: Replacement(shape=one.shape, trained=one) for one in trained}
         # A checkpoint may store a tied head besides the embeddings; a stale copy would no longer be tied.
-        if _EMBEDDINGS in trained and _HEAD not in trained:
-            tied = trained[_EMBEDDINGS]
-            edits[_HEAD] = Replacement(shape=tied.shape, optional=True, trained=tied)
+        if _EMBEDDINGS in edits and _HEAD not in edits:
+            edits[_HEAD] = replace(edits[_EMBEDDINGS], optional=True)
         return edits
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:

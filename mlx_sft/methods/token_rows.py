@@ -167,20 +167,13 @@ def changed_rows(weight: mx.array, name: str, parameters: Parameters, token_ids:
 
 def row_edits(parameters: Parameters, token_ids: TokenIds, *, tied: bool) -> dict[str, WeightEdit]:
     """What becomes of the weights of which rows are trained; of a tied one, also of the copy that a checkpoint may store."""
-    named = weights_of_rows(parameters)
-    found = {weight: (rows, False) for weight, rows in named.items()}
-    if tied:
-        found |= {f"{HEAD}.weight": (rows, True) for rows in named.values()}
-        token_ids = token_ids | {HEAD: token_ids[EMBEDDINGS]}
-    return {
-        weight: NewRows(
-            shape=None,
-            optional=optional,
-            numbers=np.array(tokens_of(weight, token_ids)),
-            trained=np.array(parameters[rows], np.float32),
-        )
-        for weight, (rows, optional) in found.items()
-    }
+    edits: dict[str, WeightEdit] = {}
+    for weight, rows in weights_of_rows(parameters).items():
+        numbers, trained = np.array(tokens_of(weight, token_ids)), np.array(parameters[rows], np.float32)
+        edits[weight] = NewRows(shape=None, numbers=numbers, trained=trained)
+        if tied:
+            edits[f"{HEAD}.weight"] = NewRows(shape=None, optional=True, numbers=numbers, trained=trained)
+    return edits
 
 
 # PEFT's files
