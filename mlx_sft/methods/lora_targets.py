@@ -10,12 +10,10 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods.also_train import whole_modules
 from mlx_sft.methods.layers import in_layers
 from mlx_sft.methods.lora_settings import GROUPS, LoraSettings, is_embedding, is_named
+from mlx_sft.methods.peft_rules import ROUTERS
 from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, tied_embedding
 from mlx_sft.model.linears import is_joined, linear_modules
 from mlx_sft.model.names import EXPERTS_PART, transformers_name
-
-_ROUTERS = ("gate", "router")
-"""What the module beside experts is called that chooses among them."""
 
 
 def check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
@@ -53,7 +51,7 @@ def adapted_modules(model: nn.Module, settings: LoraSettings) -> list[str]:
 def _chosen(linears: Mapping[str, tuple[str, nn.Module]], targets: tuple[str, ...]) -> list[str]:
     names = list(linears)
     routed = {name.partition(EXPERTS_PART)[0] for name in names if EXPERTS_PART in name}
-    routers = {f"{block}.{router}" for block in routed for router in _ROUTERS}
+    routers = {f"{block}.{router}" for block in routed for router in ROUTERS}
     joined = {name for name, (_, module) in linears.items() if is_joined(module)}
     numbered = (name for name in names if any(part.isdigit() for part in name.split(".")))
     inner = [n for n in numbered if n not in joined and not any(f"{n}.".startswith(f"{router}.") for router in routers)]

@@ -54,7 +54,7 @@ from mlx_sft.methods.peft_rules import (
 from mlx_sft.methods.token_rows import indices, is_frozen_copy, is_rows, read_indices
 from mlx_sft.model.head import HEAD
 from mlx_sft.model.names import INSIDE, Opening, expert_name, split_expert, transformers_name
-from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
+from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor, open_safetensors, read_float32, write_arrays
 from mlx_sft.settings import first_problem
 from mlx_sft.writing import make_folder, write_file, write_file_with
 
@@ -159,14 +159,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     parameters: dict[str, mx.array] = {}
     modules: dict[str, str] = {}
     named = target_parameters(config, folder / CONFIG)
-    for tensor in file.tensors:
-        if _is_copy(tensor.name, config):
-            continue
-        try:
-            stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
-        except ValueError:
-            hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules and embeddings are read"
-            raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
+    for tensor, stripped in _trained(file, config):
         stripped = of_parameter(stripped, named, file.path)
         if max(tensor.shape, default=0) >= MOST_FEATURES or len(stripped) > LONGEST_NAME:
             raise UserError(f"{tensor.name[:LONGEST_NAME]} is larger than any module of a model", where=str(file.path))
@@ -215,9 +208,16 @@ def _copied(name: str, config: dict[str, Any]) -> str | None:
     return module and transformers_name(module)
 
 
-def _is_copy(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor is a weight that was not trained."""
-    return is_frozen_copy(name, config) or _copied(name, config) is not None
+def _trained(file: SafetensorsFile, config: dict[str, Any]) -> Iterator[tuple[StoredTensor, str]]:
+    """The tensors that were trained, and their names without what PEFT puts before and after them; raises `UserError` for any other."""
+    for tensor in file.tensors:
+        if is_frozen_copy(tensor.name, config) or _copied(tensor.name, config) is not None:
+            continue
+        try:
+            yield tensor, saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
+        except ValueError:
+            hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules and embeddings are read"
+            raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
 
 
 def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
@@ -226,10 +226,7 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
     if config.get("peft_type") != "LORA":
         return
     settings, parameters = read_adapter(folder)
-    for tensor in open_safetensors(_weights_file(folder)).tensors:
-        if _is_copy(tensor.name, config):
-            continue
-        stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
+    for _, stripped in _trained(open_safetensors(_weights_file(folder)), config):
         if base.name(transformers_name(stripped)) != stripped:
             yield Loss("no module of the model is named {}", stripped)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if is_lora(name)))

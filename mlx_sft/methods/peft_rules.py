@@ -81,7 +81,8 @@ _MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"
 _NOT_IN_MAMBA = ("out_proj", "conv1d")
 """Modules on which PEFT puts no adapter in these families."""
 
-_ROUTERS = ("gate", "router")
+ROUTERS = ("gate", "router")
+"""What the module beside experts is called that chooses among them."""
 
 _MOST_REPETITIONS = 3
 """In a pattern of names that is a regular expression: more of them, or one of a group, could take longer than a life."""
@@ -149,7 +150,7 @@ class PeftBase:
     def _is_router(self, module: str) -> bool:
         """Whether it chooses among experts: transformers 5 has no linear module there."""
         block, _, part = module.rpartition(".")
-        return part in _ROUTERS and f"{block}.experts" in self.experts
+        return part in ROUTERS and f"{block}.experts" in self.experts
 
 
 def renamed(family: str, name: str) -> str:
