@@ -124,7 +124,7 @@ def load_model(
     path = resolve_checkpoint(name)
     config = read_config(path)
     checkpoint = check_weights(path)
-    refuse_other_forms(path, config, quantize)
+    stored_quantization(path, config, quantize)  # refuses other forms
     settings = tied_as_stored(translate_config(path), checkpoint)
     trusted = may_run_code_of(path)
     reader = CheckpointReader(path, settings)
@@ -161,25 +161,9 @@ def cast(model: nn.Module, dtype: str) -> None:
     model.update(tree_map_with_path(of_weight, model.parameters()))
 
 
-def refuse_other_forms(path: Path, config: dict[str, Any], quantize: str | None) -> dict[str, Any] | None:
-    """How the checkpoint is quantized, None if it is not.
-
-    Raises:
-        UserError: If it is quantized in another form than MLX's, or quantized already where `quantize` asks for it again.
-    """
-    where = str(path)
-    if (path / "hf_quant_config.json").is_file():  # NVIDIA's way to say it
-        config = config | {"quantization_config": {"quant_method": "modelopt"}}
-    stored = stored_quantization(config, where)
-    if stored is not None and quantize is not None:
-        what = f"this checkpoint is quantized already, to {stored['bits']} bits"
-        raise UserError(what, where=where, hint="leave --quantize out", exit_code=USAGE)
-    return stored
-
-
 def is_packed(path: Path) -> bool:
     """Whether a checkpoint folder holds weights that are quantized in MLX's form; raises `UserError` for other forms."""
-    return refuse_other_forms(path, read_config(path), None) is not None
+    return stored_quantization(path, read_config(path), None) is not None
 
 
 def resolve_dtype(dtype: str) -> str:

@@ -13,9 +13,8 @@ from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.model.corrections import corrected
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import mark_joined
-from mlx_sft.model.load import refuse_other_forms
 from mlx_sft.model.quantize import quantize as quantize_model
-from mlx_sft.model.quantize import quantize_as_stored
+from mlx_sft.model.quantize import quantize_as_stored, stored_quantization
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config, unread
 from mlx_sft.model.vocabulary import grow
@@ -40,7 +39,7 @@ def outline(path: Path, dtype: str, quantize: str | None = None, new_tokens: New
     Raises:
         UserError: For a configuration that cannot be trained.
     """
-    stored = refuse_other_forms(path, read_config(path), quantize)
+    stored = stored_quantization(path, read_config(path), quantize)
     settings = translate_config(path)
     family = family_code(settings, path)
     with blamed_on(path / "config.json", "no model can be made of it", DOWNLOAD_AGAIN):
