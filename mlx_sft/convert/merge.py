@@ -24,6 +24,7 @@ from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.load import Trained, load_on_base
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
+from mlx_sft.model.head import HEAD_WEIGHT
 from mlx_sft.model.load import extended_tokenizer, is_packed, resolve_checkpoint
 from mlx_sft.model.quantize import WeightRow, first_rows
 from mlx_sft.model.vocabulary import grown, say_vocabulary, write_tokenizer
@@ -41,8 +42,6 @@ _NOT_EXPORTABLE = (
     "mlx-lm holds this weight otherwise than the checkpoint, so that what is trained could not be exported; "
     "leave it out with --method lora and --target, or train another model"
 )
-
-HEAD_WEIGHT = "lm_head.weight"
 
 _ROUNDED, _QUANTIZED = 1e-2, 0.5
 """How far a number of a row may be from the checkpoint's, in parts of the largest: loaded in another precision, and in 4 bits."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
 from mlx_sft.methods.lora_settings import DELTA, HALVES, MAGNITUDE, is_embedding, is_named
-from mlx_sft.model.head import HEAD, tied_embedding
+from mlx_sft.model.head import HEAD, HEAD_WEIGHT, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.quantize import dequantized
@@ -102,13 +102,13 @@ def new_weights(parameters: Parameters, also: Iterable[str]) -> dict[str, Weight
         if is_whole(name):
             edits[name] = NewWeight(shape=value.shape, trained=np.array(value, np.float32))
     if (tied := tied_weight(parameters, also)) is not None:  # a checkpoint may store a tied head besides the embeddings
-        edits[f"{HEAD}.weight"] = NewWeight(shape=tied.shape, optional=True, trained=np.array(tied, np.float32))
+        edits[HEAD_WEIGHT] = NewWeight(shape=tied.shape, optional=True, trained=np.array(tied, np.float32))
     return edits
 
 
 def tied_weight(parameters: Parameters, also: Iterable[str]) -> mx.array | None:
     """The weight of embeddings and head, where these are one that is trained; None where they are not."""
-    if HEAD not in also or f"{HEAD}.weight" in parameters:
+    if HEAD not in also or HEAD_WEIGHT in parameters:
         return None
     weights = {name.removesuffix(".weight"): value for name, value in parameters.items() if name.endswith(".weight")}
     embeddings = [value for name, value in weights.items() if is_embedding(name)]
@@ -180,12 +180,12 @@ def saved_modules(config: dict[str, Any], weights: Parameters, where: Path) -> l
     for end in config.get("modules_to_save") or []:
         if not any(module.endswith(end) for module in modules):
             raise UserError(f"modules_to_save names {end}, and no weight of it is there", where=str(where))
-    head = weights.get(f"{HEAD}.weight")
+    head = weights.get(HEAD_WEIGHT)
     if config.get("ensure_weight_tying") and head is not None:
-        del weights[f"{HEAD}.weight"]
+        del weights[HEAD_WEIGHT]
         tied = tied_weight(weights, [HEAD])
         if tied is None or not mx.array_equal(tied, head):  # of a model that has a head of its own
-            weights[f"{HEAD}.weight"] = head
+            weights[HEAD_WEIGHT] = head
     return sorted(map(_short, modules))
 
 

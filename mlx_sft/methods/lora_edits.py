@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.methods import Parameters, Rows, WeightEdit
 from mlx_sft.methods.lora_settings import HALVES, is_embedding
-from mlx_sft.model.head import HEAD
+from mlx_sft.model.head import HEAD_WEIGHT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ def as_one_weight(edits: dict[str, WeightEdit]) -> dict[str, WeightEdit]:
     uses = {
         name: edit
         for name, edit in edits.items()
-        if isinstance(edit, LowRankUpdate) and (name == f"{HEAD}.weight" or is_embedding(name.removesuffix(".weight")))
+        if isinstance(edit, LowRankUpdate) and (name == HEAD_WEIGHT or is_embedding(name.removesuffix(".weight")))
     }
     changes = [(edit.scale, edit.lora_A, edit.lora_B) for edit in uses.values()]
     if len(changes) == 2 and all(map(np.array_equal, *changes)):
-        return edits | {f"{HEAD}.weight": replace(uses[f"{HEAD}.weight"], optional=True)}
+        return edits | {HEAD_WEIGHT: replace(uses[HEAD_WEIGHT], optional=True)}
     return edits | {name: replace(edit, alone=True) for name, edit in uses.items()}

@@ -52,7 +52,7 @@ from mlx_sft.methods.peft_rules import (
     together,
 )
 from mlx_sft.methods.token_rows import indices, is_frozen_copy, is_rows, read_indices
-from mlx_sft.model.head import HEAD
+from mlx_sft.model.head import HEAD_WEIGHT
 from mlx_sft.model.names import INSIDE, Opening, expert_name, split_expert, transformers_name
 from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor, open_safetensors, read_float32, write_arrays
 from mlx_sft.settings import first_problem
@@ -137,7 +137,7 @@ def write_adapter(
     base = peft_base(base_model) or PeftBase(Opening("", "", begins or "model."))
     arrays = {peft_name(base.name(name)): value for name, value in _unstacked(parameters).items()}
     if (tied := tied_weight(parameters, settings.also_train)) is not None:
-        arrays[peft_name(base.name(f"{HEAD}.weight"))] = tied  # PEFT asks for it under both names
+        arrays[peft_name(base.name(HEAD_WEIGHT))] = tied  # PEFT asks for it under both names
     make_folder(folder)
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
     modules = sorted({name.rpartition(".")[0] for name in parameters if is_lora(name)})
@@ -186,7 +186,7 @@ def base_copies(folder: Path) -> dict[str, mx.array]:
     """The weights that PEFT saved beside an adapter on embeddings or the head as copies of the base's, by the names of their modules."""
     config = _read_config(folder / CONFIG)
     tensors = {_copied(tensor.name, config): tensor for tensor in open_safetensors(_weights_file(folder)).tensors}
-    return {module: read_copy(tensor, read_float32(tensor)) for module, tensor in tensors.items() if module is not None}
+    return {module: read_copy(tensor) for module, tensor in tensors.items() if module is not None}
 
 
 def on_parameters(folder: Path) -> frozenset[str]:

@@ -110,10 +110,10 @@ _QUANTIZED = 0.25
 """How far quantizing to 4 bits moves the numbers of a weight at most, in parts of their mean: a tenth where they are random."""
 
 
-def read_copy(tensor: StoredTensor, value: Any) -> mx.array:
+def read_copy(tensor: StoredTensor) -> mx.array:
     """A copy, in the precision in which it is stored."""
-    kinds = {"BF16": mx.bfloat16, "F16": mx.float16}
-    return mx.array(value).astype(kinds.get(tensor.dtype, mx.float32))
+    value = mx.array(read_float32(tensor))
+    return value.astype(getattr(mx, STORED_AS[tensor.dtype].name))
 
 
 def check_copies(copies: Mapping[str, mx.array], base: Path, where: Path) -> list[str]:
@@ -134,7 +134,7 @@ def check_copies(copies: Mapping[str, mx.array], base: Path, where: Path) -> lis
     for module in copies:
         stored = named.get(f"{module}.weight") or (embeddings if module == HEAD else None)
         if stored is not None and stored.dtype in STORED_AS:
-            weights[module] = read_copy(stored, read_float32(stored))
+            weights[module] = read_copy(stored)
     refuse_other_copies({name: copies[name] for name in weights}, weights, where)
     return [module for module in copies if module not in weights]
 

@@ -25,7 +25,7 @@ from mlx_sft.methods import Parameters, Rows, WeightEdit
 from mlx_sft.methods.also_train import Place, plain_copy
 from mlx_sft.methods.lora_settings import DELTA
 from mlx_sft.methods.peft_rules import MOST_FEATURES
-from mlx_sft.model.head import HEAD, embedding_names
+from mlx_sft.model.head import HEAD, HEAD_WEIGHT, embedding_names
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.vocabulary import EMBEDDINGS, token_modules
 
@@ -172,7 +172,7 @@ def row_edits(parameters: Parameters, token_ids: TokenIds, *, tied: bool) -> dic
         numbers, trained = np.array(tokens_of(weight, token_ids)), np.array(parameters[rows], np.float32)
         edits[weight] = NewRows(shape=None, numbers=numbers, trained=trained)
         if tied:
-            edits[f"{HEAD}.weight"] = NewRows(shape=None, optional=True, numbers=numbers, trained=trained)
+            edits[HEAD_WEIGHT] = NewRows(shape=None, optional=True, numbers=numbers, trained=trained)
     return edits
 
 

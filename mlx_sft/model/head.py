@@ -20,8 +20,8 @@ from mlx_sft.model.blocks import replaced_children
 
 _BODY_NAMES = ("model", "transformer", "backbone")
 
-HEAD = "lm_head"
-"""transformers' name of the output head, also of one that is tied."""
+HEAD, HEAD_WEIGHT = "lm_head", "lm_head.weight"
+"""transformers' name of the output head, also of one that is tied, and that of its matrix."""
 EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embeddings")
 """Names of the embedding in a body, which is the output matrix too where there is no other."""
 

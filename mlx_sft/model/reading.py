@@ -21,7 +21,7 @@ import numpy as np
 from mlx_sft.errors import UserError
 from mlx_sft.model.corrections import before_reading, corrected
 from mlx_sft.model.gemma3n import is_shared_away
-from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, weights_of
+from mlx_sft.model.head import EMBEDDING_KINDS, EMBEDDING_NAMES, HEAD_WEIGHT, weights_of
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_rows
@@ -42,8 +42,7 @@ _OTHER_SENSES = re.compile(
 )
 """The parts of a model by which it sees or hears; text does not pass through them."""
 
-_HEAD = f"{HEAD}.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
+_EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_NAMES)
 _ROWS_COMPARED = 64
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -126,7 +125,7 @@ class CheckpointReader:
             raise UserError(what, where=str(self._path), hint=_NEWER)
 
     def _needless(self, name: str) -> bool:
-        if name.endswith(_HEAD) and _is_tied(self._settings):
+        if name.endswith(HEAD_WEIGHT) and _is_tied(self._settings):
             return True  # the embedding, stored a second time
         text = self._settings.get("text_config") or self._settings
         layer = _LAYER.search(name)
@@ -142,7 +141,7 @@ class CheckpointReader:
 
 def tied_as_stored(settings: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """The settings, where the head is the embedding unless another head is stored: transformers, too, goes by the files then."""
-    head = next((tensor for name, tensor in checkpoint.named.items() if name.endswith(_HEAD)), None)
+    head = next((tensor for name, tensor in checkpoint.named.items() if name.endswith(HEAD_WEIGHT)), None)
     embedding = next((tensor for name, tensor in checkpoint.named.items() if name.endswith(_EMBEDDINGS)), None)
     if head is None or embedding is None or not _is_tied(settings) or _equal(head, embedding):
         return settings
