@@ -32,15 +32,7 @@ from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halv
 from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
 from mlx_sft.methods.lora_targets import adaptable, adapted_modules, check_patterns
-from mlx_sft.methods.peft_files import (
-    CONFIG,
-    base_copies,
-    base_model_name,
-    names_begin,
-    on_parameters,
-    read_adapter,
-    write_adapter,
-)
+from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, read_beside, write_adapter
 from mlx_sft.methods.peft_forms import on_modules, refuse_other_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.token_rows import TokenRows, attach_rows, changed_rows, on_model, row_edits, weights_of_rows
@@ -244,9 +236,7 @@ class Lora(Method):
             return method, parameters
         settings, parameters = read_adapter(folder)
         method = cls(settings)
-        method.names_begin = names_begin(folder)
-        method.base_copies = base_copies(folder)
-        method.on_parameters = on_parameters(folder)
+        method.names_begin, method.base_copies, method.on_parameters = read_beside(folder)
         return method, parameters
 
     def needs_model(self, trained: Parameters) -> bool:

@@ -182,22 +182,22 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     return settings.model_copy(update=further), _stacked(parameters, file.path) | of_all | whole | rows
 
 
-def base_copies(folder: Path) -> dict[str, mx.array]:
-    """The weights that PEFT saved beside an adapter on embeddings or the head as copies of the base's, by the names of their modules."""
-    config = _read_config(folder / CONFIG)
-    tensors = {_copied(tensor.name, config): tensor for tensor in open_safetensors(_weights_file(folder)).tensors}
-    return {module: read_copy(tensor) for module, tensor in tensors.items() if module is not None}
+def read_beside(folder: Path) -> tuple[str, dict[str, mx.array], frozenset[str]]:
+    """What an adapter's files say beside its settings and parameters.
 
-
-def on_parameters(folder: Path) -> frozenset[str]:
-    """The names here of what an adapter is on that PEFT trained as `target_parameters`: the matrices of all experts of a layer."""
+    Returns:
+        How the names of a language model's modules begin in the class that the file is for, as in `Opening`; the weights that PEFT saved
+        beside an adapter on embeddings or the head as copies of the base's, by the names of their modules; and the names here of what
+        it trained as `target_parameters`, the matrices of all experts of a layer.
+    """
     config, path = _read_config(folder / CONFIG), _weights_file(folder)
-    named = target_parameters(config, folder / CONFIG)
-    if not named:
-        return frozenset()
-    stripped = [plain_name(t.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)) for t in open_safetensors(path).tensors]
-    found = {of_parameter(name, named, path) for name in stripped} - set(stripped)
-    return frozenset(transformers_name(name).rpartition(".")[0] for name in found)
+    tensors, named = open_safetensors(path).tensors, target_parameters(config, folder / CONFIG)
+    names = [tensor.name.removeprefix(_PREFIX) for tensor in tensors]
+    begins = INSIDE if any(transformers_name(name) != name for name in names) else "model."
+    copies = {module: read_copy(tensor) for tensor in tensors if (module := _copied(tensor.name, config)) is not None}
+    stripped = [plain_name(name.removesuffix(_SUFFIX)) for name in names]
+    on_parameters = {of_parameter(name, named, path) for name in stripped} - set(stripped)
+    return begins, copies, frozenset(transformers_name(name).rpartition(".")[0] for name in on_parameters)
 
 
 def _copied(name: str, config: dict[str, Any]) -> str | None:
@@ -231,12 +231,6 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
             yield Loss("no module of the model is named {}", stripped)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if is_lora(name)))
     yield from losses(base, settings, modules, config)
-
-
-def names_begin(folder: Path) -> str:
-    """How the names of a language model's modules begin in the class that an adapter's file is for, as in `Opening`."""
-    names = (tensor.name.removeprefix(_PREFIX) for tensor in open_safetensors(_weights_file(folder)).tensors)
-    return INSIDE if any(transformers_name(name) != name for name in names) else "model."
 
 
 def base_model_name(folder: str | Path) -> str:
