@@ -36,7 +36,7 @@ from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, re
 from mlx_sft.methods.peft_forms import on_modules, refuse_other_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.token_rows import TokenRows, attach_rows, changed_rows, on_model, row_edits, weights_of_rows
-from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, embedding_names, floating_weights, tied_embedding
+from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, floating_weights, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized, weight_shape
 from mlx_sft.model.outline import is_outline
 from mlx_sft.model.quantize import plain_weight
@@ -83,13 +83,13 @@ class Lora(Method):
         return self.settings.dropout > 0
 
     def for_new_tokens(self, token_ids: Sequence[int], *, from_adapter: bool) -> dict[str, Any]:
-        asked, also = self.settings.train_new_tokens, {name.rpartition(".")[2] for name in self.settings.also_train}
+        asked = self.settings.train_new_tokens
         if asked is True and not token_ids:
             what = "--train-new-tokens, and there are no new tokens"
             raise UserError(what, where="train_new_tokens", hint="name them with --add-tokens FILE", exit_code=USAGE)
         if asked is True:
             return {"train_new_tokens": {role: list(token_ids) for role in (EMBEDDINGS, HEAD)}}
-        if token_ids and not (asked or from_adapter or also & {name.rpartition(".")[2] for name in embedding_names()}):
+        if token_ids and not (asked or from_adapter or any(map(is_embedding, self.settings.also_train))):
             what = "nothing would train the embeddings of the new tokens, so that they would mean nothing"
             hint = f"give --train-new-tokens, or --also-train {EMBEDDINGS},{HEAD}"
             raise UserError(what, where="add_tokens", hint=hint, exit_code=USAGE)
