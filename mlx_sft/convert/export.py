@@ -18,6 +18,7 @@ from mlx_sft.load import config_of, is_base
 from mlx_sft.model.load import is_packed, local_checkpoint
 from mlx_sft.registry import METHODS, TARGETS
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.settings import first_problem
 from mlx_sft.writing import refuse_link, write_folder
 
 LOST_LIMIT = 1.0
@@ -157,10 +158,7 @@ def _settings(kind: type[Target], options: dict[str, Any]) -> Any:
     try:
         return kind.Settings(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{first['loc'][0]}: {first['msg']}", hint="see `mlx-sft export --help`", exit_code=USAGE
-        ) from error
+        raise UserError(first_problem(error), hint="see `mlx-sft export --help`", exit_code=USAGE) from error
 
 
 def check_target(to: Path, run: RunFolder, config: TrainConfig, base: Path, overwrite: bool) -> Path:

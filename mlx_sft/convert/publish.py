@@ -92,11 +92,14 @@ def push(
     Raises:
         UserError: If the run has not finished, the written differs from the trained, or the Hub refuses it.
     """
-    note = note or _in_silence
+    note = note or (lambda message: None)
     target = Repository(repository, private=private, overwrite=overwrite)
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
-    _refuse_unfinished(folder, config, adapter_only)
+    finished_folder(folder, config)
+    if adapter_only and not make_method(config).frozen_base:
+        what, hint = f"a run of --method {config.method} has no adapter", "leave --adapter-only out"
+        raise UserError(what, where=str(folder.path), hint=hint, exit_code=USAGE)
     if adapter_only and (base != "original" or base_model is not None):
         what = "--adapter-only uploads no base"
         raise UserError(what, hint="leave --base and --base-model out", exit_code=USAGE)
@@ -126,17 +129,6 @@ def push(
             note(f"uploading {size(sum(files.values()))} to {repository}")
             url = target.upload(written)
     return PushResult(repository, private, files, card, verification, url)
-
-
-def _in_silence(message: str) -> None:
-    pass
-
-
-def _refuse_unfinished(run: RunFolder, config: TrainConfig, adapter_only: bool) -> None:
-    finished_folder(run, config)
-    if adapter_only and not make_method(config).frozen_base:
-        what, hint = f"a run of --method {config.method} has no adapter", "leave --adapter-only out"
-        raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
 
 
 def _write_adapter(run: RunFolder, summary: RunSummary, folder: Path, note: Note) -> None:

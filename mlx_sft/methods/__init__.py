@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -72,22 +72,6 @@ class WholeWeight(WeightEdit):
         if expert is not None:
             raise NotImplementedError("a method that changes experts has `edits` of its own")
         return np.array(self.method.changed_weight(self.name, mx.array(base(start, stop)), self.parameters), np.float32)
-
-
-class Binder(Protocol):
-    """What a forward pass needs to know of a method."""
-
-    def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
-        """Put parameters (all, or some of them) into the model; a random key switches dropout on."""
-
-    def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
-        """[rows, width] → hidden states [rows, width, hidden]."""
-
-    def rounded(self, parameters: Parameters) -> Parameters:
-        """See `Method.rounded`."""
-
-    def unrounded(self, gradients: Parameters) -> Parameters:
-        """See `Method.rounded`."""
 
 
 class Method:
@@ -361,7 +345,6 @@ def _check_same(trained: Parameters, model: Parameters, where: Path) -> None:
 
 __all__ = [
     "ENTRIES",
-    "Binder",
     "Method",
     "Parameters",
     "Rows",

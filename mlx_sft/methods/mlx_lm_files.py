@@ -23,8 +23,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
-from mlx_sft.methods.peft_patterns import LONGEST_NAME, MOST_FEATURES
-from mlx_sft.methods.peft_rules import in_a_layer
+from mlx_sft.methods.peft_rules import LONGEST_NAME, MOST_FEATURES, in_a_layer
 from mlx_sft.model.names import transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 from mlx_sft.writing import make_folder, write_file, write_file_with

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.data.batches import Batch
 from mlx_sft.errors import UserError
-from mlx_sft.methods import Binder, Parameters
+from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
@@ -87,7 +87,7 @@ class GradientComputer:
     def __init__(
         self,
         split: SplitModel,
-        method: Binder,
+        method: Method,
         vocabulary: int,
         objective: Objective | None = None,
         *,
