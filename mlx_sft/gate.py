@@ -85,17 +85,21 @@ _MAY_BE_INFINITE = re.compile(r"_limit$")
 """Mamba's `time_step_limit` ends at Infinity."""
 
 
-def checked(folder: Path, *, deep: bool = False) -> Path:
+def checked(folder: Path, *, deep: bool = False, for_libraries: bool = True) -> Path:
     """The folder itself, once everything in it may be read; one that is not there is left to whoever reads it.
 
     Args:
         deep: Look into all folders inside too, as for a run. Of a model's, only the one of its chat templates is read.
+        for_libraries: Whether others than this package read it, which cannot open names that are no UTF-8.
 
     Raises:
         UserError: Naming the file that is none, is too large, or has a number that no model has.
     """
     if not folder.is_dir():
         return folder
+    if for_libraries and not deep and not _is_utf8(folder):
+        what = "this folder has a name that is no UTF-8, which tokenizers and MLX cannot open"
+        raise UserError(what, where=str(folder), hint="rename it, or name another")
     for path in _entries(folder, deep):
         try:
             found = path.stat()
@@ -241,6 +245,13 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield found
         if isinstance(found, dict | list):
             waiting += found.values() if isinstance(found, dict) else found
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _short(number: int) -> str:
