@@ -74,6 +74,7 @@ class Click(click.Context):
     def __enter__(self):
         os.kill(os.getpid(), signal.SIGINT)
 main.context_class = Click
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 if sys.argv[1:]:
     import mlx_sft.crash_report
     mlx_sft.crash_report.print_error = lambda error: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))

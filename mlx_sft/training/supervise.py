@@ -64,7 +64,7 @@ def _followed(out: str) -> Iterator[Callable[[], str]]:
         if made := not os.path.lexists(path):
             path.mkdir(parents=True)
         held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
+    except (OSError, ValueError):
         yield lambda: out
         return
 
