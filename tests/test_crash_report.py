@@ -81,7 +81,7 @@ if sys.argv[1:]:
 main(["doctor"])
 """
     for words, said in (([], "error: interrupted\n"), (["twice"], "")):
-        ended = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=60)
+        ended = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=120)
         assert (ended.returncode, ended.stderr, ended.stdout) == (130, said, "")
 
 
