@@ -17,7 +17,7 @@ from mlx_sft.convert.hub import Repository, files_of
 from mlx_sft.convert.model_card import Published, RunSummary, model_card, read_run_summary
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import folder_bytes, read_json, to_json
+from mlx_sft.files import folder_bytes, read_json, to_json, user_path
 from mlx_sft.load import finished_folder
 from mlx_sft.methods import make_method
 from mlx_sft.model.load import CARD, name_elsewhere, resolve_checkpoint
@@ -150,7 +150,7 @@ def _name_base(file: Path, path: str, name: str) -> None:
 
 def _refuse_home(folder: Path) -> None:
     """Raise `UserError` where a configuration file, which may be the base's, names a folder in this person's home."""
-    home = f"{Path.home()}{os.sep}"
+    home = f"{user_path('~')}{os.sep}"
     for file in sorted(folder.rglob("*config.json")):
         if home in file.read_text(encoding="utf-8", errors="replace"):
             hint = f"take the path out of the base's {file.name}, and push again"

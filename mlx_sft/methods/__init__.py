@@ -231,7 +231,7 @@ class Method:
     @classmethod
     def read(cls, folder: Path) -> tuple[Method, Parameters]:
         """What `write` wrote, float32; raises `UserError` where it is not whole."""
-        stated = read_json(checked(folder) / _SETTINGS)
+        stated = read_json(checked(folder, for_libraries=False) / _SETTINGS)
         try:
             method = cls(cls.Settings(**stated["settings"]))
         except (KeyError, TypeError, ValueError) as error:

@@ -321,7 +321,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}"
         raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
-    return read_json(checked(path.parent) / path.name)
+    return read_json(checked(path.parent, for_libraries=False) / path.name)
 
 
 def _check_plain(config: dict[str, Any], where: Path) -> None:

@@ -14,6 +14,7 @@ from mlx_sft.convert.targets.peft import AdapterAlone, PeftSettings, same
 from mlx_sft.convert.verify import compared_rows
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.gate import checked
 from mlx_sft.load import base_of, load_on_base
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
@@ -68,7 +69,7 @@ class MlxLm(AdapterAlone):
         give_mlx_form(model)
         hint = "export it with --format peft, or merged"
         with blamed_on(folder, "mlx-lm cannot open this adapter", hint):
-            found = logits(load_adapters(model, str(folder)).eval(), rows)
+            found = logits(load_adapters(model, str(checked(folder))).eval(), rows)
         del model
         trained = load_on_base(run, config, self.export.trained, "float32").model
         if told := difference_of(found, logits(trained, rows)):
