@@ -34,6 +34,16 @@ def _slide_but_every(number: int) -> Callable[[Settings], list[str]]:
     return lambda settings: ["sliding_attention" if layer % number else "full_attention" for layer in _layers(settings)]
 
 
+def _slide_in_the_largest(largest: int) -> Callable[[Settings], Any]:
+    """Of EXAONE 4: what the settings say where there are so many layers, else full attention."""
+
+    def taken(settings: Settings) -> Any:
+        is_largest = settings["num_hidden_layers"] == largest
+        return settings["layer_types"] if is_largest else ["full_attention"] * settings["num_hidden_layers"]
+
+    return taken
+
+
 def _turn_but_every(number: int) -> Callable[[Settings], list[int]]:
     return lambda settings: [int(layer % number > 0) for layer in _layers(settings)]
 
@@ -44,6 +54,9 @@ def _layers(settings: Settings) -> range:
 
 _TAKEN: dict[str, dict[str, Any]] = {
     "cohere2": {"layer_types": _slide_but_every(4)},
+    "ernie4_5": {"use_bias": False},
+    "ernie4_5_moe": {"use_bias": False, "moe_layer_interval": 1},
+    "exaone4": {"layer_types": _slide_in_the_largest(64)},
     "gemma2": {"query_pre_attn_scalar": _scale_of_attention(46), "layer_types": _slide_but_every(2)},
     "gemma3_text": {
         "attention_bias": False,
@@ -51,6 +64,7 @@ _TAKEN: dict[str, dict[str, Any]] = {
         "layer_types": _slide_but_every(6),
     },
     "gpt_oss": {"layer_types": _slide_but_every(2)},
+    "hunyuan_v1_dense": {"attention_bias": False},
     "olmoe": {"norm_topk_prob": False},
     "qwen2_moe": {"norm_topk_prob": False},
     "qwen3": {"attention_bias": False},
@@ -119,8 +133,10 @@ def _otherwise(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
     """Each setting that llama.cpp takes to be another, its value, and what it takes it to be."""
     family = settings["model_type"]
     for name, value in _TAKEN.get(family, {}).items():
+        if settings.get(name) is None:
+            continue
         taken = value(settings) if callable(value) else value
-        if settings.get(name) is not None and settings[name] != taken:
+        if settings[name] != taken:
             yield name, settings[name], taken
     for kind, rope in _ropes(settings):
         yield from _rope_otherwise(family, f"rope_parameters {kind}".strip(), rope)

@@ -34,6 +34,7 @@ def written(folder: Path, family: str, **settings: Any) -> Path:
         ("qwen3", {"attention_bias": True}, "attention_bias to be False"),
         ("gemma2", {"query_pre_attn_scalar": 12}, "query_pre_attn_scalar to be 16.0, and here it is 12"),
         ("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": [SLIDING, FULL] * 2}, "layer_types to be"),
+        ("exaone4", {"sliding_window": 64, "layer_types": [SLIDING, SLIDING, SLIDING, FULL]}, "layer_types to be ['full"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers to be [1, 1, 1, 0]"),
         ("qwen2", {"rope_parameters": LLAMA_3}, "the type of rope_parameters to be default, and here it is llama3"),
         ("llama", {"rope_parameters": YARN | {"attention_factor": 1.7}}, "attention_factor of rope_parameters to be 1.1386"),
