@@ -33,6 +33,7 @@ from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
 from mlx_sft.methods.peft_forms import check_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.results import refuse_unfinished_result, result_folder
+from mlx_sft.methods.token_rows import ROWS, is_rows
 from mlx_sft.model.head import HEAD, tied_embedding
 from mlx_sft.model.linears import weight_shape
 from mlx_sft.model.load import local_checkpoint
@@ -185,6 +186,8 @@ class _Look:
         settings, parameters = self.method.settings, self.parameters
         modules = _modules(parameters)
         adapted = [module for module in modules if f"{module}.{HALVES[0]}" in parameters]
+        rows = {name.removesuffix(ROWS): len(value) for name, value in parameters.items() if is_rows(name)}
+        self.notes += [f"it has the rows of {count(number)} tokens in {module}" for module, number in rows.items()]
         problems: dict[str, list[Problem] | None] = {OURS: self._ours()}
         problems[PEFT] = self._peft()
         problems[MLX_LM] = self._mlx_lm()
@@ -197,7 +200,7 @@ class _Look:
             tensors=len(parameters),
             numbers=sum(value.size for value in parameters.values()),
             modules=modules,
-            trained_in_full=[module for module in modules if module not in adapted],
+            trained_in_full=[module for module in modules if module not in {*adapted, *rows}],
             ranks=sorted({settings.rank_of(module) for module in adapted}),
             alphas=sorted({settings.alpha_of(module) for module in adapted}),
             scales=sorted({settings.scale_of(module) for module in adapted}),
@@ -328,7 +331,9 @@ def _is_tied(base: Path) -> bool:
 
 
 def _modules(parameters: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    return list(
+        dict.fromkeys(name.removesuffix(ROWS) if is_rows(name) else name.rpartition(".")[0] for name in parameters)
+    )
 
 
 def _is_idle(module: str, settings: LoraSettings, parameters: Parameters) -> bool:

@@ -312,6 +312,11 @@ def _module(kind: str) -> Any:
         return None
 
 
+def text_settings(path: Path) -> dict[str, Any]:
+    """The settings of a checkpoint's language model, with transformers' defaults for what the file leaves out."""
+    return _settings(path).text
+
+
 def fields_read(path: Path) -> dict[str, Any]:
     """The settings of a checkpoint's language model that mlx-lm's code reads, with its defaults."""
     return _settings(path).fields

@@ -90,6 +90,17 @@ def test_what_peft_wrote_it_takes_again(
     assert bool(found.problems[LLAMA_CPP]) == ("use_rslora" in settings or "use_dora" in settings)
 
 
+def test_rows_of_tokens_are_rows_of_the_embeddings(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    of_peft(make_base("qwen3"), tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[3, 17])
+    found = check_adapter(tmp_path / "a")
+    assert found.problems[PEFT] == found.problems[OURS] == found.homeless == found.trained_in_full == []
+    assert "it has the rows of 2 tokens in model.embed_tokens" in found.describe()
+    assert [str(one) for one in found.problems[MLX_LM] or []] == [
+        "mlx-lm's form has no place for the rows of new tokens"
+    ]
+    assert about(found, LLAMA_CPP) == {"model.embed_tokens"}
+
+
 def test_adapters_on_parameters_of_experts(make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = make_base("qwen3_moe")
     of_peft(base, tmp_path / "a", target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
