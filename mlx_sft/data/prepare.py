@@ -21,9 +21,8 @@ from mlx_sft.data.findings import FACT_FINDINGS, ORIGINS_NAMED
 from mlx_sft.data.lost_rows import BadRows, refuse_lost_data
 from mlx_sft.data.part_report import PartReport
 from mlx_sft.data.pipeline import NoProgress, Pipeline, ReadingProgress
-from mlx_sft.data.report import DataReport
+from mlx_sft.data.report import DataReport, SourceReport
 from mlx_sft.data.screening import SIGNS
-from mlx_sft.data.source_report import SourceReport
 from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
 from mlx_sft.data.token_counts import EMPTY_COLUMN
 from mlx_sft.data.tokenize import tokenized

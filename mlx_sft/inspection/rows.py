@@ -16,9 +16,9 @@ from mlx_sft.data.encode import View
 from mlx_sft.data.mask.trace import NOBODY
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.readers import Row
+from mlx_sft.data.report import SourceReport
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.screening import SIGNS, SPECIAL_SIGN, signs_of
-from mlx_sft.data.source_report import SourceReport
 from mlx_sft.errors import UserError
 from mlx_sft.inspection.selection import FINDINGS, Part, Selection, SurveyedRows
 

@@ -19,8 +19,8 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Note
 from mlx_sft.data.findings import FACT_FINDINGS
 from mlx_sft.data.prepare import PreparedData
+from mlx_sft.data.report import SourceReport
 from mlx_sft.data.screening import SIGNS
-from mlx_sft.data.source_report import SourceReport
 from mlx_sft.data.sources import Source
 from mlx_sft.errors import USAGE, UserError
 

@@ -14,11 +14,9 @@ import numpy as np
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.findings import ORIGINS_NAMED, first_of
 from mlx_sft.data.key_counts import columns, unused_keys
-from mlx_sft.data.lengths import histogram, length_summary
-from mlx_sft.data.part_report import PartReport
-from mlx_sft.data.report import DataReport
+from mlx_sft.data.part_report import PartReport, histogram, length_summary
+from mlx_sft.data.report import DataReport, reasons
 from mlx_sft.data.screening import SIGN_MEANINGS
-from mlx_sft.data.source_report import fates, reasons
 
 
 def table(report: DataReport, whole: Sequence[Examples], max_length: int) -> dict[str, Any]:
@@ -33,8 +31,8 @@ def table(report: DataReport, whole: Sequence[Examples], max_length: int) -> dic
     tokens, supervised_tokens = int(lengths.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64))
     train, valid = report.train, report.valid
     return {
-        "rows": fates(report),
-        "sources": [{"name": source.name, "format": source.format} | fates(source) for source in report.sources],
+        "rows": report.fates,
+        "sources": [{"name": source.name, "format": source.format} | source.fates for source in report.sources],
         "train": _part(train),
         "valid": _part(valid),
         "validation_rows_also_in_train": report.shared,
@@ -62,7 +60,7 @@ def table(report: DataReport, whole: Sequence[Examples], max_length: int) -> dic
         "signs": _signs([train, valid]),
         "keys": columns(report.keys),
         "unused_keys": [key.to_json() for key in unused_keys(report.keys)],
-        "reasons": reasons(note for source in report.sources for note in source.notes),
+        "reasons": reasons(report.notes),
         "template": asdict(report.facts),
         "findings": [finding.to_json() for finding in report.findings()],
         "warnings": report.warnings(),
