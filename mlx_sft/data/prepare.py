@@ -57,6 +57,7 @@ def prepare(
     *,
     rows: Any = None,
     valid_rows: Any = None,
+    strict: bool = True,
 ) -> PreparedData:
     """Read, encode and split the data that the configuration names.
 
@@ -68,47 +69,15 @@ def prepare(
         progress: Is told how the reading goes.
         rows: Rows in memory, in place of those that the configuration names.
         valid_rows: Validation rows in memory, likewise.
+        strict: Whether what is wrong with rows is an error, as far as the configuration says so; else it is in the report alone.
 
     Raises:
         UserError: for data that cannot be read; naming up to ten bad rows at once, unless they are to be skipped; for a
             row that is too long where that is an error; where nothing is left to train on a source; and where more than
             half of the rows, or of the supervised tokens, are lost, unless that is allowed.
     """
-    return _prepare(config, tokenizer, progress or NoProgress(), strict=True, rows=rows, valid_rows=valid_rows)
-
-
-def survey(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None) -> PreparedData:
-    """As `prepare`, for a look: whatever is wrong with rows is in the report, and nothing of it is an error.
-
-    Raises:
-        UserError: for data that cannot be read at all.
-    """
-    return _prepare(config, tokenizer, progress or NoProgress(), strict=False)
-
-
-def prepare_file(
-    data: str, config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None
-) -> tuple[Examples, SourceReport]:
-    """The examples of one source as the configuration's settings make them; of a folder, its test or else valid part.
-
-    Raises:
-        UserError: as `prepare` does, but for rows that are lost.
-    """
-    source = _named_part(locate(data), data, "test", "valid")
-    return _Reader(config, tokenizer, progress or NoProgress(), strict=True).read(source)
-
-
-def _prepare(
-    config: TrainConfig,
-    tokenizer: Any,
-    progress: ReadingProgress,
-    *,
-    strict: bool,
-    rows: Any = None,
-    valid_rows: Any = None,
-) -> PreparedData:
     train_sources, weights, valid_sources = _sources(config, rows, valid_rows)
-    reader = _Reader(config, tokenizer, progress, strict=strict)
+    reader = _Reader(config, tokenizer, progress or NoProgress(), strict=strict)
     train_parts = [reader.read(source) for source in train_sources]
     valid_parts = [reader.read(source) for source in valid_sources]
     sources = [report for _, report in (*train_parts, *valid_parts)]
@@ -139,6 +108,27 @@ def _prepare(
         first_shared=valid.first_rows(shared, ORIGINS_NAMED),
     )
     return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture)
+
+
+def survey(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None) -> PreparedData:
+    """As `prepare`, for a look: whatever is wrong with rows is in the report, and nothing of it is an error.
+
+    Raises:
+        UserError: for data that cannot be read at all.
+    """
+    return prepare(config, tokenizer, progress, strict=False)
+
+
+def prepare_file(
+    data: str, config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None
+) -> tuple[Examples, SourceReport]:
+    """The examples of one source as the configuration's settings make them; of a folder, its test or else valid part.
+
+    Raises:
+        UserError: as `prepare` does, but for rows that are lost.
+    """
+    source = _named_part(locate(data), data, "test", "valid")
+    return _Reader(config, tokenizer, progress or NoProgress(), strict=True).read(source)
 
 
 def _with_parts(sources: Sequence[SourceReport], train: Examples, valid: Examples) -> list[SourceReport]:
@@ -246,7 +236,9 @@ class _Reader:
             on_lost=bad.add,
         )
         bad.refuse()
-        truncation = self._truncated(Examples([result.store]))
+        compared = bool(self._pipeline.objective and self._pipeline.objective.compares)
+        examples = Examples([result.store])
+        truncation = truncate(examples, config.max_length, config.overlong, compared=compared, strict=self._strict)
         examples = truncation.examples
         lost = ((row.number, row.note) for row in result.store.lost)
         notes = [note for _, note in merge(lost, truncation.notes, key=lambda numbered: numbered[0])]
@@ -271,10 +263,6 @@ class _Reader:
                 hint=f"the first: {notes[0].origin}: {notes[0].reason}",
             )
         return examples, report
-
-    def _truncated(self, examples: Examples) -> Truncation:
-        config, compared = self._config, bool(self._pipeline.objective and self._pipeline.objective.compares)
-        return truncate(examples, config.max_length, config.overlong, compared=compared, strict=self._strict)
 
 
 def _first(examples: Examples, truncation: Truncation) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from mlx_sft.data.findings import FACT_FINDINGS, Finding, first_of, many, out_of
 from mlx_sft.data.key_counts import KeyCount, columns, in_words, summed, unused_keys
 from mlx_sft.data.messages import WEIGHT_KEYS
 from mlx_sft.data.part_report import PartReport
-from mlx_sft.data.roles import changed_names
+from mlx_sft.data.row_reader import changed_names
 from mlx_sft.data.template import NO_FACTS, Facts
 from mlx_sft.data.token_counts import NO_COUNTS, TokenCounts
 

@@ -27,8 +27,7 @@ from mlx_sft.data.pipeline import NoProgress, ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.readers import Row
 from mlx_sft.data.report import reasons
-from mlx_sft.data.roles import with_roles
-from mlx_sft.data.row_reader import RowReader
+from mlx_sft.data.row_reader import RowReader, with_roles
 from mlx_sft.data.sources import locate, split_weight
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path

@@ -78,7 +78,11 @@ class SurveyedRows:
     @cached_property
     def first_equals(self) -> dict[Part, NDArray[np.int64]]:
         """For each example of a part, the index of the first that equals it."""
-        return {part: _first_equals(examples) for part, examples in self.parts.items()}
+        found = {}
+        for part, examples in self.parts.items():
+            _, first, inverse = np.unique(examples.content_ids(), return_index=True, return_inverse=True)
+            found[part] = np.asarray(first[inverse], np.int64)
+        return found
 
     def numbers(self, part: Part) -> NDArray[np.int64]:
         """The row number of each example of a part, in order."""
@@ -106,11 +110,6 @@ class SurveyedRows:
             if end > first:
                 return part, list(range(first, end))
         return "", []
-
-
-def _first_equals(examples: Examples) -> NDArray[np.int64]:
-    _, first, inverse = np.unique(examples.content_ids(), return_index=True, return_inverse=True)
-    return np.asarray(first[inverse], np.int64)
 
 
 def first_rows(rows: SurveyedRows, limit: int) -> Selection:

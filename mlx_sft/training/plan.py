@@ -20,7 +20,7 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, prepare
-from mlx_sft.data.template import todays_variables
+from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import blamed_on
 from mlx_sft.files import read_yaml
 from mlx_sft.methods import for_new_tokens
@@ -130,7 +130,9 @@ class RunPlan:
         if config.data != [NO_DATA] or config.add_tokens:
             tokenizer, new = extended_tokenizer(path, config.chat_template, config.add_tokens)
         config = for_new_tokens(config, new.ids)
-        data = _data(config, tokenizer, progress)
+        data = None
+        if tokenizer is not None and config.data != [NO_DATA]:
+            data = prepare(with_todays_variables(config, tokenizer), tokenizer, progress)
         given = config.dtype != "auto"
         self.dtype = config.dtype if given else machine.dtype
         self.footprint = footprint_of(config, path, self.dtype, new, fused=machine.fused)
@@ -258,13 +260,6 @@ def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfi
     """A configuration as `train` would read it, which may leave out the data."""
     named = given.get("data") or (read_yaml(Path(config_file)).get("data") if config_file else None)
     return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
-
-
-def _data(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None) -> PreparedData | None:
-    if config.data == [NO_DATA]:
-        return None
-    pinned = todays_variables(tokenizer) | config.chat_template_kwargs
-    return prepare(config.model_copy(update={"chat_template_kwargs": pinned}), tokenizer, progress)
 
 
 def footprint_of(

@@ -25,7 +25,7 @@ from mlx_sft.data.chat_template import template_text, with_template
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.new_tokens import NewTokens, add_tokens
 from mlx_sft.data.prepare import PreparedData, prepare
-from mlx_sft.data.template import todays_variables
+from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
 from mlx_sft.methods import Method, Parameters, for_new_tokens
@@ -227,8 +227,7 @@ def _read_data(
     if new:
         if config.chat_template is not None:
             config = config.model_copy(update={"chat_template": template_text(config.chat_template)})
-        pinned = todays_variables(tokenizer) | config.chat_template_kwargs
-        config = config.model_copy(update={"chat_template_kwargs": pinned})
+        config = with_todays_variables(config, tokenizer)
     with console.reading() as reading:
         data = prepare(config, tokenizer, reading, rows=given.data, valid_rows=given.valid)
     return config, tokenizer, added, data
