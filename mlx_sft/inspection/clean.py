@@ -184,7 +184,7 @@ def _target(config: TrainConfig, path: str | Path, overwrite: bool) -> Path:
     if target.exists():
         named = [data for data, _ in specs] + ([config.valid] if config.valid else [])
         files = [file for data in named for source in locate(data).values() for file in source.files]
-        if any(target.samefile(file.path) for file in files):
+        if any(map(target.samefile, files)):
             hint = "give another name; the data itself stays as it is"
             raise UserError("this file is one of the data", where=where, hint=hint, exit_code=USAGE)
         if not overwrite:

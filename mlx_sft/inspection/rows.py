@@ -93,16 +93,11 @@ class ShownExample:
         return sum(weight != 0 for weight in self.weights[: self.cut_at])
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "origin": self.origin,
-            "tokens": len(self.token_ids),
-            "supervised_tokens": self.supervised_tokens,
-            "cut_at": self.cut_at,
-            "turns": [turn.to_json() for turn in self.turns],
-            "pieces": self.pieces,
-            "token_ids": self.token_ids,
-            "weights": self.weights,
+        own = {
+            name: getattr(self, name)
+            for name in ("origin", "supervised_tokens", "cut_at", "pieces", "token_ids", "weights")
         }
+        return own | {"tokens": len(self.token_ids), "turns": [turn.to_json() for turn in self.turns]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,8 @@ def row_named(rows: SurveyedRows, name: str) -> Selection:
         raise UserError(f"not the name of a row: {name}", hint=hint, exit_code=USAGE)
     asked, number = parts[1], parts[2].lstrip("0") or "0"
     selection: Selection = set()
-    named = [(index, name) for index, source in enumerate(rows.located) for name in _files_of(source)]
+    # What the origins of a source's rows begin with.
+    named = [(index, str(file)) for index, one in enumerate(rows.located) for file in one.files or (one.name,)]
     for index, file in named:
         if not asked or file == asked or file.endswith(f"/{asked}"):
             selection |= {(index, f"{file}:{number}"), (index, f"{file}[{number}]")}
@@ -139,11 +140,6 @@ def row_named(rows: SurveyedRows, name: str) -> Selection:
         known = ", ".join(file for _, file in named)
         raise UserError(f"no data is called {asked}", hint=f"there is {known}", exit_code=USAGE)
     return selection
-
-
-def _files_of(source: Source) -> list[str]:
-    """What the origins of its rows begin with."""
-    return [file.name for file in source.files] or [source.name]
 
 
 def rows_of_kind(rows: SurveyedRows, kind: str, limit: int) -> Selection:
