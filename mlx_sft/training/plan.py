@@ -19,7 +19,7 @@ from mlx_sft.data.batches import JOINED, Layout
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.data.pipeline import ReadingProgress
-from mlx_sft.data.prepare import PreparedData, prepare
+from mlx_sft.data.prepare import prepare
 from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import blamed_on
 from mlx_sft.files import read_yaml
@@ -139,7 +139,9 @@ class RunPlan:
         self.on_macs = footprint_of(config, path, self.dtype if given else "bfloat16", new, fused=True)
         lengths = data.train.needed_lengths if data else [config.max_length - 1]
         layout = Layout.of_few_shapes(lengths) if machine.compiles else JOINED
-        self.longest = _longest(config, layout, data)
+        self.longest = LongestRow(layout.width_of(config.max_length - 1), f"a row of --max-length {config.max_length}")
+        if data:
+            self.longest = LongestRow.of(data.train, layout)
         planner = MemoryPlanner(config, machine, self.footprint, self.longest, layout)
         settings = self.settings = planner.choose()
         self.refusal = None if settings else planner.refusal()
@@ -272,12 +274,6 @@ def footprint_of(
         vocabulary = vocabulary_size(split.model, read_config(path))
         head: HeadWay = "fused" if fused else "whole" if expected_tiles(split) is None else "tiles"
         return Footprint.of(config, split, method, parameters, vocabulary, head=head, fused=fused)
-
-
-def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:
-    if data is None:
-        return LongestRow(layout.width_of(config.max_length - 1), f"a row of --max-length {config.max_length}")
-    return LongestRow.of(data.train, layout)
 
 
 def _facts(plan: RunPlan) -> Pieces:
