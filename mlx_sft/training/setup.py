@@ -269,15 +269,15 @@ class _Setup:
 
 def _with_given(config: TrainConfig, given: Given) -> TrainConfig:
     """The configuration says that rows came from memory, where they did; raises `UserError` where it names others too."""
-    for name, rows in (("data", given.data), ("valid", given.valid)):
+    in_memory: tuple[tuple[str, Any, Any], ...] = (("data", given.data, [IN_MEMORY]), ("valid", given.valid, IN_MEMORY))
+    for name, rows, said in in_memory:
         stated = getattr(config, name)
-        if rows is not None and stated and stated not in ([IN_MEMORY], IN_MEMORY):
+        if rows is None:
+            continue
+        if stated and stated != said:
             what = f"{name} is given twice: as rows in memory, and in the configuration as {stated}"
             raise UserError(what, hint="leave one of them out", exit_code=USAGE)
-    if given.data is not None:
-        config = config.model_copy(update={"data": [IN_MEMORY]})
-    if given.valid is not None:
-        config = config.model_copy(update={"valid": IN_MEMORY})
+        config = config.model_copy(update={name: said})
     config.require_data()
     return config
 
