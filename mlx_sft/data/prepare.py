@@ -77,9 +77,11 @@ def prepare(
             half of the rows, or of the supervised tokens, are lost, unless that is allowed.
     """
     train_sources, weights, valid_sources = _sources(config, rows, valid_rows)
-    reader = _Reader(config, tokenizer, progress or NoProgress(), strict=strict)
-    train_parts = [reader.read(source) for source in train_sources]
-    valid_parts = [reader.read(source) for source in valid_sources]
+    pipeline = Pipeline.from_config(config, tokenizer)
+    train_parts, valid_parts = (
+        [_read(source, config, pipeline, progress, strict=strict) for source in some]
+        for some in (train_sources, valid_sources)
+    )
     sources = [report for _, report in (*train_parts, *valid_parts)]
     if strict and not config.allow_lost_rows:
         refuse_lost_data(sources, config.max_length)
@@ -128,7 +130,7 @@ def prepare_file(
         UserError: as `prepare` does, but for rows that are lost.
     """
     source = _named_part(locate(data), data, "test", "valid")
-    return _Reader(config, tokenizer, progress or NoProgress(), strict=True).read(source)
+    return _read(source, config, Pipeline.from_config(config, tokenizer), progress, strict=True)
 
 
 def _with_parts(sources: Sequence[SourceReport], train: Examples, valid: Examples) -> list[SourceReport]:
@@ -210,59 +212,45 @@ def _named_part(parts: dict[str, Source], data: str, *wanted: str) -> Source:
 # What is kept of them
 
 
-class _Reader:
-    """Reads sources with one configuration.
+def _read(
+    source: Source, config: TrainConfig, pipeline: Pipeline, progress: ReadingProgress | None, *, strict: bool
+) -> tuple[Examples, SourceReport]:
+    """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row.
 
     Args:
         strict: Whether what is wrong with rows is an error, as far as the configuration says so, or a note.
     """
-
-    def __init__(self, config: TrainConfig, tokenizer: Any, progress: ReadingProgress, *, strict: bool) -> None:
-        self._config = config
-        self._pipeline = Pipeline.from_config(config, tokenizer)
-        self._progress = progress
-        self._strict = strict
-
-    def read(self, source: Source) -> tuple[Examples, SourceReport]:
-        """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row."""
-        config = self._config
-        bad = BadRows(source.name, refused=self._strict and not config.skip_bad_rows)
-        result = tokenized(
-            source,
-            self._pipeline,
-            self._progress,
-            workers=config.data_workers,
-            keep=config.data_cache,
-            on_lost=bad.add,
+    bad = BadRows(source.name, refused=strict and not config.skip_bad_rows)
+    workers, keep = config.data_workers, config.data_cache
+    result = tokenized(source, pipeline, progress or NoProgress(), workers=workers, keep=keep, on_lost=bad.add)
+    bad.refuse()
+    compared = bool(pipeline.objective and pipeline.objective.compares)
+    examples = Examples([result.store])
+    truncation = truncate(examples, config.max_length, config.overlong, compared=compared, strict=strict)
+    examples = truncation.examples
+    lost = ((row.number, row.note) for row in result.store.lost)
+    notes = [note for _, note in merge(lost, truncation.notes, key=lambda numbered: numbered[0])]
+    report = SourceReport(
+        source.name,
+        result.sha256,
+        result.store.row_format,
+        kept=len(np.unique(examples.rows)),
+        examples=len(examples),
+        split=truncation.split,
+        tokens=truncation.tokens,
+        facts=examples.facts(),
+        first=_first(examples, truncation),
+        signs=examples.sign_counts(SIGNS),
+        notes=notes,
+        keys=result.store.keys,
+    )
+    if not examples and strict:
+        raise UserError(
+            f"nothing to train on: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
+            where=source.name,
+            hint=f"the first: {notes[0].origin}: {notes[0].reason}",
         )
-        bad.refuse()
-        compared = bool(self._pipeline.objective and self._pipeline.objective.compares)
-        examples = Examples([result.store])
-        truncation = truncate(examples, config.max_length, config.overlong, compared=compared, strict=self._strict)
-        examples = truncation.examples
-        lost = ((row.number, row.note) for row in result.store.lost)
-        notes = [note for _, note in merge(lost, truncation.notes, key=lambda numbered: numbered[0])]
-        report = SourceReport(
-            source.name,
-            result.sha256,
-            result.store.row_format,
-            kept=len(np.unique(examples.rows)),
-            examples=len(examples),
-            split=truncation.split,
-            tokens=truncation.tokens,
-            facts=examples.facts(),
-            first=_first(examples, truncation),
-            signs=examples.sign_counts(SIGNS),
-            notes=notes,
-            keys=result.store.keys,
-        )
-        if not examples and self._strict:
-            raise UserError(
-                f"nothing to train on: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
-                where=source.name,
-                hint=f"the first: {notes[0].origin}: {notes[0].reason}",
-            )
-        return examples, report
+    return examples, report
 
 
 def _first(examples: Examples, truncation: Truncation) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
@@ -48,8 +48,8 @@ class SourceReport:
         keys: What became of the rows' keys.
     """
 
-    name: str = ""
-    sha256: str | None = None
+    name: str
+    sha256: str | None
     format: str | None = None
     kept: int = 0
     examples: int = 0
@@ -108,7 +108,6 @@ class SourceReport:
         }
 
 
-@dataclass(repr=False, kw_only=True)
 class DataReport(SourceReport):
     """Everything that happened to the data of a run; what it says of rows, keys and tokens is of all sources together.
 
@@ -121,17 +120,21 @@ class DataReport(SourceReport):
         first_shared: The origins of the first of these validation examples.
     """
 
-    sources: list[SourceReport]
-    train: PartReport
-    valid: PartReport
-    shared: int
-    settings: dict[str, Any]
-    first_shared: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        sources: list[SourceReport],
+        train: PartReport,
+        valid: PartReport,
+        shared: int,
+        settings: dict[str, Any],
+        first_shared: Sequence[str] = (),
+    ) -> None:
+        super().__init__("", None)
+        self.sources, self.train, self.valid = sources, train, valid
+        self.shared, self.settings, self.first_shared = shared, settings, list(first_shared)
         for name in ("kept", "examples", "split", "tokens", "facts", "signs", "notes"):
-            setattr(self, name, reduce(add, (getattr(source, name) for source in self.sources), getattr(self, name)))
-        self.keys = summed(source.keys for source in self.sources)
+            setattr(self, name, reduce(add, (getattr(source, name) for source in sources), getattr(self, name)))
+        self.keys = summed(source.keys for source in sources)
 
     @property
     def _unit(self) -> str:

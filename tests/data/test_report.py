@@ -41,8 +41,7 @@ def report(train: PartReport | None = None, shared: int = 0, append_eos: bool = 
 def of_sources(
     sources: list[SourceReport], train: PartReport | None = None, shared: int = 0, append_eos: bool = False
 ) -> DataReport:
-    parts = {"train": train or part(example(10)), "valid": part()}
-    return DataReport(sources=sources, **parts, shared=shared, settings={"append_eos": append_eos})
+    return DataReport(sources, train or part(example(10)), part(), shared, {"append_eos": append_eos})
 
 
 def test_a_part_is_told_by_its_lengths_its_longest_and_its_duplicates() -> None:
