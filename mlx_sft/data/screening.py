@@ -7,8 +7,8 @@ changes nothing. Both are made to be silent on good data, and so do not find eve
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_sft.data.conversation import Conversation, Document, Item
@@ -67,6 +67,16 @@ _SHORTEST_TOKEN = 3
 """Characters. Padding is in some checkpoints an ordinary sign such as `!`, which forges nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A special token in a row's text: which, where (`messages[2].content`, `tools`), and how many times there."""
+
+    token: str
+    message: int | None
+    place: str
+    count: int
+
+
 class SpecialTokens:
     """Finds a tokenizer's special tokens in the text of conversations. It can be pickled.
 
@@ -99,7 +109,17 @@ class SpecialTokens:
 
     def found_in(self, conversation: Conversation) -> str | None:
         """What is found, in words: `messages[1].content contains the special token <|im_end|>`; None where nothing is."""
-        found = Counter[tuple[str, str]]()
+        found = self.all_in(conversation)
+        if not found:
+            return None
+        first = found[0]
+        others = sum(one.count for one in found) - 1
+        more = f", and {others} more" if others else ""
+        return f"{first.place} contains the special token {first.token} as text{more}"
+
+    def all_in(self, conversation: Conversation) -> list[Found]:
+        """Every special token in messages, tools and the row's template variables, in that order."""
+        found: list[Found] = []
         for index, message in enumerate(conversation.messages):
             may_reason = message.get("role") in ("assistant", "system", "developer")
             place = conversation.place(index)
@@ -107,21 +127,18 @@ class SpecialTokens:
                 if key != "role":
                     # Content that the row has under a key of its own stands at that key.
                     is_whole = key == "content" and not place.endswith("]")
-                    found.update(self._search(value, place if is_whole else f"{place}.{key}", may_reason))
-        found.update(self._search(conversation.tools, "tools", may_reason=True))
-        found.update(self._search(conversation.template_kwargs, "chat_template_kwargs", may_reason=True))
-        if not found:
-            return None
-        place, token = next(iter(found))
-        more = f", and {found.total() - 1} more" if found.total() > 1 else ""
-        return f"{place} contains the special token {token} as text{more}"
+                    found += self._search(value, index, place if is_whole else f"{place}.{key}", may_reason)
+        found += self._search(conversation.tools, None, "tools", may_reason=True)
+        found += self._search(conversation.template_kwargs, None, "chat_template_kwargs", may_reason=True)
+        return found
 
-    def _search(self, value: Any, place: str, may_reason: bool) -> Iterator[tuple[str, str]]:
-        """The place and each special token in it, as often as it is there."""
+    def _search(self, value: Any, message: int | None, place: str, may_reason: bool) -> list[Found]:
+        counts: dict[str, int] = {}
         for text in strings_in(value):
             for token in self._tokens_of(text):
                 if not (may_reason and token in _REASONING_MARKERS):
-                    yield place, token
+                    counts[token] = counts.get(token, 0) + 1
+        return [Found(token, message, place, count) for token, count in counts.items()]
 
     def _tokens_of(self, text: str) -> list[str]:
         tokens: list[str] = self._pattern.findall(text)
