@@ -176,7 +176,7 @@ def open_store(folder: Path) -> Store | None:
 def _mapped_store(folder: Path) -> Store:
     """It stays usable where its files are removed from the disk."""
     with open_regular(folder / _ROWS) as file:
-        about = _ABOUT.validate_python(json.loads(file.read()))  # Rust reads no half characters, as of files' names
+        about = _ABOUT.validate_python(json.load(file))  # Rust reads no half characters, as of files' names
     arrays = {name: _mapped(folder / name, dtype) for name, dtype in _ARRAYS.items()}
     return Store(**arrays, rows=about.rows, lost=about.lost, row_format=about.row_format, keys=about.keys)
 
