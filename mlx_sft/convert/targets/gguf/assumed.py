@@ -139,7 +139,7 @@ def _otherwise(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
         if settings[name] != taken:
             yield name, settings[name], taken
     for kind, rope in _ropes(settings):
-        yield from _rope_otherwise(family, f"rope_parameters {kind}".strip(), rope)
+        yield from _rope_otherwise(settings, f"rope_parameters {kind}".strip(), rope)
 
 
 def _ropes(settings: Settings) -> Iterator[tuple[str, Settings]]:
@@ -153,15 +153,21 @@ def _kind(rope: Settings) -> Any:
     return rope.get("rope_type") or rope.get("type")
 
 
-def _rope_otherwise(family: str, where: str, rope: Settings) -> Iterator[tuple[str, Any, Any]]:
-    kind = _kind(rope)
+def _rope_otherwise(settings: Settings, where: str, rope: Settings) -> Iterator[tuple[str, Any, Any]]:
+    kind, family = _kind(rope), settings["model_type"]
     known = {"llama3": _SCALED_AS_LLAMA_3, "longrope": _SCALED_AS_PHI_3, "su": _SCALED_AS_PHI_3}
+    stated = usual = 1.0
     if kind in known and family not in known[kind]:
         yield f"the type of {where}", kind, "default"
-    if kind == "yarn" and family not in _SCALES_YARN_OTHERWISE:
-        usual = _yarn(rope["factor"])
-        if not math.isclose(_attention_factor(rope), usual, rel_tol=1e-4):
-            yield f"the attention_factor of {where}", round(_attention_factor(rope), 4), round(usual, 4)
+    elif kind in ("longrope", "su") and family != "minicpm3":
+        original = rope.get("original_max_position_embeddings") or settings["original_max_position_embeddings"]
+        factor = settings["max_position_embeddings"] / original
+        usual = _longrope(factor, original)
+        stated = float(rope.get("attention_factor") or _longrope(rope.get("factor") or factor, original))
+    elif kind == "yarn" and family not in _SCALES_YARN_OTHERWISE:
+        usual, stated = _yarn(rope["factor"]), _attention_factor(rope)
+    if not math.isclose(stated, usual, rel_tol=1e-4):
+        yield f"the attention_factor of {where}", round(stated, 4), round(usual, 4)
 
 
 def _attention_factor(rope: Settings) -> float:
@@ -174,3 +180,8 @@ def _attention_factor(rope: Settings) -> float:
 
 def _yarn(factor: float, scale: float = 1.0) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _longrope(factor: float, original: int) -> float:
+    """As transformers has it: `_compute_longrope_parameters`."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

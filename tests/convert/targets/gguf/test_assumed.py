@@ -19,6 +19,11 @@ LLAMA_3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+LONG = {"max_position_embeddings": 256, "original_max_position_embeddings": 64, "sliding_window": None}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 8, "long_factor": [3.0] * 8,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def written(folder: Path, family: str, **settings: Any) -> Path:
@@ -38,6 +43,8 @@ def written(folder: Path, family: str, **settings: Any) -> Path:
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers to be [1, 1, 1, 0]"),
         ("qwen2", {"rope_parameters": LLAMA_3}, "the type of rope_parameters to be default, and here it is llama3"),
         ("llama", {"rope_parameters": YARN | {"attention_factor": 1.7}}, "attention_factor of rope_parameters to be 1.1386"),
+        ("phi3", LONG | {"rope_parameters": LONGROPE | {"attention_factor": 1.5}}, "attention_factor of rope_parameters to be 1.1547"),
+        ("phi3", LONG | {"rope_parameters": LONGROPE | {"factor": 8.0}}, "to be 1.1547, and here it is 1.2247"),
         ("qwen2", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, "to be 1.1386, and here it is 0.9635"),
     ],
 )  # fmt: skip
@@ -61,6 +68,8 @@ def test_another_value_is_refused_by_name(family: str, settings: dict[str, Any],
         ("smollm3", {}),
         ("llama", {"rope_parameters": LLAMA_3}),
         ("qwen2", {"rope_parameters": YARN}),
+        ("phi3", LONG | {"rope_parameters": LONGROPE}),
+        ("phi3", LONG | {"rope_parameters": LONGROPE | {"attention_factor": 1.1547005}}),
         ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.138629436}}),
     ],
 )  # fmt: skip
@@ -75,10 +84,7 @@ def test_what_it_computes_within_limits_is_noted(tmp_path: Path) -> None:
     assert not notes_of(written(tmp_path, "qwen2", use_sliding_window=False, sliding_window=64))
     (bounds,) = notes_of(written(tmp_path, "gpt_oss", rope_parameters=YARN | {"truncate": False}))
     assert "llama.cpp rounds YaRN's bounds" in bounds
-    factors = {"short_factor": [1.1] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 64}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4} | factors
-    longer = {"sliding_window": None, "rope_parameters": rope, "original_max_position_embeddings": 64}
-    (context,) = notes_of(written(tmp_path, "phi3", **longer))
+    (context,) = notes_of(written(tmp_path, "phi3", **LONG, rope_parameters=LONGROPE))
     assert "a context (-c) of 64 tokens" in context
 
 
