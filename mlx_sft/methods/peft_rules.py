@@ -139,6 +139,8 @@ class PeftBase:
         modules = {module for module in self.modules if ends_with(module, names)}
         if layers is not None:
             modules = {module for module in modules if module in names or layer_number(module) in layers}
+        weights = {module for module in self.modules if ends_with(f"{module}.weight", parameters)}
+        modules |= {module for module in weights if not self._is_router(module)}
         return modules | {parameter for parameter in self._parameters() if ends_with(parameter, parameters)}
 
     def _parameters(self) -> Iterator[str]:

@@ -77,6 +77,7 @@ def test_what_peft_drops_is_named(
     {"target_modules": r".*\.1\.(mlp|self_attn)\.\w+_proj"},
     {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["layers.0.self_attn.q_proj"], "use_rslora": True},
     {"target_modules": ["v_proj"], "layers_to_transform": 1, "rank_pattern": {"v_proj": 3}, "use_dora": True},
+    {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]},
 ])  # fmt: skip
 def test_what_peft_wrote_it_takes_again(
     settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
