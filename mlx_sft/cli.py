@@ -9,8 +9,9 @@ import click
 
 from mlx_sft.config import sections
 from mlx_sft.console import print_error, read_all, read_line, write_text
-from mlx_sft.crash_report import command_line
+from mlx_sft.crash_report import Interrupted, command_line
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
+from mlx_sft.files import refuse_lost_folder
 from mlx_sft.options import (
     Sectioned,
     choices,
@@ -22,7 +23,6 @@ from mlx_sft.options import (
     trusting,
     which_model,
 )
-from mlx_sft.streams import hurry
 
 
 class _Commands(click.Group):
@@ -34,14 +34,13 @@ class _Commands(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
+            refuse_lost_folder()
             return super().invoke(context)
         except KeyboardInterrupt:
-            hurry()
-            error = UserError("interrupted", exit_code=INTERRUPTED)
-        except UserError as raised:
-            error = raised
-        print_error(error)
-        raise click.exceptions.Exit(error.exit_code)
+            raise Interrupted(INTERRUPTED) from None
+        except UserError as error:
+            print_error(error)
+            raise click.exceptions.Exit(error.exit_code) from None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

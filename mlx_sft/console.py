@@ -73,7 +73,6 @@ class Console:
         self._json_lines = json_lines
         self._shown = not (quiet or json_lines)
         self._screen = _Screen("stderr")
-        self._told_of_loss = False
         self._live: Live | None = None
 
     def note(self, message: str) -> None:
@@ -202,9 +201,9 @@ class Console:
 
     def _emit(self, record: Mapping[str, Any]) -> None:
         stdout = output("stdout")
+        was_lost = stdout.is_lost
         stdout.write(json.dumps(record) + "\n")  # in ASCII, which every encoding has
-        if stdout.is_lost and not self._told_of_loss:
-            self._told_of_loss = True
+        if stdout.is_lost and not was_lost:
             what = (
                 f"standard output cannot be written ({stdout.reason}): lines of --json are lost, and what runs goes on"
             )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import signal
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mlx_sft.console import print_error
-from mlx_sft.errors import FAILURE, SOFTWARE, UserError
+from mlx_sft.errors import FAILURE, INTERRUPTED, SOFTWARE, UserError
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.streams import guarded_streams, output, refuse_loss
+from mlx_sft.streams import guarded_streams, hurry, output, refuse_loss
 from mlx_sft.writing import write_file
 
 _VERSIONS = ("mlx-sft", "mlx", "mlx-lm", "transformers", "tokenizers", "huggingface_hub", "numpy")
@@ -25,9 +28,12 @@ def command_line() -> Iterator[None]:
 
     Where all went well but what was written to stdout is lost, that is said, and the exit code is 1.
     """
-    with guarded_streams():
+    with guarded_streams(), _interruptions():
         try:
             yield
+        except Interrupted:
+            print_error(UserError("interrupted"))
+            raise SystemExit(INTERRUPTED) from None
         except SystemExit as ended:
             if not ended.code and output("stdout").is_lost:
                 raise SystemExit(_lost()) from None
@@ -37,6 +43,31 @@ def command_line() -> Iterator[None]:
         except BaseException as error:  # noqa: BLE001 (the panics of libraries in Rust are no `Exception`)
             print_error(_reported(error))
             raise SystemExit(SOFTWARE) from None
+
+
+class Interrupted(SystemExit):
+    """Ctrl-C. Of what it is derived from, no library makes anything else, as click does of `KeyboardInterrupt`."""
+
+
+@contextmanager
+def _interruptions() -> Iterator[None]:
+    """While the block runs, Ctrl-C ends it in words, wherever it is; from then on it ends the process at once, without any."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    hurry()
+    raise Interrupted(INTERRUPTED)
 
 
 def _lost() -> int:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import check_vocabulary
 from mlx_sft.data.prepare import prepare_file
-from mlx_sft.data.source_report import SourceReport
+from mlx_sft.data.report import SourceReport
 from mlx_sft.load import AdaptedModel, WhichStep, load_run
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel

@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +153,22 @@ def user_path(name: str | Path) -> Path:
     """A path as a person wrote it, with `~` expanded; raises `UserError` for one that no file system could have."""
     try:
         path = Path(name).expanduser()
-        path.exists()
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):
+            path.stat()  # of links in a circle this says so, where `resolve` raises what it likes
     except RuntimeError:  # `~` of an unknown user
         return Path(name)
     except OSError as error:
         what, hint = f"cannot be read: {error.strerror}", "check the path"
         raise UserError(what, where=str(name), hint=hint, exit_code=USAGE) from error
     return path
+
+
+def refuse_lost_folder() -> None:
+    """Raise `UserError` where the working folder, by which other paths are understood, was removed."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError("the working folder is not there any more", hint="change to one that is (cd)") from error
 
 
 @contextmanager

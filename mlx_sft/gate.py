@@ -75,6 +75,9 @@ MOST_GROWTH = 256
 MOST_ADDED_TOKENS = 1024
 """Tokens that a tokenizer may put around every text."""
 
+MOST_TOKEN_ID = 10**7
+"""Of a token, by which lists and arrays are as long; no vocabulary has more than a million."""
+
 _OF_NO_WIDTH = re.compile(r"[*?^$|]|\\[bBAzZG]|\{0?,?0?[,}]")
 """What a regular expression has that can match between two characters, and so put something there without taking anything away."""
 
@@ -85,17 +88,21 @@ _MAY_BE_INFINITE = re.compile(r"_limit$")
 """Mamba's `time_step_limit` ends at Infinity."""
 
 
-def checked(folder: Path, *, deep: bool = False) -> Path:
+def checked(folder: Path, *, deep: bool = False, for_libraries: bool = True) -> Path:
     """The folder itself, once everything in it may be read; one that is not there is left to whoever reads it.
 
     Args:
         deep: Look into all folders inside too, as for a run. Of a model's, only the one of its chat templates is read.
+        for_libraries: Whether others than this package read it, which cannot open names that are no UTF-8.
 
     Raises:
         UserError: Naming the file that is none, is too large, or has a number that no model has.
     """
     if not folder.is_dir():
         return folder
+    if for_libraries and not deep and not _is_utf8(folder):
+        what = "this folder has a name that is no UTF-8, which tokenizers and MLX cannot open"
+        raise UserError(what, where=str(folder), hint="rename it, or name another")
     for path in _entries(folder, deep):
         try:
             found = path.stat()
@@ -185,7 +192,7 @@ def checked_tokenizer(folder: Path) -> Path:
     """As `checked`, for who reads the tokenizer too: its tokenizer.json must not turn a short text into one that fills the memory.
 
     Raises:
-        UserError: Where it makes texts much longer, or puts thousands of tokens around each.
+        UserError: Where it makes texts much longer, puts thousands of tokens around each, or numbers tokens beyond any vocabulary.
     """
     file = checked(folder) / "tokenizer.json"
     if file.is_file():
@@ -201,6 +208,9 @@ def _check_tokenizer(path: Path, *state: int) -> None:
         if (growth := _growth(settings.get(part))) > MOST_GROWTH:
             what = f"its {part} makes a text up to {growth:,.0f} times as long, where {MOST_GROWTH} times is the most"
             raise UserError(what, where=str(path), hint=_HINT)
+    if not 0 <= (token_id := _furthest_id(settings)) <= MOST_TOKEN_ID:
+        what = f"it has a token of the number {_short(token_id)}, where {MOST_TOKEN_ID:,} is the most"
+        raise UserError(what, where=str(path), hint=_HINT)
     if (added := _added_tokens(settings.get("post_processor"))) > MOST_ADDED_TOKENS:
         what = f"it puts {added:,} tokens around every text, where {MOST_ADDED_TOKENS:,} are the most"
         raise UserError(what, where=str(path), hint=_HINT)
@@ -219,6 +229,16 @@ def _growth(part: Any) -> float:
         if isinstance(prefix := step.get("prepend"), str):
             growth *= len(prefix) + 1
     return growth
+
+
+def _furthest_id(settings: dict[str, Any]) -> int:
+    """The largest number of a token, or one below 0 where there is one."""
+    model, added = settings.get("model"), settings.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    numbers = [number for number in ids if isinstance(number, int)]
+    return min(numbers, default=0) if min(numbers, default=0) < 0 else max(numbers, default=0)
 
 
 def _added_tokens(part: Any) -> int:
@@ -241,6 +261,13 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield found
         if isinstance(found, dict | list):
             waiting += found.values() if isinstance(found, dict) else found
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _short(number: int) -> str:

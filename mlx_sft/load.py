@@ -17,7 +17,7 @@ from mlx_sft.data.new_tokens import NewTokens, beyond
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import folder_bytes, user_path
 from mlx_sft.methods import Method, Parameters, attach_trained, make_method, method_in
-from mlx_sft.methods.results import refuse_unfinished_result
+from mlx_sft.methods.results import refuse_unfinished_result, run_of_result
 from mlx_sft.model.load import (
     LoadedModel,
     cast,
@@ -159,7 +159,11 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
 
 
 def _of_adapter(folder: Path, base: Path) -> tuple[PreTrainedTokenizerBase | None, NewTokens | None]:
-    """The tokenizer that lies beside an adapter, where it has tokens that the base's lacks, and these."""
+    """The tokenizer that lies beside an adapter, or that its run had, where it has tokens that the base's lacks, and these."""
+    if (run := run_of_result(folder)) is not None:
+        config = TrainConfig.resolve(run.config)
+        tokenizer, new = extended_tokenizer(base, config.chat_template, config.add_tokens)
+        return (tokenizer, new) if new.ids else (None, None)
     if not has_tokenizer(folder):
         return None, None
     tokenizer = load_tokenizer(folder)

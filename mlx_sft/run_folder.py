@@ -67,7 +67,7 @@ class RunFolder:
         Raises:
             UserError: If it was removed meanwhile.
         """
-        if self._held is not None and not _is_at(self._held, self._path):
+        if self._held is not None and not is_at(self._held, self._path):
             self._follow(self._held)
         return self._path
 
@@ -76,7 +76,7 @@ class RunFolder:
         found = None
         with suppress(OSError):
             found = path_of(held)
-        if found is None or not _is_at(held, found):
+        if found is None or not is_at(held, found):
             what = "the run folder was removed, or moved to another disk, while it was written"
             hint = "where there is a copy of it, go on with: mlx-sft train --resume COPY"
             raise UserError(what, where=str(self._path), hint=hint)
@@ -174,7 +174,7 @@ class RunFolder:
                 for old in self.checkpoints.glob(".replaced-?*"):
                     recover_replaced_folder(old.with_name(old.name.removeprefix(".replaced-")))
             self._remove_left()
-            if _is_at(descriptor, self._path):  # else this file system gives a folder several numbers
+            if is_at(descriptor, self._path):  # else this file system gives a folder several numbers
                 self._held, self._tell = descriptor, tell
             yield
         finally:
@@ -204,7 +204,7 @@ class RunFolder:
     @staticmethod
     def default_path(model: str) -> Path:
         """`runs/qwen3-0.6b-20260131-154500`, numbered further where that is taken."""
-        base = f"{Path(model).resolve().name.lower()}-{datetime.now():%Y%m%d-%H%M%S}"
+        base = f"{user_path(model).resolve().name.lower()}-{datetime.now():%Y%m%d-%H%M%S}"
         path = Path("runs") / base
         number = 2
         while path.exists():
@@ -286,7 +286,7 @@ class RunFolder:
         )
 
 
-def _is_at(held: int, path: Path) -> bool:
+def is_at(held: int, path: Path) -> bool:
     """Whether an open folder lies at a path."""
     try:
         return os.path.samestat(os.fstat(held), path.stat())

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mlx_sft.errors import UserError
-from mlx_sft.files import disk_errors, free_bytes, refuse_full_disk
+from mlx_sft.files import disk_errors, free_bytes, refuse_full_disk, user_path
 
 _THIS_MACHINE = f"{zlib.crc32(os.fsencode(platform.node())):08x}"
 _TEMPORARY = re.compile(r"\.writing-([0-9a-f]{8})-(\d+)-")
@@ -90,6 +90,15 @@ def refuse_link(path: Path) -> None:
         raise UserError(what, where=str(path), hint="remove it, or name the place that it leads to")
 
 
+def _refuse_device(path: Path) -> None:
+    """Raise `UserError` where a file would take the place of a device or a pipe, such as /dev/null."""
+    with suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+            what = "not a plain file, so that no file is put in its place"
+            raise UserError(what, where=str(path), hint="name a file")
+
+
 def write_file(path: Path, content: str | bytes, *, parents: bool = False) -> None:
     """Write a file atomically: at every instant its path holds the old content or the new one, never a part.
 
@@ -113,6 +122,7 @@ def write_file_with(path: Path, write: Callable[[Path], object], *, parents: boo
     with disk_errors(path):
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_device(path)
         remove_abandoned(path.parent)
         try:
             write(temporary)
@@ -178,8 +188,8 @@ def make_folder(path: Path) -> None:
 
 def free_folder(to: str | Path) -> Path:
     """A folder that is to be written, as an absolute path; raises `UserError` where it already holds something."""
-    refuse_link(Path(to).expanduser())
-    target = Path(to).expanduser().resolve()
+    refuse_link(user_path(to))
+    target = user_path(to).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError("this folder already holds something", where=str(to), hint="give another --to")
     return target

@@ -7,13 +7,14 @@ import json
 import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlx_sft import TrainConfig, UserError, train
+from mlx_sft import TrainConfig, UserError, export, load_run, train
 from mlx_sft.common_settings import option_name
 from mlx_sft.errors import FAILURE, USAGE
 from mlx_sft.run_folder import RunFolder
@@ -107,6 +108,25 @@ def test_a_file_that_holds_no_rows_is_named(fails: Fails, tmp_path: Path, suffix
 @pytest.mark.parametrize("name", ["ä" * 300, "x" * 5000], ids=["too long in bytes", "too long"])
 def test_a_run_by_a_name_that_no_file_can_have_is_told(name: str, fails: Fails) -> None:
     assert name in fails(USAGE, resume=name)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems have no such names")
+def test_a_name_that_is_no_utf8_is_read_and_a_model_of_such_a_name_refused(
+    fails: Fails, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff")
+    odd.mkdir()
+    data, model = shutil.copy(settings["data"], odd / "x.jsonl"), shutil.copytree(settings["model"], odd / "model")
+    said = fails(FAILURE, model=model)
+    assert "has a name that is no UTF-8" in said
+    assert "hint: rename it" in said
+    run = train(TrainConfig(**settings | {"data": str(data), "out": str(odd / "run"), "max_steps": 1})).run_dir
+    for format in ("merged", "mlx-lm"):
+        with pytest.raises(UserError, match=r"has a name that is no UTF-8"):
+            export(run, odd / "exported", format=format)
+    assert not (odd / "exported").exists()
+    export(run, tmp_path / "exported", format="merged")
+    assert load_run(run)
 
 
 def test_junk_in_any_place_is_never_a_traceback(fails: Fails, chats: Path, tmp_path: Path) -> None:
@@ -227,7 +247,7 @@ def _narrower(base: Path, folder: Path) -> Path:
         (USAGE, {"lr": "nan"}, "lr"),
         (USAGE, {"chat_template_kwargs": "[" * 5000}, "chat_template_kwargs"),
         (USAGE, {"config": "c.yaml"}, "c.yaml"),
-        (USAGE, {"config": "/"}, "Is a directory"),
+        (USAGE, {"config": "/"}, "not a regular file"),
         (FAILURE, {"resume": "/"}, "not a run folder"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +62,36 @@ def test_the_traceback_is_shown_where_it_cannot_be_kept(monkeypatch: pytest.Monk
     assert "Traceback" in result.stderr
     assert "\x1b" not in result.stderr
     assert "what led to it is above" in result.stderr
+
+
+def test_ctrl_c_ends_in_words_wherever_it_comes_and_at_once_while_they_wait() -> None:
+    """Also within click, which makes `Aborted!` and an exit code of 1 of it; and while nobody reads the words about the first."""
+    script = """
+import os, signal, sys, time
+import click
+from mlx_sft.cli import main
+class Click(click.Context):
+    def __enter__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+main.context_class = Click
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+if sys.argv[1:]:
+    import mlx_sft.crash_report
+    mlx_sft.crash_report.print_error = lambda error: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))
+main(["doctor"])
+"""
+    for words, said in (([], "error: interrupted\n"), (["twice"], "")):
+        ended = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=120)
+        assert (ended.returncode, ended.stderr, ended.stdout) == (130, said, "")
+
+
+def test_a_working_folder_that_was_removed_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = CliRunner().invoke(main, ["train", "--data", "x.jsonl"])
+    monkeypatch.undo()
+    assert (result.exit_code, "error: the working folder is not there any more" in result.stderr) == (1, True)
 
 
 def test_an_interruption_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

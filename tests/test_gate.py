@@ -341,8 +341,8 @@ _CHECKED_BEFORE = {
     "safetensors_file.py open_safetensors safe_open": "`open_regular` has opened it just before",
     "safetensors_file.py _read fromfile": "`open_safetensors` has opened it before",
     "data/cache.py _mapped memmap": "`open_store` has read its checksum through `open_regular`",
-    "data/readers.py _parquet path.open": "`FileSource.reader` takes regular files only",
-    "data/readers.py _parquet ParquetFile": "`FileSource.reader` takes regular files only",
+    "data/readers.py _parquet path.open": "`sources.reader_for` takes regular files only",
+    "data/readers.py _parquet ParquetFile": "`sources.reader_for` takes regular files only",
     "convert/publish.py _refuse_home file.read_text": "what this export has just written",
     "convert/targets/mlx_lm.py _open load_adapters": "what this export has just written",
     "methods/adapter_check.py _opened_by_mlx_lm load_adapters": "`checked` stands in its second argument",
@@ -426,6 +426,9 @@ def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
         {"normalizer": replace("", "x" * 300)},
         {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
         {"decoder": replace("e", "e" * 1000)},
+        {"added_tokens": [{"id": 2**31, "content": "far"}]},
+        {"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, "far": 10**9}}},
+        {"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": -1}}},
         {
             "post_processor": {
                 "type": "TemplateProcessing",
@@ -438,7 +441,10 @@ def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_tokenizer_that_makes_much_of_little_is_refused(model: Path, part: dict[str, Any]) -> None:
     change(model / "tokenizer.json", **part)
-    with watchdog(), pytest.raises(UserError, match=r"times as long|tokens around every text") as caught:
+    with (
+        watchdog(),
+        pytest.raises(UserError, match=r"times as long|tokens around every text|a token of the number") as caught,
+    ):
         load_tokenizer(model)
     assert caught.value.where == str(model / "tokenizer.json")
 
@@ -504,6 +510,13 @@ def test_a_decoder_that_panics_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("mlx_sft.data.tokenizer.unwrapped", lambda tokenizer: tokenizer)
     with pytest.raises(BrokenTokenizer, match=r"the tokenizer.json of there fails on a text: index out of bounds"):
         decoded(Panics(), [1])
+
+
+def test_a_tokenizer_without_a_token_for_the_unknown_ends_generating_in_words(model: Path) -> None:
+    """What it raises is a bare `Exception`, within mlx-lm."""
+    change(model / "tokenizer.json", model={"type": "WordLevel", "unk_token": "[NONE]", "vocab": {"a": 0}})
+    with pytest.raises(UserError, match=r"fails on a text: WordLevel error: Missing \[UNK\] token"):
+        generate_text(load_model(str(model)), "Hello", max_tokens=1)
 
 
 def test_the_prompt_of_a_tokenizer_that_panics_is_refused(model: Path) -> None:

@@ -309,6 +309,9 @@ def test_the_adapter_inside_of_such_a_run_is_refused_as_the_run_is(
     assert "has not finished" in chat.stdout
     with pytest.raises(UserError, match="has not finished"):
         merge_adapters([str(run.adapter), str(whole)], tmp_path / "both")
+    with pytest.raises(UserError, match="has not finished") as refused:
+        train(TrainConfig(**settings | {"out": str(tmp_path / "next"), "init_adapter": str(run.adapter)}))
+    assert "start from `mlx-sft export --format peft --step` best, last, or" in refused.value.hint
     elsewhere = shutil.copytree(run.adapter, tmp_path / "elsewhere" / "adapter")
     assert load_adapter(elsewhere).method is not None
     assert load_adapter(whole / "adapter").method is not None

@@ -193,6 +193,28 @@ def test_a_file_takes_the_place_of_a_link_and_what_that_leads_to_stays(
     assert not (tmp_path / "here" / "page.html").is_symlink()
 
 
+def test_no_file_takes_the_place_of_a_pipe_or_a_device(tmp_path: Path) -> None:
+    """Whoever is root would have no /dev/null any more."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"not a plain file"):
+        write_file(tmp_path / "pipe", "new")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert names(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/x", "~no-such-user/x"])
+def test_a_folder_that_cannot_be_is_refused_or_taken_by_its_letters(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    if name.startswith("~"):
+        assert free_folder(name) == tmp_path.resolve() / name
+        return
+    with pytest.raises(UserError, match=r"Too many levels of symbolic links"):
+        free_folder(name)
+
+
 def test_a_link_that_leads_nowhere_makes_no_file(tmp_path: Path) -> None:
     (tmp_path / "page.html").symlink_to(tmp_path / "nowhere")
     write_file(tmp_path / "page.html", "new")

@@ -7,7 +7,6 @@ weight is then added to these numbers instead of the checkpoint's.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from mlx_sft.model.linears import quantized_modules, weight_shape
 from mlx_sft.model.names import expert_name, transformers_name
 from mlx_sft.model.quantize import dequantized
 from mlx_sft.model.weights import INDEX, Checkpoint
-from mlx_sft.safetensors_file import STORED_AS, SafetensorsFile, StoredTensor
+from mlx_sft.safetensors_file import STORED_AS, StoredTensor
 from mlx_sft.writing import write_file
 
 
@@ -61,9 +60,7 @@ def unpacked(checkpoint: Checkpoint, model: nn.Module) -> tuple[Checkpoint, dict
             tensor = StoredTensor(part, stored.file, dtype, shape, stored.offset, size)
             made.setdefault(stored.name, []).append(tensor)
             edits[part] = edit
-    files = tuple(replace(file, tensors=tuple(_plain(file, made))) for file in checkpoint.files)
-    tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
-    return Checkpoint(checkpoint.path, files, checkpoint.index, tensors, tensors), edits
+    return checkpoint.with_tensors(partial(_plain, made)), edits
 
 
 def say_unpacked(checkpoint: Checkpoint, folder: Path) -> None:
@@ -94,11 +91,10 @@ def _numbers(module: Any, expert: int | None, start: int, stop: int) -> NDArray[
     return np.array(dequantized(module, part).astype(mx.float32))
 
 
-def _plain(file: SafetensorsFile, made: dict[str, list[StoredTensor]]) -> Iterator[StoredTensor]:
-    packed = {name.removesuffix(".weight") for name in made}
-    for tensor in file.tensors:
-        module, _, part = tensor.name.rpartition(".")
-        if tensor.name in made:
-            yield from made[tensor.name]
-        elif not (module in packed and part in ("scales", "biases")):
-            yield replace(tensor, name=transformers_name(tensor.name))
+def _plain(made: dict[str, list[StoredTensor]], tensor: StoredTensor) -> list[StoredTensor]:
+    """What is written in the place of a tensor, where `made` are those of each packed weight."""
+    module, _, part = tensor.name.rpartition(".")
+    if tensor.name in made:
+        return made[tensor.name]
+    is_of_packed = part in ("scales", "biases") and f"{module}.weight" in made
+    return [] if is_of_packed else [replace(tensor, name=transformers_name(tensor.name))]

@@ -13,11 +13,12 @@ from mlx_sft.convert.targets import Export, MergeSettings, Target
 from mlx_sft.convert.verify import Verification
 from mlx_sft.data.sources import full_path, full_place
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import refuse_full_disk
+from mlx_sft.files import refuse_full_disk, user_path
 from mlx_sft.load import config_of, is_base
 from mlx_sft.model.load import is_packed, local_checkpoint
 from mlx_sft.registry import METHODS, TARGETS
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.settings import first_problem
 from mlx_sft.writing import refuse_link, write_folder
 
 LOST_LIMIT = 1.0
@@ -104,7 +105,7 @@ def export(
     settings = _settings(kind, options)
     config, settings = _in_their_places(folder, config, settings)
     step = getattr(settings, "step", None)
-    target = kind(Export(folder, config, Path(to).expanduser().resolve(), verify, step), settings)
+    target = kind(Export(folder, config, user_path(to).resolve(), verify, step), settings)
     place = check_target(Path(to), folder, config, target.source, overwrite)
     target.check()
     needed = target.needed_bytes()
@@ -157,21 +158,18 @@ def _settings(kind: type[Target], options: dict[str, Any]) -> Any:
     try:
         return kind.Settings(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"{first['loc'][0]}: {first['msg']}", hint="see `mlx-sft export --help`", exit_code=USAGE
-        ) from error
+        raise UserError(first_problem(error), hint="see `mlx-sft export --help`", exit_code=USAGE) from error
 
 
 def check_target(to: Path, run: RunFolder, config: TrainConfig, base: Path, overwrite: bool) -> Path:
     """The folder to write, resolved; refused where writing it would replace what a person did not mean."""
-    refuse_link(to.expanduser())
-    target = to.expanduser().resolve()
+    refuse_link(user_path(to))
+    target = user_path(to).resolve()
     kept = {
         "the run": run.path,
         "the base model": base,
         "the working folder": Path.cwd(),
-        "your home folder": Path.home(),
+        "your home folder": user_path("~"),
     }
     for name, path in kept.items():
         if path.exists() and path.resolve().is_relative_to(target):

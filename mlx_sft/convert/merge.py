@@ -24,6 +24,7 @@ from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.load import Trained, load_on_base
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
+from mlx_sft.model.head import HEAD_WEIGHT
 from mlx_sft.model.load import extended_tokenizer, is_packed, resolve_checkpoint
 from mlx_sft.model.quantize import WeightRow, first_rows
 from mlx_sft.model.vocabulary import grown, say_vocabulary, write_tokenizer
@@ -41,8 +42,6 @@ _NOT_EXPORTABLE = (
     "mlx-lm holds this weight otherwise than the checkpoint, so that what is trained could not be exported; "
     "leave it out with --method lora and --target, or train another model"
 )
-
-HEAD_WEIGHT = "lm_head.weight"
 
 _ROUNDED, _QUANTIZED = 1e-2, 0.5
 """How far a number of a row may be from the checkpoint's, in parts of the largest: loaded in another precision, and in 4 bits."""
@@ -69,9 +68,9 @@ class Merging:
         """That of the run."""
         return self.trained.config
 
-    def trained_model(self, dtype: str = "float32") -> nn.Module:
+    def trained_model(self) -> nn.Module:
         """The base with what was trained in it, unrounded."""
-        return load_on_base(self.trained.run, self.config, self.trained, dtype).model
+        return load_on_base(self.trained.run, self.config, self.trained, "float32").model
 
     def trained_on(self, dtype: str = "float32") -> nn.Module:
         """The base as it was trained on, quantized where it was."""
@@ -216,7 +215,8 @@ def merge(
         rows = new_rows.get(tensor.name)
         if rows is None:
             return read_bytes(tensor)
-        return _merged(tensor, rows, tensor.rows if tensor.name in at_once else _block(tensor))
+        block = max(1, BLOCK_ELEMENTS // max(1, tensor.row_elements))
+        return _merged(tensor, rows, tensor.rows if tensor.name in at_once else block)
 
     checkpoint.write(folder, contents)
 
@@ -227,10 +227,6 @@ def _refuse_half_of_tied(checkpoint: Checkpoint, edits: dict[str, WeightEdit]) -
         return
     what = "this model has one weight for embeddings and head, and what was trained changes one of them alone"
     raise UserError(what, where=str(checkpoint.path), hint=_ALONE)
-
-
-def _block(tensor: StoredTensor) -> int:
-    return max(1, BLOCK_ELEMENTS // max(1, tensor.row_elements))
 
 
 def _merged(tensor: StoredTensor, new_rows: Rows, block: int) -> Iterator[memoryview]:

@@ -17,7 +17,7 @@ from mlx_sft.convert.hub import Repository, files_of
 from mlx_sft.convert.model_card import Published, RunSummary, model_card, read_run_summary
 from mlx_sft.convert.verify import Verification
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import folder_bytes, read_json, to_json
+from mlx_sft.files import folder_bytes, read_json, to_json, user_path
 from mlx_sft.load import finished_folder
 from mlx_sft.methods import make_method
 from mlx_sft.model.load import CARD, name_elsewhere, resolve_checkpoint
@@ -92,11 +92,14 @@ def push(
     Raises:
         UserError: If the run has not finished, the written differs from the trained, or the Hub refuses it.
     """
-    note = note or _in_silence
+    note = note or (lambda message: None)
     target = Repository(repository, private=private, overwrite=overwrite)
     folder = RunFolder.open(run)
     config = TrainConfig.resolve(folder.config)
-    _refuse_unfinished(folder, config, adapter_only)
+    finished_folder(folder, config)
+    if adapter_only and not make_method(config).frozen_base:
+        what, hint = f"a run of --method {config.method} has no adapter", "leave --adapter-only out"
+        raise UserError(what, where=str(folder.path), hint=hint, exit_code=USAGE)
     if adapter_only and (base != "original" or base_model is not None):
         what = "--adapter-only uploads no base"
         raise UserError(what, hint="leave --base and --base-model out", exit_code=USAGE)
@@ -128,17 +131,6 @@ def push(
     return PushResult(repository, private, files, card, verification, url)
 
 
-def _in_silence(message: str) -> None:
-    pass
-
-
-def _refuse_unfinished(run: RunFolder, config: TrainConfig, adapter_only: bool) -> None:
-    finished_folder(run, config)
-    if adapter_only and not make_method(config).frozen_base:
-        what, hint = f"a run of --method {config.method} has no adapter", "leave --adapter-only out"
-        raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
-
-
 def _write_adapter(run: RunFolder, summary: RunSummary, folder: Path, note: Note) -> None:
     """Write PEFT's files, and mlx-lm's beside them where its form can hold this adapter."""
     export(run.path, folder, format="peft")
@@ -158,7 +150,7 @@ def _name_base(file: Path, path: str, name: str) -> None:
 
 def _refuse_home(folder: Path) -> None:
     """Raise `UserError` where a configuration file, which may be the base's, names a folder in this person's home."""
-    home = f"{Path.home()}{os.sep}"
+    home = f"{user_path('~')}{os.sep}"
     for file in sorted(folder.rglob("*config.json")):
         if home in file.read_text(encoding="utf-8", errors="replace"):
             hint = f"take the path out of the base's {file.name}, and push again"

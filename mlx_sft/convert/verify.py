@@ -27,18 +27,20 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.convert.merge import HEAD_WEIGHT, Merging
+from mlx_sft.convert.merge import Merging
 from mlx_sft.convert.mlx_lm_reader import Logits, difference_of, logits
 from mlx_sft.data.conversation import items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.sources import Source, locate, split_weight
 from mlx_sft.errors import UserError
+from mlx_sft.model.head import HEAD_WEIGHT
 from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.load import extended_tokenizer, load_model, load_tokenizer, resolve_checkpoint
 from mlx_sft.model.names import mlx_names
 from mlx_sft.model.translate import read_config
 from mlx_sft.model.vocabulary import stated_vocabulary
+from mlx_sft.safetensors_file import STORED_AS
 
 MOST_ROWS = 4
 MOST_TOKENS = 32
@@ -50,8 +52,6 @@ KL_LIMITS = {"F32": 1e-4, "F16": 2e-3, "BF16": 5e-2}
 2^-9 in bfloat16. In random Qwen3 models of 28 layers that moved a logit by up to 0.2 % and 2 % of the largest, a divergence of
 up to 2e-6 and 1.4e-4 (1e-11 in float32); the limits leave room for models with large activations, and a divergence beyond
 them changes what the model writes."""
-
-_MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +91,24 @@ class Verification:
         )
 
 
-def verify_merged(merging: Merging, folder: Path, tokenizer: Path | None = None) -> Verification:
+def verify_merged(merging: Merging, folder: Path) -> Verification:
     """Compare the checkpoint in `folder` with what a run trained.
 
     Args:
         merging: What was written into the folder.
         folder: The written checkpoint.
-        tokenizer: Where its tokenizer is, if not in the folder.
 
     Raises:
         UserError: If the checkpoint does not load, or differs beyond tolerance.
     """
-    rows, source = compared_rows(merging.config, tokenizer or folder)
+    rows, source = compared_rows(merging.config, folder)
     written = logits(load_model(str(folder), "float32").model, rows)
     intended, dtype = _intended_logits(merging, rows)
-    _check_match(written, intended)
+    if told := difference_of(written, intended):
+        raise UserError(
+            f"the exported model is not the merged one: {told}; nothing was written",
+            hint="the disk or the checkpoint may be damaged; export again, and report it if it stays so",
+        )
     del intended
     trained = logits(merging.trained_model(), rows)
     limit = KL_LIMITS[dtype] if merging.of_what_was_trained else None
@@ -144,18 +147,10 @@ def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, s
         dtype = merging.checkpoint.parts(name, weight.shape, "the run")[0].dtype  # that of every expert
         dtypes.add(dtype)
         weight = method.changed_weight(name, weight, parameters) if name in changed else weight
-        rounded = weight.astype(_MLX_DTYPES[dtype]).astype(mx.float32)
+        rounded = weight.astype(getattr(mx, STORED_AS[dtype].name)).astype(mx.float32)
         mx.eval(rounded)  # at once, so that the weight before it is let go
         model.update(tree_unflatten([(paths[name], rounded)]))
     return logits(model, rows), max(dtypes, key=KL_LIMITS.__getitem__)
-
-
-def _check_match(written: Logits, intended: Logits) -> None:
-    if told := difference_of(written, intended):
-        raise UserError(
-            f"the exported model is not the merged one: {told}; nothing was written",
-            hint="the disk or the checkpoint may be damaged; export again, and report it if it stays so",
-        )
 
 
 def _compare(trained: Logits, written: Logits, dtype: str, limit: float | None, source: str) -> Verification:

@@ -10,8 +10,7 @@ from mlx_sft.data.encode import encode_conversation
 from mlx_sft.data.example import Example, decoded_segments
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, prepare, prepare_file, survey
-from mlx_sft.data.report import DataReport
-from mlx_sft.data.source_report import SourceReport
+from mlx_sft.data.report import DataReport, SourceReport
 
 __all__ = [
     "DataReport",

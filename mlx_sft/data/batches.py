@@ -196,7 +196,7 @@ class Plan:
 
     def steps(self, after: int = 0) -> Iterator[Step]:
         """The steps that follow step number `after`."""
-        order, order_epoch = np.arange(0), -1
+        order, order_epoch, together = np.arange(0), -1, self._together
         for number in range(after + 1, self.total_steps + 1):
             epoch, within = divmod(number - 1, self.steps_per_epoch)
             if epoch != order_epoch:
@@ -207,11 +207,8 @@ class Plan:
                 number=number,
                 epoch=epoch + done / self.rows,
                 ends_epoch=within + 1 == self.steps_per_epoch,
-                rows=tuple(int(row) for row in rows) if self._together is None else self._examples_of(rows),
+                rows=tuple(rows.tolist() if together is None else (index for row in rows for index in together[row])),
             )
-
-    def _examples_of(self, rows: NDArray[np.int64]) -> tuple[int, ...]:
-        return tuple(index for row in rows for index in (self._together or ())[row])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """The rows of an epoch."""

@@ -37,7 +37,7 @@ from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.errors import UserError
-from mlx_sft.files import open_regular, read_json
+from mlx_sft.files import open_regular, read_json, user_path
 from mlx_sft.registry import FORMATS
 from mlx_sft.writing import new_file, open_to_append, private_folder, remove
 
@@ -62,10 +62,10 @@ def cache_folder() -> Path | None:
     A folder that any user could have made, such as one in /tmp, is none of these: whoever makes a cache decides what is trained on.
     """
     if own := os.environ.get("MLX_SFT_CACHE"):
-        return Path(own).expanduser().absolute()
+        return user_path(own).absolute()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return (base if base.is_absolute() else Path.home() / ".cache") / "mlx-sft"
+        return user_path((base if base.is_absolute() else Path.home() / ".cache") / "mlx-sft")
     except RuntimeError:  # a user without a home
         return None
 
@@ -176,7 +176,7 @@ def open_store(folder: Path) -> Store | None:
 def _mapped_store(folder: Path) -> Store:
     """It stays usable where its files are removed from the disk."""
     with open_regular(folder / _ROWS) as file:
-        about = _ABOUT.validate_json(file.read())
+        about = _ABOUT.validate_python(json.load(file))  # Rust reads no half characters, as of files' names
     arrays = {name: _mapped(folder / name, dtype) for name, dtype in _ARRAYS.items()}
     return Store(**arrays, rows=about.rows, lost=about.lost, row_format=about.row_format, keys=about.keys)
 

@@ -20,8 +20,6 @@ from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.json_text import parse_json
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.mask.trace import called_functions
-from mlx_sft.data.template_limits import NoTemplate
-from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,10 +46,10 @@ def as_the_template_takes_them(tokenizer: PreTrainedTokenizerBase, conversation:
         return conversation
     second_choice: Conversation | None = None
     for form in _forms(conversation):
-        text = _written(tokenizer, form)
+        text = ReferenceRendering(tokenizer, form).accepted()
         if text is None or _is_spoilt(tokenizer, text, form):
             continue
-        if _holds_arguments(text, form) or text != _written(tokenizer, _without_calls(form)):
+        if _holds_arguments(text, form) or text != ReferenceRendering(tokenizer, _without_calls(form)).accepted():
             return form
         second_choice = second_choice or form
     return second_choice or with_argument_objects(conversation)
@@ -68,21 +66,12 @@ def _forms(conversation: Conversation) -> Iterator[Conversation]:
     Where a template takes both, objects are what it was made for: Gemma 4's puts braces around text that has its own.
     """
     seen: list[Conversation] = []
-    for with_content, argument in product((_as_it_is, _absent, _null, _empty), (_as_object, _as_given, _as_text)):
-        form = with_content(_with_arguments(conversation, argument))
+    for content, argument in product((None, *_CONTENTS), (_as_object, lambda given: given, _as_text)):
+        form = _with_arguments(conversation, argument)
+        form = form if content is None else _with_content(form, content)
         if form not in seen:
             seen.append(form)
             yield form
-
-
-def _written(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str | None:
-    """What the template writes; None where it rejects the conversation."""
-    try:
-        return ReferenceRendering(tokenizer, conversation).text
-    except NoTemplate:
-        raise
-    except UserError:
-        return None
 
 
 def _is_spoilt(tokenizer: PreTrainedTokenizerBase, text: str, conversation: Conversation) -> bool:
@@ -98,7 +87,7 @@ def _is_spoilt(tokenizer: PreTrainedTokenizerBase, text: str, conversation: Conv
     if not words:
         return False
     # Words of the conversation's own stand there with an empty content too.
-    otherwise = _written(tokenizer, replace(_empty(conversation), null_content=False))
+    otherwise = ReferenceRendering(tokenizer, _with_content(conversation, _EMPTY)).accepted()
     if otherwise is None:
         otherwise = json.dumps(
             [conversation.messages, conversation.tools or [], conversation.template_kwargs], default=str
@@ -136,38 +125,22 @@ def changed_calls(before: Conversation, after: Conversation) -> dict[str, int]:
 # Content
 
 
-def _as_it_is(conversation: Conversation) -> Conversation:
-    return conversation
+_ABSENT, _NULL, _EMPTY = _CONTENTS = ("absent", "null", "empty")
 
 
-def _absent(conversation: Conversation) -> Conversation:
-    return _with_content(conversation, {})
-
-
-def _null(conversation: Conversation) -> Conversation:
-    return replace(_with_content(conversation, {}), null_content=True)
-
-
-def _empty(conversation: Conversation) -> Conversation:
-    return _with_content(conversation, {"content": ""})
-
-
-def _with_content(conversation: Conversation, content: dict[str, str]) -> Conversation:
-    """With this content, or none, in the messages that are calls without words."""
+def _with_content(conversation: Conversation, content: str) -> Conversation:
+    """With one of `_CONTENTS` in the messages that are calls without words."""
+    empty = {"content": ""} if content == _EMPTY else {}
     messages = [
-        {key: item for key, item in message.items() if key != "content"} | content
+        {key: item for key, item in message.items() if key != "content"} | empty
         if message.get("tool_calls") and not str(message.get("content") or "").strip()
         else message
         for message in conversation.messages
     ]
-    return replace(conversation, messages=messages)
+    return replace(conversation, messages=messages, null_content=content == _NULL)
 
 
 # Arguments
-
-
-def _as_given(arguments: Any) -> Any:
-    return arguments
 
 
 def _as_object(arguments: Any) -> Any:

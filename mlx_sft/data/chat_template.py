@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_json, read_text, user_path
@@ -57,7 +57,8 @@ def with_template(tokenizer: PreTrainedTokenizerBase, given: str | None, folder:
     """
     if given is not None:
         text = template_text(given)
-        if given in names() and (missing := [mark for mark in _marks(text) if not _is_token(tokenizer, mark)]):
+        marks = sorted(set(_MARKERS.findall(text))) if given in names() else []
+        if missing := [mark for mark in marks if mark not in tokenizer.get_vocab()]:
             what = f"the chat template {given} writes {missing[0]}, which is no token of {tokenizer.name_or_path}"
             hint = "give --chat-template plain, which needs the end token alone"
             raise UserError(what, where="chat_template", hint=hint, exit_code=USAGE)
@@ -75,14 +76,6 @@ def write_template(given: str | None, folder: Path) -> None:
 
 def _is_text(given: str) -> bool:
     return "{%" in given or "{{" in given
-
-
-def _marks(text: str) -> list[str]:
-    return sorted(set(_MARKERS.findall(text)))
-
-
-def _is_token(tokenizer: Any, mark: str) -> bool:
-    return mark in tokenizer.get_vocab()
 
 
 def _in_json(file: Path) -> str:

@@ -1,18 +1,20 @@
-"""What a row is once it is read: a `Conversation`, a `Document` or `Tokens`; and the checks that every conversation passes."""
+"""What a row is once it is read: a `Conversation`, a `Document` or `Tokens`; the checks of every conversation, and its turns in a row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from mlx_sft.data.content_parts import read_text, written_parts
 from mlx_sft.data.json_text import kind, parsed
-from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, read_messages, take_weights
+from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, joined, read_messages, take_weights
 from mlx_sft.data.readers import Row
 from mlx_sft.data.tool_calls import TOOL_KEYS, as_tool
-from mlx_sft.data.watched_row import WatchedRow
-from mlx_sft.data.written import Read, Written, place_of
+from mlx_sft.data.written import Read, WatchedRow, Written, place_of
+from mlx_sft.errors import UserError
+
+ConsecutiveTurns = Literal["keep", "join", "error"]
 
 _NOTHING = "a conversation with nothing to train on"
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -99,7 +101,10 @@ def conversation_of(
     Raises:
         ValueError: for a conversation that cannot be trained on; `NoWeightError` where it says so itself.
     """
-    _check_that_messages_are_all(row)
+    if media := next((key for key in _MEDIA if row.value.get(key)), None):
+        raise ValueError(
+            f"only text is read, and the row has `{media}`: leave that out where the text stands for itself"
+        )
     if system is None:
         system = text_of(row, "system", in_parts=True)
     _note(row, (one for message in messages if isinstance(message, Read) for one in message.written))
@@ -119,7 +124,10 @@ def conversation_of(
     ]
     reasons = {
         "it has no assistant turn": not supervised,
-        "every assistant turn is empty": not any(_says_something(message) for message, _ in supervised),
+        "every assistant turn is empty": not any(
+            "tool_calls" in message or any((message.get(key) or "").strip() for key in ("content", *REASONING_KEYS))
+            for message, _ in supervised
+        ),
     }
     for reason, applies in reasons.items():
         if applies:
@@ -154,20 +162,6 @@ def answer_of(row: Row, text: str) -> Message:
         raise ValueError(f"{' and '.join(said)} are two different reasonings of one answer")
     message = {"role": "assistant", "content": text}
     return message | {REASONING_KEYS[0]: next(iter(said.values()))} if said else message
-
-
-def _says_something(message: Message) -> bool:
-    texts = [message.get(key) or "" for key in ("content", *REASONING_KEYS)]
-    return "tool_calls" in message or any(text.strip() for text in texts)
-
-
-def _check_that_messages_are_all(row: Row) -> None:
-    """Refuse rows whose messages are not the whole of what they show or teach."""
-    media = next((key for key in _MEDIA if row.value.get(key)), None)
-    if media:
-        raise ValueError(
-            f"only text is read, and the row has `{media}`: leave that out where the text stands for itself"
-        )
 
 
 def _tools(row: Row, given: list[Any] | None) -> list[dict[str, Any]] | None:
@@ -219,3 +213,62 @@ def text_of(row: Row, key: str, in_parts: bool = False) -> str:
         raise ValueError(f"{key} must be a string, not {kind(text)}")
     check_characters(text, key)
     return text if text.strip() else ""
+
+
+# Assistant messages in a row: one turn by their roles, or such as a setting joins, keeps or refuses
+
+
+def follows_a_turn(messages: list[dict[str, Any]], index: int) -> bool:
+    """Whether a message and the one before it are both the assistant's."""
+    return index > 0 and all(one.get("role") == "assistant" for one in messages[index - 1 : index + 1])
+
+
+def with_turns(conversation: Conversation, choice: ConsecutiveTurns) -> Conversation:
+    """The conversation with assistant turns in a row as they are, or each row of them as one turn.
+
+    Raises:
+        UserError: for turns in a row where they are to be refused, or cannot be joined without moving words, or would mix what is
+            trained on with what is not.
+    """
+    in_a_row = [index for index in range(len(conversation.messages)) if follows_a_turn(conversation.messages, index)]
+    if choice == "keep" or not in_a_row:
+        return conversation
+    if choice == "error":
+        hint = (
+            "make them one message, or choose --consecutive-turns join, or keep to train on each as a turn of its own"
+        )
+        raise _refusal(conversation, in_a_row[0], "are assistant turns in a row", hint)
+    messages: list[Message] = []
+    weights: list[float] = []
+    places: list[str] = []
+    for index, message in enumerate(conversation.messages):
+        weight = 1.0 if conversation.weights is None else conversation.weights[index]
+        if index not in in_a_row:
+            messages.append(message)
+            weights.append(weight)
+            places.append(conversation.place(index))
+            continue
+        if index == conversation.first_supervised or weight != weights[-1]:
+            raise _refusal(conversation, index, "cannot be joined: they weigh differently in the loss", _AS_THEY_ARE)
+        whole = joined(messages[-1], message)
+        if whole is None:
+            what = (
+                "cannot be joined: a turn is reasoning, then text, then calls, and the second would go before the first"
+            )
+            raise _refusal(conversation, index, what, _AS_THEY_ARE)
+        messages[-1] = whole
+    return replace(
+        conversation,
+        messages=messages,
+        places=tuple(places),
+        weights=None if conversation.weights is None else tuple(weights),
+        first_supervised=conversation.first_supervised - sum(i < conversation.first_supervised for i in in_a_row),
+    )
+
+
+_AS_THEY_ARE = "choose --consecutive-turns keep, which trains on each as a turn of its own, or put them right"
+
+
+def _refusal(conversation: Conversation, index: int, what: str, hint: str) -> UserError:
+    places = f"{conversation.place(index - 1)} and {conversation.place(index)}"
+    return UserError(f"{places} {what}", where=conversation.origin, hint=hint)

@@ -6,8 +6,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from typing import TypeVar
 
 from mlx_sft.data.batches import Batch, Layout, Plan, Step, collate, cut
 from mlx_sft.data.dataset import Examples
@@ -15,7 +16,7 @@ from mlx_sft.data.dataset import Examples
 T = TypeVar("T")
 
 
-class Prefetch(Generic[T]):
+class Prefetch(Iterator[T], AbstractContextManager["Prefetch[T]", None]):
     """An iterator over the items, in their order, and a context: when it ends, however it ends, so has the thread.
 
     An error in making an item comes out where the item was asked for, with the thread's traceback.
@@ -34,14 +35,8 @@ class Prefetch(Generic[T]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._coming: deque[Future[T]] = deque(self._thread.submit(self._take) for _ in range(ahead))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __iter__(self) -> Iterator[T]:
-        return self
 
     def __next__(self) -> T:
         if not self._coming:  # closed
@@ -75,7 +70,7 @@ class PreparedStep:
     waited: float
 
 
-class StepFeed:
+class StepFeed(Iterator[PreparedStep], AbstractContextManager["StepFeed", None]):
     """An iterator over the steps that are left, and a context: when it ends, so has its thread.
 
     Args:
@@ -91,14 +86,8 @@ class StepFeed:
         self._taken = after
         self._coming = Prefetch(self._steps(after, token_budget))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._coming.close()
-
-    def __iter__(self) -> Iterator[PreparedStep]:
-        return self
 
     def __next__(self) -> PreparedStep:
         step, batches = next(self._coming)

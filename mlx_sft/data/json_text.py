@@ -256,6 +256,19 @@ def kind(value: Any) -> str:
     return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
+def strings_in(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, the keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from strings_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings_in(item)
+
+
 def is_blank(value: Any) -> bool:
     """Whether it is null, blank text, or empty: a table's cell that has to hold something, or arguments that were not found."""
     if isinstance(value, str):

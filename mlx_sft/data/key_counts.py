@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 Owner = Literal["row", "message", "call", "part", "tool"]
@@ -37,7 +37,7 @@ class KeyUse(NamedTuple):
     suggestion: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class KeyCount:
     """A key, in how many places it had this use, and the origin of the first row."""
 
@@ -49,51 +49,34 @@ class KeyCount:
     suggestion: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "of": self.of,
-            "key": self.key,
-            "use": self.use,
-            "count": self.count,
-            "first": self.first,
-            "suggestion": self.suggestion or None,
-        }
+        return asdict(self) | {"suggestion": self.suggestion or None}
 
 
 class KeyCounts:
     """Counts in the order in which keys first appear; rows must come in order."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[Owner, str, Use], _Count] = {}
+        self._counts: dict[tuple[Owner, str, Use], KeyCount] = {}
 
     def add(self, counts: Iterable[KeyCount]) -> None:
         """Add counts of later rows."""
         for one in counts:
-            self._add((one.of, one.key, one.use), one.count, one.first, one.suggestion)
+            name = one.of, one.key, one.use
+            if name not in self._counts and len(self._counts) >= MOST_KEYS:
+                name, one = (one.of, OTHERS, one.use), replace(one, key=OTHERS, suggestion="")
+            if found := self._counts.get(name):
+                found.count += one.count
+                found.suggestion = found.suggestion or one.suggestion
+            else:
+                self._counts[name] = replace(one)
 
     def add_row(self, origin: str, uses: Iterable[KeyUse]) -> None:
         """Add the keys of one row."""
-        for of, key, use, suggestion in uses:
-            self._add((of, key, use), 1, origin, suggestion)
-
-    def _add(self, name: tuple[Owner, str, Use], count: int, first: str, suggestion: str) -> None:
-        if name not in self._counts and len(self._counts) >= MOST_KEYS:
-            name, suggestion = (name[0], OTHERS, name[2]), ""
-        if found := self._counts.get(name):
-            found.count += count
-            found.suggestion = found.suggestion or suggestion
-        else:
-            self._counts[name] = _Count(count, first, suggestion)
+        self.add(KeyCount(of, key, use, 1, origin, suggestion) for of, key, use, suggestion in uses)
 
     @property
     def counts(self) -> list[KeyCount]:
-        return [KeyCount(*name, one.count, one.first, one.suggestion) for name, one in self._counts.items()]
-
-
-@dataclass(slots=True)
-class _Count:
-    count: int
-    first: str
-    suggestion: str
+        return list(self._counts.values())
 
 
 def summed(parts: Iterable[Iterable[KeyCount]]) -> list[KeyCount]:

@@ -20,8 +20,7 @@ from mlx_sft.data.json_text import is_blank
 from mlx_sft.data.key_counts import KeyUse, Owner
 from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, Message, shown
 from mlx_sft.data.sandbox import parsed
-from mlx_sft.data.watched_row import WatchedRow
-from mlx_sft.data.written import Written
+from mlx_sft.data.written import WatchedRow, Written
 from mlx_sft.errors import UserError
 from mlx_sft.registry import OBJECTIVES
 
@@ -91,7 +90,8 @@ class Reading:
             key
             for key, value in self.present()
             if not is_blank(value)
-            and (key in (*_PREFERENCES, *_LABELS) or (_is_preference(key) and not _is_figure(value)))
+            # A figure, as `chosen_score` is one, stands beside answers and is none.
+            and (key in (*_PREFERENCES, *_LABELS) or (_is_preference(key) and not isinstance(value, int | float)))
         ]
         if not meant:
             return []
@@ -112,7 +112,8 @@ class Reading:
             )
             return UserError(what, where=self.origin, hint=f"--objective sft trains on all rows: {way_out}")
         what = f"a row of preferences, by its {names}: what it has besides would be trained on, and nothing compared"
-        compared = " or ".join(f"--objective {name}" for name in _comparing())
+        comparing = [name for name, objective in OBJECTIVES.items() if getattr(objective, "compares", False)]
+        compared = " or ".join(f"--objective {name}" for name in comparing)
         hint = f"--objective sft trains on all rows, and compares none: {way_out}"
         if compared:
             hint = f"{compared} compares answers, in rows of a format that gives several"
@@ -247,18 +248,9 @@ def _is_preference(key: Any) -> bool:
     return isinstance(key, str) and (key in _PREFERENCES or key.startswith(tuple(f"{name}_" for name in _PREFERENCES)))
 
 
-def _is_figure(value: Any) -> bool:
-    """As of `chosen_score`, which stands beside answers and is none."""
-    return isinstance(value, int | float)
-
-
 def keys_of_bad_row(row: Mapping[str, Any]) -> list[KeyUse]:
     """What became of the keys of a row of another format, or of none."""
     return [KeyUse("row", _named(key), "bad") for key in row]
-
-
-def _comparing() -> list[str]:
-    return [name for name, objective in OBJECTIVES.items() if getattr(objective, "compares", False)]
 
 
 def _named(key: Any) -> str:

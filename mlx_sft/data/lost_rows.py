@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mlx_sft.data.dataset import LostRow
 from mlx_sft.data.example import Note
-from mlx_sft.data.source_report import SourceReport, reasons
+from mlx_sft.data.report import SourceReport, reasons
 from mlx_sft.errors import UserError
 
 SHOWN_BAD_ROWS = 10

@@ -90,7 +90,7 @@ def joined(first: Message, second: Message) -> Message | None:
     A message's reasoning stands before its text and its calls behind it, wherever a template writes it. Texts are put a blank
     line apart.
     """
-    said = [{key: text for key, text in _said(message).items() if _says(text)} for message in (first, second)]
+    said = [_said(message) for message in (first, second)]
     last_of_first = max((_ORDER.index(key) for key in said[0]), default=0)
     first_of_second = min((_ORDER.index(key) for key in said[1]), default=len(_ORDER))
     speakers = [message["name"] for message in (first, second) if "name" in message]
@@ -108,12 +108,10 @@ _ORDER = tuple(_BETWEEN)
 
 
 def _said(message: Message) -> dict[str, Any]:
+    """What each part of a turn says, where it says something."""
     reasoning = next((message[key] for key in REASONING_KEYS if key in message), "")
-    return {key: reasoning if key == REASONING_KEYS[0] else message.get(key, "") for key in _ORDER}
-
-
-def _says(part: str | list[Any]) -> bool:
-    return bool(part.strip() if isinstance(part, str) else part)
+    parts = {key: reasoning if key == REASONING_KEYS[0] else message.get(key, "") for key in _ORDER}
+    return {key: part for key, part in parts.items() if (part.strip() if isinstance(part, str) else part)}
 
 
 def _one_turn(turn: Read, call: Read) -> Read | None:
@@ -241,8 +239,8 @@ def _message(value: Any, place: str) -> tuple[Read, bool]:
     calls: list[Read] = []
     if message["role"] == "assistant":
         calls = _read_assistant(message, place, is_call=role == _CALL)
-    else:
-        _check_that_it_calls_nothing(message, place)
+    elif parsed(message.pop("tool_calls", None), f"{place}.tool_calls") or message.pop(_CALL, None):
+        raise ValueError(f"{place} has tool_calls, which only an assistant's message can have")
     if "content" in message:
         message["content"] = read_text(message["content"], f"{place}.content")
     elif "tool_calls" not in message:
@@ -314,11 +312,6 @@ def _read_assistant(message: Message, place: str, is_call: bool) -> list[Read]:
     else:
         message.pop("tool_calls", None)
     return [call for one in found for call in one]
-
-
-def _check_that_it_calls_nothing(message: Message, place: str) -> None:
-    if parsed(message.pop("tool_calls", None), f"{place}.tool_calls") or message.pop(_CALL, None):
-        raise ValueError(f"{place} has tool_calls, which only an assistant's message can have")
 
 
 def check_characters(value: Any, place: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.conversation import Conversation, Item, Items, apart, items_of
+from mlx_sft.data.conversation import Conversation, Item, apart, items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.example import Example, Fate, Note, Outcome
 from mlx_sft.data.key_counts import KeyUse
@@ -114,7 +114,8 @@ class Pipeline:
             signs = frozenset().union(*(signs_of(one, self.special.user_header) for one in items)) | (
                 {SPECIAL_SIGN} if found else set()
             )
-            return Outcome(origin, self._encode(item), signs, keys=keys)
+            examples = [example for one in apart(item) for example in self._encode(one)]
+            return Outcome(origin, examples, signs, keys=keys)
         except TemplateStopped as stopped:
             raise stopped.at(origin) from None
         except (NoTemplate, BrokenTokenizer):
@@ -125,10 +126,7 @@ class Pipeline:
             note = Note(origin, fate, example + error.what, error.hint)
             return Outcome(origin, [], note=note, mixed=isinstance(error, MixedFormats), keys=keys)
 
-    def _encode(self, read: Items) -> list[Example]:
-        return [example for item in apart(read) for example in self._encode_one(item)]
-
-    def _encode_one(self, item: Item | tuple[Item, ...]) -> list[Example]:
+    def _encode(self, item: Item | tuple[Item, ...]) -> list[Example]:
         """The examples of an item, or of those that are compared; at least one, with something to train on."""
         encode, where = self.encoder.encode, items_of(item)[0].origin
         found = (

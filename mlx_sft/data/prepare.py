@@ -21,9 +21,8 @@ from mlx_sft.data.findings import FACT_FINDINGS, ORIGINS_NAMED
 from mlx_sft.data.lost_rows import BadRows, refuse_lost_data
 from mlx_sft.data.part_report import PartReport
 from mlx_sft.data.pipeline import NoProgress, Pipeline, ReadingProgress
-from mlx_sft.data.report import DataReport
+from mlx_sft.data.report import DataReport, SourceReport
 from mlx_sft.data.screening import SIGNS
-from mlx_sft.data.source_report import SourceReport
 from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
 from mlx_sft.data.token_counts import EMPTY_COLUMN
 from mlx_sft.data.tokenize import tokenized
@@ -58,6 +57,7 @@ def prepare(
     *,
     rows: Any = None,
     valid_rows: Any = None,
+    strict: bool = True,
 ) -> PreparedData:
     """Read, encode and split the data that the configuration names.
 
@@ -69,49 +69,19 @@ def prepare(
         progress: Is told how the reading goes.
         rows: Rows in memory, in place of those that the configuration names.
         valid_rows: Validation rows in memory, likewise.
+        strict: Whether what is wrong with rows is an error, as far as the configuration says so; else it is in the report alone.
 
     Raises:
         UserError: for data that cannot be read; naming up to ten bad rows at once, unless they are to be skipped; for a
             row that is too long where that is an error; where nothing is left to train on a source; and where more than
             half of the rows, or of the supervised tokens, are lost, unless that is allowed.
     """
-    return _prepare(config, tokenizer, progress or NoProgress(), strict=True, rows=rows, valid_rows=valid_rows)
-
-
-def survey(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None) -> PreparedData:
-    """As `prepare`, for a look: whatever is wrong with rows is in the report, and nothing of it is an error.
-
-    Raises:
-        UserError: for data that cannot be read at all.
-    """
-    return _prepare(config, tokenizer, progress or NoProgress(), strict=False)
-
-
-def prepare_file(
-    data: str, config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None
-) -> tuple[Examples, SourceReport]:
-    """The examples of one source as the configuration's settings make them; of a folder, its test or else valid part.
-
-    Raises:
-        UserError: as `prepare` does, but for rows that are lost.
-    """
-    source = _named_part(locate(data), data, "test", "valid")
-    return _Reader(config, tokenizer, progress or NoProgress(), strict=True).read(source)
-
-
-def _prepare(
-    config: TrainConfig,
-    tokenizer: Any,
-    progress: ReadingProgress,
-    *,
-    strict: bool,
-    rows: Any = None,
-    valid_rows: Any = None,
-) -> PreparedData:
     train_sources, weights, valid_sources = _sources(config, rows, valid_rows)
-    reader = _Reader(config, tokenizer, progress, strict=strict)
-    train_parts = [reader.read(source) for source in train_sources]
-    valid_parts = [reader.read(source) for source in valid_sources]
+    pipeline = Pipeline.from_config(config, tokenizer)
+    train_parts, valid_parts = (
+        [_read(source, config, pipeline, progress, strict=strict) for source in some]
+        for some in (train_sources, valid_sources)
+    )
     sources = [report for _, report in (*train_parts, *valid_parts)]
     if strict and not config.allow_lost_rows:
         refuse_lost_data(sources, config.max_length)
@@ -140,6 +110,27 @@ def _prepare(
         first_shared=valid.first_rows(shared, ORIGINS_NAMED),
     )
     return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture)
+
+
+def survey(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None) -> PreparedData:
+    """As `prepare`, for a look: whatever is wrong with rows is in the report, and nothing of it is an error.
+
+    Raises:
+        UserError: for data that cannot be read at all.
+    """
+    return prepare(config, tokenizer, progress, strict=False)
+
+
+def prepare_file(
+    data: str, config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None
+) -> tuple[Examples, SourceReport]:
+    """The examples of one source as the configuration's settings make them; of a folder, its test or else valid part.
+
+    Raises:
+        UserError: as `prepare` does, but for rows that are lost.
+    """
+    source = _named_part(locate(data), data, "test", "valid")
+    return _read(source, config, Pipeline.from_config(config, tokenizer), progress, strict=True)
 
 
 def _with_parts(sources: Sequence[SourceReport], train: Examples, valid: Examples) -> list[SourceReport]:
@@ -221,61 +212,45 @@ def _named_part(parts: dict[str, Source], data: str, *wanted: str) -> Source:
 # What is kept of them
 
 
-class _Reader:
-    """Reads sources with one configuration.
+def _read(
+    source: Source, config: TrainConfig, pipeline: Pipeline, progress: ReadingProgress | None, *, strict: bool
+) -> tuple[Examples, SourceReport]:
+    """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row.
 
     Args:
         strict: Whether what is wrong with rows is an error, as far as the configuration says so, or a note.
     """
-
-    def __init__(self, config: TrainConfig, tokenizer: Any, progress: ReadingProgress, *, strict: bool) -> None:
-        self._config = config
-        self._pipeline = Pipeline.from_config(config, tokenizer)
-        self._progress = progress
-        self._strict = strict
-
-    def read(self, source: Source) -> tuple[Examples, SourceReport]:
-        """A source's examples, each cut, dropped or refused as the configuration says, and what became of every row."""
-        config = self._config
-        bad = BadRows(source.name, refused=self._strict and not config.skip_bad_rows)
-        result = tokenized(
-            source,
-            self._pipeline,
-            self._progress,
-            workers=config.data_workers,
-            keep=config.data_cache,
-            on_lost=bad.add,
+    bad = BadRows(source.name, refused=strict and not config.skip_bad_rows)
+    workers, keep = config.data_workers, config.data_cache
+    result = tokenized(source, pipeline, progress or NoProgress(), workers=workers, keep=keep, on_lost=bad.add)
+    bad.refuse()
+    compared = bool(pipeline.objective and pipeline.objective.compares)
+    examples = Examples([result.store])
+    truncation = truncate(examples, config.max_length, config.overlong, compared=compared, strict=strict)
+    examples = truncation.examples
+    lost = ((row.number, row.note) for row in result.store.lost)
+    notes = [note for _, note in merge(lost, truncation.notes, key=lambda numbered: numbered[0])]
+    report = SourceReport(
+        source.name,
+        result.sha256,
+        result.store.row_format,
+        kept=len(np.unique(examples.rows)),
+        examples=len(examples),
+        split=truncation.split,
+        tokens=truncation.tokens,
+        facts=examples.facts(),
+        first=_first(examples, truncation),
+        signs=examples.sign_counts(SIGNS),
+        notes=notes,
+        keys=result.store.keys,
+    )
+    if not examples and strict:
+        raise UserError(
+            f"nothing to train on: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
+            where=source.name,
+            hint=f"the first: {notes[0].origin}: {notes[0].reason}",
         )
-        bad.refuse()
-        truncation = self._truncated(Examples([result.store]))
-        examples = truncation.examples
-        lost = ((row.number, row.note) for row in result.store.lost)
-        notes = [note for _, note in merge(lost, truncation.notes, key=lambda numbered: numbered[0])]
-        report = SourceReport(
-            source.name,
-            result.sha256,
-            result.store.row_format,
-            kept=len(np.unique(examples.rows)),
-            examples=len(examples),
-            split=truncation.split,
-            tokens=truncation.tokens,
-            facts=examples.facts(),
-            first=_first(examples, truncation),
-            signs=examples.sign_counts(SIGNS),
-            notes=notes,
-            keys=result.store.keys,
-        )
-        if not examples and self._strict:
-            raise UserError(
-                f"nothing to train on: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
-                where=source.name,
-                hint=f"the first: {notes[0].origin}: {notes[0].reason}",
-            )
-        return examples, report
-
-    def _truncated(self, examples: Examples) -> Truncation:
-        config, compared = self._config, bool(self._pipeline.objective and self._pipeline.objective.compares)
-        return truncate(examples, config.max_length, config.overlong, compared=compared, strict=self._strict)
+    return examples, report
 
 
 def _first(examples: Examples, truncation: Truncation) -> dict[str, list[str]]:

@@ -5,25 +5,23 @@ The report has a machine form, `data_report.json`, a short form for the terminal
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from operator import add
 from typing import Any
 
 from mlx_sft.data.call_forms import FORMS_IN_WORDS
+from mlx_sft.data.example import Fate, Note
 from mlx_sft.data.findings import FACT_FINDINGS, Finding, first_of, many, out_of
-from mlx_sft.data.key_counts import KeyCount, columns, summed, unused_keys
-from mlx_sft.data.key_counts import in_words as keys_in_words
+from mlx_sft.data.key_counts import KeyCount, columns, in_words, summed, unused_keys
 from mlx_sft.data.messages import WEIGHT_KEYS
 from mlx_sft.data.part_report import PartReport
-from mlx_sft.data.roles import changed_names
-from mlx_sft.data.source_report import SourceReport, fates, in_words
+from mlx_sft.data.row_reader import changed_names
 from mlx_sft.data.template import NO_FACTS, Facts
 from mlx_sft.data.token_counts import NO_COUNTS, TokenCounts
-
-__all__ = ["DataReport", "PartReport", "SourceReport"]
 
 _MANY_DUPLICATES = 0.05
 """The share of the examples from which on duplicates are worth a warning."""
@@ -31,9 +29,87 @@ _MANY_LOST = 0.05
 """The share of the supervised tokens above which what is lost of them is worth a warning."""
 
 
-@dataclass(frozen=True, slots=True)
-class DataReport:
-    """Everything that happened to the data of a run.
+@dataclass(repr=False)
+class SourceReport:
+    """The rows of one source. `rows == kept + dropped + bad`; a truncated row is kept.
+
+    Args:
+        name: The source, as a person would name it.
+        sha256: Of its bytes, where it is a file.
+        format: The format of its rows; None where they have none in common.
+        kept: The number of rows that gave examples.
+        examples: The number of these examples; more than the rows where turns or pieces of text are examples of their own.
+        split: Rows of text that were too long, and are in several pieces.
+        tokens: What became of every token of the rows that could be read.
+        facts: What the chat template did to the examples, summed.
+        first: The origins of the first rows for each field of `Facts` that is not 0, and of those that were too long, as `too_long`.
+        signs: How many of the examples are suspicious in each way.
+        notes: One for each row that was truncated, dropped or bad.
+        keys: What became of the rows' keys.
+    """
+
+    name: str
+    sha256: str | None
+    format: str | None = None
+    kept: int = 0
+    examples: int = 0
+    split: int = 0
+    tokens: TokenCounts = NO_COUNTS
+    facts: Facts = NO_FACTS
+    first: dict[str, list[str]] = field(default_factory=dict)
+    signs: Counter[str] = field(default_factory=Counter)
+    notes: list[Note] = field(default_factory=list)
+    keys: list[KeyCount] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        fates = ", ".join(f"{number:,} {fate}" for fate, number in self.fates.items())
+        return f"{type(self).__name__}({f'{self.name}: ' if self.name else ''}{fates})"
+
+    @property
+    def truncated(self) -> int:
+        return self._count("truncated")
+
+    @property
+    def dropped(self) -> int:
+        return self._count("dropped")
+
+    @property
+    def bad(self) -> int:
+        return self._count("bad")
+
+    @property
+    def rows(self) -> int:
+        return self.kept + self.dropped + self.bad
+
+    @property
+    def fates(self) -> dict[str, int]:
+        """How many rows there are, and how many of them are kept, truncated, dropped and bad."""
+        return {fate: getattr(self, fate) for fate in ("rows", "kept", "truncated", "dropped", "bad")}
+
+    def _count(self, fate: Fate) -> int:
+        return sum(note.fate == fate for note in self.notes)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "format": self.format,
+            **self.fates,
+            "examples": self.examples,
+            "split": self.split,
+            "supervised_tokens": self.tokens.supervised,
+            "supervised_tokens_lost": self.tokens.supervised_lost,
+            "tokens": self.tokens.to_json(),
+            **asdict(self.facts),
+            "signs": dict(self.signs),
+            "keys": [key.to_json() for key in self.keys],
+            "reasons": reasons(self.notes),
+            "not_simply_kept": [asdict(note) for note in self.notes],
+        }
+
+
+class DataReport(SourceReport):
+    """Everything that happened to the data of a run; what it says of rows, keys and tokens is of all sources together.
 
     Args:
         sources: One for each file or dataset that was read.
@@ -44,60 +120,21 @@ class DataReport:
         first_shared: The origins of the first of these validation examples.
     """
 
-    sources: list[SourceReport]
-    train: PartReport
-    valid: PartReport
-    shared: int
-    settings: dict[str, Any]
-    first_shared: list[str] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        return f"DataReport({in_words(self)})"
-
-    @property
-    def rows(self) -> int:
-        return sum(source.rows for source in self.sources)
-
-    @property
-    def kept(self) -> int:
-        return sum(source.kept for source in self.sources)
-
-    @property
-    def truncated(self) -> int:
-        return sum(source.truncated for source in self.sources)
-
-    @property
-    def dropped(self) -> int:
-        return sum(source.dropped for source in self.sources)
-
-    @property
-    def bad(self) -> int:
-        return sum(source.bad for source in self.sources)
-
-    @property
-    def split(self) -> int:
-        """Rows of text that are in several pieces."""
-        return sum(source.split for source in self.sources)
-
-    @property
-    def tokens(self) -> TokenCounts:
-        """What became of every token of the rows that could be read."""
-        return reduce(add, (source.tokens for source in self.sources), NO_COUNTS)
-
-    @property
-    def facts(self) -> Facts:
-        """What the chat template did to all examples together."""
-        return reduce(add, (source.facts for source in self.sources), NO_FACTS)
-
-    @property
-    def signs(self) -> Counter[str]:
-        """How many examples are suspicious in each way; one may be in several."""
-        return reduce(add, (source.signs for source in self.sources), Counter())
-
-    @property
-    def keys(self) -> list[KeyCount]:
-        """What became of the keys of all rows."""
-        return summed(source.keys for source in self.sources)
+    def __init__(
+        self,
+        sources: list[SourceReport],
+        train: PartReport,
+        valid: PartReport,
+        shared: int,
+        settings: dict[str, Any],
+        first_shared: Sequence[str] = (),
+    ) -> None:
+        super().__init__("", None)
+        self.sources, self.train, self.valid = sources, train, valid
+        self.shared, self.settings, self.first_shared = shared, settings, list(first_shared)
+        for name in ("kept", "examples", "split", "tokens", "facts", "signs", "notes"):
+            setattr(self, name, reduce(add, (getattr(source, name) for source in sources), getattr(self, name)))
+        self.keys = summed(source.keys for source in sources)
 
     @property
     def _unit(self) -> str:
@@ -148,17 +185,16 @@ class DataReport:
         return Finding("duplicate", count, rows, sentence, self.train.first_duplicates, warns=warns)
 
     def _unused_keys(self) -> Finding:
-        keys = self.keys
-        unused = unused_keys(keys)
-        count, whole = (sum(key.count for key in some) for some in (unused, keys))
-        sentence = f"{out_of(count, whole, 'key')} that nothing reads: {keys_in_words(unused)}"
+        unused = unused_keys(self.keys)
+        count, whole = (sum(key.count for key in some) for some in (unused, self.keys))
+        sentence = f"{out_of(count, whole, 'key')} that nothing reads: {in_words(unused)}"
         return Finding("unused-keys", count, whole, sentence, first_of([key.first] for key in unused), warns=False)
 
     def summary(self) -> dict[str, str]:
         """The short form for a person; all behind `tokens` only where there are any."""
         lost = "".join(
             f", {count:,} {fate}"
-            for fate, count in fates(self).items()
+            for fate, count in self.fates.items()
             if count and fate in ("truncated", "dropped", "bad")
         )
         lost += f", {self.split:,} split into pieces" if self.split else ""
@@ -188,7 +224,7 @@ class DataReport:
         if moved := self.facts.systems_moved:
             summary["system prompts"] = f"{moved:,} put into the user's message behind them, by --system fold"
         if unused := unused_keys(self.keys):
-            summary["unused keys"] = keys_in_words(unused)
+            summary["unused keys"] = in_words(unused)
         if train.duplicates:
             summary["duplicates"] = f"{train.duplicates:,}"
         return summary
@@ -196,7 +232,7 @@ class DataReport:
     def to_json(self) -> dict[str, Any]:
         """`data_report.json`."""
         return {
-            "totals": fates(self),
+            "totals": self.fates,
             "split": self.split,
             "supervised_tokens_lost": self.tokens.supervised_lost,
             "tokens": self.tokens.to_json(),
@@ -219,3 +255,23 @@ def _row_weights(counts: Iterable[KeyCount]) -> str:
     """How many rows say what they weigh in the loss as a whole, for a person: `weight (1,200 rows)`; empty where none does."""
     said = [count for count in counts if count.of == "row" and count.use == "read" and count.key in WEIGHT_KEYS]
     return ", ".join(f"{count.key} ({many(count.count, 'row')})" for count in said)
+
+
+def reasons(notes: Iterable[Note]) -> list[dict[str, Any]]:
+    """Notes that differ only in numbers and quoted words, counted: `fate`, `reason`, `count` and the `first` origin."""
+    groups: dict[tuple[str, ...], list[Note]] = {}
+    for note in notes:
+        groups.setdefault((note.fate, *_PARTICULAR.split(note.reason)[::2]), []).append(note)
+    return [
+        {"fate": group[0].fate, "reason": _in_common(group), "count": len(group), "first": group[0].origin}
+        for group in sorted(groups.values(), key=len, reverse=True)
+    ]
+
+
+_PARTICULAR = re.compile(r"""('[^']*'|"[^"]*"|\b\d[\d,.]*\b)""")
+
+
+def _in_common(notes: list[Note]) -> str:
+    """`616 tokens, cut to 512` and `700 tokens, cut to 512` → `… tokens, cut to 512`."""
+    parts = zip(*(_PARTICULAR.split(note.reason) for note in notes), strict=True)
+    return "".join(part[0] if len(set(part)) == 1 else "…" for part in parts)

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mlx_sft.data.conversation import Conversation, Item, Items, NoWeightError, items_of, weighed
+from mlx_sft.data.conversation import (
+    ConsecutiveTurns,
+    Conversation,
+    Items,
+    NoWeightError,
+    items_of,
+    weighed,
+    with_turns,
+)
 from mlx_sft.data.formats import RowFormat
+from mlx_sft.data.json_text import parse_json
 from mlx_sft.data.keys import LeftOut, Reading
-from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, UnknownRole, nearest, shown, weight_in_cell, weight_said
+from mlx_sft.data.messages import (
+    REASONING_KEYS,
+    ROLES,
+    WEIGHT_KEYS,
+    UnknownRole,
+    nearest,
+    role_key,
+    role_of,
+    shown,
+    weight_in_cell,
+    weight_said,
+)
 from mlx_sft.data.readers import Row
-from mlx_sft.data.roles import check_roles, with_roles
-from mlx_sft.data.turns import ConsecutiveTurns, with_turns
-from mlx_sft.data.watched_row import WatchedRow
+from mlx_sft.data.written import WatchedRow
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.registry import FORMATS
 
@@ -138,7 +157,9 @@ class RowReader:
             return replace(reading, error=kind(str(error), where=row.origin, hint=hint))
         try:
             weight = _weight_of(reading)
-            items = [weighed(self._with_turns(item), weight) for item in items_of(read)]
+            turns = self.consecutive_turns
+            joined = [with_turns(item, turns) if isinstance(item, Conversation) else item for item in items_of(read)]
+            items = [weighed(item, weight) for item in joined]
             if not items:
                 what = f"the format {row_format.name} finds no example in it"
                 raise UserError(what, where=row.origin, hint=f"such a row is {row_format.example}")
@@ -148,9 +169,6 @@ class RowReader:
             numbered = [replace(item, origin=f"{row.origin}#{number}") for number, item in enumerate(items, 1)]
             return replace(reading, items=numbered)
         return replace(reading, items=tuple(items) if isinstance(read, tuple) else items[0])
-
-    def _with_turns(self, item: Item) -> Item:
-        return with_turns(item, self.consecutive_turns) if isinstance(item, Conversation) else item
 
     def _renamed(self, row: Row) -> Row:
         """The row with its parts under the keys of the formats."""
@@ -286,3 +304,60 @@ def _is_rejected(key: str) -> bool:
 def _is_conversation(value: Any) -> bool:
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and bool({"role", "from"} & first.keys() and {"content", "value"} & first.keys())
+
+
+# The names that a data set has for roles → those that every reader of messages knows. A row's messages are given their roles before its
+# format reads it, so that this holds for every format, and for no message that a format itself makes of a text.
+
+TARGETS = (*ROLES, "function_call")
+"""What a name may stand for."""
+
+
+def check_roles(roles: Mapping[str, str]) -> None:
+    """Raise `UserError` where names stand for a role that there is not, or two of them are one name."""
+    for name, role in roles.items():
+        if role not in TARGETS:
+            hint = nearest(role, TARGETS) or f"roles are {', '.join(TARGETS)}"
+            what = f"{shown(name)} cannot be {shown(role)}, which is no role"
+            raise UserError(what, where="roles", hint=hint, exit_code=USAGE)
+    if len({role_key(name) for name in roles}) < len(roles):
+        raise UserError(
+            "a role is named twice", where="roles", hint="upper and lower case are one name", exit_code=USAGE
+        )
+
+
+def with_roles(row: dict[str, Any], roles: Mapping[str, str]) -> dict[str, Any]:
+    """A row whose messages, in lists of them, alone or as JSON text, have the roles for which their names stand."""
+    by_key = {role_key(name): role for name, role in roles.items()}
+    return {key: _with_roles(value, by_key) for key, value in row.items()}
+
+
+def _with_roles(value: Any, roles: Mapping[str, str]) -> Any:
+    if isinstance(value, list):
+        return [_with_role(one, roles) for one in value]
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", '"'):
+        return _with_role(value, roles)
+    try:
+        parsed = parse_json(value)
+    except ValueError:
+        return value
+    renamed = _with_roles(parsed, roles)
+    return value if renamed == parsed else json.dumps(renamed, ensure_ascii=False)
+
+
+def _with_role(value: Any, roles: Mapping[str, str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    key = "from" if value.get("role") is None else "role"
+    name = value.get(key)
+    role = roles.get(role_key(name)) if isinstance(name, str) else None
+    return value | {key: role} if role else value
+
+
+def changed_names(roles: Mapping[str, str]) -> list[str]:
+    """Of the names those that mean another role where nothing is said: a sentence each, for a person."""
+    return [
+        f"messages of {shown(name)} are read as {role}, by --roles; otherwise they would be {known}"
+        for name, role in roles.items()
+        if (known := role_of(name)) and known != role
+    ]

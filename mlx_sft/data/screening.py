@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_sft.data.conversation import Conversation, Document, Item
+from mlx_sft.data.json_text import strings_in
 from mlx_sft.data.mask.reference_rendering import ReferenceRendering
 from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.template_limits import TemplateStopped
@@ -121,16 +122,19 @@ class SpecialTokens:
         found: list[Found] = []
         for index, message in enumerate(conversation.messages):
             may_reason = message.get("role") in ("assistant", "system", "developer")
+            place = conversation.place(index)
             for key, value in message.items():
                 if key != "role":
-                    found += self._search(value, index, _text_place(conversation.place(index), key), may_reason)
+                    # Content that the row has under a key of its own stands at that key.
+                    is_whole = key == "content" and not place.endswith("]")
+                    found += self._search(value, index, place if is_whole else f"{place}.{key}", may_reason)
         found += self._search(conversation.tools, None, "tools", may_reason=True)
         found += self._search(conversation.template_kwargs, None, "chat_template_kwargs", may_reason=True)
         return found
 
     def _search(self, value: Any, message: int | None, place: str, may_reason: bool) -> list[Found]:
         counts: dict[str, int] = {}
-        for text in _strings(value):
+        for text in strings_in(value):
             for token in self._tokens_of(text):
                 if not (may_reason and token in _REASONING_MARKERS):
                     counts[token] = counts.get(token, 0) + 1
@@ -150,11 +154,6 @@ class SpecialTokens:
         return written
 
 
-def _text_place(place: str, key: str) -> str:
-    """Where a text of a message stands: `messages[2].content`, or for content that the row has under a key of its own that key."""
-    return place if key == "content" and not place.endswith("]") else f"{place}.{key}"
-
-
 def _any_of(tokens: set[str]) -> re.Pattern[str]:
     """Matches the longest of the tokens at a place; nothing where there are none."""
     return re.compile(_branches(tokens) or "(?!)")
@@ -169,19 +168,6 @@ def _branches(tokens: set[str]) -> str:
         return ""
     branches = "|".join(re.escape(first) + _branches(rest) for first, rest in sorted(rests.items()))
     return f"(?:{branches})" + ("?" if "" in tokens else "")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value, the keys of objects included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
 
 
 def _probe(tokenizer: Any) -> tuple[str, str]:
@@ -369,13 +355,11 @@ def is_cut_off(reply: str) -> bool:
         return False
     if last[-1] in _DANGLING or last[-1] == "-":
         return True
-    if not last[-1].isalpha() or len(reply) < _SHORTEST_PROSE or _is_title(words):
+    if not last[-1].isalpha() or len(reply) < _SHORTEST_PROSE:
+        return False
+    if sum(word[0].isupper() for word in words) > len(words) / 2:  # a title
         return False
     paragraph = before.rstrip(" \t\r")
     if paragraph and paragraph[-1] not in "\n" + _STOPS:
         return False  # lines that end as they like: a verse, an address, a list without bullets
     return bool(_SENTENCE_END.search(reply)) or len(words) >= max(_LONG_SENTENCE, 4 * last.count(","))
-
-
-def _is_title(words: list[str]) -> bool:
-    return sum(word[0].isupper() for word in words) > len(words) / 2

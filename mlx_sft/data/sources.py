@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.data.file_text import COMPRESSIONS, INSTALL_HINT, OnBytes
@@ -29,102 +29,80 @@ _NO_ROWS_HINT = "put at least one row in it"
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """A file of rows; its suffix names its format."""
+    """A file of rows, or several that are one part of the data, in order; each row is named by its own file, whose suffix names its format.
+
+    Args:
+        path: The file, or what names the several.
+        several: These, where there are several.
+    """
 
     path: Path
+    several: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
         return str(self.path)
 
-    def reader(self) -> Reader:
-        with read_errors(self.name):
-            if not stat.S_ISREG(self.path.stat().st_mode):  # to open a pipe could wait for ever
-                hint = f"give a {KNOWN} file"
-                raise UserError("not a regular file", where=self.name, hint=hint, exit_code=USAGE)
-        read, suffix = reader_of(self.path), self.path.suffix
-        if read is None:
-            what = f"`{suffix}` is not a known kind of file" if suffix else "the file's name has no suffix"
-            raise UserError(what, where=self.name, hint=f"known are {KNOWN}", exit_code=USAGE)
-        return read
-
     @property
-    def files(self) -> tuple[FileSource, ...]:
-        return (self,)
+    def files(self) -> tuple[Path, ...]:
+        return self.several or (self.path,)
 
     def rows(self, on_bytes: OnBytes | None = None) -> Rows:
-        return _rows_of(self, on_bytes)
-
-    def read(self, on_bytes: OnBytes | None = None) -> Rows:
-        """Its rows, which may be none.
-
-        Raises:
-            UserError: for a file without a byte.
-        """
-        read = self.reader()
-        with read_errors(self.name):
-            if not self.size():
-                raise UserError("the file is empty", where=self.name, hint=_NO_ROWS_HINT)
-            yield from read(self.path, on_bytes)
-
-    def size(self) -> int:
-        with read_errors(self.name):
-            return self.path.stat().st_size
-
-    def sha256(self) -> str:
-        with read_errors(self.name), open_regular(self.path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class ShardedSource:
-    """Several files that are one part of the data, in order; each row is named by its own file."""
-
-    name: str
-    files: tuple[FileSource, ...]
-
-    def rows(self, on_bytes: OnBytes | None = None) -> Rows:
-        return _rows_of(self, on_bytes)
+        before, empty = 0, True
+        for file in self.files:
+            read, size = reader_for(file), _size(file)
+            with read_errors(str(file)):
+                if not size:
+                    raise UserError("the file is empty", where=str(file), hint=_NO_ROWS_HINT)
+                for row in read(file, partial(_told_behind, on_bytes, before) if on_bytes else None):
+                    empty = False
+                    yield row
+            before += size
+        if empty:
+            what = f"the {'files hold' if self.several else 'file holds'} no rows"
+            raise UserError(what, where=self.name, hint=_NO_ROWS_HINT)
 
     def size(self) -> int:
-        return sum(file.size() for file in self.files)
+        return sum(map(_size, self.files))
 
     def sha256(self) -> str:
-        """Of the files' names and digests."""
-        lines = "".join(f"{file.sha256()} {file.path.name}\n" for file in self.files)
+        """Of the file; of several, of their names and digests."""
+        digests = []
+        for file in self.files:
+            with read_errors(str(file)), open_regular(file) as opened:
+                digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+        if not self.several:
+            return digests[0]
+        lines = "".join(f"{digest} {file.name}\n" for digest, file in zip(digests, self.files, strict=True))
         return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _rows_of(source: FileSource | ShardedSource, on_bytes: OnBytes | None) -> Rows:
-    before, empty = 0, True
-    for file in source.files:
-        told = partial(_told_behind, on_bytes, before) if on_bytes else None
-        for row in file.read(told):
-            empty = False
-            yield row
-        before += file.size()
-    if empty:
-        raise UserError(f"the {_kind(source)} no rows", where=source.name, hint=_NO_ROWS_HINT)
+def reader_for(file: Path) -> Reader:
+    """What reads the rows of a file; raises `UserError` for what is no regular file, or of no known kind."""
+    with read_errors(str(file)):
+        if not stat.S_ISREG(file.stat().st_mode):  # to open a pipe could wait for ever
+            raise UserError("not a regular file", where=str(file), hint=f"give a {KNOWN} file", exit_code=USAGE)
+    if read := reader_of(file):
+        return read
+    what = f"`{file.suffix}` is not a known kind of file" if file.suffix else "the file's name has no suffix"
+    raise UserError(what, where=str(file), hint=f"known are {KNOWN}", exit_code=USAGE)
+
+
+def _size(file: Path) -> int:
+    with read_errors(str(file)):
+        return file.stat().st_size
 
 
 def _told_behind(on_bytes: OnBytes, before: int, position: int) -> None:
     on_bytes(before + position)
 
 
-def _kind(source: FileSource | ShardedSource) -> str:
-    return "file holds" if isinstance(source, FileSource) else "files hold"
-
-
 class _NoFile:
     __slots__ = ()
-
-    @property
-    def files(self) -> tuple[FileSource, ...]:
-        """None, ..."""
-        return ()
+    files: ClassVar[tuple[Path, ...]] = ()
 
     def size(self) -> None:
-        """... and so no bytes to count, ..."""
+        """There are no bytes to count, ..."""
 
     def sha256(self) -> None:
         """... or to take the digest of."""
@@ -176,7 +154,7 @@ class MemorySource(_NoFile):
                 yield UserError(f"the row is a {type(value).__name__}, not a mapping", where=origin)
 
 
-Source = FileSource | ShardedSource | HubSource | MemorySource
+Source = FileSource | HubSource | MemorySource
 """Something that rows come from, in order; it can be pickled. The origins of its rows begin with its name, or with that of one of its
 files. `rows` raises `UserError` where the whole cannot be read, and calls `on_bytes` now and then with the bytes read so far, of
 `size()`."""
@@ -247,8 +225,7 @@ def _exists(name: str) -> bool:
 
 
 def _part(part: PartFiles) -> Source:
-    files = tuple(map(FileSource, part.files))
-    return files[0] if len(files) == 1 else ShardedSource(str(part.name), files)
+    return FileSource(part.files[0]) if len(part.files) == 1 else FileSource(part.name, part.files)
 
 
 def _file(path: Path) -> FileSource:
@@ -257,9 +234,8 @@ def _file(path: Path) -> FileSource:
             hint = "give the file itself, or mend the link"
             raise UserError("a link that leads nowhere", where=str(path), hint=hint, exit_code=USAGE)
         raise UserError("no such file or folder", where=str(path), hint=_missing_hint(path), exit_code=USAGE)
-    source = FileSource(path)
-    source.reader()
-    return source
+    reader_for(path)
+    return FileSource(path)
 
 
 def _missing_hint(path: Path) -> str:

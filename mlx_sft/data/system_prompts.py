@@ -10,7 +10,6 @@ from mlx_sft.data.call_forms import as_the_template_takes_them
 from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reference_rendering import SYSTEM_ROLES, ReferenceRendering
 from mlx_sft.data.messages import Message
-from mlx_sft.data.template_limits import NoTemplate
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ def folded(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, pr
         dropped = [i for i in systems if text == _written(tokenizer, _with_other_words(conversation, i), prompt)]
         return _before_the_user(conversation, dropped, _DROPPED)
     others = [index for index in systems if index]
-    if systems != others and others and _can_fold(conversation, others):
+    can_fold = all(_user_behind(conversation.messages, index) is not None for index in others)
+    if systems != others and others and can_fold:
         first_kept = _before_the_user(conversation, others, _REJECTED)
         if _written(tokenizer, first_kept, prompt) is not None:
             return folded(tokenizer, first_kept, prompt=prompt)
@@ -57,23 +57,14 @@ _DROPPED = "leaves out", "put the words where they belong; --system keep goes on
 
 def _written(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, prompt: bool) -> str | None:
     """What the template writes, with calls in a form that it takes; None where it rejects the conversation."""
-    reference = ReferenceRendering(tokenizer, as_the_template_takes_them(tokenizer, conversation))
-    try:
-        return reference.prompted if prompt else reference.text
-    except NoTemplate:
-        raise
-    except UserError:
-        return None
+    form = as_the_template_takes_them(tokenizer, conversation)
+    return ReferenceRendering(tokenizer, form).accepted(prompt=prompt)
 
 
 def _with_other_words(conversation: Conversation, index: int) -> Conversation:
     messages = list(conversation.messages)
     messages[index] = messages[index] | {"content": f"{messages[index].get('content') or ''}{_OTHER_WORDS}"}
     return replace(conversation, messages=messages)
-
-
-def _can_fold(conversation: Conversation, systems: Sequence[int]) -> bool:
-    return all(_user_behind(conversation.messages, index) is not None for index in systems)
 
 
 def _user_behind(messages: list[Message], index: int) -> int | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_sft.data.conversation import Conversation
+from mlx_sft.data.conversation import Conversation, follows_a_turn
 from mlx_sft.data.mask.assistant_spans import Turn, tagged_turns, traced_turns
 from mlx_sft.data.mask.headers import Headers
 from mlx_sft.data.mask.probes import traced_renderings
@@ -20,11 +20,12 @@ from mlx_sft.data.mask.reference_rendering import SYSTEM_ROLES, ReferenceRenderi
 from mlx_sft.data.mask.trace import NOBODY, Integers, Refusal, TracedRendering, assistant_messages
 from mlx_sft.data.mask.traced_template import has_tags
 from mlx_sft.data.sandbox import compiled
-from mlx_sft.data.turns import follows_a_turn
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from mlx_sft.config import TrainConfig
 
 RESERVED_KWARGS = frozenset(
     {
@@ -187,6 +188,12 @@ def todays_variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         return {}
     today = compiled("{{ strftime_now(format) }}", tokenizer.name_or_path or "this tokenizer")
     return {"date_string": today.render(format=pattern[1])}
+
+
+def with_todays_variables(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainConfig:
+    """The configuration with `todays_variables`, but for those that it has itself."""
+    variables = todays_variables(tokenizer) | config.chat_template_kwargs
+    return config.model_copy(update={"chat_template_kwargs": variables})
 
 
 def _understood(

@@ -178,7 +178,10 @@ class Meter:
         """
         first, given = values[0], [*values[1:], *named]
         formats, is_lazy = name in ("format", "format_map"), name in _LAZY
-        size = _length(first) if name in SHALLOW or _is_iterator(first) else self.weigh(first)
+        if name in SHALLOW or _is_iterator(first):
+            size = len(first) if hasattr(type(first), "__len__") else _UNKNOWN_LENGTH
+        else:
+            size = self.weigh(first)
         squares = (
             name in _SQUARE
             or (name == "sum" and any(isinstance(value, list | tuple) for value in given))
@@ -254,10 +257,6 @@ def _parts(value: Any) -> Sequence[Any]:
 
 def _is_iterator(value: Any) -> bool:
     return hasattr(type(value), "__next__")
-
-
-def _length(items: Any) -> int:
-    return len(items) if hasattr(type(items), "__len__") else _UNKNOWN_LENGTH
 
 
 def _depth(value: Any) -> int:

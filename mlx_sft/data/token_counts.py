@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -22,9 +22,6 @@ class TokenColumn:
     @property
     def all(self) -> int:
         return self.supervised + self.context
-
-    def to_json(self) -> dict[str, int]:
-        return {"supervised": self.supervised, "context": self.context}
 
 
 EMPTY_COLUMN = TokenColumn()
@@ -55,12 +52,7 @@ class TokenCounts:
     @property
     def columns(self) -> dict[str, TokenColumn]:
         """By name; each token is in one of them."""
-        return {
-            "trained_on": self.trained_on,
-            "held_out": self.held_out,
-            "cut_off": self.cut_off,
-            "dropped": self.dropped,
-        }
+        return {name: getattr(self, name) for name in ("trained_on", "held_out", "cut_off", "dropped")}
 
     @property
     def all(self) -> int:
@@ -77,8 +69,7 @@ class TokenCounts:
         return self.cut_off.supervised + self.dropped.supervised
 
     def to_json(self) -> dict[str, Any]:
-        columns = {name: tokens.to_json() for name, tokens in self.columns.items()}
-        return {"all": self.all, **columns, "first_of_pieces": self.first_of_pieces}
+        return {"all": self.all, **asdict(self)}
 
 
 NO_COUNTS = TokenCounts()

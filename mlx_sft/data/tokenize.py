@@ -87,7 +87,7 @@ def tokenized(
 def _state(source: Source) -> list[tuple[int, int, int]]:
     """What changes with any change of a source's files."""
     source.size()  # raises `UserError` where there is no such file
-    states = [file.path.stat() for file in source.files]
+    states = [file.stat() for file in source.files]
     return [(state.st_size, state.st_mtime_ns, state.st_ino) for state in states]
 
 

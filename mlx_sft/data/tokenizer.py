@@ -39,7 +39,7 @@ def tokenizer_errors(name: str, where: str, *, panics_only: bool = False) -> Ite
     Args:
         name: The tokenizer's `name_or_path`.
         where: The text's place.
-        panics_only: For a block in which others may raise too, what is no panic stays as it is.
+        panics_only: For a block in which others may raise too, what is not the tokenizer's for certain stays as it is.
     """
     what = f"the tokenizer.json of {name} fails on a text"
     hint = "copy or download the model's tokenizer again; if it is whole, take this text out"
@@ -50,6 +50,8 @@ def tokenizer_errors(name: str, where: str, *, panics_only: bool = False) -> Ite
         cause = error.__cause__ if isinstance(error, UserError) else error
         if is_panic(cause):
             raise BrokenTokenizer(f"{what}: {cause}", where=where, hint=hint) from cause
+        if panics_only and type(cause) is Exception:  # as tokenizers raises, and hardly anyone else
+            raise UserError(f"{what}: {cause}", where=where, hint=hint) from cause
         if isinstance(cause, NotImplementedError):
             what = f"the tokenizer {name} does not say where its tokens stand in the text"
             raise UserError(what, where=where, hint="use a checkpoint with a tokenizer.json") from cause

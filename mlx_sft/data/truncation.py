@@ -70,10 +70,9 @@ def truncate(
     for row in np.unique(rows[too_long]).tolist():
         first, end = np.searchsorted(rows, [row, row + 1]).tolist()
         own = slice(first, end)
-        if compared:
-            note = _of_compared(examples, first, int(lengths[own].max()), max_length, overlong, kept=bool(kept[first]))
-        elif end - first == 1:
-            note = _of_one(examples, first, int(lengths[first]), max_length, overlong, kept=bool(kept[first]))
+        if compared or end - first == 1:
+            length, is_kept = int(lengths[own].max()), bool(kept[first])
+            note = _of_longest(examples, first, length, max_length, overlong, kept=is_kept, compared=compared)
         else:
             shortened = int((too_long & kept)[own].sum())
             note = _of_several(examples, first, end - first, shortened, int((~kept[own]).sum()), max_length)
@@ -110,23 +109,19 @@ def _tokens(examples: Examples) -> TokenColumn:
     return sum(examples.tokens(), EMPTY_COLUMN)
 
 
-def _of_one(examples: Examples, index: int, length: int, longest: int, overlong: Overlong, *, kept: bool) -> Note:
-    origin = examples.row_origin(index)
-    if kept:
-        return Note(origin, "truncated", f"{length} tokens, cut to {longest}")
-    if overlong not in ("truncate", None):
-        return Note(origin, "dropped", f"{length} tokens, more than {longest}")
-    return Note(origin, "dropped", f"none of its first {longest} tokens (of {length}) is supervised")
-
-
-def _of_compared(examples: Examples, first: int, length: int, longest: int, overlong: Overlong, *, kept: bool) -> Note:
-    """A row whose texts are compared; it is kept as long as all of them are."""
+def _of_longest(
+    examples: Examples, first: int, length: int, longest: int, overlong: Overlong, *, kept: bool, compared: bool
+) -> Note:
+    """A row with one example, or with several that are compared; it is kept as long as all of them are."""
     origin = examples.row_origin(first)
     if kept:
-        return Note(origin, "truncated", f"its longest text of {length} tokens, cut to {longest}")
+        return Note(origin, "truncated", f"{'its longest text of ' * compared}{length} tokens, cut to {longest}")
     if overlong not in ("truncate", None):
-        return Note(origin, "dropped", f"its longest text has {length} tokens, more than {longest}")
-    return Note(origin, "dropped", f"of one of its texts, none of the first {longest} tokens is supervised")
+        return Note(origin, "dropped", f"{'its longest text has ' * compared}{length} tokens, more than {longest}")
+    none = f"none of its first {longest} tokens (of {length}) is supervised"
+    if compared:
+        none = f"of one of its texts, none of the first {longest} tokens is supervised"
+    return Note(origin, "dropped", none)
 
 
 def _of_several(examples: Examples, first: int, number: int, shortened: int, dropped: int, longest: int) -> Note:

@@ -26,9 +26,8 @@ from mlx_sft.data.messages import Message, take_weights
 from mlx_sft.data.pipeline import NoProgress, ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.readers import Row
-from mlx_sft.data.roles import with_roles
-from mlx_sft.data.row_reader import RowReader
-from mlx_sft.data.source_report import reasons
+from mlx_sft.data.report import reasons
+from mlx_sft.data.row_reader import RowReader, with_roles
 from mlx_sft.data.sources import locate, split_weight
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
@@ -185,7 +184,7 @@ def _target(config: TrainConfig, path: str | Path, overwrite: bool) -> Path:
     if target.exists():
         named = [data for data, _ in specs] + ([config.valid] if config.valid else [])
         files = [file for data in named for source in locate(data).values() for file in source.files]
-        if any(target.samefile(file.path) for file in files):
+        if any(map(target.samefile, files)):
             hint = "give another name; the data itself stays as it is"
             raise UserError("this file is one of the data", where=where, hint=hint, exit_code=USAGE)
         if not overwrite:

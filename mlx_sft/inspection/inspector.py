@@ -11,7 +11,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
-from mlx_sft.data.template import todays_variables
+from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
 from mlx_sft.inspection import terminal
@@ -76,8 +76,7 @@ def ready(config: TrainConfig, tokenizer: Any = None) -> tuple[TrainConfig, Any]
         tokenizer = load_tokenizer(
             resolve_checkpoint(config.model, weights=False), config.chat_template, config.add_tokens
         )
-    variables = todays_variables(tokenizer) | config.chat_template_kwargs
-    return config.model_copy(update={"chat_template_kwargs": variables}), tokenizer
+    return with_todays_variables(config, tokenizer), tokenizer
 
 
 def without_limit(config: TrainConfig) -> TrainConfig:

@@ -16,9 +16,9 @@ from mlx_sft.data.encode import View
 from mlx_sft.data.mask.trace import NOBODY
 from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.readers import Row
+from mlx_sft.data.report import SourceReport
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.data.screening import SIGNS, SPECIAL_SIGN, signs_of
-from mlx_sft.data.source_report import SourceReport
 from mlx_sft.errors import UserError
 from mlx_sft.inspection.selection import FINDINGS, Part, Selection, SurveyedRows
 
@@ -93,16 +93,11 @@ class ShownExample:
         return sum(weight != 0 for weight in self.weights[: self.cut_at])
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "origin": self.origin,
-            "tokens": len(self.token_ids),
-            "supervised_tokens": self.supervised_tokens,
-            "cut_at": self.cut_at,
-            "turns": [turn.to_json() for turn in self.turns],
-            "pieces": self.pieces,
-            "token_ids": self.token_ids,
-            "weights": self.weights,
+        own = {
+            name: getattr(self, name)
+            for name in ("origin", "supervised_tokens", "cut_at", "pieces", "token_ids", "weights")
         }
+        return own | {"tokens": len(self.token_ids), "turns": [turn.to_json() for turn in self.turns]}
 
 
 @dataclass(frozen=True, slots=True)

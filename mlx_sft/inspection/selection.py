@@ -19,8 +19,8 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Note
 from mlx_sft.data.findings import FACT_FINDINGS
 from mlx_sft.data.prepare import PreparedData
+from mlx_sft.data.report import SourceReport
 from mlx_sft.data.screening import SIGNS
-from mlx_sft.data.source_report import SourceReport
 from mlx_sft.data.sources import Source
 from mlx_sft.errors import USAGE, UserError
 
@@ -78,7 +78,11 @@ class SurveyedRows:
     @cached_property
     def first_equals(self) -> dict[Part, NDArray[np.int64]]:
         """For each example of a part, the index of the first that equals it."""
-        return {part: _first_equals(examples) for part, examples in self.parts.items()}
+        found = {}
+        for part, examples in self.parts.items():
+            _, first, inverse = np.unique(examples.content_ids(), return_index=True, return_inverse=True)
+            found[part] = np.asarray(first[inverse], np.int64)
+        return found
 
     def numbers(self, part: Part) -> NDArray[np.int64]:
         """The row number of each example of a part, in order."""
@@ -108,11 +112,6 @@ class SurveyedRows:
         return "", []
 
 
-def _first_equals(examples: Examples) -> NDArray[np.int64]:
-    _, first, inverse = np.unique(examples.content_ids(), return_index=True, return_inverse=True)
-    return np.asarray(first[inverse], np.int64)
-
-
 def first_rows(rows: SurveyedRows, limit: int) -> Selection:
     """The first rows, whatever became of them."""
     return set(range(min(limit, rows.count)))
@@ -132,7 +131,8 @@ def row_named(rows: SurveyedRows, name: str) -> Selection:
         raise UserError(f"not the name of a row: {name}", hint=hint, exit_code=USAGE)
     asked, number = parts[1], parts[2].lstrip("0") or "0"
     selection: Selection = set()
-    named = [(index, name) for index, source in enumerate(rows.located) for name in _files_of(source)]
+    # What the origins of a source's rows begin with.
+    named = [(index, str(file)) for index, one in enumerate(rows.located) for file in one.files or (one.name,)]
     for index, file in named:
         if not asked or file == asked or file.endswith(f"/{asked}"):
             selection |= {(index, f"{file}:{number}"), (index, f"{file}[{number}]")}
@@ -140,11 +140,6 @@ def row_named(rows: SurveyedRows, name: str) -> Selection:
         known = ", ".join(file for _, file in named)
         raise UserError(f"no data is called {asked}", hint=f"there is {known}", exit_code=USAGE)
     return selection
-
-
-def _files_of(source: Source) -> list[str]:
-    """What the origins of its rows begin with."""
-    return [file.name for file in source.files] or [source.name]
 
 
 def rows_of_kind(rows: SurveyedRows, kind: str, limit: int) -> Selection:

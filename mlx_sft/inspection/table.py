@@ -9,16 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.findings import ORIGINS_NAMED, first_of
 from mlx_sft.data.key_counts import columns, unused_keys
-from mlx_sft.data.lengths import histogram, length_summary
-from mlx_sft.data.part_report import PartReport
-from mlx_sft.data.report import DataReport
+from mlx_sft.data.part_report import PartReport, histogram, length_summary
+from mlx_sft.data.report import DataReport, reasons
 from mlx_sft.data.screening import SIGN_MEANINGS
-from mlx_sft.data.source_report import fates, reasons
 
 
 def table(report: DataReport, whole: Sequence[Examples], max_length: int) -> dict[str, Any]:
@@ -28,27 +24,22 @@ def table(report: DataReport, whole: Sequence[Examples], max_length: int) -> dic
         report: Of the data within max_length.
         whole: The examples of each part before anything was cut or dropped for its length.
     """
-    lengths = np.concatenate([examples.lengths for examples in whole])
-    supervised = np.concatenate([examples.supervised_tokens for examples in whole])
-    tokens, supervised_tokens = int(lengths.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64))
-    train, valid = report.train, report.valid
+    uncut = Examples.joined(whole)
+    train, valid, both = report.train, report.valid, PartReport.of(uncut)
     return {
-        "rows": fates(report),
-        "sources": [{"name": source.name, "format": source.format} | fates(source) for source in report.sources],
+        "rows": report.fates,
+        "sources": [{"name": source.name, "format": source.format} | source.fates for source in report.sources],
         "train": _part(train),
         "valid": _part(valid),
         "validation_rows_also_in_train": report.shared,
-        "examples": len(lengths),
-        "tokens": tokens,
-        "supervised_tokens": supervised_tokens,
-        "supervised_share": round(supervised_tokens / tokens, 4) if tokens else 0.0,
-        "lengths": length_summary(lengths),
-        "histogram": histogram(lengths),
-        "supervised_lengths": length_summary(supervised),
-        "supervised_histogram": histogram(supervised),
+        **_part(both),
+        "lengths": both.lengths,
+        "histogram": both.histogram,
+        "supervised_lengths": length_summary(uncut.supervised_tokens),
+        "supervised_histogram": histogram(uncut.supervised_tokens),
         "max_length": max_length,
         "too_long": {
-            "examples": int((lengths > max_length).sum()),
+            "examples": int((uncut.lengths > max_length).sum()),
             "split": report.split,
             "tokens_lost": report.tokens.cut_off.all + report.tokens.dropped.all,
             "supervised_tokens_lost": report.tokens.supervised_lost,
@@ -58,11 +49,11 @@ def table(report: DataReport, whole: Sequence[Examples], max_length: int) -> dic
             "count": train.duplicates + valid.duplicates,
             "origins": first_of([train.first_duplicates, valid.first_duplicates]),
         },
-        "longest": _longest(whole),
+        "longest": both.longest,
         "signs": _signs([train, valid]),
         "keys": columns(report.keys),
         "unused_keys": [key.to_json() for key in unused_keys(report.keys)],
-        "reasons": reasons(note for source in report.sources for note in source.notes),
+        "reasons": reasons(report.notes),
         "template": asdict(report.facts),
         "findings": [finding.to_json() for finding in report.findings()],
         "warnings": report.warnings(),
@@ -76,14 +67,6 @@ def _part(part: PartReport) -> dict[str, Any]:
         "supervised_tokens": part.supervised_tokens,
         "supervised_share": round(part.supervised_share, 4),
     }
-
-
-def _longest(whole: Sequence[Examples]) -> list[dict[str, Any]]:
-    found = []
-    for examples in whole:
-        order = np.argsort(-examples.lengths.astype(np.int64), kind="stable")[:ORIGINS_NAMED]
-        found += [{"origin": examples[i].origin, "tokens": int(examples.lengths[i])} for i in order.tolist()]
-    return sorted(found, key=lambda row: -row["tokens"])[:ORIGINS_NAMED]
 
 
 def _signs(parts: Sequence[PartReport]) -> dict[str, dict[str, Any]]:

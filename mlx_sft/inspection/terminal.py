@@ -117,7 +117,8 @@ def _fates(table: dict[str, Any]) -> Pieces:
 
 
 def _facts(table: dict[str, Any]) -> Pieces:
-    train, valid, lengths = table["train"], table["valid"], table["lengths"]
+    train, valid, equal = table["train"], table["valid"], table["duplicates"]
+    lengths = {f"{name[1:]}%" if name[1:].isdecimal() else name: value for name, value in table["lengths"].items()}
     one = "example" if train["examples"] + valid["examples"] > table["rows"]["kept"] else "row"
     shown = {
         "to train on": f"{many(train['examples'], one)}, {many(train['tokens'], 'token')}, "
@@ -125,9 +126,9 @@ def _facts(table: dict[str, Any]) -> Pieces:
         "held out": f"{many(valid['examples'], one)}, {many(valid['tokens'], 'token')}" if valid["examples"] else "",
         "tokens": _columns(table["token_columns"]),
         "keys": "; ".join(f"of a {owner}: {_columns(counts)}" for owner, counts in table["keys"].items()),
-        "lengths": "  ".join(f"{_percent(name)} {value:,}" for name, value in lengths.items()),
+        "lengths": "  ".join(f"{name} {value:,}" for name, value in lengths.items()),
         "too long": _too_long(table),
-        "duplicates": _with_origins(table["duplicates"]),
+        "duplicates": f"{equal['count']:,}: {_some(equal['origins'])}" if equal["count"] else "none",
         "longest": ", ".join(f"{row['origin']} ({row['tokens']:,})" for row in table["longest"][:3]),
     }
     width = max(map(len, shown))
@@ -153,10 +154,6 @@ def _columns(counts: dict[str, Any]) -> str:
     return f"{shown['all']:,} = {' + '.join(columns)}"
 
 
-def _percent(name: str) -> str:
-    return f"{name[1:]}%" if name[1:].isdecimal() else name
-
-
 def _too_long(table: dict[str, Any]) -> str:
     lost = table["too_long"]
     limit = f"{table['max_length']:,} tokens"
@@ -167,10 +164,6 @@ def _too_long(table: dict[str, Any]) -> str:
         f"{lost['examples']:,} of more than {limit}{split}; {lost['tokens_lost']:,} tokens are lost, "
         f"{lost['supervised_tokens_lost']:,} of them supervised"
     )
-
-
-def _with_origins(found: dict[str, Any]) -> str:
-    return f"{found['count']:,}: {_some(found['origins'])}" if found["count"] else "none"
 
 
 def _some(origins: list[str]) -> str:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -74,29 +74,6 @@ class WholeWeight(WeightEdit):
         if expert is not None:
             raise NotImplementedError("a method that changes experts has `edits` of its own")
         return np.array(self.method.changed_weight(self.name, mx.array(base(start, stop)), self.parameters), np.float32)
-
-
-class Binder(Protocol):
-    """What a forward pass needs to know of a method."""
-
-    @property
-    def virtual_tokens(self) -> int:
-        """See `Method.virtual_tokens`."""
-
-    def in_head(self, name: str) -> bool:
-        """See `Method.in_head`."""
-
-    def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
-        """Put parameters (all, or some of them) into the model; a random key switches dropout on."""
-
-    def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
-        """[rows, width] → hidden states [rows, width, hidden]."""
-
-    def rounded(self, parameters: Parameters) -> Parameters:
-        """See `Method.rounded`."""
-
-    def unrounded(self, gradients: Parameters) -> Parameters:
-        """See `Method.rounded`."""
 
 
 class Method:
@@ -270,7 +247,7 @@ class Method:
     @classmethod
     def read(cls, folder: Path) -> tuple[Method, Parameters]:
         """What `write` wrote, float32; raises `UserError` where it is not whole."""
-        stated = read_json(checked(folder) / _SETTINGS)
+        stated = read_json(checked(folder, for_libraries=False) / _SETTINGS)
         try:
             method = cls(cls.Settings(**stated["settings"]))
         except (KeyError, TypeError, ValueError) as error:
@@ -384,7 +361,6 @@ def _check_same(trained: Parameters, model: Parameters, where: Path) -> None:
 
 __all__ = [
     "ENTRIES",
-    "Binder",
     "Method",
     "Parameters",
     "Rows",

@@ -33,6 +33,7 @@ from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
 from mlx_sft.methods.peft_forms import check_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.results import refuse_unfinished_result, result_folder
+from mlx_sft.methods.token_rows import ROWS, is_rows
 from mlx_sft.model.head import HEAD, tied_embedding
 from mlx_sft.model.linears import weight_shape
 from mlx_sft.model.load import local_checkpoint
@@ -108,9 +109,8 @@ class AdapterCheck:
 
     def describe(self) -> str:
         """For a person."""
-        shape = (
-            f", rank {_some(self.ranks)}, alpha {_some(self.alphas)}, scale {_some(self.scales)}" if self.ranks else ""
-        )
+        ranks, alphas, scales = map(_some, (self.ranks, self.alphas, self.scales))
+        shape = f", rank {ranks}, alpha {alphas}, scale {scales}" if self.ranks else ""
         lines = [
             f"{self.folder}: {self.title} in {self.form}'s files{shape}",
             f"  {self.tensors} tensors, {count(self.numbers)} parameters, on {_in_few_words(self.modules)}",
@@ -166,8 +166,7 @@ def check_adapter(folder: str | Path, model: str | None = None) -> AdapterCheck:
         raise UserError("this model is not on this disk", where=name, hint="give the place of its base with --model")
     if not issubclass(kind, Lora):
         return _checked_as_a_whole(where, name, base, *kind.read(where))
-    method, parameters = Lora.read(where)
-    return _Look(where, name, base, method, parameters).result()
+    return _Look(where, name, base, *Lora.read(where)).result()
 
 
 def _checked_as_a_whole(where: Path, name: str, base: Path, method: Method, parameters: Parameters) -> AdapterCheck:
@@ -213,6 +212,8 @@ class _Look:
         settings, parameters = self.method.settings, self.parameters
         modules = _modules(parameters)
         adapted = [module for module in modules if f"{module}.{HALVES[0]}" in parameters]
+        rows = {name.removesuffix(ROWS): len(value) for name, value in parameters.items() if is_rows(name)}
+        self.notes += [f"it has the rows of {count(number)} tokens in {module}" for module, number in rows.items()]
         problems: dict[str, list[Problem] | None] = {OURS: self._ours()}
         problems[PEFT] = self._peft()
         problems[MLX_LM] = self._mlx_lm()
@@ -225,7 +226,7 @@ class _Look:
             tensors=len(parameters),
             numbers=sum(value.size for value in parameters.values()),
             modules=modules,
-            trained_in_full=[module for module in modules if module not in adapted],
+            trained_in_full=[module for module in modules if module not in {*adapted, *rows}],
             ranks=sorted({settings.rank_of(module) for module in adapted}),
             alphas=sorted({settings.alpha_of(module) for module in adapted}),
             scales=sorted({settings.scale_of(module) for module in adapted}),
@@ -356,7 +357,9 @@ def _is_tied(base: Path) -> bool:
 
 
 def _modules(parameters: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
+    return list(
+        dict.fromkeys(name.removesuffix(ROWS) if is_rows(name) else name.rpartition(".")[0] for name in parameters)
+    )
 
 
 def _is_idle(module: str, settings: LoraSettings, parameters: Parameters) -> bool:

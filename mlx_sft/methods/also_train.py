@@ -3,29 +3,38 @@
     frozen module, quantized or not ─► a copy in its place, of plain numbers ─► its weights are trained as they are, in float32
 
 Where a model ties its head to its embeddings both names must be given, because they are one weight. PEFT takes one name alone for a copy
-of the embeddings under a head that stays as it was; then the model is tied no more.
+of the embeddings under a head that stays as it was; then the model is tied no more. In its files a tied weight is there under both names:
+
+    model.embed_tokens.weight, and no lm_head.weight where both are named: one weight  ⇄  both tensors, and `ensure_weight_tying`
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
 from mlx_sft.methods.lora_settings import DELTA, HALVES, MAGNITUDE, is_embedding, is_named
-from mlx_sft.model.head import HEAD, tied_embedding
+from mlx_sft.model.head import HEAD, HEAD_WEIGHT, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.quantize import dequantized
+from mlx_sft.model.vocabulary import EMBEDDINGS
 
-_ORIGINAL = "_original"
+ORIGINAL = "_original"
+"""The attribute of a copy that is the module in whose place it is."""
+
+Place = tuple[nn.Module, str, mx.Dtype]
+"""Where a parameter is in a model: a module, the name of its weight there, and the precision in which it is bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,41 +47,24 @@ class NewWeight(WeightEdit):
         return self.trained[start:stop]
 
 
-class WholeModules:
-    """The modules of a model that are trained in full. Parameters: `<module>.weight`, and `.bias` where it has one, float32."""
+def attach_whole(model: nn.Module, dtype: mx.Dtype, names: Iterable[str]) -> dict[str, Place]:
+    """Put copies in the place of modules that are trained in full; raises `UserError` for a name that there is no such module of.
 
-    def __init__(self) -> None:
-        self._places: dict[str, tuple[nn.Module, str, mx.Dtype]] = {}
+    Args:
+        dtype: The model's precision.
+        names: Module names, or the ends of them.
 
-    def attach(
-        self,
-        model: nn.Module,
-        dtype: mx.Dtype,
-        names: Iterable[str],
-        replace: Callable[[nn.Module, str, nn.Module], None],
-    ) -> Parameters:
-        """Put copies in the place of the modules; raises `UserError` for a name that there is no such module of.
-
-        Args:
-            dtype: The model's precision.
-            names: Module names, or the ends of them.
-            replace: Puts a module at a path of the model.
-        """
-        self._places = {}
-        parameters: Parameters = {}
-        for name, path, module in whole_modules(model, names):
-            copy = _trained_copy(module, dtype)
-            replace(model, path, copy)
-            for part, value in copy.items():
-                self._places[f"{name}.{part}"] = (copy, part, value.dtype)
-                parameters[f"{name}.{part}"] = value.astype(mx.float32)
-        return parameters
-
-    def bind(self, parameters: Parameters) -> None:
-        """Those of the parameters that are theirs, in the precision of the model."""
-        for name, (module, part, dtype) in self._places.items():
-            if name in parameters:
-                module[part] = parameters[name].astype(dtype)
+    Returns:
+        The place of each parameter: `<module>.weight`, and `.bias` where it has one.
+    """
+    places: dict[str, Place] = {}
+    for name, path, module in whole_modules(model, names):
+        copy = plain_copy(module, dtype)
+        vars(copy)[ORIGINAL] = module
+        vars(copy)["_no_grad"] = set()
+        model.update_modules(tree_unflatten([(path, copy)]))
+        places |= {f"{name}.{part}": (copy, part, value.dtype) for part, value in copy.items()}
+    return places
 
 
 def is_whole(name: str) -> bool:
@@ -103,25 +95,6 @@ def whole_modules(model: nn.Module, names: Iterable[str]) -> list[tuple[str, str
     return found
 
 
-def put_back(model: nn.Module, replace: Callable[[nn.Module, str, nn.Module], None]) -> Callable[[], None]:
-    """The modules as they were before; calling the result puts the trained copies back."""
-    copies = {path: module for path, module in model.named_modules() if _ORIGINAL in vars(module)}
-    for path, copy in copies.items():
-        replace(model, path, vars(copy)[_ORIGINAL])
-
-    def again() -> None:
-        for path, copy in copies.items():
-            replace(model, path, copy)
-
-    return again
-
-
-def forget_originals(model: nn.Module) -> None:
-    """Let go of the modules as they were, so that their weights leave the memory."""
-    for module in model.modules():
-        vars(module).pop(_ORIGINAL, None)
-
-
 def new_weights(parameters: Parameters, also: Iterable[str]) -> dict[str, WeightEdit]:
     """What becomes of the weights of such modules; `also` are the names that were given."""
     edits: dict[str, WeightEdit] = {}
@@ -129,13 +102,13 @@ def new_weights(parameters: Parameters, also: Iterable[str]) -> dict[str, Weight
         if is_whole(name):
             edits[name] = NewWeight(shape=value.shape, trained=np.array(value, np.float32))
     if (tied := tied_weight(parameters, also)) is not None:  # a checkpoint may store a tied head besides the embeddings
-        edits[f"{HEAD}.weight"] = NewWeight(shape=tied.shape, optional=True, trained=np.array(tied, np.float32))
+        edits[HEAD_WEIGHT] = NewWeight(shape=tied.shape, optional=True, trained=np.array(tied, np.float32))
     return edits
 
 
 def tied_weight(parameters: Parameters, also: Iterable[str]) -> mx.array | None:
     """The weight of embeddings and head, where these are one that is trained; None where they are not."""
-    if HEAD not in also or f"{HEAD}.weight" in parameters:
+    if HEAD not in also or HEAD_WEIGHT in parameters:
         return None
     weights = {name.removesuffix(".weight"): value for name, value in parameters.items() if name.endswith(".weight")}
     embeddings = [value for name, value in weights.items() if is_embedding(name)]
@@ -170,9 +143,52 @@ def plain_copy(module: Any, dtype: mx.Dtype, part: Callable[[mx.array], mx.array
     return copy
 
 
-def _trained_copy(module: Any, dtype: mx.Dtype) -> nn.Module:
-    """A copy with weights of its own, not frozen."""
-    copy = plain_copy(module, dtype)
-    vars(copy)[_ORIGINAL] = module
-    vars(copy)["_no_grad"] = set()
-    return copy
+# PEFT's files
+
+
+def modules_to_save(also: Sequence[str], parameters: Parameters, written: Callable[[str], str]) -> dict[str, Any]:
+    """What PEFT's config says of the modules that are trained in full.
+
+    Embeddings and head go by the names that PEFT knows, others by full names, since it takes any module whose name ends so.
+
+    Args:
+        also: The names that training was given.
+        written: The name of a module in the class that opens the base, by its name here.
+    """
+    saved = sorted({_short(written(name.rpartition(".")[0])) for name in parameters if is_whole(name)})
+    tied = tied_weight(parameters, also) is not None
+    return {"modules_to_save": saved or None} | ({"ensure_weight_tying": True} if tied else {})
+
+
+def saved_weight(name: str, config: dict[str, Any]) -> str | None:
+    """The name of a tensor, without what PEFT puts before it, where it is a weight of such a module; None for any other."""
+    module = name.rpartition(".")[0]
+    saved = config.get("modules_to_save")
+    ends = [end for end in saved if isinstance(end, str) and end] if isinstance(saved, list) else []
+    if ends and config.get("ensure_weight_tying"):
+        ends.append(HEAD)
+    return name if is_whole(name) and any(module.endswith(end) for end in ends) else None
+
+
+def saved_modules(config: dict[str, Any], weights: Parameters, where: Path) -> list[str]:
+    """The modules that are trained in full, by the names that training would be given. Of a weight that is tied, `weights` loses the copy.
+
+    Raises:
+        UserError: Where a module has no weight in the file.
+    """
+    modules = {name.rpartition(".")[0] for name in weights}
+    for end in config.get("modules_to_save") or []:
+        if not any(module.endswith(end) for module in modules):
+            raise UserError(f"modules_to_save names {end}, and no weight of it is there", where=str(where))
+    head = weights.get(HEAD_WEIGHT)
+    if config.get("ensure_weight_tying") and head is not None:
+        del weights[HEAD_WEIGHT]
+        tied = tied_weight(weights, [HEAD])
+        if tied is None or not mx.array_equal(tied, head):  # of a model that has a head of its own
+            weights[HEAD_WEIGHT] = head
+    return sorted(map(_short, modules))
+
+
+def _short(module: str) -> str:
+    end = module.rpartition(".")[2]
+    return end if end in (EMBEDDINGS, HEAD) else module

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method, Parameters, Rows, WeightEdit
 from mlx_sft.methods.layers import LayersSettings, chosen_layers, layer_number, layer_prefixes, written_layers
-from mlx_sft.model.head import floating_weights, repeated_layers
+from mlx_sft.model.head import HEAD_WEIGHT, floating_weights, repeated_layers
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.names import transformers_name
 from mlx_sft.safetensors_file import StoredTensor, open_safetensors, read_arrays, read_rows, write_arrays
@@ -28,7 +28,7 @@ from mlx_sft.writing import make_folder, write_file_with
 
 WEIGHTS_FILE = "model.safetensors"
 
-_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDINGS = "model.embed_tokens.weight"
 
 _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
@@ -119,12 +119,11 @@ class Full(Method):
 
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
-        trained = {tensor.name: tensor for tensor in open_safetensors(folder / WEIGHTS_FILE).tensors}
-        edits: dict[str, WeightEdit] = {n: Replacement(shape=t.shape, trained=t) for n, t in trained.items()}
+        trained = open_safetensors(folder / WEIGHTS_FILE).tensors
+        edits: dict[str, WeightEdit] = {one.name: Replacement(shape=one.shape, trained=one) for one in trained}
         # A checkpoint may store a tied head besides the embeddings; a stale copy would no longer be tied.
-        if _EMBEDDINGS in trained and _HEAD not in trained:
-            tied = trained[_EMBEDDINGS]
-            edits[_HEAD] = Replacement(shape=tied.shape, optional=True, trained=tied)
+        if _EMBEDDINGS in edits and HEAD_WEIGHT not in edits:
+            edits[HEAD_WEIGHT] = replace(edits[_EMBEDDINGS], optional=True)
         return edits
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:

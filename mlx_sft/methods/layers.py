@@ -64,17 +64,14 @@ def written_layers(numbers: Iterable[int]) -> str:
 def chosen_layers(layers: str, number: int) -> list[int]:
     """The layers that a setting names in a model with so many; raises `UserError` for one that the model does not have."""
     chosen: set[int] = set()
-    for part in layers.split(","):
-        found = _PART.fullmatch(part)
-        if found is None:
-            raise UserError(f"{part!r} does not name layers", where="layers", hint=_EXAMPLE, exit_code=USAGE)
+    for found in _PART.finditer(layers):  # it is readable, as the settings are
         if found["end"]:
             count = int(found["count"])
             named = range(count) if found["end"] == "first" else range(number - count, number)
         else:
             named = range(int(found["low"]), int(found["high"] or found["low"]) + 1)
         if named.start < 0 or named.stop > number:
-            what = f"{part}: this model has {number} layers, 0 to {number - 1}"
+            what = f"{found[0]}: this model has {number} layers, 0 to {number - 1}"
             hint = f"give some of them, such as last:{min(4, number)}"
             raise UserError(what, where="layers", hint=hint, exit_code=USAGE)
         chosen.update(named)

@@ -14,15 +14,16 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Method, Parameters, WeightEdit, mlx_lm_files
 from mlx_sft.methods.also_train import (
-    WholeModules,
-    forget_originals,
+    ORIGINAL,
+    Place,
+    attach_whole,
     is_whole,
     new_weights,
-    put_back,
     tied_weight,
     whole_modules,
 )
@@ -30,20 +31,12 @@ from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
 from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
-from mlx_sft.methods.lora_targets import EMBEDDING_KINDS, adaptable, adapted_modules, check_patterns
-from mlx_sft.methods.peft_files import (
-    CONFIG,
-    base_copies,
-    base_model_name,
-    names_begin,
-    on_parameters,
-    read_adapter,
-    write_adapter,
-)
+from mlx_sft.methods.lora_targets import adaptable, adapted_modules, check_patterns
+from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, read_beside, write_adapter
 from mlx_sft.methods.peft_forms import on_modules, refuse_other_copies
 from mlx_sft.methods.peft_rules import in_a_layer
-from mlx_sft.methods.token_rows import TokenRows, TrainedRows, changed_rows, on_model, row_edits, weights_of_rows
-from mlx_sft.model.head import HEAD, embedding_names, floating_weights, tied_embedding
+from mlx_sft.methods.token_rows import TokenRows, attach_rows, changed_rows, on_model, row_edits, weights_of_rows
+from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, floating_weights, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized, weight_shape
 from mlx_sft.model.outline import is_outline
 from mlx_sft.model.quantize import plain_weight
@@ -70,8 +63,8 @@ class Lora(Method):
     def __init__(self, settings: LoraSettings | None = None) -> None:
         super().__init__(settings)
         self.modules: dict[str, LoraLinear] = {}
-        self._whole = WholeModules()
-        self._rows = TrainedRows()
+        self._places: dict[str, Place] = {}
+        """Of the weights and rows that are trained as they are."""
         self._dtype = mx.float32
         """Of the model."""
         self.names_begin: str | None = None
@@ -90,13 +83,13 @@ class Lora(Method):
         return self.settings.dropout > 0
 
     def for_new_tokens(self, token_ids: Sequence[int], *, from_adapter: bool) -> dict[str, Any]:
-        asked, also = self.settings.train_new_tokens, {name.rpartition(".")[2] for name in self.settings.also_train}
+        asked = self.settings.train_new_tokens
         if asked is True and not token_ids:
             what = "--train-new-tokens, and there are no new tokens"
             raise UserError(what, where="train_new_tokens", hint="name them with --add-tokens FILE", exit_code=USAGE)
         if asked is True:
             return {"train_new_tokens": {role: list(token_ids) for role in (EMBEDDINGS, HEAD)}}
-        if token_ids and not (asked or from_adapter or also & {name.rpartition(".")[2] for name in embedding_names()}):
+        if token_ids and not (asked or from_adapter or any(map(is_embedding, self.settings.also_train))):
             what = "nothing would train the embeddings of the new tokens, so that they would mean nothing"
             hint = f"give --train-new-tokens, or --also-train {EMBEDDINGS},{HEAD}"
             raise UserError(what, where="add_tokens", hint=hint, exit_code=USAGE)
@@ -125,12 +118,14 @@ class Lora(Method):
             shape = self.settings.rank_of(name), self.settings.scale_of(name), self.settings.dropout
             kind = self._kind(name, linear)
             if kind is LoraTiedHead:  # around the embeddings, whatever they have of their own
-                self.modules[name] = LoraTiedHead(_module_at(model, path), *shape, weight_shape(linear))
+                inner = next((one for one in self.modules.values() if one.linear is linear), linear)
+                self.modules[name] = LoraTiedHead(inner, *shape, weight_shape(linear))
             else:
                 self.modules[name] = kind(linear, *shape)
-            _replace(model, path, self.modules[name])
-        whole = self._whole.attach(model, self._dtype, self.settings.also_train, _replace)
-        whole |= self._rows.attach(model, self._dtype, self.settings.token_rows, _replace)
+            _put(model, path, self.modules[name])
+        self._places = attach_whole(model, self._dtype, self.settings.also_train)
+        self._places |= attach_rows(model, self._dtype, self.settings.token_rows)
+        whole = {name: module[part].astype(mx.float32) for name, (module, part, _) in self._places.items()}
         # Whole weights first: MLX computes gradients in this order, and those of embeddings last would find all others still there.
         parameters = whole | self._initial(seed)
         self.bind(model, parameters)
@@ -145,8 +140,9 @@ class Lora(Method):
             if given:  # binding some of them, as a head does, leaves the others' dropout alone
                 module.update(given)
                 module.drop_with(module_key)
-        self._whole.bind(parameters)
-        self._rows.bind(parameters)
+        for name, (place, part, dtype) in self._places.items():
+            if name in parameters:
+                place[part] = parameters[name].astype(dtype)
 
     def rounded(self, parameters: Parameters) -> Parameters:
         if self._dtype == mx.float32:
@@ -169,21 +165,20 @@ class Lora(Method):
 
     @staticmethod
     def detach(model: nn.Module) -> Callable[[], None]:
-        taken = {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear | TokenRows)}
+        taken = {path: module for path, module in model.named_modules() if _before(module) is not None}
         taken = dict(sorted(taken.items()))  # a tied head before the embeddings inside of it
         for path, module in reversed(taken.items()):
-            _replace(model, path, module.frozen if isinstance(module, TokenRows) else module.linear)
-        put_whole_back = put_back(model, _replace)
+            _put(model, path, _before(module))
 
         def again() -> None:
             for path, module in taken.items():
-                _replace(model, path, module)
-            put_whole_back()
+                _put(model, path, module)
 
         return again
 
     def release(self, model: nn.Module) -> None:
-        forget_originals(model)
+        for module in model.modules():
+            vars(module).pop(ORIGINAL, None)
 
     def changed_shapes(self, parameters: Parameters) -> Mapping[str, tuple[int, ...] | None]:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in parameters if is_lora(name))
@@ -241,9 +236,7 @@ class Lora(Method):
             return method, parameters
         settings, parameters = read_adapter(folder)
         method = cls(settings)
-        method.names_begin = names_begin(folder)
-        method.base_copies = base_copies(folder)
-        method.on_parameters = on_parameters(folder)
+        method.names_begin, method.base_copies, method.on_parameters = read_beside(folder)
         return method, parameters
 
     def needs_model(self, trained: Parameters) -> bool:
@@ -258,8 +251,8 @@ class Lora(Method):
             weights = {name: plain_weight(module) for name, module in places.items()}
             refuse_other_copies(self.base_copies, weights, where, rounded=any(map(is_quantized, places.values())))
         if self.on_parameters:
-            found = on_modules(model, self.settings, trained, self.on_parameters)
-            self.settings, trained, self._shared = found.settings, found.parameters, found.shared
+            of_modules = on_modules(model, self.settings, trained, self.on_parameters)
+            self.settings, trained, self._shared = of_modules
         tied = tied_embedding(model)
         if self._as_in_mlx_lm and f"{tied}.lora_A" in trained:
             halves = {f"{HEAD}.lora_A": trained[f"{tied}.lora_B"].T, f"{HEAD}.lora_B": trained[f"{tied}.lora_A"].T}
@@ -362,18 +355,12 @@ class Lora(Method):
         return parameters
 
 
-def _module_at(model: nn.Module, path: str) -> Any:
-    found: Any = model
-    for part in path.split("."):
-        found = found[_key(found, part)]
-    return found
+def _put(model: nn.Module, path: str, module: Any) -> None:
+    model.update_modules(tree_unflatten([(path, module)]))
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, name = path.split(".")
-    owner = _module_at(model, ".".join(parents)) if parents else model
-    owner[_key(owner, name)] = module
-
-
-def _key(owner: Any, part: str) -> str | int:
-    return int(part) if isinstance(owner, list) else part
+def _before(module: Any) -> Any:
+    """What was in a model where a module of this method's is now; None for any other module."""
+    if isinstance(module, LoraLinear):
+        return module.linear
+    return module.frozen if isinstance(module, TokenRows) else vars(module).get(ORIGINAL)

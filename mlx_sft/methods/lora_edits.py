@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.methods import Parameters, Rows, WeightEdit
 from mlx_sft.methods.lora_settings import HALVES, is_embedding
-from mlx_sft.model.head import HEAD
+from mlx_sft.model.head import HEAD_WEIGHT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,6 @@ class LowRankUpdate(WeightEdit):
     lora_B: NDArray[np.float32]
     scale: float
     magnitudes: NDArray[np.float32] | None
-
-    def is_same(self, other: LowRankUpdate) -> bool:
-        """Whether another weight is changed alike."""
-        halves = ((self.lora_A, other.lora_A), (self.lora_B, other.lora_B))
-        return self.scale == other.scale and all(np.array_equal(one, two) for one, two in halves)
 
     def rows(self, base: Rows, start: int, stop: int, expert: int | None = None) -> NDArray[np.float32]:
         lora_A, lora_B = (self.lora_A, self.lora_B) if expert is None else (self.lora_A[expert], self.lora_B[expert])
@@ -49,8 +44,9 @@ def as_one_weight(edits: dict[str, WeightEdit]) -> dict[str, WeightEdit]:
     uses = {
         name: edit
         for name, edit in edits.items()
-        if isinstance(edit, LowRankUpdate) and (name == f"{HEAD}.weight" or is_embedding(name.removesuffix(".weight")))
+        if isinstance(edit, LowRankUpdate) and (name == HEAD_WEIGHT or is_embedding(name.removesuffix(".weight")))
     }
-    if len(uses) == 2 and LowRankUpdate.is_same(*uses.values()):
-        return edits | {f"{HEAD}.weight": replace(uses[f"{HEAD}.weight"], optional=True)}
+    changes = [(edit.scale, edit.lora_A, edit.lora_B) for edit in uses.values()]
+    if len(changes) == 2 and all(map(np.array_equal, *changes)):
+        return edits | {HEAD_WEIGHT: replace(uses[HEAD_WEIGHT], optional=True)}
     return edits | {name: replace(edit, alone=True) for name, edit in uses.items()}

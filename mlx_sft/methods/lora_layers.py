@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sft.model.linears import is_quantized, weight_shape
-from mlx_sft.model.quantize import dequantized
+from mlx_sft.model.linears import weight_shape
+from mlx_sft.model.quantize import plain_weight
 
 
 class LoraLinear(nn.Module):
@@ -85,8 +85,7 @@ class DoraLinear(LoraLinear):
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
         super().__init__(linear, rank, scale, dropout)
-        weight = (dequantized(linear) if is_quantized(linear) else linear.weight).astype(mx.float32)
-        self._squares = mx.square(weight).sum(axis=1)
+        self._squares = mx.square(plain_weight(linear).astype(mx.float32)).sum(axis=1)
         self.lora_magnitude_vector = mx.sqrt(self._squares)
 
     @property

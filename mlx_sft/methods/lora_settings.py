@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
 from mlx_sft.methods.layers import LayersSettings
 from mlx_sft.model.head import EMBEDDING_NAMES
@@ -52,7 +52,7 @@ class LoraSettings(LayersSettings):
 
     @field_validator("rank_pattern", "alpha_pattern", mode="before")
     @classmethod
-    def _patterns(cls, value: Any, info: ValidationInfo) -> Any:
+    def _patterns(cls, value: Any) -> Any:
         return split_pairs(value, "down_proj=32,q_proj=8")
 
     @field_validator("also_train", mode="before")

@@ -10,12 +10,10 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods.also_train import whole_modules
 from mlx_sft.methods.layers import in_layers
 from mlx_sft.methods.lora_settings import GROUPS, LoraSettings, is_embedding, is_named
-from mlx_sft.model.head import HEAD, tied_embedding
+from mlx_sft.methods.peft_rules import ROUTERS
+from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, tied_embedding
 from mlx_sft.model.linears import is_joined, linear_modules
 from mlx_sft.model.names import EXPERTS_PART, transformers_name
-
-_ROUTERS = ("gate", "router")
-"""What the module beside experts is called that chooses among them."""
 
 
 def check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
@@ -25,9 +23,6 @@ def check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
             if not any(is_named(name, key) for name in chosen):
                 hint = f"these are: {', '.join(sorted({name.rpartition('.')[2] for name in chosen}))}"
                 raise UserError(f"no module that is trained is named {key}", where=where, hint=hint)
-
-
-EMBEDDING_KINDS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 def adaptable(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
@@ -42,26 +37,21 @@ def adaptable(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 
 def adapted_modules(model: nn.Module, settings: LoraSettings) -> list[str]:
-    """The names in transformers of the modules that get an adapter, in the model's order."""
+    """The names in transformers of the modules that get an adapter, in the model's order.
+
+    `all-linear` is every linear module but the output head, as in PEFT, but the routers that choose experts, which are none there, and but
+    those whose weights the checkpoint holds inside of other tensors.
+    """
     in_full = {name for name, _, _ in whole_modules(model, settings.also_train)}
     linears = adaptable(model)
     names = in_layers(model, linears, settings.layers)
     return _chosen({name: linears[name] for name in names if name not in in_full}, settings.targets)
 
 
-def resolve_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """The names in transformers of the modules that targets stand for, in the model's order.
-
-    `all-linear` is every linear module but the output head, as in PEFT, but the routers that choose experts, which are none there, and but
-    those whose weights the checkpoint holds inside of other tensors.
-    """
-    return adapted_modules(model, LoraSettings(target=list(targets)))
-
-
 def _chosen(linears: Mapping[str, tuple[str, nn.Module]], targets: tuple[str, ...]) -> list[str]:
     names = list(linears)
     routed = {name.partition(EXPERTS_PART)[0] for name in names if EXPERTS_PART in name}
-    routers = {f"{block}.{router}" for block in routed for router in _ROUTERS}
+    routers = {f"{block}.{router}" for block in routed for router in ROUTERS}
     joined = {name for name, (_, module) in linears.items() if is_joined(module)}
     numbered = (name for name in names if any(part.isdigit() for part in name.split(".")))
     inner = [n for n in numbered if n not in joined and not any(f"{n}.".startswith(f"{router}.") for router in routers)]

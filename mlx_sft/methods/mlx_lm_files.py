@@ -23,8 +23,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
-from mlx_sft.methods.peft_patterns import LONGEST_NAME, MOST_FEATURES
-from mlx_sft.methods.peft_rules import in_a_layer
+from mlx_sft.methods.peft_rules import LONGEST_NAME, MOST_FEATURES, in_a_layer
 from mlx_sft.model.names import transformers_name
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
 from mlx_sft.writing import make_folder, write_file, write_file_with
@@ -60,12 +59,12 @@ def write_adapter(
     hint = "export it with --format peft, or merged"
     if settings.also_train:
         what = f"mlx-lm's form has no place for {', '.join(settings.also_train)}, which --also-train trained in full"
-        raise UserError(what, where=str(folder), hint=hint)
+        raise UserError(what, hint=hint)
     if settings.train_new_tokens:
-        raise UserError("mlx-lm's form has no place for the rows of new tokens", where=str(folder), hint=hint)
+        raise UserError("mlx-lm's form has no place for the rows of new tokens", hint=hint)
     scales = {settings.scale_of(name.rpartition(".")[0]) for name in parameters}
     if len(scales) > 1 or settings.rank_pattern:
-        raise UserError("mlx-lm's form has one rank and one scale for all modules", where=str(folder), hint=hint)
+        raise UserError("mlx-lm's form has one rank and one scale for all modules", hint=hint)
     scale = scales.pop()
     arrays: dict[str, mx.array] = {}
     keys: set[str] = set()
@@ -74,7 +73,7 @@ def write_adapter(
         module = paths.get(name, name)
         place = _IN_A_LAYER.fullmatch(module)
         if place is None:
-            raise UserError(f"mlx-lm has no place for an adapter on {module}", where=str(folder), hint=hint)
+            raise UserError(f"mlx-lm has no place for an adapter on {module}", hint=hint)
         keys.add(place["key"])
         arrays[f"{module}.{_PARTS[half]}"] = mx.contiguous(value.T) if value.ndim == 2 else value
     make_folder(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.errors import UserError
+from mlx_sft.methods.layers import layer_number
 from mlx_sft.methods.peft_rules import PeftBase, in_a_layer, renamed
 from mlx_sft.model.load import local_checkpoint
 from mlx_sft.model.names import EXPERTS_PART, Opening, opening, transformers_name
@@ -66,22 +67,11 @@ def _names(tensors: Mapping[str, Any], found: Opening | None, config: Mapping[st
     for tensor in tensors:
         name = transformers_name(tensor)
         module = name.rpartition(".")[0]
-        if module.startswith(_EXTRA) or _is_beyond(module, layers):
-            continue
+        number = layer_number(f"{module}.") if module.startswith("model.layers.") else None
+        if module.startswith(_EXTRA) or (isinstance(layers, int) and number is not None and number >= layers):
+            continue  # transformers leaves out what the configuration does not count, too
         language = name != tensor if is_marked else tensor.startswith("model.")
         if found is not None and (language or not is_nested or module == "lm_head"):
             yield found.name(module)
         elif found is None or found.begins != "model.":  # where the text is taken alone, the rest is not there
             yield module
-
-
-def _is_beyond(module: str, layers: Any) -> bool:
-    """Whether it is in a layer that the configuration does not count, which transformers leaves out."""
-    parts = module.split(".")
-    return (
-        isinstance(layers, int) and parts[:2] == ["model", "layers"] and len(parts) > 2 and _number(parts[2]) >= layers
-    )
-
-
-def _number(part: str) -> int:
-    return int(part) if part.isdecimal() else -1

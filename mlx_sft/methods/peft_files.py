@@ -24,10 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, to_json
 from mlx_sft.gate import checked
-from mlx_sft.methods.also_train import is_whole, tied_weight
+from mlx_sft.methods.also_train import is_whole, modules_to_save, saved_modules, saved_weight, tied_weight
 from mlx_sft.methods.layers import layers_of_config, layers_to_transform
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_lora
-from mlx_sft.methods.modules_to_save import modules_to_save, saved_modules, saved_weight
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_forms import (
     copied_module,
@@ -40,19 +39,22 @@ from mlx_sft.methods.peft_forms import (
     stored_name,
     target_parameters,
 )
-from mlx_sft.methods.peft_patterns import LONGEST_NAME, MOST_FEATURES, of_modules, together
 from mlx_sft.methods.peft_rules import (
+    LONGEST_NAME,
+    MOST_FEATURES,
     Loss,
     PeftBase,
     for_each_expert,
     losses,
+    of_modules,
     target_modules,
     targets_in_file,
+    together,
 )
 from mlx_sft.methods.token_rows import indices, is_frozen_copy, is_rows, read_indices
-from mlx_sft.model.head import HEAD
+from mlx_sft.model.head import HEAD_WEIGHT
 from mlx_sft.model.names import INSIDE, Opening, expert_name, split_expert, transformers_name
-from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
+from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor, open_safetensors, read_float32, write_arrays
 from mlx_sft.settings import first_problem
 from mlx_sft.writing import make_folder, write_file, write_file_with
 
@@ -135,7 +137,7 @@ def write_adapter(
     base = peft_base(base_model) or PeftBase(Opening("", "", begins or "model."))
     arrays = {peft_name(base.name(name)): value for name, value in _unstacked(parameters).items()}
     if (tied := tied_weight(parameters, settings.also_train)) is not None:
-        arrays[peft_name(base.name(f"{HEAD}.weight"))] = tied  # PEFT asks for it under both names
+        arrays[peft_name(base.name(HEAD_WEIGHT))] = tied  # PEFT asks for it under both names
     make_folder(folder)
     write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, arrays, {"format": "pt"}))
     modules = sorted({name.rpartition(".")[0] for name in parameters if is_lora(name)})
@@ -157,14 +159,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     parameters: dict[str, mx.array] = {}
     modules: dict[str, str] = {}
     named = target_parameters(config, folder / CONFIG)
-    for tensor in file.tensors:
-        if _is_copy(tensor.name, config):
-            continue
-        try:
-            stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
-        except ValueError:
-            hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules and embeddings are read"
-            raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
+    for tensor, stripped in _trained(file, config):
         stripped = of_parameter(stripped, named, file.path)
         if max(tensor.shape, default=0) >= MOST_FEATURES or len(stripped) > LONGEST_NAME:
             raise UserError(f"{tensor.name[:LONGEST_NAME]} is larger than any module of a model", where=str(file.path))
@@ -187,22 +182,22 @@ def read_adapter(folder: str | Path) -> tuple[LoraSettings, dict[str, mx.array]]
     return settings.model_copy(update=further), _stacked(parameters, file.path) | of_all | whole | rows
 
 
-def base_copies(folder: Path) -> dict[str, mx.array]:
-    """The weights that PEFT saved beside an adapter on embeddings or the head as copies of the base's, by the names of their modules."""
-    config = read_config(folder / CONFIG)
-    tensors = {_copied(tensor.name, config): tensor for tensor in open_safetensors(weights_file(folder)).tensors}
-    return {module: read_copy(tensor, read_float32(tensor)) for module, tensor in tensors.items() if module is not None}
+def read_beside(folder: Path) -> tuple[str, dict[str, mx.array], frozenset[str]]:
+    """What an adapter's files say beside its settings and parameters.
 
-
-def on_parameters(folder: Path) -> frozenset[str]:
-    """The names here of what an adapter is on that PEFT trained as `target_parameters`: the matrices of all experts of a layer."""
+    Returns:
+        How the names of a language model's modules begin in the class that the file is for, as in `Opening`; the weights that PEFT saved
+        beside an adapter on embeddings or the head as copies of the base's, by the names of their modules; and the names here of what
+        it trained as `target_parameters`, the matrices of all experts of a layer.
+    """
     config, path = read_config(folder / CONFIG), weights_file(folder)
-    named = target_parameters(config, folder / CONFIG)
-    if not named:
-        return frozenset()
-    stripped = [plain_name(t.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)) for t in open_safetensors(path).tensors]
-    found = {of_parameter(name, named, path) for name in stripped} - set(stripped)
-    return frozenset(transformers_name(name).rpartition(".")[0] for name in found)
+    tensors, named = open_safetensors(path).tensors, target_parameters(config, folder / CONFIG)
+    names = [tensor.name.removeprefix(_PREFIX) for tensor in tensors]
+    begins = INSIDE if any(transformers_name(name) != name for name in names) else "model."
+    copies = {module: read_copy(tensor) for tensor in tensors if (module := _copied(tensor.name, config)) is not None}
+    stripped = [plain_name(name.removesuffix(_SUFFIX)) for name in names]
+    on_parameters = {of_parameter(name, named, path) for name in stripped} - set(stripped)
+    return begins, copies, frozenset(transformers_name(name).rpartition(".")[0] for name in on_parameters)
 
 
 def _copied(name: str, config: dict[str, Any]) -> str | None:
@@ -213,9 +208,16 @@ def _copied(name: str, config: dict[str, Any]) -> str | None:
     return module and transformers_name(module)
 
 
-def _is_copy(name: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor is a weight that was not trained."""
-    return is_frozen_copy(name, config) or _copied(name, config) is not None
+def _trained(file: SafetensorsFile, config: dict[str, Any]) -> Iterator[tuple[StoredTensor, str]]:
+    """The tensors that were trained, and their names without what PEFT puts before and after them; raises `UserError` for any other."""
+    for tensor in file.tensors:
+        if is_frozen_copy(tensor.name, config) or _copied(tensor.name, config) is not None:
+            continue
+        try:
+            yield tensor, saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
+        except ValueError:
+            hint = "only lora_A, lora_B and lora_magnitude_vector of linear modules and embeddings are read"
+            raise UserError(f"unknown tensor {tensor.name}", where=str(file.path), hint=hint) from None
 
 
 def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
@@ -224,20 +226,11 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
     if config.get("peft_type") != "LORA":
         return
     settings, parameters = read_adapter(folder)
-    for tensor in open_safetensors(weights_file(folder)).tensors:
-        if _is_copy(tensor.name, config):
-            continue
-        stripped = saved_weight(tensor.name.removeprefix(_PREFIX), config) or _stripped(tensor.name)
+    for _, stripped in _trained(open_safetensors(weights_file(folder)), config):
         if base.name(transformers_name(stripped)) != stripped:
             yield Loss("no module of the model is named {}", stripped)
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters if is_lora(name)))
     yield from losses(base, settings, modules, config)
-
-
-def names_begin(folder: Path) -> str:
-    """How the names of a language model's modules begin in the class that an adapter's file is for, as in `Opening`."""
-    names = (tensor.name.removeprefix(_PREFIX) for tensor in open_safetensors(weights_file(folder)).tensors)
-    return INSIDE if any(transformers_name(name) != name for name in names) else "model."
 
 
 def base_model_name(folder: str | Path) -> str:
@@ -328,7 +321,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}"
         raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
-    return read_json(checked(path.parent) / path.name)
+    return read_json(checked(path.parent, for_libraries=False) / path.name)
 
 
 def _check_plain(config: dict[str, Any], where: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.lora_settings import HALVES, LoraSettings, is_embedding
 from mlx_sft.methods.peft_rules import renamed
+from mlx_sft.model.head import HEAD
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.names import EXPERTS_PART
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_float32
 
-HEAD = "lm_head"
 _COPY, _NESTED, _OF_EMBEDDINGS = ".base_layer.weight", ".base_layer", "lora_embedding_"
 
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -111,10 +110,10 @@ _QUANTIZED = 0.25
 """How far quantizing to 4 bits moves the numbers of a weight at most, in parts of their mean: a tenth where they are random."""
 
 
-def read_copy(tensor: StoredTensor, value: Any) -> mx.array:
+def read_copy(tensor: StoredTensor) -> mx.array:
     """A copy, in the precision in which it is stored."""
-    kinds = {"BF16": mx.bfloat16, "F16": mx.float16}
-    return mx.array(value).astype(kinds.get(tensor.dtype, mx.float32))
+    value = mx.array(read_float32(tensor))
+    return value.astype(getattr(mx, STORED_AS[tensor.dtype].name))
 
 
 def check_copies(copies: Mapping[str, mx.array], base: Path, where: Path) -> list[str]:
@@ -135,7 +134,7 @@ def check_copies(copies: Mapping[str, mx.array], base: Path, where: Path) -> lis
     for module in copies:
         stored = named.get(f"{module}.weight") or (embeddings if module == HEAD else None)
         if stored is not None and stored.dtype in STORED_AS:
-            weights[module] = read_copy(stored, read_float32(stored))
+            weights[module] = read_copy(stored)
     refuse_other_copies({name: copies[name] for name in weights}, weights, where)
     return [module for module in copies if module not in weights]
 
@@ -199,28 +198,17 @@ def stacked(name: str, value: mx.array, rank: int, where: Path) -> mx.array:
     return value.reshape(value.shape[0], rank, -1).transpose(2, 0, 1)
 
 
-@dataclass(frozen=True)
-class OfModules:
-    """Adapters on parameters as adapters on the modules of a model.
-
-    Attributes:
-        settings: Which name the modules.
-        parameters: Theirs.
-        shared: A parameter whose gates and up projections had one A in common, each of which has its own now; empty where there is none.
-    """
-
-    settings: LoraSettings
-    parameters: Parameters
-    shared: str
-
-
 def on_modules(
     model: nn.Module, settings: LoraSettings, parameters: Parameters, of_experts: Collection[str]
-) -> OfModules:
+) -> tuple[LoraSettings, Parameters, str]:
     """Put what is on parameters of experts on the modules that hold them in a model of mlx-lm's; what the model has not, stays as it is.
 
     Args:
         of_experts: The names of those parameters, among the names of modules.
+
+    Returns:
+        The settings that name the modules, and their parameters; and a parameter whose gates and up projections had one A in common, each
+        of which has its own now, empty where there is none.
     """
     family = str(getattr(model, "model_type", ""))
     known: dict[str, str] = {}
@@ -254,7 +242,7 @@ def on_modules(
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != settings.rank},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != settings.alpha},
     }
-    return OfModules(settings.model_copy(update=own), found, shared)
+    return settings.model_copy(update=own), found, shared
 
 
 def _rows(lora_B: mx.array, number: int, parts: int, family: str) -> mx.array:

@@ -17,13 +17,15 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_sft.errors import UserError
 from mlx_sft.methods.layers import layer_number
 from mlx_sft.methods.lora_settings import LoraSettings, is_named
-from mlx_sft.methods.peft_patterns import compiled, together
-from mlx_sft.model.names import EXPERTS_PART, Opening
+from mlx_sft.model.names import EXPERTS_PART, Opening, split_expert
+
+LONGEST_NAME, MOST_FEATURES = 300, 2**31
+"""Of a module: more has none, and no adapter may make it look so."""
 
 _OF_EXPERTS = {
     "qwen2_moe": {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"},
@@ -79,7 +81,13 @@ _MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"
 _NOT_IN_MAMBA = ("out_proj", "conv1d")
 """Modules on which PEFT puts no adapter in these families."""
 
-_ROUTERS = ("gate", "router")
+ROUTERS = ("gate", "router")
+"""What the module beside experts is called that chooses among them."""
+
+_MOST_REPETITIONS = 3
+"""In a pattern of names that is a regular expression: more of them, or one of a group, could take longer than a life."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +139,8 @@ class PeftBase:
         modules = {module for module in self.modules if ends_with(module, names)}
         if layers is not None:
             modules = {module for module in modules if module in names or layer_number(module) in layers}
+        weights = {module for module in self.modules if ends_with(f"{module}.weight", parameters)}
+        modules |= {module for module in weights if not self._is_router(module)}
         return modules | {parameter for parameter in self._parameters() if ends_with(parameter, parameters)}
 
     def _parameters(self) -> Iterator[str]:
@@ -142,7 +152,7 @@ class PeftBase:
     def _is_router(self, module: str) -> bool:
         """Whether it chooses among experts: transformers 5 has no linear module there."""
         block, _, part = module.rpartition(".")
-        return part in _ROUTERS and f"{block}.experts" in self.experts
+        return part in ROUTERS and f"{block}.experts" in self.experts
 
 
 def renamed(family: str, name: str) -> str:
@@ -229,6 +239,47 @@ def targets_in_file(config: Mapping[str, Any], modules: Mapping[str, str], layer
 def in_a_layer(module: str) -> str:
     """`model.layers.3.self_attn.q_proj` → `self_attn.q_proj`; the whole name of what is in no layer."""
     return re.split(r"\.\d+\.", module, maxsplit=1)[-1]
+
+
+# --- values of single modules, `rank_pattern` and `alpha_pattern` -----------------------------------------------------------------
+
+
+def of_modules(values: dict[str, T], name: str, modules: dict[str, str], where: str) -> dict[str, T]:
+    """Values of single modules by the ends of their names; where PEFT has regular expressions, by the names that these fit.
+
+    Args:
+        values: As the config has them.
+        name: The setting, for a message.
+        modules: The modules, each expert's apart, and their names in the file.
+        where: The file, for a message.
+    """
+    patterns = {compiled(key, name, where): value for key, value in values.items()}
+    if all(re.fullmatch(r"[\w.-]+", key) for key in values):
+        fitting = {key: [ours for ours, theirs in modules.items() if is_named(theirs, key)] for key in values}
+        if all(is_named(together(module), key) for key, fit in fitting.items() for module in fit):
+            return {key: value for key, value in values.items() if fitting[key]}
+    found = (
+        (ours, next((v for p, v in patterns.items() if p.fullmatch(theirs)), None)) for ours, theirs in modules.items()
+    )
+    return {together(module): value for module, value in found if value is not None}
+
+
+def compiled(key: str, name: str, where: str, *, ends: bool = True) -> re.Pattern[str]:
+    """As PEFT matches it: a regular expression for the end of a module's name, or for all of it; raises `UserError` for one that is not
+    to be tried."""
+    repetitions = len(re.findall(r"[*+?{]", key))
+    if len(key) > LONGEST_NAME or repetitions > _MOST_REPETITIONS or re.search(r"\)[*+?{]", key):
+        raise UserError(f"{name} has {key[:LONGEST_NAME]!r}, which may take too long to match", where=where)
+    try:
+        return re.compile(rf"(.*\.)?({key})" if ends else key)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{name} has {key!r}, which is no regular expression ({error})", where=where) from error
+
+
+def together(module: str) -> str:
+    """The name of an expert's module without its number; any other as it is."""
+    found = split_expert(module)
+    return found[0] if found else module
 
 
 # --- what PEFT loses --------------------------------------------------------------------------------------------------------------

@@ -24,14 +24,19 @@ def result_folder(name: str | Path) -> Path:
     return run.path / kind.folder
 
 
+def run_of_result(folder: str | Path) -> RunFolder | None:
+    """The run that keeps its result in a folder, such as runs/x/adapter; None for a folder of anything else."""
+    place = user_path(folder).resolve()
+    run = RunFolder(place.parent)
+    results = {kind.folder for _, kind in METHODS.items()} | {run.last.name}
+    return run if place.name in results and run.config.is_file() and run.environment.is_file() else None
+
+
 def refuse_unfinished_result(folder: str | Path, way_out: str = "") -> None:
     """Raise `UserError` for a folder in which a run that has not finished keeps its result, such as runs/x/adapter.
 
     Args:
         way_out: As in `RunFolder.refuse_unfinished`.
     """
-    place = user_path(folder).resolve()
-    run = RunFolder(place.parent)
-    results = {kind.folder for _, kind in METHODS.items()} | {run.last.name}
-    if place.name in results and run.config.is_file() and run.environment.is_file():
+    if (run := run_of_result(folder)) is not None:
         run.refuse_unfinished(way_out or f"give --run {run.path} in its place, with --step best, last, or")

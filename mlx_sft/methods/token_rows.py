@@ -17,13 +17,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
-from mlx_sft.methods.also_train import plain_copy
+from mlx_sft.methods.also_train import Place, plain_copy
 from mlx_sft.methods.lora_settings import DELTA
-from mlx_sft.model.head import HEAD, embedding_names
+from mlx_sft.methods.peft_rules import MOST_FEATURES
+from mlx_sft.model.head import HEAD, HEAD_WEIGHT, embedding_names
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.vocabulary import EMBEDDINGS, token_modules
 
@@ -91,37 +93,23 @@ class TokenRows(nn.Module):
         return mx.put_along_axis(logits, places, own.astype(logits.dtype), axis=-1)
 
 
-class TrainedRows:
-    """The rows of a model that are trained. Parameters: `<module>` and PEFT's further name, [tokens, hidden], float32."""
+def attach_rows(model: nn.Module, dtype: mx.Dtype, token_ids: TokenIds) -> dict[str, Place]:
+    """Put rows beside the modules, as these have them.
 
-    def __init__(self) -> None:
-        self._places: dict[str, tuple[TokenRows, mx.Dtype]] = {}
+    Args:
+        dtype: The model's precision.
+        token_ids: Whose rows.
 
-    def attach(
-        self,
-        model: nn.Module,
-        dtype: mx.Dtype,
-        token_ids: TokenIds,
-        replace: Callable[[nn.Module, str, nn.Module], None],
-    ) -> Parameters:
-        """Put rows beside the modules, as these have them; the arguments are those of `WholeModules.attach`, and `on_model`'s result."""
-        self._places = {}
-        parameters: Parameters = {}
-        modules = token_modules(model) if token_ids else {}
-        for role, (path, module) in modules.items():
-            if role in token_ids:
-                rows = TokenRows(module, token_ids[role], dtype)
-                replace(model, path, rows)
-                name = f"{transformers_name(path)}{ROWS}"
-                self._places[name] = (rows, dtype)
-                parameters[name] = rows.rows.weight.astype(mx.float32)
-        return parameters
-
-    def bind(self, parameters: Parameters) -> None:
-        """Those of the parameters that are theirs, in the precision of the model."""
-        for name, (module, dtype) in self._places.items():
-            if name in parameters:
-                module.rows.weight = parameters[name].astype(dtype)
+    Returns:
+        The place of each parameter: `<module>` and PEFT's further name, [tokens, hidden].
+    """
+    places: dict[str, Place] = {}
+    for role, (path, module) in (token_modules(model) if token_ids else {}).items():
+        if role in token_ids:
+            beside = TokenRows(module, token_ids[role], dtype)
+            model.update_modules(tree_unflatten([(path, beside)]))
+            places[f"{transformers_name(path)}{ROWS}"] = (beside.rows, "weight", dtype)
+    return places
 
 
 def is_rows(name: str) -> bool:
@@ -179,20 +167,13 @@ def changed_rows(weight: mx.array, name: str, parameters: Parameters, token_ids:
 
 def row_edits(parameters: Parameters, token_ids: TokenIds, *, tied: bool) -> dict[str, WeightEdit]:
     """What becomes of the weights of which rows are trained; of a tied one, also of the copy that a checkpoint may store."""
-    named = weights_of_rows(parameters)
-    found = {weight: (rows, False) for weight, rows in named.items()}
-    if tied:
-        found |= {f"{HEAD}.weight": (rows, True) for rows in named.values()}
-        token_ids = token_ids | {HEAD: token_ids[EMBEDDINGS]}
-    return {
-        weight: NewRows(
-            shape=None,
-            optional=optional,
-            numbers=np.array(tokens_of(weight, token_ids)),
-            trained=np.array(parameters[rows], np.float32),
-        )
-        for weight, (rows, optional) in found.items()
-    }
+    edits: dict[str, WeightEdit] = {}
+    for weight, rows in weights_of_rows(parameters).items():
+        numbers, trained = np.array(tokens_of(weight, token_ids)), np.array(parameters[rows], np.float32)
+        edits[weight] = NewRows(shape=None, numbers=numbers, trained=trained)
+        if tied:
+            edits[HEAD_WEIGHT] = NewRows(shape=None, optional=True, numbers=numbers, trained=trained)
+    return edits
 
 
 # PEFT's files
@@ -232,7 +213,11 @@ def read_indices(config: Mapping[str, Any], rows: Parameters, where: Path) -> bo
     found: TokenIds = {}
     for module, numbers in lists.items():
         role = HEAD if str(module).rpartition(".")[2] == HEAD else EMBEDDINGS
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < _MOST for n in numbers) or not numbers:
+        if (
+            not isinstance(numbers, list)
+            or not all(type(n) is int and 0 <= n < MOST_FEATURES for n in numbers)
+            or not numbers
+        ):
             raise UserError("trainable_token_indices names no tokens", where=str(where), hint=_OTHERS)
         if role in found or len(set(numbers)) < len(numbers):
             raise UserError("trainable_token_indices names something twice", where=str(where), hint=_OTHERS)
@@ -252,6 +237,3 @@ def read_indices(config: Mapping[str, Any], rows: Parameters, where: Path) -> bo
     if missing:  # of a tied weight, by both names
         return found[EMBEDDINGS]
     return found if isinstance(stated, dict) and found else found.get(EMBEDDINGS, False)
-
-
-_MOST = 2**31

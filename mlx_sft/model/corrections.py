@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_sft.errors import UserError
 from mlx_sft.model.falcon_h1 import FalconH1Layer, unmultiplied, with_multipliers
 from mlx_sft.model.gemma3n import Gemma3n
+from mlx_sft.model.head import repeated_layers
 
 Weights = dict[str, mx.array]
 Settings = dict[str, Any]
@@ -108,7 +109,7 @@ def corrected(model: nn.Module, settings: Settings, where: str) -> nn.Module:
             what = f"mlx-lm computes models of type {family} otherwise than transformers: {what}"
             raise UserError(what, where=where, hint=hint)
     if family in _OTHER_GELU and (gelu := _GELUS.get(_activation(settings))) is not None:
-        for layer in _layers(model):
+        for layer in repeated_layers(model):
             layer.mlp = GeluMLP(layer.mlp, _OTHER_GELU[family], gelu)
     if family == "gemma3n_text":
         return Gemma3n(model.args)
@@ -118,7 +119,7 @@ def corrected(model: nn.Module, settings: Settings, where: str) -> nn.Module:
         for mixer in [module for module in model.modules() if getattr(module, "n_groups", 1) > 1]:
             mixer.norm = GroupedGatedRMSNorm(mixer.norm, mixer.n_groups)
     if family == "ernie4_5_moe" and settings.get("moe_use_aux_free", True):
-        for layer in _layers(model):
+        for layer in repeated_layers(model):
             if "switch_mlp" in layer.mlp:
                 layer.mlp = BiasedRouting(layer.mlp, settings.get("moe_norm_min", 1e-12))
     return model
@@ -183,11 +184,6 @@ def _stacked_experts(weights: Weights) -> Weights:
 
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-
-
-def _layers(model: Any) -> list[Any]:
-    layers: list[Any] = model.layers
-    return layers
 
 
 def _activation(settings: Settings) -> Any:

@@ -7,11 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.model.head import floating_weights
+from mlx_sft.model.head import floating_weights, weights_of
 from mlx_sft.model.linears import mark_joined, quantized_modules
 from mlx_sft.model.load import LoadedModel, is_packed, resolve_checkpoint, resolve_dtype
 from mlx_sft.model.outline import outline
@@ -89,17 +89,12 @@ def _check_computed(model: nn.Module, path: Path, dtype: str, quantize: str | No
     meant = outline(path, dtype, quantize).model
     modules = [(at, module) for at, module in model.named_modules() if isinstance(module, OF_STORED_FORM)]
     meant.update_modules(tree_unflatten(modules))
-    shapes, given = _shapes(meant), _shapes(model)
-    if others := sorted(name for name, _ in shapes.items() ^ given.items()):
+    wanted, given = ({(name, w.shape) for name, w in weights_of(one).items()} for one in (meant, model))
+    if others := sorted(name for name, _ in wanted ^ given):
         raise _other(path, f"has other weights ({others[0]}) than its checkpoint")
     meant.update(model.parameters())
     if not mx.array_equal(meant(_PROBE), model(_PROBE), equal_nan=True).item():
         raise _other(path, "computes other logits than its checkpoint means")
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    weights: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
-    return {name: weight.shape for name, weight in weights.items()}
 
 
 def _other(path: Path, what: str) -> UserError:

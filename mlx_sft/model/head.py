@@ -20,10 +20,13 @@ from mlx_sft.model.blocks import replaced_children
 
 _BODY_NAMES = ("model", "transformer", "backbone")
 
-HEAD = "lm_head"
-"""transformers' name of the output head, also of one that is tied."""
+HEAD, HEAD_WEIGHT = "lm_head", "lm_head.weight"
+"""transformers' name of the output head, also of one that is tied, and that of its matrix."""
 EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embeddings")
 """Names of the embedding in a body, which is the output matrix too where there is no other."""
+
+EMBEDDING_KINDS = (nn.Embedding, nn.QuantizedEmbedding)
+"""The modules that embed tokens."""
 
 _NESTED = "language_model"
 """The name of the language model in a model that can also see or hear."""
@@ -157,10 +160,8 @@ def tied_embedding(model: nn.Module) -> str | None:
     if HEAD in owner or getattr(getattr(owner, "args", None), "tie_word_embeddings", True) is False:
         return None
     paths = embedding_names()
-    kinds = (nn.Embedding, nn.QuantizedEmbedding)
-    return next(
-        (str(path) for path, module in owner.named_modules() if path in paths and isinstance(module, kinds)), None
-    )
+    found = (path for path, module in owner.named_modules() if isinstance(module, EMBEDDING_KINDS) and path in paths)
+    return next(found, None)
 
 
 def agree_within(found: mx.array, expected: mx.array, tolerance: float) -> bool:
@@ -181,5 +182,9 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 def floating_weights(model: nn.Module) -> dict[str, mx.array]:
     """Every floating weight of a model by its MLX name."""
-    weights: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
-    return {n: w for n, w in weights.items() if mx.issubdtype(w.dtype, mx.floating)}
+    return {name: w for name, w in weights_of(model).items() if mx.issubdtype(w.dtype, mx.floating)}
+
+
+def weights_of(model: nn.Module) -> dict[str, mx.array]:
+    """Every weight of a model by its MLX name."""
+    return dict(tree_flatten(model.parameters()))

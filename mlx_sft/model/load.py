@@ -124,7 +124,7 @@ def load_model(
     path = resolve_checkpoint(name)
     config = read_config(path)
     checkpoint = check_weights(path)
-    refuse_other_forms(path, config, quantize)
+    stored_quantization(path, config, quantize)  # refuses other forms
     settings = tied_as_stored(translate_config(path), checkpoint)
     trusted = may_run_code_of(path)
     reader = CheckpointReader(path, settings)
@@ -161,25 +161,9 @@ def cast(model: nn.Module, dtype: str) -> None:
     model.update(tree_map_with_path(of_weight, model.parameters()))
 
 
-def refuse_other_forms(path: Path, config: dict[str, Any], quantize: str | None) -> dict[str, Any] | None:
-    """How the checkpoint is quantized, None if it is not.
-
-    Raises:
-        UserError: If it is quantized in another form than MLX's, or quantized already where `quantize` asks for it again.
-    """
-    where = str(path)
-    if (path / "hf_quant_config.json").is_file():  # NVIDIA's way to say it
-        config = config | {"quantization_config": {"quant_method": "modelopt"}}
-    stored = stored_quantization(config, where)
-    if stored is not None and quantize is not None:
-        what = f"this checkpoint is quantized already, to {stored['bits']} bits"
-        raise UserError(what, where=where, hint="leave --quantize out", exit_code=USAGE)
-    return stored
-
-
 def is_packed(path: Path) -> bool:
     """Whether a checkpoint folder holds weights that are quantized in MLX's form; raises `UserError` for other forms."""
-    return refuse_other_forms(path, read_config(path), None) is not None
+    return stored_quantization(path, read_config(path), None) is not None
 
 
 def resolve_dtype(dtype: str) -> str:
@@ -195,12 +179,9 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
     Args:
         weights: Whether the weights are needed, or only the tokenizer.
     """
-    if name == "tiny":
-        return TINY
-    folder = user_path(name)
-    if folder.is_dir():
+    if (folder := _named_folder(name)) is not None:
         return folder
-    if folder.exists():
+    if user_path(name).exists():
         hint = "give the folder that holds config.json and the weights"
         raise UserError("a model is a folder, not a file", where=name, hint=hint, exit_code=USAGE)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
@@ -218,15 +199,17 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
 
 def local_checkpoint(name: str) -> Path | None:
     """As `resolve_checkpoint` without downloading: the folder on disk, complete or not; None where there is none."""
-    if name == "tiny":
-        return TINY
-    folder = user_path(name)
-    if folder.is_dir():
+    if (folder := _named_folder(name)) is not None:
         return folder
     try:
         return Path(snapshot_download(name, allow_patterns=["config.json"], local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def _named_folder(name: str) -> Path | None:
+    folder = TINY if name == "tiny" else user_path(name)
+    return folder if folder.is_dir() else None
 
 
 def name_elsewhere(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,9 +13,8 @@ from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.model.corrections import corrected
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import mark_joined
-from mlx_sft.model.load import refuse_other_forms
 from mlx_sft.model.quantize import quantize as quantize_model
-from mlx_sft.model.quantize import quantize_as_stored
+from mlx_sft.model.quantize import quantize_as_stored, stored_quantization
 from mlx_sft.model.rope import correct_ropes
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code, read_config, translate_config, unread
 from mlx_sft.model.vocabulary import grow
@@ -39,7 +39,7 @@ def outline(path: Path, dtype: str, quantize: str | None = None, new_tokens: New
     Raises:
         UserError: For a configuration that cannot be trained.
     """
-    stored = refuse_other_forms(path, read_config(path), quantize)
+    stored = stored_quantization(path, read_config(path), quantize)
     settings = translate_config(path)
     family = family_code(settings, path)
     with blamed_on(path / "config.json", "no model can be made of it", DOWNLOAD_AGAIN):
@@ -52,8 +52,8 @@ def outline(path: Path, dtype: str, quantize: str | None = None, new_tokens: New
     grow(model, {}, new_tokens)
     if quantize is not None:
         quantize_model(model, quantize)
-    if (checkpoint := _checkpoint(path)) is not None:
-        mark_joined(model, checkpoint)
+    with suppress(UserError):  # where its files cannot be read, whoever loads it says why
+        mark_joined(model, Checkpoint.open(path))
     model.freeze()
     model.eval()
     model._outlined = True
@@ -63,14 +63,6 @@ def outline(path: Path, dtype: str, quantize: str | None = None, new_tokens: New
 def is_outline(model: nn.Module) -> bool:
     """Whether a model's weights are placeholders, which are not to be compared with anything."""
     return bool(getattr(model, "_outlined", False))
-
-
-def _checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint, where its files are on disk and can be read; else whoever loads it says why not."""
-    try:
-        return Checkpoint.open(path)
-    except UserError:
-        return None
 
 
 def _packed_modules(path: Path) -> set[str] | None:

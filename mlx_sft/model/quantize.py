@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_sft.errors import UserError
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.model.head import floating_weights
 from mlx_sft.model.linears import quantized_modules
 from mlx_sft.model.names import transformers_name
@@ -57,24 +58,29 @@ def _method(config: dict[str, Any]) -> str:
     return str((config.get("quantization_config") or {}).get("quant_method", "unknown"))
 
 
-def stored_quantization(config: dict[str, Any], where: str) -> dict[str, Any] | None:
+def stored_quantization(path: Path, config: dict[str, Any], quantize: str | None) -> dict[str, Any] | None:
     """How a checkpoint's weights are quantized in a form that MLX computes with as it is; None where they are not.
 
     Raises:
-        UserError: If they are in another form.
+        UserError: If they are in another form, or quantized already where `quantize` asks for it again.
     """
+    if (path / "hf_quant_config.json").is_file():  # NVIDIA's way to say it
+        config = config | {"quantization_config": {"quant_method": "modelopt"}}
     stated = config.get("quantization")
     if stated is None and "quantization_config" not in config:
         return None
     if stated is None and config["model_type"] in _READ_IN_MXFP4 and _method(config) == "mxfp4":
-        return QUANTIZATIONS["mxfp4"]._asdict()
+        stated = QUANTIZATIONS["mxfp4"]._asdict()
     if not isinstance(stated, dict) or not all(type(stated.get(name)) is int for name in ("group_size", "bits")):
         raise UserError(
             f"this checkpoint is quantized by another library ({_method(config)}), which cannot be trained exactly",
-            where=where,
+            where=str(path),
             hint="give the original in bfloat16, float16 or float32, with --quantize 4 where memory is short, "
             "or a checkpoint that mlx-lm quantized",
         )
+    if quantize is not None:
+        what = f"this checkpoint is quantized already, to {stated['bits']} bits"
+        raise UserError(what, where=str(path), hint="leave --quantize out", exit_code=USAGE)
     return stated
 
 

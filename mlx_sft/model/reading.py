@@ -17,11 +17,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_sft.errors import UserError
 from mlx_sft.model.corrections import before_reading, corrected
 from mlx_sft.model.gemma3n import is_shared_away
+from mlx_sft.model.head import EMBEDDING_KINDS, EMBEDDING_NAMES, HEAD_WEIGHT, weights_of
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, family_code
 from mlx_sft.model.weights import Checkpoint
 from mlx_sft.safetensors_file import STORED_AS, StoredTensor, read_rows
@@ -42,8 +42,7 @@ _OTHER_SENSES = re.compile(
 )
 """The parts of a model by which it sees or hears; text does not pass through them."""
 
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "embeddings.weight", "wte.weight")
+_EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_NAMES)
 _ROWS_COMPARED = 64
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -72,7 +71,7 @@ class CheckpointReader:
         def watched(given: Weights) -> Weights:
             object.__delattr__(model, "sanitize")
             taken: Weights = sanitize(before_reading(dict(given), self._settings, str(self._path)))
-            parameters: Weights = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+            parameters = weights_of(model)
             taken |= {name: given[name] for name in parameters if name in given and name not in taken}
             self._check_places(taken, parameters)
             self._check_read(given, taken)
@@ -83,12 +82,11 @@ class CheckpointReader:
 
     def check_computed_with(self, model: nn.Module) -> None:
         """Raise `UserError` for a parameter that logits would not be computed from; nothing is computed here."""
-        parameters: Weights = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+        parameters = weights_of(model)
         # With sparse attention, what chooses among positions is asked only where there are more than it chooses.
         length = 2 + int((self._settings.get("text_config") or self._settings).get("index_topk") or 0)
         reached = _reaching([model(mx.zeros((1, length), mx.int32))], parameters)
-        kinds = nn.Embedding | nn.QuantizedEmbedding
-        embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, kinds)}
+        embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, EMBEDDING_KINDS)}
         if embeddings and not embeddings & reached:  # numbers have been asked for on the way
             what = "mlx-lm's code for this family computes in pieces, so that no gradient goes through it"
             raise UserError(what, where=str(self._path), hint="a newer mlx-lm may compute it at once")
@@ -127,7 +125,7 @@ class CheckpointReader:
             raise UserError(what, where=str(self._path), hint=_NEWER)
 
     def _needless(self, name: str) -> bool:
-        if name.endswith(_HEAD) and _is_tied(self._settings):
+        if name.endswith(HEAD_WEIGHT) and _is_tied(self._settings):
             return True  # the embedding, stored a second time
         text = self._settings.get("text_config") or self._settings
         layer = _LAYER.search(name)
@@ -143,7 +141,7 @@ class CheckpointReader:
 
 def tied_as_stored(settings: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """The settings, where the head is the embedding unless another head is stored: transformers, too, goes by the files then."""
-    head = next((tensor for name, tensor in checkpoint.named.items() if name.endswith(_HEAD)), None)
+    head = next((tensor for name, tensor in checkpoint.named.items() if name.endswith(HEAD_WEIGHT)), None)
     embedding = next((tensor for name, tensor in checkpoint.named.items() if name.endswith(_EMBEDDINGS)), None)
     if head is None or embedding is None or not _is_tied(settings) or _equal(head, embedding):
         return settings

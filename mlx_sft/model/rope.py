@@ -121,18 +121,34 @@ def _by_type_of_layer(
     return of_full | {"rope_parameters": sets}
 
 
-class LongRope(nn.Module):
+class _ScaledRope(nn.Module):
+    """RoPE with frequencies of its own, and what is turned scaled."""
+
+    def __init__(self, dims: int, traditional: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dims, self._traditional = dims, traditional
+        self._scale = 1.0
+
+    def _turned(self, x: mx.array, offset: int | mx.array, frequencies: mx.array) -> mx.array:
+        if self._scale != 1.0:
+            x = x.at[..., : self._dims].multiply(self._scale)
+        turned: mx.array = mx.fast.rope(
+            x, self._dims, traditional=self._traditional, base=None, scale=1.0, offset=offset, freqs=frequencies
+        )
+        return turned
+
+
+class LongRope(_ScaledRope):
     """LongRoPE (Ding et al. 2024, https://arxiv.org/abs/2402.13753): one set of frequencies up to the length that the model was first
     trained with, and another beyond. mlx-lm's takes the second for rows of every length.
     """
 
     def __init__(self, dims: int, settings: dict[str, Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(dims)
         rope: dict[str, Any] = settings["rope_scaling"]
         if {len(rope["short_factor"]), len(rope["long_factor"])} != {dims // 2}:
             raise ValueError(f"LongRoPE needs {dims // 2} factors")
         frequencies = settings["rope_theta"] ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
-        self._dims = dims
         self._short = mx.array(rope["short_factor"], mx.float32) * frequencies
         self._long = mx.array(rope["long_factor"], mx.float32) * frequencies
         self._original = int(rope["original_max_position_embeddings"])
@@ -142,28 +158,19 @@ class LongRope(nn.Module):
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         end = x.shape[-2] + (int(np.array(offset).max()) if isinstance(offset, mx.array) else offset)
-        turned: mx.array = mx.fast.rope(
-            x.at[..., : self._dims].multiply(self._scale),
-            self._dims,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self._long if end > self._original else self._short,
-        )
-        return turned
+        return self._turned(x, offset, self._long if end > self._original else self._short)
 
     def _attention_factor(self, factor: float) -> float:
         return math.sqrt(1 + math.log(factor) / math.log(self._original)) if factor > 1 else 1.0
 
 
-class YarnRope(nn.Module):
+class YarnRope(_ScaledRope):
     """YaRN (Peng et al. 2023, https://arxiv.org/abs/2309.00071) with an `attention_factor` of its own, or between dimensions that are not
     rounded (`truncate: false`). mlx-lm's knows neither.
     """
 
     def __init__(self, dims: int, theta: float, traditional: bool, rope: dict[str, Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(dims, traditional)
         factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
 
         def dimension_of(rotations: float) -> float:
@@ -177,16 +184,10 @@ class YarnRope(nn.Module):
         extrapolated = 1 - mx.clip(ramp, 0, 1)
         frequencies = theta ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
         self._freqs = 1 / (extrapolated / frequencies + (1 - extrapolated) / (factor * frequencies))
-        self._dims, self._traditional = dims, traditional
         self._scale = rope.get("attention_factor") or self._attention_factor(factor, rope)
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        if self._scale != 1.0:
-            x = x.at[..., : self._dims].multiply(self._scale)
-        turned: mx.array = mx.fast.rope(
-            x, self._dims, traditional=self._traditional, base=None, scale=1.0, offset=offset, freqs=self._freqs
-        )
-        return turned
+        return self._turned(x, offset, self._freqs)
 
     @staticmethod
     def _attention_factor(factor: float, rope: dict[str, Any]) -> float:

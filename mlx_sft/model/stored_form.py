@@ -88,7 +88,7 @@ def take_stored_form(model: nn.Module, checkpoint: Checkpoint) -> None:
         of_kind = _STORED_FORMS.get(type(module))
         if of_kind is not None and stored is not None:
             found.append((path, of_kind(module, stored)))
-    _put(model, found)
+    model.update_modules(tree_unflatten(found))
 
 
 def give_mlx_form(model: nn.Module) -> None:
@@ -103,8 +103,8 @@ def give_mlx_form(model: nn.Module) -> None:
             "mlx-lm's code computes models of this family otherwise than transformers, and than here",
             hint="export with `--to merged`, for transformers and for training here",
         )
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, OF_STORED_FORM)]
-    _put(model, [(path, module.to_mlx()) for path, module in found])
+    found = [(path, one.to_mlx()) for path, one in model.named_modules() if isinstance(one, OF_STORED_FORM)]
+    model.update_modules(tree_unflatten(found))
 
 
 def _turned(weight: mx.array) -> mx.array:
@@ -131,7 +131,3 @@ _STORED_FORMS: dict[type[nn.Module], Callable[[Any, StoredTensor], nn.Module]] =
     nn.Conv1d: _as_turned,
     nn.RMSNorm: _as_shifted,
 }
-
-
-def _put(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
-    model.update_modules(tree_unflatten(modules))

@@ -17,16 +17,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.model.blocks import replaced_children
-from mlx_sft.model.head import SplitModel
-from mlx_sft.model.linears import is_quantized, weight_shape
-from mlx_sft.model.quantize import dequantized
+from mlx_sft.model.head import EMBEDDING_KINDS, SplitModel
+from mlx_sft.model.linears import weight_shape
+from mlx_sft.model.quantize import plain_weight
 
 COLUMNS = 4096
 """Logits of a position that exist at once: products of so many columns are as fast as any, and 500 positions of them stay in a cache."""
 
 _PROBED = 8
 
-_OUTPUTS = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+_OUTPUTS = (nn.Linear, nn.QuantizedLinear, *EMBEDDING_KINDS)
 
 
 class TiledHead:
@@ -127,6 +127,5 @@ def _rows_of(output: Any, rows: slice | mx.array) -> Any:
 
 def _row_by_row(part: Any, hidden_states: mx.array) -> mx.array:
     """[..., positions, hidden] and a part of as many rows → [..., positions, 1]: each position with its own row."""
-    weight = dequantized(part) if is_quantized(part) else part.weight
-    logits: mx.array = (hidden_states[..., None, :] @ weight[..., None])[..., 0]
+    logits: mx.array = (hidden_states[..., None, :] @ plain_weight(part)[..., None])[..., 0]
     return logits + part.bias[:, None] if "bias" in part else logits

@@ -103,7 +103,11 @@ def translate_config(path: Path) -> dict[str, Any]:
     if "layer_types" in text:
         translated["layer_types"] = layer_types_as_read(text["layer_types"], known.code)
     if missing := [name for name, default in fields.items() if default is _ASKED_FOR and name not in translated]:
-        raise _unsaid(path, missing)
+        raise UserError(
+            f"mlx-lm's code for this family asks for {', '.join(missing)}, which the settings do not say",
+            where=str(path / "config.json"),
+            hint="give the checkpoint with the config.json that its authors published; a newer mlx-lm may do without",
+        )
     for name in _ARITHMETIC:
         value = translated.get(name)
         computed = ALWAYS.get(family, {}).get(name, known.defaults.get(name, value))
@@ -308,6 +312,11 @@ def _module(kind: str) -> Any:
         return None
 
 
+def text_settings(path: Path) -> dict[str, Any]:
+    """The settings of a checkpoint's language model, with transformers' defaults for what the file leaves out."""
+    return _settings(path).text
+
+
 def fields_read(path: Path) -> dict[str, Any]:
     """The settings of a checkpoint's language model that mlx-lm's code reads, with its defaults."""
     return _settings(path).fields
@@ -358,12 +367,4 @@ def _nested(whole: dict[str, Any], path: Path) -> UserError:
         f"the settings of {whole['model_type']}'s language model are nested in {_NESTED}, which is not read yet",
         where=str(path / "config.json"),
         hint="give the text-only checkpoint of this family",
-    )
-
-
-def _unsaid(path: Path, names: list[str]) -> UserError:
-    return UserError(
-        f"mlx-lm's code for this family asks for {', '.join(names)}, which the settings do not say",
-        where=str(path / "config.json"),
-        hint="give the checkpoint with the config.json that its authors published; a newer mlx-lm may do without",
     )

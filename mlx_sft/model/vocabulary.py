@@ -127,14 +127,7 @@ def grown(checkpoint: Checkpoint, new: NewTokens) -> tuple[Checkpoint, dict[str,
             size = tensor.size // before * rows
             larger[tensor.name] = replace(tensor, shape=(rows, *tensor.shape[1:]), size=size)
             contents[tensor.name] = _Extended(tensor)
-    files = tuple(
-        replace(file, tensors=tuple(larger.get(one.name, one) for one in file.tensors)) for file in checkpoint.files
-    )
-    named, every = (
-        {name: larger.get(tensor.name, tensor) for name, tensor in known.items()}
-        for known in (checkpoint.named, checkpoint.tensors)
-    )
-    return replace(checkpoint, files=files, tensors=every, named=named), contents
+    return checkpoint.with_tensors(lambda tensor: [larger.get(tensor.name, tensor)]), contents
 
 
 def rows_needed(folder: Path, new: NewTokens) -> int | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 
 from mlx_sft.errors import UserError
@@ -131,6 +132,12 @@ class Checkpoint:
                 raise UserError(what, where=str(self.path), hint=hint)
             stored_dtype(tensor)
         return [self.named[part] for part in names]
+
+    def with_tensors(self, others: Callable[[StoredTensor], Iterable[StoredTensor]]) -> Checkpoint:
+        """The same files with other tensors: `others(tensor)` in the place of each."""
+        files = tuple(replace(file, tensors=tuple(chain(*map(others, file.tensors)))) for file in self.files)
+        tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+        return replace(self, files=files, tensors=tensors, named={transformers_name(n): t for n, t in tensors.items()})
 
     def size(self) -> int:
         """The bytes that `write` writes, near enough."""

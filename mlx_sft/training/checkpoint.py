@@ -218,15 +218,13 @@ def load(
             raise ValueError(f"it is of step {progress.step}")
         random_state, callbacks = state["random_state"], TypeAdapter(CallbackStates).validate_python(state["callbacks"])
         changed = [name for name, value in identity.items() if state["identity"][name] != value]
-    except ValidationError as error:
-        what = f"damaged checkpoint: in {_STATE}, {first_problem(error)}"
-        raise UserError(what, where=str(folder), hint=hint) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"damaged checkpoint: {error}", where=str(folder), hint=hint) from error
-    except UserError as error:
-        raise UserError(
-            f"damaged checkpoint: {Path(error.where).name}: {error.what}", where=str(folder), hint=hint
-        ) from error
+    except (ValueError, KeyError, TypeError, UserError) as error:
+        problem = str(error)
+        if isinstance(error, ValidationError):
+            problem = f"in {_STATE}, {first_problem(error)}"
+        elif isinstance(error, UserError):
+            problem = f"{Path(error.where).name}: {error.what}"
+        raise UserError(f"damaged checkpoint: {problem}", where=str(folder), hint=hint) from error
     if changed:
         raise UserError(f"{' and '.join(changed)} changed since this checkpoint was written", where=str(folder))
     if {n: v.shape for n, v in saved.items()} != {n: v.shape for n, v in parameters.items()}:

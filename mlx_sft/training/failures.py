@@ -59,6 +59,11 @@ def is_interrupted(error: BaseException) -> bool:
     return not is_out_of_memory(error) and any(words in str(error).lower() for words in _INTERRUPTED)
 
 
+def reason(error: BaseException) -> str:
+    """What an error says; Python's own for want of memory says nothing."""
+    return str(error) or "the system gives this process no more"
+
+
 @contextmanager
 def failures_noticed(batch: Batch) -> Iterator[None]:
     """Raise `OutOfMemory` or `Interrupted` where the block, which computes this micro-batch, fails for it."""
@@ -66,7 +71,7 @@ def failures_noticed(batch: Batch) -> Iterator[None]:
         yield
         mx.synchronize()  # Metal may tell only then that a command failed, and its results are worth nothing
     except (RuntimeError, MemoryError) as error:
-        failed = FailedBatch(batch.rows, batch.longest, batch.token_ids.size, str(error))
+        failed = FailedBatch(batch.rows, batch.longest, batch.token_ids.size, reason(error))
         if is_out_of_memory(error):
             raise OutOfMemory(failed) from error
         if is_interrupted(error):

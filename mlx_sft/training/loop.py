@@ -22,7 +22,7 @@ from mlx_sft.training import checkpoint
 from mlx_sft.training.callbacks import Callback, Record
 from mlx_sft.training.checkpoint import Unfinished
 from mlx_sft.training.disk_need import begins_with_a_checkpoint
-from mlx_sft.training.failures import GPU_HINT, BatchFailed, Interrupted, is_interrupted, is_out_of_memory
+from mlx_sft.training.failures import GPU_HINT, BatchFailed, Interrupted, is_interrupted, is_out_of_memory, reason
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import footprint_bytes, memory_limits_restored
 from mlx_sft.training.out_of_memory import evaluate_in_memory, recover, wait_for_gpu
@@ -230,7 +230,7 @@ def _ended_in_words(job: Job) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory after step {job.progress.step}: {error}; {_saved(job)}",
+            f"out of memory after step {job.progress.step}: {reason(error)}; {_saved(job)}",
             where=str(job.run.path),
             hint="free some memory, or give a smaller --micro-batch-tokens, and go on with --resume",
         ) from error

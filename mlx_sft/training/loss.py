@@ -11,7 +11,7 @@ at once. Knows nothing of the body, or of where the positions come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -217,44 +217,19 @@ def _exponentials(logits: mx.array, highest: mx.array) -> tuple[mx.array, mx.arr
     return highest, exponential(precise - highest)
 
 
-def evaluate_positions(
-    head: Head | TiledHead,
-    hidden_states: mx.array,
-    targets: mx.array,
-    weights: mx.array,
-    chunk: int,
-    *,
-    fused: bool = False,
-) -> tuple[mx.array, mx.array]:
-    """The weighted sum of losses, and the weighted count of positions whose likeliest token is the target; no gradients."""
-    loss, correct = mx.array(0.0), mx.array(0.0)
-    for rows, losses, likeliest in _evaluated(head, hidden_states, targets, chunk, fused=fused):
-        loss = loss + (weights[rows] * losses).sum()
-        correct = correct + (weights[rows] * (likeliest == targets[rows])).sum()
-    return loss, correct
-
-
 def position_losses(
     head: Head | TiledHead, hidden_states: mx.array, targets: mx.array, chunk: int, *, fused: bool = False
 ) -> tuple[mx.array, mx.array]:
-    """The loss −log p(target) and the likeliest token of each position, [positions]; no gradients."""
-    _, losses, likeliest = zip(*_evaluated(head, hidden_states, targets, chunk, fused=fused), strict=True)
-    return mx.concatenate(losses), mx.concatenate(likeliest)
-
-
-def _evaluated(
-    head: Head | TiledHead, hidden_states: mx.array, targets: mx.array, chunk: int, *, fused: bool
-) -> Iterator[tuple[slice, mx.array, mx.array]]:
-    """Each chunk of positions, with their losses and likeliest tokens, which are computed one after another."""
+    """The loss −log p(target) and the likeliest token of each position, [positions], chunk after chunk; no gradients."""
     of_chunk = (
         partial(_evaluate_by_tiles, head) if isinstance(head, TiledHead) else partial(_evaluate_at_once, head, fused)
     )
     chunk = even_chunk(targets.shape[0], chunk)
-    found: tuple[mx.array, ...] = ()
+    found: list[tuple[mx.array, mx.array]] = []
     for start in range(0, targets.shape[0], chunk):
         rows = slice(start, start + chunk)
-        losses, likeliest = found = of_chunk(after(found, hidden_states[rows]), targets[rows])
-        yield rows, losses, likeliest
+        found.append(of_chunk(after(found[-1] if found else (), hidden_states[rows]), targets[rows]))
+    return mx.concatenate([losses for losses, _ in found]), mx.concatenate([likeliest for _, likeliest in found])
 
 
 def _evaluate_at_once(head: Head, fused: bool, hidden_states: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

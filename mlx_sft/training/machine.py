@@ -185,15 +185,10 @@ def measured_teraflops(dtype: str) -> float:
 
 def free_bytes(root: Path = Path("/")) -> int:
     """What the system can still give to this process: on Linux what it says is available, within the limits of its control groups."""
-    available = _kilobytes(root / "proc/meminfo", "MemAvailable")
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
     if available is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return min([available, *_left_in_groups(root)])
-
-
-def _kilobytes(file: Path, name: str) -> int | None:
-    found = re.search(rf"^{name}:\s+(\d+) kB", _text(file), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    return min([int(available[1]) * 1024, *_left_in_groups(root)])
 
 
 def _left_in_groups(root: Path) -> list[int]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_sft.data.batches import Batch, Layout, collate, cut_all
+from mlx_sft.data.batches import Layout, collate, cut_all
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.feed import Prefetch
 from mlx_sft.errors import UserError
@@ -129,7 +128,8 @@ def evaluate_in_memory(
     waits = iter(WAITS)
     while True:
         try:
-            with Prefetch(_collated(examples, token_budget, layout)) as batches:
+            cuts = cut_all(examples.needed_lengths, token_budget, layout)
+            with Prefetch(collate(examples, micro_batch) for micro_batch in cuts) as batches:
                 return gradient_computer.evaluate(parameters, batches), token_budget
         except BatchFailed as error:
             failed, interrupted = error.batch, isinstance(error, Interrupted)
@@ -144,8 +144,3 @@ def evaluate_in_memory(
             what = f"out of memory in an evaluation: a row of {failed.width} tokens does not fit: {failed.message}"
             raise UserError(what, hint="free some memory, or give shorter rows (--max-length)")
         token_budget = smaller
-
-
-def _collated(examples: Examples, token_budget: int, layout: Layout) -> Iterator[Batch]:
-    for micro_batch in cut_all(examples.needed_lengths, token_budget, layout):
-        yield collate(examples, micro_batch)

@@ -19,8 +19,8 @@ from mlx_sft.data.batches import JOINED, PADDED, Layout
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.data.pipeline import ReadingProgress
-from mlx_sft.data.prepare import PreparedData, prepare
-from mlx_sft.data.template import todays_variables
+from mlx_sft.data.prepare import prepare
+from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import blamed_on
 from mlx_sft.files import read_yaml
 from mlx_sft.methods import for_new_tokens
@@ -131,7 +131,9 @@ class RunPlan:
         if config.data != [NO_DATA] or config.add_tokens:
             tokenizer, new = extended_tokenizer(path, config.chat_template, config.add_tokens)
         config = for_new_tokens(config, new.ids)
-        data = _data(config, tokenizer, progress)
+        data = None
+        if tokenizer is not None and config.data != [NO_DATA]:
+            data = prepare(with_todays_variables(config, tokenizer), tokenizer, progress)
         given = config.dtype != "auto"
         self.dtype = config.dtype if given else machine.dtype
         self.footprint = footprint_of(config, path, self.dtype, new, fused=machine.fused)
@@ -140,7 +142,9 @@ class RunPlan:
         in_front = self.footprint.virtual_tokens
         layout = Layout.of_few_shapes(lengths) if machine.compiles else PADDED if in_front else JOINED
         layout = replace(layout, in_front=in_front)
-        self.longest = _longest(config, layout, data)
+        self.longest = LongestRow(layout.width_of(config.max_length - 1), f"a row of --max-length {config.max_length}")
+        if data:
+            self.longest = LongestRow.of(data.train, layout)
         planner = MemoryPlanner(config, machine, self.footprint, self.longest, layout)
         settings = self.settings = planner.choose()
         self.refusal = None if settings else planner.refusal()
@@ -263,13 +267,6 @@ def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfi
     return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
 
 
-def _data(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None) -> PreparedData | None:
-    if config.data == [NO_DATA]:
-        return None
-    pinned = todays_variables(tokenizer) | config.chat_template_kwargs
-    return prepare(config.model_copy(update={"chat_template_kwargs": pinned}), tokenizer, progress)
-
-
 def footprint_of(
     config: TrainConfig, path: Path, dtype: str, new_tokens: NewTokens | None = None, *, fused: bool
 ) -> Footprint:
@@ -280,12 +277,6 @@ def footprint_of(
         vocabulary = vocabulary_size(split.model, read_config(path))
         head: HeadWay = "fused" if fused else "whole" if expected_tiles(split) is None else "tiles"
         return Footprint.of(config, split, method, parameters, vocabulary, head=head, fused=fused)
-
-
-def _longest(config: TrainConfig, layout: Layout, data: PreparedData | None) -> LongestRow:
-    if data is None:
-        return LongestRow(layout.width_of(config.max_length - 1), f"a row of --max-length {config.max_length}")
-    return LongestRow.of(data.train, layout)
 
 
 def _facts(plan: RunPlan) -> Pieces:

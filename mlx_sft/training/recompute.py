@@ -56,7 +56,10 @@ class Recomputation:
         self._layers = split.layers
         blocks = find_blocks(split.layers, lambda: split.hidden_states(_PROBE))
         code = _Code(split, composes_attention=composes_attention)
-        blocks = [{name: code.of_block(block) for name, block in found.items()} for found in blocks]
+        blocks = [
+            {name: replace(block, run=code.of(block.module) or block.run) for name, block in found.items()}
+            for found in blocks
+        ]
         lowest = _lowest_reached(split)
         self._replacements = _layers_in(mode, split.layers, blocks, self.rows, code, lowest)
         if not self._reproduces(split):
@@ -150,10 +153,6 @@ class _Code:
         if not isinstance(module, nn.Module) or not any(names_in(module, name) for name in self._names if name != "mx"):
             return None
         return with_names(module, self._names)
-
-    def of_block(self, block: Block) -> Block:
-        run = self.of(block.module)
-        return block if run is None else replace(block, run=run)
 
     def of_children(self, layer: nn.Module) -> dict[str, Any]:
         return {

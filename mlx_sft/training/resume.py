@@ -46,7 +46,8 @@ def resumed_config(given: TrainConfig, run: RunFolder) -> TrainConfig:
     anew = _marked(given, OnResume.FREE)
     for field in sorted(given.model_fields_set - anew - _marked(given, OnResume.COMPUTED)):
         if field not in type(saved).model_fields:
-            what = f"{option_name(field)} is a setting of {_owners_said(field)}, which this run does not have"
+            owners = " and ".join(f"{option_name(kind)} {name}" for kind, name in owners_of(field))
+            what = f"{option_name(field)} is a setting of {owners}, which this run does not have"
             raise UserError(what, where=str(run.config), hint="leave it out to resume", exit_code=USAGE)
         before, now = getattr(saved, field), getattr(full, field)
         if field == "chat_template_kwargs":
@@ -195,10 +196,6 @@ def _agrees(config: TrainConfig, name: str, before: Any, now: Any) -> bool:
 def _shares(places: Any) -> Any:
     """What is said of places beside where they are: how many there are, and the share of each in a mixture."""
     return [split_weight(place)[1] for place in places] if isinstance(places, list) else places is None
-
-
-def _owners_said(field: str) -> str:
-    return " and ".join(f"{option_name(kind)} {name}" for kind, name in owners_of(field))
 
 
 def differences(run: RunFolder, config: TrainConfig) -> list[str]:

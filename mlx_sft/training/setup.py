@@ -20,12 +20,11 @@ from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.merge import check_exportable
-from mlx_sft.data.batches import Layout
 from mlx_sft.data.chat_template import template_text, with_template
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.new_tokens import NewTokens, add_tokens
-from mlx_sft.data.prepare import PreparedData, prepare
-from mlx_sft.data.template import todays_variables
+from mlx_sft.data.prepare import prepare
+from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
 from mlx_sft.methods import Method, Parameters, for_new_tokens
@@ -33,7 +32,6 @@ from mlx_sft.model.given import given_model, given_tokenizer
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import joined_note
 from mlx_sft.model.load import (
-    LoadedModel,
     extended_tokenizer,
     load_model,
     resolve_checkpoint,
@@ -58,11 +56,11 @@ from mlx_sft.training.batch_settings import (
     refuse_too_large,
 )
 from mlx_sft.training.callbacks import Callback, Callbacks
-from mlx_sft.training.checkpoint import CallbackStates, Progress
+from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.device import Measured, attention_in_blocks, measure
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.job import Job
-from mlx_sft.training.machine import Machine, hold_to, prepare_device, this_machine, within
+from mlx_sft.training.machine import hold_to, prepare_device, this_machine, within
 from mlx_sft.training.memory import Footprint
 from mlx_sft.training.resume import (
     CONFIG_HEADER,
@@ -107,96 +105,182 @@ def prepare_job(
     started = time.monotonic()
     prepare_device()
     mx.reset_peak_memory()
-    held = ExitStack() if held is None else held
-    given = given or Given()
-    anew, more_time = computed_anew(config), config.time_limit is not None
-    config, run = _opened(_with_given(config, given), console, held)
-    path = resolve_checkpoint(config.model)
-    callbacks = Callbacks.of_run(config, given.callbacks)
-    config, tokenizer, new_tokens, data = _read_data(config, path, console, given, new=run is None)
-    callbacks.check(config, data)
-    machine = within(this_machine(), config)
-    mx.set_memory_limit(machine.memory)  # rather than go beyond it, MLX waits for operations that are under way
-    if given.model is None:
-        refuse_too_large(config, path, machine)
-    base, vocabulary = _load_base(config, tokenizer, new_tokens, data, console, given)
-    split = SplitModel(base.model)
-    begun = run is not None and bool(run.checkpoint_steps())
-    config, method, parameters = _attach_exportable(config, base, new_tokens, begun=begun)
-    _refuse_dropout_outside_layers(method, split, parameters)
-    for part in (data.train, data.valid):
-        _refuse_inexact_length(part, base.path, method.virtual_tokens)
-    computer = GradientComputer(split, method, vocabulary, make_objective(config), recompute=asked_for(config)[0])
-    layout, measured = _measured_layout(config, run, computer, split, parameters, data, machine, console)
-    held.enter_context(attention_in_blocks(measured.attention_block))
-    planner = _planner(config, machine, computer, split, method, parameters, vocabulary, data, layout)
-    memory, settings = planner.plan(computer, parameters, len(data.train))
-    config = _decided(config, settings)
-    plan = planned_steps(config, data)
-    if run is None and config.time_limit is not None and config.resume_from_peft is None:
-        compiled = compiled_shapes(plan, data.train, settings.micro_batch_tokens, settings.layout)
-        computer.configure(settings.mode, compiled, settings.head_chunk)
-        config, plan = within_time(
-            config, plan, data, computer, parameters, settings, uses_dropout=method.uses_dropout,
-            checkpoint_bytes=memory.footprint.checkpoint_bytes, started=started, console=console,
+    setup = _Setup(config, console, ExitStack() if held is None else held, given or Given())
+    setup.read_data()
+    setup.load_model()
+    setup.plan_memory()
+    setup.plan_steps(started)
+    setup.take_up_state()
+    return setup.job()
+
+
+class _Setup:
+    """What is known of a run before it is a job: each method finds what those after it need.
+
+    Attributes:
+        run: The folder of a run that goes on, and in the end that of every run.
+        begun: Whether it has a checkpoint, and so needs nothing of what it began with.
+        anew: What is given with `--resume` of how it is computed.
+    """
+
+    def __init__(self, config: TrainConfig, console: Console, held: ExitStack, given: Given) -> None:
+        self.console, self.held, self.given = console, held, given
+        self.anew, self.more_time = computed_anew(config), config.time_limit is not None
+        self.config, self.run = _opened(_with_given(config, given), console, held)
+        self.begun = self.run is not None and bool(self.run.checkpoint_steps())
+        self.path = resolve_checkpoint(self.config.model)
+        self.callbacks = Callbacks.of_run(self.config, given.callbacks)
+
+    def read_data(self) -> None:
+        """The tokenizer, what was added to it, and the rows as it writes them; a new run pins the day on which it begins."""
+        read_config(self.path)  # first, because the tokenizer would take the blame
+        self.tokenizer, self.new_tokens = _tokenizer(self.config, self.path, self.given)
+        config = for_new_tokens(self.config, self.new_tokens.ids)
+        if note := self.new_tokens.note():
+            self.console.note(note)
+        if self.run is None:
+            if config.chat_template is not None:
+                config = config.model_copy(update={"chat_template": template_text(config.chat_template)})
+            config = with_todays_variables(config, self.tokenizer)
+        with self.console.reading() as reading:
+            rows, valid_rows = self.given.data, self.given.valid
+            self.data = prepare(config, self.tokenizer, reading, rows=rows, valid_rows=valid_rows)
+        self.callbacks.check(config, self.data)
+        self.config = config
+
+    def load_model(self) -> None:
+        """The model with its method attached, once it is sure that it can compute every row and be merged, and what computes gradients."""
+        config, given = self.config, self.given
+        self.machine = within(this_machine(), config)
+        mx.set_memory_limit(
+            self.machine.memory
+        )  # rather than go beyond it, MLX waits for operations that are under way
+        settings: dict[str, Any] = {"quantize": config.quantize}
+        if given.model is None:
+            refuse_too_large(config, self.path, self.machine)
+            base = load_model(config.model, config.dtype, self.tokenizer, new_tokens=self.new_tokens, **settings)
+        else:
+            base = given_model(given.model, config.model, self.tokenizer, dtype=config.dtype, **settings)
+        for note in filter(None, (untested_note(base.config), joined_note(base.model))):
+            self.console.note(note)
+        self.base, self.vocabulary = base, vocabulary_size(base.model, base.config)
+        for part in (self.data.train, self.data.valid):
+            check_vocabulary(part, self.vocabulary)
+        self.split, rows = SplitModel(base.model), first_rows(base.model)
+        self.config, self.method, self.parameters = starting_parameters(
+            config, base.model, self.tokenizer, begun=self.begun
+        )
+        check_exportable(base.path, self.method, self.parameters, rows, new_tokens=self.new_tokens)
+        for value in self.parameters.values():
+            mx.eval(value)  # one after another: what they are computed from may be as large as the model
+        _refuse_dropout_outside_layers(self.method, self.split, self.parameters)
+        for part in (self.data.train, self.data.valid):
+            _refuse_inexact_length(part, base.path, self.method.virtual_tokens)
+        objective, mode = make_objective(self.config), asked_for(self.config)[0]
+        self.computer = GradientComputer(self.split, self.method, self.vocabulary, objective, recompute=mode)
+
+    def plan_memory(self) -> None:
+        """How a step is computed on this machine, by what is measured now, or was when a run that goes on began."""
+        config, computer, parameters, machine, train = (
+            self.config, self.computer, self.parameters, self.machine, self.data.train,
         )  # fmt: skip
-    optimizer = make_optimizer(config, parameters, method.decayed, compiled=machine.compiles)
-    identity = identity_of(config, data, path)
-    if run:
-        refuse_changes(run, config, data, identity)
-    if run and begun:
-        progress, parameters, states = checkpoint.load(run, parameters, optimizer, identity, seed=config.seed)
-        _hand_over(states, callbacks, console)
-    else:
-        progress = starting_progress(config, parameters, optimizer, identity, plan.total_steps)
-    if run:
-        if more_time or progress.stopped_of != plan.total_steps:  # one that a callback ended early goes on with more
-            progress = progress.after(stopped_of=None)
-        settings, progress = _resumed(settings, progress, anew)
-    predicted = predicted_peak(memory.footprint, settings, plan, data.train)
-    disk = DiskNeed.of_run(
-        memory.footprint.checkpoint_bytes, method.written_bytes(parameters), config, plan,
-        goes_back=callbacks.may_go_back,
-    )  # fmt: skip
-    disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
-    if run:
-        record_revision(run, config, plan.total_steps)
-    else:
-        environment = describe_environment(config, identity, plan.total_steps)
-        environment |= {"memory": memory.describe(predicted), "measured": asdict(measured)}
-        run = _create(config, data, environment, console, held)
-    hold_to(machine, predicted)
-    compiled = compiled_shapes(plan, data.train, settings.micro_batch_tokens, settings.layout)
-    computer.configure(settings.mode, compiled, settings.head_chunk)
-    computer.bind(parameters)
-    return Job(
-        config, run, base, split, method, computer, plan, data,
-        parameters, optimizer, callbacks, identity, progress, console, memory, settings, predicted, disk,
-    )  # fmt: skip
+        layout = layout_on(machine, computer, parameters, train)
+        device.ask(computer, parameters, layout, asked_for(config)[-1], machine, self.console)
+        if self.run:
+            self.measured = Measured.of_run(self.run)
+        else:
+            self.measured = measure(computer, self.split, parameters, train, layout, machine)
+        layout = replace(layout, call_cost=self.measured.call_cost)
+        self.held.enter_context(attention_in_blocks(self.measured.attention_block))
+        footprint = Footprint.of(
+            config, self.split, self.method, parameters, self.vocabulary, head=computer.head_way, fused=machine.fused,
+            composes_attention=computer.composes_attention,
+        )  # fmt: skip
+        planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout)
+        self.memory, self.settings = planner.plan(computer, parameters, len(train))
+        self.config = _decided(config, self.settings)
 
+    def plan_steps(self, started: float) -> None:
+        """As many as the configuration says, or as end in the time that it gives since `started`."""
+        self.plan = planned_steps(self.config, self.data)
+        if self.run is None and self.config.time_limit is not None and self.config.resume_from_peft is None:
+            self._configure()
+            self.config, self.plan = within_time(
+                self.config, self.plan, self.data, self.computer, self.parameters, self.settings,
+                uses_dropout=self.method.uses_dropout, checkpoint_bytes=self.memory.footprint.checkpoint_bytes,
+                started=started, console=self.console,
+            )  # fmt: skip
 
-def _measured_layout(
-    config: TrainConfig, run: RunFolder | None, computer: GradientComputer, split: SplitModel, parameters: Parameters,
-    data: PreparedData, machine: Machine, console: Console,
-) -> tuple[Layout, Measured]:  # fmt: skip
-    """How rows are laid out on this machine, and what was measured for it: now, or as a run that goes on began."""
-    layout = layout_on(machine, computer, parameters, data.train)
-    device.ask(computer, parameters, layout, asked_for(config)[-1], machine, console)
-    measured = Measured.of_run(run) if run else measure(computer, split, parameters, data.train, layout, machine)
-    return replace(layout, call_cost=measured.call_cost), measured
+    def _configure(self) -> None:
+        """Which shapes are compiled follows from the plan alone, so that a run that goes on compiles the same."""
+        tokens, layout = self.settings.micro_batch_tokens, self.settings.layout
+        compiled = compiled_shapes(self.plan, self.data.train, tokens, layout)
+        self.computer.configure(self.settings.mode, compiled, self.settings.head_chunk)
+
+    def take_up_state(self) -> None:
+        """The optimizer, and where the run stands: at its beginning, at its newest checkpoint, or where a TRL export stopped."""
+        config, run, steps = self.config, self.run, self.plan.total_steps
+        self.optimizer = make_optimizer(config, self.parameters, self.method.decayed, compiled=self.machine.compiles)
+        identity = self.identity = identity_of(config, self.data, self.path)
+        if run:
+            refuse_changes(run, config, self.data, identity)
+        if run and self.begun:
+            progress, self.parameters, states = checkpoint.load(
+                run, self.parameters, self.optimizer, identity, seed=config.seed
+            )
+            if untaken := self.callbacks.load_state(states):
+                names = ", ".join(untaken)
+                self.console.warn(
+                    f"the checkpoint holds the state of {names}, a callback that this run does not have now"
+                )
+        else:
+            progress = starting_progress(config, self.parameters, self.optimizer, identity, steps)
+        if run:
+            if self.more_time or progress.stopped_of != steps:  # one that a callback ended early goes on with more
+                progress = progress.after(stopped_of=None)
+            self.settings, progress = _resumed(self.settings, progress, self.anew)
+        self.progress = progress
+
+    def job(self) -> Job:
+        """The job, once there is room on the disk; the head of its folder is written."""
+        config, run, plan, goes_back = self.config, self.run, self.plan, self.callbacks.may_go_back
+        predicted = predicted_peak(self.memory.footprint, self.settings, plan, self.data.train)
+        sizes = self.memory.footprint.checkpoint_bytes, self.method.written_bytes(self.parameters)
+        disk = DiskNeed.of_run(*sizes, config, plan, goes_back=goes_back)
+        disk.refuse_where_short(run.path if run else Path(config.out or "."), run.checkpoints if run else None)
+        if run:
+            record_revision(run, config, plan.total_steps)
+        else:
+            environment = describe_environment(config, self.identity, plan.total_steps)
+            environment |= {"memory": self.memory.describe(predicted), "measured": asdict(self.measured)}
+            run = RunFolder.create(config.out or RunFolder.default_path(config.model))
+            self.held.enter_context(run.locked(self.console.warn))
+            RunFolder.new(run.path)  # another process may have begun one meanwhile
+            run.write_head(
+                config=config.model_copy(update={"out": None}).to_yaml(CONFIG_HEADER),
+                data_report=to_json(self.data.report.to_json()),
+                environment=to_json(environment),
+            )
+        hold_to(self.machine, predicted)
+        self._configure()
+        self.computer.bind(self.parameters)
+        return Job(
+            config, run, self.base, self.split, self.method, self.computer, plan, self.data, self.parameters, self.optimizer,
+            self.callbacks, self.identity, self.progress, self.console, self.memory, self.settings, predicted, disk,
+        )  # fmt: skip
 
 
 def _with_given(config: TrainConfig, given: Given) -> TrainConfig:
     """The configuration says that rows came from memory, where they did; raises `UserError` where it names others too."""
-    for name, rows in (("data", given.data), ("valid", given.valid)):
+    in_memory: tuple[tuple[str, Any, Any], ...] = (("data", given.data, [IN_MEMORY]), ("valid", given.valid, IN_MEMORY))
+    for name, rows, said in in_memory:
         stated = getattr(config, name)
-        if rows is not None and stated and stated not in ([IN_MEMORY], IN_MEMORY):
+        if rows is None:
+            continue
+        if stated and stated != said:
             what = f"{name} is given twice: as rows in memory, and in the configuration as {stated}"
             raise UserError(what, hint="leave one of them out", exit_code=USAGE)
-    if given.data is not None:
-        config = config.model_copy(update={"data": [IN_MEMORY]})
-    if given.valid is not None:
-        config = config.model_copy(update={"valid": IN_MEMORY})
+        config = config.model_copy(update={name: said})
     config.require_data()
     return config
 
@@ -217,25 +301,6 @@ def _opened(config: TrainConfig, console: Console, held: ExitStack) -> tuple[Tra
     return resumed, run
 
 
-def _read_data(
-    config: TrainConfig, path: Path, console: Console, given: Given, *, new: bool
-) -> tuple[TrainConfig, PreTrainedTokenizerBase, NewTokens, PreparedData]:
-    """The tokenizer, what was added to it, and the rows as it writes them; a new run pins the day on which it begins."""
-    read_config(path)  # first, because the tokenizer would take the blame
-    tokenizer, added = _tokenizer(config, path, given)
-    config = for_new_tokens(config, added.ids)
-    if note := added.note():
-        console.note(note)
-    if new:
-        if config.chat_template is not None:
-            config = config.model_copy(update={"chat_template": template_text(config.chat_template)})
-        pinned = todays_variables(tokenizer) | config.chat_template_kwargs
-        config = config.model_copy(update={"chat_template_kwargs": pinned})
-    with console.reading() as reading:
-        data = prepare(config, tokenizer, reading, rows=given.data, valid_rows=given.valid)
-    return config, tokenizer, added, data
-
-
 def _tokenizer(config: TrainConfig, path: Path, given: Given) -> tuple[PreTrainedTokenizerBase, NewTokens]:
     """The model's, or the one that was given, with the run's own tokens and chat template; and what was added."""
     tokenizer = given_tokenizer(given.model, given.tokenizer)
@@ -250,71 +315,6 @@ def _tokenizer(config: TrainConfig, path: Path, given: Given) -> tuple[PreTraine
     if config.chat_template is not None:
         tokenizer = with_template(copy.copy(tokenizer), config.chat_template, path)
     return tokenizer, added
-
-
-def _load_base(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    new_tokens: NewTokens,
-    data: PreparedData,
-    console: Console,
-    given: Given,
-) -> tuple[LoadedModel, int]:
-    """The model before training and its vocabulary, once it is sure that it can compute every row."""
-    if given.model is None:
-        base = load_model(config.model, config.dtype, tokenizer, quantize=config.quantize, new_tokens=new_tokens)
-    else:
-        base = given_model(given.model, config.model, tokenizer, dtype=config.dtype, quantize=config.quantize)
-    for note in (untested_note(base.config), joined_note(base.model)):
-        if note:
-            console.note(note)
-    vocabulary = vocabulary_size(base.model, base.config)
-    for part in (data.train, data.valid):
-        check_vocabulary(part, vocabulary)
-    return base, vocabulary
-
-
-def _attach_exportable(
-    config: TrainConfig, base: LoadedModel, new_tokens: NewTokens, *, begun: bool
-) -> tuple[TrainConfig, Method, Parameters]:
-    """As `starting_parameters`, once it is sure that what will be trained can be merged into the checkpoint."""
-    rows = first_rows(base.model)
-    config, method, parameters = starting_parameters(config, base.model, base.tokenizer, begun=begun)
-    check_exportable(base.path, method, parameters, rows, new_tokens=new_tokens)
-    for value in parameters.values():
-        mx.eval(value)  # one after another: what they are computed from may be as large as the model
-    return config, method, parameters
-
-
-def _planner(
-    config: TrainConfig,
-    machine: Machine,
-    computer: GradientComputer,
-    split: SplitModel,
-    method: Method,
-    parameters: Parameters,
-    vocabulary: int,
-    data: PreparedData,
-    layout: Layout,
-) -> MemoryPlanner:
-    footprint = Footprint.of(
-        config,
-        split,
-        method,
-        parameters,
-        vocabulary,
-        head=computer.head_way,
-        fused=machine.fused,
-        composes_attention=computer.composes_attention,
-    )
-    return MemoryPlanner(config, machine, footprint, LongestRow.of(data.train, layout), layout)
-
-
-def _hand_over(states: CallbackStates, callbacks: Callbacks, console: Console) -> None:
-    """Give callbacks the states that a checkpoint holds."""
-    if untaken := callbacks.load_state(states):
-        names = ", ".join(untaken)
-        console.warn(f"the checkpoint holds the state of {names}, a callback that this run does not have now")
 
 
 def _refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters: Parameters) -> None:
@@ -370,18 +370,3 @@ def _resumed(settings: BatchSettings, progress: Progress, anew: Collection[str])
             micro_batch_tokens=settings.micro_batch_tokens, recompute=settings.mode, head_chunk=settings.head_chunk
         )
     return settings, progress
-
-
-def _create(
-    config: TrainConfig, data: PreparedData, environment: dict[str, Any], console: Console, held: ExitStack
-) -> RunFolder:
-    """A run folder with its head, locked until `held` is closed."""
-    run = RunFolder.create(config.out or RunFolder.default_path(config.model))
-    held.enter_context(run.locked(console.warn))
-    RunFolder.new(run.path)  # another process may have begun one meanwhile
-    run.write_head(
-        config=config.model_copy(update={"out": None}).to_yaml(CONFIG_HEADER),
-        data_report=to_json(data.report.to_json()),
-        environment=to_json(environment),
-    )
-    return run

@@ -14,6 +14,7 @@ from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
 from mlx_sft.methods import Method, Parameters, as_attached, attach_trained, make_method, method_in
+from mlx_sft.methods.results import refuse_unfinished_result
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
@@ -40,6 +41,9 @@ def new_config(given: TrainConfig, console: Console) -> TrainConfig:
     """
     folder = given.resume_from_peft
     if folder is None:
+        if given.init_adapter is not None:
+            way_out = "start from `mlx-sft export --format peft --step` best, last, or"
+            refuse_unfinished_result(given.init_adapter, way_out)
         return with_full_paths(given)
     if TrlFolder.find(folder) is not None:
         return continued_config(given, TrlFolder.trained(folder))

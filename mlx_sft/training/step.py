@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.data.batches import Batch
 from mlx_sft.errors import UserError
-from mlx_sft.methods import Binder, Parameters
+from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
@@ -29,7 +29,6 @@ from mlx_sft.training.loss import (
     HeadWay,
     chunk_rows,
     cross_entropy_sum,
-    evaluate_positions,
     fused_holds,
     position_losses,
 )
@@ -87,7 +86,7 @@ class GradientComputer:
     def __init__(
         self,
         split: SplitModel,
-        method: Binder,
+        method: Method,
         vocabulary: int,
         objective: Objective | None = None,
         *,
@@ -208,45 +207,25 @@ class GradientComputer:
         """
         self.bind(parameters)
         batches = list(batches)
-        loss = correct = 0.0
-        log_probs = []
-        weighting = None if self._objective.first_pass else self._weigh(batches, None)
-        for number, batch in enumerate(batches):
-            if weighting is None:
-                found, likeliest = self._position_log_probs(parameters, batch)
-                log_probs.append(found)
-                correct += float(batch.weights[likeliest == batch.targets].sum(dtype=np.float64))
-            else:
-                sums = self._evaluation_sums(parameters, batch, weighting.weights[number])
-                loss, correct = loss + sums[0], correct + sums[1]
+        first_pass = self._objective.first_pass
+        weighting = None if first_pass else self._weigh(batches, None)
+        found = [self._position_log_probs(parameters, batch) for batch in batches]
+        log_probs = [log_p for log_p, _ in found]
         if weighting is None:
             weighting = self._weigh(batches, log_probs)
-            loss = sum(
-                float((-log_p * own).sum(dtype=np.float64))
-                for own, log_p in zip(weighting.weights, log_probs, strict=True)
-            )
-            weight = sum(float(batch.weights.sum(dtype=np.float64)) for batch in batches)
-        else:
-            weight = weighting.normalizer
+        # What a target weighs in the accuracy: as in the loss, where that is known without a first pass.
+        weights = [batch.weights for batch in batches] if first_pass else weighting.weights
+        hits = [likeliest == batch.targets for (_, likeliest), batch in zip(found, batches, strict=True)]
+        whole = sum(float(own.sum(dtype=np.float64)) for own in weights) if first_pass else weighting.normalizer
         return Evaluation(
-            loss=loss / weighting.normalizer if weighting.loss is None else weighting.loss,
-            token_accuracy=correct / weight,
+            loss=weighting.loss
+            if weighting.loss is not None
+            else -_weighed(log_probs, weighting.weights) / weighting.normalizer,
+            token_accuracy=_weighed(hits, weights) / whole,
             tokens=sum(batch.tokens for batch in batches),
             supervised_tokens=sum(len(batch.targets) for batch in batches),
             own=weighting.metrics,
         )
-
-    def _evaluation_sums(
-        self, parameters: Parameters, batch: Batch, weights: NDArray[np.float32]
-    ) -> tuple[float, float]:
-        """The weighted sum of a micro-batch's losses, and the weighted count of its likeliest tokens that are the targets."""
-        head = self._head_for(parameters)
-        with failures_noticed(batch):
-            hidden_states, targets = self._states_of(batch), mx.array(batch.targets)
-            chunk = self._chunk(head)
-            sums = evaluate_positions(head, hidden_states, targets, mx.array(weights), chunk, fused=self._fused)
-            mx.eval(sums)
-        return to_float(sums[0]), to_float(sums[1])
 
     def _weigh(self, batches: Sequence[Batch], log_probs: list[NDArray[np.float32]] | None) -> Weighting:
         """What the objective says; raises `UserError` where it is not of these micro-batches."""
@@ -377,3 +356,8 @@ class GradientComputer:
 
 def to_float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
+
+
+def _weighed(values: Sequence[NDArray[Any]], weights: Sequence[NDArray[np.float32]]) -> float:
+    """Σ weight · value over the positions of all micro-batches."""
+    return sum(float((one * own).sum(dtype=np.float64)) for one, own in zip(values, weights, strict=True))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console, duration
-from mlx_sft.data.batches import Plan, collate, cut
+from mlx_sft.data.batches import Plan, Step, collate, cut
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters
@@ -86,8 +87,26 @@ def within_time(
     """
     if config.time_limit is None:
         return config, plan
-    limit = parse_duration(config.time_limit)
-    pace = _pace(config, plan, data, computer, parameters, settings, uses_dropout, checkpoint_bytes, _TRIED * limit)
+    limit, lengths = parse_duration(config.time_limit), data.train.needed_lengths
+
+    def seconds_of(step: Step) -> float:
+        """Of its gradient, once it is cut and collated, which in training another thread does."""
+        micro_batches = cut(step.rows, lengths, settings.micro_batch_tokens, settings.layout)
+        batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
+        key = checkpoint.dropout_key(config.seed, step.number) if uses_dropout else None
+        before = time.perf_counter()
+        computer.gradient(parameters, batches, key)
+        return time.perf_counter() - before
+
+    tried, traces = _tried(list(islice(plan.steps(), _MOST_TRIED)), seconds_of, computer, _TRIED * limit)
+    tokens = [int(lengths[list(step.rows)].sum()) for step in islice(plan.steps(), _LOOKED_AT)]
+    a_token = sum(tried) / sum(tokens[: len(tried)])
+    pace = Pace(
+        step=a_token * sum(tokens) / len(tokens),
+        traces=traces,
+        evaluation=_EVALUATED * a_token * (int(data.valid.needed_lengths.sum()) if data.valid else 0),
+        saving=checkpoint_bytes / _BYTES_A_SECOND,
+    )
     left = _MARGIN * (limit - (time.monotonic() - started))
     low, high = 0, plan.total_steps + 1
     while high - low > 1:
@@ -107,48 +126,20 @@ def within_time(
     return config, planned_steps(config, data)
 
 
-def _pace(
-    config: TrainConfig,
-    plan: Plan,
-    data: PreparedData,
-    computer: GradientComputer,
-    parameters: Parameters,
-    settings: BatchSettings,
-    uses_dropout: bool,
-    checkpoint_bytes: int,
-    most: float,
-) -> Pace:
-    """As the first steps show; each of them is tried twice, and counts the second time."""
-
-    def gradient(number: int) -> float:
-        """The seconds of one of the first steps, once it is cut and collated, which in training another thread does."""
-        step = steps[number]
-        micro_batches = cut(step.rows, data.train.needed_lengths, settings.micro_batch_tokens, settings.layout)
-        batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
-        key = checkpoint.dropout_key(config.seed, step.number) if uses_dropout else None
-        started = time.perf_counter()
-        computer.gradient(parameters, batches, key)
-        return time.perf_counter() - started
-
-    steps = list(islice(plan.steps(), _MOST_TRIED))
-    traced_before, first = len(computer.trace_seconds), 0.0
-    tried = 0
+def _tried(
+    steps: Sequence[Step], seconds_of: Callable[[Step], float], computer: GradientComputer, most: float
+) -> tuple[list[float], float]:
+    """The seconds of each of the first steps that take no more than `most` together, each of which is tried twice and counts the
+    second time; and those that compiling what is not compiled yet will take."""
+    before, first, tried = len(computer.trace_seconds), 0.0, 0
     try:
         while tried < len(steps) and first <= most:
-            first += gradient(tried)
+            first += seconds_of(steps[tried])
             tried += 1
-        tokens = [int(data.train.needed_lengths[list(step.rows)].sum()) for step in steps[:tried]]
-        a_token = sum(map(gradient, range(tried))) / sum(tokens)
-        traces = computer.trace_seconds[traced_before:]
-        to_come = len(computer.compiled) - len(traces)
+        seconds = list(map(seconds_of, steps[:tried]))
     except BatchFailed as error:
         what = f"--for cannot tell what a step takes: {error.batch.message}"
         raise UserError(what, hint="give a smaller --micro-batch-tokens, or --max-steps in place of --for") from error
-    looked_at = [int(data.train.needed_lengths[list(step.rows)].sum()) for step in islice(plan.steps(), _LOOKED_AT)]
-    valid_tokens = int(data.valid.needed_lengths.sum()) if data.valid else 0
-    return Pace(
-        step=a_token * sum(looked_at) / len(looked_at),
-        traces=to_come * (sum(traces) / len(traces)) if traces else 0.0,
-        evaluation=_EVALUATED * a_token * valid_tokens,
-        saving=checkpoint_bytes / _BYTES_A_SECOND,
-    )
+    traces = computer.trace_seconds[before:]
+    to_come = len(computer.compiled) - len(traces)
+    return seconds, to_come * (sum(traces) / len(traces)) if traces else 0.0

@@ -404,10 +404,12 @@ def test_what_the_base_has_beside_its_weights_goes_along_and_the_rest_is_named(
     processors = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
     beside = {*processors, "spiece.model", "tekken.json", "params.json", "LICENSE", "helper.py"}
     for name in (*beside, "pytorch_model.bin", "README.md"):
-        (base / name).write_text(f"{{}} {name}")
+        (base / name).write_text(f'{{"of": "{name}"}}')
     (base / "original").mkdir()
     result = export(make_run(base).path, tmp_path / "to", format=format)
-    assert {name: (result.path / name).read_text() for name in beside} == {name: f"{{}} {name}" for name in beside}
+    assert {name: (result.path / name).read_text() for name in beside} == {
+        name: f'{{"of": "{name}"}}' for name in beside
+    }
     assert not {"pytorch_model.bin", "README.md", "original"} & {path.name for path in result.path.iterdir()}
     named = "README.md (the base's card), original (a folder), pytorch_model.bin (weights, or of weights)"
     assert result.notes == (f"not copied from the base: {named}",)

@@ -8,11 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mlx_sft.data.conversation import Conversation
+from mlx_sft.data.conversation import ConsecutiveTurns, Conversation
 from mlx_sft.data.encode import Encoder
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import RowReader
-from mlx_sft.data.turns import ConsecutiveTurns
 from mlx_sft.errors import UserError
 
 pytestmark = pytest.mark.fast

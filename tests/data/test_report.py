@@ -11,10 +11,8 @@ from mlx_sft.data.dataset import Examples, pack
 from mlx_sft.data.example import Example, Note, Outcome
 from mlx_sft.data.findings import FACT_FINDINGS
 from mlx_sft.data.key_counts import KeyCount
-from mlx_sft.data.lengths import histogram, length_summary
-from mlx_sft.data.part_report import PartReport
-from mlx_sft.data.report import DataReport
-from mlx_sft.data.source_report import SourceReport, reasons
+from mlx_sft.data.part_report import PartReport, histogram, length_summary
+from mlx_sft.data.report import DataReport, SourceReport, reasons
 from mlx_sft.data.template import Facts
 from mlx_sft.data.token_counts import TokenColumn, TokenCounts
 
@@ -37,6 +35,12 @@ def part(*examples: Example) -> PartReport:
 
 def report(train: PartReport | None = None, shared: int = 0, append_eos: bool = False, **source: object) -> DataReport:
     sources = [SourceReport("chats.jsonl", None, "messages", **({"kept": 4} | source))]  # type: ignore[arg-type]
+    return of_sources(sources, train, shared, append_eos)
+
+
+def of_sources(
+    sources: list[SourceReport], train: PartReport | None = None, shared: int = 0, append_eos: bool = False
+) -> DataReport:
     return DataReport(sources, train or part(example(10)), part(), shared, {"append_eos": append_eos})
 
 
@@ -138,7 +142,8 @@ def test_a_finding_names_the_first_rows_and_is_told_where_it_is_counted() -> Non
 def test_the_first_rows_of_several_sources_are_named_in_their_order_and_once() -> None:
     told = report(facts=Facts(turns=4, turns_without_end=1), first={"turns_without_end": ["a:1"]})
     facts = Facts(turns=4, turns_without_end=2)
-    told.sources.append(SourceReport("b", None, "text", facts=facts, first={"turns_without_end": ["a:1", "b:1"]}))
+    other = SourceReport("b", None, "text", facts=facts, first={"turns_without_end": ["a:1", "b:1"]})
+    told = of_sources([*told.sources, other])
     assert told.findings()[0].first == ["a:1", "b:1"]
     assert told.findings()[0].count == 3
 
@@ -204,8 +209,7 @@ def test_examples_are_told_from_rows_where_a_row_gives_several() -> None:
 
 
 def test_the_formats_of_several_sources_are_told_with_their_rows() -> None:
-    two = report()
-    two.sources.append(SourceReport("b.jsonl", None, "text", kept=3))
+    two = of_sources([*report().sources, SourceReport("b.jsonl", None, "text", kept=3)])
     assert two.summary()["format"] == "messages (4), text (3)"
 
 

@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mlx_sft.data.conversation import Conversation
+from mlx_sft.data.conversation import ConsecutiveTurns, Conversation, with_turns
 from mlx_sft.data.encode import Encoder
 from mlx_sft.data.messages import joined
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import RowReader
-from mlx_sft.data.turns import ConsecutiveTurns, with_turns
 from mlx_sft.errors import UserError
 from tests.data.conftest import MakeTokenizer
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +127,10 @@ def _live(
     words: list[str], folder: Path, environment: dict[str, str], faults: list[Fault], out: Path, err: Path
 ) -> None:
     os.setpgid(0, 0)  # a group that has no parent outside of it cannot be stopped
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it, those of `nohup` a SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.update(environment)
     for path, descriptor in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

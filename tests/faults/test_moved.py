@@ -145,6 +145,6 @@ def test_a_run_that_was_renamed_and_stopped_goes_on_from_there(
     with watched(run.parent, moved), watched(run.parent, stopped), pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**settings | SETTINGS))
     assert not run.exists()
-    assert RunFolder(other).checkpoint_steps() == [1]
+    assert RunFolder(other).checkpoint_steps() == [1, 2]  # the way out saves what was cut off
     train(TrainConfig(resume=str(other), quiet=True))
     assert outcome(other) == undisturbed

@@ -77,6 +77,7 @@ def test_what_peft_drops_is_named(
     {"target_modules": r".*\.1\.(mlp|self_attn)\.\w+_proj"},
     {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["layers.0.self_attn.q_proj"], "use_rslora": True},
     {"target_modules": ["v_proj"], "layers_to_transform": 1, "rank_pattern": {"v_proj": 3}, "use_dora": True},
+    {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]},
 ])  # fmt: skip
 def test_what_peft_wrote_it_takes_again(
     settings: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
@@ -88,6 +89,17 @@ def test_what_peft_wrote_it_takes_again(
         "lm_head" in settings["target_modules"] or "rank_pattern" in settings
     )
     assert bool(found.problems[LLAMA_CPP]) == ("use_rslora" in settings or "use_dora" in settings)
+
+
+def test_rows_of_tokens_are_rows_of_the_embeddings(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    of_peft(make_base("qwen3"), tmp_path / "a", target_modules=["q_proj"], trainable_token_indices=[3, 17])
+    found = check_adapter(tmp_path / "a")
+    assert found.problems[PEFT] == found.problems[OURS] == found.homeless == found.trained_in_full == []
+    assert "it has the rows of 2 tokens in model.embed_tokens" in found.describe()
+    assert [str(one) for one in found.problems[MLX_LM] or []] == [
+        "mlx-lm's form has no place for the rows of new tokens"
+    ]
+    assert about(found, LLAMA_CPP) == {"model.embed_tokens"}
 
 
 def test_adapters_on_parameters_of_experts(make_base: Callable[..., Path], tmp_path: Path) -> None:

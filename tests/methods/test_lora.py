@@ -18,7 +18,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.methods import make_method
 from mlx_sft.methods.lora import DoraLinear, Lora, LoraLinear, LoraSettings
-from mlx_sft.methods.lora_targets import resolve_targets
+from mlx_sft.methods.lora_targets import adapted_modules
 from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
 from tests.graphs import primitives
@@ -57,7 +57,7 @@ def _paths(attention: tuple[str, ...], mlp: tuple[str, ...] = ()) -> set[str]:
     ],
 )
 def test_targets(model: nn.Module, targets: tuple[str, ...], expected: set[str]) -> None:
-    found = resolve_targets(model, targets)
+    found = adapted_modules(model, LoraSettings(target=list(targets)))
     assert set(found) == expected
     assert len(found) == len(expected)
 
@@ -76,7 +76,7 @@ def test_targets_are_those_that_peft_takes(
 def test_layers_come_in_their_order() -> None:
     model = nn.Module()
     model.layers = [nn.Linear(2, 2) for _ in range(12)]
-    assert resolve_targets(model, ("all-linear",)) == [f"layers.{i}" for i in range(12)]
+    assert adapted_modules(model, LoraSettings()) == [f"layers.{i}" for i in range(12)]
 
 
 @pytest.mark.parametrize("target", ["q_prj", "proj", "embed", "model.layers"])

@@ -17,7 +17,7 @@ from mlx_sft import TrainConfig, evaluate_run, export, load_run, train
 from mlx_sft.errors import UserError
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.lora_settings import GROUPS, LoraSettings
-from mlx_sft.methods.lora_targets import resolve_targets
+from mlx_sft.methods.lora_targets import adapted_modules
 from mlx_sft.methods.peft_files import CONFIG, read_adapter, write_adapter
 from mlx_sft.methods.peft_rules import PeftBase, target_modules
 from mlx_sft.model.names import CAUSAL_LM, EXPERTS_PART, Opening, expert_name, transformers_name
@@ -70,7 +70,7 @@ def test_what_pefts_rule_matches_is_what_was_trained(family: str, beside: str, b
     seen = 0
     for target in TARGETS:
         try:
-            trained = resolve_targets(model, (target,))
+            trained = adapted_modules(model, LoraSettings(target=target))
         except UserError:
             continue  # this family has no module of that name
         if experts and beside != "alone" and any(EXPERTS_PART in name for name in trained):

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
-from mlx_sft.methods.lora_targets import resolve_targets
+from mlx_sft.methods.lora_settings import LoraSettings
+from mlx_sft.methods.lora_targets import adapted_modules
 from mlx_sft.model.load import load_model
 from mlx_sft.model.outline import outline
 from mlx_sft.model.quantize import quantized_modules
@@ -213,8 +214,8 @@ def test_modules_inside_of_other_tensors_get_no_adapter(
 ) -> None:
     model = load_model(str(make_base(family)), "float32").model
     for targets in (("all-linear",), ("q_proj", "k_proj", "v_proj", "o_proj")):
-        chosen = resolve_targets(model, targets)
+        chosen = adapted_modules(model, LoraSettings(target=list(targets)))
         assert set(chosen) == {f"model.layers.{n}.self_attn.{part}_proj" for n in (0, 1) for part in "qkvo"}
     assert left_out in next(
-        iter(resolve_targets(model, ("experts.w1" if family == "granitemoe" else "experts.up_proj",)))
+        iter(adapted_modules(model, LoraSettings(target="experts.w1" if family == "granitemoe" else "experts.up_proj")))
     )

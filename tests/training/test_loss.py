@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,7 +12,7 @@ import pytest
 
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.tiles import TiledHead, tiled_head
-from mlx_sft.training.loss import chunk_rows, cross_entropy_sum, evaluate_positions, even_chunk
+from mlx_sft.training.loss import chunk_rows, cross_entropy_sum, even_chunk, position_losses
 
 HIDDEN, VOCABULARY = 5, 11
 
@@ -198,6 +199,14 @@ def test_a_soft_capped_head_is_learnt_through_as_it_is() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert mx.abs(expected_gradient).max().item() > 0.1
     assert mx.allclose(gradient, expected_gradient, atol=1e-6).item()
+
+
+def evaluate_positions(
+    head: Any, hidden: mx.array, targets: mx.array, weights: mx.array, chunk: int
+) -> tuple[mx.array, mx.array]:
+    """The weighted sum of losses, and the weighted count of positions whose likeliest token is the target."""
+    losses, likeliest = position_losses(head, hidden, targets, chunk)
+    return (weights * losses).sum(), (weights * (likeliest == targets)).sum()
 
 
 def test_evaluation_sums_losses_and_right_answers() -> None:

@@ -470,7 +470,7 @@ def test_every_device_is_understood(error: Exception, examples: Examples) -> Non
     batch = collate(examples, MicroBatch((0, 1), 24))
     with pytest.raises(OutOfMemory) as caught, failures_noticed(batch):
         raise error
-    assert caught.value.batch == FailedBatch(2, 24, 48, str(error))
+    assert caught.value.batch == FailedBatch(2, 24, 48, str(error) or "the system gives this process no more")
 
 
 def test_rows_end_to_end_are_counted(examples: Examples) -> None:
@@ -478,7 +478,7 @@ def test_rows_end_to_end_are_counted(examples: Examples) -> None:
     with pytest.raises(OutOfMemory) as caught, failures_noticed(batch):
         raise MemoryError
     lengths = examples.needed_lengths[:2]
-    assert caught.value.batch == FailedBatch(2, lengths.max(), lengths.sum(), "")
+    assert caught.value.batch == FailedBatch(2, lengths.max(), lengths.sum(), "the system gives this process no more")
 
 
 def test_another_error_is_left_alone(examples: Examples) -> None:

@@ -20,12 +20,15 @@ import os, sys, threading, time
 from pathlib import Path
 
 def abort():
-    metrics, times = Path({metrics!r}), Path({times!r})
+    run, moved, times = Path({run!r}), Path({moved!r}), Path({times!r})
     while True:
+        metrics = (moved if moved.exists() else run) / "metrics.jsonl"
         lines = metrics.read_bytes().count(b"\\n") if metrics.exists() else 0
         tried = len(times.read_bytes()) if times.exists() else 0
         if tried < len({after}) and lines >= {after}[tried]:
             times.write_bytes(b"x" * (tried + 1))
+            if {moves} and not tried:
+                run.rename(moved)
             os.abort()
         time.sleep(0.001)
 
@@ -43,11 +46,11 @@ def chats(tmp_path: Path) -> Path:
 def supervise(chats: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[bytes]]:
     """`supervise(after, *options)`: a supervised run whose process aborts once it has written so many lines, and then so many."""
 
-    def start(after: list[int], *options: str) -> subprocess.Popen[bytes]:
+    def start(after: list[int], *options: str, moves: bool = False) -> subprocess.Popen[bytes]:
         run, site = tmp_path / "run", tmp_path / "site"
         site.mkdir(exist_ok=True)
-        metrics, times = str(run / "metrics.jsonl"), str(tmp_path / "times")
-        (site / "sitecustomize.py").write_text(ABORTS.format(metrics=metrics, times=times, after=after))
+        places = {"run": str(run), "moved": str(tmp_path / "moved"), "times": str(tmp_path / "times")}
+        (site / "sitecustomize.py").write_text(ABORTS.format(**places, after=after, moves=moves))
         given = ["--data", str(chats), "--model", "tiny", "--out", str(run), "--batch-size", "1", "--save-every", "2"]
         return subprocess.Popen(
             [sys.executable, "-m", "mlx_sft", "train", "--supervise", *given, "--data-workers", "1", *options],
@@ -66,13 +69,14 @@ def adapter(run: Path) -> bytes:
 def test_a_run_that_aborts_twice_ends_as_it_would_have(
     supervise: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    out, error = supervise([5, 11]).communicate(timeout=120)
+    """Also where its folder is renamed before the first time."""
+    out, error = supervise([5, 11], moves=True).communicate(timeout=120)
     assert (tmp_path / "times").read_bytes() == b"xx"
-    assert out.decode().split() == [str(tmp_path / "run")]
+    assert out.decode().split() == [str(tmp_path / "moved")]
+    assert not (tmp_path / "run").exists()
     assert error.count(b"training ended with SIGABRT; it goes on from step") == 2
-    disturbed, metrics = adapter(tmp_path / "run"), (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    disturbed, metrics = adapter(tmp_path / "moved"), (tmp_path / "moved" / "metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 16
-    (tmp_path / "run").rename(tmp_path / "disturbed")
     supervise([]).communicate(timeout=120)
     assert adapter(tmp_path / "run") == disturbed
 
@@ -85,11 +89,12 @@ def test_a_run_that_gets_nowhere_is_given_up(supervise: Callable[..., subprocess
     assert b"3 times without a step more" in error
 
 
-def test_a_mistake_is_told_once(supervise: Callable[..., subprocess.Popen[bytes]]) -> None:
+def test_a_mistake_is_told_once(supervise: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
     process = supervise([], "--valid", "missing.jsonl")
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert error.count(b"missing.jsonl") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -19,7 +19,7 @@ class Merged(WholeModel):
     name: ClassVar = "merged"
     summary: ClassVar = "a whole checkpoint with what was trained merged in, for transformers or mlx-lm"
 
-    _written: Merging | None = None
+    _written: Merging
 
     def write(self, folder: Path) -> None:
         self._written = write_merged(self.merging(), folder)
@@ -28,7 +28,7 @@ class Merged(WholeModel):
 
     def verify(self, folder: Path) -> Verification | None:
         """Compare it with what was trained; that mlx-lm opens it too is no promise of this form, and is noted where it does not."""
-        verification = verify_merged(self._written or self.merging(), folder)
+        verification = verify_merged(self._written, folder)
         try:
             check_in_mlx_lm(folder, compared_rows(self.export.config, folder)[0])
         except UserError as error:

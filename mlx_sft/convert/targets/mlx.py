@@ -76,13 +76,13 @@ class Mlx(Merged):
         super().write(merged)
         rows: list[list[int]] = []
         if self.export.verify:
-            self._verification = verify_merged(self._written or self.merging(), merged)
+            self._verification = verify_merged(self._written, merged)
             rows, _ = compared_rows(self.export.config, merged)
         quantize = self.settings.quantize
         self._compared = rows, _write(load_model(str(merged), "stored"), folder, quantize, rows)
         shutil.rmtree(merged)
         if quantize is not None:
-            self.lost = _lost(self._written or self.merging(), QUANTIZATIONS[quantize])
+            self.lost = _lost(self._written, QUANTIZATIONS[quantize])
 
     def verify(self, folder: Path) -> Verification | None:
         """How the merged checkpoint compares, which this was made of; and mlx-lm opens this."""

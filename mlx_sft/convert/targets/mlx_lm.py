@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar
 
-import mlx.nn as nn
 from mlx_lm.tuner.utils import load_adapters
 
 from mlx_sft.convert.mlx_lm_reader import check_in_mlx_lm, difference_of, logits
@@ -15,6 +14,7 @@ from mlx_sft.convert.targets.peft import AdapterAlone, PeftSettings, same
 from mlx_sft.convert.verify import compared_rows
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.gate import checked
 from mlx_sft.load import base_of, load_on_base
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
@@ -45,16 +45,15 @@ class MlxLm(AdapterAlone):
 
     def write(self, folder: Path) -> None:
         method, parameters = self.trained()
-        if method.mlx_lm is not None:
-            name = name_elsewhere(self.export.config.model)
-            base = self._base()
-            method.mlx_lm.write_adapter(folder, method.settings, parameters, name, _paths(base), len(base.layers))
+        base: Any = outline(self.source, "float32").model
+        give_mlx_form(base)  # refuses one that mlx-lm computes otherwise
+        paths = {name: path for name, (path, _) in linear_modules(base).items()}
+        name = name_elsewhere(self.export.config.model)
+        method.mlx_lm.write_adapter(folder, method.settings, parameters, name, paths, len(base.layers))
         write_template(self.export.config.chat_template, folder)
 
     def verify(self, folder: Path) -> None:
         method, parameters = self.trained()
-        if method.mlx_lm is None:
-            return
         written, again = method.mlx_lm.read_adapter(folder)
         module = next(iter(parameters)).rpartition(".")[0]
         scales = [settings.scale_of(module) for settings in (written, method.settings)]
@@ -70,7 +69,7 @@ class MlxLm(AdapterAlone):
         give_mlx_form(model)
         hint = "export it with --format peft, or merged"
         with blamed_on(folder, "mlx-lm cannot open this adapter", hint):
-            found = logits(load_adapters(model, str(folder)).eval(), rows)
+            found = logits(load_adapters(model, str(checked(folder))).eval(), rows)
         del model
         trained = load_on_base(run, config, self.export.trained, "float32").model
         if told := difference_of(found, logits(trained, rows)):
@@ -81,14 +80,3 @@ class MlxLm(AdapterAlone):
                 check_in_mlx_lm(resolve_checkpoint(config.model), rows)
             except UserError as error:
                 self.notes.append(f"of the base itself, {error.what}; `mlx-sft convert` writes one for mlx-lm")
-
-    def _base(self) -> Any:
-        """The base without weights, as mlx-lm computes it; raises for one that it computes otherwise."""
-        model = outline(self.source, "float32").model
-        give_mlx_form(model)
-        return model
-
-
-def _paths(model: nn.Module) -> dict[str, str]:
-    """mlx-lm's name of each linear module of a model, by its name in transformers."""
-    return {name: path for name, (path, _) in linear_modules(model).items()}

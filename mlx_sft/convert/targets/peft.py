@@ -6,7 +6,7 @@ It needs no base, so that one that is gone is no hindrance; then it is not seen 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -93,14 +93,10 @@ class Peft(AdapterAlone):
     def verify(self, folder: Path) -> None:
         method, parameters = self.trained()
         written, again = self.export.method.read(folder)
-        if _but_targets(written) != _but_targets(method) or not same(parameters, again):
+        # The names of targets are as long as it takes to name the modules of the base, and no others.
+        settings, expected = (one.settings.model_dump(exclude={"target"}) for one in (written, method))
+        if settings != expected or not same(parameters, again):
             raise UserError("the adapter was not written as it is", where=str(folder))
-
-
-def _but_targets(method: Method) -> dict[str, Any]:
-    """A method's settings but the names of its targets, which are as long as it takes to name the modules of the base, and no others."""
-    settings: dict[str, Any] = method.settings.model_dump(exclude={"target"})
-    return settings
 
 
 def open_as_peft(folder: Path, base: str, hint: str = _WHOLE) -> Opening | None:

@@ -10,7 +10,7 @@ from mlx_sft.data.formats.alpaca import asked_with
 from mlx_sft.data.json_text import kind, parsed
 from mlx_sft.data.messages import read_messages
 from mlx_sft.data.readers import Row
-from mlx_sft.data.watched_row import watched_part
+from mlx_sft.data.written import watched_part
 
 
 def read(row: Row) -> list[Item]:

@@ -6,7 +6,7 @@ The text is that of `apply_chat_template`, within the limits of the sandbox.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template, TemplateError
 
-from mlx_sft.data.conversation import Conversation
+from mlx_sft.data.conversation import Conversation, follows_a_turn
+from mlx_sft.data.json_text import strings_in
 from mlx_sft.data.mask.reasoning import before_reasoning
 from mlx_sft.data.mask.trace import Messages, Span
 from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.sandbox import compiled
 from mlx_sft.data.template_limits import CLOCK, Clock, NoTemplate
-from mlx_sft.data.turns import follows_a_turn
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,6 +100,15 @@ class ReferenceRendering:
             UserError: as `text` does.
         """
         return self._whole(prompt=True)
+
+    def accepted(self, *, prompt: bool = False) -> str | None:
+        """As `text`, or `prompted`; None where the template rejects the conversation."""
+        try:
+            return self.prompted if prompt else self.text
+        except NoTemplate:
+            raise
+        except UserError:
+            return None
 
     def _whole(self, prompt: bool) -> str:
         if not self.tokenizer.chat_template:
@@ -183,7 +192,7 @@ class ReferenceRendering:
     def _shows_tools(self) -> bool:
         """Whether words of the tools stand in the text that it has from nowhere else, which is soon asked."""
         others = (self.template, str(self.messages), str(self._settings | {"tools": None}))
-        words = (text for text in _strings(self.conversation.tools) if _PLAIN.fullmatch(text))
+        words = (text for text in strings_in(self.conversation.tools) if _PLAIN.fullmatch(text))
         return any(text in self.text and not any(text in other for other in others) for text in words)
 
     def variables(self, messages: Messages, prompt: bool) -> dict[str, Any]:
@@ -228,18 +237,6 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return str(error)[:_MOST_SHOWN] or type(error).__name__
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """The strings in data, of its objects the keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _strings([key, item])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
 
 
 @cache

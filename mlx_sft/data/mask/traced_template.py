@@ -99,7 +99,8 @@ class _InsertCalls(NodeTransformer):
         self._depth -= 1
         if not self._variant.loops:
             return [node]
-        function = RANGE_ITEM if self._variant.variables and _is_range(node.iter) else LOOP_ITEM
+        is_range = isinstance(node.iter, nodes.Call) and _is_name(node.iter.node, "range")
+        function = RANGE_ITEM if self._variant.variables and is_range else LOOP_ITEM
         node.body.insert(0, _output(_call(function, *_names([node.target])), node.lineno))
         return [_output(_call(LOOP_STARTS), node.lineno), node, _output(_call(LOOP_ENDS), node.lineno)]
 
@@ -154,10 +155,6 @@ def _names(targets: Sequence[nodes.Node]) -> list[nodes.Expr]:
 
 def _is_name(node: nodes.Node, name: str) -> bool:
     return isinstance(node, nodes.Name) and node.name == name
-
-
-def _is_range(node: nodes.Node) -> bool:
-    return isinstance(node, nodes.Call) and _is_name(node.node, "range")
 
 
 def _appended_to(target: nodes.Node, value: nodes.Node) -> tuple[nodes.Expr, nodes.Expr] | None:

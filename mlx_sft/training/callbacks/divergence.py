@@ -84,52 +84,50 @@ class Divergence(Callback):
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
         self.may_go_back = self.settings.on_divergence == "rollback"
-        self._losses: tuple[float, ...] = ()
-        self._above = 0
-        self._rollbacks = 0
+        self._state = _State()
 
     def on_start(self, run: TrainingRun, record: Record) -> None:
-        run.suspect(self._above)
+        run.suspect(self._state.above_bound)
 
     def on_step(self, run: TrainingRun, record: Record) -> None:
-        self._losses, self._above = observe(self._losses, self._above, record["loss"])
-        run.suspect(self._above)
-        if self._above < IN_A_ROW:
+        losses, above = observe(self._state.losses, self._state.above_bound, record["loss"])
+        self._state.losses, self._state.above_bound = losses, above
+        run.suspect(above)
+        if above < IN_A_ROW:
             return
         last = record["step"]
-        first = last - self._above + 1
+        first = last - above + 1
         what = (
-            f"the loss diverges: of steps {first} to {last} it is above {bound(self._losses):.4g}, "
+            f"the loss diverges: of steps {first} to {last} it is above {bound(losses):.4g}, "
             "the bound by the steps before, or not finite"
         )
         if self.settings.on_divergence == "ignore":
-            if self._above == IN_A_ROW:
+            if above == IN_A_ROW:
                 run.console.warn(f"{what}; --on-divergence stop or rollback would not go on like this")
             return
         where = str(run.folder.path)
         before = [step for step in run.folder.checkpoint_steps() if step < first]
         if self.settings.on_divergence == "stop":
             raise UserError(what, where=where, hint=_way_on(where, before))
-        if not before or self._rollbacks == MOST_ROLLBACKS:
+        if not before or self._state.rollbacks == MOST_ROLLBACKS:
             often = f"and it was rolled back {MOST_ROLLBACKS} times before"
             why = often if before else "and there is no checkpoint from before it"
             raise UserError(f"{what}, {why}", where=where, hint="start a new run with a lower --lr")
         self._go_back(run, last, before[-1], what)
 
     def _go_back(self, run: TrainingRun, last: int, step: int, what: str) -> None:
-        rollbacks = self._rollbacks + 1
+        rollbacks = self._state.rollbacks + 1
         factor = FACTOR**rollbacks
         run.go_back(step, rate_factor=factor)
-        self._rollbacks = rollbacks  # the checkpoint does not know of this one
+        self._state.rollbacks = rollbacks  # the checkpoint does not know of this one
         run.console.warn(f"{what}; going back to step {step}, and on with {factor:g} times the learning rate")
         run.emit({"kind": "rollback", "step": step, "diverged_at": last, "learning_rate_factor": factor})
 
     def state(self) -> dict[str, Any]:
-        return {"losses": list(self._losses), "above_bound": self._above, "rollbacks": self._rollbacks}
+        return self._state.model_dump(mode="json")
 
     def load_state(self, state: dict[str, Any]) -> None:
-        taken = _State.model_validate(state)
-        self._losses, self._above, self._rollbacks = taken.losses, taken.above_bound, taken.rollbacks
+        self._state = _State.model_validate(state)
 
 
 def _way_on(run: str, before: list[int]) -> str:

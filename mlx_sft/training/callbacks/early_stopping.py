@@ -25,6 +25,7 @@ class EarlyStoppingSettings(Settings):
 class _State(BaseModel):
     without_better: NonNegativeInt = 0
     stopped_of: int | None = None
+    """The planned steps of the run when it was stopped."""
 
 
 class EarlyStopping(Callback):
@@ -35,9 +36,7 @@ class EarlyStopping(Callback):
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
-        self._without_better = 0
-        self._stopped_of: int | None = None
-        """The planned steps of the run when it was stopped."""
+        self._state = _State()
 
     def check(self, config: TrainConfig, data: PreparedData) -> None:
         if self.settings.early_stop and not data.valid:
@@ -46,18 +45,18 @@ class EarlyStopping(Callback):
 
     def on_start(self, run: TrainingRun, record: Record) -> None:
         """A run that was stopped and is given more steps waits for a better evaluation anew."""
-        if self._stopped_of not in (None, run.total_steps):
-            self._without_better, self._stopped_of = 0, None
+        if self._state.stopped_of not in (None, run.total_steps):
+            self._state = _State()
 
     def on_evaluation(self, run: TrainingRun, record: Record) -> None:
-        self._without_better = 0 if record["best"] else self._without_better + 1
-        if self.settings.early_stop and self._without_better >= self.settings.early_stop:
-            self._stopped_of = run.total_steps
+        state = self._state
+        state.without_better = 0 if record["best"] else state.without_better + 1
+        if self.settings.early_stop and state.without_better >= self.settings.early_stop:
+            state.stopped_of = run.total_steps
             run.stop("validation got no better")
 
     def state(self) -> dict[str, Any]:
-        return {"without_better": self._without_better, "stopped_of": self._stopped_of}
+        return self._state.model_dump()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        taken = _State.model_validate(state)
-        self._without_better, self._stopped_of = taken.without_better, taken.stopped_of
+        self._state = _State.model_validate(state)

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
+from mlx_sft.convert.targets.gguf.assumed import notes_of
 from mlx_sft.convert.targets.gguf.comparison import check_adapter, read_facts
 from mlx_sft.convert.targets.gguf.converter import ADAPTER_SCRIPT, Converter, find_converter, no_converter
 from mlx_sft.convert.targets.gguf.target import MODELFILE, modelfile_of, refuse_source
@@ -80,6 +81,7 @@ class GgufAdapter(AdapterAlone):
             self._write_modelfile(folder)
         else:
             self.notes.append(f"it goes on a GGUF file of the base: llama-cli -m base.gguf --lora {OUTPUT}")
+        self.notes += notes_of(base)
 
     def _in_llama_cpp(self) -> tuple[LoraSettings, Parameters]:
         method, parameters = self.trained()

@@ -16,6 +16,7 @@ from typing import ClassVar
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import write_merged
 from mlx_sft.convert.targets import MergeSettings, WholeModel
+from mlx_sft.convert.targets.gguf.assumed import notes_of, refuse_other_settings
 from mlx_sft.convert.targets.gguf.comparison import GgufFacts, check_gguf
 from mlx_sft.convert.targets.gguf.converter import (
     OUTPUT,
@@ -87,7 +88,7 @@ class Gguf(WholeModel):
         shutil.rmtree(merged.parent)
         for file in licence_files(base):
             copy_file(file, folder / file.name)
-        self.notes.append(facts.said)
+        self.notes += [facts.said, *notes_of(base)]
         if self.settings.ollama:
             modelfile = modelfile_of(config, base, f"./{OUTPUT}", facts)
             write_file(folder / MODELFILE, modelfile.text)
@@ -109,13 +110,14 @@ class Gguf(WholeModel):
 
 
 def refuse_source(base: Path) -> None:
-    """Raise `UserError` for a base that llama.cpp's converters do not read, or might run code of."""
+    """Raise `UserError` for a base that llama.cpp's converters do not read, might run code of, or would make another model of."""
     if base == TINY:
         what = "llama.cpp does not know the tokenizer of the embedded model `tiny`, so that it has no GGUF file"
         raise UserError(what, hint="train another model, or export with --format merged", exit_code=USAGE)
     if (files := code_files(base)) and not may_run_code_of(base):
         what = f"this model names Python code of its own ({', '.join(files)}), which llama.cpp's converter may run"
         raise UserError(what, where=str(base), hint=TRUST_HINT)
+    refuse_other_settings(base)
 
 
 def modelfile_of(
