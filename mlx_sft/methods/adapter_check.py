@@ -109,8 +109,8 @@ class AdapterCheck:
 
     def describe(self) -> str:
         """For a person."""
-        ranks, alphas, scales = map(_some, (self.ranks, self.alphas, self.scales))
-        shape = f", rank {ranks}, alpha {alphas}, scale {scales}" if self.ranks else ""
+        stated: dict[str, Sequence[float]] = {"rank": self.ranks, "alpha": self.alphas, "scale": self.scales}
+        shape = "".join(f", {name} {_some(values)}" for name, values in stated.items() if values)
         lines = [
             f"{self.folder}: {self.title} in {self.form}'s files{shape}",
             f"  {self.tensors} tensors, {count(self.numbers)} parameters, on {_in_few_words(self.modules)}",
@@ -397,4 +397,4 @@ def _of_layers(numbers: str, names: Sequence[str]) -> str:
 
 
 def _some(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values) or "none"
+    return ", ".join(f"{value:g}" for value in values)
