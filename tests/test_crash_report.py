@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import os
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,33 @@ main(["doctor"])
     for words, said in (([], "error: interrupted\n"), (["twice"], "")):
         ended = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=120)
         assert (ended.returncode, ended.stderr, ended.stdout) == (130, said, "")
+
+
+def test_ctrl_c_ends_in_words_while_the_libraries_are_imported() -> None:
+    """Also while nobody reads what it writes, where Python's own traceback would wait for a reader and hear no second Ctrl-C."""
+    script = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "mlx_sft.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+sys.meta_path.insert(0, Finder())
+from mlx_sft.__main__ import main
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr, ended.stdout) == (130, "error: interrupted\n", "")
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    with suppress(BlockingIOError):
+        while os.write(writes, b"." * 512):
+            pass
+    os.set_blocking(writes, True)
+    ended = subprocess.run([sys.executable, "-c", script], stdout=writes, stderr=writes, timeout=120)
+    assert ended.returncode == 130
+    os.close(reads)
+    os.close(writes)
 
 
 def test_a_working_folder_that_was_removed_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
