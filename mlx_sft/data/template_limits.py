@@ -106,7 +106,8 @@ class Meter:
         self._handled = 0
         self._clock: Clock = variables.get(CLOCK) or Clock()
         self._start = thread_time()
-        self._look_at = monotonic() + MOST_SECONDS - self._clock.seconds  # no thread has more of the processor's time than that
+        # Before that, no thread can have had so much of the processor's time.
+        self._look_at = monotonic() + MOST_SECONDS - self._clock.seconds
 
     def close(self) -> None:
         self._clock.seconds += thread_time() - self._start

@@ -216,8 +216,9 @@ def test_what_a_hostile_template_and_its_tokens_write_is_text(
     tokenizer = copy.deepcopy(tokenizer)
     tag = "<|<script>document.title='owned'</script>\u202e|>"
     tokenizer.add_special_tokens({"additional_special_tokens": [tag]})
-    writes = "".join(f"{{{{ {text!r} }}}}" for text in (*hostile, tag))
-    tokenizer.chat_template = writes + str(tokenizer.chat_template).replace("<|im_end|>", f"<|im_end|>{{{{ {tag!r} }}}}")
+    written = "".join(f"{{{{ {text!r} }}}}" for text in (*hostile, tag))
+    usual = str(tokenizer.chat_template)
+    tokenizer.chat_template = written + usual.replace("<|im_end|>", f"<|im_end|>{{{{ {tag!r} }}}}")
     config = TrainConfig(data=[str(data)], max_length=400, data_cache=False)
     with shown(browser, inspect(config, tokenizer=tokenizer).write_page(tmp_path / "data.html")) as page:
         page.locator("#list [role=option]").nth(1).click()
