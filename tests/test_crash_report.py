@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from mlx_sft import doctor
 from mlx_sft.cli import main
+from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.run_folder import RunFolder
 
 pytestmark = pytest.mark.fast
@@ -34,7 +36,7 @@ def ends_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Result:
     return CliRunner().invoke(main, ["doctor"])
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), Panic("x"), MemoryError("x"), RecursionError("x"), OSError(5, "x")])
+@pytest.mark.parametrize("error", [KeyError("x"), Panic("x"), RecursionError("x"), OSError(5, "x")])
 def test_it_is_named_and_kept(error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = ends_with(error, monkeypatch)
@@ -64,6 +66,25 @@ def test_the_traceback_is_shown_where_it_cannot_be_kept(monkeypatch: pytest.Monk
     assert "Traceback" in result.stderr
     assert "\x1b" not in result.stderr
     assert "what led to it is above" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("libmlx.so: failed to map segment from shared object"),
+        RuntimeError("Cannot allocate memory (os error 12)"),
+    ],
+    ids=str,
+)
+def test_want_of_memory_is_nobodys_fault(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `ulimit -v`; and where a library reads a file, it is not the file's."""
+    result = ends_with(error, monkeypatch)
+    assert (result.exit_code, "error: out of memory" in result.stderr, "ulimit" in result.stderr) == (1, True, True)
+    with pytest.raises(UserError, match="out of memory") as caught, blamed_on("tokenizer.json", "cannot be read"):
+        raise error
+    assert not caught.value.where
 
 
 def test_ctrl_c_ends_in_words_wherever_it_comes_and_at_once_while_they_wait() -> None:
