@@ -55,7 +55,7 @@ lint: $(VENV)/.ready-dev  ## style, types, the one-way flow of imports, docs/ref
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_reference.py --check
 
-families: $(VENV)/.ready-dev  ## every family of models, measured: the table of docs/models.md, some twenty minutes (ARGS="qwen3 gpt_oss" for some)
+families: $(VENV)/.ready-dev  ## every family of models, measured: the table of docs/models.md, some ten minutes (ARGS="qwen3 gpt_oss" for some)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python scripts/families.py $(ARGS)
 
 gguf-check: $(VENV)/.ready-dev $(LLAMA)/.ready  ## does the real llama.cpp compute what was trained? Built from source: needs a network once, CMake and a C++ compiler

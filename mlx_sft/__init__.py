@@ -12,10 +12,10 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
+    from mlx_sft.config import TrainConfig
     from mlx_sft.convert.export import export
     from mlx_sft.convert.publish import push
     from mlx_sft.evaluate import evaluate_run
@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "TrainConfig": "mlx_sft.config",
     "TrainResult": "mlx_sft.training.loop",
     "evaluate_run": "mlx_sft.evaluate",
     "export": "mlx_sft.convert.export",

@@ -256,7 +256,6 @@ def generate(max_tokens: int, temperature: float, prompt: str | None, **model: A
     from mlx_sft.load import load_named
 
     loaded = load_named(**model)
-
     prompt = prompt if prompt is not None else read_all()
     for text in stream_text(loaded, prompt, max_tokens=max_tokens, temperature=temperature):
         write_text(text)

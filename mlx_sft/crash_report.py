@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mlx_sft.console import print_error
-from mlx_sft.errors import FAILURE, INTERRUPTED, SOFTWARE, UserError
+from mlx_sft.errors import FAILURE, INTERRUPTED, SOFTWARE, UserError, is_want_of_memory, out_of_memory
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.streams import guarded_streams, hurry, output, refuse_loss
 from mlx_sft.writing import write_file
@@ -41,6 +41,9 @@ def command_line() -> Iterator[None]:
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as error:  # noqa: BLE001 (the panics of libraries in Rust are no `Exception`)
+            if is_want_of_memory(error):
+                print_error(out_of_memory())
+                raise SystemExit(FAILURE) from None
             print_error(_reported(error))
             raise SystemExit(SOFTWARE) from None
 

@@ -6,6 +6,7 @@ Knows nothing of terminals: the library raises, the command line prints.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -52,12 +53,29 @@ def blamed_on(where: object, what: str, hint: str = "") -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
+        if is_want_of_memory(error):
+            raise out_of_memory() from error
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         if isinstance(error, OSError) and error.filename and error.strerror:  # without its number
             said = f"{error.strerror} ({error.filename})"
         reason = " ".join(str(said).split()) or type(error).__name__
         shown = reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]}..."
         raise UserError(f"{what}: {shown}", where=str(where), hint=hint) from error
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether the system gave this process no more memory: in Python, in a call of another library, or while one was being imported."""
+    said = str(error).lower()
+    is_said = "cannot allocate memory" in said or "failed to map segment" in said
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or is_said
+
+
+def out_of_memory() -> UserError:
+    """What a person is told of it where nothing nearer is known."""
+    return UserError(
+        "out of memory: the system gives this process no more",
+        hint="free some memory, or raise the limit that is set on the process (`ulimit -v`)",
+    )
 
 
 def is_panic(error: BaseException | None) -> bool:

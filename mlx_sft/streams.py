@@ -130,12 +130,15 @@ def output(name: Literal["stdout", "stderr"]) -> Output:
 
 
 def open_descriptors() -> None:
-    """Put the null device where standard input, output or error is closed, so that no file that is opened takes its place."""
+    """Put the null device where standard input, output or error is closed, so that no file that is opened takes its place.
+
+    For reading alone: to a process that is started from here, too, its output is one that cannot be written.
+    """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)  # the lowest number that is free
 
 
 def refuse_loss(stdout: Output, *, where: str = "", hint: str = "write to where there is room, or to a pipe") -> None:

@@ -1,6 +1,6 @@
 """What becomes of every family of models, each made tiny and random by transformers: the table in docs/models.md.
 
-    make families                              every family: some twenty minutes
+    make families                              every family: some ten minutes
     make families ARGS="qwen3 gpt_oss"         these alone, printed and not written
 
 Each step runs in a process of its own, so that what one family breaks is one cell of the table.
@@ -255,6 +255,12 @@ class Apart:
             self._process = self._start()
         return None if error is not None else future.result(), error
 
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown()
+
     @staticmethod
     def _start() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _quiet)
@@ -357,11 +363,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="types of models; all, if left out")
     kinds = parser.parse_args().kinds
-    rows, apart = [], Apart()
-    for kind in kinds or all_kinds(apart):
-        with tempfile.TemporaryDirectory() as work:
-            rows.append(measure(kind, Path(work), apart))
-        print(kind, rows[-1].figures, rows[-1].said, file=sys.stderr, flush=True)
+    rows = []
+    with Apart() as apart:
+        for kind in kinds or all_kinds(apart):
+            with tempfile.TemporaryDirectory() as work:
+                rows.append(measure(kind, Path(work), apart))
+            print(kind, rows[-1].figures, rows[-1].said, file=sys.stderr, flush=True)
     if kinds:
         print(table(rows))
         return

@@ -150,9 +150,9 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", help="types of models; the usual ones, if left out")
     parser.add_argument("--llama-cpp", type=Path, required=True, help="the folder of llama.cpp's source")
     given = parser.parse_args()
-    apart, failed = Apart(), 0
+    failed = 0
     print("| family | merged | adapter | |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as copy:
+    with Apart() as apart, tempfile.TemporaryDirectory() as copy:
         llama_cpp = for_any_tokenizer(given.llama_cpp, Path(copy))
         for kind in given.kinds or KINDS:
             with tempfile.TemporaryDirectory() as work:

@@ -254,7 +254,7 @@ def test_the_wheel_holds_the_package_with_the_tiny_model_and_nothing_else(tmp_pa
     with zipfile.ZipFile(built) as wheel:
         names = set(wheel.namelist())
         entry_points = next(n for n in names if n.endswith(".dist-info/entry_points.txt"))
-        assert "mlx-sft = mlx_sft.cli:main" in wheel.read(entry_points).decode()
+        assert "mlx-sft = mlx_sft.__main__:main" in wheel.read(entry_points).decode()
     outside = {n for n in names if not n.startswith("mlx_sft/") and ".dist-info/" not in n}
     assert not outside
     files = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts}

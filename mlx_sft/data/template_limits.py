@@ -105,7 +105,9 @@ class Meter:
         self._allowance: float | None = None
         self._handled = 0
         self._clock: Clock = variables.get(CLOCK) or Clock()
-        self._start, self._look_at = thread_time(), monotonic()
+        self._start = thread_time()
+        # Before that, no thread can have had so much of the processor's time.
+        self._look_at = monotonic() + MOST_SECONDS - self._clock.seconds
 
     def close(self) -> None:
         self._clock.seconds += thread_time() - self._start
@@ -119,7 +121,7 @@ class Meter:
             left = MOST_SECONDS - self._clock.seconds - (thread_time() - self._start)
             if left < 0 and (left := left + MOST_SECONDS * (self.allowance - 1)) < 0:
                 self.stop(f"it ran for more than {MOST_SECONDS * self.allowance:.0f} s")
-            self._look_at = now + left  # no thread has more of the processor's time than of the wall clock's
+            self._look_at = now + left
 
     def check_text(self, length: int) -> None:
         """Raise `TemplateStopped` where a text of so many characters is too long."""

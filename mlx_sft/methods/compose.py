@@ -22,7 +22,7 @@ from mlx_sft.methods import Parameters
 from mlx_sft.methods.lora import Lora
 from mlx_sft.methods.lora_settings import HALVES, LoraSettings
 from mlx_sft.methods.peft_base import peft_base
-from mlx_sft.methods.peft_files import lost_by_peft, write_adapter
+from mlx_sft.methods.peft_files import refuse_losses, write_adapter
 from mlx_sft.methods.peft_forms import check_copies
 from mlx_sft.methods.results import refuse_unfinished_result, result_folder
 from mlx_sft.model.load import local_checkpoint
@@ -115,11 +115,10 @@ def _refuse_rank(rank: int, adapters: list[_Weighted], modules: list[str]) -> No
 def _refuse_losses(folder: Path, base_model: str) -> None:
     """Raise `UserError` for a result of which PEFT would lose a part; where the base is not on this disk, that is not seen."""
     base = peft_base(base_model)
-    if base is not None and base.modules and (lost := list(lost_by_peft(folder, base))):
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-        what = f"PEFT would not open the result as the sum of these adapters: {lost[0]}{more}"
+    if base is not None and base.modules:
+        what = "PEFT would not open the result as the sum of these adapters"
         hint = "look at each with `mlx-sft adapters check`; where PEFT cannot have it, merge each run into a checkpoint of its own"
-        raise UserError(what, where=base_model, hint=hint)
+        refuse_losses(folder, base, what, where=base_model, hint=hint)
 
 
 def linear(parts: list[Part]) -> tuple[Array, Array]:

@@ -233,6 +233,13 @@ def lost_by_peft(folder: Path, base: PeftBase) -> Iterator[Loss]:
     yield from losses(base, settings, modules, config)
 
 
+def refuse_losses(folder: Path, base: PeftBase, what: str, *, where: str, hint: str) -> None:
+    """Raise `UserError`, which begins with `what`, for an adapter that PEFT would open otherwise than it was trained."""
+    if lost := list(lost_by_peft(folder, base)):
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise UserError(f"{what}: {lost[0]}{more}", where=where, hint=hint)
+
+
 def base_model_name(folder: str | Path) -> str:
     """The name or path of the base model that an adapter says it belongs to; an empty string where it says none."""
     name = read_config(Path(folder) / CONFIG).get("base_model_name_or_path")

@@ -220,7 +220,8 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         hint = "give a Hugging Face checkpoint folder"
         raise UserError("names no model_type", where=str(file), hint=hint)
-    if not isinstance(config.get("architectures", []), list | str):
+    classes = config.get("architectures", [])
+    if not isinstance(classes, list | str) or not all(isinstance(name, str) for name in classes):
         what = f"architectures is {config['architectures']!r}, where a model names its classes"
         raise UserError(what, where=str(file), hint=DOWNLOAD_AGAIN)
     return config

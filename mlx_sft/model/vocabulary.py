@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json, to_json
+from mlx_sft.gate import MOST_BYTES
 from mlx_sft.model.head import HEAD, embedding_names
 from mlx_sft.model.linears import is_quantized
 from mlx_sft.model.names import transformers_name
@@ -156,7 +157,7 @@ def write_tokenizer(tokenizer: Any, source: Path, folder: Path) -> None:
     added = whole["added_tokens"]
     stored = folder / _WHOLE
     write_file(
-        stored, to_json((read_json(stored, most=_MOST_BYTES) if stored.is_file() else whole) | {"added_tokens": added})
+        stored, to_json((read_json(stored, most=MOST_BYTES) if stored.is_file() else whole) | {"added_tokens": added})
     )
     by_id = {str(token["id"]): {name: value for name, value in token.items() if name != "id"} for token in added}
     for name, key, value in (
@@ -169,7 +170,6 @@ def write_tokenizer(tokenizer: Any, source: Path, folder: Path) -> None:
 
 
 _WHOLE = "tokenizer.json"
-_MOST_BYTES = 256 * 2**20
 
 
 def _rows_in(checkpoint: Checkpoint) -> int:

@@ -14,10 +14,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from pydantic import Field
 
+from mlx_sft.model.head import EMBEDDING_NAMES, HEAD
 from mlx_sft.optimizers import DecaySettings, Optimizer
 
 _MATRIX, _OTHER = "matrix", "other"
-_OUTSIDE = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "tok_embeddings.weight", "embeddings.weight")
+_OUTSIDE = tuple(f"{name}.weight" for name in (*EMBEDDING_NAMES, HEAD))
 """How the names of embeddings and heads end."""
 
 

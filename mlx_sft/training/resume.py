@@ -195,7 +195,9 @@ def _agrees(config: TrainConfig, name: str, before: Any, now: Any) -> bool:
 
 def _shares(places: Any) -> Any:
     """What is said of places beside where they are: how many there are, and the share of each in a mixture."""
-    return [split_weight(place)[1] for place in places] if isinstance(places, list) else places is None
+    if not isinstance(places, list):
+        return places is None
+    return [split_weight(place)[1] if isinstance(place, str) else place for place in places]
 
 
 def differences(run: RunFolder, config: TrainConfig) -> list[str]:

@@ -113,7 +113,7 @@ def _make_adapter(chance: random.Random, materials: Materials) -> Files:
 def _read_adapter(folder: Path, materials: Materials) -> None:
     settings, parameters = read_adapter(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    if (settings.rank, settings.alpha) != (config["r"], config["lora_alpha"]):
+    if (settings.rank, settings.alpha) != (config["r"], float(config["lora_alpha"])):
         raise Wrong(f"rank and alpha are {config['r']} and {config['lora_alpha']}, and were read as {settings}")
     stored = {name: entry["data"] for name, entry in deserialize((folder / "adapter_model.safetensors").read_bytes())}
     for name, value in parameters.items():

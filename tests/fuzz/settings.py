@@ -154,6 +154,8 @@ def _make_options(chance: random.Random, materials: Materials) -> Files:
         known = [option_name(field) for field in all_fields() if field != "data_workers"]
         option = chance.choice([*known, *_OF_COMMANDS, "--config", "--no", "-", "--"])
         value = chance.choice([*STRINGS, *map(str, NUMBERS), "there", "none.jsonl:0.5", "user=a,user=b", '{"a": [1]}'])
+        if option == "--max-tokens" and value.isdecimal():
+            value = value[:2]  # so long may an answer be that does not end by itself
         words += [option, value] if chance.random() < 0.9 else [option]
     # The system ends a word at a zero byte, and gives what is no UTF-8 as surrogates.
     words = [word.replace("\x00", "") for word in words]

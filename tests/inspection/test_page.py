@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -162,7 +164,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, page_file: Path) -> Iterator[Any]:
-    """The page, which may neither complain nor ask for anything."""
+    with shown(browser, page_file) as page:
+        yield page
+
+
+@contextmanager
+def shown(browser: Any, page_file: Path) -> Iterator[Any]:
+    """A page, which may neither complain nor ask for anything."""
     page = browser.new_page()
     page.set_default_timeout(10_000)
     complaints: list[str] = []
@@ -200,6 +208,27 @@ def test_hostile_text_is_text(page: Any, hostile: tuple[str, str]) -> None:
     assert page.title().startswith("Data: ")
     assert page.locator("img").count() == 0
     assert page.locator("script").count() == 2
+
+
+def test_what_a_hostile_template_and_its_tokens_write_is_text(
+    browser: Any, tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path, hostile: tuple[str, str]
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tag = "<|<script>document.title='owned'</script>\u202e|>"
+    tokenizer.add_special_tokens({"additional_special_tokens": [tag]})
+    written = "".join(f"{{{{ {text!r} }}}}" for text in (*hostile, tag))
+    usual = str(tokenizer.chat_template)
+    tokenizer.chat_template = written + usual.replace("<|im_end|>", f"<|im_end|>{{{{ {tag!r} }}}}")
+    config = TrainConfig(data=[str(data)], max_length=400, data_cache=False)
+    with shown(browser, inspect(config, tokenizer=tokenizer).write_page(tmp_path / "data.html")) as page:
+        page.locator("#list [role=option]").nth(1).click()
+        text = "".join(page.locator("#row .tokens").all_inner_texts())
+        assert hostile[0] in text
+        assert "<script>document.title='owned'</script>" in text
+        assert not set(text) & set("\u202e\u202c\x00\u2028\u200b\x1b")
+        page.locator("#row .tokens .t").first.hover()
+        assert page.title().startswith("Data: ")
+        assert (page.locator("img").count(), page.locator("script").count()) == (0, 2)
 
 
 def test_supervised_tokens_and_turns_are_told_apart(page: Any) -> None:

@@ -41,6 +41,7 @@ LIES: list[dict[str, Any]] = [
     {"layer_types": 5},
     {"dtype": "evil"},
     {"architectures": 7},
+    {"architectures": [["Qwen3ForCausalLM"]]},
     {"tie_word_embeddings": "yes"},
     {"sliding_window": "x", "use_sliding_window": True},
     {"eos_token_id": [[1]]},

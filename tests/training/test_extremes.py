@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.data import feed
+from mlx_sft.data.batches import collate
 from mlx_sft.methods.peft_files import read_adapter
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.training.checkpoint import dropout_key
 from tests.chosen import without_adapter
 
 
@@ -62,6 +66,33 @@ def test_rows_of_which_nothing_is_learnt_are_no_data(settings: dict[str, Any], t
         train(TrainConfig(**settings | {"data": data, "format": "tokenized", "allow_lost_rows": True}))
     assert "r.jsonl" in str(caught.value)
     assert not Path(settings["out"]).exists()
+
+
+def test_a_run_of_a_hundred_thousand_steps_goes_on_with_its_last_three(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last, left = 100_000, 3
+    run = RunFolder(train(TrainConfig(**settings | {"max_steps": 2, "save_every": 2})).run_dir)
+    checkpoint = run.checkpoint(last - left)
+    run.checkpoint(2).rename(checkpoint)
+    line = run.metrics.read_text().splitlines()[0]
+    lines = (line.replace('"step": 1,', f'"step": {step},') for step in range(1, last - left + 1))
+    run.metrics.write_text("\n".join(lines) + "\n")
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["progress"]["step"] = last - left
+    state["random_state"] = np.array(dropout_key(TrainConfig().seed, last - left + 1)).tolist()
+    state["callbacks"]["metrics-file"]["bytes"] = run.metrics.stat().st_size
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    sums = checkpoint / "SHA256SUMS"
+    names = [line.split()[1] for line in sums.read_text().splitlines()]
+    sums.write_text("".join(f"{sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n" for name in names))
+    collated: list[int] = []
+    monkeypatch.setattr(feed, "collate", lambda *given: collated.append(1) or collate(*given))
+    assert train(TrainConfig(resume=str(run.path), max_steps=last, quiet=True)).steps == last
+    assert len(collated) == left
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, last + 1))
+    assert records[-1]["epoch"] == last // 3 + records[last % 3 - 1]["epoch"], "three steps an epoch"
 
 
 def test_secrets_of_the_environment_are_in_no_file_and_no_line(

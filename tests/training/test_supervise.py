@@ -97,6 +97,14 @@ def test_a_mistake_is_told_once(supervise: Callable[..., subprocess.Popen[bytes]
     assert not (tmp_path / "run").exists()
 
 
+def test_an_output_that_is_closed_is_closed_to_the_run_too(chats: Path, tmp_path: Path) -> None:
+    given = ["--data", str(chats), "--model", "tiny", "--out", str(tmp_path / "run"), "--max-steps", "1"]
+    command = [sys.executable, "-m", "mlx_sft", "train", "--supervise", "--data-workers", "1", *given]
+    ended = subprocess.run(["bash", "-c", '"$@" >&-', "bash", *command], stderr=subprocess.PIPE, timeout=120)
+    assert (ended.returncode, b"standard output cannot be written" in ended.stderr) == (1, True)
+    assert adapter(tmp_path / "run")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_stop_reaches_the_run_once(
     number: signal.Signals, supervise: Callable[..., subprocess.Popen[bytes]], tmp_path: Path

@@ -10,12 +10,12 @@ from mlx_lm.tuner.utils import load_adapters
 
 from mlx_sft.convert.mlx_lm_reader import check_in_mlx_lm, difference_of, logits
 from mlx_sft.convert.targets import DataSettings
-from mlx_sft.convert.targets.peft import AdapterAlone, PeftSettings, same
+from mlx_sft.convert.targets.peft import AdapterOnBase, PeftSettings, same
 from mlx_sft.convert.verify import compared_rows
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.gate import checked
-from mlx_sft.load import base_of, load_on_base
+from mlx_sft.load import load_on_base
 from mlx_sft.model.linears import linear_modules
 from mlx_sft.model.load import name_elsewhere, resolve_checkpoint
 from mlx_sft.model.outline import outline
@@ -26,16 +26,12 @@ class MlxLmSettings(PeftSettings, DataSettings):
     """The same, and the rows on which it is compared."""
 
 
-class MlxLm(AdapterAlone):
+class MlxLm(AdapterOnBase):
     """The export format `mlx-lm`."""
 
     name: ClassVar = "mlx-lm"
     summary: ClassVar = "the adapter alone, as mlx-lm writes it"
     Settings: ClassVar = MlxLmSettings
-
-    @property
-    def source(self) -> Path:
-        return base_of(self.export.run, self.export.config, weights=False)
 
     def check(self) -> None:
         super().check()

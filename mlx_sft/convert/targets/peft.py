@@ -15,9 +15,10 @@ from mlx_sft.convert.targets import BaseModelSettings, StepSettings, Target
 from mlx_sft.data.chat_template import write_template
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json
+from mlx_sft.load import base_of
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.methods.peft_base import peft_base
-from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
+from mlx_sft.methods.peft_files import CONFIG, refuse_losses
 from mlx_sft.model.head import HEAD
 from mlx_sft.model.load import extended_tokenizer, local_checkpoint, name_elsewhere, resolve_checkpoint
 from mlx_sft.model.names import CAUSAL_LM, Opening
@@ -47,6 +48,14 @@ class AdapterAlone(Target):
         """What is exported, read from its method's own form, with the settings as that says them."""
         with self.export.trained.in_own_form() as folder:
             return self.export.method.read(folder)
+
+
+class AdapterOnBase(AdapterAlone):
+    """One that is written with the names and shapes of the base, which must be there."""
+
+    @property
+    def source(self) -> Path:
+        return base_of(self.export.run, self.export.config, weights=False)
 
 
 class Peft(AdapterAlone):
@@ -121,9 +130,7 @@ def open_as_peft(folder: Path, base: str, hint: str = _WHOLE) -> Opening | None:
     if rows and f"{HEAD}.bias" in Checkpoint.open(resolve_checkpoint(base)).named:
         what = "PEFT leaves out the bias of the head of this base where rows of it are trained"
         raise UserError(what, where=base, hint=hint)
-    if lost := list(lost_by_peft(folder, found)):
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-        raise UserError(f"PEFT would not open this adapter as it was trained: {lost[0]}{more}", where=base, hint=hint)
+    refuse_losses(folder, found, "PEFT would not open this adapter as it was trained", where=base, hint=hint)
     return found.opening
 
 

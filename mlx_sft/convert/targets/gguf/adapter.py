@@ -20,10 +20,9 @@ from mlx_sft.convert.targets.gguf.assumed import notes_of
 from mlx_sft.convert.targets.gguf.comparison import check_adapter, read_facts
 from mlx_sft.convert.targets.gguf.converter import ADAPTER_SCRIPT, Converter, find_converter, no_converter
 from mlx_sft.convert.targets.gguf.target import MODELFILE, modelfile_of, refuse_source
-from mlx_sft.convert.targets.peft import AdapterAlone, PeftSettings
+from mlx_sft.convert.targets.peft import AdapterOnBase, PeftSettings
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
-from mlx_sft.load import base_of
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.lora_settings import HALVES, LoraSettings
 from mlx_sft.methods.peft_files import WEIGHTS, our_name, write_adapter
@@ -44,16 +43,12 @@ class GgufAdapterSettings(PeftSettings):
     """Write a Modelfile beside the adapter; this is what its FROM names: what Ollama calls the base, or a GGUF file of it."""
 
 
-class GgufAdapter(AdapterAlone):
+class GgufAdapter(AdapterOnBase):
     """The export format `gguf-adapter`."""
 
     name: ClassVar = "gguf-adapter"
     summary: ClassVar = "the adapter alone for llama.cpp, by its own converter"
     Settings: ClassVar = GgufAdapterSettings
-
-    @property
-    def source(self) -> Path:
-        return base_of(self.export.run, self.export.config, weights=False)
 
     def check(self) -> None:
         super().check()

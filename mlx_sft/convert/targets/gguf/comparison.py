@@ -89,18 +89,15 @@ def check_gguf(path: Path, checkpoint: Checkpoint, *, numbers: bool = True) -> G
     except ImportError:
         hint = "pip install 'mlx-sft[gguf]' has each tensor compared"
         return GgufFacts(f"{path.name}: only its header and size were checked; {hint}")
-    with blamed_on(path, "llama.cpp's own package cannot read what its converter wrote", _DAMAGED):
-        reader = gguf.GGUFReader(path)
-    architecture = _setting(reader, "general.architecture")
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in known:
+    reader, architecture, number = _opened(path)
+    if number is None:
         return GgufFacts(
             f"{path.name}: its tensors were not compared; the installed gguf does not know {architecture!r}"
         )
     layers = _setting(reader, f"{architecture}.block_count")
     if not isinstance(layers, int):
         raise UserError("it does not say how many layers it has", where=str(path), hint=_DAMAGED)
-    names = gguf.get_tensor_name_map(known[architecture], layers)
+    names = gguf.get_tensor_name_map(number, layers)
     compared = _compare(reader, path, checkpoint, lambda name: names.get_name(name, try_suffixes=_SUFFIXES), numbers)
     said = f"{path.name}: {architecture} of {layers} layers, {compared} of its {len(reader.tensors)} tensors compared with the checkpoint's"
     return _facts(reader, said)
@@ -115,6 +112,16 @@ def read_facts(path: Path) -> GgufFacts:
     ):
         reader = gguf.GGUFReader(path)
     return _facts(reader, f"{path.name}: {_setting(reader, 'general.architecture')}")
+
+
+def _opened(path: Path) -> tuple[GGUFReader, str, Any]:
+    """What llama.cpp's converter wrote, its architecture, and what `gguf` knows that by: None for one that it does not know."""
+    import gguf
+
+    with blamed_on(path, "llama.cpp's own package cannot read what its converter wrote", _DAMAGED):
+        reader = gguf.GGUFReader(path)
+    architecture = str(_setting(reader, "general.architecture"))
+    return reader, architecture, {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}.get(architecture)
 
 
 def _facts(reader: GGUFReader, said: str) -> GgufFacts:
@@ -140,11 +147,8 @@ def check_adapter(path: Path, tensors: Mapping[str, StoredTensor], alpha: float,
     """
     import gguf
 
-    with blamed_on(path, "llama.cpp's own package cannot read what its converter wrote", _DAMAGED):
-        reader = gguf.GGUFReader(path)
-    architecture = str(_setting(reader, "general.architecture"))
-    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in known:
+    reader, architecture, number = _opened(path)
+    if number is None:
         what = f"its tensors cannot be compared: the installed gguf does not know {architecture!r}"
         raise UserError(what, where=str(path), hint=f"python -m pip install --upgrade gguf; or {_MERGED}")
     for name, right in (
@@ -155,7 +159,7 @@ def check_adapter(path: Path, tensors: Mapping[str, StoredTensor], alpha: float,
         if (found := _setting(reader, name)) != right:
             raise UserError(f"its {name} is {found}, and {right} was written", where=str(path), hint=_DAMAGED)
     layers = 1 + max((layer_number(name) or 0) for name in tensors)
-    names = gguf.get_tensor_name_map(known[architecture], layers)
+    names = gguf.get_tensor_name_map(number, layers)
     expected: dict[str, list[StoredTensor]] = {}
     for tensor_name, tensor in tensors.items():
         module, _, half = tensor_name.rpartition(".")

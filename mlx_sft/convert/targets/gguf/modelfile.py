@@ -113,17 +113,20 @@ def _without_template(chat: Chat, origin: str, chat_template: str) -> Modelfile:
 def _with_template(chat: Chat, origin: str, bos: str) -> Modelfile:
     """For a plain chat template."""
     template = go_template(chat)
-    quoted = f'TEMPLATE """{_holdable(template.text)}"""\n'
+    quoted = f"TEMPLATE {_quoted(template.text)}\n"
     if template.default_system:
-        quoted += f'SYSTEM """{_holdable(template.default_system)}"""\n'
+        quoted += f"SYSTEM {_quoted(template.default_system)}\n"
     return Modelfile(f"{_HEAD}{_A_TEMPLATE}{origin}{quoted}{_stops(chat)}", tuple(_notes(chat, bos)))
 
 
-def _holdable(value: str) -> str:
-    """A value that Ollama reads between quotes as it is; raises `Unfit` for what closes them, or is not printed and is dropped."""
+def _quoted(value: str) -> str:
+    """A value as Ollama reads it whole; raises `Unfit` for what would close its quotes, or is not printed and is dropped.
+
+    A value in single quotes ends at the first line that ends with one; `"` alone would open triple ones.
+    """
     if '"""' in value or not value.translate({ord("\n"): "", ord("\t"): ""}).isprintable():
         raise Unfit("it has characters that a Modelfile cannot hold")
-    return value
+    return f'"""{value}"""' if set(value) & set('"\n') else f'"{value}"'
 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -140,7 +143,7 @@ def _stops(chat: Chat) -> str:
         end = ""
     ending = next(({token} for token in chat.tokens if end.startswith(token)), set())
     stops = sorted(end_tokens(chat.tokenizer) & set(chat.tokens) | ending)
-    return "".join(f"PARAMETER stop {_holdable(quoted)}\n" for quoted in (f'"{token}"' for token in stops))
+    return "".join(f"PARAMETER stop {_quoted(stop)}\n" for stop in stops)
 
 
 def _notes(chat: Chat, bos: str) -> Iterator[str]:

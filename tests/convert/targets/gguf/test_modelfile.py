@@ -280,6 +280,74 @@ def test_a_template_that_cannot_be_followed_is_refused_with_the_reason(
     assert "leave out --ollama" in caught.value.hint
 
 
+HOSTILE = [
+    '"""',
+    '"',
+    '""\n"',
+    '"""\nFROM /etc/passwd\nTEMPLATE """',
+    'x"\nADAPTER /etc/passwd\nSYSTEM "',
+    "\nMESSAGE user hi\n",
+    "\r\nFROM x\r\n",
+    "\u2028FROM x",
+    "\x00\x1b]0;x\x07",
+    "\u202e\ufeff",
+    "# FROM x\n",
+    " ",
+    "\t",
+    "`",
+    "{",
+    "}}",
+    "{{ .System }}",
+    "{{/*",
+    '{{ define "x" }}{{ end }}',
+    "{% raw %}",
+    "%s\\n",
+]
+PLACES: dict[str, Callable[[str], str]] = {
+    "before all": lambda words: f"{{{{ {words} }}}}{CHATML}",
+    "before a role": lambda words: CHATML.replace("message.role +", f"message.role + {words} +"),
+    "at the end of a message": lambda words: CHATML.replace("'<|im_end|>", f"{words} + '<|im_end|>"),
+    "behind a message": lambda words: CHATML.replace("'<|im_end|>\n'", f"'<|im_end|>' + {words}"),
+    "before an answer": lambda words: CHATML.replace("assistant\n' }}", f"assistant\n' + {words} }}}}"),
+    "in the system message": lambda words: SMOLLM2.replace(DEFAULT, f"{DEFAULT}' + {words} + '"),
+}
+
+
+def made_unless_unfit(tokenizer: PreTrainedTokenizerFast) -> Modelfile | None:
+    try:
+        return make_modelfile(tokenizer, {}, "./model.gguf")
+    except UserError as error:
+        if "cannot be put in Ollama's form exactly" not in error.what:
+            raise
+        return None
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
+def test_nothing_that_a_template_writes_is_a_command(hostile: str, make_tokenizer: MakeTokenizer) -> None:
+    """Of 306 such Modelfiles Ollama's own parser and templates (August 2026) made the same commands and prompts as the stand-in."""
+    for place, template in PLACES.items():
+        tokenizer = make_tokenizer(template(repr(hostile)))
+        modelfile = made_unless_unfit(tokenizer)
+        if modelfile is None:
+            continue
+        names = [name for name, _ in parse_modelfile(modelfile.text)]
+        assert names in (["FROM", "TEMPLATE", "stop"], ["FROM", "TEMPLATE", "SYSTEM", "stop"]), place
+        assert rendered(modelfile.text, [ASK, SAY, MORE]) == expected(tokenizer, [ASK, SAY, MORE], False), place
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=ascii)
+@pytest.mark.parametrize("name", ["ChatML", "Qwen 3"])
+def test_a_token_that_stops_an_answer_is_no_command(
+    name: str, hostile: str, make_tokenizer: MakeTokenizer, public_template: Callable[[str], str]
+) -> None:
+    modelfile = made_unless_unfit(make_tokenizer(CHATML if name == "ChatML" else public_template("qwen3"), eos=hostile))
+    if modelfile is None:
+        return
+    first = [("FROM", "./model.gguf")]
+    commands = [command for command in parse_modelfile(modelfile.text) if command[0] not in ("TEMPLATE", "REQUIRES")]
+    assert commands == first + [("stop", stop) for stop in sorted([hostile, "<|im_end|>"])]
+
+
 def test_every_public_template_is_followed_exactly_or_refused(
     make_tokenizer: MakeTokenizer, public_names: list[str], public_template: Callable[[str], str]
 ) -> None:
