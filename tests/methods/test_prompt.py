@@ -14,10 +14,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.numpy import load_file
 
-from mlx_sft import export, generate_text, load_run, train
+from mlx_sft import evaluate_run, export, generate_text, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import PADDED, cut
 from mlx_sft.data.dataset import Examples
@@ -29,8 +30,10 @@ from mlx_sft.methods.adapter_check import check_adapter
 from mlx_sft.methods.prompt import PROMPT, Prompt, PromptSettings
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
+from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.memory import Footprint
 from tests.parity import assert_close, loss_and_gradients, losses_of_steps
+from tests.wrappers import make_wrapper
 
 pytestmark = [
     pytest.mark.parity,
@@ -208,6 +211,43 @@ def test_an_adapter_of_peft_goes_on_here(
     loaded = load_adapter(tmp_path / "theirs", str(base))
     asked = prompt_tokens(loaded, WORDS)
     assert generate_text(loaded, WORDS, max_tokens=8) == _told_by(theirs, loaded.tokenizer, asked, 8)
+
+
+def test_it_is_evaluated_as_it_was_trained(
+    base: Path, given: dict[str, Any], torch_model: Callable, tmp_path: Path
+) -> None:
+    """During training, by `eval`, and by PEFT."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    settings = given | {"model": str(base), "max_steps": 3, "eval_every": 1, "format": "tokenized"}
+    run = train(TrainConfig(**settings, valid=str(held_out)), data=ROWS[3:]).run_dir
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    measured = [record["loss"] for record in records if record["kind"] == "evaluation"]
+    theirs = peft.PeftModel.from_pretrained(torch_model(base), RunFolder(run).adapter).eval()
+    with torch.no_grad():
+        expected = float(_loss(theirs, ROWS[:3]))
+    assert len(set(measured)) == 3
+    np.testing.assert_allclose([min(measured), evaluate_run(run, str(held_out)).loss], expected, atol=1e-5)
+    assert evaluate_run(run, str(held_out), base=True).loss != pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+def test_it_stands_in_front_of_the_text_of_a_model_that_sees(
+    kind: str, given: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_wrapper(kind, make_base, tmp_path / "base")
+    run = train(TrainConfig(**given | {"model": str(base), "max_steps": 2}), data=ROWS).run_dir
+    export(run, tmp_path / "peft", format="peft")
+    alone = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    opened = peft.PeftModel.from_pretrained(alone, tmp_path / "peft").eval()
+    loaded, asked = load_run(run), ROWS[1]["input_ids"]
+    split = SplitModel(loaded.model)
+    states = loaded.method.run_body(split.body, mx.array([asked]))
+    with torch.no_grad():
+        logits = opened(input_ids=torch.tensor([asked]), attention_mask=torch.ones(1, len(asked))).logits
+    assert_close(split.logits(states[0]), logits[0, 5:])
 
 
 def test_a_talk_takes_the_prompt_off_and_puts_it_on(run: Path) -> None:
