@@ -18,6 +18,7 @@ from mlx_sft.settings import Settings as NoSettings
 
 ENTRIES = {
     "adamw": "mlx_sft.optimizers.adamw:AdamW",
+    "adamw8bit": "mlx_sft.optimizers.adamw8bit:AdamW8bit",
     "adafactor": "mlx_sft.optimizers.adafactor:Adafactor",
     "lion": "mlx_sft.optimizers.lion:Lion",
     "muon": "mlx_sft.optimizers.muon:Muon",

@@ -213,9 +213,12 @@ def test_a_state_goes_into_a_file_and_comes_back_and_takes_what_it_says(settings
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer": "lion", "eps": 1e-8}, "eps: a setting of --optimizer adamw, and this run has --optimizer lion"),
+        (
+            {"optimizer": "lion", "eps": 1e-8},
+            "eps: a setting of --optimizer adamw and adamw8bit, and this run has --optimizer lion",
+        ),
         ({"optimizer": "sgd", "nesterov": True}, "nesterov: needs a momentum above 0"),
-        ({"optimizer": "adam"}, "optimizer: there is adamw, adafactor, lion, muon, sgd, not 'adam'"),
+        ({"optimizer": "adam"}, "optimizer: there is adamw, adamw8bit, adafactor, lion, muon, sgd, not 'adam'"),
     ],
 )
 def test_settings_of_another_optimizer_are_refused_by_name(settings: dict[str, object], message: str) -> None:
