@@ -48,6 +48,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "betas": (["0.5", "0.6"], (0.5, 0.6)),
     "time_limit": (["45m"], "45m"),
     "overlong": (["drop"], "drop"),
+    "prompt_init": (["text:be brief"], "text:be brief"),
     "chat_template": (["chatml"], "chatml"),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
 }

@@ -25,6 +25,7 @@ from mlx_sft.registry import METHODS
 from mlx_sft.safetensors_file import read_rows
 
 each_method = pytest.mark.parametrize("name", METHODS.built_in())
+each_of_weights = pytest.mark.parametrize("name", [name for name in METHODS.built_in() if METHODS[name].mergeable])
 
 
 def _attached(base: Path, name: str, **settings: Any) -> tuple[Method, Parameters]:
@@ -103,7 +104,7 @@ def test_what_can_be_exported_is_known_from_a_row_of_each_weight(
     assert 0 < max(most) <= 96
 
 
-@each_method
+@each_of_weights
 def test_a_weight_that_is_loaded_as_another_than_is_stored_is_refused(
     name: str, make_base: Callable[..., Path]
 ) -> None:
@@ -114,7 +115,7 @@ def test_a_weight_that_is_loaded_as_another_than_is_stored_is_refused(
         check_exportable(base, *_attached(base, name), weights)
 
 
-@each_method
+@each_of_weights
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
