@@ -12,7 +12,7 @@ or of a part of a block, keep float32.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -58,7 +58,8 @@ class _Table:
 
     def decoded(self, codes: mx.array, largest: mx.array) -> mx.array:
         """Float32 [blocks, 256]."""
-        return self._values[codes.astype(mx.int32)] * largest[:, None]
+        moment: mx.array = self._values[codes.astype(mx.int32)] * largest[:, None]
+        return moment
 
 
 class _AdamW8bit(optim.AdamW):
@@ -111,9 +112,10 @@ class AdamW8bit(Optimizer):
         """Go on with the two moments of an AdamW that has taken so many steps with these parameters, rounded."""
         for names, optimizer in self._groups:
             optimizer.state["step"] = mx.array(steps, mx.uint64)
+            eight = cast(_AdamW8bit, optimizer)
             for name in names:
                 moments = {"m": first[name], "v": second[name]}
-                optimizer.state[name] = optimizer.kept(moments) if _in_blocks(first[name].shape) else moments
+                eight.state[name] = eight.kept(moments) if _in_blocks(first[name].shape) else moments
 
 
 def _in_blocks(shape: tuple[int, ...]) -> bool:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_sft import train
 from mlx_sft.config import TrainConfig
 from mlx_sft.optimizers import Optimizer, make_optimizer
 from mlx_sft.optimizers.adamw8bit import BLOCK, AdamW8bit, table
 from mlx_sft.optimizers.gradients import Arrays
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.safetensors_file import open_safetensors
 
 SHAPES = {"a.weight": (64, 128), "stack.weight": (3, 32, 64), "odd.weight": (65, 129), "small.weight": (16, 16)}
 IN_BLOCKS = {"a.weight", "stack.weight"}
@@ -87,3 +93,19 @@ def test_it_goes_on_with_the_moments_of_another_adamw() -> None:
     one, two = (optimizer.update(dict(parameters), to_mlx(arrays(3)), 1e-2) for optimizer in (before, eight))
     for name in SHAPES:
         np.testing.assert_allclose(np.array(one[name]), np.array(two[name]), atol=2e-3)
+
+
+def test_a_run_goes_on_to_the_same_bytes(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    rows = [{"input_ids": list(range(5, 15 + n)), "labels": list(range(5, 15 + n))} for n in range(6)]
+    settings = {
+        "model": str(make_base()), "method": "full", "optimizer": "adamw8bit", "dtype": "float32", "scheduler": "constant",
+        "warmup": 0, "lr": 1e-3, "batch_size": 2, "save_every": 2, "quiet": True,
+    }  # fmt: skip
+    whole = train(TrainConfig(**settings, max_steps=4, out=str(tmp_path / "whole")), data=rows).run_dir
+    part = train(TrainConfig(**settings, max_steps=2, out=str(tmp_path / "part")), data=rows).run_dir
+    train(TrainConfig(resume=str(part), max_steps=4), data=rows)
+    for name in ("parameters", "optimizer"):
+        one, two = (RunFolder(run).checkpoint(4) / f"{name}.safetensors" for run in (whole, part))
+        assert one.read_bytes() == two.read_bytes()
+    stored = open_safetensors(RunFolder(part).checkpoint(4) / "optimizer.safetensors").tensors
+    assert {tensor.dtype for tensor in stored} == {"U8", "F32", "U64"}
