@@ -58,8 +58,8 @@ class _Table:
 
     def decoded(self, codes: mx.array, largest: mx.array) -> mx.array:
         """Float32 [blocks, 256]."""
-        moment: mx.array = self._values[codes.astype(mx.int32)] * largest[:, None]
-        return moment
+        shares: mx.array = self._values[codes.astype(mx.int32)]
+        return shares * largest[:, None]
 
 
 class _AdamW8bit(optim.AdamW):
@@ -79,14 +79,18 @@ class _AdamW8bit(optim.AdamW):
             state[name + _LARGEST] = mx.zeros(blocks)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        if not _in_blocks(parameter.shape):
-            return super().apply_single(gradient, parameter, state)
-        moments = {
-            name: table.decoded(state[name], state[name + _LARGEST]).reshape(parameter.shape)
-            for name, table in self.tables.items()
-        }
+        in_blocks = _in_blocks(parameter.shape)
+        moments = (
+            state
+            if not in_blocks
+            else {
+                name: table.decoded(state[name], state[name + _LARGEST]).reshape(parameter.shape)
+                for name, table in self.tables.items()
+            }
+        )
         updated: mx.array = super().apply_single(gradient, parameter, moments)
-        state.update(self.kept(moments))
+        if in_blocks:
+            state.update(self.kept(moments))
         return updated
 
     def kept(self, moments: Arrays) -> Arrays:
