@@ -79,18 +79,15 @@ class _AdamW8bit(optim.AdamW):
             state[name + _LARGEST] = mx.zeros(blocks)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        in_blocks = _in_blocks(parameter.shape)
-        moments = (
-            state
-            if not in_blocks
-            else {
-                name: table.decoded(state[name], state[name + _LARGEST]).reshape(parameter.shape)
-                for name, table in self.tables.items()
-            }
-        )
+        if not _in_blocks(parameter.shape):
+            plain: mx.array = super().apply_single(gradient, parameter, state)
+            return plain
+        moments = {
+            name: table.decoded(state[name], state[name + _LARGEST]).reshape(parameter.shape)
+            for name, table in self.tables.items()
+        }
         updated: mx.array = super().apply_single(gradient, parameter, moments)
-        if in_blocks:
-            state.update(self.kept(moments))
+        state.update(self.kept(moments))
         return updated
 
     def kept(self, moments: Arrays) -> Arrays:
