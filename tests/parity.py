@@ -49,9 +49,13 @@ def loss_and_gradients(
 def losses_of_steps(
     model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], steps: int, *, lr: float
 ) -> list[float]:
-    """The loss before each of so many full-batch steps of PyTorch's AdamW, with a decay of 0.1 and gradients clipped at 1."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.1)
+    """The loss before each of so many full-batch steps of PyTorch's AdamW, with gradients clipped at 1 and a decay of 0.1, but for biases."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = list(named.values())
+    biases = [parameter for name, parameter in named.items() if "bias" in name]
+    others = [parameter for name, parameter in named.items() if "bias" not in name]
+    groups = [{"params": others}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.1)
     losses = []
     for _ in range(steps):
         loss = loss_of()
