@@ -65,9 +65,7 @@ class _Stated(StatedVectors):
         if self.encoder_reparameterization_type == "MLP":  # of which PEFT ignores the number of layers
             return PTuningSettings(virtual_tokens=number, encoder_hidden_size=hidden)
         layers = self.encoder_num_layers
-        return PTuningSettings(
-            virtual_tokens=number, encoder="lstm", encoder_hidden_size=hidden, encoder_layers=layers
-        )
+        return PTuningSettings(virtual_tokens=number, encoder="lstm", encoder_hidden_size=hidden, encoder_layers=layers)
 
 
 class PTuning(PromptEmbeddings):
@@ -130,6 +128,9 @@ class PTuning(PromptEmbeddings):
     def decides(self, where: Path) -> dict[str, Any]:
         return PTuningSettings(virtual_tokens=self.virtual_tokens, encoder="none").model_dump()
 
+    def agrees(self, model: nn.Module, name: str, given: Any) -> bool:
+        return bool(given == self.decides(Path())[name])  # also of the encoder that the file names and does not hold
+
     def start_note(self) -> str:
         if self.settings.encoder != "none":
             return ""
@@ -179,7 +180,7 @@ def _linear(states: mx.array, parameters: Parameters, name: str) -> mx.array:
 def _lstm_layer(states: mx.array, parameters: Parameters, layer: int) -> mx.array:
     """A layer of torch's bidirectional LSTM, [n, features] → [n, 2 · hidden]; both directions are computed at once.
 
-        i, f, g, o = W x + b + U h + b'      c' = σ(f) c + σ(i) tanh(g)      h' = σ(o) tanh(c')
+    i, f, g, o = W x + b + U h + b'      c' = σ(f) c + σ(i) tanh(g)      h' = σ(o) tanh(c')
     """
 
     def both(kind: str) -> mx.array:
