@@ -37,7 +37,7 @@ class PTuningSettings(VirtualTokensSettings):
 
     encoder: Literal["mlp", "lstm", "none"] = "mlp"
     """What makes the virtual tokens of trained embeddings: mlp (three linear layers), lstm (a bidirectional LSTM and two linear layers), or
-    none, which trains the virtual tokens themselves: so starts every run from an adapter, whose file has no encoder."""
+    none, which trains the virtual tokens themselves. A run from an adapter has none, because the adapter's file holds no encoder."""
     encoder_hidden_size: int = Field(default=128, ge=1, le=65536)
     """Width of the encoder's hidden layers; of an LSTM's states in each direction."""
     encoder_layers: int = Field(default=2, ge=1, le=64)
