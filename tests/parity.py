@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,13 @@ def loss_and_gradients(
 def losses_of_steps(
     model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], steps: int, *, lr: float
 ) -> list[float]:
-    """The loss before each of so many full-batch steps of PyTorch's AdamW, with a decay of 0.1 and gradients clipped at 1."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.1)
+    """The loss before each of so many full-batch steps of PyTorch's AdamW, with gradients clipped at 1 and a decay of 0.1 but of biases."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = list(named.values())
+    biases = [parameter for name, parameter in named.items() if "bias" in name]
+    others = [parameter for name, parameter in named.items() if "bias" not in name]
+    groups = [{"params": others}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.1)
     losses = []
     for _ in range(steps):
         loss = loss_of()
@@ -61,3 +66,29 @@ def losses_of_steps(
         optimizer.step()
         optimizer.zero_grad()
     return losses
+
+
+def loss_of_rows(model: torch.nn.Module, rows: Sequence[dict[str, list[int]]]) -> torch.Tensor:
+    """The loss of rows of `input_ids` and `labels`, padded on the right, as transformers computes it."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    mask = pad([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
+    return model(
+        input_ids=pad(ids, batch_first=True),
+        attention_mask=mask,
+        labels=pad(labels, batch_first=True, padding_value=-100),
+    ).loss
+
+
+def losses_of_run(run_dir: Path) -> list[float]:
+    """What a run wrote of each step."""
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def told_by_peft(model: torch.nn.Module, tokenizer: Any, asked: list[int], most: int) -> str:
+    """What PEFT generates greedily, without its cache, with which tokens from the third on are others than its own logits say."""
+    ids = torch.tensor([asked])
+    told = model.generate(input_ids=ids, max_new_tokens=most, do_sample=False, eos_token_id=[257], use_cache=False)
+    return tokenizer.decode(told[0, len(asked) :], skip_special_tokens=True)

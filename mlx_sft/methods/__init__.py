@@ -30,6 +30,7 @@ ENTRIES = {
     "lora": "mlx_sft.methods.lora:Lora",
     "full": "mlx_sft.methods.full:Full",
     "prompt": "mlx_sft.methods.prompt:Prompt",
+    "p-tuning": "mlx_sft.methods.p_tuning:PTuning",
 }
 
 Parameters = dict[str, mx.array]
@@ -178,6 +179,10 @@ class Method:
     def in_head(self, name: str) -> bool:
         """Whether the output head may use this parameter, which is in none of the repeated layers."""
         return True
+
+    def start_note(self) -> str:
+        """What a person should know of how training starts; empty where there is nothing."""
+        return ""
 
     def release(self, model: nn.Module) -> None:
         """Let go of what only `detach` needs; training calls it, and takes nothing off."""

@@ -1,47 +1,29 @@
 """Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691): n virtual tokens in front of everything are trained.
 
-```
-adapter_config.json         PEFT's settings, with peft_type PROMPT_TUNING
-adapter_model.safetensors   prompt_embeddings [n, width], float32
-```
+PEFT calls it PROMPT_TUNING.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
-import mlx.nn as nn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import field_validator
 from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.data.tokenizer import tokenizer_errors
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import read_json, to_json
-from mlx_sft.gate import checked
-from mlx_sft.methods import Method, Parameters
-from mlx_sft.methods.peft_files import CONFIG, WEIGHTS, base_model_name, read_config, weights_file
+from mlx_sft.methods import Parameters
+from mlx_sft.methods.prompt_embeddings import PROMPT, PromptEmbeddings, StatedVectors, VirtualTokensSettings
 from mlx_sft.methods.virtual_tokens import InFront
-from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
-from mlx_sft.settings import Settings, first_problem
-from mlx_sft.writing import make_folder, write_file, write_file_with
 
-PEFT_TYPE = "PROMPT_TUNING"
-PROMPT = "prompt_embeddings"
-"""Of the parameter, and of the tensor in PEFT's file."""
-
-_MOST = 4096
 _TEXT = "text:"
 
 
-class PromptSettings(Settings):
+class PromptSettings(VirtualTokensSettings):
     """Settings of the method `prompt`."""
 
-    virtual_tokens: int = Field(default=20, ge=1, le=_MOST)
-    """How many trained vectors stand in front of each conversation. They come on top of --max-length."""
     prompt_init: str = "random"
     """How they start: random (N(0, 1)), vocabulary (embeddings of tokens drawn at random), or text:WORDS (those of a text, which is
     repeated or cut to their number)."""
@@ -59,42 +41,30 @@ class PromptSettings(Settings):
         return self.prompt_init.removeprefix(_TEXT) if self.prompt_init.startswith(_TEXT) else None
 
 
-class _Stated(BaseModel):
-    """What is read of PEFT's settings."""
-
-    model_config = ConfigDict(strict=True)
-
-    num_virtual_tokens: Annotated[int, Field(ge=1, le=_MOST)]
-    num_transformer_submodules: Literal[1] | None = None
+class _Stated(StatedVectors):
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
     prompt_tuning_init_text: str | None = None
 
-    @property
-    def start(self) -> str:
+    def settings(self) -> PromptSettings:
+        start = "vocabulary" if self.prompt_tuning_init == "SAMPLE_VOCAB" else "random"
         if self.prompt_tuning_init == "TEXT" and self.prompt_tuning_init_text:
-            return _TEXT + self.prompt_tuning_init_text
-        return "vocabulary" if self.prompt_tuning_init == "SAMPLE_VOCAB" else "random"
+            start = _TEXT + self.prompt_tuning_init_text
+        return PromptSettings(virtual_tokens=self.num_virtual_tokens, prompt_init=start)
 
 
-class Prompt(Method):
+class Prompt(PromptEmbeddings):
     """The method `prompt`. Its one parameter is `prompt_embeddings` [n, width], float32."""
 
     name: ClassVar = "prompt"
     Settings: ClassVar = PromptSettings
-    peft: ClassVar = True
-    in_peft_generate: ClassVar = (
-        ", use_cache=False"  # with its cache, tokens from the third on are others (PEFT 0.21.2, transformers 5.24)
-    )
+    peft_type: ClassVar = "PROMPT_TUNING"
+    Stated: ClassVar = _Stated
 
     settings: PromptSettings
 
     def __init__(self, settings: PromptSettings | None = None) -> None:
         super().__init__(settings)
         self._text_ids: list[int] | None = None
-
-    @property
-    def virtual_tokens(self) -> int:
-        return self.settings.virtual_tokens
 
     def read_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.settings.text is None:
@@ -107,97 +77,25 @@ class Prompt(Method):
                 "the tokenizer makes no token of this text", where="prompt_init", hint=hint, exit_code=USAGE
             )
 
-    def attach(self, model: nn.Module, seed: int) -> Parameters:
-        """The vectors as training starts with them; the model stays as it is.
-
-        Raises:
-            UserError: If the model needs more of a token than its embedding.
-        """
-        self._in_front = InFront(model)
-        self._vectors = self._start(mx.random.key(seed))
-        return {PROMPT: self._vectors}
-
-    def _start(self, key: mx.array) -> mx.array:
-        number, in_front = self.virtual_tokens, self._in_front
+    def start(self, in_front: InFront, key: mx.array) -> Parameters:
+        number = self.virtual_tokens
         if self.settings.prompt_init == "random":
-            return mx.random.normal((number, in_front.width), key=key)
+            return {PROMPT: mx.random.normal((number, in_front.width), key=key)}
         if self.settings.prompt_init == "vocabulary":
-            return in_front.embeddings(mx.random.randint(0, in_front.vocabulary, (number,), key=key))
+            return {PROMPT: in_front.embeddings(mx.random.randint(0, in_front.vocabulary, (number,), key=key))}
         if self._text_ids is None:  # there are trained ones to come, or a plan that needs no more than the shape
-            return mx.zeros((number, in_front.width))
+            return {PROMPT: mx.zeros((number, in_front.width))}
         repeated = self._text_ids * math.ceil(number / len(self._text_ids))
-        return in_front.embeddings(mx.array(repeated[:number]))
+        return {PROMPT: in_front.embeddings(mx.array(repeated[:number]))}
 
-    def bind(self, model: nn.Module, parameters: Parameters, key: mx.array | None = None) -> None:
-        self._vectors = parameters.get(PROMPT, self._vectors)
-
-    def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
-        return self._in_front.run(self._vectors, body, token_ids)
-
-    def in_head(self, name: str) -> bool:
-        return False
-
-    @staticmethod
-    def detach(model: nn.Module) -> Callable[[], None]:
-        """Nothing of it is on the model."""
-        return lambda: None
-
-    def generation_cache(self, model: nn.Module) -> list[Any]:
-        return self._in_front.cache(self._vectors)
-
-    def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
-        make_folder(folder)
-        write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, parameters, {"format": "pt"}))
+    def peft_settings(self, base_model: str) -> dict[str, Any]:
         text = self.settings.text
-        start = (
-            "TEXT"
-            if text is not None
-            else {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}[self.settings.prompt_init]
-        )
-        config = {
-            "auto_mapping": None,
-            "base_model_name_or_path": base_model,
-            "inference_mode": True,
-            "num_attention_heads": None,
-            "num_layers": None,
-            "num_transformer_submodules": 1,
-            "num_virtual_tokens": self.virtual_tokens,
-            "peft_type": PEFT_TYPE,
-            "prompt_tuning_init": start,
+        starts = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}
+        return {
+            "prompt_tuning_init": starts.get(self.settings.prompt_init, "TEXT"),
             "prompt_tuning_init_text": text,
-            "revision": revision,
-            "task_type": "CAUSAL_LM",
-            "token_dim": parameters[PROMPT].shape[1],
             "tokenizer_name_or_path": base_model if text is not None else None,
         }
-        write_file(folder / CONFIG, to_json(config))
-
-    @classmethod
-    def read(cls, folder: Path) -> tuple[Prompt, Parameters]:
-        config, where = read_config(folder / CONFIG), str(folder / CONFIG)
-        if (kind := config.get("peft_type")) != PEFT_TYPE:
-            what = f"its peft_type is {kind!r}, and --method {cls.name} reads {PEFT_TYPE}"
-            raise UserError(what, where=where, hint="give the --method that it was trained with")
-        try:
-            stated = _Stated.model_validate(config)
-        except ValidationError as error:
-            hint = "prompt tuning of a causal language model is read"
-            raise UserError(first_problem(error), where=where, hint=hint) from error
-        file = open_safetensors(weights_file(folder))
-        shapes = {tensor.name: tensor.shape for tensor in file.tensors}
-        if list(shapes) != [PROMPT] or len(shapes[PROMPT]) != 2 or shapes[PROMPT][0] != stated.num_virtual_tokens:
-            what = f"it holds {shapes}, and not {PROMPT} of [{stated.num_virtual_tokens}, width]"
-            raise UserError(what, where=str(file.path), hint="save it again with PEFT's `save_pretrained`")
-        settings = PromptSettings(virtual_tokens=stated.num_virtual_tokens, prompt_init=stated.start)
-        return cls(settings), {PROMPT: mx.array(read_float32(file.tensors[0]))}
-
-    @classmethod
-    def recognizes(cls, folder: Path) -> bool:
-        return (folder / CONFIG).is_file() and read_json(checked(folder) / CONFIG).get("peft_type") == PEFT_TYPE
-
-    @classmethod
-    def base_model(cls, folder: Path) -> str:
-        return base_model_name(folder)
 
     @property
     def title(self) -> str:

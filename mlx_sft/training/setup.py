@@ -170,6 +170,8 @@ class _Setup:
         self.config, self.method, self.parameters = starting_parameters(
             config, base.model, self.tokenizer, begun=self.begun
         )
+        if note := self.method.start_note():
+            self.console.note(note)
         check_exportable(base.path, self.method, self.parameters, rows, new_tokens=self.new_tokens)
         for value in self.parameters.values():
             mx.eval(value)  # one after another: what they are computed from may be as large as the model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,14 @@ from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.memory import Footprint
-from tests.parity import assert_close, loss_and_gradients, losses_of_steps
+from tests.parity import (
+    assert_close,
+    loss_and_gradients,
+    loss_of_rows,
+    losses_of_run,
+    losses_of_steps,
+    told_by_peft,
+)
 from tests.wrappers import make_wrapper
 
 pytestmark = [
@@ -57,11 +64,6 @@ def given(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _losses(run_dir: Path) -> list[float]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "train"]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_is_that_of_peft_and_opens_there(
     family: str, given: dict[str, Any], make_base: Callable[..., Path], torch_model: Callable, tmp_path: Path
@@ -76,8 +78,8 @@ def test_a_run_is_that_of_peft_and_opens_there(
             tokenizer_name_or_path=str(base),
         ),
     )  # fmt: skip
-    expected = losses_of_steps(theirs, lambda: _loss(theirs, ROWS), 10, lr=0.3)
-    np.testing.assert_allclose(_losses(run.run_dir), expected, atol=1e-4)
+    expected = losses_of_steps(theirs, lambda: loss_of_rows(theirs, ROWS), 10, lr=0.3)
+    np.testing.assert_allclose(losses_of_run(run.run_dir), expected, atol=1e-4)
     assert expected[-1] < expected[0]
     export(run.run_dir, tmp_path / "peft", format="peft")
     opened = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "peft").eval()
@@ -89,26 +91,7 @@ def test_a_run_is_that_of_peft_and_opens_there(
     with torch.no_grad():
         logits = opened(input_ids=torch.tensor([asked]), attention_mask=torch.ones(1, len(asked))).logits
     assert_close(split.logits(states[0]), logits[0, 9:])
-    assert generate_text(loaded, WORDS, max_tokens=12) == _told_by(opened, loaded.tokenizer, asked, 12)
-
-
-def _told_by(model: torch.nn.Module, tokenizer: Any, asked: list[int], most: int) -> str:
-    """What PEFT generates greedily, without its cache, with which tokens from the third on are others than its own logits say."""
-    ids = torch.tensor([asked])
-    told = model.generate(input_ids=ids, max_new_tokens=most, do_sample=False, eos_token_id=[257], use_cache=False)
-    return tokenizer.decode(told[0, len(asked) :], skip_special_tokens=True)
-
-
-def _loss(model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    labels = [torch.tensor(row["labels"]) for row in rows]
-    mask = pad([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
-    return model(
-        input_ids=pad(ids, batch_first=True),
-        attention_mask=mask,
-        labels=pad(labels, batch_first=True, padding_value=-100),
-    ).loss
+    assert generate_text(loaded, WORDS, max_tokens=12) == told_by_peft(opened, loaded.tokenizer, asked, 12)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +193,7 @@ def test_an_adapter_of_peft_goes_on_here(
     assert TrainConfig.resolve(run.run_dir / "config.yaml").virtual_tokens == 7
     loaded = load_adapter(tmp_path / "theirs", str(base))
     asked = prompt_tokens(loaded, WORDS)
-    assert generate_text(loaded, WORDS, max_tokens=8) == _told_by(theirs, loaded.tokenizer, asked, 8)
+    assert generate_text(loaded, WORDS, max_tokens=8) == told_by_peft(theirs, loaded.tokenizer, asked, 8)
 
 
 def test_it_is_evaluated_as_it_was_trained(
@@ -225,7 +208,7 @@ def test_it_is_evaluated_as_it_was_trained(
     measured = [record["loss"] for record in records if record["kind"] == "evaluation"]
     theirs = peft.PeftModel.from_pretrained(torch_model(base), RunFolder(run).adapter).eval()
     with torch.no_grad():
-        expected = float(_loss(theirs, ROWS[:3]))
+        expected = float(loss_of_rows(theirs, ROWS[:3]))
     assert len(set(measured)) == 3
     np.testing.assert_allclose([min(measured), evaluate_run(run, str(held_out)).loss], expected, atol=1e-5)
     assert evaluate_run(run, str(held_out), base=True).loss != pytest.approx(expected, abs=1e-3)
@@ -345,7 +328,7 @@ def test_an_unknown_start_is_named(start: str) -> None:
 
 def test_it_trains_on_a_quantized_base_in_half_precision(base: Path, given: dict[str, Any]) -> None:
     run = train(TrainConfig(**given | {"model": str(base), "quantize": "8", "dtype": "bfloat16"}), data=ROWS).run_dir
-    losses = _losses(run)
+    losses = losses_of_run(run)
     assert losses[-1] < losses[0] - 0.3
     assert load_file(run / "adapter" / "adapter_model.safetensors")[PROMPT].dtype == np.float32
     assert generate_text(load_run(run), WORDS, max_tokens=4)

@@ -97,7 +97,7 @@ _MORE_SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "head": ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["lm_head"]}),
     "embeddings": ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["embed_tokens"]}),
     "full of some": ("qwen3", {}, {"method": "full", "layers": "2-4"}),
-    "virtual tokens": ("qwen3", {}, {"method": "prompt", "virtual_tokens": 64}),
+    "virtual tokens": ("qwen3", {}, {"method": "p-tuning", "encoder": "lstm", "virtual_tokens": 64}),
 }
 """The same code as the shapes above with others of its settings: the two modes at the ends are enough."""
 
