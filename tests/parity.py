@@ -47,11 +47,18 @@ def loss_and_gradients(
 
 
 def losses_of_steps(
-    model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], steps: int, *, lr: float
+    model: torch.nn.Module,
+    loss_of: Callable[[], torch.Tensor],
+    steps: int,
+    *,
+    lr: float,
+    decayed: Callable[[str], bool] = lambda name: True,
 ) -> list[float]:
     """The loss before each of so many full-batch steps of PyTorch's AdamW, with a decay of 0.1 and gradients clipped at 1."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.1)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = [{"params": [p], "weight_decay": 0.1 if decayed(name) else 0.0} for name, p in named.items()]
+    trainable = list(named.values())
+    optimizer = torch.optim.AdamW(groups, lr=lr)
     losses = []
     for _ in range(steps):
         loss = loss_of()
