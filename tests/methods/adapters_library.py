@@ -29,14 +29,18 @@ def main() -> None:
 
 
 def run(number: int, task: dict[str, Any], folder: Path) -> list[float]:
-    """Load `adapter`, save the logits of `asked` with it, train `steps` steps on `rows`, and save what came out in `trained`."""
+    """Load `adapter`, or make one of a `preset`; save the logits of `asked`; train `steps` steps on `rows`; save what came out."""
     import adapters  # which the usual tests, that take `loss_of` from here, do not have
 
     model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.float32, attn_implementation="eager")
     own = task["family"] == "gemma"
     adapters.init(model, interface=adapters.AdapterModelInterface(**_INTERFACE) if own else None)
-    told: dict[str, Any] = {}
-    name = model.load_adapter(task["adapter"], use_safetensors=True, loading_info=told)
+    told: dict[str, Any] = {"missing_keys": [], "unexpected_keys": []}
+    name = "own"
+    if "preset" in task:
+        model.add_adapter(name, config=task["preset"])
+    else:
+        name = model.load_adapter(task["adapter"], use_safetensors=True, loading_info=told)
     if told["missing_keys"] or told["unexpected_keys"]:
         raise ValueError(told)
     model.train_adapter(name)

@@ -205,19 +205,40 @@ def test_the_library_computes_the_same_with_our_file_and_we_with_its(
         runs.append((run, base, start))
         task = {"family": family, "base": str(base), "adapter": str(folder / "start"), "asked": ASKED, "rows": ROWS}
         tasks.append(task | {"lr": 0.01, "steps": 10})
+    presets = {
+        "double_seq_bn": ("houlsby", 16, "swish"),
+        "seq_bn": ("pfeiffer", 16, "relu"),
+        "par_bn": ("parallel", 2, "relu"),
+    }
+    own = {
+        "family": "qwen3",
+        "base": str(make_base("qwen3", form=4)),
+        "asked": ASKED,
+        "rows": ROWS,
+        "lr": 0.01,
+        "steps": 3,
+    }
+    tasks += [own | {"preset": preset} for preset in presets]
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     command = [str(LIBRARY), str(Path(__file__).with_name("adapters_library.py")), str(tmp_path / "tasks.json")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    for number, losses in enumerate(json.loads(done.stdout.splitlines()[-1])):
-        run, base, start = runs[number]
+    every = json.loads(done.stdout.splitlines()[-1])
+    for number, (run, base, start) in enumerate(runs):
+        losses = every[number]
         np.testing.assert_allclose(_losses(run), losses, atol=1e-4)
         for adapter, file in (("start", "logits"), ("trained", "after")):
             folder = tmp_path / (f"trained-{number}" if adapter == "trained" else f"{number}/start")
             ours = load_adapter(folder, str(base)).model(mx.array([ASKED]))[0]
             assert_close(ours, torch.tensor(np.load(tmp_path / f"{file}-{number}.npy")))
         assert BottleneckAdapters.read(tmp_path / f"trained-{number}")[1].keys() == start.keys()
+    for number, (form, factor, activation) in enumerate(presets.values(), len(runs)):
+        loaded = load_adapter(tmp_path / f"trained-{number}", own["base"])
+        settings = loaded.method.settings
+        assert (settings.bottleneck_form, settings.reduction_factor, settings.activation) == (form, factor, activation)
+        after = torch.tensor(np.load(tmp_path / f"after-{number}.npy"))
+        assert_close(loaded.model(mx.array([ASKED]))[0], after)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
