@@ -28,8 +28,11 @@ from mlx_sft.methods import Parameters
 from mlx_sft.methods.adapter_check import check_adapter
 from mlx_sft.methods.bottleneck import BottleneckAdapters, BottleneckSettings
 from mlx_sft.methods.bottleneck_layers import ACTIVATIONS
+from mlx_sft.model.blocks import find_blocks
+from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.training.recompute import Recomputation
 from tests.methods.adapters_library import loss_of
 from tests.parity import assert_close, loss_and_gradients, losses_of_steps
 
@@ -294,6 +297,24 @@ def test_the_cut_and_the_way_of_computing_change_nothing(form: str, base: Path) 
         assert again == pytest.approx(loss, rel=1e-6)
         for name, gradient in gradients.items():
             np.testing.assert_allclose(others[name], gradient, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_the_parts_of_its_layers_are_found_as_without_adapters(base: Path) -> None:
+    """So that they are computed in the ways that are fast, and rows may lie end to end."""
+    split = SplitModel(load_model(str(base), "float32").model)
+
+    def parts() -> list[dict[str, tuple[str, ...]]]:
+        found = find_blocks(split.layers, lambda: split.hidden_states(mx.array([ASKED])))
+        return [{name: (*block.first, block.last) for name, block in blocks.items()} for blocks in found]
+
+    plain = parts()
+    assert all(blocks.keys() == {"self_attn", "mlp"} for blocks in plain)
+    for form in ("houlsby", "pfeiffer"):
+        BottleneckAdapters(BottleneckSettings(bottleneck_form=form, bottleneck_init="bert")).attach(split.model, seed=0)
+        assert parts() == plain
+        assert Recomputation(split, "off").keeps_rows_apart()
+        BottleneckAdapters.detach(split.model)
+    assert not any("output_adapters" in layer for layer in split.layers)
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(base: Path, given: dict[str, Any], tmp_path: Path) -> None:
