@@ -99,7 +99,6 @@ _MORE_SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "full of some": ("qwen3", {}, {"method": "full", "layers": "2-4"}),
     "virtual tokens": ("qwen3", {}, {"method": "prompt", "virtual_tokens": 64}),
     "bottlenecks": ("qwen3", {}, {"method": "bottleneck", "reduction_factor": 4}),
-    "parallel bottlenecks": (
         "qwen3",
         {},
         {"method": "bottleneck", "bottleneck_form": "parallel", "reduction_factor": 1},
