@@ -48,7 +48,11 @@ def loss_and_gradients(
 
 
 def losses_of_steps(
-    model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], steps: int, *, lr: float
+    model: torch.nn.Module,
+    loss_of: Callable[[], torch.Tensor],
+    steps: int,
+    *,
+    lr: float,
 ) -> list[float]:
     """The loss before each of so many full-batch steps of PyTorch's AdamW, with gradients clipped at 1 and a decay of 0.1 but of biases."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -36,7 +36,7 @@ from mlx_sft.safetensors_file import StoredTensor, from_float32, read_bytes, rea
 BLOCK_ELEMENTS = 1 << 20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in cache from the product to the rounding."""
 
-_ALONE = "what was trained goes out alone: with `export --format peft`, or `push --adapter-only`"
+_ALONE = "what was trained goes out alone: with `export --format {}`, or `push --adapter-only`"
 _ANOTHER = "give with --base-model the model that was quantized, and no other"
 _NOT_EXPORTABLE = (
     "mlx-lm holds this weight otherwise than the checkpoint, so that what is trained could not be exported; "
@@ -84,9 +84,10 @@ class Merging:
 
 def refuse_unmergeable(run: RunFolder, config: TrainConfig) -> None:
     """Raise `UserError` for a run of a method that changes no weight of the model."""
-    if not METHODS[config.method].mergeable:
-        what = f"--method {config.method} changes no weight of the model, so that nothing can be merged into it"
-        raise UserError(what, where=str(run.path), hint=_ALONE, exit_code=USAGE)
+    method = METHODS[config.method]
+    if not method.mergeable:
+        what, hint = f"--method {config.method} {method.unmergeable}", _ALONE.format(method.alone)
+        raise UserError(what, where=str(run.path), hint=hint, exit_code=USAGE)
 
 
 def write_merged(merging: Merging, folder: Path) -> Merging:
@@ -226,7 +227,7 @@ def _refuse_half_of_tied(checkpoint: Checkpoint, edits: dict[str, WeightEdit]) -
     if HEAD_WEIGHT in checkpoint.named or not any(edit.alone for edit in edits.values()):
         return
     what = "this model has one weight for embeddings and head, and what was trained changes one of them alone"
-    raise UserError(what, where=str(checkpoint.path), hint=_ALONE)
+    raise UserError(what, where=str(checkpoint.path), hint=_ALONE.format("peft"))
 
 
 def _merged(tensor: StoredTensor, new_rows: Rows, block: int) -> Iterator[memoryview]:

@@ -201,6 +201,7 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
         title=published.repository if published else f"A fine-tuned {_code(base.name)}",
         what_it_is=_what_it_is(method, named, whole),
         peft=method.peft,
+        adapters=method.alone == "adapters",
         in_peft_generate=method.in_peft_generate,
         mergeable=method.mergeable,
         base=base,
@@ -231,11 +232,16 @@ def _metadata(summary: RunSummary, method: Method, whole: bool) -> ModelCardData
         license=base.licence.get("license"),
         license_name=base.licence.get("license_name"),
         license_link=base.licence.get("license_link"),
-        library_name="transformers" if whole else "peft" if method.peft else "mlx",
+        library_name="transformers" if whole else _library(method),
         pipeline_tag="text-generation",
         tags=["mlx-sft", summary.config.objective, summary.config.method],
         datasets=list(datasets) or None,
     )
+
+
+def _library(method: Method) -> str:
+    """The Hub's name of the library that opens what was trained alone."""
+    return "adapter-transformers" if method.alone == "adapters" else "peft" if method.peft else "mlx"
 
 
 def _what_it_is(method: Method, base: str, whole: bool) -> str:

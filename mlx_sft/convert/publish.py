@@ -132,8 +132,8 @@ def push(
 
 
 def _write_adapter(run: RunFolder, summary: RunSummary, folder: Path, note: Note) -> None:
-    """Write PEFT's files, and mlx-lm's beside them where its form can hold this adapter."""
-    export(run.path, folder, format="peft")
+    """Write the files of the method's own form, such as PEFT's, and mlx-lm's beside them where its form can hold this adapter."""
+    export(run.path, folder, format=make_method(summary.config).alone)
     try:
         export(run.path, folder / _MLX_LM, format="mlx-lm")
     except UserError as error:

@@ -31,6 +31,7 @@ ENTRIES = {
     "full": "mlx_sft.methods.full:Full",
     "prompt": "mlx_sft.methods.prompt:Prompt",
     "p-tuning": "mlx_sft.methods.p_tuning:PTuning",
+    "bottleneck": "mlx_sft.methods.bottleneck:BottleneckAdapters",
 }
 
 Parameters = dict[str, mx.array]
@@ -87,6 +88,8 @@ class Method:
         frozen_base: Whether the model's own weights stay as they are, so that they may be quantized.
         mergeable: Whether what it trains can be written into the model's weights; `changed_shapes`, `changed_weight` and `edits`
             say how. A run of a method that is not is refused by every export with merged weights.
+        unmergeable: Why not, behind the method's name.
+        alone: The export format in which its result goes out without the base.
         mlx_lm: The module that writes and reads its result in mlx-lm's form; None where mlx-lm has no such adapter.
         peft: Whether the files of its result are PEFT's, so that PEFT opens them.
         in_peft_generate: Further arguments without which PEFT's `generate` does not give what was trained, for the model card.
@@ -98,6 +101,8 @@ class Method:
     Settings: ClassVar[type[NoSettings]] = NoSettings
     frozen_base: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
+    unmergeable: ClassVar[str] = "changes no weight of the model, so that nothing can be merged into it"
+    alone: ClassVar[str] = "peft"
     mlx_lm: ClassVar[Any] = None
     peft: ClassVar[bool] = False
     in_peft_generate: ClassVar[str] = ""

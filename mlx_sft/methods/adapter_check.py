@@ -177,11 +177,11 @@ def _checked_as_a_whole(where: Path, name: str, base: Path, method: Method, para
     except UserError as error:
         problems[OURS] = [Problem(error.what)]
     no_form = [Problem(f"it has no form for what --method {method.name} trains")]
-    problems[PEFT] = problems[OURS] if method.peft else no_form
-    problems |= {MLX_LM: [] if method.mlx_lm else no_form, LLAMA_CPP: no_form}
+    form = PEFT if method.peft else {"peft": OURS}.get(method.alone, method.alone)
+    problems |= {PEFT: no_form, MLX_LM: [] if method.mlx_lm else no_form, LLAMA_CPP: no_form, form: problems[OURS]}
     return AdapterCheck(
         folder=str(where),
-        form=PEFT if method.peft else OURS,
+        form=form,
         base=name,
         title=method.title,
         tensors=len(parameters),

@@ -72,6 +72,9 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bo
     widths = {id(norm): int(norm.weight.shape[-1]) for norm in norms}
     light = sum(widths[id(norm)] * (_inputs_kept(norm, fused) + (1 if _trains(norm) else 0)) for norm in norms)
     light += sum(getattr(product, "kept_numbers", 0) for product in products)  # of an adapter beside it
+    light += sum(
+        getattr(child, "kept_numbers", 0) for child in layer.children().values()
+    )  # of one behind a part of the layer
     off, scores, attended, heads, keys, recurrent = light, 0, 0, 0, 0, 0
     inside: set[int] = set()
     for block in blocks.values():

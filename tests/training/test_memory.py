@@ -98,6 +98,7 @@ _MORE_SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "embeddings": ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["embed_tokens"]}),
     "full of some": ("qwen3", {}, {"method": "full", "layers": "2-4"}),
     "virtual tokens": ("qwen3", {}, {"method": "p-tuning", "encoder": "lstm", "virtual_tokens": 64}),
+    "bottlenecks": ("qwen3", {}, {"method": "bottleneck", "reduction_factor": 4}),
 }
 """The same code as the shapes above with others of its settings: the two modes at the ends are enough."""
 

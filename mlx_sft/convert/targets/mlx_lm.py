@@ -13,7 +13,7 @@ from mlx_sft.convert.targets import DataSettings
 from mlx_sft.convert.targets.peft import AdapterOnBase, PeftSettings, same
 from mlx_sft.convert.verify import compared_rows
 from mlx_sft.data.chat_template import write_template
-from mlx_sft.errors import USAGE, UserError, blamed_on
+from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.gate import checked
 from mlx_sft.load import load_on_base
 from mlx_sft.model.linears import linear_modules
@@ -36,8 +36,7 @@ class MlxLm(AdapterOnBase):
     def check(self) -> None:
         super().check()
         if self.export.method.mlx_lm is None:
-            what = f"mlx-lm has no form for what --method {self.export.method.name} trains"
-            raise UserError(what, where=str(self.export.run.path), hint="export it with --format peft", exit_code=USAGE)
+            self.refuse_form("mlx-lm")
 
     def write(self, folder: Path) -> None:
         method, parameters = self.trained()

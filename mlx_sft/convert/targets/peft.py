@@ -41,6 +41,15 @@ class AdapterAlone(Target):
             what, hint = f"a run of --method {self.export.method.name} has no adapter", "export it with --format merged"
             raise UserError(what, where=str(self.export.run.path), hint=hint, exit_code=USAGE)
 
+    def refuse_form(self, program: str) -> None:
+        """Raise `UserError`: this program has no form for what the run's method trains."""
+        method, run = self.export.method, str(self.export.run.path)
+        what, hint = (
+            f"{program} has no form for what --method {method.name} trains",
+            f"export it with --format {method.alone}",
+        )
+        raise UserError(what, where=run, hint=hint, exit_code=USAGE)
+
     def needed_bytes(self) -> int:
         return self.export.trained.bytes()
 
@@ -64,6 +73,11 @@ class Peft(AdapterAlone):
     name: ClassVar = "peft"
     summary: ClassVar = "the adapter alone, as PEFT writes it"
     Settings: ClassVar = PeftSettings
+
+    def check(self) -> None:
+        super().check()
+        if self.export.method.alone != self.name:
+            self.refuse_form("PEFT")
 
     def write(self, folder: Path) -> None:
         run, config = self.export.run, self.export.config
@@ -102,10 +116,15 @@ class Peft(AdapterAlone):
     def verify(self, folder: Path) -> None:
         method, parameters = self.trained()
         written, again = self.export.method.read(folder)
-        # The names of targets are as long as it takes to name the modules of the base, and no others.
-        settings, expected = (one.settings.model_dump(exclude={"target"}) for one in (written, method))
-        if settings != expected or not same(parameters, again):
-            raise UserError("the adapter was not written as it is", where=str(folder))
+        refuse_difference(folder, written, again, method, parameters)
+
+
+def refuse_difference(folder: Path, written: Method, again: Parameters, method: Method, parameters: Parameters) -> None:
+    """Raise `UserError` unless what was read from a folder `again` is what was to be written."""
+    # The names of targets are as long as it takes to name the modules of the base, and no others.
+    settings, expected = (one.settings.model_dump(exclude={"target"}) for one in (written, method))
+    if settings != expected or not same(parameters, again):
+        raise UserError("the adapter was not written as it is", where=str(folder))
 
 
 def open_as_peft(folder: Path, base: str, hint: str = _WHOLE) -> Opening | None:

@@ -81,8 +81,7 @@ class GgufAdapter(AdapterOnBase):
     def _in_llama_cpp(self) -> tuple[LoraSettings, Parameters]:
         method, parameters = self.trained()
         if not method.mergeable:
-            what, where = f"llama.cpp has no form for what --method {method.name} trains", str(self.export.run.path)
-            raise UserError(what, where=where, hint="export it with --format peft", exit_code=USAGE)
+            self.refuse_form("llama.cpp")
         return in_llama_cpp(method.settings, parameters)
 
     def _write_modelfile(self, folder: Path) -> None:

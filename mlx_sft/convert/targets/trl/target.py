@@ -62,7 +62,7 @@ class Trl(Target):
         """Raise `UserError` where TRL cannot do what the run does."""
         run, config = self.export.run, self.export.config
         if why := _not_for_trl(config, self.export.method):
-            hint = "--format peft gives the adapter alone, --format merged the whole"
+            hint = f"--format {self.export.method.alone} gives the adapter alone, --format merged the whole"
             raise UserError(f"this run cannot go on with TRL: {why}", where=str(run.path), hint=hint, exit_code=USAGE)
         if config.resume_from_peft is not None:
             hint = f"export the run that {config.resume_from_peft} was made of"
