@@ -92,17 +92,29 @@ def generate_text(loaded: LoadedModel, prompt: Prompt, *, max_tokens: int = 256,
 
 def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, with the header that opens the assistant's turn."""
-    tokenizer: Any = loaded.tokenizer
-    if isinstance(prompt, str) and not tokenizer.chat_template:
+    if isinstance(prompt, str) and not loaded.tokenizer.chat_template:
         return _tokens(loaded, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    # The chat template gets the variables that it had in training, and system prompts where they stood.
+    return _tokens(loaded, _rendered(loaded, messages), add_special_tokens=False)
+
+
+def tokens_before(loaded: LoadedModel, content: str, system: str | None = None) -> list[int]:
+    """Token ids of what the chat template writes in front of a first message's content; none where there is no template."""
+    if not loaded.tokenizer.chat_template:
+        return []
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    text = _rendered(loaded, [*messages, {"role": "user", "content": content}])
+    return _tokens(loaded, text.partition(content)[0], add_special_tokens=False)
+
+
+def _rendered(loaded: LoadedModel, messages: list[dict[str, Any]]) -> str:
+    """A prompt as the chat template writes it: with the variables that it had in training, and system prompts where they stood."""
+    tokenizer: Any = loaded.tokenizer
     config = loaded.train_config if isinstance(loaded, AdaptedModel) else None
     conversation = Conversation("", messages, template_kwargs=config.chat_template_kwargs if config else {})
     if config and config.system == "fold":
         conversation = folded(tokenizer, conversation, prompt=True)
-    text = ReferenceRendering(tokenizer, conversation).prompted
-    return _tokens(loaded, text, add_special_tokens=False)
+    return ReferenceRendering(tokenizer, conversation).prompted
 
 
 def _tokens(loaded: LoadedModel, text: str, **options: bool) -> list[int]:

@@ -202,6 +202,7 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
         what_it_is=_what_it_is(method, named, whole),
         peft=method.peft,
         in_peft_generate=method.in_peft_generate,
+        keys_in_front=method.keys_in_front,
         mergeable=method.mergeable,
         base=base,
         named_base=named,

@@ -11,36 +11,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.data.tokenizer import tokenizer_errors
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import read_json, to_json
-from mlx_sft.gate import checked
 from mlx_sft.methods import Method, Parameters
-from mlx_sft.methods.peft_files import CONFIG, WEIGHTS, base_model_name, read_config, weights_file
+from mlx_sft.methods.peft_files import base_model_name
+from mlx_sft.methods.prompt_files import MOST, PROMPT, Stated, read_prompt, states, write_prompt
 from mlx_sft.methods.virtual_tokens import InFront
-from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
-from mlx_sft.settings import Settings, first_problem
-from mlx_sft.writing import make_folder, write_file, write_file_with
+from mlx_sft.settings import Settings
 
 PEFT_TYPE = "PROMPT_TUNING"
-PROMPT = "prompt_embeddings"
-"""Of the parameter, and of the tensor in PEFT's file."""
-
-_MOST = 4096
 _TEXT = "text:"
 
 
 class PromptSettings(Settings):
     """Settings of the method `prompt`."""
 
-    virtual_tokens: int = Field(default=20, ge=1, le=_MOST)
+    virtual_tokens: int = Field(default=20, ge=1, le=MOST)
     """How many trained vectors stand in front of each conversation. They come on top of --max-length."""
     prompt_init: str = "random"
     """How they start: random (N(0, 1)), vocabulary (embeddings of tokens drawn at random), or text:WORDS (those of a text, which is
@@ -59,13 +52,9 @@ class PromptSettings(Settings):
         return self.prompt_init.removeprefix(_TEXT) if self.prompt_init.startswith(_TEXT) else None
 
 
-class _Stated(BaseModel):
+class _Stated(Stated):
     """What is read of PEFT's settings."""
 
-    model_config = ConfigDict(strict=True)
-
-    num_virtual_tokens: Annotated[int, Field(ge=1, le=_MOST)]
-    num_transformer_submodules: Literal[1] | None = None
     prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
     prompt_tuning_init_text: str | None = None
 
@@ -146,54 +135,29 @@ class Prompt(Method):
         return self._in_front.cache(self._vectors)
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
-        make_folder(folder)
-        write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, parameters, {"format": "pt"}))
         text = self.settings.text
         start = (
             "TEXT"
             if text is not None
             else {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}[self.settings.prompt_init]
         )
-        config = {
-            "auto_mapping": None,
-            "base_model_name_or_path": base_model,
-            "inference_mode": True,
-            "num_attention_heads": None,
-            "num_layers": None,
-            "num_transformer_submodules": 1,
-            "num_virtual_tokens": self.virtual_tokens,
-            "peft_type": PEFT_TYPE,
+        settings = {
             "prompt_tuning_init": start,
             "prompt_tuning_init_text": text,
-            "revision": revision,
-            "task_type": "CAUSAL_LM",
             "token_dim": parameters[PROMPT].shape[1],
             "tokenizer_name_or_path": base_model if text is not None else None,
         }
-        write_file(folder / CONFIG, to_json(config))
+        write_prompt(folder, parameters[PROMPT], PEFT_TYPE, base_model, revision, settings)
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Prompt, Parameters]:
-        config, where = read_config(folder / CONFIG), str(folder / CONFIG)
-        if (kind := config.get("peft_type")) != PEFT_TYPE:
-            what = f"its peft_type is {kind!r}, and --method {cls.name} reads {PEFT_TYPE}"
-            raise UserError(what, where=where, hint="give the --method that it was trained with")
-        try:
-            stated = _Stated.model_validate(config)
-        except ValidationError as error:
-            hint = "prompt tuning of a causal language model is read"
-            raise UserError(first_problem(error), where=where, hint=hint) from error
-        file = open_safetensors(weights_file(folder))
-        shapes = {tensor.name: tensor.shape for tensor in file.tensors}
-        if list(shapes) != [PROMPT] or len(shapes[PROMPT]) != 2 or shapes[PROMPT][0] != stated.num_virtual_tokens:
-            what = f"it holds {shapes}, and not {PROMPT} of [{stated.num_virtual_tokens}, width]"
-            raise UserError(what, where=str(file.path), hint="save it again with PEFT's `save_pretrained`")
+        stated, vectors = read_prompt(folder, cls.name, {PEFT_TYPE: _Stated})
         settings = PromptSettings(virtual_tokens=stated.num_virtual_tokens, prompt_init=stated.start)
-        return cls(settings), {PROMPT: mx.array(read_float32(file.tensors[0]))}
+        return cls(settings), {PROMPT: vectors}
 
     @classmethod
     def recognizes(cls, folder: Path) -> bool:
-        return (folder / CONFIG).is_file() and read_json(checked(folder) / CONFIG).get("peft_type") == PEFT_TYPE
+        return states(folder, PEFT_TYPE)
 
     @classmethod
     def base_model(cls, folder: Path) -> str:

@@ -29,6 +29,7 @@ ENTRIES = {
     "mlx": "mlx_sft.convert.targets.mlx:Mlx",
     "peft": "mlx_sft.convert.targets.peft:Peft",
     "mlx-lm": "mlx_sft.convert.targets.mlx_lm:MlxLm",
+    "mlx-cache": "mlx_sft.convert.targets.mlx_cache:MlxCache",
     "gguf": "mlx_sft.convert.targets.gguf:Gguf",
     "gguf-adapter": "mlx_sft.convert.targets.gguf:GgufAdapter",
     "trl": "mlx_sft.convert.targets.trl.target:Trl",
