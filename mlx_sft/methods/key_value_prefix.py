@@ -192,7 +192,9 @@ def _windows(model: nn.Module) -> list[int]:
             )
     layers = len(repeated_layers(model))
     if len(caches) != layers:
-        raise _refused(f"of its {layers} layers only {len(caches)} have keys and values of their own; others share these")
+        raise _refused(
+            f"of its {layers} layers only {len(caches)} have keys and values of their own; others share these"
+        )
     return [cache.max_size for cache in caches if isinstance(cache, RotatingKVCache)]
 
 

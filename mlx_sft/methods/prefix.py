@@ -142,7 +142,9 @@ class Prefix(Method):
             raise UserError(what, where="virtual_tokens", hint=f"give --virtual-tokens {window // 2} or less")
         if self._token_ids is not None:
             start = self._prefix.of_tokens(self._token_ids)
-        elif self.settings.starts_from_document:  # there are trained ones to come, or a plan that needs no more than the shape
+        elif (
+            self.settings.starts_from_document
+        ):  # there are trained ones to come, or a plan that needs no more than the shape
             start = mx.zeros(shape)
         else:
             start = mx.random.normal(shape, key=mx.random.key(seed))

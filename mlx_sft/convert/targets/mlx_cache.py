@@ -92,13 +92,19 @@ class MlxCache(AdapterAlone):
 
     def _note(self, header: int) -> None:
         config = self.export.config
-        given = ["--chat-template-config", json.dumps(config.chat_template_kwargs)] if config.chat_template_kwargs else []
+        given = (
+            ["--chat-template-config", json.dumps(config.chat_template_kwargs)] if config.chat_template_kwargs else []
+        )
         place = ["--prompt-cache-file", str(self.export.to / FILE)]
         self.notes.append(shlex.join(["mlx_lm.generate", *place, *given, "--prompt", "Hello"]))
         if header:
-            self.notes.append(f"the cache also holds the {header} tokens that the chat template writes before a question")
+            self.notes.append(
+                f"the cache also holds the {header} tokens that the chat template writes before a question"
+            )
         if config.quantize is not None:
-            self.notes.append(f"mlx-lm reads the base in its own precision, and it was quantized ({config.quantize}) for training")
+            self.notes.append(
+                f"mlx-lm reads the base in its own precision, and it was quantized ({config.quantize}) for training"
+            )
 
     def verify(self, folder: Path) -> Verification:
         """Have mlx-lm open base and cache, and compare what follows with what the method computes."""
