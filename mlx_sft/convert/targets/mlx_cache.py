@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
-from mlx_sft.convert.mlx_lm_reader import Logits, computable, logits
+from mlx_sft.convert.mlx_lm_reader import Logits, check_in_mlx_lm, computable, logits
 from mlx_sft.convert.targets import DataSettings
 from mlx_sft.convert.targets.peft import AdapterAlone, PeftSettings
 from mlx_sft.convert.verify import KL_LIMITS, Verification, compare, compared_rows
@@ -38,7 +38,7 @@ FILE = "prompt_cache.safetensors"
 _QUESTION = "<query>"
 """With this as a question, mlx-lm finds where a prompt goes on behind the cache."""
 
-_OTHERWISE = "`mlx-sft generate --run` answers with it as it was trained"
+_OTHERWISE = "`mlx-sft generate --run` answers as it was trained; or train on the base as `mlx-sft convert` writes it for mlx-lm"
 
 
 class MlxCacheSettings(PeftSettings, DataSettings):
@@ -117,9 +117,17 @@ class MlxCache(AdapterAlone):
         limit = None if self.export.config.quantize else KL_LIMITS[self._dtype]
         result = compare(self._expected, found, self._dtype, limit, self._source)
         if limit is not None and not result.kl <= limit:
+            self._blame_the_base()
             what = f"mlx-lm computes another model with it: a divergence of {result.kl:.2g} nats a token, where {limit} is the limit"
             raise UserError(what, where=str(folder), hint=_OTHERWISE)
         return result
+
+    def _blame_the_base(self) -> None:
+        """Raise `UserError` where mlx-lm reads the base itself as another model."""
+        try:
+            check_in_mlx_lm(resolve_checkpoint(self.export.config.model), self._rows)
+        except UserError as error:
+            raise UserError(error.what, where=error.where, hint=_OTHERWISE) from error
 
 
 def _behind(model: Any, file: Path) -> Callable[[mx.array], mx.array]:
