@@ -9,9 +9,7 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.mask.reference_rendering import ReferenceRendering
-from mlx_sft.data.system_prompts import folded
+from mlx_sft.data.prompt import prompt_text
 from mlx_sft.data.tokenizer import generation_ends, tokenizer_errors
 from mlx_sft.errors import UserError
 from mlx_sft.load import AdaptedModel, adapted, put_adapter
@@ -95,26 +93,8 @@ def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str) and not loaded.tokenizer.chat_template:
         return _tokens(loaded, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return _tokens(loaded, _rendered(loaded, messages), add_special_tokens=False)
-
-
-def tokens_before(loaded: LoadedModel, content: str, system: str | None = None) -> list[int]:
-    """Token ids of what the chat template writes in front of a first message's content; none where there is no template."""
-    if not loaded.tokenizer.chat_template:
-        return []
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    text = _rendered(loaded, [*messages, {"role": "user", "content": content}])
-    return _tokens(loaded, text.partition(content)[0], add_special_tokens=False)
-
-
-def _rendered(loaded: LoadedModel, messages: list[dict[str, Any]]) -> str:
-    """A prompt as the chat template writes it: with the variables that it had in training, and system prompts where they stood."""
-    tokenizer: Any = loaded.tokenizer
     config = loaded.train_config if isinstance(loaded, AdaptedModel) else None
-    conversation = Conversation("", messages, template_kwargs=config.chat_template_kwargs if config else {})
-    if config and config.system == "fold":
-        conversation = folded(tokenizer, conversation, prompt=True)
-    return ReferenceRendering(tokenizer, conversation).prompted
+    return _tokens(loaded, prompt_text(loaded.tokenizer, messages, config), add_special_tokens=False)
 
 
 def _tokens(loaded: LoadedModel, text: str, **options: bool) -> list[int]:

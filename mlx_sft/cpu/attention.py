@@ -45,7 +45,8 @@ def causal_attention(
 
     Args:
         queries: [rows, heads, length, d].
-        keys: [rows, kv_heads, n + length, d], of which every query sees the first n; query head i looks at key head i // (heads // kv_heads).
+        keys: [rows, kv_heads, n + length, d], of which every query sees the first n; query head i looks at key head
+            i // (heads // kv_heads).
         values: [rows, kv_heads, n + length, d_v].
         scale: What a query's product with a key is multiplied by.
         block: Queries of each row at a time; None for `block_rows`.

@@ -74,7 +74,7 @@ def read_prompt(folder: Path, method: str, stated_by: Mapping[str, type[S]]) -> 
         UserError: If it is another method's, or not whole.
     """
     config, where = read_config(folder / CONFIG), str(folder / CONFIG)
-    kind = config.get("peft_type")
+    kind = str(config.get("peft_type"))
     if kind not in stated_by:
         what = f"its peft_type is {kind!r}, and --method {method} reads {' and '.join(stated_by)}"
         raise UserError(what, where=where, hint="give the --method that it was trained with")

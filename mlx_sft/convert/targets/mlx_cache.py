@@ -23,9 +23,10 @@ from mlx_sft.convert.mlx_lm_reader import Logits, check_in_mlx_lm, computable, l
 from mlx_sft.convert.targets import DataSettings
 from mlx_sft.convert.targets.peft import AdapterAlone, PeftSettings
 from mlx_sft.convert.verify import KL_LIMITS, Verification, compare, compared_rows
+from mlx_sft.data.prompt import prompt_text
+from mlx_sft.data.tokenizer import tokenizer_errors
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.gate import checked
-from mlx_sft.generate import tokens_before
 from mlx_sft.load import AdaptedModel, base_of, load_on_base
 from mlx_sft.methods import Method
 from mlx_sft.model.head import SplitModel, floating_weights
@@ -38,14 +39,16 @@ FILE = "prompt_cache.safetensors"
 _QUESTION = "<query>"
 """With this as a question, mlx-lm finds where a prompt goes on behind the cache."""
 
-_OTHERWISE = "`mlx-sft generate --run` answers as it was trained; or train on the base as `mlx-sft convert` writes it for mlx-lm"
+_OTHERWISE = (
+    "`mlx-sft generate --run` answers as it was trained; or train on the base as `mlx-sft convert` writes it for mlx-lm"
+)
 
 
 class MlxCacheSettings(PeftSettings, DataSettings):
     """The same, the rows on which it is compared, and a system prompt."""
 
     system_prompt: str | None = None
-    """The system prompt of every conversation, which is in the cache too; the one that the chat template writes by itself where not given."""
+    """The system prompt of every conversation, for the cache; what the chat template writes by itself where not given."""
 
 
 class MlxCache(AdapterAlone):
@@ -75,7 +78,7 @@ class MlxCache(AdapterAlone):
         cast(loaded.model, "float32")  # but for the result, which is rounded once
         method: Any = loaded.method
         cache = method.generation_cache(loaded.model)
-        header = tokens_before(loaded, _QUESTION, self.settings.system_prompt)
+        header = self._before_question(loaded)
         if header:
             loaded.model(mx.array([header]), cache=cache)
         for part in cache:
@@ -89,6 +92,17 @@ class MlxCache(AdapterAlone):
             self._rows, self._source = compared_rows(config, self.source)
             self._expected = _as_trained(loaded, header, self._rows)
         self._note(len(header))
+
+    def _before_question(self, loaded: AdaptedModel) -> list[int]:
+        """Token ids of what the chat template writes there; none where there is no template."""
+        tokenizer: Any = loaded.tokenizer
+        if not tokenizer.chat_template:
+            return []
+        system = self.settings.system_prompt
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        text = prompt_text(tokenizer, [*messages, {"role": "user", "content": _QUESTION}], self.export.config)
+        with tokenizer_errors(str(loaded.path), "the chat template"):
+            return list(tokenizer(text.partition(_QUESTION)[0], add_special_tokens=False)["input_ids"])
 
     def _note(self, header: int) -> None:
         config = self.export.config
