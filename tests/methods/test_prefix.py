@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -305,9 +304,7 @@ def test_its_keys_count_in_memory_and_not_in_max_length(base: Path, given: dict[
         config, parameters = TrainConfig(data="-", method="prefix"), method.attach(split.model, 0)
         found = Footprint.of(config, split, method, parameters, 264, head="tiles", fused=False)
         assert not found.trains_head
-        return (
-            replace(found, trainable=found.trainable, optimizer_state_bytes=0).predict(mode, 10 * rows, width=10).kept
-        )
+        return found.predict(mode, 10 * rows, width=10).kept
 
     copies = (
         400 * split.body.layers[0].self_attn.n_kv_heads * 16 * 2 * 2 * 4
