@@ -97,6 +97,10 @@ class _Bound(Method):
     def virtual_tokens(self) -> int:
         return self._method.virtual_tokens if self._method else 0
 
+    @property
+    def most_positions(self) -> int | None:
+        return self._method.most_positions if self._method else None
+
     def run_body(self, body: Callable[..., mx.array], token_ids: mx.array) -> mx.array:
         return self._method.run_body(body, token_ids) if self._method else body(token_ids)
 

@@ -9,9 +9,7 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.mask.reference_rendering import ReferenceRendering
-from mlx_sft.data.system_prompts import folded
+from mlx_sft.data.prompt import prompt_text
 from mlx_sft.data.tokenizer import generation_ends, tokenizer_errors
 from mlx_sft.errors import UserError
 from mlx_sft.load import AdaptedModel, adapted, put_adapter
@@ -92,17 +90,11 @@ def generate_text(loaded: LoadedModel, prompt: Prompt, *, max_tokens: int = 256,
 
 def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, with the header that opens the assistant's turn."""
-    tokenizer: Any = loaded.tokenizer
-    if isinstance(prompt, str) and not tokenizer.chat_template:
+    if isinstance(prompt, str) and not loaded.tokenizer.chat_template:
         return _tokens(loaded, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    # The chat template gets the variables that it had in training, and system prompts where they stood.
     config = loaded.train_config if isinstance(loaded, AdaptedModel) else None
-    conversation = Conversation("", messages, template_kwargs=config.chat_template_kwargs if config else {})
-    if config and config.system == "fold":
-        conversation = folded(tokenizer, conversation, prompt=True)
-    text = ReferenceRendering(tokenizer, conversation).prompted
-    return _tokens(loaded, text, add_special_tokens=False)
+    return _tokens(loaded, prompt_text(loaded.tokenizer, messages, config), add_special_tokens=False)
 
 
 def _tokens(loaded: LoadedModel, text: str, **options: bool) -> list[int]:

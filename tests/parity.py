@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlx_sft.data.batches import collate, cut
+from mlx_sft.data.batches import PADDED, Layout, collate, cut
 from mlx_sft.data.dataset import Examples
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
@@ -35,11 +35,12 @@ def loss_and_gradients(
     mode: Mode = "off",
     compiled: bool = False,
     token_budget: int = 40,
+    layout: Layout = PADDED,
 ) -> Any:
     """By the code that training runs, in several micro-batches."""
     split = SplitModel(load_model(str(base), "float32").model)
     start = method.attach(split.model, seed=0)
-    micro_batches = cut(range(len(examples)), examples.needed_lengths, token_budget=token_budget)
+    micro_batches = cut(range(len(examples)), examples.needed_lengths, token_budget, layout)
     assert len(micro_batches) > 1 or token_budget > 40
     batches = [collate(examples, micro_batch) for micro_batch in micro_batches]
     shapes = [padded_shape(batch) for batch in batches] if compiled else []

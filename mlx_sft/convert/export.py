@@ -84,9 +84,10 @@ def export(
         run: The folder that `train` made.
         to: The folder to write; it appears when it is whole and verified, and not before.
         format: `merged`: a Hugging Face checkpoint laid out as the base's. `mlx`: the same as mlx-lm writes it. `peft`: the adapter
-            alone, in PEFT's files. `mlx-lm`: the adapter alone, in mlx-lm's. `adapters`: one of the method `bottleneck` alone, in those of
-            the adapters library. `gguf`: a file for llama.cpp, by its own converter.
-            `trl`: the run itself, as a script for TRL and PEFT on CUDA. Or a form of another package.
+            alone, in PEFT's files. `mlx-lm`: the adapter alone, in mlx-lm's. `mlx-cache`: a prefix or a prompt as
+            mlx-lm's prompt cache. `adapters`: a result of the method `bottleneck` alone, in the files of the adapters library. `gguf`: a
+            file for llama.cpp, by its own converter. `trl`: the run itself, as a script for TRL and PEFT on CUDA. Or a form of another
+            package.
         overwrite: Replace a folder that already holds something.
         verify: Open what was written as its consumer does, and compare it with the trained model.
         options: Those of the format. Of all: `base_model` (where the run's base lies now, if it has moved; of `merged`, `mlx` and `gguf`

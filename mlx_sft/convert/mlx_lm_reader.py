@@ -7,7 +7,7 @@ falls back on its own default. transformers reads the older names too, so that a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def computable(model: nn.Module) -> Iterator[nn.Module]:
     model.update(stored)
 
 
-def logits(model: nn.Module, rows: list[list[int]]) -> Logits:
+def logits(model: Callable[[mx.array], mx.array], rows: list[list[int]]) -> Logits:
     """Float32 logits, a row at a time."""
     return [np.array(model(mx.array([row]))[0].astype(mx.float32)) for row in rows]
 

@@ -203,6 +203,7 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
         peft=method.peft,
         adapters=method.alone == "adapters",
         in_peft_generate=method.in_peft_generate,
+        keys_in_front=method.keys_in_front,
         mergeable=method.mergeable,
         base=base,
         named_base=named,

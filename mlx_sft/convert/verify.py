@@ -112,7 +112,7 @@ def verify_merged(merging: Merging, folder: Path) -> Verification:
     del intended
     trained = logits(merging.trained_model(), rows)
     limit = KL_LIMITS[dtype] if merging.of_what_was_trained else None
-    result = _compare(trained, written, dtype, limit, source)
+    result = compare(trained, written, dtype, limit, source)
     if not result.kl <= (np.finfo(np.float64).max if limit is None else limit):
         raise UserError(
             f"the exported model is not the trained one: a divergence of {result.kl:.2g} nats a token, "
@@ -153,7 +153,8 @@ def _intended_logits(merging: Merging, rows: list[list[int]]) -> tuple[Logits, s
     return logits(model, rows), max(dtypes, key=KL_LIMITS.__getitem__)
 
 
-def _compare(trained: Logits, written: Logits, dtype: str, limit: float | None, source: str) -> Verification:
+def compare(trained: Logits, written: Logits, dtype: str, limit: float | None, source: str) -> Verification:
+    """How far logits are from those of the model that was trained; the other arguments are what `Verification` says."""
     largest, total, divergence, agreeing, count = 0.0, 0.0, 0.0, 0, 0
     for reference, other in zip(trained, written, strict=True):
         difference = np.abs(reference - other)

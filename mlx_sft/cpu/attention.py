@@ -6,7 +6,8 @@
     4 5  ─►          ■ ■ ■ ■ ■ ·         ■ seen, · masked
 
 FlashAttention-2's equations (Dao 2023, https://arxiv.org/abs/2307.08691, section 3.1) in array operations, for the CPU backend, whose
-own attention builds and keeps the square. It takes no padding and no cache of keys, and has no second derivative.
+own attention builds and keeps the square. There may be more keys than queries, whose first ones then lie in front of all queries. It takes
+no padding, and has no second derivative.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def causal_attention(
 
     Args:
         queries: [rows, heads, length, d].
-        keys: [rows, kv_heads, length, d]; query head i looks at key head i // (heads // kv_heads).
-        values: [rows, kv_heads, length, d_v].
+        keys: [rows, kv_heads, n + length, d], of which every query sees the first n; query head i looks at key head
+            i // (heads // kv_heads).
+        values: [rows, kv_heads, n + length, d_v].
         scale: What a query's product with a key is multiplied by.
         block: Queries of each row at a time; None for `block_rows`.
 
@@ -73,17 +75,19 @@ def causal_attention(
 def _forward(queries: mx.array, keys: mx.array, values: mx.array, scale: float, size: int) -> tuple[mx.array, mx.array]:
     """The result, and log Σ exp(score) of each query, [rows, heads, length, 1] in float32."""
     heads, length, kv_heads = *queries.shape[1:3], keys.shape[1]
+    in_front = keys.shape[2] - length
     keys, values = _precise(keys), _precise(values)
     results: list[mx.array] = []
     log_sums: list[mx.array] = []
     for start in range(0, length, size):
         end = min(start + size, length)
         block = after([*results[-1:], *log_sums[-1:]], _grouped(queries[:, :, start:end], kv_heads) * scale)
-        scores = _scores(block, keys[:, :, :end], start, end)
+        seen = in_front + end
+        scores = _scores(block, keys[:, :, :seen], in_front + start, seen)
         highest = scores.max(axis=-1, keepdims=True)
         exponentials = exponential(scores - highest)
         total = row_sums(exponentials)
-        result = _by_head(exponentials @ values[:, :, :end] / total, heads)
+        result = _by_head(exponentials @ values[:, :, :seen] / total, heads)
         results.append(result.astype(queries.dtype).swapaxes(1, 2))
         log_sums.append(_by_head(highest + mx.log(total), heads))
     attended = mx.contiguous(mx.concatenate(results, axis=1)).swapaxes(1, 2)
@@ -102,6 +106,7 @@ def _backward(
     """Gradients of queries, keys and values; from the last block to the first, so that a block's own keys are done with it."""
     dtypes = (queries.dtype, keys.dtype, values.dtype)
     heads, length, kv_heads = *queries.shape[1:3], keys.shape[1]
+    in_front = keys.shape[2] - length
     keys, values = _precise(keys), _precise(values)
     for_queries: list[mx.array] = []
     for_keys: list[mx.array] = []
@@ -113,18 +118,20 @@ def _backward(
         done = [*sums, *for_queries[-1:], *for_keys[-1:], *for_values[-1:]]
         block = after(done, _grouped(queries[rows], kv_heads) * scale)
         for_block = _grouped(cotangent[rows], kv_heads)
-        scores = _scores(block, keys[:, :, :end], start, end)
+        seen = in_front + end
+        scores = _scores(block, keys[:, :, :seen], in_front + start, seen)
         probabilities = exponential(scores - _grouped(log_sums[rows], kv_heads))
-        for_scores = for_block @ values[:, :, :end].swapaxes(-1, -2)
+        for_scores = for_block @ values[:, :, :seen].swapaxes(-1, -2)
         for_scores = (for_scores - row_sums(for_scores * probabilities)) * probabilities
         products = [for_scores.swapaxes(-1, -2) @ block, probabilities.swapaxes(-1, -2) @ for_block]
         sums = (
-            [product + later[:, :, :end] for product, later in zip(products, sums, strict=True)] if sums else products
+            [product + later[:, :, :seen] for product, later in zip(products, sums, strict=True)] if sums else products
         )
-        for_queries.append((_by_head(for_scores @ keys[:, :, :end], heads) * scale).astype(dtypes[0]))
+        for_queries.append((_by_head(for_scores @ keys[:, :, :seen], heads) * scale).astype(dtypes[0]))
         # The addition copies: a view would keep a whole sum alive.
-        for_keys.append((sums[0][:, :, start:] + 0).astype(dtypes[1]))
-        for_values.append((sums[1][:, :, start:] + 0).astype(dtypes[2]))
+        own = in_front + start if start else 0
+        for_keys.append((sums[0][:, :, own:] + 0).astype(dtypes[1]))
+        for_values.append((sums[1][:, :, own:] + 0).astype(dtypes[2]))
     return _joined(for_queries), _joined(for_keys), _joined(for_values)
 
 

@@ -65,7 +65,7 @@ def _attention_of(block: Block) -> Core:
     module = block.module
 
     def core(projected: list[mx.array], x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        if cache is not None or not isinstance(mask, str):
+        if not isinstance(mask, str):
             return block.core(projected, x, mask, cache)
         rows, length, _ = x.shape
         queries, keys, values = (
@@ -73,7 +73,12 @@ def _attention_of(block: Block) -> Core:
         )
         queries, keys = norm("q_norm", queries), norm("k_norm", keys)
         queries, keys, values = (heads.transpose(0, 2, 1, 3) for heads in (queries, keys, values))
-        out = causal_attention(module.rope(queries), module.rope(keys), values, module.scale)
+        if cache is None:
+            queries, keys = module.rope(queries), module.rope(keys)
+        else:
+            queries, keys = (module.rope(heads, offset=cache.offset) for heads in (queries, keys))
+            keys, values = cache.update_and_fetch(keys, values)
+        out = causal_attention(queries, keys, values, module.scale)
         return out.transpose(0, 2, 1, 3).reshape(rows, length, -1)
 
     def counts() -> tuple[Any, Any, Any]:

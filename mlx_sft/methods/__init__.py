@@ -32,6 +32,7 @@ ENTRIES = {
     "prompt": "mlx_sft.methods.prompt:Prompt",
     "p-tuning": "mlx_sft.methods.p_tuning:PTuning",
     "bottleneck": "mlx_sft.methods.bottleneck:BottleneckAdapters",
+    "prefix": "mlx_sft.methods.prefix:Prefix",
 }
 
 Parameters = dict[str, mx.array]
@@ -123,6 +124,17 @@ class Method:
     def virtual_tokens(self) -> int:
         """Positions that `run_body` computes in front of each row: they take time and memory, and are not counted by --max-length."""
         return 0
+
+    @property
+    def keys_in_front(self) -> int:
+        """Keys and values in front of those of each row in the attention of every layer, made of the parameters: they take no pass
+        through the layers, and are not counted by --max-length."""
+        return 0
+
+    @property
+    def most_positions(self) -> int | None:
+        """Positions up to which a row is exact, with those in front of it; rows that have a limit are not joined."""
+        return None
 
     def read_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take from the tokenizer what the settings need of it; called before `attach` where training starts."""

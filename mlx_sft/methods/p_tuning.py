@@ -20,7 +20,8 @@ from pydantic import Field, model_validator
 
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.full import is_decayed
-from mlx_sft.methods.prompt_embeddings import PROMPT, PromptEmbeddings, StatedVectors, VirtualTokensSettings
+from mlx_sft.methods.prompt_embeddings import PromptEmbeddings, StatedVectors, VirtualTokensSettings
+from mlx_sft.methods.prompt_files import PROMPT
 from mlx_sft.methods.virtual_tokens import InFront
 
 _EMBEDDING = "embedding.weight"

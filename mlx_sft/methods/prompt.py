@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from mlx_sft.data.tokenizer import tokenizer_errors
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters
-from mlx_sft.methods.prompt_embeddings import PROMPT, PromptEmbeddings, StatedVectors, VirtualTokensSettings
+from mlx_sft.methods.prompt_embeddings import PromptEmbeddings, StatedVectors, VirtualTokensSettings
+from mlx_sft.methods.prompt_files import PROMPT
 from mlx_sft.methods.virtual_tokens import InFront
 
 _TEXT = "text:"

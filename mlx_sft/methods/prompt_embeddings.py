@@ -1,51 +1,31 @@
-"""What prompt tuning and p-tuning share: trained vectors in front of every row, and PEFT's file of them.
-
-```
-adapter_config.json         PEFT's settings, with the peft_type of the method
-adapter_model.safetensors   prompt_embeddings [n, width], float32
-```
-"""
+"""What prompt tuning and p-tuning share: trained vectors in front of every row, whose files are PEFT's (`prompt_files`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from mlx_sft.errors import UserError
-from mlx_sft.files import read_json, to_json
-from mlx_sft.gate import checked
 from mlx_sft.methods import Method, Parameters
-from mlx_sft.methods.peft_files import CONFIG, WEIGHTS, base_model_name, read_config, weights_file
+from mlx_sft.methods.peft_files import base_model_name
+from mlx_sft.methods.prompt_files import MOST, PROMPT, Stated, read_prompt, states, write_prompt
 from mlx_sft.methods.virtual_tokens import InFront
-from mlx_sft.safetensors_file import open_safetensors, read_float32, write_arrays
-from mlx_sft.settings import Settings, first_problem
-from mlx_sft.writing import make_folder, write_file, write_file_with
-
-PROMPT = "prompt_embeddings"
-"""Of the tensor in PEFT's file, and of the parameter where the vectors themselves are trained."""
-
-_MOST = 4096
+from mlx_sft.settings import Settings
 
 
 class VirtualTokensSettings(Settings):
     """The setting of a method with virtual tokens."""
 
-    virtual_tokens: int = Field(default=20, ge=1, le=_MOST)
+    virtual_tokens: int = Field(default=20, ge=1, le=MOST)
     """How many trained vectors stand in front of each conversation. They come on top of --max-length."""
 
 
-class StatedVectors(BaseModel):
+class StatedVectors(Stated):
     """What is read of PEFT's settings."""
-
-    model_config = ConfigDict(strict=True)
-
-    num_virtual_tokens: Annotated[int, Field(ge=1, le=_MOST)]
-    num_transformer_submodules: Literal[1] | None = None
 
     def settings(self) -> VirtualTokensSettings:
         """The method's settings, as far as the file says them."""
@@ -116,47 +96,20 @@ class PromptEmbeddings(Method):
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
         vectors = self.vectors(parameters)
-        make_folder(folder)
-        write_file_with(folder / WEIGHTS, lambda path: write_arrays(path, {PROMPT: vectors}, {"format": "pt"}))
-        config = self.peft_settings(base_model) | {
-            "auto_mapping": None,
-            "base_model_name_or_path": base_model,
-            "inference_mode": True,
-            "num_attention_heads": None,
-            "num_layers": None,
-            "num_transformer_submodules": 1,
-            "num_virtual_tokens": self.virtual_tokens,
-            "peft_type": self.peft_type,
-            "revision": revision,
-            "task_type": "CAUSAL_LM",
-            "token_dim": vectors.shape[1],
-        }
-        write_file(folder / CONFIG, to_json(dict(sorted(config.items()))))
+        settings = self.peft_settings(base_model) | {"token_dim": vectors.shape[1]}
+        write_prompt(folder, vectors, self.peft_type, base_model, revision, settings)
 
     def written_bytes(self, parameters: Parameters) -> int:
         return self.vectors(parameters).nbytes
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Self, Parameters]:
-        config, where = read_config(folder / CONFIG), str(folder / CONFIG)
-        if (kind := config.get("peft_type")) != cls.peft_type:
-            what = f"its peft_type is {kind!r}, and --method {cls.name} reads {cls.peft_type}"
-            raise UserError(what, where=where, hint="give the --method that it was trained with")
-        try:
-            stated = cls.Stated.model_validate(config)
-        except ValidationError as error:
-            hint = f"--method {cls.name} reads what was trained on a causal language model"
-            raise UserError(first_problem(error), where=where, hint=hint) from error
-        file = open_safetensors(weights_file(folder))
-        shapes = {tensor.name: tensor.shape for tensor in file.tensors}
-        if list(shapes) != [PROMPT] or len(shapes[PROMPT]) != 2 or shapes[PROMPT][0] != stated.num_virtual_tokens:
-            what = f"it holds {shapes}, and not {PROMPT} of [{stated.num_virtual_tokens}, width]"
-            raise UserError(what, where=str(file.path), hint="save it again with PEFT's `save_pretrained`")
-        return cls(stated.settings()), {PROMPT: mx.array(read_float32(file.tensors[0]))}
+        stated, vectors = read_prompt(folder, cls.name, {cls.peft_type: cls.Stated})
+        return cls(stated.settings()), {PROMPT: vectors}
 
     @classmethod
     def recognizes(cls, folder: Path) -> bool:
-        return (folder / CONFIG).is_file() and read_json(checked(folder) / CONFIG).get("peft_type") == cls.peft_type
+        return states(folder, cls.peft_type)
 
     @classmethod
     def base_model(cls, folder: Path) -> str:

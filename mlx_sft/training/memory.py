@@ -124,6 +124,7 @@ class Footprint:
         adapters: Trained numbers that are none of the model's weights.
         trains_head: Whether something outside of the layers is trained, which the head may use.
         virtual_tokens: Positions in front of each row, of which its width says nothing.
+        keys_in_front: Keys and values in front of each row, which are what is trained.
         accumulates: Whether a step may have several micro-batches, whose gradients are added up.
         held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
         correction: What a measurement found what grows with the tokens to be, beside what is counted.
@@ -143,6 +144,7 @@ class Footprint:
     adapters: int = 0
     trains_head: bool = False
     virtual_tokens: int = 0
+    keys_in_front: int = 0
     accumulates: bool = True
     held: bool = True
     correction: float = 1.0
@@ -194,6 +196,7 @@ class Footprint:
             adapters=sum(array.size for name, array in parameters.items() if name not in changed),
             trains_head=in_head,
             virtual_tokens=method.virtual_tokens,
+            keys_in_front=method.keys_in_front,
             accumulates=config.batch_size > 1,
             held=not fused,
         )
@@ -222,8 +225,13 @@ class Footprint:
         else:
             positions, chunk = supervised, even_chunk(supervised, rows)
         width = tokens if width is None else width
-        tokens += -(-tokens // width) * self.virtual_tokens
-        kept, work = self._of_layers(mode, tokens, width + self.virtual_tokens)
+        in_rows = -(-tokens // width)
+        tokens += in_rows * self.virtual_tokens
+        kept, work = self._of_layers(mode, tokens, width + self.virtual_tokens + self.keys_in_front)
+        if self.keys_in_front and self.layers:  # of each row a copy, as long as what its layer keeps
+            copies = in_rows * self.trainable * self.itemsize
+            kept += copies if mode in ("off", "light") else 0
+            work += copies / len(self.layers)
         states = (tokens + _STATES_A_POSITION * positions) * self.hidden * self.itemsize
         arrays = self._passing
         at_once = chunk * self.columns

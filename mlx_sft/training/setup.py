@@ -177,7 +177,7 @@ class _Setup:
             mx.eval(value)  # one after another: what they are computed from may be as large as the model
         _refuse_dropout_outside_layers(self.method, self.split, self.parameters)
         for part in (self.data.train, self.data.valid):
-            _refuse_inexact_length(part, base.path, self.method.virtual_tokens)
+            _refuse_inexact_length(part, base.path, self.method)
         objective, mode = make_objective(self.config), asked_for(self.config)[0]
         self.computer = GradientComputer(self.split, self.method, self.vocabulary, objective, recompute=mode)
 
@@ -332,17 +332,20 @@ def _refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters
         )
 
 
-def _refuse_inexact_length(examples: Examples, path: Path, virtual_tokens: int) -> None:
-    """Beyond some length, mlx-lm's code for a few families is not the model that was trained."""
-    most = exact_length(path)
-    if most is not None and examples.lengths.max(initial=0) + virtual_tokens > most:
+def _refuse_inexact_length(examples: Examples, path: Path, method: Method) -> None:
+    """Beyond some length, mlx-lm's code for a few families is not the model that was trained; nor is a prefix behind a sliding window."""
+    in_front = method.virtual_tokens + method.keys_in_front
+    limits = {
+        exact_length(path): "mlx-lm computes this model exactly for no more than",
+        method.most_positions: "a sliding window of this model has no more than",
+    }
+    for most, why in limits.items():
+        if most is None or examples.lengths.max(initial=0) + in_front <= most:
+            continue
         longest = examples[int(examples.lengths.argmax())]
-        further = f" and {virtual_tokens} virtual ones" if virtual_tokens else ""
-        raise UserError(
-            f"{len(longest)} tokens{further}, and mlx-lm computes this model exactly for no more than {most}",
-            where=longest.origin,
-            hint=f"give --max-length {most - virtual_tokens}",
-        )
+        further = f" and {in_front} virtual ones" if in_front else ""
+        what = f"{len(longest)} tokens{further}, and {why} {most}"
+        raise UserError(what, where=longest.origin, hint=f"give --max-length {most - in_front}")
 
 
 def _decided(config: TrainConfig, settings: BatchSettings) -> TrainConfig:

@@ -188,6 +188,8 @@ class GradientComputer:
 
     def keeps_rows_apart(self, parameters: Parameters) -> bool:
         """Whether the rows of a micro-batch may be joined, end to end; it is tried with no parameter at zero, where it would do nothing."""
+        if self._method.most_positions is not None:
+            return False
         keys = mx.random.split(mx.random.key(0), max(1, len(parameters)))
         moved = {
             name: value if value.any().item() else _SMALL * mx.random.normal(value.shape, value.dtype, key=key)

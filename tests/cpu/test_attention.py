@@ -73,6 +73,14 @@ def test_heads_that_lie_after_positions_in_memory() -> None:
     _assert_close(_value_and_gradients(_ours(block=6), inputs), _value_and_gradients(_reference, inputs))
 
 
+@pytest.mark.parametrize("in_front", [1, 6, 40])
+def test_keys_in_front_of_all_queries(in_front: int) -> None:
+    queries, _, _, cotangent = _inputs(20)
+    _, keys, values, _ = _inputs(20 + in_front)
+    inputs = [queries, keys, values, cotangent]
+    _assert_close(_value_and_gradients(_ours(block=6), inputs), _value_and_gradients(_reference, inputs))
+
+
 def test_values_wider_than_keys() -> None:
     queries, keys, values, cotangent = _inputs(20)
     wide = [mx.concatenate([x, 2 * x], axis=-1) for x in (values, cotangent)]

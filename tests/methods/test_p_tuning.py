@@ -25,7 +25,7 @@ from mlx_sft.generate import prompt_tokens
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.adapter_check import check_adapter
 from mlx_sft.methods.p_tuning import PTuning, PTuningSettings
-from mlx_sft.methods.prompt_embeddings import PROMPT
+from mlx_sft.methods.prompt_files import PROMPT
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.memory import Footprint

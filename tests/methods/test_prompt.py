@@ -27,7 +27,8 @@ from mlx_sft.errors import UserError
 from mlx_sft.generate import Chat, prompt_tokens
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.adapter_check import check_adapter
-from mlx_sft.methods.prompt import PROMPT, Prompt, PromptSettings
+from mlx_sft.methods.prompt import Prompt, PromptSettings
+from mlx_sft.methods.prompt_files import PROMPT
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.run_folder import RunFolder

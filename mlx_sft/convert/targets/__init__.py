@@ -30,6 +30,7 @@ ENTRIES = {
     "peft": "mlx_sft.convert.targets.peft:Peft",
     "mlx-lm": "mlx_sft.convert.targets.mlx_lm:MlxLm",
     "adapters": "mlx_sft.convert.targets.adapters:Adapters",
+    "mlx-cache": "mlx_sft.convert.targets.mlx_cache:MlxCache",
     "gguf": "mlx_sft.convert.targets.gguf:Gguf",
     "gguf-adapter": "mlx_sft.convert.targets.gguf:GgufAdapter",
     "trl": "mlx_sft.convert.targets.trl.target:Trl",
