@@ -16,6 +16,19 @@ from mlx_sft.model.linears import is_joined, linear_modules
 from mlx_sft.model.names import EXPERTS_PART, transformers_name
 
 
+def check_ranks(settings: LoraSettings, shapes: list[tuple[int, ...]], chosen: list[str]) -> None:
+    """Raise `UserError` for a rank that modules with weights of these shapes are too narrow for."""
+    widest = max(max(shape[-2:]) for shape in shapes)
+    if (most := max(map(settings.width_of, chosen))) > widest:
+        twice = f", as wide as --init {settings.init} makes it," if settings.factored else ""
+        what = f"{most}{twice} is more than the widest of these modules has features, {widest}"
+        raise UserError(what, where="rank", hint="8 to 64 are usual")
+    for module, shape in zip(chosen, shapes, strict=True):
+        if settings.factored and settings.rank_of(module) > (narrow := min(shape[-2:])):
+            what = f"--init {settings.init} finds {narrow} factors of {module}, and not {settings.rank_of(module)}"
+            raise UserError(what, where="rank", hint="give a smaller --rank, or --rank-pattern for this module")
+
+
 def check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
     """Raise `UserError` for a rank or an alpha of a module that is not trained."""
     for where in ("rank_pattern", "alpha_pattern"):

@@ -120,6 +120,7 @@ class _With:
 @contextmanager
 def replaced_children(module: nn.Module, replacements: Mapping[str, Call]) -> Iterator[None]:
     """Within the `with` block, calls of these children go to the replacements."""
+    before = {name: vars(module)[name] for name in replacements if name in vars(module)}
     for name, replacement in replacements.items():
         # An instance attribute comes before a Module's children, which live in its dictionary.
         object.__setattr__(module, name, replacement)
@@ -128,6 +129,8 @@ def replaced_children(module: nn.Module, replacements: Mapping[str, Call]) -> It
     finally:
         for name in replacements:
             object.__delattr__(module, name)
+        for name, replacement in before.items():
+            object.__setattr__(module, name, replacement)
 
 
 @dataclass

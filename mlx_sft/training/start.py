@@ -73,6 +73,7 @@ def starting_parameters(
     where = None if begun else _given_adapter(config)
     if where is None:
         method = make_method(config)
+        method.begun = begun
         if tokenizer is not None:
             method.read_tokenizer(tokenizer)
         parameters = method.attach(model, config.seed)
