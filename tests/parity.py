@@ -47,11 +47,16 @@ def loss_and_gradients(
 
 
 def losses_of_steps(
-    model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], steps: int, *, lr: float
+    model: torch.nn.Module,
+    loss_of: Callable[[], torch.Tensor],
+    steps: int,
+    *,
+    lr: float,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:
-    """The loss before each of so many full-batch steps of PyTorch's AdamW, with a decay of 0.1 and gradients clipped at 1."""
+    """The loss before each of so many full-batch steps, of PyTorch's AdamW with a decay of 0.1 or another; gradients are clipped at 1."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.1)
+    optimizer = optimizer or torch.optim.AdamW(trainable, lr=lr, weight_decay=0.1)
     losses = []
     for _ in range(steps):
         loss = loss_of()

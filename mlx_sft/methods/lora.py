@@ -30,10 +30,10 @@ from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
 from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import FACTORED, HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
-from mlx_sft.methods.lora_starts import as_plain, beside, fixed_names, rate_of, split_kept, started
+from mlx_sft.methods.lora_starts import as_plain, copies, fixed_names, rate_of, split_kept, start_in_peft, started, with_start
 from mlx_sft.methods.lora_targets import adaptable, adapted_modules, check_patterns, check_ranks
-from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, read_beside, write_adapter
-from mlx_sft.methods.peft_forms import on_modules, refuse_other_copies
+from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, read_beside, read_config, write_adapter
+from mlx_sft.methods.peft_forms import on_modules, refuse_moved_base, refuse_other_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.token_rows import TokenRows, attach_rows, changed_rows, on_model, row_edits, weights_of_rows
 from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, floating_weights, tied_embedding
@@ -137,21 +137,13 @@ class Lora(Method):
             keys = list(mx.random.split(key, len(self.modules)))
         for (path, module), module_key in zip(self.modules.items(), keys, strict=True):
             names = {part: f"{path}.{part}" for part in _PARTS if f"{path}.{part}" in parameters}
-            given = {part: self._beside_start(name, parameters[name]) for part, name in names.items()}
+            given = {part: with_start(module, name, parameters[name], self._start) for part, name in names.items()}
             if given:  # binding some of them, as a head does, leaves the others' dropout alone
                 module.update(given)
                 module.drop_with(module_key)
         for name, (place, part, dtype) in self._places.items():
             if name in parameters:
                 place[part] = parameters[name].astype(dtype)
-
-    def _beside_start(self, name: str, half: mx.array) -> mx.array:
-        if name not in self._start:
-            return half
-        start = self._start[name]
-        if half.dtype != mx.float32:
-            start = self._of(name).rounded(name.rpartition(".")[2], start, half.dtype)
-        return beside(name, half, start)
 
     def rounded(self, parameters: Parameters) -> Parameters:
         if self._dtype == mx.float32:
@@ -249,13 +241,20 @@ class Lora(Method):
         method.names_begin, method.base_copies, method.on_parameters = read_beside(folder)
         return method, parameters
 
+    @classmethod
+    def read_plain(cls, folder: Path) -> tuple[Lora, Parameters]:
+        """As `read`; raises `UserError` for an adapter whose start PEFT took out of the base."""
+        refuse_moved_base(read_config(folder / CONFIG), folder / CONFIG)
+        return cls.read(folder)
+
     def needs_model(self, trained: Parameters) -> bool:
         """Whether `of_model` has something to do."""
         turned = self._as_in_mlx_lm and any(is_embedding(name.rpartition(".")[0]) for name in trained)
-        return bool(self.base_copies or self.on_parameters or turned)
+        return bool(self.base_copies or self.on_parameters or turned or self.settings.factored)
 
     def of_model(self, model: nn.Module, trained: Parameters, where: Path) -> Parameters:
-        """What was trained on a parameter of all experts, on their modules; mlx-lm's adapter on tied embeddings, on both uses of them."""
+        """What was trained on a parameter of all experts, on their modules; mlx-lm's adapter on tied embeddings, on both uses of them;
+        and one whose start PEFT took out of the base, on the base as it is."""
         if self.base_copies and not is_outline(model):
             places = {name: module for name, (_, module) in adaptable(model).items() if name in self.base_copies}
             weights = {name: plain_weight(module) for name, module in places.items()}
@@ -263,6 +262,9 @@ class Lora(Method):
         if self.on_parameters:
             of_modules = on_modules(model, self.settings, trained, self.on_parameters)
             self.settings, trained, self._shared = of_modules
+        if self.settings.factored:
+            start = start_in_peft(self.settings, adaptable(model), trained, where, known=not is_outline(model))
+            self.settings, trained = as_plain(self.settings, trained, start)
         tied = tied_embedding(model)
         if self._as_in_mlx_lm and f"{tied}.lora_A" in trained:
             halves = {f"{HEAD}.lora_A": trained[f"{tied}.lora_B"].T, f"{HEAD}.lora_B": trained[f"{tied}.lora_A"].T}
@@ -354,12 +356,9 @@ class Lora(Method):
         rows = max(map(len, settings.token_rows.values()), default=0)
         also += f"; the rows of {rows} tokens in embeddings and head" if rows else ""
         layers = f" of the layers `{settings.layers}`" if settings.layers else ""
-        if settings.factored:
-            own += f", started as {FACTORED[settings.init]} and written with twice the rank and the same scale"
-        if settings.lora_plus_ratio is not None:
-            own += f", B at {settings.lora_plus_ratio:g} times the learning rate (LoRA+)"
         return (
             f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{layers}{own}{also}"
+            f"{settings.starts_and_rates}"
         )
 
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:
@@ -385,7 +384,7 @@ class Lora(Method):
             if isinstance(module, DoraLinear):
                 parameters[f"{path}.{MAGNITUDE}"] = module.lora_magnitude_vector
             if self.settings.factored:
-                self._start |= halves
+                self._start |= copies(halves)
         return parameters
 
 

@@ -114,6 +114,16 @@ class LoraSettings(LayersSettings):
         return self.init in FACTORED
 
     @property
+    def starts_and_rates(self) -> str:
+        """What a model card says of how it was trained, where that is not as always."""
+        words = ""
+        if self.factored:
+            words += f", started as {FACTORED[self.init]} and written with twice the rank and the same scale"
+        if self.lora_plus_ratio is not None:
+            words += f", B at {self.lora_plus_ratio:g} times the learning rate (LoRA+)"
+        return words
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The target as a list: module names (`q_proj`, or longer endings of a path), or one of `GROUPS`."""
         return (self.target,) if isinstance(self.target, str) else tuple(self.target)

@@ -12,14 +12,21 @@ twice the rank on the base itself, in which form the result is written too.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.full import is_decayed
-from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding
+from mlx_sft.methods.lora_layers import LoraLinear
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
+from mlx_sft.model.linears import is_quantized
+from mlx_sft.model.quantize import plain_weight
 
 _EMBEDDING_LR = 1e-6
 """PEFT's learning rate of adapters on embeddings."""
@@ -31,7 +38,7 @@ _START = "_start"
 def started(
     settings: LoraSettings,
     module: str,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...]],
     weight: mx.array | None,
     key: mx.array,
 ) -> Parameters:
@@ -55,6 +62,32 @@ def started(
         bound = 1 / math.sqrt(shape_of_A[-1])
         lora_A, lora_B = mx.random.uniform(-bound, bound, shape_of_A, key=key), mx.zeros(shape_of_B)
     return {f"{module}.{half}": value for half, value in zip(HALVES, (lora_A, lora_B), strict=True)}
+
+
+def start_in_peft(
+    settings: LoraSettings, linears: Mapping[str, tuple[str, Any]], trained: Parameters, where: Path, *, known: bool
+) -> Parameters:
+    """What PEFT took out of a base for an adapter: the halves that training started with, by name.
+
+    Args:
+        linears: The modules of the base, by name.
+        known: Whether they have weights, and not shapes alone.
+
+    Raises:
+        UserError: If it cannot be computed from this base as PEFT computed it.
+    """
+    start: Parameters = {}
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in trained if is_lora(name)):
+        linear = linears[module][1] if module in linears else None
+        if is_embedding(module) or is_quantized(linear):
+            what = f"PEFT took the start of this adapter out of the base, which cannot be repeated for {module}"
+            why = "is of embeddings" if is_embedding(module) else "is quantized here"
+            raise UserError(f"{what}: it {why}", where=str(where), hint="convert it in PEFT, or merge it there")
+        shapes = tuple(trained[f"{module}.{half}"].shape for half in HALVES)
+        start |= started(
+            settings, module, shapes, plain_weight(linear) if known and linear is not None else None, mx.random.key(0)
+        )
+    return start
 
 
 def rate_of(settings: LoraSettings, name: str, peak: float) -> float:
@@ -99,6 +132,11 @@ def _of_svd(weight: NDArray[np.float32], rank: int, scale: float) -> tuple[NDArr
     return inverse[:, None] * (left.T @ precise), left * roots
 
 
+def copies(halves: Parameters) -> Parameters:
+    """Arrays of their own, since in a compiled step the parameters are its arguments, and the start is none; evaluated."""
+    return {name: mx.array(np.array(half)) for name, half in halves.items()}
+
+
 def fixed_names(start: Parameters) -> Parameters:
     """Halves that training starts with, by the names that a checkpoint has for them."""
     return {f"{name}{_START}": half for name, half in start.items()}
@@ -110,11 +148,18 @@ def split_kept(kept: Parameters) -> tuple[Parameters, Parameters]:
     return {name: value for name, value in kept.items() if not name.endswith(_START)}, start
 
 
-def beside(name: str, half: mx.array, start: mx.array) -> mx.array:
-    """[A; A₀], or [B, −B₀]."""
-    if name.endswith(HALVES[0]):
-        return mx.concatenate([half, start], axis=-2)
-    return mx.concatenate([half, -start], axis=-1)
+def with_start(module: LoraLinear, name: str, value: mx.array, start: Parameters) -> mx.array:
+    """What a module computes with: [A; A₀] or [B, −B₀], in the precision of A or B; a parameter without such a start as it is."""
+    if name not in start:
+        return value
+    fixed, half = start[name], name.rpartition(".")[2]
+    return _beside(half, value, fixed if value.dtype == mx.float32 else module.rounded(half, fixed, value.dtype))
+
+
+def _beside(half: str, value: mx.array, start: mx.array) -> mx.array:
+    if half == HALVES[0]:
+        return mx.concatenate([value, start], axis=-2)
+    return mx.concatenate([value, -start], axis=-1)
 
 
 def as_plain(settings: LoraSettings, parameters: Parameters, start: Parameters) -> tuple[LoraSettings, Parameters]:
@@ -129,5 +174,8 @@ def as_plain(settings: LoraSettings, parameters: Parameters, start: Parameters) 
         "rank_pattern": {name: 2 * rank for name, rank in settings.rank_pattern.items()},
         "alpha_pattern": {name: times * alpha for name, alpha in settings.alpha_pattern.items()},
     }
-    halves = {name: beside(name, value, start[name]) if name in start else value for name, value in parameters.items()}
+    halves = {
+        name: _beside(name.rpartition(".")[2], value, start[name]) if name in start else value
+        for name, value in parameters.items()
+    }
     return settings.model_copy(update=changes), halves
