@@ -30,7 +30,16 @@ from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
 from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import FACTORED, HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
-from mlx_sft.methods.lora_starts import as_plain, copies, fixed_names, rate_of, split_kept, start_in_peft, started, with_start
+from mlx_sft.methods.lora_starts import (
+    as_plain,
+    copies,
+    fixed_names,
+    rate_of,
+    split_kept,
+    start_in_peft,
+    started,
+    with_start,
+)
 from mlx_sft.methods.lora_targets import adaptable, adapted_modules, check_patterns, check_ranks
 from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, read_beside, read_config, write_adapter
 from mlx_sft.methods.peft_forms import on_modules, refuse_moved_base, refuse_other_copies

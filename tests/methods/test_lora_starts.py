@@ -77,10 +77,10 @@ def _examples() -> Examples:
     [
         ("qwen3", "pissa", {}, {}),
         ("qwen3", "olora", {}, {}),
-        ("llama", "pissa", {"rslora": True}, {"use_rslora": True}),
-        ("llama", "olora", {"dora": True}, {"use_dora": True}),
-        ("gemma3_text", "pissa", {"dora": True}, {"use_dora": True}),
-        ("gemma3_text", "olora", {}, {}),
+        ("llama", "pissa", {"dora": True}, {"use_dora": True}),
+        ("llama", "olora", {}, {}),
+        ("gemma3_text", "pissa", {}, {}),
+        ("gemma3_text", "olora", {"rslora": True}, {"use_rslora": True}),
     ],
 )
 def test_a_run_is_that_of_peft_and_opens_there_on_the_base_as_it_is(
@@ -99,8 +99,9 @@ def test_a_run_is_that_of_peft_and_opens_there_on_the_base_as_it_is(
     opened = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "peft").eval()
     assert_close(ours, torch.tensor(torch_logits(opened, token_ids)))
     assert_close(ours, torch.tensor(torch_logits(theirs.eval(), token_ids)), 1e-3)
-    merged = load_model(str(export(run.run_dir, tmp_path / "merged").path), "float32")
-    assert_close(mlx_logits(merged.model, token_ids), torch.tensor(np.array(ours)))
+    if family == "qwen3":
+        merged = load_model(str(export(run.run_dir, tmp_path / "merged").path), "float32")
+        assert_close(mlx_logits(merged.model, token_ids), torch.tensor(np.array(ours)))
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +147,8 @@ def test_an_adapter_that_peft_has_not_converted_is_put_on_the_base_as_it_is(
         train(TrainConfig(**shape | {"quantize": "4", "out": str(tmp_path / "other")}), data=ROWS)
     theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert_close(mlx_logits(load_adapter(tmp_path / "plain", str(base), "float32").model, token_ids), expected)
+    wrong = {"init": "pissa", "init_adapter": str(tmp_path / "plain"), "out": str(tmp_path / "other")}
     with pytest.raises(UserError, match=r"--init pissa differs from the adapter's kaiming"):
-        wrong = {"init": "pissa", "init_adapter": str(tmp_path / "plain"), "out": str(tmp_path / "other")}
         train(TrainConfig(**shape | wrong), data=ROWS)
 
 
@@ -155,8 +156,21 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes_and_its_steps_can_be_tak
     base: Path, given: dict[str, Any], mlx_logits: Callable, token_ids: list, tmp_path: Path
 ) -> None:
     """The start comes from the checkpoint, and is not computed again; a noise on the embeddings goes on, too."""
-    settings = given | {"model": str(base), "save_every": 2, "keep": 9, "batch_size": 2, "max_steps": 6, "init": "pissa"}
-    settings |= {"neftune_alpha": 5.0, "lora_plus_ratio": 4.0, "dropout": 0.1, "rank_pattern": {"k_proj": 2}, "rslora": True}
+    settings = given | {
+        "model": str(base),
+        "save_every": 2,
+        "keep": 9,
+        "batch_size": 2,
+        "max_steps": 6,
+        "init": "pissa",
+    }
+    settings |= {
+        "neftune_alpha": 5.0,
+        "lora_plus_ratio": 4.0,
+        "dropout": 0.1,
+        "rank_pattern": {"k_proj": 2},
+        "rslora": True,
+    }
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     run = train(TrainConfig(**settings, data=str(data))).run_dir
@@ -204,19 +218,30 @@ def test_the_rates_of_lora_plus_are_those_of_pefts_optimizer(
     given["weight_decay"] = decay
     rates = {"lora_plus_ratio": 8.0, "lora_plus_embedding_lr": 2e-3, "lr": 1e-3}
     shape = {"model": str(base), "target": targets, "also_train": also, "dora": dora, "init": "gaussian"}
-    run = train(TrainConfig(**given | shape | rates | {"max_steps": 1, "lr": 0.0, "out": f"{given['out']}-start"}), data=ROWS)
+    run = train(
+        TrainConfig(**given | shape | rates | {"max_steps": 1, "lr": 0.0, "out": f"{given['out']}-start"}), data=ROWS
+    )
     theirs = peft.PeftModel.from_pretrained(torch_model(base), run.run_dir / "adapter", is_trainable=True)
     optimizer = create_loraplus_optimizer(
-        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_lr_embedding=2e-3, loraplus_weight_decay=decay
+        theirs,
+        torch.optim.AdamW,
+        lr=1e-3,
+        loraplus_lr_ratio=8.0,
+        loraplus_lr_embedding=2e-3,
+        loraplus_weight_decay=decay,
     )
-    assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {1e-3, 8e-3} | (set() if dora else {2e-3})
+    assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {1e-3, 8e-3} | (
+        set() if dora else {2e-3}
+    )
     expected = losses_of_steps(theirs, lambda: _loss(theirs), 10, lr=1e-3, optimizer=optimizer)
     ours = train(TrainConfig(**given | shape | rates), data=ROWS)
     np.testing.assert_allclose(_losses(ours.run_dir), expected, atol=1e-4)
     trained = load_file(ours.run_dir / "adapter" / "adapter_model.safetensors")
     for name, value in theirs.named_parameters():
         if value.requires_grad:
-            stored = name.replace(".default.weight" if "magnitude" in name else ".default", "").replace(".modules_to_save", "")
+            stored = name.replace(".default.weight" if "magnitude" in name else ".default", "").replace(
+                ".modules_to_save", ""
+            )
             assert_close(trained[stored], value, 2e-3)
 
 
@@ -224,7 +249,10 @@ def test_what_has_no_such_factors_and_what_goes_not_together_is_refused(base: Pa
     for settings, why in (
         ({"target": "embed_tokens,q_proj"}, r"--init pissa is not known for embeddings \(model.embed_tokens\)"),
         ({"target": "k_proj", "rank": 33}, r"66, as wide as --init pissa makes it, is more than the widest"),
-        ({"rank_pattern": {"k_proj": 33}}, r"--init pissa finds 32 factors of model.layers.0.self_attn.k_proj, and not 33"),
+        (
+            {"rank_pattern": {"k_proj": 33}},
+            r"--init pissa finds 32 factors of model.layers.0.self_attn.k_proj, and not 33",
+        ),
     ):
         with pytest.raises(UserError, match=why):
             train(TrainConfig(**given | {"model": str(base), "init": "pissa"} | settings), data=ROWS)
