@@ -22,6 +22,8 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.errors import UserError
 from mlx_sft.load import load_adapter
+from mlx_sft.methods.adapter_check import check_adapter
+from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
@@ -100,6 +102,7 @@ def test_a_run_is_that_of_peft_and_opens_there_on_the_base_as_it_is(
     assert_close(ours, torch.tensor(torch_logits(opened, token_ids)))
     assert_close(ours, torch.tensor(torch_logits(theirs.eval(), token_ids)), 1e-3)
     if family == "qwen3":
+        export(run.run_dir, tmp_path / "mlx-lm", format="mlx-lm")  # which mlx-lm opens, and compares
         merged = load_model(str(export(run.run_dir, tmp_path / "merged").path), "float32")
         assert_close(mlx_logits(merged.model, token_ids), torch.tensor(np.array(ours)))
 
@@ -145,6 +148,10 @@ def test_an_adapter_that_peft_has_not_converted_is_put_on_the_base_as_it_is(
     assert_close(mlx_logits(load_run(run.run_dir).model, token_ids), expected)
     with pytest.raises(UserError, match=r"quantized here"):
         train(TrainConfig(**shape | {"quantize": "4", "out": str(tmp_path / "other")}), data=ROWS)
+    for refused in (check_adapter, lambda folder, base: merge_adapters([folder, folder], tmp_path / "sum")):
+        with pytest.raises(UserError, match=f'init_lora_weights is "{start}"') as caught:
+            refused(str(tmp_path / "theirs"), str(base))
+        assert "path_initial_model_for_weight_conversion" in caught.value.hint
     theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     assert_close(mlx_logits(load_adapter(tmp_path / "plain", str(base), "float32").model, token_ids), expected)
     wrong = {"init": "pissa", "init_adapter": str(tmp_path / "plain"), "out": str(tmp_path / "other")}
