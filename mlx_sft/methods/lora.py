@@ -40,10 +40,9 @@ from mlx_sft.methods.lora_starts import (
     started,
     with_start,
 )
-from mlx_sft.methods.lora_targets import adaptable, adapted_modules, check_patterns, check_ranks
+from mlx_sft.methods.lora_targets import adaptable, adapted_modules, check_patterns, check_ranks, in_words
 from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, read_beside, read_config, write_adapter
 from mlx_sft.methods.peft_forms import on_modules, refuse_moved_base, refuse_other_copies
-from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.token_rows import TokenRows, attach_rows, changed_rows, on_model, row_edits, weights_of_rows
 from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, floating_weights, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized, weight_shape
@@ -353,22 +352,7 @@ class Lora(Method):
         return "DoRA" if self.settings.dora else "LoRA"
 
     def describe(self) -> str:
-        settings = self.settings
-        stabilized = ", rank-stabilized" if settings.rslora else ""
-        own = "; modules with ranks or alphas of their own" if settings.rank_pattern or settings.alpha_pattern else ""
-        kinds = dict.fromkeys(map(in_a_layer, settings.targets))
-        targets = ", ".join(f"`{target}`" for target in kinds)
-        if len(kinds) < len(settings.targets):  # each module by its whole name
-            targets += f" ({len(settings.targets)} modules)"
-        names = ", ".join(f"`{name}`" for name in settings.also_train)
-        also = f"; {names} trained in full" if names else ""
-        rows = max(map(len, settings.token_rows.values()), default=0)
-        also += f"; the rows of {rows} tokens in embeddings and head" if rows else ""
-        layers = f" of the layers `{settings.layers}`" if settings.layers else ""
-        return (
-            f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{layers}{own}{also}"
-            f"{settings.starts_and_rates}"
-        )
+        return f"{self.title}, {in_words(self.settings)}"
 
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:
         experts, embeds = is_experts(linear), isinstance(linear, EMBEDDING_KINDS)
