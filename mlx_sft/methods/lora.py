@@ -368,7 +368,7 @@ class Lora(Method):
 
     def _initial(self, model: nn.Module, seed: int) -> Parameters:
         parameters: Parameters = {}
-        known = not (self.begun or is_outline(model))
+        known = self.settings.factored and not (self.begun or is_outline(model))
         keys = mx.random.split(mx.random.key(seed), max(len(self.modules), 2))
         for (path, module), key in zip(self.modules.items(), keys, strict=False):
             half_shapes = module.lora_A.shape, module.lora_B.shape
