@@ -130,13 +130,16 @@ class CommonSettings(Settings):
     """Share of the steps in which the learning rate rises from 0."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip gradients to this global norm; 0 does not clip."""
+    neftune_alpha: float = Field(default=0.0, ge=0)
+    """Uniform noise on the embeddings in training, within alpha / sqrt(tokens of the conversation * width) (NEFTune); 0 for none, and 5
+    is usual."""
     memory_limit: Annotated[str | None, OnResume.COMPUTED] = None
     """Memory that the run may take in all, such as 12GB; what the device recommends where not given."""
     grad_checkpoint: Annotated[Literal["auto", "off", "light", "on", "blocks"], OnResume.COMPUTED] = "auto"
     """What is computed again in the backward pass instead of being kept: nothing, all but the products with weights (light),
     every layer (on; a third more arithmetic), or blocks of layers and in them every layer (blocks). It does not change the result."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the adapters' start, the order of the data, the split and dropout."""
+    """Seed of the adapters' start, the order of the data, the split, dropout and noise."""
     shuffle: bool = True
     """Draw the rows in a seeded random order each epoch, or take them as they come."""
 

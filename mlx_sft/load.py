@@ -276,7 +276,8 @@ class Trained:
         """The method, and its parameters, float32."""
         if self.file is None:
             return self._kind.read(self.folder)
-        return make_method(self.config), {name: mx.array(value) for name, value in read_arrays(self.file)}
+        kept = {name: mx.array(value) for name, value in read_arrays(self.file)}
+        return make_method(self.config).of_checkpoint(kept)
 
     def bytes(self) -> int:
         """Near enough what it takes on the disk in its method's own form."""

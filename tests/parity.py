@@ -54,14 +54,18 @@ def losses_of_steps(
     steps: int,
     *,
     lr: float,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:
-    """The loss before each of so many full-batch steps of PyTorch's AdamW, with gradients clipped at 1 and a decay of 0.1 but of biases."""
+    """The loss before each of so many full-batch steps of PyTorch's AdamW, with a decay of 0.1 but of biases, or of another optimizer.
+
+    Gradients are clipped at 1.
+    """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainable = list(named.values())
     biases = [parameter for name, parameter in named.items() if "bias" in name]
     others = [parameter for name, parameter in named.items() if "bias" not in name]
     groups = [{"params": others}, {"params": biases, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.1)
+    optimizer = optimizer or torch.optim.AdamW(groups, lr=lr, weight_decay=0.1)
     losses = []
     for _ in range(steps):
         loss = loss_of()

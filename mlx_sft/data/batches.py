@@ -128,6 +128,7 @@ class Batch:
         spans: Of the rows, where they lie end to end; else empty.
         examples: [rows] indices of the examples.
         data_rows: [rows] which row of the data each example is of, for an objective that compares the examples of a row.
+        lengths: [rows] tokens of each example, those included that need not be computed.
     """
 
     token_ids: NDArray[np.int32]
@@ -139,6 +140,7 @@ class Batch:
     spans: Spans = ()
     examples: tuple[int, ...] = ()
     data_rows: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
 
     @property
     def owners(self) -> NDArray[np.int64]:
@@ -338,8 +340,9 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
     ```
     """
     token_ids = np.zeros(micro_batch.tokens, np.int32)
-    positions, targets, weights, tokens, needed = [], [], [], 0, 0
+    positions, targets, weights, needed = [], [], [], 0
     spans: list[tuple[int, int]] = []
+    lengths: list[int] = []
     for row, index in enumerate(micro_batch.rows):
         example = examples[index]
         length = example.needed_length
@@ -350,16 +353,17 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
         positions.append(start + supervised)
         targets.append(example.token_ids[1:][supervised])
         weights.append(example.loss_weights[1:][supervised])
-        tokens += len(example.token_ids)
+        lengths.append(len(example.token_ids))
         needed += length
     return Batch(
         token_ids.reshape(-1, micro_batch.width),
         np.concatenate(positions).astype(np.int32),
         np.concatenate(targets).astype(np.int32),
         np.concatenate(weights).astype(np.float32),
-        tokens,
+        sum(lengths),
         needed,
         tuple(spans) if micro_batch.joined else (),
         micro_batch.rows,
         tuple(examples.rows[list(micro_batch.rows)].tolist()) if isinstance(examples, Examples) else micro_batch.rows,
+        tuple(lengths),
     )

@@ -96,6 +96,7 @@ class Method:
         in_peft_generate: Further arguments without which PEFT's `generate` does not give what was trained, for the model card.
         starts_in_trl: Whether PEFT's form of its parameters at the start is one that TRL goes on from.
         folder: What the folder of its result is called in a run.
+        begun: Whether the parameters come from a checkpoint, so that of those that `attach` gives the shapes alone matter.
     """
 
     name: ClassVar[str]
@@ -109,6 +110,7 @@ class Method:
     in_peft_generate: ClassVar[str] = ""
     starts_in_trl: ClassVar[bool] = False
     folder: ClassVar[str] = "adapter"
+    begun: bool = False
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = settings if settings is not None else self.Settings()
@@ -188,6 +190,23 @@ class Method:
     def decayed(self, name: str) -> bool:
         """Whether weight decay applies to this parameter."""
         return True
+
+    def rate(self, name: str, peak: float) -> float:
+        """The peak learning rate of this parameter, where that of the run is `peak`; it follows the same course."""
+        return peak
+
+    @property
+    def fixed(self) -> Parameters:
+        """What a checkpoint keeps beside the parameters, by other names: what is not trained, nor computed again to the last bit."""
+        return {}
+
+    def take_up(self, kept: Parameters) -> Parameters:
+        """Take up what a checkpoint keeps, parameters and what is `fixed`; the parameters of it are returned."""
+        return kept
+
+    def of_checkpoint(self, kept: Parameters) -> tuple[Method, Parameters]:
+        """What `read` would give of the result that a run has as it stands in a checkpoint."""
+        return self, kept
 
     def drops(self, name: str) -> bool:
         """Whether there is dropout on what this parameter is multiplied with."""

@@ -166,7 +166,7 @@ def check_adapter(folder: str | Path, model: str | None = None) -> AdapterCheck:
         raise UserError("this model is not on this disk", where=name, hint="give the place of its base with --model")
     if not issubclass(kind, Lora):
         return _checked_as_a_whole(where, name, base, *kind.read(where))
-    return _Look(where, name, base, *Lora.read(where)).result()
+    return _Look(where, name, base, *Lora.read_plain(where)).result()
 
 
 def _checked_as_a_whole(where: Path, name: str, base: Path, method: Method, parameters: Parameters) -> AdapterCheck:

@@ -159,7 +159,7 @@ def _read(adapter: str) -> _Weighted:
     if not math.isfinite(factor):
         raise UserError(f"the weight of {name} is {factor}", hint="write A:0.7", exit_code=USAGE)
     folder = _folder(name)
-    method, parameters = Lora.read(folder)
+    method, parameters = Lora.read_plain(folder)
     base = Lora.base_model(folder)
     if method.needs_model(parameters):
         if (checkpoint := local_checkpoint(base)) is None:

@@ -6,7 +6,6 @@ Names, start and scale are PEFT's, and so are the files (`peft_files`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,11 +29,20 @@ from mlx_sft.methods.also_train import (
 from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
 from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
-from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
-from mlx_sft.methods.lora_targets import adaptable, adapted_modules, check_patterns
-from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, read_beside, write_adapter
-from mlx_sft.methods.peft_forms import on_modules, refuse_other_copies
-from mlx_sft.methods.peft_rules import in_a_layer
+from mlx_sft.methods.lora_settings import FACTORED, HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
+from mlx_sft.methods.lora_starts import (
+    as_plain,
+    copies,
+    fixed_names,
+    rate_of,
+    split_kept,
+    start_in_peft,
+    started,
+    with_start,
+)
+from mlx_sft.methods.lora_targets import adaptable, adapted_modules, check_patterns, check_ranks, in_words
+from mlx_sft.methods.peft_files import CONFIG, base_model_name, read_adapter, read_beside, read_config, write_adapter
+from mlx_sft.methods.peft_forms import on_modules, refuse_moved_base, refuse_other_copies
 from mlx_sft.methods.token_rows import TokenRows, attach_rows, changed_rows, on_model, row_edits, weights_of_rows
 from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, floating_weights, tied_embedding
 from mlx_sft.model.linears import is_experts, is_quantized, weight_shape
@@ -75,6 +83,8 @@ class Lora(Method):
         """Modules in the names of the parameters that are in truth parameters, of all experts of a layer."""
         self._as_in_mlx_lm = False
         """Whether the file is mlx-lm's, where an adapter on embeddings changes a tied head too."""
+        self._start: Parameters = {}
+        """The halves that training starts with, where these are factors of the weights."""
         self._shared = ""
         """A parameter of the file that two modules have in common here."""
 
@@ -96,18 +106,15 @@ class Lora(Method):
         return {}
 
     def attach(self, model: nn.Module, seed: int) -> Parameters:
-        """Wrap the target modules; A starts random from `seed`, B at zero.
+        """Wrap the target modules; A starts random from `seed`, B at zero, or both start from the factors of the weight.
 
         Raises:
-            UserError: If a target names no linear module of the model.
+            UserError: If a target names no linear module of the model, or one of fewer features than the rank.
         """
         self._dtype = next(iter(floating_weights(model).values())).dtype
         linears = adaptable(model)
         chosen = adapted_modules(model, self.settings)
-        widest = max(max(weight_shape(linears[name][1])[-2:]) for name in chosen)
-        if (most := max(self.settings.rank_of(name) for name in chosen)) > widest:
-            what = f"{most} is more than the widest of these modules has features, {widest}"
-            raise UserError(what, where="rank", hint="8 to 64 are usual")
+        check_ranks(self.settings, [weight_shape(linears[name][1]) for name in chosen], chosen)
         check_patterns(self.settings, chosen)
         in_full = [name for name, _, _ in whole_modules(model, self.settings.also_train)]
         stated = on_model(model, self.settings.token_rows, in_full, chosen) or False
@@ -115,7 +122,7 @@ class Lora(Method):
         self.modules = {}
         for name in chosen:
             path, linear = linears[name]
-            shape = self.settings.rank_of(name), self.settings.scale_of(name), self.settings.dropout
+            shape = self.settings.width_of(name), self.settings.scale_of(name), self.settings.dropout
             kind = self._kind(name, linear)
             if kind is LoraTiedHead:  # around the embeddings, whatever they have of their own
                 inner = next((one for one in self.modules.values() if one.linear is linear), linear)
@@ -123,11 +130,12 @@ class Lora(Method):
             else:
                 self.modules[name] = kind(linear, *shape)
             _put(model, path, self.modules[name])
+        self._start = {}
         self._places = attach_whole(model, self._dtype, self.settings.also_train)
         self._places |= attach_rows(model, self._dtype, self.settings.token_rows)
         whole = {name: module[part].astype(mx.float32) for name, (module, part, _) in self._places.items()}
         # Whole weights first: MLX computes gradients in this order, and those of embeddings last would find all others still there.
-        parameters = whole | self._initial(seed)
+        parameters = whole | self._initial(model, seed)
         self.bind(model, parameters)
         return parameters
 
@@ -136,7 +144,8 @@ class Lora(Method):
         if key is not None and self.settings.dropout > 0:
             keys = list(mx.random.split(key, len(self.modules)))
         for (path, module), module_key in zip(self.modules.items(), keys, strict=True):
-            given = {part: parameters[f"{path}.{part}"] for part in _PARTS if f"{path}.{part}" in parameters}
+            names = {part: f"{path}.{part}" for part in _PARTS if f"{path}.{part}" in parameters}
+            given = {part: with_start(module, name, parameters[name], self._start) for part, name in names.items()}
             if given:  # binding some of them, as a head does, leaves the others' dropout alone
                 module.update(given)
                 module.drop_with(module_key)
@@ -221,11 +230,12 @@ class Lora(Method):
         return as_one_weight(edits)
 
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
-        write_adapter(folder, self.settings, parameters, base_model, revision, self.names_begin)
+        settings, parameters = as_plain(self.settings, parameters, self._start)
+        write_adapter(folder, settings, parameters, base_model, revision, self.names_begin)
 
     def written_bytes(self, parameters: Parameters) -> int:
         tied = tied_weight(parameters, self.settings.also_train)
-        return super().written_bytes(parameters) + (0 if tied is None else tied.nbytes)
+        return super().written_bytes(parameters | self.fixed) + (0 if tied is None else tied.nbytes)
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Lora, Parameters]:
@@ -239,13 +249,20 @@ class Lora(Method):
         method.names_begin, method.base_copies, method.on_parameters = read_beside(folder)
         return method, parameters
 
+    @classmethod
+    def read_plain(cls, folder: Path) -> tuple[Lora, Parameters]:
+        """As `read`; raises `UserError` for an adapter whose start PEFT took out of the base."""
+        refuse_moved_base(read_config(folder / CONFIG), folder / CONFIG)
+        return cls.read(folder)
+
     def needs_model(self, trained: Parameters) -> bool:
         """Whether `of_model` has something to do."""
         turned = self._as_in_mlx_lm and any(is_embedding(name.rpartition(".")[0]) for name in trained)
-        return bool(self.base_copies or self.on_parameters or turned)
+        return bool(self.base_copies or self.on_parameters or turned or self.settings.factored)
 
     def of_model(self, model: nn.Module, trained: Parameters, where: Path) -> Parameters:
-        """What was trained on a parameter of all experts, on their modules; mlx-lm's adapter on tied embeddings, on both uses of them."""
+        """What was trained on a parameter of all experts, on their modules; mlx-lm's adapter on tied embeddings, on both uses of them;
+        and one whose start PEFT took out of the base, on the base as it is."""
         if self.base_copies and not is_outline(model):
             places = {name: module for name, (_, module) in adaptable(model).items() if name in self.base_copies}
             weights = {name: plain_weight(module) for name, module in places.items()}
@@ -253,6 +270,9 @@ class Lora(Method):
         if self.on_parameters:
             of_modules = on_modules(model, self.settings, trained, self.on_parameters)
             self.settings, trained, self._shared = of_modules
+        if self.settings.factored:
+            start = start_in_peft(self.settings, adaptable(model), trained, where, known=not is_outline(model))
+            self.settings, trained = as_plain(self.settings, trained, start)
         tied = tied_embedding(model)
         if self._as_in_mlx_lm and f"{tied}.lora_A" in trained:
             halves = {f"{HEAD}.lora_A": trained[f"{tied}.lora_B"].T, f"{HEAD}.lora_B": trained[f"{tied}.lora_A"].T}
@@ -278,11 +298,27 @@ class Lora(Method):
             what = f"its adapter on {self._shared} has one A for the gates and the up projections, which each would train one of its own"
             hint = "merge it with PEFT's merge_and_unload, and train the merged model"
             raise UserError(what, where=str(where), hint=hint)
-        return self.settings.model_dump(exclude={"dropout", "init"})
+        return self.settings.model_dump(exclude={"dropout", "lora_plus_ratio", "lora_plus_embedding_lr"})
 
     def decayed(self, name: str) -> bool:
         """Of a weight of the model as transformers' Trainer has it."""
         return is_lora(name) or is_decayed(name)
+
+    def rate(self, name: str, peak: float) -> float:
+        return rate_of(self.settings, name, peak)
+
+    @property
+    def fixed(self) -> Parameters:
+        return fixed_names(self._start)
+
+    def take_up(self, kept: Parameters) -> Parameters:
+        parameters, self._start = split_kept(kept)
+        return parameters
+
+    def of_checkpoint(self, kept: Parameters) -> tuple[Lora, Parameters]:
+        parameters = self.take_up(kept)
+        settings, parameters = as_plain(self.settings, parameters, self._start)
+        return type(self)(settings), parameters
 
     def drops(self, name: str) -> bool:
         return self.uses_dropout and is_lora(name)
@@ -295,6 +331,8 @@ class Lora(Method):
             theirs = {name for name, _, _ in whole_modules(model, self.settings.also_train)}
             asked_rows = self.settings.model_copy(update={"train_new_tokens": given}).token_rows
             return on_model(model, asked_rows, theirs) == on_model(model, self.settings.token_rows, theirs)
+        if name == "init":
+            return given not in FACTORED  # the others differ at zero alone, where this one is not
         if name not in ("target", "layers"):
             return super().agrees(model, name, given)
         asked = self.settings.model_copy(update={name: given})  # `all-linear` may be the names in the file
@@ -305,6 +343,8 @@ class Lora(Method):
             return "the moments of weights that --also-train names would not come back"
         if self.settings.train_new_tokens:
             return "the moments of new tokens' rows would not come back, nor would the vocabulary grow there"
+        if self.settings.factored or self.settings.lora_plus_ratio is not None:
+            return "the script knows no start from factors of the weights (--init) and no rate of B's own (--lora-plus-ratio)"
         return "DoRA starts from the norms of the weights, which it would compute anew" if self.settings.dora else ""
 
     @property
@@ -312,24 +352,13 @@ class Lora(Method):
         return "DoRA" if self.settings.dora else "LoRA"
 
     def describe(self) -> str:
-        settings = self.settings
-        stabilized = ", rank-stabilized" if settings.rslora else ""
-        own = "; modules with ranks or alphas of their own" if settings.rank_pattern or settings.alpha_pattern else ""
-        kinds = dict.fromkeys(map(in_a_layer, settings.targets))
-        targets = ", ".join(f"`{target}`" for target in kinds)
-        if len(kinds) < len(settings.targets):  # each module by its whole name
-            targets += f" ({len(settings.targets)} modules)"
-        names = ", ".join(f"`{name}`" for name in settings.also_train)
-        also = f"; {names} trained in full" if names else ""
-        rows = max(map(len, settings.token_rows.values()), default=0)
-        also += f"; the rows of {rows} tokens in embeddings and head" if rows else ""
-        layers = f" of the layers `{settings.layers}`" if settings.layers else ""
-        return (
-            f"{self.title}, rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{layers}{own}{also}"
-        )
+        return f"{self.title}, {in_words(self.settings)}"
 
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:
         experts, embeds = is_experts(linear), isinstance(linear, EMBEDDING_KINDS)
+        if self.settings.factored and embeds:
+            what = f"--init {self.settings.init} is not known for embeddings ({name})"
+            raise UserError(what, where="target", hint="leave them out, as with --target all-linear")
         if self.settings.dora and (experts or embeds):
             what = f"DoRA is not known for {'experts' if experts else 'embeddings'} ({name})"
             raise UserError(what, where="target", hint="leave them out, as with --target attention")
@@ -337,21 +366,18 @@ class Lora(Method):
             return LoraTiedHead if name == HEAD else LoraEmbedding
         return LoraSwitchLinear if experts else DoraLinear if self.settings.dora else LoraLinear
 
-    def _initial(self, seed: int) -> Parameters:
+    def _initial(self, model: nn.Module, seed: int) -> Parameters:
         parameters: Parameters = {}
+        known = self.settings.factored and not (self.begun or is_outline(model))
         keys = mx.random.split(mx.random.key(seed), max(len(self.modules), 2))
         for (path, module), key in zip(self.modules.items(), keys, strict=False):
-            shape = module.lora_A.shape
-            if self.settings.init == "gaussian":
-                lora_A = mx.random.normal(shape, scale=1 / shape[-2], key=key)
-            else:
-                # torch's kaiming_uniform_(a=sqrt(5)), which PEFT calls, is uniform within 1 / sqrt(in).
-                bound = 1 / math.sqrt(shape[-1])
-                lora_A = mx.random.uniform(-bound, bound, shape, key=key)
-            parameters[f"{path}.lora_A"] = lora_A
-            parameters[f"{path}.lora_B"] = mx.zeros_like(module.lora_B)
+            half_shapes = module.lora_A.shape, module.lora_B.shape
+            halves = started(self.settings, path, half_shapes, plain_weight(module.linear) if known else None, key)
+            parameters |= halves
             if isinstance(module, DoraLinear):
                 parameters[f"{path}.{MAGNITUDE}"] = module.lora_magnitude_vector
+            if self.settings.factored:
+                self._start |= copies(halves)
         return parameters
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mlx_sft.methods.layers import LayersSettings
 from mlx_sft.model.head import EMBEDDING_NAMES
@@ -22,6 +22,10 @@ GROUPS = {
     "qv": ("q_proj", "v_proj"),
 }
 """Targets that stand for several modules of the layers: those with one of these parts in their path, or without parts all."""
+
+
+FACTORED = {"pissa": "PiSSA", "olora": "OLoRA"}
+"""What `init` is where A and B start from the factors of the weight, and what that is called."""
 
 
 class LoraSettings(LayersSettings):
@@ -47,8 +51,19 @@ class LoraSettings(LayersSettings):
     """Modules whose weights are trained in full beside the adapters, such as embed_tokens,lm_head (PEFT's modules_to_save)."""
     train_new_tokens: bool | list[int] | dict[str, list[int]] = False
     """Train the rows of new tokens in the embeddings and in the head, and no other rows of these (PEFT's trainable_token_indices)."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A starts: Kaiming-uniform, as PEFT does by default, or gaussian with deviation 1 / rank. B starts at zero."""
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
+    """How it starts: A Kaiming-uniform, as PEFT does by default, or gaussian with deviation 1 / rank, and B at zero; or both from the
+    factors of the weight (pissa by its largest singular values, olora by QR), which are written as an adapter of twice the rank."""
+    lora_plus_ratio: float | None = Field(default=None, gt=0)
+    """The learning rate of B in parts of that of A (LoRA+); 16 is usual. Both are the same where not given."""
+    lora_plus_embedding_lr: float | None = Field(default=None, gt=0)
+    """With --lora-plus-ratio, the peak learning rate of adapters on embeddings; 1e-6 where not given, as in PEFT."""
+
+    @model_validator(mode="after")
+    def _rates_agree(self) -> LoraSettings:
+        if self.lora_plus_embedding_lr is not None and self.lora_plus_ratio is None:
+            raise ValueError("lora_plus_embedding_lr: goes with lora_plus_ratio")
+        return self
 
     @field_validator("rank_pattern", "alpha_pattern", mode="before")
     @classmethod
@@ -94,6 +109,21 @@ class LoraSettings(LayersSettings):
         return given if isinstance(given, dict) else {"embed_tokens": given} if isinstance(given, list) else {}
 
     @property
+    def factored(self) -> bool:
+        """Whether A and B start from the factors of the weight."""
+        return self.init in FACTORED
+
+    @property
+    def starts_and_rates(self) -> str:
+        """What a model card says of how it was trained, where that is not as always."""
+        words = ""
+        if self.factored:
+            words += f", started as {FACTORED[self.init]} and written with twice the rank and the same scale"
+        if self.lora_plus_ratio is not None:
+            words += f", B at {self.lora_plus_ratio:g} times the learning rate (LoRA+)"
+        return words
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The target as a list: module names (`q_proj`, or longer endings of a path), or one of `GROUPS`."""
         return (self.target,) if isinstance(self.target, str) else tuple(self.target)
@@ -101,6 +131,10 @@ class LoraSettings(LayersSettings):
     def rank_of(self, module: str) -> int:
         """The rank of the adapter on a module."""
         return next((rank for name, rank in self.rank_pattern.items() if is_named(module, name)), self.rank)
+
+    def width_of(self, module: str) -> int:
+        """Of how large a rank what a module computes with is: of twice the rank, where the start stands beside what is trained."""
+        return self.rank_of(module) * (2 if self.factored else 1)
 
     def scale_of(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""

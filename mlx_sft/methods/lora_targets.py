@@ -10,10 +10,23 @@ from mlx_sft.errors import UserError
 from mlx_sft.methods.also_train import whole_modules
 from mlx_sft.methods.layers import in_layers
 from mlx_sft.methods.lora_settings import GROUPS, LoraSettings, is_embedding, is_named
-from mlx_sft.methods.peft_rules import ROUTERS
+from mlx_sft.methods.peft_rules import ROUTERS, in_a_layer
 from mlx_sft.model.head import EMBEDDING_KINDS, HEAD, tied_embedding
 from mlx_sft.model.linears import is_joined, linear_modules
 from mlx_sft.model.names import EXPERTS_PART, transformers_name
+
+
+def check_ranks(settings: LoraSettings, shapes: list[tuple[int, ...]], chosen: list[str]) -> None:
+    """Raise `UserError` for a rank that modules with weights of these shapes are too narrow for."""
+    widest = max(max(shape[-2:]) for shape in shapes)
+    if (most := max(map(settings.width_of, chosen))) > widest:
+        twice = f", as wide as --init {settings.init} makes it," if settings.factored else ""
+        what = f"{most}{twice} is more than the widest of these modules has features, {widest}"
+        raise UserError(what, where="rank", hint="8 to 64 are usual")
+    for module, shape in zip(chosen, shapes, strict=True):
+        if settings.factored and settings.rank_of(module) > (narrow := min(shape[-2:])):
+            what = f"--init {settings.init} finds {narrow} factors of {module}, and not {settings.rank_of(module)}"
+            raise UserError(what, where="rank", hint="give a smaller --rank, or --rank-pattern for this module")
 
 
 def check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
@@ -23,6 +36,25 @@ def check_patterns(settings: LoraSettings, chosen: list[str]) -> None:
             if not any(is_named(name, key) for name in chosen):
                 hint = f"these are: {', '.join(sorted({name.rpartition('.')[2] for name in chosen}))}"
                 raise UserError(f"no module that is trained is named {key}", where=where, hint=hint)
+
+
+def in_words(settings: LoraSettings) -> str:
+    """What a model card says of an adapter's shape, and of how it was trained."""
+    stabilized = ", rank-stabilized" if settings.rslora else ""
+    own = "; modules with ranks or alphas of their own" if settings.rank_pattern or settings.alpha_pattern else ""
+    kinds = dict.fromkeys(map(in_a_layer, settings.targets))
+    targets = ", ".join(f"`{target}`" for target in kinds)
+    if len(kinds) < len(settings.targets):  # each module by its whole name
+        targets += f" ({len(settings.targets)} modules)"
+    names = ", ".join(f"`{name}`" for name in settings.also_train)
+    also = f"; {names} trained in full" if names else ""
+    rows = max(map(len, settings.token_rows.values()), default=0)
+    also += f"; the rows of {rows} tokens in embeddings and head" if rows else ""
+    layers = f" of the layers `{settings.layers}`" if settings.layers else ""
+    return (
+        f"rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{layers}{own}{also}"
+        f"{settings.starts_and_rates}"
+    )
 
 
 def adaptable(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:

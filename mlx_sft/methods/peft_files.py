@@ -26,7 +26,7 @@ from mlx_sft.files import read_json, to_json
 from mlx_sft.gate import checked
 from mlx_sft.methods.also_train import is_whole, modules_to_save, saved_modules, saved_weight, tied_weight
 from mlx_sft.methods.layers import layers_of_config, layers_to_transform
-from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings, is_lora
+from mlx_sft.methods.lora_settings import FACTORED, HALVES, MAGNITUDE, LoraSettings, is_lora
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_forms import (
     copied_module,
@@ -67,7 +67,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", *FACTORED, None),
     "layer_replication": ([], None),
     "alora_invocation_tokens": ([], None),
     "arrow_config": (None,),
@@ -317,7 +317,7 @@ def _to_settings(config: dict[str, Any], modules: dict[str, str], where: Path) -
         rslora=bool(stated.use_rslora),
         target=targets_in_file(config, modules, layers),
         layers=layers,
-        init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+        init=start if (start := config.get("init_lora_weights")) in ("gaussian", *FACTORED) else "kaiming",
         dora=bool(stated.use_dora),
         rank_pattern=of_modules(stated.rank_pattern or {}, "rank_pattern", modules, str(where)),
         alpha_pattern=of_modules(stated.alpha_pattern or {}, "alpha_pattern", modules, str(where)),
@@ -335,7 +335,7 @@ def _check_plain(config: dict[str, Any], where: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"its peft_type is {kind!r}; only LORA adapters are read", where=str(where))
-    refuse_moved_base(config, where)
+    refuse_moved_base(config, where, but=FACTORED)
     for name, neutral in _NEUTRAL.items():
         value = config.get(name)
         if not any(value is other or (value == other and type(value) is type(other)) for other in neutral):

@@ -41,10 +41,14 @@ _MOVE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Beginnings of `init_lora_weights` with which PEFT takes from the base what the adapter starts with."""
 
 
-def refuse_moved_base(config: Mapping[str, Any], where: Path) -> None:
-    """Raise `UserError` for an adapter that belongs to a base that PEFT has changed: with the base as it is, it is another model."""
+def refuse_moved_base(config: Mapping[str, Any], where: Path, but: Collection[str] = ()) -> None:
+    """Raise `UserError` for an adapter that belongs to a base that PEFT has changed: with the base as it is, it is another model.
+
+    Args:
+        but: Starts with which it is known what was changed.
+    """
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_MOVE_THE_BASE):
+    if isinstance(start, str) and start.lower().startswith(_MOVE_THE_BASE) and start not in but:
         raise UserError(
             f'init_lora_weights is "{start}": PEFT took the start of this adapter out of the base, so that it fits the base that was left, '
             "and not the model that it names",

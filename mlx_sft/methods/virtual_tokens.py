@@ -49,8 +49,8 @@ class _FirstLayer:
         return getattr(self._layer, name)
 
 
-class InFront:
-    """Puts virtual tokens in front of what a model computes.
+class EmbeddingsOf:
+    """The embeddings of a model, and what can be put in the place of their result.
 
     Args:
         model: A frozen model.
@@ -59,7 +59,7 @@ class InFront:
         width: Numbers of an embedding.
 
     Raises:
-        UserError: If the model has no embeddings that are known, or needs more of a token than its embedding.
+        UserError: If the model has no embeddings that are known.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,18 +67,60 @@ class InFront:
         modules = dict(owner.named_modules())
         path = next((path for path in sorted(embedding_names()) if path in modules), None)
         if path is None:
-            raise UserError("virtual tokens need the embeddings of this model, which are not found", hint=_HINT)
+            what = "the embeddings of this model are not found, which virtual tokens and --neftune-alpha need"
+            raise UserError(what, hint=f"{_HINT}, without noise")
         before, _, self._name = path.rpartition(".")
         self._body, self._embedding = modules[before], modules[path]
         self._dtype = next(iter(floating_weights(model).values())).dtype
-        self.width = int(self._embedding.weight.shape[-1])
-        if "scales" in self._embedding:
-            self.width = self.width * 32 // int(self._embedding.bits)
+        self.width = int(self._embedding(mx.zeros((1,), mx.int32)).shape[-1])
+        inside = str(getattr(getattr(owner, "args", None), "model_type", "")).startswith(_SCALED_INSIDE)
+        self._scale = self._scale_of_body() if inside and not is_outline(model) else 1.0
+
+    def noisy(self, noise: mx.array) -> AbstractContextManager[None]:
+        """Within the block noise [rows, width, numbers], of what transformers' `embed_tokens` gives, is added to the embeddings."""
+        return replaced_children(self._body, {self._name: _Noisy(self._embedding, noise / self._scale)})
+
+    def _scale_of_body(self) -> float:
+        """What the body multiplies embeddings with before its first layer."""
+        layers = self._body.layers
+        first, ones = layers[0], mx.ones((1, 1, self.width), self._dtype)
+        layers[0] = _FirstLayer(first)
+        try:
+            with replaced_children(self._body, {self._name: FixedResult(self._embedding, ones)}):
+                self._body(mx.zeros((1, 1), mx.int32))
+        except _Seen as seen:
+            return float(seen.args[0].astype(mx.float32).mean().item())
+        finally:
+            layers[0] = first
+        return 1.0
+
+
+class _Noisy:
+    """Takes the place of embeddings, and adds noise to them."""
+
+    def __init__(self, embedding: nn.Module, noise: mx.array) -> None:
+        self._embedding = embedding
+        self._noise = noise
+
+    def __call__(self, token_ids: mx.array) -> mx.array:
+        found: mx.array = self._embedding(token_ids)
+        return found + self._noise.astype(found.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._embedding, name)
+
+
+class InFront(EmbeddingsOf):
+    """Puts virtual tokens in front of what a model computes.
+
+    Raises:
+        UserError: If the model has no embeddings that are known, or needs more of a token than its embedding.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self.vocabulary = int(self._embedding.weight.shape[0])
-        self._scale = 1.0
         if not is_outline(model):
-            inside = str(getattr(getattr(owner, "args", None), "model_type", "")).startswith(_SCALED_INSIDE)
-            self._scale = self._scale_of_body() if inside else 1.0
             self._refuse_where_inexact()
 
     def embeddings(self, token_ids: mx.array) -> mx.array:
@@ -97,7 +139,8 @@ class InFront:
         longer = mx.concatenate([mx.zeros((rows, number), token_ids.dtype), token_ids], axis=1)
         # Of float32, so that the gradients of all rows are added up in it.
         in_front = mx.broadcast_to((vectors / self._scale)[None], (rows, *vectors.shape)).astype(self._dtype)
-        with self._given(mx.concatenate([in_front, self._embedding(token_ids)], axis=1)):
+        embed: Callable[[mx.array], mx.array] = getattr(self._body, self._name)  # which may add noise
+        with self._given(mx.concatenate([in_front, embed(token_ids)], axis=1)):
             return run(longer)[:, number:]
 
     def cache(self, vectors: mx.array) -> list[Any]:
@@ -110,20 +153,6 @@ class InFront:
 
     def _given(self, embeddings: mx.array) -> AbstractContextManager[None]:
         return replaced_children(self._body, {self._name: FixedResult(self._embedding, embeddings)})
-
-    def _scale_of_body(self) -> float:
-        """What the body multiplies embeddings with before its first layer."""
-        layers = self._body.layers
-        first, ones = layers[0], mx.ones((1, 1, self.width), self._dtype)
-        layers[0] = _FirstLayer(first)
-        try:
-            with self._given(ones):
-                self._body(mx.zeros((1, 1), mx.int32))
-        except _Seen as seen:
-            return float(seen.args[0].astype(mx.float32).mean().item())
-        finally:
-            layers[0] = first
-        return 1.0
 
     def _refuse_where_inexact(self) -> None:
         """Compare the embeddings of tokens as virtual tokens with the tokens themselves."""

@@ -43,6 +43,7 @@ class Optimizer:
         settings: The chosen ones.
         parameters: Flat float32 arrays by name; the state is float32 as they are.
         decayed: Which names weight decay applies to.
+        factor: What the learning rate of each name is multiplied with.
         compiled: Whether a part's updates are one compiled graph, in which an array takes three kernels and not thirty. It pays on GPUs.
 
     Attributes:
@@ -54,13 +55,20 @@ class Optimizer:
     Settings: ClassVar[type[NoSettings]] = NoSettings
 
     def __init__(
-        self, settings: Any, parameters: Arrays, decayed: Callable[[str], bool], *, compiled: bool = False
+        self,
+        settings: Any,
+        parameters: Arrays,
+        decayed: Callable[[str], bool],
+        factor: Callable[[str], float] = lambda name: 1.0,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.settings = settings
-        groups: dict[tuple[bool, str], list[str]] = {}
+        groups: dict[tuple[bool, str, float], list[str]] = {}
         for name, value in parameters.items():
-            groups.setdefault((not decayed(name), self.kind_of(name, value.shape)), []).append(name)
+            groups.setdefault((not decayed(name), self.kind_of(name, value.shape), factor(name)), []).append(name)
         self._groups = [(groups[key], self.make(settings, key[1], decayed=not key[0])) for key in sorted(groups)]
+        self._factors = [key[2] for key in sorted(groups)]
         for names, optimizer in self._groups:
             optimizer.init({name: parameters[name] for name in names})
         self._compiled = compiled
@@ -98,8 +106,8 @@ class Optimizer:
             scale: What the gradients are multiplied with first, where they are clipped.
         """
         updated: Arrays = {}
-        for (names, optimizer), apply in zip(self._groups, self._applies, strict=True):
-            optimizer.learning_rate = learning_rate
+        for (names, optimizer), factor, apply in zip(self._groups, self._factors, self._applies, strict=True):
+            optimizer.learning_rate = learning_rate * factor
             optimizer.state["step"] = optimizer.step + 1
             shared = {name: optimizer.state[name] for name in _SHARED}
             for part in parts(names, parameters):
@@ -172,8 +180,22 @@ def _apply(
 
 
 def make_optimizer(
-    config: TrainConfig, parameters: Arrays, decayed: Callable[[str], bool], *, compiled: bool = False
+    config: TrainConfig,
+    parameters: Arrays,
+    decayed: Callable[[str], bool],
+    rate: Callable[[str, float], float] = lambda name, peak: peak,
+    *,
+    compiled: bool = False,
 ) -> Optimizer:
-    """The optimizer that a configuration asks for, with a state as training starts with it."""
+    """The optimizer that a configuration asks for, with a state as training starts with it.
+
+    Args:
+        rate: The peak learning rate of a parameter, by its name and that of the run.
+    """
     kind: type[Optimizer] = OPTIMIZERS[config.optimizer]
-    return kind(config.settings(kind.Settings), parameters, decayed, compiled=compiled)
+    settings, peak = config.settings(kind.Settings), config.lr
+
+    def factor(name: str) -> float:
+        return rate(name, peak) / peak if peak else 1.0
+
+    return kind(settings, parameters, decayed, factor, compiled=compiled)

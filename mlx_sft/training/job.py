@@ -114,9 +114,9 @@ class Job:
     def go_back(self, step: int, *, rate_factor: float) -> None:
         checkpoint.remove_after(self.run, step)
         seed = self.config.seed
-        progress, self.parameters, states = checkpoint.load(
-            self.run, self.parameters, self.optimizer, self.identity, seed=seed
-        )
+        expected = self.parameters | self.method.fixed
+        progress, kept, states = checkpoint.load(self.run, expected, self.optimizer, self.identity, seed=seed)
+        self.parameters = self.method.take_up(kept)
         self.progress = progress.after(rate_factor=rate_factor)
         self.callbacks.load_state(states)
         self.replanned = True

@@ -128,6 +128,7 @@ class Footprint:
         accumulates: Whether a step may have several micro-batches, whose gradients are added up.
         held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
         correction: What a measurement found what grows with the tokens to be, beside what is counted.
+        fixed: Bytes that a checkpoint keeps beside what is trained.
     """
 
     layers: tuple[LayerCounts, ...]
@@ -148,6 +149,7 @@ class Footprint:
     accumulates: bool = True
     held: bool = True
     correction: float = 1.0
+    fixed: int = 0
 
     @classmethod
     def of(
@@ -179,12 +181,13 @@ class Footprint:
         if any("embed" in name or name not in held for name in outside):
             lowest = 0  # a gradient goes through all layers: to the embedding, or to what a method puts before or between them
         in_head = any(map(method.in_head, outside))
+        fixed = sum(array.nbytes for array in method.fixed.values())
         optimizer: type[Optimizer] = OPTIMIZERS[config.optimizer]
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         return cls(
             layers=tuple(layers[lowest:]),
             below=tuple(layers[:lowest]),
-            weights=weight_bytes(split) - shared,
+            weights=weight_bytes(split) - shared + 2 * fixed,
             trainable=sum(array.size for array in parameters.values()),
             optimizer_state_bytes=optimizer.state_bytes(config.settings(optimizer.Settings), shapes),
             itemsize=split.model_dtype().size,
@@ -199,6 +202,7 @@ class Footprint:
             keys_in_front=method.keys_in_front,
             accumulates=config.batch_size > 1,
             held=not fused,
+            fixed=fixed,
         )
 
     def predict(
@@ -296,7 +300,7 @@ class Footprint:
     @property
     def checkpoint_bytes(self) -> int:
         """Of the parameters and the optimizer's state, on the disk."""
-        return 4 * self.trainable + self.optimizer_state_bytes
+        return 4 * self.trainable + self.optimizer_state_bytes + self.fixed
 
     @property
     def chunks(self) -> tuple[int, int, int]:

@@ -50,7 +50,8 @@ def save(job: Job) -> None:
 @_where_the_run_lies
 def _save(job: Job) -> None:
     states = job.callbacks.state()
-    checkpoint.save(job.run, job.progress, job.parameters, job.optimizer, states, job.identity, seed=job.config.seed)
+    kept = job.parameters | job.method.fixed
+    checkpoint.save(job.run, job.progress, kept, job.optimizer, states, job.identity, seed=job.config.seed)
     checkpoint.prune(job.run, job.config.keep, job.progress)
     if job.progress.best_step is None:
         save_result(job)

@@ -179,7 +179,10 @@ class _Setup:
         for part in (self.data.train, self.data.valid):
             _refuse_inexact_length(part, base.path, self.method)
         objective, mode = make_objective(self.config), asked_for(self.config)[0]
-        self.computer = GradientComputer(self.split, self.method, self.vocabulary, objective, recompute=mode)
+        noise = self.config.neftune_alpha
+        self.computer = GradientComputer(
+            self.split, self.method, self.vocabulary, objective, recompute=mode, neftune_alpha=noise
+        )
 
     def plan_memory(self) -> None:
         """How a step is computed on this machine, by what is measured now, or was when a run that goes on began."""
@@ -222,14 +225,16 @@ class _Setup:
     def take_up_state(self) -> None:
         """The optimizer, and where the run stands: at its beginning, at its newest checkpoint, or where a TRL export stopped."""
         config, run, steps = self.config, self.run, self.plan.total_steps
-        self.optimizer = make_optimizer(config, self.parameters, self.method.decayed, compiled=self.machine.compiles)
+        self.optimizer = make_optimizer(
+            config, self.parameters, self.method.decayed, self.method.rate, compiled=self.machine.compiles
+        )
         identity = self.identity = identity_of(config, self.data, self.path)
         if run:
             refuse_changes(run, config, self.data, identity)
         if run and self.begun:
-            progress, self.parameters, states = checkpoint.load(
-                run, self.parameters, self.optimizer, identity, seed=config.seed
-            )
+            expected = self.parameters | self.method.fixed
+            progress, kept, states = checkpoint.load(run, expected, self.optimizer, identity, seed=config.seed)
+            self.parameters = self.method.take_up(kept)
             if untaken := self.callbacks.load_state(states):
                 names = ", ".join(untaken)
                 self.console.warn(

@@ -74,6 +74,7 @@ def starting_parameters(
     where = None if begun else _given_adapter(config)
     if where is None:
         method = make_method(config)
+        method.begun = begun
         if tokenizer is not None and not begun:
             method.read_tokenizer(tokenizer)
         parameters = method.attach(model, config.seed)

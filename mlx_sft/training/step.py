@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from mlx_sft.training.loss import (
     fused_holds,
     position_losses,
 )
+from mlx_sft.training.neftune import Draw, Neftune
 from mlx_sft.training.recompute import Mode, Recomputation
 from mlx_sft.training.shapes import Shape, compiled_shape
 
@@ -76,6 +78,7 @@ class GradientComputer:
         recompute: What the backward pass computes again.
         compiled: Shapes whose micro-step is compiled; others run as they are.
         head_chunk: Positions that go through the head at once; where None, as many as are fast.
+        neftune_alpha: Of the noise on the embeddings in training; 0 for none.
 
     Attributes:
         tiled_head: The head in tiles of the vocabulary; None where it cannot be had so, or MLX's own kernel is used.
@@ -93,8 +96,10 @@ class GradientComputer:
         recompute: Mode = "off",
         compiled: Collection[Shape] = (),
         head_chunk: int | None = None,
+        neftune_alpha: float = 0.0,
     ) -> None:
         self._split = split
+        self._neftune = Neftune(split.model, neftune_alpha) if neftune_alpha else None
         self._method = method
         self._vocabulary = vocabulary
         self._objective = objective or SFT()
@@ -141,20 +146,21 @@ class GradientComputer:
         Args:
             parameters: The trainable arrays.
             batches: The micro-batches of the step.
-            key: Random key of the step's dropout; None for no dropout.
+            key: Random key of the step's dropout and noise; None for neither.
             before_each: Called before each micro-batch; what it raises ends the step, and nothing has changed.
             weighting: What the positions weigh; the objective says it where None.
 
         Raises:
             OutOfMemory, Interrupted: If one of them fails; nothing has changed then.
         """
-        keys = mx.random.split(key, len(batches) + 1) if key is not None else [None] * len(batches)
+        of_dropout = key if self._method.uses_dropout else None
+        keys = mx.random.split(of_dropout, len(batches) + 1) if of_dropout is not None else [None] * len(batches)
         loss = mx.array(0.0)
         total: Parameters = {}
         try:
             with training_mode(self._split.model):
                 if weighting is None:
-                    weighting = self._weigh(batches, self._first_pass(parameters, batches, keys, before_each))
+                    weighting = self._weigh(batches, self._first_pass(parameters, batches, key, keys, before_each))
                 # Not those of the head, whose gradients are sums over its chunks.
                 rounded = self._method.rounded(parameters) | self._of_head(parameters)
                 for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
@@ -162,7 +168,8 @@ class GradientComputer:
                     started = time.perf_counter()
                     with failures_noticed(batch):
                         weights = (own_weights / weighting.normalizer).astype(np.float32)
-                        batch_loss, gradients = self.micro_step(rounded, batch, weights, batch_key)
+                        draw = self._draw(batch, key)
+                        batch_loss, gradients = self.micro_step(rounded, batch, weights, batch_key, draw)
                         loss = loss + batch_loss
                         total = self._added(total, gradients)
                         del gradients  # so that the sum can take its place
@@ -245,36 +252,40 @@ class GradientComputer:
         self,
         parameters: Parameters,
         batches: Sequence[Batch],
+        step_key: mx.array | None,
         keys: Sequence[mx.array | None] | mx.array,
         before_each: Callable[[], None],
     ) -> list[NDArray[np.float32]] | None:
-        """log p of every target as the model is now, with the dropout of the step; None where the objective does not need it."""
+        """log p of every target as the model is now, with the dropout and noise of the step; None where the objective does not need it."""
         if not self._objective.first_pass:
             return None
         found = []
         for batch, key in zip(batches, keys, strict=False):
             before_each()
             self._method.bind(self._split.model, parameters, key)
-            found.append(self._position_log_probs(parameters, batch)[0])
+            found.append(self._position_log_probs(parameters, batch, self._draw(batch, step_key))[0])
         return found
 
+    def _draw(self, batch: Batch, key: mx.array | None) -> Draw | None:
+        return self._neftune.draw(batch, key) if self._neftune and key is not None else None
+
     def _position_log_probs(
-        self, parameters: Parameters, batch: Batch
+        self, parameters: Parameters, batch: Batch, draw: Draw | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
         """log p of the targets of a micro-batch, and the likeliest tokens, both [positions]."""
         head = self._head_for(parameters)
         with failures_noticed(batch):
-            hidden_states = self._states_of(batch)
+            hidden_states = self._states_of(batch, draw)
             targets, chunk = mx.array(batch.targets), self._chunk(head)
             losses, likeliest = position_losses(head, hidden_states, targets, chunk, fused=self._fused)
             mx.eval(losses, likeliest)
         return -np.array(losses), np.array(likeliest)
 
-    def _states_of(self, batch: Batch) -> mx.array:
+    def _states_of(self, batch: Batch, draw: Draw | None) -> mx.array:
         """The hidden states that predict the targets of a micro-batch, without dropout but for that of the parameters that are bound."""
         self._recomputation.rows.spans = batch.spans
         with self._recomputation.active():
-            return self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions))
+            return self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions), draw)
 
     def _add(self, total: Parameters, gradients: Parameters) -> Parameters:
         """The sum of some micro-batches' gradients, float32; `total` is empty before the first."""
@@ -282,7 +293,12 @@ class GradientComputer:
         return {name: total[name] + gradient if total else gradient for name, gradient in gradients.items()}
 
     def micro_step(
-        self, parameters: Parameters, batch: Batch, weights: NDArray[np.float32], key: mx.array | None
+        self,
+        parameters: Parameters,
+        batch: Batch,
+        weights: NDArray[np.float32],
+        key: mx.array | None,
+        draw: Draw | None = None,
     ) -> tuple[mx.array, Parameters]:
         """Σ weights · −log p(target) over a micro-batch, and its gradient, not yet evaluated, with respect to parameters or what
         the method has rounded them to."""
@@ -297,6 +313,7 @@ class GradientComputer:
             mx.array(np.pad(batch.targets, (0, padding))),
             mx.array(np.pad(weights, (0, padding))),
             key,
+            draw,
         )
 
     def _note_trace(self, batch: Batch, seconds: float) -> None:
@@ -313,10 +330,11 @@ class GradientComputer:
         targets: mx.array,
         weights: mx.array,
         key: mx.array | None,
+        draw: Draw | None,
     ) -> mx.array:
         self._method.bind(self._split.model, parameters, key)
         with self._recomputation.active():
-            hidden_states = self._supervised_states(token_ids, positions)
+            hidden_states = self._supervised_states(token_ids, positions, draw)
         head = self._head_for(parameters)
         return cross_entropy_sum(
             head,
@@ -328,8 +346,9 @@ class GradientComputer:
             fused=self._fused,
         )
 
-    def _supervised_states(self, token_ids: mx.array, positions: mx.array) -> mx.array:
-        hidden_states = self._split.hidden_states(token_ids)
+    def _supervised_states(self, token_ids: mx.array, positions: mx.array, draw: Draw | None) -> mx.array:
+        with self._neftune.added(draw) if self._neftune else nullcontext():
+            hidden_states = self._split.hidden_states(token_ids)
         return hidden_states.reshape(-1, hidden_states.shape[-1])[positions]
 
     def _of_head(self, parameters: Parameters) -> Parameters:

@@ -234,31 +234,6 @@ def test_a_run_that_starts_from_mlx_lms_adapter_on_tied_embeddings_is_merged_int
     assert load_run(plain).method is not None
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_an_adapter_that_moved_its_base_is_taken_once_it_is_converted(
-    start: str, make_base: Callable[..., Path], tmp_path: Path, torch_logits: Callable, mlx_logits: Callable, token_ids: list
-) -> None:  # fmt: skip
-    base = make_base("qwen3", tied=True)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    config = peft.LoraConfig(
-        r=2, lora_alpha=5, task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], init_lora_weights=start
-    )
-    adapted = peft.get_peft_model(model, config).eval()
-    adapted.save_pretrained(tmp_path / "start")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    theirs = torch.tensor(torch_logits(adapted, token_ids))
-    adapted.save_pretrained(tmp_path / "moved")
-    with pytest.raises(UserError, match=f'init_lora_weights is "{start}"') as caught:
-        load_adapter(tmp_path / "moved", str(base))
-    assert "path_initial_model_for_weight_conversion" in caught.value.hint
-    adapted.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    assert_close(mlx_logits(load_adapter(tmp_path / "plain", str(base), "float32").model, token_ids), theirs)
-
-
 def test_adapters_that_peft_ties_as_it_ties_the_weights(
     make_base: Callable[..., Path], tmp_path: Path, torch_logits: Callable, mlx_logits: Callable, token_ids: list
 ) -> None:

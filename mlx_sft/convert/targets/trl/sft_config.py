@@ -35,6 +35,7 @@ def sft_arguments(config: TrainConfig, *, total_steps: int, longest: int) -> dic
         "adam_epsilon": adamw.eps,
         "weight_decay": adamw.weight_decay,
         "max_grad_norm": config.max_grad_norm,
+        "neftune_noise_alpha": config.neftune_alpha or None,
         "seed": config.seed,
         # The rows are tokenized, cut and in order.
         "dataset_kwargs": {"skip_prepare_dataset": True},

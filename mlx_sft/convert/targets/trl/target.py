@@ -42,6 +42,10 @@ _DROPOUT = """\
 - Dropout ({dropout:g}): its random numbers are PyTorch's, so that losses agree on average and not step by step.
 """
 
+_NOISE = """\
+- The noise on embeddings (NEFTune, {alpha:g}) is PyTorch's too, and within alpha / √(L · width) with the L of the longest row at once.
+"""
+
 
 class TrlSettings(BaseModelSettings, DataSettings):
     """Where the run's base and data are."""
@@ -167,5 +171,6 @@ def _readme(config: TrainConfig, method: Method, plan: Plan) -> str:
         rows=config.batch_size,
         model=" ".join(printable(name_elsewhere(config.model)).split()),
         dtype=config.dtype,
-        dropout=_DROPOUT.format(dropout=method.settings.dropout) if method.uses_dropout else "",
+        dropout=(_DROPOUT.format(dropout=method.settings.dropout) if method.uses_dropout else "")
+        + (_NOISE.format(alpha=config.neftune_alpha) if config.neftune_alpha else ""),
     )  # fmt: skip

@@ -1,0 +1,59 @@
+"""NEFTune: uniform noise on the embeddings in training (Jain et al. 2023, https://arxiv.org/abs/2310.05914).
+
+    embeddings of a conversation [L, d] + uniform(-1, 1) · alpha / √(L · d)
+
+L is the conversation's own number of tokens. The noise of a token follows from the seed, the step, the number of its conversation and
+its place there, so that neither how a step is cut nor where a run was interrupted changes it.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_sft.data.batches import Batch
+from mlx_sft.methods.virtual_tokens import EmbeddingsOf
+
+Draw = tuple[mx.array, mx.array]
+"""For each token of a micro-batch its random key [rows, width, 2], and the bound of its noise [rows, width]."""
+
+
+class Neftune:
+    """The noise of a model's embeddings.
+
+    Args:
+        alpha: Above 0.
+
+    Raises:
+        UserError: If the model has no embeddings that are known.
+    """
+
+    def __init__(self, model: nn.Module, alpha: float) -> None:
+        self._embeddings, self._alpha = EmbeddingsOf(model), alpha
+
+    def draw(self, batch: Batch, key: mx.array) -> Draw:
+        """What the noise of a micro-batch is made of.
+
+        Args:
+            key: Of the step.
+        """
+        rows, width = batch.token_ids.shape
+        spans = batch.spans or [(row * width, (row + 1) * width) for row in range(rows)]
+        words, bounds = np.zeros((rows * width, 2), np.uint32), np.zeros(rows * width, np.float32)
+        for (start, end), example, length in zip(spans, batch.examples, batch.lengths, strict=True):
+            words[start:end, 0], words[start:end, 1] = example, np.arange(end - start)
+            bounds[start:end] = self._alpha / math.sqrt(length * self._embeddings.width)
+        keys = mx.random.split(key, 2)[1] + mx.array(words)
+        return keys.reshape(rows, width, 2), mx.array(bounds).reshape(rows, width)
+
+    def added(self, draw: Draw | None) -> AbstractContextManager[None]:
+        """Within the block the embeddings have the noise; with None they are as they are."""
+        if draw is None:
+            return nullcontext()
+        (rows, width, _), numbers = draw[0].shape, self._embeddings.width
+        uniform = mx.vmap(lambda key: mx.random.uniform(-1, 1, (numbers,), key=key))(draw[0].reshape(-1, 2))
+        return self._embeddings.noisy(uniform.reshape(rows, width, numbers) * draw[1][..., None])
