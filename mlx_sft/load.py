@@ -16,8 +16,8 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.new_tokens import NewTokens, beyond
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import folder_bytes, user_path
-from mlx_sft.methods import Method, Parameters, attach_trained, make_method, method_in
-from mlx_sft.methods.results import refuse_unfinished_result, run_of_result
+from mlx_sft.methods import Method, Parameters, make_method, method_in
+from mlx_sft.methods.results import attach_trained, refuse_unfinished_result, run_of_result
 from mlx_sft.model.load import (
     LoadedModel,
     cast,

@@ -358,48 +358,6 @@ def method_in(folder: Path) -> type[Method]:
     return next((entry for entry in others if entry.frozen_base and entry.recognizes(folder)), default)
 
 
-def attach_trained(model: nn.Module, method: Method, trained: Parameters, where: Path) -> Parameters:
-    """Attach a method to a model with what it trained before.
-
-    Args:
-        model: A frozen model, as loaded.
-        method: With the settings that it was trained with.
-        trained: Parameters that were read from `where`.
-        where: The folder that a message names.
-
-    Returns:
-        The trained parameters, in the model's order.
-
-    Raises:
-        UserError: If they are another model's; it names the first parameter that differs.
-    """
-    trained = method.of_model(model, trained, where)
-    try:
-        start = method.attach(model, seed=0)
-    except UserError as error:
-        what = f"this adapter is for another model: {error.what}"
-        raise UserError(what, where=str(where), hint=error.hint) from error
-    _check_same(trained, start, where)
-    parameters = {name: trained[name] for name in start}
-    method.bind(model, parameters)
-    model.eval()  # modules that were attached are made in training mode
-    return parameters
-
-
-def _check_same(trained: Parameters, model: Parameters, where: Path) -> None:
-    """Raise `UserError` unless both have the same names and shapes; it names the first that differs."""
-    hint = "it belongs to another model; give the one that it was trained on"
-    for name, value in trained.items():
-        if name not in model:
-            raise UserError(f"this model has no place for {name}", where=str(where), hint=hint)
-        if value.shape != model[name].shape:
-            shapes = f"{list(value.shape)}, and the model asks for {list(model[name].shape)}"
-            raise UserError(f"{name} is {shapes}", where=str(where), hint=hint)
-    if missing := [name for name in model if name not in trained]:
-        what = f"{len(missing)} parameters of this model are not in it, such as {missing[0]}"
-        raise UserError(what, where=str(where), hint=hint)
-
-
 __all__ = [
     "ENTRIES",
     "Method",
@@ -407,7 +365,6 @@ __all__ = [
     "Rows",
     "WeightEdit",
     "as_attached",
-    "attach_trained",
     "for_new_tokens",
     "make_method",
     "method_in",

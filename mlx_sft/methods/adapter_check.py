@@ -23,7 +23,7 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_sft.console import count
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.gate import checked
-from mlx_sft.methods import Method, Parameters, attach_trained, method_in, mlx_lm_files
+from mlx_sft.methods import Method, Parameters, method_in, mlx_lm_files
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora import Lora
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
@@ -32,7 +32,7 @@ from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
 from mlx_sft.methods.peft_forms import check_copies
 from mlx_sft.methods.peft_rules import in_a_layer
-from mlx_sft.methods.results import refuse_unfinished_result, result_folder
+from mlx_sft.methods.results import attach_trained, refuse_unfinished_result, result_folder
 from mlx_sft.methods.token_rows import ROWS, is_rows
 from mlx_sft.model.head import HEAD, tied_embedding
 from mlx_sft.model.linears import weight_shape

@@ -13,8 +13,8 @@ from mlx_sft.console import Console
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
-from mlx_sft.methods import Method, Parameters, as_attached, attach_trained, make_method, method_in
-from mlx_sft.methods.results import refuse_unfinished_result
+from mlx_sft.methods import Method, Parameters, as_attached, make_method, method_in
+from mlx_sft.methods.results import attach_trained, refuse_unfinished_result
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.errors import UserError
-from mlx_sft.methods import Method, Parameters, attach_trained, make_method
+from mlx_sft.methods import Method, Parameters, make_method
+from mlx_sft.methods.results import attach_trained
 from mlx_sft.model.load import load_model
 from mlx_sft.model.quantize import WeightRow, first_rows
 from mlx_sft.model.weights import Checkpoint
