@@ -117,7 +117,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma": _TIED,
     "gemma2": _GEMMA | _WITHOUT_WINDOW | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
-    "gemma3_text": _GEMMA | {"layer_types": [SLIDING, SLIDING, SLIDING, FULL]},
+    "gemma3_text": _GEMMA | {"hidden_size": 96, "layer_types": [SLIDING, SLIDING, SLIDING, FULL]},
     "gemma3n_text": _TIED
     | {
         "num_hidden_layers": 6,

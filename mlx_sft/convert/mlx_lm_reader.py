@@ -124,13 +124,16 @@ def logits(model: Callable[[mx.array], mx.array], rows: list[list[int]]) -> Logi
     return [np.array(model(mx.array([row]))[0].astype(mx.float32)) for row in rows]
 
 
-def check_in_mlx_lm(folder: Path, rows: list[list[int]], expected: Logits | None = None) -> None:
+def check_in_mlx_lm(
+    folder: Path, rows: list[list[int]], expected: Logits | None = None, *, where: object = None
+) -> None:
     """Open a folder with mlx-lm's own loader, which knows nothing of this package, and compare.
 
     Args:
         folder: A whole checkpoint.
         rows: Token ids.
         expected: The logits of the model that was written, `computable`; without them, those of the folder as it is opened here.
+        where: What a message names: what the folder was made of, where that has no name yet by which a person would know it.
 
     Raises:
         UserError: If mlx-lm cannot open it, or computes another model.
@@ -142,12 +145,13 @@ def check_in_mlx_lm(folder: Path, rows: list[list[int]], expected: Logits | None
             expected = logits(model, rows)
         del model
     trusted = may_run_code_of(folder)
-    with blamed_on(folder, "mlx-lm cannot open it", _NOT_TO_BE_READ):
+    where = where or folder
+    with blamed_on(where, "mlx-lm cannot open it", _NOT_TO_BE_READ):
         opened, _ = mlx_lm_utils.load_model(checked(folder), lazy=True, trust_remote_code=trusted)
         with computable(opened):
             found = logits(opened, rows)
     if told := difference_of(found, expected):
-        raise UserError(f"mlx-lm computes another model of it: {told}", where=str(folder), hint=_NOT_TO_BE_READ)
+        raise UserError(f"mlx-lm computes another model of it: {told}", where=str(where), hint=_NOT_TO_BE_READ)
 
 
 def difference_of(found: Logits, expected: Logits) -> str:

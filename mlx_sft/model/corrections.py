@@ -9,13 +9,16 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.gemma3_text import Gemma3Model
 
 from mlx_sft.errors import UserError
 from mlx_sft.model.falcon_h1 import FalconH1Layer, unmultiplied, with_multipliers
 from mlx_sft.model.gemma3n import Gemma3n
-from mlx_sft.model.head import repeated_layers
+from mlx_sft.model.head import language_model, repeated_layers
 
 Weights = dict[str, mx.array]
 Settings = dict[str, Any]
@@ -81,6 +84,31 @@ class BiasedRouting(nn.Module):
         return result
 
 
+class Gemma3Body(Gemma3Model):
+    """Gemma 3's, with embeddings multiplied by the root of their width as the type of the weights has it.
+
+    mlx-lm's code takes bfloat16's of it whatever the type: 34 instead of 33.94 for a width of 1,152.
+    """
+
+    _as_in_mlx_lm = False
+
+    def give_mlx_form(self) -> None:
+        """From now on multiply as mlx-lm does, also in float32, where the weights are bfloat16: then it is the same number."""
+        self._as_in_mlx_lm = self.norm.weight.dtype == mx.bfloat16
+
+    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        embeddings = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        of_type = _AS_NUMPY.get(embeddings.dtype, np.float32)
+        right, taken = (float(np.asarray(self.args.hidden_size**0.5, t)) for t in (of_type, ml_dtypes.bfloat16))
+        if right != taken and not self._as_in_mlx_lm:
+            embeddings = embeddings * (right / taken)
+        states: mx.array = super().__call__(inputs, cache, embeddings)
+        return states
+
+
+_AS_NUMPY: dict[mx.Dtype, Any] = {mx.bfloat16: ml_dtypes.bfloat16, mx.float16: np.float16}
+
+
 class _RoutingBias(nn.Module):
     def __init__(self, experts: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -113,6 +141,9 @@ def corrected(model: nn.Module, settings: Settings, where: str) -> nn.Module:
             layer.mlp = GeluMLP(layer.mlp, _OTHER_GELU[family], gelu)
     if family == "gemma3n_text":
         return Gemma3n(model.args)
+    if family == "gemma3_text":
+        owner = language_model(model)
+        owner.model = Gemma3Body(owner.args)
     if family == "falcon_h1":
         with_multipliers(model)
     if family in _GATED_NORMS:
@@ -216,6 +247,11 @@ _COMPUTED_OTHERWISE: list[tuple[tuple[str, ...], Callable[[Settings], bool], str
         "the weights of the chosen experts are made to sum to one",
     ),
     (("minicpm3",), lambda _: True, "its logits are others"),
+    (
+        ("phimoe",),
+        lambda settings: settings.get("num_experts_per_tok", 2) != 2,
+        "transformers chooses two experts, whatever it says",
+    ),
     (("mistral4",), lambda _: True, "the scores of its attention are scaled by YaRN's factor"),
     (
         ("falcon_h1",),

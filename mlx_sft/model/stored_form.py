@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_sft.errors import UserError
-from mlx_sft.model.corrections import CORRECTED
+from mlx_sft.model.corrections import CORRECTED, Gemma3Body
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.rope import TURNS_ALL, YarnRope
 from mlx_sft.model.weights import Checkpoint
@@ -105,6 +105,9 @@ def give_mlx_form(model: nn.Module) -> None:
         )
     found = [(path, one.to_mlx()) for path, one in model.named_modules() if isinstance(one, OF_STORED_FORM)]
     model.update_modules(tree_unflatten(found))
+    for module in model.modules():
+        if isinstance(module, Gemma3Body):
+            module.give_mlx_form()
 
 
 def _turned(weight: mx.array) -> mx.array:

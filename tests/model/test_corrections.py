@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx_lm.models.gemma3_text import Gemma3Model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mlx_sft import train
@@ -19,6 +21,7 @@ from mlx_sft.convert.targets.mlx import convert
 from mlx_sft.errors import UserError
 from mlx_sft.model.load import load_model
 from mlx_sft.model.outline import outline
+from mlx_sft.model.stored_form import give_mlx_form
 from tests.parity import assert_close
 from tests.torch_families import FULL, LINEAR, SLIDING
 
@@ -39,6 +42,8 @@ _MULTIPLIERS = {
         ("gemma", {"tie_word_embeddings": True}),
         ("starcoder2", {"hidden_act": "gelu_pytorch_tanh", "sliding_window": None}),
         ("gpt_neox", {"hidden_act": "gelu", "intermediate_size": 256}),
+        # The scale of embeddings, whose root is no number of bfloat16.
+        ("gemma3_text", {"tie_word_embeddings": True, "hidden_size": 96}),
         # The routing bias.
         ("ernie4_5_moe", {}),
         # A gated norm in groups, and the types of layers by other names.
@@ -77,16 +82,31 @@ def test_the_logits_are_those_of_transformers(
     mlx_logits: Callable,
     token_ids: list,
 ) -> None:
-    base = make_base(family, tied=family == "gemma", **settings)
+    base = make_base(family, tied=family.startswith("gemma"), **settings)
     model = load_model(str(base), "float32").model
     assert_close(mlx_logits(model, token_ids), torch.tensor(torch_logits(torch_model(base), token_ids)))
     assert outline(base, "float32").model is not None
+
+
+@pytest.mark.parametrize(("dtype", "same"), [("bfloat16", True), ("float16", False), ("float32", False)])
+def test_only_in_bfloat16_gemma_3_is_mlx_lms_own(
+    dtype: str, same: bool, make_base: Callable[..., Path], token_ids: list
+) -> None:
+    """There the root of the width is the same number, so that what is written in mlx-lm's form is computed there as here."""
+    model = load_model(str(make_base("gemma3_text", tied=True, hidden_size=96)), dtype).model
+    theirs = Gemma3Model.__call__(model.model, mx.array(token_ids))
+    assert bool(mx.array_equal(model.model(mx.array(token_ids)), theirs)) == same
+    give_mlx_form(model)
+    model.set_dtype(mx.float32)  # as where MLX computes on a CPU what will be computed in bfloat16
+    theirs = Gemma3Model.__call__(model.model, mx.array(token_ids))
+    assert bool(mx.array_equal(model.model(mx.array(token_ids)), theirs)) == same
 
 
 @pytest.mark.parametrize(
     ("family", "settings", "what"),
     [
         ("jamba", {}, "sum to one"),
+        ("phimoe", {"num_experts_per_tok": 3, "attention_bias": True, "lm_head_bias": True}, "two experts"),
         ("falcon_h1", {"mamba_rms_norm": True}, "groups"),
     ],
 )

@@ -46,7 +46,7 @@ def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: s
     with write_folder(target, needed, parents=True) as temporary:
         loaded = load_model(model, dtype or "stored")
         rows = random_rows(loaded.tokenizer, path)
-        check_in_mlx_lm(temporary, rows, _write(loaded, temporary, quantize, rows))
+        check_in_mlx_lm(temporary, rows, _write(loaded, temporary, quantize, rows), where=path)
     return target
 
 
@@ -86,7 +86,7 @@ class Mlx(Merged):
 
     def verify(self, folder: Path) -> Verification | None:
         """How the merged checkpoint compares, which this was made of; and mlx-lm opens this."""
-        check_in_mlx_lm(folder, *self._compared)
+        check_in_mlx_lm(folder, *self._compared, where=self.export.run.path)
         return self._verification
 
 
