@@ -215,7 +215,8 @@ def _stray(key: str, settings: dict[str, Any]) -> tuple[str, str]:
     if not owners:
         return f"{key}: no such setting", did_you_mean(key, [public_name(name) for name in all_fields()])
     kind = owners[0][0]
-    names, one = (word.join(name for _, name in owners) for word in (" and ", " or "))
+    *others, last = (name for _, name in owners)
+    names, one = (f" {word} ".join(filter(None, (", ".join(others), last))) for word in ("and", "or"))
     chosen = settings.get(kind, TrainConfig.model_fields[kind].get_default(call_default_factory=True))
     has = f"this run has {option_name(kind)} {chosen}" if chosen else f"this run has no {option_name(kind)}"
     return f"{key}: a setting of {option_name(kind)} {names}, and {has}", f"leave {key} out, or choose {one}"

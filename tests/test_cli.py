@@ -49,11 +49,19 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "time_limit": (["45m"], "45m"),
     "overlong": (["drop"], "drop"),
     "prompt_init": (["text:be brief"], "text:be brief"),
+    "prefix_init": (["cartridge:a.txt"], "cartridge:a.txt"),
     "chat_template": (["chatml"], "chatml"),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
 }
 """What to type for an option whose kind alone does not say it, and the value that it means."""
 
+
+GOES_WITH = {
+    "nesterov": ["--momentum", "0.5"],
+    "encoder_layers": ["--encoder", "lstm"],
+    "lora_plus_embedding_lr": ["--lora-plus-ratio", "16"],
+}
+"""What else to type where a setting is one of another setting's."""
 
 HAVE_ONE_VALUE = ("objective", "callbacks")
 """Without another package; what one adds is chosen in `test_extending.py`."""
@@ -75,6 +83,10 @@ def typed(field: str) -> tuple[list[str], Any]:
     return [option_name(field), "9"], 9
 
 
+def _fields(words: list[str]) -> set[str]:
+    return {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+
+
 @pytest.fixture
 def resolved(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     """The configurations that `train` was called with; it does nothing."""
@@ -93,13 +105,13 @@ def test_every_setting_is_an_option_that_arrives(cli: Cli, resolved: list[TrainC
     words, value = typed(field)
     choosing = [(kind, name) for kind, name in owners_of(field)[:1] if kind != "callbacks"]
     chosen = [word for kind, name in choosing for word in (option_name(kind), name)]
-    also = ["--momentum", "0.5"] if field == "nesterov" else []
+    also = GOES_WITH.get(field, [])
     result = cli("train", *([] if field == "data" else ["--data", "x"]), *chosen, *words, *also)
     assert result.exit_code == 0, result.output
     arrived = getattr(resolved[0], field)
     assert arrived == value
     assert arrived != type(resolved[0]).model_fields[field].default
-    others = resolved[0].model_fields_set - {field, "data", "momentum", *(kind for kind, _ in choosing)}
+    others = resolved[0].model_fields_set - {field, "data", *_fields(also), *(kind for kind, _ in choosing)}
     assert not others, "an option that was not given counts as given"
 
 

@@ -192,7 +192,7 @@ def test_an_option_is_named_as_its_field() -> None:
                 "rank_pattern": "q_proj=3", "alpha_pattern": {"q_proj": 2.0},
             }.items()
         ),
-        ({"betas": [0.9, 0.99], "optimizer": "sgd"}, "betas", "--optimizer adamw and lion, and this run has --optimizer sgd"),
+        ({"betas": [0.9, 0.99], "optimizer": "sgd"}, "betas", "--optimizer adamw, adamw8bit and lion, and this run has --optimizer sgd"),
         ({"momentum": 0.9}, "momentum", "--optimizer muon and sgd, and this run has --optimizer adamw"),
     ],
 )  # fmt: skip

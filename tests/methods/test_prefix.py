@@ -31,8 +31,8 @@ from mlx_sft.methods.prompt_files import PROMPT
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.training.memory import Footprint
-from tests.methods.test_prompt import ROWS, WORDS, _examples, _loss, _losses
-from tests.parity import assert_close, loss_and_gradients, losses_of_steps
+from tests.methods.test_prompt import ROWS, WORDS, _examples
+from tests.parity import assert_close, loss_and_gradients, loss_of_rows, losses_of_run, losses_of_steps
 
 pytestmark = [
     pytest.mark.parity,
@@ -64,8 +64,8 @@ def test_a_run_is_that_of_peft_and_opens_there(
     theirs = get_peft_model(torch_model(base), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N))
     theirs.save_pretrained(tmp_path / "theirs")
     run = train(TrainConfig(**given | {"model": str(base), "init_adapter": str(tmp_path / "theirs")}), data=ROWS)
-    expected = losses_of_steps(theirs, lambda: _loss(theirs, ROWS), 10, lr=0.1)
-    np.testing.assert_allclose(_losses(run.run_dir), expected, atol=1e-4)
+    expected = losses_of_steps(theirs, lambda: loss_of_rows(theirs, ROWS), 10, lr=0.1)
+    np.testing.assert_allclose(losses_of_run(run.run_dir), expected, atol=1e-4)
     assert expected[-1] < expected[0] - 0.1
     export(run.run_dir, tmp_path / "peft", format="peft")
     opened = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "peft").eval()
@@ -140,8 +140,8 @@ def test_a_cartridge_is_that_of_peft(base: Path, given: dict[str, Any], torch_mo
     text = document.read_text()
     tokenizer = load_tokenizer(base)
     start = initialize_kv_prefix_from_text(theirs, tokenizer, text=text, use_chat_template=False).numpy()
-    expected = losses_of_steps(theirs, lambda: _loss(theirs, ROWS), 10, lr=0.1)
-    np.testing.assert_allclose(_losses(run), expected, atol=1e-4)
+    expected = losses_of_steps(theirs, lambda: loss_of_rows(theirs, ROWS), 10, lr=0.1)
+    np.testing.assert_allclose(losses_of_run(run), expected, atol=1e-4)
     found = load_file(run / "adapter" / WEIGHTS)[PROMPT]
     np.testing.assert_allclose(found[0], start[0], atol=1e-5)
     assert np.abs(found[1:] - start[1:]).max() > 0.1
@@ -316,7 +316,7 @@ def test_its_keys_count_in_memory_and_not_in_max_length(base: Path, given: dict[
 
 def test_it_trains_on_a_quantized_base_in_half_precision(base: Path, given: dict[str, Any]) -> None:
     run = train(TrainConfig(**given | {"model": str(base), "quantize": "4", "dtype": "bfloat16"}), data=ROWS).run_dir
-    losses = _losses(run)
+    losses = losses_of_run(run)
     assert losses[-1] < losses[0] - 0.3
     assert load_file(run / "adapter" / WEIGHTS)[PROMPT].dtype == np.float32
     assert generate_text(load_run(run), WORDS, max_tokens=4)
