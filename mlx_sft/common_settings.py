@@ -101,7 +101,8 @@ class CommonSettings(Settings):
 
     # method
     method: str = "lora"
-    """What is trained: lora for low-rank adapters, full for every weight, or a method of another package."""
+    """What is trained: lora for low-rank adapters, full for every weight, prompt, p-tuning or prefix for virtual tokens in front of each
+    conversation, bottleneck for small networks behind attention and MLP, or a method of another package."""
 
     # objective
     objective: str = "sft"
