@@ -47,7 +47,8 @@ def new_config(given: TrainConfig, console: Console) -> TrainConfig:
         return with_full_paths(given)
     if TrlFolder.find(folder) is not None:
         return continued_config(given, TrlFolder.trained(folder))
-    if not METHODS[given.method].recognizes(user_path(folder)):
+    method = METHODS[given.method]
+    if not (method.peft and method.recognizes(user_path(folder))):
         hint = "give the folder of a TRL export, or one with adapter_config.json, such as a checkpoint-500 of TRL"
         raise UserError("neither a TRL export nor an adapter of PEFT", where=folder, hint=hint, exit_code=USAGE)
     if not given.data:

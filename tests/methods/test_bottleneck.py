@@ -265,6 +265,17 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(config, data=ROWS, valid=ROWS[:1]).run_dir
 
 
+def test_no_file_of_it_is_one_of_pefts_to_go_on_from(run: Path, tmp_path: Path) -> None:
+    given = {
+        "resume_from_peft": str(run / "adapter"),
+        "method": "bottleneck",
+        "out": str(tmp_path / "run"),
+        "data": "x.jsonl",
+    }
+    with pytest.raises(UserError, match="neither a TRL export nor an adapter of PEFT"):
+        train(TrainConfig(**given))
+
+
 def test_it_starts_as_the_model_is_or_as_the_library_starts(base: Path) -> None:
     model = load_model(str(base), "float32").model
     plain = model(mx.array([ASKED]))
