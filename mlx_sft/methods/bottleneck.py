@@ -156,7 +156,7 @@ class BottleneckAdapters(Method):
         """
         self._dtype = next(iter(floating_weights(model).values())).dtype
         layers, found = repeated_layers(model), places(model, self.settings.names)
-        chosen = set(chosen_layers(self.settings.layers or f"first:{len(layers)}", len(layers)))
+        chosen = set(chosen_layers(self.settings.layers, len(layers)))
         self._leave_out = [number for number in range(len(layers)) if number not in chosen]
         paths = {id(module): path for path, module in model.named_modules()}
         self._modules = {}
@@ -301,8 +301,7 @@ class BottleneckAdapters(Method):
         if name != "layers":
             return super().agrees(model, name, given)
         number = len(repeated_layers(model))
-        asked, own = (chosen_layers(layers or f"first:{number}", number) for layers in (given, self.settings.layers))
-        return asked == own
+        return chosen_layers(given, number) == chosen_layers(self.settings.layers, number)
 
     @property
     def title(self) -> str:

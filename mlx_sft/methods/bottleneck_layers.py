@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_sft.errors import UserError
-from mlx_sft.model.blocks import replaced_children
+from mlx_sft.model.blocks import InPlaceOf, replaced_children
 from mlx_sft.model.head import repeated_layers
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -151,13 +151,13 @@ class _Adapted:
         parts = {str(followed(self, name)): name for name in (AFTER_ATTENTION, AFTER_MLP) if name in self}
         others = () if vars(self)[_READS] == "output" else self.children().items()
         replacements = {
-            name: _Part(child, getattr(self, name), calls)
+            name: _part(child, getattr(self, name), calls)
             for name, child in others
             if isinstance(child, nn.Module) and not isinstance(child, Bottleneck) and name not in parts
         }
         for part, name in parts.items():
             adapter = _followed_by(getattr(self, name), vars(self)[_READS], calls)
-            replacements[part] = _Part(self[part], getattr(self, part), calls, adapter)
+            replacements[part] = _part(self[part], getattr(self, part), calls, adapter)
         with replaced_children(self, replacements):
             result = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if vars(self)[_READS] == "sum":
@@ -179,22 +179,18 @@ class _Called(NamedTuple):
     followed: bool
 
 
-class _Part:
-    """Takes the place of a layer's child: notes each call of it, and puts an adapter behind it where there is one."""
+def _part(module: nn.Module, run: Callable[..., Any], calls: list[_Called], adapter: Any = None) -> InPlaceOf:
+    """In the place of a layer's child: notes each call of it, and puts an adapter behind it where there is one."""
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any], calls: list[_Called], adapter: Any = None) -> None:
-        self._module, self._run, self._calls, self._adapter = module, run, calls, adapter
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        result = self._run(x, *args, **kwargs)
+    def call(x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        result = run(x, *args, **kwargs)
         first = result[0] if isinstance(result, tuple) else result
-        if self._adapter is not None:
-            first = self._adapter(x, first)
-        self._calls.append(_Called(x, first, self._adapter is not None))
+        if adapter is not None:
+            first = adapter(x, first)
+        calls.append(_Called(x, first, adapter is not None))
         return (first, *result[1:]) if isinstance(result, tuple) else first
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+    return InPlaceOf(module, call)
 
 
 def _followed_by(adapter: Bottleneck, reads: Reads, calls: list[_Called]) -> Callable[[mx.array, mx.array], mx.array]:
@@ -229,13 +225,13 @@ def _refuse_norm_behind(calls: list[_Called]) -> None:
         raise UserError(what, where="bottleneck_form", hint="give --bottleneck-form houlsby or parallel")
 
 
-def _noting(module: nn.Module, widths: list[int]) -> _Part:
+def _noting(module: nn.Module, widths: list[int]) -> InPlaceOf:
     def run(*args: Any, **kwargs: Any) -> Any:
         result: Any = module(*args, **kwargs)
         widths.append(int((result[0] if isinstance(result, tuple) else result).shape[-1]))
         return result
 
-    return _Part(module, run, [])
+    return InPlaceOf(module, run)
 
 
 def try_layers(model: nn.Module) -> None:

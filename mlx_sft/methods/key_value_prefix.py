@@ -20,7 +20,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_sft.errors import UserError
-from mlx_sft.model.blocks import replaced_children
+from mlx_sft.model.blocks import InPlaceOf, replaced_children
 from mlx_sft.model.head import agree_within, floating_weights, repeated_layers
 from mlx_sft.model.outline import is_outline
 
@@ -77,19 +77,15 @@ class _Prefix(_InPlaceOfCache):
         return mx.concatenate([prefix.astype(own.dtype), own], axis=2)
 
 
-class _Noting:
-    """Takes the place of a layer's child, and notes it where it is given the layer's cache."""
+def _noting(child: Any, cache: Any, found: list[Any]) -> InPlaceOf:
+    """In the place of a layer's child: notes it where it is given the layer's cache."""
 
-    def __init__(self, child: Any, cache: Any, found: list[Any]) -> None:
-        self._child, self._cache, self._found = child, cache, found
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(value is cache for value in (*args, *kwargs.values())):
+            found.append(child)
+        return child(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(value is self._cache for value in (*args, *kwargs.values())):
-            self._found.append(self._child)
-        return self._child(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._child, name)
+    return InPlaceOf(child, call)
 
 
 class KeyValuePrefix:
@@ -206,7 +202,7 @@ def _attention(model: nn.Module) -> tuple[list[nn.Module], list[tuple[mx.array, 
     with ExitStack() as held:
         for layer, watch, found in zip(layers, watches, given, strict=True):
             children = {
-                name: _Noting(child, watch, found)
+                name: _noting(child, watch, found)
                 for name, child in layer.children().items()
                 if isinstance(child, nn.Module)
             }

@@ -61,8 +61,10 @@ def written_layers(numbers: Iterable[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def chosen_layers(layers: str, number: int) -> list[int]:
-    """The layers that a setting names in a model with so many; raises `UserError` for one that the model does not have."""
+def chosen_layers(layers: str | None, number: int) -> list[int]:
+    """The layers that a setting names in a model with so many, or all; raises `UserError` for one that the model does not have."""
+    if layers is None:
+        return list(range(number))
     chosen: set[int] = set()
     for found in _PART.finditer(layers):  # it is readable, as the settings are
         if found["end"]:

@@ -19,8 +19,8 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_sft.errors import UserError
-from mlx_sft.model.blocks import replaced_children
-from mlx_sft.model.head import FixedResult, agree_within, embedding_names, floating_weights, language_model
+from mlx_sft.model.blocks import InPlaceOf, replaced_children
+from mlx_sft.model.head import agree_within, embedding_names, floating_weights, language_model
 from mlx_sft.model.outline import is_outline
 
 _SCALED_INSIDE = ("gemma", "minicpm3")
@@ -34,19 +34,6 @@ _HINT = "train adapters on it with --method lora"
 
 class _Seen(Exception):
     """The first layer was reached, with this input."""
-
-
-class _FirstLayer:
-    """Takes the place of the first layer, and ends the pass where it is called."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        raise _Seen(x)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
 
 
 class EmbeddingsOf:
@@ -78,15 +65,24 @@ class EmbeddingsOf:
 
     def noisy(self, noise: mx.array) -> AbstractContextManager[None]:
         """Within the block noise [rows, width, numbers], of what transformers' `embed_tokens` gives, is added to the embeddings."""
-        return replaced_children(self._body, {self._name: _Noisy(self._embedding, noise / self._scale)})
+
+        def noisy(token_ids: mx.array) -> mx.array:
+            found: mx.array = self._embedding(token_ids)
+            return found + (noise / self._scale).astype(found.dtype)
+
+        return self._embedding_replaced(noisy)
 
     def _scale_of_body(self) -> float:
         """What the body multiplies embeddings with before its first layer."""
         layers = self._body.layers
         first, ones = layers[0], mx.ones((1, 1, self.width), self._dtype)
-        layers[0] = _FirstLayer(first)
+
+        def see(x: mx.array, *_: Any, **__: Any) -> mx.array:
+            raise _Seen(x)
+
+        layers[0] = InPlaceOf(first, see)
         try:
-            with replaced_children(self._body, {self._name: FixedResult(self._embedding, ones)}):
+            with self._embedding_replaced(lambda *_: ones):
                 self._body(mx.zeros((1, 1), mx.int32))
         except _Seen as seen:
             return float(seen.args[0].astype(mx.float32).mean().item())
@@ -94,20 +90,9 @@ class EmbeddingsOf:
             layers[0] = first
         return 1.0
 
-
-class _Noisy:
-    """Takes the place of embeddings, and adds noise to them."""
-
-    def __init__(self, embedding: nn.Module, noise: mx.array) -> None:
-        self._embedding = embedding
-        self._noise = noise
-
-    def __call__(self, token_ids: mx.array) -> mx.array:
-        found: mx.array = self._embedding(token_ids)
-        return found + self._noise.astype(found.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._embedding, name)
+    def _embedding_replaced(self, call: Callable[..., mx.array]) -> AbstractContextManager[None]:
+        """Within the block this gives the embeddings of tokens."""
+        return replaced_children(self._body, {self._name: InPlaceOf(self._embedding, call)})
 
 
 class InFront(EmbeddingsOf):
@@ -140,19 +125,18 @@ class InFront(EmbeddingsOf):
         # Of float32, so that the gradients of all rows are added up in it.
         in_front = mx.broadcast_to((vectors / self._scale)[None], (rows, *vectors.shape)).astype(self._dtype)
         embed: Callable[[mx.array], mx.array] = getattr(self._body, self._name)  # which may add noise
-        with self._given(mx.concatenate([in_front, embed(token_ids)], axis=1)):
+        embeddings = mx.concatenate([in_front, embed(token_ids)], axis=1)
+        with self._embedding_replaced(lambda *_: embeddings):
             return run(longer)[:, number:]
 
     def cache(self, vectors: mx.array) -> list[Any]:
         """mlx-lm's cache of keys and values once it has seen the virtual tokens alone."""
         cache: list[Any] = make_prompt_cache(self._model)
-        with self._given((vectors / self._scale)[None].astype(self._dtype)):
+        embeddings = (vectors / self._scale)[None].astype(self._dtype)
+        with self._embedding_replaced(lambda *_: embeddings):
             self._model(mx.zeros((1, len(vectors)), mx.int32), cache=cache)
         mx.eval([part.state for part in cache])
         return cache
-
-    def _given(self, embeddings: mx.array) -> AbstractContextManager[None]:
-        return replaced_children(self._body, {self._name: FixedResult(self._embedding, embeddings)})
 
     def _refuse_where_inexact(self) -> None:
         """Compare the embeddings of tokens as virtual tokens with the tokens themselves."""

@@ -117,6 +117,20 @@ class _With:
         return getattr(self._other, name)
 
 
+class InPlaceOf:
+    """What takes a module's place among its parent's children, and has its attributes: calls of it go to another function."""
+
+    def __init__(self, module: Any, call: Callable[..., Any]) -> None:
+        self._module = module
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 @contextmanager
 def replaced_children(module: nn.Module, replacements: Mapping[str, Call]) -> Iterator[None]:
     """Within the `with` block, calls of these children go to the replacements, which may stand before others."""

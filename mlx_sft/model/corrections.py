@@ -98,15 +98,12 @@ class Gemma3Body(Gemma3Model):
 
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         embeddings = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        of_type = _AS_NUMPY.get(embeddings.dtype, np.float32)
-        right, taken = (float(np.asarray(self.args.hidden_size**0.5, t)) for t in (of_type, ml_dtypes.bfloat16))
+        own = str(embeddings.dtype).rpartition(".")[2]
+        right, taken = (float(np.array(self.args.hidden_size**0.5, dtype)) for dtype in (own, ml_dtypes.bfloat16))
         if right != taken and not self._as_in_mlx_lm:
             embeddings = embeddings * (right / taken)
         states: mx.array = super().__call__(inputs, cache, embeddings)
         return states
-
-
-_AS_NUMPY: dict[mx.Dtype, Any] = {mx.bfloat16: ml_dtypes.bfloat16, mx.float16: np.float16}
 
 
 class _RoutingBias(nn.Module):

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_sft.model.blocks import replaced_children
+from mlx_sft.model.blocks import InPlaceOf, replaced_children
 
 _BODY_NAMES = ("model", "transformer", "backbone")
 
@@ -30,20 +30,6 @@ EMBEDDING_KINDS = (nn.Embedding, nn.QuantizedEmbedding)
 
 _NESTED = "language_model"
 """The name of the language model in a model that can also see or hear."""
-
-
-class FixedResult:
-    """Takes a module's place: returns the given array for any call, and has the module's attributes."""
-
-    def __init__(self, module: nn.Module, result: mx.array) -> None:
-        self._module = module
-        self._result = result
-
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return self._result
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 class SplitModel:
@@ -98,7 +84,7 @@ class SplitModel:
         if self.body_name is None:
             return hidden_states
         states = hidden_states[None]
-        with replaced_children(self._owner, {self.body_name: FixedResult(self.body, states)}):
+        with replaced_children(self._owner, {self.body_name: InPlaceOf(self.body, lambda *_, **__: states)}):
             logits: mx.array = self._owner(mx.zeros(states.shape[:2], mx.int32))
         return logits.squeeze(0)  # an index would be a gather, whose gradient is a scatter over all logits
 

@@ -28,12 +28,13 @@ class AdamW(Optimizer):
 
     name: ClassVar = "adamw"
     Settings: ClassVar = AdamWSettings
+    kind: ClassVar[type[optim.AdamW]] = optim.AdamW
 
     @classmethod
     def make(cls, settings: AdamWSettings, kind: str, *, decayed: bool) -> optim.Optimizer:
         decay = settings.weight_decay if decayed else 0.0
         # MLX leaves bias correction off by default, PyTorch has it on.
-        return optim.AdamW(0.0, list(settings.betas), settings.eps, decay, bias_correction=True)
+        return cls.kind(0.0, list(settings.betas), settings.eps, decay, bias_correction=True)
 
     def take_up(self, first: Arrays, second: Arrays, steps: int) -> None:
         """Go on with the two moments of another AdamW that has taken so many steps with these parameters."""

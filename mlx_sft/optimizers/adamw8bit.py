@@ -18,8 +18,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_sft.optimizers import Optimizer
-from mlx_sft.optimizers.adamw import AdamWSettings
+from mlx_sft.optimizers.adamw import AdamW
 from mlx_sft.optimizers.gradients import Arrays
 
 BLOCK = 256
@@ -98,25 +97,20 @@ class _AdamW8bit(optim.AdamW):
         return state
 
 
-class AdamW8bit(Optimizer):
+class AdamW8bit(AdamW):
     """The optimizer `adamw8bit`; its state is a quarter of AdamW's: two bytes a number, and a 64th of that."""
 
     name: ClassVar = "adamw8bit"
-    Settings: ClassVar = AdamWSettings
-
-    @classmethod
-    def make(cls, settings: AdamWSettings, kind: str, *, decayed: bool) -> optim.Optimizer:
-        decay = settings.weight_decay if decayed else 0.0
-        return _AdamW8bit(0.0, list(settings.betas), settings.eps, decay, bias_correction=True)
+    kind: ClassVar = _AdamW8bit
 
     def take_up(self, first: Arrays, second: Arrays, steps: int) -> None:
-        """Go on with the two moments of an AdamW that has taken so many steps with these parameters, rounded."""
+        """As AdamW does, but rounded."""
+        super().take_up(first, second, steps)
         for names, optimizer in self._groups:
-            optimizer.state["step"] = mx.array(steps, mx.uint64)
             eight = cast(_AdamW8bit, optimizer)
             for name in names:
-                moments = {"m": first[name], "v": second[name]}
-                eight.state[name] = eight.kept(moments) if _in_blocks(first[name].shape) else moments
+                if _in_blocks(first[name].shape):
+                    eight.state[name] = eight.kept(eight.state[name])
 
 
 def _in_blocks(shape: tuple[int, ...]) -> bool:

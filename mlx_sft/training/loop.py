@@ -317,8 +317,7 @@ def _add_metrics(record: Record, metrics: Mapping[str, float], config: TrainConf
 
 def _gradient(job: Job, prepared: PreparedStep, feed: StepFeed) -> tuple[StepGradient, PreparedStep]:
     """Loss and gradient, and the step as it was cut in the end."""
-    draws = job.method.uses_dropout or job.config.neftune_alpha
-    key = checkpoint.dropout_key(job.config.seed, prepared.step.number) if draws else None
+    key = checkpoint.dropout_key(job.config.seed, prepared.step.number)
     times = 0
     while True:
         try:

@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten
 from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.cpu.joined_rows import JoinedRows, row_by_row
 from mlx_sft.data.batches import Spans
-from mlx_sft.model.blocks import Block, attention_names, find_blocks, names_in, replaced_children, with_names
+from mlx_sft.model.blocks import Block, InPlaceOf, attention_names, find_blocks, names_in, replaced_children, with_names
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.names import transformers_name
 from mlx_sft.training.attention import composed_attention
@@ -156,7 +156,9 @@ class _Code:
 
     def of_children(self, layer: nn.Module) -> dict[str, Any]:
         return {
-            name: _Member(child, run) for name, child in layer.children().items() if (run := self.of(child)) is not None
+            name: InPlaceOf(child, run)
+            for name, child in layer.children().items()
+            if (run := self.of(child)) is not None
         }
 
 
@@ -255,18 +257,4 @@ def _members(group: _RecomputedLayers) -> list[Any]:
 
         return call
 
-    return [_Member(group.layers[index], member(index)) for index in range(len(group.layers))]
-
-
-class _Member:
-    """A layer, or a child of one, that something else computes."""
-
-    def __init__(self, layer: Any, call: Any) -> None:
-        self._layer = layer
-        self._call = call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
+    return [InPlaceOf(group.layers[index], member(index)) for index in range(len(group.layers))]

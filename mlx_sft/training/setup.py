@@ -212,7 +212,7 @@ class _Setup:
             self._configure()
             self.config, self.plan = within_time(
                 self.config, self.plan, self.data, self.computer, self.parameters, self.settings,
-                uses_dropout=self.method.uses_dropout, checkpoint_bytes=self.memory.footprint.checkpoint_bytes,
+                checkpoint_bytes=self.memory.footprint.checkpoint_bytes,
                 started=started, console=self.console,
             )  # fmt: skip
 
@@ -340,11 +340,10 @@ def _refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters
 def _refuse_inexact_length(examples: Examples, path: Path, method: Method) -> None:
     """Beyond some length, mlx-lm's code for a few families is not the model that was trained; nor is a prefix behind a sliding window."""
     in_front = method.virtual_tokens + method.keys_in_front
-    limits = {
-        exact_length(path): "mlx-lm computes this model exactly for no more than",
-        method.most_positions: "a sliding window of this model has no more than",
-    }
-    for most, why in limits.items():
+    for most, why in (
+        (exact_length(path), "mlx-lm computes this model exactly for no more than"),
+        (method.most_positions, "a sliding window of this model has no more than"),
+    ):
         if most is None or examples.lengths.max(initial=0) + in_front <= most:
             continue
         longest = examples[int(examples.lengths.argmax())]

@@ -66,8 +66,8 @@ def starting_parameters(
     """The method, attached to a frozen model, and its parameters at the start.
 
     An existing adapter's own settings override those of the configuration that shape it. A run that has begun has its parameters in a
-    checkpoint, and needs that adapter no more. Without a tokenizer, and where a
-    checkpoint follows, what starts from a text has its shape alone.
+    checkpoint, and needs that adapter no more. Without a tokenizer, and where a checkpoint follows, what starts from a text has its
+    shape alone.
 
     Raises:
         UserError: If the adapter cannot be read, belongs to another model, or is not as the configuration says.

@@ -146,7 +146,7 @@ class GradientComputer:
         Args:
             parameters: The trainable arrays.
             batches: The micro-batches of the step.
-            key: Random key of the step's dropout and noise; None for neither.
+            key: Random key of the step, for its dropout and noise, where there are any; None for neither.
             before_each: Called before each micro-batch; what it raises ends the step, and nothing has changed.
             weighting: What the positions weigh; the objective says it where None.
 

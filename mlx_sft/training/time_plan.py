@@ -71,7 +71,6 @@ def within_time(
     parameters: Parameters,
     settings: BatchSettings,
     *,
-    uses_dropout: bool,
     checkpoint_bytes: int,
     started: float,
     console: Console,
@@ -93,8 +92,7 @@ def within_time(
         """Of its gradient, once it is cut and collated, which in training another thread does."""
         micro_batches = cut(step.rows, lengths, settings.micro_batch_tokens, settings.layout)
         batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
-        draws = uses_dropout or config.neftune_alpha
-        key = checkpoint.dropout_key(config.seed, step.number) if draws else None
+        key = checkpoint.dropout_key(config.seed, step.number)
         before = time.perf_counter()
         computer.gradient(parameters, batches, key)
         return time.perf_counter() - before

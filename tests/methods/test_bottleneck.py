@@ -22,7 +22,6 @@ from mlx_sft.convert.model_card import Published, model_card, read_run_summary
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.errors import UserError
-from mlx_sft.generate import Chat
 from mlx_sft.load import load_adapter
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.adapter_check import check_adapter
@@ -34,15 +33,11 @@ from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.recompute import Recomputation
 from tests.methods.adapters_library import loss_of
+from tests.methods.runs import ROWS, WORDS, check_refused, check_talk
 from tests.parity import assert_close, loss_and_gradients, losses_of_steps
 
 pytestmark = pytest.mark.parity
 
-ROWS = [
-    {"input_ids": list(range(9, 9 + length)), "labels": [-100] * 2 + list(range(11, 9 + length))}
-    for length in (7, 12, 5, 9)
-]
-WORDS = "the cat sat on the mat"
 ASKED = [3, 1, 4, 1, 5, 9, 2, 6]
 LIBRARY = os.environ.get("MLX_SFT_ADAPTERS_PYTHON")
 
@@ -358,15 +353,7 @@ def test_an_adapter_goes_on_with_its_own_shape(base: Path, run: Path, given: dic
 
 
 def test_a_talk_takes_the_adapter_off_and_puts_it_on(run: Path) -> None:
-    loaded = load_run(run)
-    plain, tuned = (generate_text(load_run(run, base=bare), WORDS, max_tokens=6) for bare in (True, False))
-    assert plain != tuned
-    talk = Chat(loaded, max_tokens=6)
-    for command, expected in (("", tuned), ("/adapter", plain), (f"/adapter {run / 'adapter'}", tuned)):
-        if command:
-            assert "from here on" in "".join(talk.say(command))
-        talk.messages.clear()
-        assert "".join(talk.say(WORDS)) == expected
+    check_talk(run)
 
 
 def test_what_a_run_says_of_itself_and_where_it_cannot_go(run: Path, tmp_path: Path) -> None:
@@ -379,11 +366,7 @@ def test_what_a_run_says_of_itself_and_where_it_cannot_go(run: Path, tmp_path: P
         "gguf-adapter": "llama.cpp has no form for what --method bottleneck trains",
         "trl": "a run of --method bottleneck has no adapter that starts there",
     }
-    for form, why in refused.items():
-        with pytest.raises(UserError, match=why) as error:
-            export(run, tmp_path / form, format=form)
-        assert "--format adapters" in str(error.value.hint)
-        assert not (tmp_path / form).exists()
+    check_refused(run, refused, "--format adapters", tmp_path)
     written = export(run, tmp_path / "adapters", format="adapters").path
     assert sorted(file.name for file in written.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
     assert (written / "adapter.safetensors").read_bytes() == (run / "adapter" / "adapter.safetensors").read_bytes()

@@ -27,6 +27,7 @@ from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
+from tests.methods.runs import ROWS
 from tests.parity import assert_close, loss_and_gradients, losses_of_steps
 
 pytestmark = [
@@ -36,10 +37,6 @@ pytestmark = [
 ]
 
 STARTS = ["pissa", "olora"]
-ROWS = [
-    {"input_ids": list(range(9, 9 + length)), "labels": [-100] * 2 + list(range(11, 9 + length))}
-    for length in (7, 12, 5, 9)
-]
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import peft
 import pytest
@@ -29,6 +28,7 @@ from mlx_sft.methods.prompt_files import PROMPT
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.training.memory import Footprint
+from tests.methods.runs import ROWS, WORDS, logits_of
 from tests.parity import (
     assert_close,
     loss_and_gradients,
@@ -44,11 +44,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported"),  # PEFT, of its own call in `generate`
 ]
 
-ROWS = [
-    {"input_ids": list(range(9, 9 + length)), "labels": [-100] * 2 + list(range(11, 9 + length))}
-    for length in (7, 12, 5, 9)
-]
-WORDS = "the cat sat on the mat"
 LSTM = {"virtual_tokens": 5, "encoder": "lstm", "encoder_hidden_size": 16}
 VECTORS = "adapter/adapter_model.safetensors"
 
@@ -116,12 +111,9 @@ def test_a_run_is_that_of_peft_and_opens_there(
     opened = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "peft").eval()
     loaded = load_run(run.run_dir)
     asked = prompt_tokens(loaded, WORDS)
-    split = SplitModel(loaded.model)
-    split.run_body = loaded.method.run_body
-    states = split.hidden_states(mx.array([asked]))
     with torch.no_grad():
         logits = opened(input_ids=torch.tensor([asked]), attention_mask=torch.ones(1, len(asked))).logits
-    assert_close(split.logits(states[0]), logits[0, 5:])
+    assert_close(logits_of(loaded, asked), logits[0, 5:])
     assert generate_text(loaded, WORDS, max_tokens=12) == told_by_peft(opened, loaded.tokenizer, asked, 12)
 
 

@@ -23,7 +23,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.batches import JOINED
 from mlx_sft.errors import UserError
 from mlx_sft.evaluate import evaluate_run
-from mlx_sft.generate import Chat, prompt_tokens
+from mlx_sft.generate import prompt_tokens
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.peft_files import CONFIG, WEIGHTS
 from mlx_sft.methods.prefix import Prefix, PrefixSettings
@@ -31,7 +31,8 @@ from mlx_sft.methods.prompt_files import PROMPT
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.training.memory import Footprint
-from tests.methods.test_prompt import ROWS, WORDS, _examples
+from tests.methods.runs import ROWS, WORDS, check_talk, logits_of
+from tests.methods.test_prompt import _examples
 from tests.parity import assert_close, loss_and_gradients, loss_of_rows, losses_of_run, losses_of_steps
 
 pytestmark = [
@@ -71,12 +72,9 @@ def test_a_run_is_that_of_peft_and_opens_there(
     opened = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "peft").eval()
     loaded = load_run(run.run_dir)
     asked = prompt_tokens(loaded, WORDS)
-    split = SplitModel(loaded.model)
-    split.run_body = loaded.method.run_body
-    states = split.hidden_states(mx.array([asked]))
     with torch.no_grad():
         logits = opened(input_ids=torch.tensor([asked]), attention_mask=torch.ones(1, len(asked))).logits
-    assert_close(split.logits(states[0]), logits[0])
+    assert_close(logits_of(loaded, asked), logits[0])
     assert generate_text(loaded, WORDS, max_tokens=12) == _told_by(opened, loaded.tokenizer, asked, 12)
 
 
@@ -233,15 +231,7 @@ def test_a_model_that_shares_or_misplaces_keys_is_refused(base: Path) -> None:
 
 
 def test_a_talk_takes_the_prefix_off_and_puts_it_on(run: Path) -> None:
-    loaded = load_run(run)
-    plain, tuned = (generate_text(load_run(run, base=bare), WORDS, max_tokens=6) for bare in (True, False))
-    assert plain != tuned
-    talk = Chat(loaded, max_tokens=6)
-    for command, expected in (("", tuned), ("/adapter", plain), (f"/adapter {run / 'adapter'}", tuned)):
-        if command:
-            assert "from here on" in "".join(talk.say(command))
-        talk.messages.clear()
-        assert "".join(talk.say(WORDS)) == expected
+    check_talk(run)
 
 
 def test_what_a_run_says_of_itself_and_where_it_cannot_go(run: Path, tmp_path: Path) -> None:

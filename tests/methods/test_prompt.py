@@ -24,7 +24,7 @@ from mlx_sft.data.batches import PADDED, cut
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.errors import UserError
-from mlx_sft.generate import Chat, prompt_tokens
+from mlx_sft.generate import prompt_tokens
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.adapter_check import check_adapter
 from mlx_sft.methods.prompt import Prompt, PromptSettings
@@ -33,6 +33,7 @@ from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.memory import Footprint
+from tests.methods.runs import ROWS, WORDS, check_refused, check_talk, logits_of
 from tests.parity import (
     assert_close,
     loss_and_gradients,
@@ -50,11 +51,6 @@ pytestmark = [
 ]
 
 FAMILIES = ["qwen3", "llama", "gemma", "gemma3_text"]
-ROWS = [
-    {"input_ids": list(range(9, 9 + length)), "labels": [-100] * 2 + list(range(11, 9 + length))}
-    for length in (7, 12, 5, 9)
-]
-WORDS = "the cat sat on the mat"
 
 
 @pytest.fixture
@@ -86,12 +82,9 @@ def test_a_run_is_that_of_peft_and_opens_there(
     opened = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "peft").eval()
     loaded = load_run(run.run_dir)
     asked = prompt_tokens(loaded, WORDS)
-    split = SplitModel(loaded.model)
-    split.run_body = loaded.method.run_body
-    states = split.hidden_states(mx.array([asked]))
     with torch.no_grad():
         logits = opened(input_ids=torch.tensor([asked]), attention_mask=torch.ones(1, len(asked))).logits
-    assert_close(split.logits(states[0]), logits[0, 9:])
+    assert_close(logits_of(loaded, asked), logits[0, 9:])
     assert generate_text(loaded, WORDS, max_tokens=12) == told_by_peft(opened, loaded.tokenizer, asked, 12)
 
 
@@ -235,15 +228,7 @@ def test_it_stands_in_front_of_the_text_of_a_model_that_sees(
 
 
 def test_a_talk_takes_the_prompt_off_and_puts_it_on(run: Path) -> None:
-    loaded = load_run(run)
-    plain, tuned = (generate_text(load_run(run, base=bare), WORDS, max_tokens=6) for bare in (True, False))
-    assert plain != tuned
-    talk = Chat(loaded, max_tokens=6)
-    for command, expected in (("", tuned), ("/adapter", plain), (f"/adapter {run / 'adapter'}", tuned)):
-        if command:
-            assert "from here on" in "".join(talk.say(command))
-        talk.messages.clear()
-        assert "".join(talk.say(WORDS)) == expected
+    check_talk(run)
 
 
 def test_what_a_run_says_of_itself_and_where_it_cannot_go(run: Path, tmp_path: Path) -> None:
@@ -255,11 +240,7 @@ def test_what_a_run_says_of_itself_and_where_it_cannot_go(run: Path, tmp_path: P
         "gguf-adapter": "llama.cpp has no form for what --method prompt trains",
         "trl": "a run of --method prompt has no adapter that starts there",
     }
-    for form, why in refused.items():
-        with pytest.raises(UserError, match=why) as error:
-            export(run, tmp_path / form, format=form)
-        assert "peft" in str(error.value.hint)
-        assert not (tmp_path / form).exists()
+    check_refused(run, refused, "peft", tmp_path)
     card = (run / "README.md").read_text()
     assert "5 virtual tokens in front of each conversation" in card
     assert "--to merged" not in card

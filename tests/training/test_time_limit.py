@@ -82,7 +82,7 @@ def planned(
     started = clock.now
     computer: Any = Computer(clock, traces)
     config, plan = within_time(
-        config, job.plan, job.data, computer, job.parameters, job.settings, uses_dropout=True,
+        config, job.plan, job.data, computer, job.parameters, job.settings,
         checkpoint_bytes=saving, started=started, console=Console(quiet=True),
     )  # fmt: skip
     assert plan.total_steps == planned_steps(config, job.data).total_steps
