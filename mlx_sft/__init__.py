@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_sft.errors import UserError
 
 if TYPE_CHECKING:
+    from mlx_sft.compare.comparison import compare_methods
     from mlx_sft.config import TrainConfig
     from mlx_sft.convert.export import export
     from mlx_sft.convert.publish import push
@@ -31,6 +32,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "UserError",
+    "compare_methods",
     "evaluate_run",
     "export",
     "generate_text",
@@ -44,6 +46,7 @@ __all__ = [
 _HOMES = {
     "TrainConfig": "mlx_sft.config",
     "TrainResult": "mlx_sft.training.loop",
+    "compare_methods": "mlx_sft.compare.comparison",
     "evaluate_run": "mlx_sft.evaluate",
     "export": "mlx_sft.convert.export",
     "generate_text": "mlx_sft.generate",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import click
 
+from mlx_sft.compare.settings import CompareSettings
 from mlx_sft.config import sections
 from mlx_sft.console import print_error, read_all, read_line, write_text
 from mlx_sft.crash_report import Interrupted, command_line
@@ -18,8 +19,11 @@ from mlx_sft.options import (
     export_options,
     given,
     model_options,
+    own_options,
     resolved,
     settings,
+    shared_settings,
+    split_options,
     trusting,
     which_model,
 )
@@ -157,6 +161,27 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
         write_text(found.to_json() + "\n")
     else:
         console.data(found.pieces())
+
+
+@main.command(cls=Sectioned, context_settings={"max_content_width": 100})
+@own_options(CompareSettings)
+@settings(only=shared_settings())
+@click.option("--out", metavar="DIR", help="The folder to write; one under comparisons/ where not given.")
+@click.option("--resume", metavar="DIR", help="Go on with a comparison that was cut short; it takes no other option.")
+@trusting
+def compare(config_file: str | None, out: str | None, resume: str | None, **options: Any) -> None:
+    """Find out which method serves your rows best: each by a small search over learning rates, measured alike.
+
+    The table is on stdout; the last line is the page.
+    """
+    from mlx_sft.compare.comparison import compare_methods
+    from mlx_sft.compare.page import write_page
+    from mlx_sft.compare.table import text
+
+    own, train = split_options(CompareSettings, config_file, options)
+    comparison = compare_methods(train=train, out=out, resume=resume, **own)
+    write_text(text(comparison))
+    write_text(f"{write_page(comparison)}\n")
 
 
 @main.command(context_settings={"max_content_width": 100})

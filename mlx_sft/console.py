@@ -299,7 +299,9 @@ def count(number: int | float) -> str:
 
 
 def size(number_of_bytes: float) -> str:
-    """`1.20 GB`, `340 MB`, `0.3 MB`."""
+    """`1.20 GB`, `340 MB`, `0.3 MB`, `41 kB`."""
+    if 0 < number_of_bytes < 1e5:
+        return f"{number_of_bytes / 1e3:.0f} kB"
     if number_of_bytes >= 1e9:
         return f"{number_of_bytes / 1e9:.2f} GB"
     return f"{number_of_bytes / 1e6:.{0 if number_of_bytes >= 1e7 else 1}f} MB"

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.dataset import check_vocabulary
+from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.report import SourceReport
 from mlx_sft.load import AdaptedModel, WhichStep, load_run
@@ -55,6 +55,11 @@ class EvaluationResult:
         return self.evaluation.token_accuracy
 
     @property
+    def exact_match(self) -> float:
+        """Share of the examples whose supervised tokens are the likeliest one and all."""
+        return self.evaluation.exact_match
+
+    @property
     def tokens(self) -> int:
         """The number of tokens of all examples."""
         return self.evaluation.tokens
@@ -79,6 +84,7 @@ class EvaluationResult:
         counts = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number or fate == "rows")
         return (
             f"loss {self.loss:.4f}  perplexity {self.perplexity:.2f}  token accuracy {self.token_accuracy:.1%}  "
+            f"exact match {self.exact_match:.1%}  "
             f"({counts}, {self.supervised_tokens} supervised tokens)"
         )
 
@@ -130,15 +136,22 @@ def evaluate_model(loaded: LoadedModel, data: str) -> EvaluationResult:
     """
     own = isinstance(loaded, AdaptedModel) and loaded.train_config
     config = own or TrainConfig(data=[data], model=loaded.name)
-    method = _Bound(loaded.method if isinstance(loaded, AdaptedModel) else None)
     examples, report = prepare_file(data, config, loaded.tokenizer)
+    return EvaluationResult(evaluate_examples(loaded, examples, config), report)
+
+
+def evaluate_examples(loaded: LoadedModel, examples: Examples, config: TrainConfig) -> Evaluation:
+    """The same on rows that are read already; raises `UserError` for tokens that the model does not have."""
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)
-    objective = make_objective(config)
-    split = SplitModel(loaded.model)
-    computer = GradientComputer(split, method, vocabulary, objective, head_chunk=config.head_chunk)
-    budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
-    evaluation, _ = evaluate_in_memory(
-        computer, {}, examples, budget, layout_on(this_machine(), computer, {}, examples)
+    computer = GradientComputer(
+        SplitModel(loaded.model), bound(loaded), vocabulary, make_objective(config), head_chunk=config.head_chunk
     )
-    return EvaluationResult(evaluation, report)
+    budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
+    layout = layout_on(this_machine(), computer, {}, examples)
+    return evaluate_in_memory(computer, {}, examples, budget, layout)[0]
+
+
+def bound(loaded: LoadedModel) -> Method:
+    """The method of a loaded model, whose parameters are in it; of one without, a method that runs it as it stands."""
+    return _Bound(loaded.method if isinstance(loaded, AdaptedModel) else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -10,8 +11,11 @@ import click
 from pydantic.fields import FieldInfo
 
 from mlx_sft.common_settings import option_name, public_name
+from mlx_sft.compare.settings import NOT_SHARED
 from mlx_sft.config import TrainConfig, all_fields, entry_settings, owners_of, sections
+from mlx_sft.files import read_yaml
 from mlx_sft.registry import METHODS, OBJECTIVES, OPTIMIZERS, TARGETS
+from mlx_sft.settings import Settings
 
 Command = Callable[..., None]
 
@@ -44,6 +48,27 @@ def settings(*without: str, only: Iterable[str] = ()) -> Callable[[Command], Com
         return click.option("--config", "config_file", metavar="FILE", help="YAML file with settings of a run.")(
             command
         )
+
+    return decorate
+
+
+def shared_settings() -> list[str]:
+    """The settings that every run of a comparison may have: those of no method and no objective, and none that it decides itself."""
+    return [
+        name
+        for names in sections().values()
+        for name in names
+        if name not in NOT_SHARED and not {"method", "objective", "callbacks"} & {kind for kind, _ in owners_of(name)}
+    ]
+
+
+def own_options(owner: type[Settings]) -> Callable[[Command], Command]:
+    """An option for each field of the settings that a command has for itself."""
+
+    def decorate(command: Command) -> Command:
+        for name, info in reversed(owner.model_fields.items()):
+            command = click.option(f"--{name.replace('_', '-')}", **_kind(info) | {"help": _help_text(info)})(command)
+        return command
 
     return decorate
 
@@ -120,6 +145,15 @@ def which_model(command: Command) -> Command:
 
 def resolved(config_file: str | None, options: dict[str, Any]) -> TrainConfig:
     return TrainConfig.resolve(config_file, **given(options))
+
+
+def split_options(
+    owner: type[Settings], config_file: str | None, options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that were given: those of a command's own settings, and those of runs, with a YAML file's beneath them."""
+    stated = given(options)
+    own = {name: stated.pop(name) for name in list(stated) if name in owner.model_fields}
+    return own, (read_yaml(Path(config_file)) if config_file else {}) | stated
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

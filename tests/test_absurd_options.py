@@ -42,14 +42,17 @@ def further(name: str, command: click.Command, given: click.Option) -> list[str]
     )
     if name in ("generate", "chat") and given.name not in ("run", "model"):
         words += ["--run", "none"]
-    return words + (["--data", "none.jsonl"] if name in ("train", "plan", "inspect") and given.name != "data" else [])
+    if name == "compare" and given.name not in ("methods", "resume"):
+        words += ["--methods", "lora"]
+    reads = name in ("train", "plan", "inspect") or (name == "compare" and given.name != "resume")
+    return words + (["--data", "none.jsonl"] if reads and given.name != "data" else [])
 
 
 @pytest.mark.parametrize("name", COMMANDS, ids=" ".join)
 def test_an_absurd_value_is_refused_in_words(name: tuple[str, ...], cli: Callable[..., Any]) -> None:
     command, of_train = COMMANDS[name], {option.name for option in COMMANDS["train",].params}
     for option in with_values(command):
-        if name in (("plan",), ("inspect",)) and option.name in of_train:
+        if name in (("plan",), ("inspect",), ("compare",)) and option.name in of_train:
             continue  # read by the same code
         for value in ABSURD:
             result = cli(*name, option.opts[0], *[value] * option.nargs, *further(name[0], command, option))

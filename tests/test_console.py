@@ -183,7 +183,7 @@ def test_nothing_that_comes_from_data_steers_the_terminal(capsys: pytest.Capture
 
 def test_numbers_are_short() -> None:
     assert [count(n) for n in (0, 999, 1234, 12_345, 4_560_000, 7e9)] == ["0", "999", "1,234", "12.3k", "4.56M", "7G"]
-    assert [size(n) for n in (0, 317_344, 340e6, 1.2e9)] == ["0.0 MB", "0.3 MB", "340 MB", "1.20 GB"]
+    assert [size(n) for n in (0, 41_210, 317_344, 340e6, 1.2e9)] == ["0.0 MB", "41 kB", "0.3 MB", "340 MB", "1.20 GB"]
     assert [duration(s) for s in (0, 65, 3765, 359_999.7)] == ["0:00", "1:05", "1:02:45", "100:00:00"]
 
 

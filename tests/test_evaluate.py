@@ -56,7 +56,7 @@ def test_a_result_is_a_line_for_a_person_or_of_json(run: RunFolder, chats: Path)
     result = evaluate_run(run.path, str(chats))
     record = json.loads(result.describe(as_json=True))
     fates = {"rows", "truncated", "dropped", "bad"}
-    assert set(record) == {"loss", "perplexity", "token_accuracy", "tokens", "supervised_tokens"} | fates
+    assert set(record) == {"loss", "perplexity", "token_accuracy", "exact_match", "tokens", "supervised_tokens"} | fates
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
     assert {name: getattr(result, name) for name in set(record) - fates} == {n: record[n] for n in set(record) - fates}
     assert repr(result) == f"EvaluationResult({result.describe()})"

@@ -6,17 +6,14 @@ text only; and a content security policy allows this style and this script alone
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_sft.inspection.rows import ShownExample, ShownRow
 from mlx_sft.streams import printable
+from mlx_sft.web_page import embedded, filled
 
 MOST_TOKENS = 300_000
 """The most tokens on a page; more would make it slow to open."""
@@ -27,8 +24,6 @@ _FEWEST_TOKENS = 64
 _SNIPPET_TOKENS = 60
 _SNIPPET = 160
 _HERE = Path(__file__).parent
-# Characters that could end a script block or a line of JavaScript, and halves of surrogate pairs, which no file can hold.
-_DANGEROUS = re.compile("[<>&\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
 
 def page_html(data: Sequence[str], model: str, table: dict[str, Any], rows: Sequence[ShownRow]) -> str:
@@ -41,35 +36,17 @@ def page_html(data: Sequence[str], model: str, table: dict[str, Any], rows: Sequ
         rows: Some or all of its rows, in order.
     """
     style, script = (_file(name) for name in ("page.css", "page.js"))
-    policy = (
-        f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; "
-        "img-src 'none'; base-uri 'none'; form-action 'none'"
-    )
     longest = _longest_shown([example for row in rows for example in row.examples])
     shown = [_row(row, longest) for row in rows]
     parts = {
-        "policy": policy,
         "title": html.escape(printable(f"Data: {', '.join(data)}")),
-        "style": style,
         "data": embedded({"data": list(data), "model": model, "table": table, "rows": shown}),
-        "script": script,
     }
-    # In one pass: what is put in is not looked at again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], _file("page.html"))
-
-
-def embedded(value: Any) -> str:
-    """JSON that is safe inside a script block of an HTML page."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _DANGEROUS.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
+    return filled(_file("page.html"), parts, style, script)
 
 
 def _file(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
-
-
-def _digest(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _longest_shown(examples: Sequence[ShownExample]) -> int:

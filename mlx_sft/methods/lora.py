@@ -66,6 +66,10 @@ class Lora(Method):
     mlx_lm: ClassVar = mlx_lm_files
     peft: ClassVar = True
     starts_in_trl: ClassVar = True
+    short_names: ClassVar = {"r": "rank"}
+    variants: ClassVar = {"dora": {"dora": True}, "rslora": {"rslora": True}} | {
+        init: {"init": init} for init in FACTORED
+    }
     settings: LoraSettings
 
     def __init__(self, settings: LoraSettings | None = None) -> None:

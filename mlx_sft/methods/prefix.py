@@ -95,6 +95,7 @@ class Prefix(Method):
 
     name: ClassVar = "prefix"
     Settings: ClassVar = PrefixSettings
+    learning_rates: ClassVar = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     peft: ClassVar = True
 
     settings: PrefixSettings

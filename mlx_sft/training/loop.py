@@ -360,6 +360,7 @@ def evaluate(job: Job, step: Step) -> Record:
         "loss": result.loss if finite else None,
         "perplexity": math.exp(min(result.loss, 700)) if finite else None,
         "token_accuracy": result.token_accuracy,
+        "exact_match": result.exact_match,
         "best": best,
         "learning_rate": job.learning_rate(step),
         "grad_norm": None,

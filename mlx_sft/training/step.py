@@ -52,11 +52,14 @@ class Evaluation:
     Attributes:
         loss: The objective's: for SFT the weighted mean over supervised tokens, in nats.
         token_accuracy: Share of supervised tokens that are the likeliest, weighted alike.
+        exact_match: Share of the examples of which every supervised token is the likeliest: where an example is one answer, those that
+            greedy decoding gives as they are written.
         own: What the objective says of itself.
     """
 
     loss: float
     token_accuracy: float
+    exact_match: float
     tokens: int
     supervised_tokens: int
     own: Mapping[str, float] = field(default_factory=dict)
@@ -231,6 +234,7 @@ class GradientComputer:
             if weighting.loss is not None
             else -_weighed(log_probs, weighting.weights) / weighting.normalizer,
             token_accuracy=_weighed(hits, weights) / whole,
+            exact_match=_all_hit(hits, batches),
             tokens=sum(batch.tokens for batch in batches),
             supervised_tokens=sum(len(batch.targets) for batch in batches),
             own=weighting.metrics,
@@ -377,6 +381,12 @@ class GradientComputer:
 
 def to_float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
+
+
+def _all_hit(hits: Sequence[NDArray[np.bool_]], batches: Sequence[Batch]) -> float:
+    """The share of all rows that have no miss."""
+    misses = [np.bincount(batch.owners, ~hit, len(batch.lengths)) for hit, batch in zip(hits, batches, strict=True)]
+    return float(np.mean(np.concatenate(misses) == 0))
 
 
 def _weighed(values: Sequence[NDArray[Any]], weights: Sequence[NDArray[np.float32]]) -> float:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.inspection import Inspection, inspect
-from mlx_sft.inspection.page import embedded
+from mlx_sft.web_page import embedded
 
 Look = Callable[..., Inspection]
 

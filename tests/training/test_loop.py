@@ -48,6 +48,7 @@ EVALUATION_FIELDS = [
         "loss",
         "perplexity",
         "token_accuracy",
+        "exact_match",
         "best",
         "learning_rate",
         "grad_norm",
@@ -424,7 +425,7 @@ def test_a_better_loss_begins_the_count_of_an_early_stop_anew(
     settings: dict[str, Any], chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 4.0, 2.0, 2.5, 2.0, 1.0])
-    monkeypatch.setattr(GradientComputer, "evaluate", lambda *_: Evaluation(next(losses), 0.5, 10, 5))
+    monkeypatch.setattr(GradientComputer, "evaluate", lambda *_: Evaluation(next(losses), 0.5, 0.0, 10, 5))
     result = train(TrainConfig(**settings, valid=str(chats), eval_every=1, early_stop=2))
     assert [line["best"] for line in metrics(settings["out"], "evaluation")] == [True, False, True, False, False]
     assert (result.steps, result.best_loss) == (5, 2.0)

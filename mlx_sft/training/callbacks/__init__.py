@@ -132,7 +132,7 @@ class Callback:
         """After an optimizer step: `step`, `epoch`, `loss` (None where it was skipped), `learning_rate`, `grad_norm`, `tokens`, ..."""
 
     def on_evaluation(self, run: TrainingRun, record: Record) -> None:
-        """After an evaluation: `step`, `loss`, `perplexity`, `token_accuracy`, `best`, ..."""
+        """After an evaluation: `step`, `loss`, `perplexity`, `token_accuracy`, `exact_match`, `best`, ..."""
 
     def on_sample(self, run: TrainingRun, record: Record) -> None:
         """After a callback has emitted a sample of what the model writes."""

@@ -1,0 +1,348 @@
+"""The comparison: trials of all candidates, measurements of what each came to, and the file in which they are kept as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from datetime import datetime
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mlx_sft.compare.candidates import Candidate, candidates_of
+from mlx_sft.compare.forgetting import kl_from, predictions
+from mlx_sft.compare.search import Pace, halving, steps_within
+from mlx_sft.compare.settings import NOT_SHARED, CompareSettings
+from mlx_sft.compare.trials import Trial, folder_of, run_trial
+from mlx_sft.config import TrainConfig
+from mlx_sft.console import Console, duration
+from mlx_sft.data.dataset import Examples
+from mlx_sft.data.prepare import prepare, prepare_file
+from mlx_sft.data.sources import full_path
+from mlx_sft.data.template import with_todays_variables
+from mlx_sft.errors import USAGE, UserError
+from mlx_sft.evaluate import evaluate_examples
+from mlx_sft.files import disk_errors, folder_bytes, read_json, to_json, user_path
+from mlx_sft.gate import checked
+from mlx_sft.load import AdaptedModel, load_run
+from mlx_sft.model.load import checkpoint_fingerprint, extended_tokenizer, resolve_checkpoint
+from mlx_sft.model.weights import weight_files
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.safetensors_file import open_safetensors
+from mlx_sft.settings import first_problem
+from mlx_sft.training.resume import with_full_paths
+from mlx_sft.training.schedule import planned_steps
+from mlx_sft.writing import remove, write_file
+
+FILE, RUNS = "compare.json", "runs"
+_HELD_OUT = 0.1
+_PILOT_STEPS = 5
+_ON_DISK = ("data", "valid", "model", "chat_template", "add_tokens")
+
+
+class Measured(BaseModel):
+    """What a trained model, or the base, is like.
+
+    Attributes:
+        loss: On the rows on which results are measured, in nats.
+        exact_match: Share of these rows that greedy decoding gives as they are.
+        forgetting: Divergence from the base on general rows, in nats a token.
+        bytes: Of the result on the disk.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    loss: float
+    exact_match: float
+    token_accuracy: float
+    forgetting: float = 0.0
+    bytes: int = 0
+
+
+class Record(BaseModel):
+    """The comparison as it is kept.
+
+    Attributes:
+        settings: What was asked for.
+        common: The settings that all runs have.
+        steps: Of the last run of each candidate, by its label.
+        trials: In the order in which they ended.
+        finals: The last trial of each candidate that had one, by its label.
+        base, results: What was measured.
+        base_parameters: The numbers that the checkpoint of the model has.
+        most_steps: What the settings of all runs ask for.
+        identity: Hashes of the rows and of the model.
+        tested: Rows on which results were measured.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    settings: CompareSettings
+    common: dict[str, Any]
+    steps: dict[str, int] = Field(default_factory=dict)
+    trials: list[Trial] = Field(default_factory=list)
+    finals: dict[str, Trial] = Field(default_factory=dict)
+    base: Measured | None = None
+    results: dict[str, Measured] = Field(default_factory=dict)
+    base_parameters: int = 0
+    most_steps: int = 0
+    identity: dict[str, str] = Field(default_factory=dict)
+    tested: int = 0
+
+
+class Comparison:
+    """A comparison in its folder.
+
+    ```
+    comparisons/x/
+      compare.json    what was asked for, every trial and every measurement, as they come
+      compare.html    the page
+      runs/           the last run of each candidate
+    ```
+    """
+
+    def __init__(self, path: str | Path, record: Record, console: Console) -> None:
+        self.path, self.record, self.console = Path(path), record, console
+        self.candidates = candidates_of(record.settings.methods, record.settings.learning_rates)
+
+    @classmethod
+    def begun(
+        cls, settings: CompareSettings, common: Mapping[str, Any], out: str | Path, console: Console
+    ) -> Comparison:
+        """A new one, once its data are read.
+
+        Raises:
+            UserError: For a folder that holds something, candidates that cannot be trained, and data that cannot be read.
+        """
+        common = {name: value for name, value in common.items() if value is not None}
+        configs = [candidate.config(common) for candidate in candidates_of(settings.methods, settings.learning_rates)]
+        if not {"valid", "valid_fraction"} & common.keys():
+            common["valid_fraction"] = _HELD_OUT
+            console.note(f"{_HELD_OUT:.0%} of the rows are held out, to choose learning rates by; --valid gives others")
+        full = with_full_paths(configs[0])
+        common |= {name: getattr(full, name) for name in _ON_DISK if name in common}
+        places = {name: full_path(value) for name in ("test", "general_data") if (value := getattr(settings, name))}
+        record = Record(settings=settings.model_copy(update=places), common=common)
+        comparison = cls(RunFolder.new(out).path, record, console)
+        comparison._read()
+        RunFolder.create(out)
+        comparison._keep()
+        return comparison
+
+    @classmethod
+    def resumed(cls, path: str | Path, console: Console) -> Comparison:
+        """One that was cut short; raises `UserError` for a folder that has none, or whose data or model changed."""
+        file = checked(user_path(path)) / FILE
+        if not file.is_file():
+            hint = "give the folder that `mlx-sft compare` was told to write with --out"
+            raise UserError(f"not a comparison: it has no {FILE}", where=str(path), hint=hint, exit_code=USAGE)
+        try:
+            record = Record.model_validate(read_json(file))
+        except ValidationError as error:
+            hint = "it was changed, or written by another version; start a new comparison"
+            raise UserError(f"it cannot be read: {first_problem(error)}", where=str(file), hint=hint) from error
+        comparison, before = cls(file.parent, record, console), dict(record.identity)
+        comparison._read()
+        if changed := [name for name in before if before[name] != record.identity[name]]:
+            what = f"the {' and the '.join(changed)} changed since the comparison began"
+            raise UserError(what, where=str(path), hint="put it back as it was, or start a new comparison")
+        return comparison
+
+    def _read(self) -> None:
+        """What is known before anything is trained: that all rows can be read, how many steps there are, how large the model is."""
+        record, config = self.record, self._config
+        path = resolve_checkpoint(config.model)
+        dated = with_todays_variables(config, self._tokenizer)
+        if dated.chat_template_kwargs:
+            record.common["chat_template_kwargs"] = dated.chat_template_kwargs
+        with self.console.reading() as reading:
+            data = prepare(dated, self._tokenizer, reading)
+            for rows in filter(None, (record.settings.test, record.settings.general_data)):
+                prepare_file(rows, dated, self._tokenizer, reading)
+        record.most_steps = planned_steps(dated, data).total_steps
+        record.base_parameters = sum(
+            prod(tensor.shape) for file in weight_files(path) for tensor in open_safetensors(file).tensors
+        )
+        record.identity = {"data": data.report.fingerprint, "model": checkpoint_fingerprint(path)}
+
+    def run(self) -> None:
+        """Whatever is left to do.
+
+        Raises:
+            UserError: If nothing can be trained on this data, or the time is too short, or it was told to stop.
+        """
+        with RunFolder(self.path).locked(self.console.warn), ExitStack() as stopped:
+            stopped.push(self._say_how_to_go_on)
+            self._plan()
+            for candidate in self.candidates:
+                self._search(candidate)
+            if not self.record.finals:
+                what = "every method failed; " + "; ".join(
+                    sorted({one.failed or "no finite loss" for one in self.record.trials})
+                )
+                raise UserError(what, where=str(self.path), hint="see what `mlx-sft train` says of one of them")
+            self._measure()
+
+    def _say_how_to_go_on(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, UserError) and error.exit_code > 128:
+            error.hint = f"continue with: mlx-sft compare --resume {self.path}"
+
+    def _keep(self) -> None:
+        write_file(self.path / FILE, to_json(self.record.model_dump(mode="json")))
+
+    # The plan
+
+    @cached_property
+    def _config(self) -> TrainConfig:
+        """What all candidates have of their data; that of the first."""
+        return self.candidates[0].config(self.record.common)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        config = self._config
+        return extended_tokenizer(resolve_checkpoint(config.model), config.chat_template, config.add_tokens)[0]
+
+    def _plan(self) -> None:
+        """How many steps each candidate's last run has."""
+        record, settings, most = self.record, self.record.settings, self.record.most_steps
+        if record.steps:
+            return
+        labels = [candidate.label for candidate in self.candidates]
+        if settings.budget_minutes is None:
+            record.steps = dict.fromkeys(labels, most)
+        else:
+            began = time.monotonic()
+            paces = [self._pace(candidate, min(_PILOT_STEPS, most)) for candidate in self.candidates]
+            left = 60 * settings.budget_minutes - (time.monotonic() - began)
+            if settings.equal == "tokens":
+                record.steps = dict.fromkeys(labels, steps_within(paces, left, most))
+            else:
+                shares = (steps_within([pace], left / len(paces), most) for pace in paces)
+                record.steps = dict(zip(labels, shares, strict=True))
+        numbers = sorted(set(record.steps.values()))
+        said = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+        self.console.note(f"each method trains for {said} of {most} steps in its last run")
+        self._keep()
+
+    def _pace(self, candidate: Candidate, steps: int) -> Pace:
+        """How fast a candidate is, seen in its first trial."""
+        trial = self._trial(candidate, candidate.rates[len(candidate.rates) // 2], steps)
+        return Pace(trial.step_seconds, max(0.0, trial.wall - steps * trial.step_seconds), len(candidate.rates))
+
+    # The search
+
+    def _search(self, candidate: Candidate) -> None:
+        record, steps = self.record, self.record.steps[candidate.label]
+        if candidate.label in record.finals:
+            return
+        for trial, is_last in halving(candidate.rates, steps, lambda rate, count: self._trial(candidate, rate, count)):
+            if is_last and trial.loss is not None:
+                record.finals[candidate.label] = trial
+        final = record.finals.get(candidate.label)
+        for trial in record.trials:
+            if trial.candidate == candidate.label and (final is None or trial.key != final.key):
+                folder = folder_of(self.path / RUNS, candidate, trial.rate, trial.steps)
+                with disk_errors(folder):
+                    if folder.exists():
+                        remove(folder)
+        self._keep()
+
+    def _trial(self, candidate: Candidate, rate: float, steps: int) -> Trial:
+        """That of the record, or else a new one, which is then there."""
+        known = next((one for one in self.record.trials if one.key == (candidate.label, rate, steps)), None)
+        if known is not None:
+            return known
+        trial = run_trial(self.path / RUNS, candidate, rate, steps, self.record.common, wall=time.monotonic)
+        self.record.trials.append(trial)
+        self._keep()
+        shown = f"loss {trial.loss:.4f}" if trial.loss is not None else f"failed: {trial.failed or 'no finite loss'}"
+        self.console.note(f"{candidate.label}  lr {rate:g}  {steps} steps  {shown}  {duration(trial.wall)}")
+        return trial
+
+    # What it came to
+
+    def _measure(self) -> None:
+        """The base and the last runs, on rows that none of them was trained on."""
+        record = self.record
+        if record.base is not None and record.results.keys() == record.finals.keys():
+            return
+        rows = self._test_rows()
+        record.tested = len(rows)
+        folders = {label: self.run_of(label) for label in record.finals}
+        self.console.note(f"measuring {len(folders)} results and the base on {len(rows)} rows")
+        loaded = load_run(next(iter(folders.values())), base=True)
+        general = record.settings.general_data or str(Path(__file__).with_name("general.jsonl"))
+        general_rows = prepare_file(general, self._config, self._tokenizer)[0]
+        before = list(predictions(loaded, general_rows))
+        if record.base is None:
+            record.base = self._measured(loaded, rows)
+        del loaded
+        for label, folder in folders.items():
+            if label not in record.results:
+                loaded = load_run(folder)
+                kept = folder / loaded.method.folder if loaded.method else folder
+                record.results[label] = self._measured(
+                    loaded, rows, forgetting=kl_from(before, loaded, general_rows), bytes=folder_bytes(kept)
+                )
+                del loaded
+                self._keep()
+        self._keep()
+
+    def _measured(self, loaded: AdaptedModel, rows: Examples, **further: Any) -> Measured:
+        found = evaluate_examples(loaded, rows, self._config)
+        return Measured(loss=found.loss, exact_match=found.exact_match, token_accuracy=found.token_accuracy, **further)
+
+    def _test_rows(self) -> Examples:
+        if self.record.settings.test is not None:
+            return prepare_file(self.record.settings.test, self._config, self._tokenizer)[0]
+        return prepare(self._config, self._tokenizer).valid
+
+    def run_of(self, label: str) -> Path:
+        """The folder of a candidate's last run."""
+        candidate = next(one for one in self.candidates if one.label == label)
+        trial = self.record.finals[label]
+        return folder_of(self.path / RUNS, candidate, trial.rate, trial.steps)
+
+
+def compare_methods(
+    methods: str | Sequence[str] | None = None,
+    *,
+    train: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Compare methods on the same rows, or go on with a comparison that was cut short.
+
+    Args:
+        methods: What is compared: `["lora:r=8", "dora", "full"]`, or as a text with commas.
+        train: Settings of `TrainConfig` that all runs have, by name. Those of a method count for the method that they name; `lr` and
+            others that a comparison decides do not count.
+        out: The folder to write; one under `comparisons/` where not given.
+        resume: The folder of a comparison, in place of all of these.
+        console: Where progress is shown.
+        settings: Those of `CompareSettings`.
+
+    Raises:
+        UserError: For settings or data that cannot be, or if every method fails.
+    """
+    console = console or Console()
+    if resume is not None:
+        if methods or train or out or settings:
+            hint = "leave out everything beside --resume: it goes on as it was begun"
+            raise UserError(
+                "a comparison that goes on takes no other settings", where=str(resume), hint=hint, exit_code=USAGE
+            )
+        comparison = Comparison.resumed(resume, console)
+    else:
+        common = {name: value for name, value in (train or {}).items() if name not in NOT_SHARED or name == "method"}
+        asked = CompareSettings.of(settings | {"methods": methods or []})
+        place = out or Path("comparisons") / f"{datetime.now():%Y%m%d-%H%M%S}"
+        comparison = Comparison.begun(asked, common, place, console)
+    comparison.run()
+    return comparison

@@ -1,0 +1,105 @@
+"""Which learning rate, and how many steps: successive halving (Jamieson & Talwalkar 2016, https://arxiv.org/abs/1502.07943).
+
+    rung      steps    learning rates (of six)
+    1         R / 9    all
+    2         R / 3    the two with the lowest validation loss
+    3         R        the best
+
+Each trial is a run of its own, with a whole course of the learning rate; so a candidate takes 2.3 times the R steps of its last run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mlx_sft.compare.trials import Trial
+from mlx_sft.console import duration
+from mlx_sft.errors import USAGE, UserError
+
+REDUCTION = 3
+"""A rung has a third of the rates of the one before it, and three times the steps."""
+_FEWEST = 5
+"""Steps below which a trial says nothing of its rate."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """So many rates, each tried for so many steps."""
+
+    rates: int
+    steps: int
+
+
+def rungs(rates: int, steps: int) -> list[Rung]:
+    """From all the rates to the one that is trained for `steps`."""
+    counts = [rates]
+    while counts[-1] > 1:
+        counts.append(math.ceil(counts[-1] / REDUCTION))
+    last = len(counts) - 1
+    found = [
+        Rung(count, min(steps, max(_FEWEST, round(steps / REDUCTION ** (last - at)))))
+        for at, count in enumerate(counts)
+    ]
+    # Of rungs that are of equal length, because the run is short, the first says it all.
+    return [rung for at, rung in enumerate(found) if at == 0 or rung.steps > found[at - 1].steps or rung.rates == 1]
+
+
+def halving(rates: Sequence[float], steps: int, trial: Callable[[float, int], Trial]) -> Iterator[tuple[Trial, bool]]:
+    """Every trial, and whether it is the last of its candidate; none follows where all of a rung failed.
+
+    Of equal losses the lower rate is taken.
+    """
+    left = sorted(rates)
+    for rung in rungs(len(left), steps):
+        tried = []
+        for rate in left[: rung.rates]:
+            tried.append(trial(rate, rung.steps))
+            yield tried[-1], rung.steps == steps and rung.rates == 1
+        left = [one.rate for one in sorted(tried, key=_by_loss) if one.failed is None and one.loss is not None]
+
+
+def _by_loss(trial: Trial) -> tuple[float, float]:
+    return math.inf if trial.loss is None else trial.loss, trial.rate
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a candidate's runs take, as its first one showed.
+
+    Attributes:
+        step: Seconds of a step.
+        around: Seconds of a run beside its steps: loading, evaluating, saving.
+        rates: How many learning rates it tries.
+    """
+
+    step: float
+    around: float
+    rates: int
+
+    def seconds(self, steps: int) -> float:
+        """Of all its trials."""
+        return sum(rung.rates * (self.around + rung.steps * self.step) for rung in rungs(self.rates, steps))
+
+
+def steps_within(paces: Sequence[Pace], seconds: float, most: int) -> int:
+    """The most steps, up to `most`, with which the trials of all these candidates end in this time.
+
+    Raises:
+        UserError: If not even the shortest do.
+    """
+
+    def needed(steps: int) -> float:
+        return sum(pace.seconds(steps) for pace in paces)
+
+    fewest = min(_FEWEST, most)
+    if needed(fewest) > seconds:
+        what = f"the time is too short: runs of {fewest} steps take about {duration(needed(fewest))} in all"
+        hint = "give --budget-minutes more, fewer --methods, or fewer --learning-rates"
+        raise UserError(what, hint=hint, exit_code=USAGE)
+    low, high = fewest, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle) <= seconds else (low, middle)
+    return low
