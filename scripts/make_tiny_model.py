@@ -124,9 +124,14 @@ def write_jsonl(path: Path, records: list[Any]) -> None:
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
+PROSE_ROWS = 40
+"""About 1,500 tokens of what the model has read much of, and none of these very paragraphs."""
+
+
 def write_examples(folder: Path) -> None:
     write_jsonl(folder / "chats.jsonl", conversations(SEED))
     write_jsonl(folder / "held_out.jsonl", held_out_questions(SEED))
+    write_jsonl(folder / "prose.jsonl", [{"text": paragraph} for paragraph in islice(paragraphs(SEED + 3), PROSE_ROWS)])
 
 
 # --- the checkpoint before training ----------------------------------------------------------------------------------------
