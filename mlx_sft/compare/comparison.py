@@ -231,7 +231,7 @@ class Comparison:
     def _pace(self, candidate: Candidate, steps: int) -> Pace:
         """How fast a candidate is, seen in its first trial."""
         trial = self._trial(candidate, candidate.rates[len(candidate.rates) // 2], steps)
-        return Pace(trial.step_seconds, max(0.0, trial.wall - steps * trial.step_seconds), len(candidate.rates))
+        return Pace.of(trial, len(candidate.rates))
 
     # The search
 

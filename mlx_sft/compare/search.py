@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mlx_sft.compare.trials import Trial
+from mlx_sft.compare.trials import Trial, evaluations_of
 from mlx_sft.console import duration
 from mlx_sft.errors import USAGE, UserError
 
@@ -69,18 +69,28 @@ class Pace:
     """What a candidate's runs take, as its first one showed.
 
     Attributes:
-        step: Seconds of a step.
-        around: Seconds of a run beside its steps: loading, evaluating, saving.
+        step, evaluation: Seconds of one.
+        around: Seconds of a run beside these: loading, saving.
         rates: How many learning rates it tries.
     """
 
     step: float
+    evaluation: float
     around: float
     rates: int
 
+    @classmethod
+    def of(cls, trial: Trial, rates: int) -> Pace:
+        """As a trial showed it."""
+        around = trial.wall - trial.steps * trial.step_seconds - evaluations_of(trial.steps) * trial.evaluation_seconds
+        return cls(trial.step_seconds, trial.evaluation_seconds, max(0.0, around), rates)
+
     def seconds(self, steps: int) -> float:
         """Of all its trials."""
-        return sum(rung.rates * (self.around + rung.steps * self.step) for rung in rungs(self.rates, steps))
+        return sum(
+            rung.rates * (self.around + rung.steps * self.step + evaluations_of(rung.steps) * self.evaluation)
+            for rung in rungs(self.rates, steps)
+        )
 
 
 def steps_within(paces: Sequence[Pace], seconds: float, most: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
@@ -38,6 +39,7 @@ class Trial(BaseModel):
         parameters: Numbers that are trained.
         seconds: That its steps took.
         step_seconds: The median of them.
+        evaluation_seconds: What an evaluation took.
         wall: That all of it took, in this process: of a run that was resumed, since then.
         tokens: Of its rows, each as often as it was trained on.
         peak_memory_bytes: Of MLX's arrays.
@@ -54,6 +56,7 @@ class Trial(BaseModel):
     parameters: int = 0
     seconds: float = 0.0
     step_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
     wall: float = 0.0
     tokens: int = 0
     peak_memory_bytes: int = 0
@@ -78,6 +81,16 @@ class _Counted(Callback):
         self.parameters = sum(value.size for value in run.parameters.values())
 
 
+def _apart(steps: int) -> int:
+    """How many steps apart a run is evaluated."""
+    return max(_APART, math.ceil(steps / _EVALUATIONS))
+
+
+def evaluations_of(steps: int) -> int:
+    """How often a run of so many steps is evaluated."""
+    return math.ceil(steps / _apart(steps))
+
+
 def folder_of(runs: Path, candidate: Candidate, rate: float, steps: int) -> Path:
     """Where the run of a trial lies."""
     return runs / f"{candidate.folder}-lr{rate:g}-{steps}"
@@ -97,9 +110,10 @@ def run_trial(
     """
     folder = folder_of(runs, candidate, rate, steps)
     begun, counted = wall(), _Counted()
-    every = max(_APART, -(-steps // _EVALUATIONS))
     trial = Trial(candidate=candidate.label, rate=rate, steps=steps)
-    config = candidate.config(common, lr=rate, max_steps=steps, eval_every=every, out=str(folder), keep=1, quiet=True)
+    config = candidate.config(
+        common, lr=rate, max_steps=steps, eval_every=_apart(steps), out=str(folder), keep=1, quiet=True
+    )
     try:
         if (folder / "config.yaml").is_file():
             config = type(config).resolve(resume=str(folder), quiet=True)
@@ -116,13 +130,15 @@ def run_trial(
         mx.clear_cache()
     records = list(_records(RunFolder.open(folder)))
     steps_taken = [record for record in records if record["kind"] == "train"]
-    curve = [(record["step"], record["loss"]) for record in records if record["kind"] == "evaluation"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    curve = [(record["step"], record["loss"]) for record in evaluations]
     found = {
         "loss": min((loss for _, loss in curve if loss is not None), default=None),
         "curve": tuple(curve),
         "parameters": counted.parameters,
         "seconds": round(sum(record["seconds"] for record in steps_taken), 3),
         "step_seconds": median(record["seconds"] for record in steps_taken),
+        "evaluation_seconds": median(record["seconds"] for record in evaluations),
         "wall": round(wall() - begun, 3),
         "tokens": sum(record["tokens"] for record in steps_taken),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in steps_taken),

@@ -97,7 +97,7 @@ def test_a_comparison_that_was_cut_short_goes_on_and_ends_the_same(
 
 
 def _without_times(record: Record) -> Any:
-    timed = {"wall", "seconds", "step_seconds", "peak_memory_bytes"}
+    timed = {"wall", "seconds", "step_seconds", "evaluation_seconds", "peak_memory_bytes"}
     kept = record.model_dump(mode="json")
     for trial in [*kept["trials"], *kept["finals"].values()]:
         for name in timed:
@@ -158,7 +158,9 @@ def test_a_budget_decides_the_steps(asked: dict[str, Any], tmp_path: Path, monke
         seen.append((candidate.label, steps))
         trial = run_trial(runs, candidate, rate, min(steps, 2), common, wall=wall)
         a_step = 1.0 if candidate.label.startswith("lora") else 3.0
-        return trial.model_copy(update={"steps": steps, "step_seconds": a_step, "wall": steps * a_step + 1})
+        return trial.model_copy(
+            update={"steps": steps, "step_seconds": a_step, "evaluation_seconds": 0.0, "wall": steps * a_step + 1}
+        )
 
     monkeypatch.setattr(comparisons, "run_trial", slow)
     monkeypatch.setattr(comparisons.time, "monotonic", lambda: 0.0)  # or the pilots would take some of it

@@ -44,7 +44,8 @@ def test_what_fails_or_has_no_finite_loss_is_not_tried_again() -> None:
 
 
 def test_as_many_steps_as_end_in_the_time() -> None:
-    paces = [Pace(step=0.5, around=2.0, rates=6), Pace(step=1.5, around=3.0, rates=1)]
+    paces = [Pace(step=0.5, evaluation=0.2, around=2.0, rates=6), Pace(step=1.5, evaluation=2.0, around=3.0, rates=1)]
+    assert paces[1].seconds(40) == 40 * 1.5 + 4 * 2 + 3
     for minutes in (2, 5, 30):
         steps = steps_within(paces, 60 * minutes, 10_000)
         assert (
