@@ -341,6 +341,12 @@ def compare_methods(
         comparison = Comparison.resumed(resume, console)
     else:
         common = {name: value for name, value in (train or {}).items() if name not in NOT_SHARED or name == "method"}
+        objective, default = (train or {}).get("objective"), TrainConfig.model_fields["objective"].default
+        if objective not in (None, default):
+            hint = f"leave it out, and give rows for --objective {default}"
+            raise UserError(
+                f"--objective {objective}: methods are compared by {default} alone", hint=hint, exit_code=USAGE
+            )
         asked = CompareSettings.of(settings | {"methods": methods or []})
         place = out or Path("comparisons") / f"{datetime.now():%Y%m%d-%H%M%S}"
         comparison = Comparison.begun(asked, common, place, console)

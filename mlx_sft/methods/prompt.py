@@ -58,7 +58,7 @@ class Prompt(PromptEmbeddings):
 
     name: ClassVar = "prompt"
     Settings: ClassVar = PromptSettings
-    learning_rates: ClassVar = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    learning_rates: ClassVar = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
     peft_type: ClassVar = "PROMPT_TUNING"
     Stated: ClassVar = _Stated
 

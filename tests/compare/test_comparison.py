@@ -150,6 +150,11 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
     assert "already holds something" in again.stderr
 
 
+def test_what_a_comparison_would_leave_out_is_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="--objective own: methods are compared by sft alone"):
+        compare_methods("lora", train=asked["train"] | {"objective": "own"})
+
+
 def test_a_budget_decides_the_steps(asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = asked["train"] | {"max_steps": 40}
     seen: list[tuple[str, int]] = []
