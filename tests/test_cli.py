@@ -59,6 +59,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
 GOES_WITH = {
     "nesterov": ["--momentum", "0.5"],
     "encoder_layers": ["--encoder", "lstm"],
+    "prefix_hidden": ["--prefix-projection"],
     "lora_plus_embedding_lr": ["--lora-plus-ratio", "16"],
 }
 """What else to type where a setting is one of another setting's."""
