@@ -148,6 +148,11 @@ class LoraSwitchLinear(LoraLinear):
 class DoraSwitchLinear(DoraLinear):
     """The linear layers of many experts, the rows of each of which have norms of their own."""
 
+    @property
+    def kept_numbers(self) -> int:
+        """The factors of a token's expert, too."""
+        return super().kept_numbers + int(self.lora_magnitude_vector.shape[-1])
+
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # type: ignore[override]
         dropped, routed = self._drop(x), (indices, sorted_indices)
         frozen: mx.array = self.linear(dropped, *routed)
