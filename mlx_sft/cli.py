@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import click
 
-from mlx_sft.config import sections
+from mlx_sft.common_settings import common_sections
 from mlx_sft.console import print_error, read_all, read_line, write_text
 from mlx_sft.crash_report import Interrupted, command_line
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
 from mlx_sft.files import refuse_lost_folder
 from mlx_sft.options import (
+    Late,
     Sectioned,
     choices,
     export_options,
@@ -80,7 +81,7 @@ def train(config_file: str | None, supervise: bool, **options: Any) -> None:
 
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
-@settings(only=(*sections()["Data"], "model", "objective", "seed", "quiet"))
+@settings(only=(*common_sections()["Data"], "model", "objective", "seed", "quiet"))
 @click.option("--row", metavar="N", help="One row, whole: its line or index as messages name it, 17 or chats.jsonl:17.")
 @click.option(
     "--only", metavar="KIND", help="Only rows of a kind: kept, truncated, dropped, bad, suspicious, duplicate, ..."
@@ -159,7 +160,7 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
         console.data(found.pieces())
 
 
-@main.command(context_settings={"max_content_width": 100})
+@main.command(cls=Late, context_settings={"max_content_width": 100})
 @click.option("--run", required=True, metavar="RUN", help="The run folder.")
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
 @export_options

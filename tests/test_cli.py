@@ -101,6 +101,19 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
     return given
 
 
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_what_needs_no_library_imports_none(asked: str) -> None:
+    """They take seconds to import, and transformers brings PyTorch with it where that is installed."""
+    code = (
+        "import sys; from mlx_sft.__main__ import main\n"
+        "try: main()\n"
+        "finally: print({'mlx', 'mlx_lm', 'numpy', 'torch', 'transformers'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=True)
+    assert ended.stderr.splitlines()[-1] == "set()"
+    assert "mlx-sft" in ended.stdout
+
+
 @pytest.mark.parametrize("field", [name for name in all_fields() if name not in HAVE_ONE_VALUE])
 def test_every_setting_is_an_option_that_arrives(cli: Cli, resolved: list[TrainConfig], field: str) -> None:
     words, value = typed(field)
