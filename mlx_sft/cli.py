@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import click
 
+from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
-from mlx_sft.config import sections
 from mlx_sft.console import print_error, read_all, read_line, write_text
 from mlx_sft.crash_report import Interrupted, command_line
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
 from mlx_sft.files import refuse_lost_folder
 from mlx_sft.options import (
+    Late,
     Sectioned,
     choices,
     export_options,
@@ -22,7 +23,6 @@ from mlx_sft.options import (
     own_options,
     resolved,
     settings,
-    shared_settings,
     split_options,
     trusting,
     which_model,
@@ -84,7 +84,7 @@ def train(config_file: str | None, supervise: bool, **options: Any) -> None:
 
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
-@settings(only=(*sections()["Data"], "model", "objective", "seed", "quiet"))
+@settings(only=(*common_sections()["Data"], "model", "objective", "seed", "quiet"))
 @click.option("--row", metavar="N", help="One row, whole: its line or index as messages name it, 17 or chats.jsonl:17.")
 @click.option(
     "--only", metavar="KIND", help="Only rows of a kind: kept, truncated, dropped, bad, suspicious, duplicate, ..."
@@ -165,7 +165,7 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
 @own_options(CompareSettings)
-@settings(only=shared_settings())
+@settings(shared=True)
 @click.option("--out", metavar="DIR", help="The folder to write; one under comparisons/ where not given.")
 @click.option("--resume", metavar="DIR", help="Go on with a comparison that was cut short; it takes no other option.")
 @trusting
@@ -184,7 +184,7 @@ def compare(config_file: str | None, out: str | None, resume: str | None, **opti
     write_text(f"{write_page(comparison)}\n")
 
 
-@main.command(context_settings={"max_content_width": 100})
+@main.command(cls=Late, context_settings={"max_content_width": 100})
 @click.option("--run", required=True, metavar="RUN", help="The run folder.")
 @click.option("--to", required=True, metavar="DIR", help="The folder to write.")
 @export_options

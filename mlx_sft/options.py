@@ -1,8 +1,12 @@
-"""Options of commands made from the fields of settings, so that none can fail to reach its owner. It knows click, as `cli.py` does."""
+"""Options of commands made from the fields of settings, so that none can fail to reach its owner. It knows click, as `cli.py` does.
+
+They are made when a command is run or asked for its help: for them every method, objective, optimizer and export format is imported,
+with MLX and transformers, which takes seconds that `mlx-sft --help` and `--version` need not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -20,9 +24,28 @@ from mlx_sft.settings import Settings
 Command = Callable[..., None]
 
 _CHOSEN_AMONG = {"method": METHODS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS}
+_OF_ENTRIES = {"method", "objective", "callbacks"}
+"""What chooses entries whose settings a comparison's runs do not share."""
 
 
-class Sectioned(click.Command):
+class _Later(click.Option):
+    """In the place of options that are not made yet."""
+
+    def __init__(self, declarations: Sequence[str], make: Callable[[], Sequence[click.Option]]) -> None:
+        super().__init__(declarations)
+        self.make = make
+
+
+class Late(click.Command):
+    """A command with options that are made when they are asked for."""
+
+    def get_params(self, context: click.Context) -> list[click.Parameter]:
+        made = (one.make() if isinstance(one, _Later) else [one] for one in self.params)
+        self.params = [parameter for parameters in made for parameter in parameters]
+        return super().get_params(context)
+
+
+class Sectioned(Late):
     """A command whose help lists the settings of a run under their sections."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
@@ -36,30 +59,25 @@ class Sectioned(click.Command):
                 formatter.write_dl(records)
 
 
-def settings(*without: str, only: Iterable[str] = ()) -> Callable[[Command], Command]:
-    """`--config`, and an option for each setting of a run: all but some, or only some."""
-    fields = all_fields()
-    listed = [name for names in sections().values() for name in names]
-    chosen = [name for name in listed if (name in only if only else name not in without)]
+def settings(*without: str, only: Collection[str] = (), shared: bool = False) -> Callable[[Command], Command]:
+    """`--config`, and an option for each setting of a run: all but some, or only some, or those that all runs of a comparison share."""
+
+    def is_chosen(name: str) -> bool:
+        if shared:
+            return name not in NOT_SHARED and not _OF_ENTRIES & {kind for kind, _ in owners_of(name)}
+        return name in only if only else name not in without
+
+    def make() -> list[click.Option]:
+        fields = all_fields()
+        return [_option(name, fields[name]) for names in sections().values() for name in names if is_chosen(name)]
 
     def decorate(command: Command) -> Command:
-        for field in reversed(chosen):
-            command = _option(field, fields[field])(command)
+        command = click.option("--settings", cls=_Later, make=make)(command)
         return click.option("--config", "config_file", metavar="FILE", help="YAML file with settings of a run.")(
             command
         )
 
     return decorate
-
-
-def shared_settings() -> list[str]:
-    """The settings that every run of a comparison may have: those of no method and no objective, and none that it decides itself."""
-    return [
-        name
-        for names in sections().values()
-        for name in names
-        if name not in NOT_SHARED and not {"method", "objective", "callbacks"} & {kind for kind, _ in owners_of(name)}
-    ]
 
 
 def own_options(owner: type[Settings]) -> Callable[[Command], Command]:
@@ -75,19 +93,28 @@ def own_options(owner: type[Settings]) -> Callable[[Command], Command]:
 
 def export_options(command: Command) -> Command:
     """`--format`, and an option for each setting of an export format."""
+    return click.option("--format", cls=_Later, make=_of_targets)(command)
+
+
+def _of_targets() -> list[click.Option]:
     fields: dict[str, FieldInfo] = {}
     owners: dict[str, list[str]] = {}
     for name, target in TARGETS.items():
         for field, info in target.Settings.model_fields.items():
             fields.setdefault(field, info)
             owners.setdefault(field, []).append(name)
-    for field in reversed(fields):
-        text = f"With --format {' or '.join(owners[field])}: {_help_text(fields[field])}"
-        command = click.option(f"--{field.replace('_', '-')}", **_kind(fields[field]) | {"help": text})(command)
     summaries = "; ".join(f"{name}: {target.summary}" for name, target in TARGETS.items())
-    return click.option(
-        "--format", type=click.Choice(TARGETS.names()), default="merged", show_default=True, help=f"{summaries}."
-    )(command)
+    form = click.Option(
+        ["--format"], type=click.Choice(TARGETS.names()), default="merged", show_default=True, help=f"{summaries}."
+    )
+    of_settings = (
+        click.Option(
+            [f"--{field.replace('_', '-')}"],
+            **_kind(info) | {"help": f"With --format {' or '.join(owners[field])}: {_help_text(info)}"},
+        )
+        for field, info in fields.items()
+    )
+    return [form, *of_settings]
 
 
 def _trust(context: click.Context, _: click.Parameter, trusted: bool) -> None:
@@ -166,7 +193,7 @@ def choices(field: str) -> click.Choice[str]:
     return click.Choice([str(value) for value in get_args(_without_none(TrainConfig.model_fields[field].annotation))])
 
 
-def _option(field: str, info: FieldInfo) -> Callable[[Command], Command]:
+def _option(field: str, info: FieldInfo) -> click.Option:
     options = _kind(info) | {"help": _help(field, info)}
     names = [option_name(field), field]
     if field in _CHOSEN_AMONG:
@@ -174,7 +201,7 @@ def _option(field: str, info: FieldInfo) -> Callable[[Command], Command]:
     elif info.annotation is bool and (info.default or len({str(owner.default) for owner in _owned(field)}) > 1):
         names[0] = f"{option_name(field)}/--no-{public_name(field).replace('_', '-')}"
         options = {"default": None, "help": options["help"]}
-    return click.option(*names, **options)
+    return click.Option(names, **options)
 
 
 def _kind(info: FieldInfo) -> dict[str, Any]:

@@ -173,8 +173,8 @@ def compare(kind: str, folder: Path) -> dict[str, float]:
     return {"logits": _apart(ours, theirs), "loss": abs(_loss(ours, token_ids) - _loss(theirs, token_ids))}
 
 
-def step(folder: Path, run: Path, method: str) -> None:
-    """Train one step, far enough to see it."""
+def step(folder: Path, run: Path, method: str, **further: Any) -> None:
+    """Train one step, far enough to see it; `further` are settings of the method."""
     data = folder.with_name("chats.jsonl")
     turns = [("the cat", "sat on the mat"), ("the dog", "sat"), ("and", "the mat on the cat")]
     messages = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in turns]
@@ -189,7 +189,7 @@ def step(folder: Path, run: Path, method: str) -> None:
         "warmup": 0,
         "dtype": "float32",
     }
-    train(TrainConfig(**config | settings, quiet=True))
+    train(TrainConfig(**config | settings | further, quiet=True))
     token_ids = _token_ids(folder)
     before, after = (load_run(run, base=base, dtype="float32").model for base in (True, False))
     if _apart(_ours(after, token_ids), _ours(before, token_ids)) < 100 * EXACT:

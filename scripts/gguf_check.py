@@ -2,6 +2,7 @@
 
     make gguf-check                            builds llama.cpp first: some ten minutes, once
     make gguf-check ARGS="qwen3 gemma2"        these families alone
+    make gguf-check ARGS="qwen3/pissa"         and an adapter of another kind
 
 A tiny random model of each family is trained a step, exported as `gguf` and as `gguf-adapter`, and opened by libllama: the merged
 file, and the adapter on a file of the base. The figures are the largest difference of a logit, in parts of the largest logit. The steps
@@ -15,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,22 @@ from transformers import AutoModelForCausalLM
 from mlx_sft import export
 from mlx_sft.convert.targets.gguf.converter import SCRIPT, Converter
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gemma3", "phi3", "lfm2")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "": {},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora", "rank_pattern": {"q_proj": 3}},
+    "rslora": {"rslora": True, "alpha_pattern": {"q_proj": 5.0}},
+    "dora": {"dora": True},
+}
+"""Settings of adapters that are written otherwise: of twice the rank, with scales of their own, or merged alone."""
+
+_MERGED_ALONE = ("dora",)
+"""Those for which llama.cpp has no adapter."""
+
+KINDS = (
+    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gemma3", "phi3", "lfm2",
+    *(f"qwen3/{adapter}" for adapter in ADAPTERS if adapter), "qwen3_moe/pissa",
+)  # fmt: skip
 
 AS_PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 16},
@@ -118,9 +135,10 @@ def measure(kind: str, work: Path, llama_cpp: Path, apart: Apart) -> tuple[list[
 
     base, run, merged, model, adapter = (work / name for name in ("base", "run", "merged", "gguf", "adapter"))
     cells, well = [kind], True
+    family, _, trained = kind.partition("/")
     try:
-        done(make, kind, base)
-        done(step, base, run, "lora")
+        done(make, family, base)
+        done(partial(step, **ADAPTERS[trained]), base, run, "lora")
         done(exported, run, merged, "merged", llama_cpp)
         theirs = done(in_transformers, merged)
     except RuntimeError as error:
@@ -135,19 +153,23 @@ def measure(kind: str, work: Path, llama_cpp: Path, apart: Apart) -> tuple[list[
         done(exported, run, adapter, "gguf-adapter", llama_cpp)
         return np.asarray(done(in_llama_cpp, work / "base.gguf", adapter / "adapter.gguf"))
 
-    for found in (of_model, of_adapter):
+    for found in (of_model,) if trained in _MERGED_ALONE else (of_model, of_adapter):
         try:
             apart_by = float(np.abs(found() - theirs).max() / np.abs(theirs).max())
         except RuntimeError as error:
             cells, well = [*cells, str(error)], False
         else:
-            cells, well = [*cells, f"{apart_by:.0e}"], well and apart_by <= ROUNDED_GELU.get(kind, EXACT)
-    return cells, well
+            cells, well = [*cells, f"{apart_by:.0e}"], well and apart_by <= ROUNDED_GELU.get(family, EXACT)
+    return cells + ["-"] * (3 - len(cells)), well
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help="types of models; the usual ones, if left out")
+    parser.add_argument(
+        "kinds",
+        nargs="*",
+        help=f"types of models; the usual ones, if left out; or one of them with /{', /'.join(filter(None, ADAPTERS))} behind it",
+    )
     parser.add_argument("--llama-cpp", type=Path, required=True, help="the folder of llama.cpp's source")
     given = parser.parse_args()
     failed = 0

@@ -102,7 +102,8 @@ def defaults(name: str, field: FieldInfo) -> str:
 
 
 def option_names() -> Iterator[str]:
-    for parameter in program.commands["train"].params:
+    command = program.commands["train"]
+    for parameter in command.get_params(click.Context(command)):
         yield from parameter.opts
 
 

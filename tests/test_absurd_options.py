@@ -29,8 +29,12 @@ COMMANDS = dict(commands(main))
 COMMANDS.pop(("doctor",))  # whose options are flags and the name of a file
 
 
+def parameters(command: click.Command) -> list[click.Parameter]:
+    return command.get_params(click.Context(command))
+
+
 def with_values(command: click.Command) -> list[click.Option]:
-    return [option for option in command.params if isinstance(option, click.Option) and not option.is_flag]
+    return [option for option in parameters(command) if isinstance(option, click.Option) and not option.is_flag]
 
 
 def further(name: str, command: click.Command, given: click.Option) -> list[str]:
@@ -38,7 +42,7 @@ def further(name: str, command: click.Command, given: click.Option) -> list[str]
     required = [option for option in with_values(command) if option.required and option is not given]
     words = [word for option in required for word in (option.opts[0], "none")]
     words += ["none"] * sum(
-        argument.nargs in (1, -1) for argument in command.params if isinstance(argument, click.Argument)
+        argument.nargs in (1, -1) for argument in parameters(command) if isinstance(argument, click.Argument)
     )
     if name in ("generate", "chat") and given.name not in ("run", "model"):
         words += ["--run", "none"]
@@ -50,7 +54,7 @@ def further(name: str, command: click.Command, given: click.Option) -> list[str]
 
 @pytest.mark.parametrize("name", COMMANDS, ids=" ".join)
 def test_an_absurd_value_is_refused_in_words(name: tuple[str, ...], cli: Callable[..., Any]) -> None:
-    command, of_train = COMMANDS[name], {option.name for option in COMMANDS["train",].params}
+    command, of_train = COMMANDS[name], {option.name for option in parameters(COMMANDS["train",])}
     for option in with_values(command):
         if name in (("plan",), ("inspect",), ("compare",)) and option.name in of_train:
             continue  # read by the same code

@@ -59,6 +59,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
 GOES_WITH = {
     "nesterov": ["--momentum", "0.5"],
     "encoder_layers": ["--encoder", "lstm"],
+    "prefix_hidden": ["--prefix-projection"],
     "lora_plus_embedding_lr": ["--lora-plus-ratio", "16"],
 }
 """What else to type where a setting is one of another setting's."""
@@ -98,6 +99,19 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
 
     monkeypatch.setattr(loop, "train", train)
     return given
+
+
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_what_needs_no_library_imports_none(asked: str) -> None:
+    """They take seconds to import, and transformers brings PyTorch with it where that is installed."""
+    code = (
+        "import sys; from mlx_sft.__main__ import main\n"
+        "try: main()\n"
+        "finally: print({'mlx', 'mlx_lm', 'numpy', 'torch', 'transformers'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=True)
+    assert ended.stderr.splitlines()[-1] == "set()"
+    assert "mlx-sft" in ended.stdout
 
 
 @pytest.mark.parametrize("field", [name for name in all_fields() if name not in HAVE_ONE_VALUE])

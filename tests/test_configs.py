@@ -3,6 +3,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 from mlx_sft.cli import main
@@ -40,7 +41,7 @@ def test_a_config_opens_with_the_command_that_runs_it(path: Path) -> None:
     program, verb, *arguments = shlex.split(first.removeprefix("# "))
     assert (program, verb) == ("mlx-sft", "train")
     command = main.commands[verb]
-    (option,) = [parameter for parameter in command.params if "--config" in parameter.opts]
+    (option,) = [parameter for parameter in command.get_params(click.Context(command)) if "--config" in parameter.opts]
     context = command.make_context(verb, arguments)
     assert context.params[str(option.name)] == f"configs/{path.name}"
 

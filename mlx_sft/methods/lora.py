@@ -28,7 +28,7 @@ from mlx_sft.methods.also_train import (
 )
 from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
-from mlx_sft.methods.lora_layers import DoraLinear, LoraEmbedding, LoraLinear, LoraSwitchLinear, LoraTiedHead
+from mlx_sft.methods.lora_layers import BESIDE, DoraLinear, LoraEmbedding, LoraLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import FACTORED, HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
 from mlx_sft.methods.lora_starts import (
     as_plain,
@@ -57,7 +57,7 @@ class Lora(Method):
     """The method `lora`.
 
     Parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r], of the experts of a layer [experts, r, in] and
-    [experts, out, r]; with DoRA `<module>.lora_magnitude_vector` [out]. Modules have their names in transformers.
+    [experts, out, r]; with DoRA `<module>.lora_magnitude_vector` [out], or [experts, out]. Modules have their names in transformers.
     """
 
     name: ClassVar = "lora"
@@ -213,8 +213,8 @@ class Lora(Method):
         magnitudes = parameters.get(f"{module}.{MAGNITUDE}")
         if magnitudes is None:
             return changed
-        norms = mx.linalg.norm(changed, axis=1)
-        return changed * (magnitudes / mx.where(norms == 0, 1, norms))[:, None]
+        norms = mx.linalg.norm(changed, axis=-1)
+        return changed * (magnitudes / mx.where(norms == 0, 1, norms))[..., None]
 
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
@@ -363,12 +363,12 @@ class Lora(Method):
         if self.settings.factored and embeds:
             what = f"--init {self.settings.init} is not known for embeddings ({name})"
             raise UserError(what, where="target", hint="leave them out, as with --target all-linear")
-        if self.settings.dora and (experts or embeds):
-            what = f"DoRA is not known for {'experts' if experts else 'embeddings'} ({name})"
-            raise UserError(what, where="target", hint="leave them out, as with --target attention")
+        if self.settings.dora and embeds:
+            what = f"DoRA is not known for embeddings ({name})"
+            raise UserError(what, where="target", hint="leave them out, as with --target all-linear")
         if embeds:
             return LoraTiedHead if name == HEAD else LoraEmbedding
-        return LoraSwitchLinear if experts else DoraLinear if self.settings.dora else LoraLinear
+        return BESIDE[experts, self.settings.dora]
 
     def _initial(self, model: nn.Module, seed: int) -> Parameters:
         parameters: Parameters = {}

@@ -28,8 +28,9 @@ class LowRankUpdate(WeightEdit):
         update *= np.float32(self.scale)
         update += base(start, stop)
         if self.magnitudes is not None:
-            norms = np.linalg.norm(update, axis=1)
-            update *= (self.magnitudes[start:stop] / np.where(norms == 0, 1, norms))[:, None]
+            magnitudes = self.magnitudes if expert is None else self.magnitudes[expert]
+            norms = np.linalg.norm(update, axis=-1)
+            update *= (magnitudes[start:stop] / np.where(norms == 0, 1, norms))[..., None]
         return update
 
 

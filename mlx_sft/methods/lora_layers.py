@@ -85,20 +85,20 @@ class DoraLinear(LoraLinear):
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float) -> None:
         super().__init__(linear, rank, scale, dropout)
-        self._squares = mx.square(plain_weight(linear).astype(mx.float32)).sum(axis=1)
+        self._squares = mx.square(plain_weight(linear).astype(mx.float32)).sum(axis=-1)
         self.lora_magnitude_vector = mx.sqrt(self._squares)
 
     @property
     def kept_numbers(self) -> int:
         """The result before it is given its norms, too."""
-        return super().kept_numbers + int(self.lora_magnitude_vector.size)
+        return super().kept_numbers + int(self.lora_magnitude_vector.shape[-1])
 
     def __call__(self, x: mx.array) -> mx.array:
         dropped = self._drop(x)
         frozen = self._frozen(dropped)
         scaled = self.scale * (dropped @ self.lora_A.T.astype(x.dtype))
         directed = mx.addmm(frozen, scaled, self.lora_B.T.astype(x.dtype))
-        result: mx.array = directed * (self.lora_magnitude_vector / mx.stop_gradient(self._norms())).astype(x.dtype)
+        result: mx.array = directed * self._factors().astype(x.dtype)
         if dropped is not x:
             result = result + self.linear(x) - frozen
         elif "bias" in self.linear:
@@ -112,13 +112,18 @@ class DoraLinear(LoraLinear):
     def unrounded(self, half: str, gradient: mx.array) -> mx.array:
         return gradient
 
-    def _norms(self) -> mx.array:
-        """‖V‖ of each row, without V: ‖W‖² + 2 s Σ B ∘ (W Aᵀ) + s² Σ B ∘ (B A Aᵀ)."""
+    def _factors(self) -> mx.array:
+        """m / ‖V‖ of each row, without V: ‖V‖² = ‖W‖² + 2 s Σ B ∘ (W Aᵀ) + s² Σ B ∘ (B A Aᵀ)."""
         lora_A, lora_B = self.lora_A, self.lora_B
-        mixed = (lora_B * self._frozen(lora_A).astype(mx.float32).T).sum(axis=1)
-        updates = (lora_B * (lora_B @ (lora_A @ lora_A.T))).sum(axis=1)
+        mixed = (lora_B * self._weight_times_A().astype(mx.float32).swapaxes(-1, -2)).sum(axis=-1)
+        updates = (lora_B * (lora_B @ (lora_A @ lora_A.swapaxes(-1, -2)))).sum(axis=-1)
         squares = self._squares + 2 * self.scale * mixed + self.scale**2 * updates
-        return mx.where(squares > 0, mx.sqrt(mx.maximum(squares, 0)), 1)  # a row of zeros stays one
+        norms = mx.where(squares > 0, mx.sqrt(mx.maximum(squares, 0)), 1)  # a row of zeros stays one
+        return self.lora_magnitude_vector / mx.stop_gradient(norms)
+
+    def _weight_times_A(self) -> mx.array:
+        """A Wᵀ, [r, out]."""
+        return self._frozen(self.lora_A)
 
     def _frozen(self, x: mx.array) -> mx.array:
         """W x, without the bias."""
@@ -130,14 +135,52 @@ class LoraSwitchLinear(LoraLinear):
     """The linear layers of many experts, each with an update of its own; `indices` says which expert a token goes to."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # type: ignore[override]
-        def product(x: mx.array, weight: mx.array) -> mx.array:
-            return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
-
         frozen: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
+        routed = indices, sorted_indices
         if x.dtype == self.lora_A.dtype == mx.float32:
-            return frozen + product(self.scale * product(self._drop(x), self.lora_A), self.lora_B)
+            return frozen + _of_experts(
+                self.scale * _of_experts(self._drop(x), self.lora_A, *routed), self.lora_B, *routed
+            )
         lora_A, lora_B = self._halves(x.dtype)
-        return frozen + product(product(self._drop(x), lora_A), lora_B)
+        return frozen + _of_experts(_of_experts(self._drop(x), lora_A, *routed), lora_B, *routed)
+
+
+class DoraSwitchLinear(DoraLinear):
+    """The linear layers of many experts, the rows of each of which have norms of their own."""
+
+    @property
+    def kept_numbers(self) -> int:
+        """The factors of a token's expert, too."""
+        return super().kept_numbers + int(self.lora_magnitude_vector.shape[-1])
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:  # type: ignore[override]
+        dropped, routed = self._drop(x), (indices, sorted_indices)
+        frozen: mx.array = self.linear(dropped, *routed)
+        directed, bias = frozen, 0
+        if "bias" in self.linear:
+            bias = self.linear.bias[indices][..., None, :]
+            directed = directed - bias
+        down = self.scale * _of_experts(dropped, self.lora_A.astype(x.dtype), *routed)
+        directed = directed + _of_experts(down, self.lora_B.astype(x.dtype), *routed)
+        result: mx.array = directed * self._factors().astype(x.dtype)[indices][..., None, :]
+        return result + (bias if dropped is x else self.linear(x, *routed) - frozen + bias)
+
+    def _weight_times_A(self) -> mx.array:
+        """A Wᵀ of each expert, [experts, r, out]."""
+        experts, weight = mx.arange(len(self.lora_A)), self.linear.get("scales", self.linear.weight)
+        # In the weight's own precision, or a copy of all experts in float32 would be made each time.
+        kind = weight.dtype if mx.issubdtype(weight.dtype, mx.floating) else self.lora_A.dtype
+        result: mx.array = self.linear(self.lora_A.astype(kind), experts)
+        return result - self.linear.bias[:, None] if "bias" in self.linear else result
+
+
+BESIDE: dict[tuple[bool, bool], type[LoraLinear]] = {
+    (False, False): LoraLinear,
+    (False, True): DoraLinear,
+    (True, False): LoraSwitchLinear,
+    (True, True): DoraSwitchLinear,
+}
+"""What stands around a linear module: whether it is of experts, and whether it gets norms of its own."""
 
 
 class LoraEmbedding(LoraLinear):
@@ -174,6 +217,11 @@ class LoraTiedHead(LoraLinear):
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._updated(self.linear.as_linear(x), x)
+
+
+def _of_experts(x: mx.array, weight: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+    """Each token times the matrix [out, in] of its own expert, of a stack of them."""
+    return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
 
 
 def _joined(x: mx.array) -> mx.array:

@@ -62,6 +62,8 @@ def write_adapter(
         raise UserError(what, hint=hint)
     if settings.train_new_tokens:
         raise UserError("mlx-lm's form has no place for the rows of new tokens", hint=hint)
+    if settings.dora and any(name.endswith(f".{MAGNITUDE}") and value.ndim > 1 for name, value in parameters.items()):
+        raise UserError("mlx-lm has no DoRA of experts", hint="export it merged")
     scales = {settings.scale_of(name.rpartition(".")[0]) for name in parameters}
     if len(scales) > 1 or settings.rank_pattern:
         raise UserError("mlx-lm's form has one rank and one scale for all modules", hint=hint)

@@ -19,12 +19,11 @@ import mlx.nn as nn
 from pydantic import Field, model_validator
 
 from mlx_sft.methods import Parameters
+from mlx_sft.methods.encoders import EMBEDDING, Drawn, draw_encoder, linear, linear_arrays
 from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.prompt_embeddings import PromptEmbeddings, StatedVectors, VirtualTokensSettings
 from mlx_sft.methods.prompt_files import PROMPT
 from mlx_sft.methods.virtual_tokens import InFront
-
-_EMBEDDING = "embedding.weight"
 
 _HEADS = {"mlp": ("mlp_head.0", "mlp_head.2", "mlp_head.4"), "lstm": ("mlp_head.0", "mlp_head.2")}
 """PEFT's names of the linear layers of each encoder, in order."""
@@ -85,27 +84,22 @@ class PTuning(PromptEmbeddings):
         self._has_encoder = self.settings.encoder != "none"
 
     def start(self, in_front: InFront, key: mx.array) -> Parameters:
-        """As torch draws them: embeddings from N(0, 1), and the encoder's arrays evenly within the bound of its layers."""
-        arrays = list(_encoder_arrays(self.settings, in_front.width)) if self._has_encoder else []
-        own_key, *keys = mx.random.split(key, 1 + len(arrays))
-        embedding = mx.random.normal((self.virtual_tokens, in_front.width), key=own_key)
-        drawn = {
-            name: mx.random.uniform(-bound, bound, shape, key=key)
-            for (name, shape, bound), key in zip(arrays, keys, strict=True)
-        }
-        return {_EMBEDDING if drawn else PROMPT: embedding} | drawn
+        shape = self.virtual_tokens, in_front.width
+        if not self._has_encoder:
+            return {PROMPT: mx.random.normal(shape, key=key)}
+        return draw_encoder(shape, _encoder_arrays(self.settings, in_front.width), key)
 
     def vectors(self, parameters: Parameters) -> mx.array:
         if PROMPT in parameters:
             return parameters[PROMPT]
-        states = parameters[_EMBEDDING]
+        states = parameters[EMBEDDING]
         if self.settings.encoder == "lstm":
             for layer in range(self.settings.encoder_layers):
                 states = _lstm_layer(states, parameters, layer)
         first, *others = _HEADS[self.settings.encoder]
-        states = _linear(states, parameters, first)
+        states = linear(states, parameters, first)
         for name in others:
-            states = _linear(nn.relu(states), parameters, name)
+            states = linear(nn.relu(states), parameters, name)
         return states
 
     def decayed(self, name: str) -> bool:
@@ -151,8 +145,7 @@ class PTuning(PromptEmbeddings):
         return f"p-tuning, {self.virtual_tokens} virtual tokens in front of each conversation, {made}"
 
 
-def _encoder_arrays(settings: PTuningSettings, width: int) -> Iterator[tuple[str, tuple[int, ...], float]]:
-    """PEFT's name of each array of the encoder, its shape, and the bound within which torch draws it."""
+def _encoder_arrays(settings: PTuningSettings, width: int) -> Iterator[Drawn]:
     hidden, features = settings.encoder_hidden_size, width
     inner = 2 * hidden if settings.encoder == "lstm" else hidden
     if settings.encoder == "lstm":
@@ -164,18 +157,13 @@ def _encoder_arrays(settings: PTuningSettings, width: int) -> Iterator[tuple[str
                     ("bias_ih", (4 * hidden,)),
                     ("bias_hh", (4 * hidden,)),
                 ):
-                    yield f"lstm_head.{kind}_l{layer}{way}", shape, 1 / math.sqrt(hidden)
+                    yield Drawn(f"lstm_head.{kind}_l{layer}{way}", shape, 1 / math.sqrt(hidden))
             features = inner
     heads = _HEADS[settings.encoder]
     for name in heads:
-        rows, bound = width if name == heads[-1] else inner, 1 / math.sqrt(features)
-        yield f"{name}.weight", (rows, features), bound
-        yield f"{name}.bias", (rows,), bound
+        rows = width if name == heads[-1] else inner
+        yield from linear_arrays(name, features, rows)
         features = rows
-
-
-def _linear(states: mx.array, parameters: Parameters, name: str) -> mx.array:
-    return mx.addmm(parameters[f"{name}.bias"], states, parameters[f"{name}.weight"].T)
 
 
 def _lstm_layer(states: mx.array, parameters: Parameters, layer: int) -> mx.array:

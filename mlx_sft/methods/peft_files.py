@@ -129,7 +129,7 @@ def write_adapter(
         folder: Made where it does not exist.
         settings: Its shape and scale.
         parameters: `<module>.lora_A` [r, in] and `<module>.lora_B` [out, r]; of experts [experts, r, in] and [experts, out, r]; with
-            DoRA `<module>.lora_magnitude_vector` [out]. Of a module that is trained in full `<module>.weight`.
+            DoRA `<module>.lora_magnitude_vector` [out], or [experts, out]. Of a module that is trained in full `<module>.weight`.
         base_model: Name or path of the base model, for PEFT to find it.
         revision: The base model's commit on the Hub, where it is known.
         begins: How the names of a language model's modules begin where the base is not on this disk, as in `Opening`.
@@ -251,7 +251,9 @@ def _unstacked(parameters: dict[str, mx.array]) -> dict[str, mx.array]:
     return {
         expert_name(name, expert) if expert is not None else name: one
         for name, value in parameters.items()
-        for expert, one in (enumerate(value) if value.ndim > 2 else [(None, value)])
+        for expert, one in (
+            enumerate(value) if value.ndim > (1 if name.endswith(f".{MAGNITUDE}") else 2) else [(None, value)]
+        )
     }
 
 

@@ -381,6 +381,8 @@ def _otherwise(base: PeftBase, settings: LoraSettings, place: str, names: list[s
         return f"PEFT puts no adapter on {{}} in models of type {base.family}"
     if is_parameter and settings.dropout:
         return "PEFT takes no dropout on {}"
+    if is_parameter and settings.dora:
+        return "PEFT takes no DoRA on {}: transformers 5 has a parameter there, and no linear module"
     number = len(names) if is_parameter else 1
     rank = _of_pattern(config["rank_pattern"], place, number * config["r"])
     alpha = _of_pattern(config["alpha_pattern"], place, number * config["lora_alpha"])

@@ -21,6 +21,9 @@ _MATRIX, _OTHER = "matrix", "other"
 _OUTSIDE = tuple(f"{name}.weight" for name in (*EMBEDDING_NAMES, HEAD))
 """How the names of embeddings and heads end."""
 
+_VECTORS = (".bias", ".lora_magnitude_vector")
+"""How the names of vectors end, of which there may be one for each expert or each layer."""
+
 
 class MuonSettings(DecaySettings):
     """Settings of Muon."""
@@ -65,4 +68,4 @@ class Muon(Optimizer):
 
     @classmethod
     def kind_of(cls, name: str, shape: tuple[int, ...]) -> str:
-        return _MATRIX if len(shape) > 1 and not name.endswith(_OUTSIDE) else _OTHER
+        return _MATRIX if len(shape) > 1 and not name.endswith(_OUTSIDE + _VECTORS) else _OTHER

@@ -124,7 +124,8 @@ class Footprint:
         adapters: Trained numbers that are none of the model's weights.
         trains_head: Whether something outside of the layers is trained, which the head may use.
         virtual_tokens: Positions in front of each row, of which its width says nothing.
-        keys_in_front: Keys and values in front of each row, which are what is trained.
+        keys_in_front: Keys and values in front of each row, of which each row has a copy.
+        in_front: Their numbers, of all layers; what is trained, or what is made of it.
         accumulates: Whether a step may have several micro-batches, whose gradients are added up.
         held: Whether MLX is held to the prediction, and so does not make room ahead of its computation.
         correction: What a measurement found what grows with the tokens to be, beside what is counted.
@@ -146,6 +147,7 @@ class Footprint:
     trains_head: bool = False
     virtual_tokens: int = 0
     keys_in_front: int = 0
+    in_front: int = 0
     accumulates: bool = True
     held: bool = True
     correction: float = 1.0
@@ -200,6 +202,8 @@ class Footprint:
             trains_head=in_head,
             virtual_tokens=method.virtual_tokens,
             keys_in_front=method.keys_in_front,
+            # The result of such a method is these alone, in float32.
+            in_front=method.written_bytes(parameters) // 4 if method.keys_in_front else 0,
             accumulates=config.batch_size > 1,
             held=not fused,
             fixed=fixed,
@@ -233,8 +237,9 @@ class Footprint:
         tokens += in_rows * self.virtual_tokens
         kept, work = self._of_layers(mode, tokens, width + self.virtual_tokens + self.keys_in_front)
         if self.keys_in_front and self.layers:  # of each row a copy, as long as what its layer keeps
-            copies = in_rows * self.trainable * self.itemsize
+            copies = in_rows * self.in_front * self.itemsize
             kept += copies if mode in ("off", "light") else 0
+            kept += 8 * self.in_front if self.in_front != self.trainable else 0  # what was made, and its gradient
             work += copies / len(self.layers)
         states = (tokens + _STATES_A_POSITION * positions) * self.hidden * self.itemsize
         arrays = self._passing

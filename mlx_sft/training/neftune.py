@@ -3,12 +3,15 @@
     embeddings of a conversation [L, d] + uniform(-1, 1) · alpha / √(L · d)
 
 L is the conversation's own number of tokens. The noise of a token follows from the seed, the step, the number of its conversation and
-its place there, so that neither how a step is cut nor where a run was interrupted changes it.
+its place there, so that neither how a step is cut nor where a run was interrupted changes it. A conversation that a step has several
+times has other noise each time: they are counted in the order of the micro-batches, in which equal ones follow one another in any cut.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
@@ -20,6 +23,9 @@ from mlx_sft.methods.virtual_tokens import EmbeddingsOf
 
 Draw = tuple[mx.array, mx.array]
 """For each token of a micro-batch its random key [rows, width, 2], and the bound of its noise [rows, width]."""
+
+_MOST_TOKENS = 2**22
+"""Of a conversation, so that the keys of its repetitions are others."""
 
 
 class Neftune:
@@ -35,19 +41,25 @@ class Neftune:
     def __init__(self, model: nn.Module, alpha: float) -> None:
         self._embeddings, self._alpha = EmbeddingsOf(model), alpha
 
-    def draw(self, batch: Batch, key: mx.array) -> Draw:
-        """What the noise of a micro-batch is made of.
+    def draw(self, batches: Sequence[Batch], key: mx.array) -> list[Draw]:
+        """What the noise of a step's micro-batches is made of.
 
         Args:
             key: Of the step.
         """
+        own_key, before = mx.random.split(key, 2)[1], Counter[int]()
+        return [self._of_batch(batch, own_key, before) for batch in batches]
+
+    def _of_batch(self, batch: Batch, key: mx.array, before: Counter[int]) -> Draw:
         rows, width = batch.token_ids.shape
         spans = batch.spans or [(row * width, (row + 1) * width) for row in range(rows)]
         words, bounds = np.zeros((rows * width, 2), np.uint32), np.zeros(rows * width, np.float32)
         for (start, end), example, length in zip(spans, batch.examples, batch.lengths, strict=True):
-            words[start:end, 0], words[start:end, 1] = example, np.arange(end - start)
+            words[start:end, 0] = example
+            words[start:end, 1] = np.arange(end - start) + before[example] * _MOST_TOKENS
             bounds[start:end] = self._alpha / math.sqrt(length * self._embeddings.width)
-        keys = mx.random.split(key, 2)[1] + mx.array(words)
+            before[example] += 1
+        keys = key + mx.array(words)
         return keys.reshape(rows, width, 2), mx.array(bounds).reshape(rows, width)
 
     def added(self, draw: Draw | None) -> AbstractContextManager[None]:

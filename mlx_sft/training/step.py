@@ -158,20 +158,20 @@ class GradientComputer:
         """
         of_dropout = key if self._method.uses_dropout else None
         keys = mx.random.split(of_dropout, len(batches) + 1) if of_dropout is not None else [None] * len(batches)
+        draws = self._draws(batches, key)
         loss = mx.array(0.0)
         total: Parameters = {}
         try:
             with training_mode(self._split.model):
                 if weighting is None:
-                    weighting = self._weigh(batches, self._first_pass(parameters, batches, key, keys, before_each))
+                    weighting = self._weigh(batches, self._first_pass(parameters, batches, draws, keys, before_each))
                 # Not those of the head, whose gradients are sums over its chunks.
                 rounded = self._method.rounded(parameters) | self._of_head(parameters)
-                for batch, own_weights, batch_key in zip(batches, weighting.weights, keys, strict=False):
+                for batch, own_weights, batch_key, draw in zip(batches, weighting.weights, keys, draws, strict=False):
                     before_each()
                     started = time.perf_counter()
                     with failures_noticed(batch):
                         weights = (own_weights / weighting.normalizer).astype(np.float32)
-                        draw = self._draw(batch, key)
                         batch_loss, gradients = self.micro_step(rounded, batch, weights, batch_key, draw)
                         loss = loss + batch_loss
                         total = self._added(total, gradients)
@@ -256,7 +256,7 @@ class GradientComputer:
         self,
         parameters: Parameters,
         batches: Sequence[Batch],
-        step_key: mx.array | None,
+        draws: Sequence[Draw | None],
         keys: Sequence[mx.array | None] | mx.array,
         before_each: Callable[[], None],
     ) -> list[NDArray[np.float32]] | None:
@@ -264,14 +264,14 @@ class GradientComputer:
         if not self._objective.first_pass:
             return None
         found = []
-        for batch, key in zip(batches, keys, strict=False):
+        for batch, key, draw in zip(batches, keys, draws, strict=False):
             before_each()
             self._method.bind(self._split.model, parameters, key)
-            found.append(self._position_log_probs(parameters, batch, self._draw(batch, step_key))[0])
+            found.append(self._position_log_probs(parameters, batch, draw)[0])
         return found
 
-    def _draw(self, batch: Batch, key: mx.array | None) -> Draw | None:
-        return self._neftune.draw(batch, key) if self._neftune and key is not None else None
+    def _draws(self, batches: Sequence[Batch], key: mx.array | None) -> Sequence[Draw | None]:
+        return self._neftune.draw(batches, key) if self._neftune and key is not None else [None] * len(batches)
 
     def _position_log_probs(
         self, parameters: Parameters, batch: Batch, draw: Draw | None = None

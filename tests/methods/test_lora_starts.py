@@ -16,19 +16,27 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.numpy import load_file
 
-from mlx_sft import export, load_run, train
+from mlx_sft import export, generate_text, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.errors import UserError
+from mlx_sft.generate import prompt_tokens
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.adapter_check import check_adapter
 from mlx_sft.methods.compose import merge_adapters
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import our_name
 from mlx_sft.model.load import load_model
-from tests.methods.runs import ROWS
-from tests.parity import assert_close, loss_and_gradients, losses_of_steps
+from tests.methods.runs import ROWS, WORDS
+from tests.parity import (
+    assert_close,
+    loss_and_gradients,
+    loss_of_rows,
+    losses_of_run,
+    losses_of_steps,
+    told_by_peft,
+)
 
 pytestmark = [
     pytest.mark.parity,
@@ -45,19 +53,6 @@ def given(tmp_path: Path) -> dict[str, Any]:
         "rank": 4, "alpha": 6, "target": "all-linear", "dtype": "float32", "batch_size": 4, "lr": 3e-3, "scheduler": "constant",
         "warmup": 0, "max_steps": 10, "weight_decay": 0.1, "max_grad_norm": 1.0, "out": str(tmp_path / "run"),
     }  # fmt: skip
-
-
-def _losses(run_dir: Path) -> list[float]:
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "train"]
-
-
-def _loss(model: torch.nn.Module) -> torch.Tensor:
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids, labels = ([torch.tensor(row[key]) for row in ROWS] for key in ("input_ids", "labels"))
-    mask = pad([torch.ones(len(row), dtype=torch.long) for row in ids], batch_first=True)
-    padded = pad(labels, batch_first=True, padding_value=-100)
-    return model(input_ids=pad(ids, batch_first=True), attention_mask=mask, labels=padded).loss
 
 
 def _theirs(model: torch.nn.Module, **settings: Any) -> torch.nn.Module:
@@ -89,15 +84,20 @@ def test_a_run_is_that_of_peft_and_opens_there_on_the_base_as_it_is(
 ) -> None:  # fmt: skip
     base = make_base(family, tied=family.startswith("gemma"))
     theirs = _theirs(torch_model(base), init_lora_weights=start, **peft_settings)
-    expected = losses_of_steps(theirs, lambda: _loss(theirs), 10, lr=3e-3)
+    expected = losses_of_steps(theirs, lambda: loss_of_rows(theirs, ROWS), 10, lr=3e-3)
     run = train(TrainConfig(**given | settings | {"model": str(base), "init": start}), data=ROWS)
-    np.testing.assert_allclose(_losses(run.run_dir), expected, atol=1e-4)
+    np.testing.assert_allclose(losses_of_run(run.run_dir), expected, atol=1e-4)
     assert expected[-1] < expected[0] - 0.1
     export(run.run_dir, tmp_path / "peft", format="peft")
     ours = mlx_logits(load_run(run.run_dir).model, token_ids)
     opened = peft.PeftModel.from_pretrained(torch_model(base), tmp_path / "peft").eval()
     assert_close(ours, torch.tensor(torch_logits(opened, token_ids)))
     assert_close(ours, torch.tensor(torch_logits(theirs.eval(), token_ids)), 1e-3)
+    loaded = load_run(run.run_dir)
+    asked, told = prompt_tokens(loaded, WORDS), generate_text(loaded, WORDS, max_tokens=12)
+    for model in (theirs, opened):  # on the base that PEFT changed, and as plain LoRA on the base as it is
+        assert told == told_by_peft(model, loaded.tokenizer, asked, 12)
+    assert told != generate_text(load_run(run.run_dir, base=True), WORDS, max_tokens=12)
     if family == "qwen3":
         export(run.run_dir, tmp_path / "mlx-lm", format="mlx-lm")  # which mlx-lm opens, and compares
         merged = load_model(str(export(run.run_dir, tmp_path / "merged").path), "float32")
@@ -136,7 +136,7 @@ def test_an_adapter_that_peft_has_not_converted_is_put_on_the_base_as_it_is(
 ) -> None:  # fmt: skip
     theirs = _theirs(torch_model(base), init_lora_weights=start)
     theirs.save_pretrained(tmp_path / "start")
-    losses_of_steps(theirs, lambda: _loss(theirs), 3, lr=1e-2)
+    losses_of_steps(theirs, lambda: loss_of_rows(theirs, ROWS), 3, lr=1e-2)
     theirs.save_pretrained(tmp_path / "theirs")
     expected = torch.tensor(torch_logits(theirs.eval(), token_ids))
     assert_close(mlx_logits(load_adapter(tmp_path / "theirs", str(base), "float32").model, token_ids), expected)
@@ -237,9 +237,9 @@ def test_the_rates_of_lora_plus_are_those_of_pefts_optimizer(
     assert {group["lr"] for group in optimizer.param_groups if group["params"]} == {1e-3, 8e-3} | (
         set() if dora else {2e-3}
     )
-    expected = losses_of_steps(theirs, lambda: _loss(theirs), 10, lr=1e-3, optimizer=optimizer)
+    expected = losses_of_steps(theirs, lambda: loss_of_rows(theirs, ROWS), 10, lr=1e-3, optimizer=optimizer)
     ours = train(TrainConfig(**given | shape | rates), data=ROWS)
-    np.testing.assert_allclose(_losses(ours.run_dir), expected, atol=1e-4)
+    np.testing.assert_allclose(losses_of_run(ours.run_dir), expected, atol=1e-4)
     trained = load_file(ours.run_dir / "adapter" / "adapter_model.safetensors")
     for name, value in theirs.named_parameters():
         if value.requires_grad:

@@ -163,6 +163,87 @@ def test_a_cartridge_is_that_of_peft(base: Path, given: dict[str, Any], torch_mo
     np.testing.assert_allclose(load_file(on / "adapter" / WEIGHTS)[PROMPT], found, atol=1e-6)
 
 
+@pytest.mark.parametrize(("family", "hidden"), [("qwen3", 24), ("gemma", None)])
+def test_a_projection_is_that_of_peft(
+    family: str,
+    hidden: int | None,
+    given: dict[str, Any],
+    make_base: Callable[..., Path],
+    torch_model: Callable,
+    tmp_path: Path,
+) -> None:
+    """It is trained as PEFT's encoder, which a checkpoint keeps; PEFT opens what it makes, and a run goes on from it."""
+    base = make_base(family, tied=family == "gemma")
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    asked_for = {"virtual_tokens": N, "prefix_projection": True, "prefix_hidden": hidden, "lr": 0.01, "seed": 3}
+    kept = {"save_every": 5, "keep": 9, "data": str(tmp_path / "rows.jsonl"), "model": str(base)}
+    run = train(TrainConfig(**given | asked_for | kept)).run_dir
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=N, prefix_projection=True, encoder_hidden_size=hidden
+    )
+    theirs = get_peft_model(torch_model(base), config)
+    settings = PrefixSettings(virtual_tokens=N, prefix_projection=True, prefix_hidden=hidden)
+    start = Prefix(settings).attach(load_model(str(base), "float32").model, seed=3)
+    encoder = theirs.prompt_encoder["default"]
+    encoder.load_state_dict(
+        {name: torch.tensor(np.array(value)).reshape(encoder.state_dict()[name].shape) for name, value in start.items()}
+    )
+    expected = losses_of_steps(theirs, lambda: loss_of_rows(theirs, ROWS), 10, lr=0.01)
+    np.testing.assert_allclose(losses_of_run(run), expected, atol=1e-4)
+    assert expected[-1] < expected[0] - 0.05
+    found = load_file(run / "adapter" / WEIGHTS)[PROMPT]
+    np.testing.assert_allclose(found, theirs.get_prompt_embedding_to_save("default"), atol=1e-3)
+    opened = peft.PeftModel.from_pretrained(torch_model(base), run / "adapter").eval()
+    loaded = load_run(run)
+    asked = prompt_tokens(loaded, WORDS)
+    with torch.no_grad():
+        logits = opened(input_ids=torch.tensor([asked]), attention_mask=torch.ones(1, len(asked))).logits
+    assert_close(logits_of(loaded, asked), logits[0])
+    assert generate_text(loaded, WORDS, max_tokens=12) == _told_by(opened, loaded.tokenizer, asked, 12)
+
+    export(run, tmp_path / "last", format="peft", step="10")
+    assert (tmp_path / "last" / WEIGHTS).read_bytes() == (run / "adapter" / WEIGHTS).read_bytes()
+    assert "made by a projection" in (run / "README.md").read_text()
+    files = [run / "adapter" / WEIGHTS, run / "checkpoints" / "step-00000010" / "parameters.safetensors"]
+    whole = [file.read_bytes() for file in files]
+    shutil.rmtree(run / "checkpoints" / "step-00000010")
+    shutil.rmtree(run / "adapter")
+    (run / "README.md").unlink()
+    train(TrainConfig(resume=str(run)))
+    assert [file.read_bytes() for file in files] == whole
+    on = given | {"model": str(base), "init_adapter": str(run / "adapter"), "out": str(tmp_path / "on")}
+    with pytest.raises(UserError, match=r"--prefix-projection True differs from the adapter's False"):
+        train(TrainConfig(**on | {"prefix_projection": True}), data=ROWS)
+    again = train(TrainConfig(**on | {"lr": 1e-9, "max_steps": 1}), data=ROWS).run_dir
+    np.testing.assert_allclose(load_file(again / "adapter" / WEIGHTS)[PROMPT], found, atol=1e-6)
+
+
+def test_a_projection_starts_as_torch_starts_it_and_is_cut_in_any_way(base: Path, torch_model: Callable) -> None:
+    settings = PrefixSettings(virtual_tokens=300, prefix_projection=True, prefix_hidden=48)
+    ours = Prefix(settings).attach(load_model(str(base), "float32").model, 0)
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=300, prefix_projection=True, encoder_hidden_size=48
+    )
+    theirs = get_peft_model(torch_model(base), config).prompt_encoder["default"].state_dict()
+    assert {name: value.size for name, value in ours.items()} == {name: v.numel() for name, v in theirs.items()}
+    for name, value in theirs.items():
+        drawn, expected = np.array(ours[name]), value.numpy()
+        assert drawn.std() == pytest.approx(expected.std(), rel=0.25)
+        if name != "embedding.weight":
+            assert abs(drawn).max() == pytest.approx(abs(expected).max(), rel=0.1)
+
+    def gradients(**options: Any) -> dict[str, np.ndarray]:
+        method = Prefix(PrefixSettings(virtual_tokens=3, prefix_projection=True))
+        _, found = loss_and_gradients(base, method, None, _examples(), **options)
+        return {name: np.array(value) for name, value in found.items()}
+
+    expected = gradients()
+    for options in ({"token_budget": 1}, {"compiled": True}, {"mode": "blocks"}, {"layout": JOINED}):
+        for name, gradient in gradients(**options).items():
+            tolerance = 2e-6 * np.abs(expected[name]).max()
+            np.testing.assert_allclose(gradient, expected[name], atol=tolerance, err_msg=f"{name} {options}")
+
+
 def test_a_start_that_cannot_be_is_named(base: Path, given: dict[str, Any], tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("a cat")
@@ -171,6 +252,11 @@ def test_a_start_that_cannot_be_is_named(base: Path, given: dict[str, Any], tmp_
         ({"prefix_init": "cartridge:"}, r"a file's name behind it"),
         ({"prefix_init": "cartridge"}, r"a cartridge starts from a document"),
         ({"prefix_init": "cartridge:x", "virtual_tokens": 1}, r"a cartridge has 2 or more"),
+        (
+            {"prefix_init": "cartridge:x", "prefix_projection": True},
+            r"a projection starts at random, and a cartridge from a document",
+        ),
+        ({"prefix_hidden": 8}, r"prefix_hidden: is of the projection; give prefix_projection too"),
         ({"prefix_init": f"cartridge:{tmp_path}/none"}, r"cannot be read"),
         ({"prefix_init": f"cartridge:{short}"}, r"this document has \d+ tokens, and the prefix 20 entries"),
     ):
@@ -289,8 +375,8 @@ def test_a_damaged_or_foreign_file_is_refused_with_what_is_wrong(
 def test_its_keys_count_in_memory_and_not_in_max_length(base: Path, given: dict[str, Any]) -> None:
     split = SplitModel(load_model(str(base), "float32").model)
 
-    def peak(number: int, mode: Any, rows: int = 1) -> int:
-        method = Prefix(PrefixSettings(virtual_tokens=number))
+    def peak(number: int, mode: Any, rows: int = 1, **settings: Any) -> int:
+        method = Prefix(PrefixSettings(virtual_tokens=number, **settings))
         config, parameters = TrainConfig(data="-", method="prefix"), method.attach(split.model, 0)
         found = Footprint.of(config, split, method, parameters, 264, head="tiles", fused=False)
         assert not found.trains_head
@@ -299,7 +385,9 @@ def test_its_keys_count_in_memory_and_not_in_max_length(base: Path, given: dict[
     copies = (
         400 * split.body.layers[0].self_attn.n_kv_heads * 16 * 2 * 2 * 4
     )  # of 400 entries in each of two layers, in float32
-    assert peak(401, "off", rows=8) - peak(1, "off", rows=8) >= 8 * copies
+    for settings in ({}, {"prefix_projection": True}):
+        assert peak(401, "off", 8, **settings) - peak(1, "off", 8, **settings) >= 8 * copies
+    assert peak(401, "off", 8, prefix_projection=True) - peak(401, "off", 8) == pytest.approx(2 * copies, rel=0.1)
     run = train(TrainConfig(**given | {"model": str(base), "max_length": 12, "max_steps": 1}), data=ROWS)
     assert json.loads((run.run_dir / "data_report.json").read_text())["totals"]["truncated"] == 0
 

@@ -184,6 +184,10 @@ def test_muon_takes_each_expert_by_itself() -> None:
         alone = _muon(_arrays(0, EXPERTS)[name][expert], gradients, nesterov=True)
         for step, value in enumerate(alone):
             np.testing.assert_allclose(together[step][name][expert], value, rtol=2e-4, atol=2e-5)
+    for name in ("experts.up_proj.lora_magnitude_vector", "transform.2.bias"):  # vectors, one for each expert or layer
+        stack = {name: (4, 8)}
+        of_muon, of_adamw = (_ours(_config(optimizer=kind), stack)[-1][name] for kind in ("muon", "adamw"))
+        np.testing.assert_array_equal(of_muon, of_adamw)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_it_is_uniform_noise_of_the_papers_size_where_transformers_adds_it(
     base, (batch,) = make_base(family, tied=True), _batches(1000)
     model = load_model(str(base), "float32").model
     neftune, token_ids = Neftune(model, ALPHA), mx.array(batch.token_ids)
-    with neftune.added(neftune.draw(batch, KEY)):
+    with neftune.added(neftune.draw([batch], KEY)[0]):
         noisy = model.model.embed_tokens(token_ids)
     noise = scale * np.array(noisy - model.model.embed_tokens(token_ids))
     for row, length in enumerate(batch.lengths):
@@ -121,7 +121,21 @@ def test_the_cut_and_the_way_of_computing_change_nothing(
 
 
 def test_each_step_and_each_conversation_has_noise_of_its_own(make_base: Callable[..., Path]) -> None:
+    """One that a step has several times has other noise each time, the same in any cut."""
     (batch,) = _batches(1000)
     neftune = Neftune(load_model(str(make_base("qwen3")), "float32").model, ALPHA)
-    keys = [np.array(neftune.draw(batch, dropout_key(0, step))[0]).reshape(-1, 2) for step in (1, 2)]
+    keys = [np.array(neftune.draw([batch], dropout_key(0, step))[0][0]).reshape(-1, 2) for step in (1, 2)]
     assert len(np.unique(np.concatenate(keys), axis=0)) == 2 * batch.token_ids.size
+
+    def found(token_budget: int) -> list[np.ndarray]:
+        examples, drawn = _examples(), []
+        batches = [
+            collate(examples, part) for part in cut([0, 1, 0, 2, 0], examples.needed_lengths, token_budget, PADDED)
+        ]
+        for one, (keys, _) in zip(batches, neftune.draw(batches, KEY), strict=True):
+            drawn += [np.array(row)[: length - 1] for row, length in zip(keys, one.lengths, strict=True)]
+        return drawn
+
+    whole, in_parts = found(1000), found(1)
+    assert all(map(np.array_equal, whole, in_parts))
+    assert len(np.unique(np.concatenate(whole), axis=0)) == sum(map(len, whole))
