@@ -1,12 +1,15 @@
-"""The command line: parse, call one library function, print. No logic; what the settings of a run become is in `options.py`."""
+"""The command line: parse, call one library function, print. No logic; what the settings of a run become is in `options.py`, and
+the commands that take no run are in `commands/`."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import click
 
+from mlx_sft.commands.adapters import adapters
+from mlx_sft.commands.doctor import doctor
 from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
 from mlx_sft.console import print_error, read_all, read_line, write_text
@@ -304,87 +307,6 @@ def chat(max_tokens: int, temperature: float, **model: Any) -> None:
         write_text("\n")
 
 
-@main.group()
-def adapters() -> None:
-    """Look at adapters, and compose them."""
-
-
-@adapters.command()
-@click.argument("adapter", metavar="DIR")
-@click.option("--model", metavar="MODEL", help="Its base, if not the one that it names; its weights need not be there.")
-@click.option("--json", "as_json", is_flag=True, help="Write the findings as a line of JSON.")
-def check(adapter: str, model: str | None, as_json: bool) -> None:
-    """Say what an adapter changes, and what of it PEFT, mlx-lm, llama.cpp and this program would not take.
-
-    DIR is an adapter of PEFT's or mlx-lm's, or a run. The exit code is 1 where one of them would not take all of it.
-    """
-    from mlx_sft.methods.adapter_check import check_adapter
-
-    found = check_adapter(adapter, model)
-    write_text((found.to_json() if as_json else found.describe()) + "\n")
-    if not found.is_taken:
-        raise click.exceptions.Exit(1)
-
-
-@adapters.command(name="merge")
-@click.argument("adapters", nargs=-1, required=True, metavar="DIR[:WEIGHT]...")
-@click.option("--to", required=True, metavar="DIR", help="The folder to write.")
-@click.option(
-    "--method",
-    type=click.Choice(["linear", "cat", "svd"]),
-    default="linear",
-    show_default=True,
-    help="linear adds up the matrices of equal ranks, as PEFT does; cat is the exact sum, whose rank is the sum of theirs; "
-    "svd is the nearest to that with --rank.",
-)
-@click.option("--rank", type=click.IntRange(min=1), help="For svd; the largest of theirs where not given.")
-def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "svd"], rank: int | None) -> None:
-    """Compose adapters of one base into one: A:0.7 B:0.3.
-
-    The last line on stdout is the folder.
-    """
-    from mlx_sft.console import Console
-    from mlx_sft.methods.compose import merge_adapters
-
-    Console().done(str(merge_adapters(adapters, to, method=method, rank=rank)))
-
-
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Write each finding as a line of JSON.")
-@click.option(
-    "--device",
-    is_flag=True,
-    help="Ask the device instead what it does and how fast: some minutes, a line of JSON a question.",
-)
-@click.option("--small", is_flag=True, help="With --device: with matrices that a CPU multiplies in a minute.")
-@click.option(
-    "--report", metavar="FILE", help="With --device: write a page of Markdown too, of what was expected and found."
-)
-def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None:
-    """What this machine is, what a run may take of it, what is missing, and the largest model that fits."""
-    if device:
-        from pathlib import Path
-
-        from mlx_sft import device_check
-        from mlx_sft.writing import write_file
-
-        answers = []
-        for answered in device_check.device_check(small=small):
-            answers.append(answered)
-            write_text(answered.line())
-        if report is not None:
-            write_file(Path(report), device_check.report(answers), parents=True)
-        return
-    from mlx_sft import doctor
-
-    found = []
-    for finding in doctor.findings():
-        found.append(finding)
-        write_text(doctor.as_json(finding) if as_json else doctor.described(finding))
-    if any(finding.wrong for finding in found):
-        raise click.exceptions.Exit(1)
-
-
 @main.command(name="eval")
 @which_model
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
@@ -398,3 +320,7 @@ def evaluate(data: str, json_lines: bool, **model: Any) -> None:
     from mlx_sft.load import load_named
 
     write_text(evaluate_model(load_named(**model), data).describe(as_json=json_lines) + "\n")
+
+
+main.add_command(adapters)
+main.add_command(doctor)
