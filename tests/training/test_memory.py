@@ -33,6 +33,8 @@ _LINEAR_ATTENTION = {
     "linear_value_head_dim": 32,
 }
 
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 192}
+
 Trained = tuple[SplitModel, GradientComputer, Parameters, Footprint]
 
 
@@ -97,6 +99,8 @@ _MORE_SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "head": ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["lm_head"]}),
     "embeddings": ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["embed_tokens"]}),
     "full of some": ("qwen3", {}, {"method": "full", "layers": "2-4"}),
+    "experts": ("qwen3_moe", _EXPERTS, {"rank": 8}),
+    "experts' norms": ("qwen3_moe", _EXPERTS, {"rank": 8, "dora": True}),
     "virtual tokens": ("qwen3", {}, {"method": "p-tuning", "encoder": "lstm", "virtual_tokens": 64}),
     "bottlenecks": ("qwen3", {}, {"method": "bottleneck", "reduction_factor": 4}),
 }
