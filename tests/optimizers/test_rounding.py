@@ -159,7 +159,7 @@ def test_a_large_array_is_updated_as_if_it_were_small(
 def test_the_state_of_a_large_array_is_written_in_place(
     name: str, dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside parameter, gradient and state an update takes what passes of one piece in a hundred: all that is new takes the place of what was."""
+    """All that is new takes the place of what was; besides, there is what passes of one piece in a hundred."""
     monkeypatch.setattr("mlx_sft.optimizers.gradients.PIECE", 2**14)
     parameters, gradients = {"w": mx.ones((1600, 1024), dtype)}, {"w": mx.ones((1600, 1024), dtype)}
     optimizer = make_optimizer(TrainConfig(data="x", optimizer=name), parameters, lambda _: True)
