@@ -17,6 +17,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SHIPPED = {
     "deepseek-r1-distill-qwen-1.5b-smoltalk",
     "qwen3-0.6b-full",
+    "qwen3-0.6b-full-light",
     "qwen3-0.6b-lora",
     "smollm2-135m-lora",
     "tiny-lora",

@@ -36,7 +36,7 @@ ENTRIES = {
 }
 
 Parameters = dict[str, mx.array]
-"""Trainable float32 arrays by name, flat."""
+"""Trainable arrays by name, flat: float32, or what a method keeps in bfloat16."""
 
 Rows = Callable[[int, int], NDArray[np.float32]]
 """`rows(start, stop)`: these rows of a tensor, float32."""

@@ -1,7 +1,7 @@
 """Checkpoints: everything that an exact resume needs, written whole or not at all.
 
 checkpoints/step-00000050/
-  parameters.safetensors   the trained arrays, float32
+  parameters.safetensors   the trained arrays, float32 or as their method keeps them
   optimizer.safetensors    the optimizer's state
   state.json               position in the data, random state, best evaluation, callbacks' state, hashes of config, data and model
   SHA256SUMS               of the three, as `sha256sum --check` reads it
@@ -97,6 +97,11 @@ class Progress:
 def dropout_key(seed: int, step: int) -> mx.array:
     """The random state of a step: a function of the seed and its number, so that no step depends on the one before."""
     return mx.random.split(mx.random.key(seed), 2)[1] + mx.array([0, step], mx.uint32)
+
+
+def rounding_key(seed: int, step: int) -> mx.array:
+    """The random key of a step's update, another one than that of its dropout."""
+    return mx.random.split(dropout_key(seed, step), 2)[1]
 
 
 def save(

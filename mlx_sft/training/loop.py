@@ -262,7 +262,8 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
     if finite:
         job.torn = True
         scale = clip_scale(norm, config.max_grad_norm)
-        job.parameters = job.optimizer.update(job.parameters, gradients, rate, scale)
+        key = checkpoint.rounding_key(config.seed, step.number)
+        job.parameters = job.optimizer.update(job.parameters, gradients, rate, scale, key)
         computer.bind(job.parameters)
     del gradients
     seconds, rows, examples = time.perf_counter() - started, list(step.rows), job.data.train

@@ -66,7 +66,10 @@ class Evaluation:
 
 
 class StepGradient(NamedTuple):
-    """What a step gives: the objective's value, the gradients by name, all evaluated and float32, and the objective's metrics."""
+    """What a step gives: the objective's value, the gradients by name, and the objective's metrics; all arrays are evaluated.
+
+    Gradients are float32; those of a lone micro-batch are as its parameters are.
+    """
 
     loss: mx.array
     gradients: Parameters
@@ -292,9 +295,11 @@ class GradientComputer:
             return self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions), draw)
 
     def _add(self, total: Parameters, gradients: Parameters) -> Parameters:
-        """The sum of some micro-batches' gradients, float32; `total` is empty before the first."""
+        """The sum of some micro-batches' gradients, float32; `total` is empty before the first, whose own are the sum then."""
         gradients = self._method.unrounded(gradients)
-        return {name: total[name] + gradient if total else gradient for name, gradient in gradients.items()}
+        if not total:
+            return gradients
+        return {name: total[name].astype(mx.float32) + gradient for name, gradient in gradients.items()}
 
     def micro_step(
         self,

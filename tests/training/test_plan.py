@@ -152,6 +152,23 @@ def test_full_fine_tuning_is_counted_with_its_optimizer(no_weights: Path) -> Non
     assert full.predicted.trained == 16 * weights // 2, "float32 masters of bfloat16 weights"
 
 
+def test_masters_in_bfloat16_let_full_fine_tuning_fit_a_smaller_mac(no_weights: Path) -> None:
+    config = json.loads((no_weights / "config.json").read_text())
+    shape = {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
+             "num_attention_heads": 16, "num_key_value_heads": 8}  # fmt: skip
+    (no_weights / "config.json").write_text(json.dumps(config | shape))  # that of Qwen3-0.6B
+    light = {"master_dtype": "bfloat16", "optimizer": "adamw8bit"}
+    given = {"model": str(no_weights), "method": "full", "max_length": 1024}
+    sixteen = plan_of("M2 16GB", **given, **light, memory_limit="8GB")
+    assert sixteen.settings is not None
+    assert sixteen.predicted.peak < 8e9
+    assert plan_of("M2 16GB", **given).settings is None, "float32 masters and AdamW do not fit"
+    assert plan_of("M2 8GB", **given, **light).settings is None, "the sum of several gradients does not fit 5.73 GB"
+    eight = plan_of("M2 8GB", **given, **light, batch_size=1)
+    assert eight.settings is not None
+    assert eight.predicted.peak < 5.73e9
+
+
 def test_the_command_prints_on_stdout(cli: Cli, no_weights: Path, chats: Path) -> None:
     result = cli("plan", "--model", no_weights, "--data", chats, "--machine", "M2 16GB")
     assert result.exit_code == 0, result.output
