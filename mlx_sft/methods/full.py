@@ -69,7 +69,7 @@ class Full(Method):
     frozen_base: ClassVar = False
     mergeable: ClassVar = True
     folder: ClassVar = "weights"
-    learning_rates: ClassVar = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    learning_rates: ClassVar = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
     settings: FullSettings
 
