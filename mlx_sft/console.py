@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO, cast
 
@@ -114,8 +114,8 @@ class Console:
         self._screen.print(text)
 
     @contextmanager
-    def reading(self) -> Iterator[ReadingBar]:
-        """Yield an object that shows how far the data is read; its bar disappears when the block ends."""
+    def reading(self, doing: str = "reading") -> Iterator[ReadingBar]:
+        """Yield an object that shows how far something is with the data; its bar disappears when the block ends."""
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -128,7 +128,7 @@ class Console:
         if live:
             bar.start()
         try:
-            yield ReadingBar(self, bar if live else None)
+            yield ReadingBar(self, bar if live else None, doing)
         finally:
             if live:
                 bar.stop()
@@ -149,13 +149,19 @@ class Console:
         screen.print(text, end="")
         refuse_loss(output("stdout"))
 
-    def step(self, record: Mapping[str, Any], total_steps: int, seconds_left: float) -> None:
-        """One optimizer step: the live line, a plain line now and then, or a line of JSON."""
+    def step(
+        self, record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str] = ()
+    ) -> None:
+        """One optimizer step: the live line, a plain line now and then, or a line of JSON.
+
+        Args:
+            metrics: The names of what is shown besides, behind the loss.
+        """
         if self._json_lines:
             self._emit(record)
         if not self._shown:
             return
-        line = _step_line(record, total_steps, seconds_left)
+        line = _step_line(record, total_steps, seconds_left, metrics)
         number = record["step"]
         if self._screen.is_terminal:
             if self._live is None:
@@ -165,17 +171,17 @@ class Console:
         elif number == 1 or number == total_steps or number % _PLAIN_EVERY == 0:
             self._screen.print(Text(line))
 
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """One evaluation."""
+    def evaluation(self, record: Mapping[str, Any], metrics: Sequence[str] = ()) -> None:
+        """One evaluation; `metrics` as for a step."""
         if self._json_lines:
             self._emit(record)
         if record["loss"] is None:
             self.warn(f"the validation loss of step {record['step']} is not finite")
             return
         best = "  (best so far)" if record["best"] else ""
+        perplexity = "" if record["perplexity"] is None else f"perplexity {record['perplexity']:.2f}  "
         self.note(
-            f"step {record['step']}  validation loss {record['loss']:.4f}  "
-            f"perplexity {record['perplexity']:.2f}  "
+            f"step {record['step']}  validation loss {record['loss']:.4f}  {perplexity}{_metrics(record, metrics)}"
             f"token accuracy {record['token_accuracy']:.1%}{best}"
         )
 
@@ -211,10 +217,15 @@ class Console:
 
 
 class ReadingBar:
-    """Shows how far the data is read: a bar in a terminal, else a line now and then."""
+    """Shows how far the data is read: a bar in a terminal, else a line now and then.
 
-    def __init__(self, console: Console, bar: Progress | None) -> None:
+    Args:
+        doing: What the bar says is done with it.
+    """
+
+    def __init__(self, console: Console, bar: Progress | None, doing: str = "reading") -> None:
         self._console = console
+        self._doing = doing
         self._bar = bar
         self._tasks: dict[str, TaskID] = {}
         self._told = 0
@@ -223,7 +234,7 @@ class ReadingBar:
         """Rows and bytes of a source read so far; `bytes_total` is None where it is not known."""
         if self._bar is not None:
             if name not in self._tasks:
-                self._tasks[name] = self._bar.add_task(printable(f"reading {name}"), total=bytes_total, rows=rows)
+                self._tasks[name] = self._bar.add_task(printable(f"{self._doing} {name}"), total=bytes_total, rows=rows)
             self._bar.update(self._tasks[name], completed=bytes_done, total=bytes_total, rows=rows)
         elif rows >= self._told + _ROWS_BETWEEN_LINES:
             self._told = rows
@@ -321,12 +332,17 @@ def _labelled(label: str, colour: str, message: str) -> Text:
     return Text.assemble((f"{label}:", colour), " ", printable(message))
 
 
-def _step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
+def _metrics(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    """`rewards/margins 0.1234  `; of what the record has."""
+    return "".join(f"{name} {record[name]:.4g}  " for name in names if record.get(name) is not None)
+
+
+def _step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str]) -> str:
     loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
     rate = record["tokens_per_second"]
     supervised = rate * record["supervised_tokens"] / max(1, record["tokens"])
     return (
-        f"step {record['step']}/{total_steps}  loss {loss}  "
+        f"step {record['step']}/{total_steps}  loss {loss}  {_metrics(record, metrics)}"
         f"lr {record['learning_rate']:.2e}  "
         f"{count(rate)} tokens/s ({count(supervised)} supervised)  "
         f"peak {size(record['peak_memory_bytes'])}  left {duration(seconds_left)}"

@@ -41,13 +41,13 @@ class EvaluationResult:
 
     @property
     def loss(self) -> float:
-        """Weighted mean over supervised tokens, in nats."""
+        """The objective's: for SFT the weighted mean over supervised tokens, in nats."""
         return self.evaluation.loss
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss), up to a loss of 700, beyond which it is not a number of float64."""
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        """exp(loss), up to a loss of 700, beyond which it is not a number of float64; None where the loss is no cross-entropy."""
+        return self.evaluation.perplexity
 
     @property
     def token_accuracy(self) -> float:
@@ -73,12 +73,14 @@ class EvaluationResult:
         fates = {"rows": report.kept, "truncated": report.truncated, "dropped": report.dropped, "bad": report.bad}
         if as_json:
             record = asdict(self.evaluation)
-            record |= {"perplexity": self.perplexity, **record.pop("own"), **fates}
-            finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+            record |= {**record.pop("own"), **fates}
+            finite = {k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}
             return json.dumps(finite, allow_nan=False)
         counts = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number or fate == "rows")
+        perplexity = "" if self.perplexity is None else f"perplexity {self.perplexity:.2f}  "
+        own = "".join(f"{name} {value:.4g}  " for name, value in self.evaluation.own.items())
         return (
-            f"loss {self.loss:.4f}  perplexity {self.perplexity:.2f}  token accuracy {self.token_accuracy:.1%}  "
+            f"loss {self.loss:.4f}  {perplexity}token accuracy {self.token_accuracy:.1%}  {own}"
             f"({counts}, {self.supervised_tokens} supervised tokens)"
         )
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the data room takes a second to import, and the settings of
 
 ENTRIES = {
     "sft": "mlx_sft.objectives.sft:SFT",
+    "dpo": "mlx_sft.objectives.dpo:DPO",
 }
 
 LogProbs = Sequence[NDArray[np.float32]]
@@ -42,12 +43,15 @@ class Weighting:
         weights: For each micro-batch [positions] float32, before they are divided.
         normalizer: What the weighted sum is divided by.
         loss: The objective's value; None where it is the weighted mean of −log p itself.
+        counted: For each micro-batch [positions] float32, what they weigh in the token accuracy of an evaluation; where None, as in the
+            loss, or as the rows ask for where that needs a first pass.
         metrics: What the objective says of itself in `metrics.jsonl`, by name.
     """
 
     weights: Sequence[NDArray[np.float32]]
     normalizer: float
     loss: float | None = None
+    counted: Sequence[NDArray[np.float32]] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -62,12 +66,19 @@ class Objective:
         compares: Whether it compares the texts of a row: their examples, one of each, then stand in one step together, a row that loses
             one is lost, and `batch_size` counts rows.
             `batch.data_rows` tells which of a step's examples are of one row, and their order in it is that of `batch.examples`.
+        needs_reference: Whether `weigh` needs log p of the examples under the model as training starts, which is then computed once before
+            the first step: `batch.reference`.
+        defaults: Settings that every run has, and that have another default under this objective.
+        shown: Those of its metrics that the terminal shows.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[NoSettings]] = NoSettings
     first_pass: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    needs_reference: bool = False
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    shown: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = settings if settings is not None else self.Settings()

@@ -358,7 +358,7 @@ def evaluate(job: Job, step: Step) -> Record:
         "step": step.number,
         "epoch": round(step.epoch, 6),
         "loss": result.loss if finite else None,
-        "perplexity": math.exp(min(result.loss, 700)) if finite else None,
+        "perplexity": result.perplexity if finite else None,
         "token_accuracy": result.token_accuracy,
         "best": best,
         "learning_rate": job.learning_rate(step),
