@@ -15,15 +15,18 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import check_vocabulary
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.report import SourceReport
-from mlx_sft.load import AdaptedModel, WhichStep, load_run
+from mlx_sft.load import AdaptedModel, WhichStep, load_on_base, load_run
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import LoadedModel
 from mlx_sft.model.vocabulary import vocabulary_size
-from mlx_sft.objectives import make_objective
-from mlx_sft.training.batch_settings import layout_on
+from mlx_sft.objectives import Objective, make_objective
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.training.batch_settings import BatchSettings, layout_on
 from mlx_sft.training.machine import this_machine
 from mlx_sft.training.out_of_memory import evaluate_in_memory
+from mlx_sft.training.reference import Start
+from mlx_sft.training.start import starting_parameters
 from mlx_sft.training.step import Evaluation, GradientComputer
 
 
@@ -140,7 +143,18 @@ def evaluate_model(loaded: LoadedModel, data: str) -> EvaluationResult:
     split = SplitModel(loaded.model)
     computer = GradientComputer(split, method, vocabulary, objective, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
-    evaluation, _ = evaluate_in_memory(
-        computer, {}, examples, budget, layout_on(this_machine(), computer, {}, examples)
-    )
+    layout = layout_on(this_machine(), computer, {}, examples)
+    if objective.needs_reference and isinstance(loaded, AdaptedModel) and loaded.run:
+        settings = BatchSettings(budget, "off", config.head_chunk or 0, layout)
+        examples.reference = _start_of(loaded.run, config, objective, settings).of(examples)
+    evaluation, _ = evaluate_in_memory(computer, {}, examples, budget, layout)
     return EvaluationResult(evaluation, report)
+
+
+def _start_of(run: RunFolder, config: TrainConfig, objective: Objective, settings: BatchSettings) -> Start:
+    """The model as a run's training started, loaded once more."""
+    base = load_on_base(run, config, None)
+    config, method, parameters = starting_parameters(config, base.model, base.tokenizer, begun=False)
+    vocabulary = vocabulary_size(base.model, base.config)
+    computer = GradientComputer(SplitModel(base.model), method, vocabulary, objective, head_chunk=config.head_chunk)
+    return Start(config, base.path, method, parameters, computer, settings)

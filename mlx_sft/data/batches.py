@@ -154,7 +154,9 @@ class Batch:
 
     def summed(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         """[rows]: the sum over each row's targets of what is said of them, times their weights."""
-        return np.bincount(self.owners, np.multiply(values, self.weights, dtype=np.float64), self.rows)
+        return np.bincount(self.owners, np.multiply(values, self.weights, dtype=np.float64), self.rows).astype(
+            np.float64
+        )
 
     @property
     def rows(self) -> int:

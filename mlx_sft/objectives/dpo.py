@@ -87,7 +87,9 @@ def _sigmoid(x: Numbers) -> Numbers:
     return np.exp(_log_sigmoid(x))
 
 
-def _logistic(settings: Any, chosen: Numbers, rejected: Numbers, gamma: float = 0.0) -> tuple[Numbers, Numbers, Numbers]:
+def _logistic(
+    settings: Any, chosen: Numbers, rejected: Numbers, gamma: float = 0.0
+) -> tuple[Numbers, Numbers, Numbers]:
     margin = settings.dpo_beta * (chosen - rejected) - gamma
     slope = -settings.dpo_beta * _sigmoid(-margin)
     return -_log_sigmoid(margin), slope, -slope
@@ -242,7 +244,7 @@ def _pairs(batches: Sequence[Batch], log_probs: LogProbs, *, with_reference: boo
     data_rows, examples = (np.concatenate([getattr(b, name) for b in batches]) for name in ("data_rows", "examples"))
     sums = np.concatenate([batch.summed(found) for batch, found in zip(batches, log_probs, strict=True)])
     tokens = np.concatenate([batch.summed(np.ones_like(batch.weights)) for batch in batches])
-    reference = np.concatenate([batch.reference for batch in batches]) if with_reference else np.zeros(len(sums))  # type: ignore[misc]
+    reference = np.concatenate([batch.reference for batch in batches]) if with_reference else np.zeros(len(sums))
     _, row_of = np.unique(data_rows, return_inverse=True)
     first = np.full(row_of.max() + 1, examples.max())
     np.minimum.at(first, row_of, examples)  # the chosen example of each row

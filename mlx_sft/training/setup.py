@@ -276,7 +276,7 @@ class _Setup:
                 config=config.model_copy(update={"out": None}).to_yaml(CONFIG_HEADER),
                 data_report=to_json(self.data.report.to_json()),
                 environment=to_json(environment),
-                reference=self.reference and self.reference.write,
+                reference=self.reference.write if self.reference else None,
             )
         hold_to(self.machine, predicted)
         self._configure()

@@ -27,7 +27,14 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 STEPS = 10
 ROWS = preferences(6)
-AS_IN_TRL = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+AS_IN_TRL = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +43,9 @@ def _pairs() -> Iterator[None]:
         yield
 
 
-def _theirs(base: Path, start: Path, folder: Path, tokenizer: Any, **settings: Any) -> tuple[list[dict[str, float]], dict[str, Any]]:
+def _theirs(
+    base: Path, start: Path, folder: Path, tokenizer: Any, **settings: Any
+) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """TRL's records of all steps, and the adapter that it ends with, by our names."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     trainer = trl.DPOTrainer(
@@ -75,10 +84,20 @@ def _theirs(base: Path, start: Path, folder: Path, tokenizer: Any, **settings: A
     [
         ("qwen3", True, {}, {}),
         ("qwen3", False, {"dpo_beta": 0.5}, {"beta": 0.5}),
-        ("llama", True, {"dpo_beta": 0.3, "sft_weight": 0.2}, {"beta": 0.3, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}),
+        (
+            "llama",
+            True,
+            {"dpo_beta": 0.3, "sft_weight": 0.2},
+            {"beta": 0.3, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+        ),
         ("qwen3", True, {"dpo_loss": "hinge"}, {"loss_type": ["hinge"]}),
         ("qwen3", True, {"dpo_loss": "ipo"}, {"loss_type": ["ipo"]}),
-        ("qwen3", True, {"dpo_loss": "robust", "label_smoothing": 0.1}, {"loss_type": ["robust"], "label_smoothing": 0.1}),
+        (
+            "qwen3",
+            True,
+            {"dpo_loss": "robust", "label_smoothing": 0.1},
+            {"loss_type": ["robust"], "label_smoothing": 0.1},
+        ),
         ("qwen3", True, {"dpo_loss": "sigmoid_norm"}, {"loss_type": ["sigmoid_norm"]}),
         ("qwen3", True, {"dpo_loss": "apo_zero"}, {"loss_type": ["apo_zero"]}),
         ("qwen3", True, {"dpo_loss": "apo_down"}, {"loss_type": ["apo_down"]}),
@@ -101,14 +120,15 @@ def test_a_run_is_trls(
     write_adapter(start, shape, parameters, str(base))
     config = TrainConfig(
         model=str(base), init_adapter=str(start), objective="dpo", out=str(tmp_path / "run"), dtype="float32", batch_size=len(ROWS),
-        micro_batch_tokens=60, max_steps=STEPS, lr=5e-3, scheduler="linear", warmup=0.2, max_grad_norm=1.0, weight_decay=0.0, shuffle=False, quiet=True,
+        micro_batch_tokens=150, max_steps=STEPS, lr=5e-3, scheduler="linear",
+        warmup=0.2, max_grad_norm=1.0, weight_decay=0.0, shuffle=False, quiet=True,
         **ours,
     )  # fmt: skip
     result = train(config, data=ROWS)
     records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     expected, adapter = _theirs(base, start, tmp_path / "trl", tokenizer, **theirs)
     assert len(records) == len(expected) == STEPS
-    assert all(record["micro_batches"] > 2 for record in records), "nothing was cut"
+    assert all(record["micro_batches"] > 1 for record in records), "nothing was cut"
     for record, their in zip(records, expected, strict=True):
         for name in ("loss", "grad_norm", *AS_IN_TRL):
             assert record[name] == pytest.approx(their[name], rel=1e-4, abs=2e-5), (record["step"], name)
@@ -117,7 +137,7 @@ def test_a_run_is_trls(
     assert ended.keys() == adapter.keys()
     for name, value in ended.items():
         moved = np.abs(value - np.array(parameters[name])).max()
-        np.testing.assert_allclose(value, adapter[name], rtol=0, atol=1e-3 * moved)
+        np.testing.assert_allclose(value, adapter[name], rtol=0, atol=1e-4 * moved)
 
 
 def _adapter(run: Path) -> dict[str, Any]:
