@@ -70,6 +70,7 @@ class Objective:
             the first step: `batch.reference`.
         defaults: Settings that every run has, and that have another default under this objective.
         shown: Those of its metrics that the terminal shows.
+        trained_on: What a row is, for the model card.
     """
 
     name: ClassVar[str]
@@ -79,6 +80,7 @@ class Objective:
     needs_reference: bool = False
     defaults: ClassVar[Mapping[str, Any]] = {}
     shown: ClassVar[tuple[str, ...]] = ()
+    trained_on: ClassVar[str] = "conversations"
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = settings if settings is not None else self.Settings()
@@ -107,6 +109,10 @@ class Objective:
             what = f"a text gives an example a turn, and --objective {self.name} compares one of each"
             raise UserError(what, where=item[0].origin, hint="choose another --train-on than every-turn")
         return [example for examples in encoded for example in examples]
+
+    def describe(self) -> str:
+        """What a model card says of the objective and its settings, on one line; names are in backticks."""
+        return f"`{self.name}`"
 
     def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:
         """The weights of a step's micro-batches, or of all those of an evaluation.

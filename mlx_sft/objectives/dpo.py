@@ -184,11 +184,20 @@ class DPO(Objective):
     compares: ClassVar = True
     defaults: ClassVar = {"lr": 5e-6}
     shown: ClassVar = ("rewards/accuracies", "rewards/margins")
+    trained_on: ClassVar = "preferences"
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
         self.loss = LOSSES[self.settings.dpo_loss]
         self.needs_reference = self.loss.reference
+
+    def describe(self) -> str:
+        smoothing, gamma = self.settings.label_smoothing, self.settings.simpo_gamma
+        parts = [f"the loss `{self.settings.dpo_loss}` of chosen and rejected answers, β {self.settings.dpo_beta:g}"]
+        parts += [f"label smoothing {smoothing:g}"] * bool(smoothing)
+        parts += [f"γ {gamma:g}"] * (self.settings.dpo_loss == _WITH_MARGIN)
+        parts += [f"with {self.sft_weight:g} times the cross-entropy of the chosen ones"] * bool(self.sft_weight)
+        return ", ".join(parts)
 
     @property
     def sft_weight(self) -> float:
