@@ -98,11 +98,11 @@ def composed(chosen: dict[str, Any]) -> type[TrainConfig]:
     entries = [registry[names[kind]] for kind, registry in CHOOSING.items()]
     entries += [CALLBACKS[name] for name in dict.fromkeys((*CALLBACKS.built_in(), *further))]
     owners = dict.fromkeys(entry.Settings for entry in entries if entry.Settings.model_fields)
-    return _joined(tuple(OBJECTIVES[names["objective"]].defaults.items()), *owners)
+    return _joined(*owners, defaults=tuple(OBJECTIVES[names["objective"]].defaults.items()))
 
 
 @cache
-def _joined(defaults: tuple[tuple[str, Any], ...], *owners: type[Settings]) -> type[TrainConfig]:
+def _joined(*owners: type[Settings], defaults: tuple[tuple[str, Any], ...] = ()) -> type[TrainConfig]:
     """`TrainConfig` with the settings of these owners, and with these defaults in place of its own."""
     taken: dict[str, type[Settings]] = dict.fromkeys(TrainConfig.model_fields, TrainConfig)
     validators = _validators(TrainConfig)

@@ -110,6 +110,10 @@ class Objective:
             raise UserError(what, where=item[0].origin, hint="choose another --train-on than every-turn")
         return [example for examples in encoded for example in examples]
 
+    def judged(self, loss: float, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        """By what the best evaluation is known: the first number that is lower, of this evaluation's value and metrics."""
+        return (loss,)
+
     def describe(self) -> str:
         """What a model card says of the objective and its settings, on one line; names are in backticks."""
         return f"`{self.name}`"

@@ -11,7 +11,7 @@ experimental `CPOTrainer` and `ORPOTrainer` for `simpo` and `orpo`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -34,6 +34,7 @@ Name = Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "apo_zero", 
 
 _SMOOTHED, _WITH_MARGIN, _WITH_SFT = "robust", "simpo", "orpo"
 _GAMMA = 0.5
+_ACCURACY = "rewards/accuracies"
 _NEARLY_CERTAIN = -1e-7
 """Mean log p from which on the odds of an answer no longer grow."""
 
@@ -52,6 +53,9 @@ class DPOSettings(Settings):
     """For simpo: the margin that a pair should have."""
     sft_weight: float | None = Field(default=None, ge=0)
     """Weight of the cross-entropy of the chosen answers, which is added to the loss; 1 for orpo and else 0 where not given."""
+    best_by: Literal["loss", "accuracy"] = "loss"
+    """The best evaluation, whose adapter is the result, has the lowest loss, or the most pairs the right way round and of these the lowest
+    loss."""
 
     @model_validator(mode="after")
     def _settings_are_of_this_loss(self) -> DPOSettings:
@@ -183,13 +187,16 @@ class DPO(Objective):
     first_pass: ClassVar = True
     compares: ClassVar = True
     defaults: ClassVar = {"lr": 5e-6}
-    shown: ClassVar = ("rewards/accuracies", "rewards/margins")
+    shown: ClassVar = (_ACCURACY, "rewards/margins")
     trained_on: ClassVar = "preferences"
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
         self.loss = LOSSES[self.settings.dpo_loss]
         self.needs_reference = self.loss.reference
+
+    def judged(self, loss: float, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        return (-metrics[_ACCURACY], loss) if self.settings.best_by == "accuracy" else (loss,)
 
     def describe(self) -> str:
         smoothing, gamma = self.settings.label_smoothing, self.settings.simpo_gamma
@@ -241,7 +248,7 @@ class DPO(Objective):
         return {
             "rewards/chosen": float(rewards[0].mean()),
             "rewards/rejected": float(rewards[1].mean()),
-            "rewards/accuracies": float((margins > 0).mean()),
+            _ACCURACY: float((margins > 0).mean()),
             "rewards/margins": float(margins.mean()),
             "logps/chosen": float(log_probs[0].mean()),
             "logps/rejected": float(log_probs[1].mean()),

@@ -314,3 +314,19 @@ def test_a_start_that_is_not_the_base_is_the_reference(settings: dict[str, Any],
     (first,) = records(train(TrainConfig(**given)).run_dir)
     assert abs(first["rewards/chosen"]) < 1e-4
     assert first["grad_norm"] > 0
+
+
+def test_the_best_is_known_by_the_accuracy_where_that_is_asked_for(settings: dict[str, Any]) -> None:
+    by_loss, by_accuracy = (DPO(DPOSettings(best_by=by)) for by in ("loss", "accuracy"))
+    low, right = (0.3, {"rewards/accuracies": 0.5}), (0.6, {"rewards/accuracies": 0.75})
+    assert by_loss.judged(*low) < by_loss.judged(*right)
+    assert by_accuracy.judged(*right) < by_accuracy.judged(*low)
+    assert by_accuracy.judged(0.5, right[1]) < by_accuracy.judged(*right)
+    run = train(TrainConfig(**settings | {"best_by": "accuracy", "eval_every": 1, "lr": 0.2, "early_stop": 2})).run_dir
+    evaluations = records(run, "evaluation")
+    judged = [(-one["rewards/accuracies"], one["loss"]) for one in evaluations]
+    best = [number for number, one in enumerate(evaluations) if one["best"]]
+    assert best == [number for number, one in enumerate(judged) if one < min(judged[:number], default=(1.0,))]
+    assert "rewards" not in (run / "README.md").read_text()
+    assert "β 0.1" in (run / "README.md").read_text()
+    assert "trained on preferences" in (run / "README.md").read_text()
