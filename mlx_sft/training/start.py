@@ -43,8 +43,7 @@ def new_config(given: TrainConfig, console: Console) -> TrainConfig:
     Raises:
         UserError: If the TRL export has not been trained, or something else was given than it says.
     """
-    if given.run_from is not None:
-        given = _from_run(given, given.run_from)
+    given = from_run(given)
     folder = given.resume_from_peft
     if folder is None:
         if given.init_adapter is not None:
@@ -66,8 +65,11 @@ def new_config(given: TrainConfig, console: Console) -> TrainConfig:
     return with_full_paths(given.model_copy(update={"init_adapter": folder, "resume_from_peft": None}))
 
 
-def _from_run(given: TrainConfig, path: str) -> TrainConfig:
-    """The configuration of a new run that starts from the result of a finished one, with what else of that one the result needs."""
+def from_run(given: TrainConfig) -> TrainConfig:
+    """The configuration of a new run, where it starts from the result of a finished one with what else of that one the result needs."""
+    path = given.run_from
+    if path is None:
+        return given
     run = RunFolder.open(path)
     before = TrainConfig.resolve(run.config)
     if not METHODS[before.method].frozen_base:

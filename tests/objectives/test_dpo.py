@@ -23,6 +23,7 @@ from mlx_sft.model.load import load_model
 from mlx_sft.objectives.dpo import DPO, LOSSES, DPOSettings
 from mlx_sft.registry import FORMATS
 from mlx_sft.training.callbacks import Callback
+from mlx_sft.training.plan import RunPlan
 from mlx_sft.training.step import GradientComputer
 from tests.chosen import without_adapter
 from tests.conftest import settings_of_run
@@ -302,6 +303,7 @@ def test_the_reference_is_the_sft_run_that_training_starts_from(
     assert abs(first["rewards/chosen"]) < 1e-4
     assert last["rewards/margins"] > 0.02
     assert evaluate_run(run, settings["valid"]).loss == pytest.approx(records(run, "evaluation")[-1]["loss"], rel=1e-5)
+    assert RunPlan(TrainConfig(**given), "M2 16GB").config.rank == config.rank
     with pytest.raises(UserError, match="init_adapter and run_from exclude each other"):
         TrainConfig(**given | {"init_adapter": str(sft / "adapter")})
 
