@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -307,7 +308,8 @@ def _columns_for(value: dict[str, Any]) -> str:
 
 def _columns_of_pair(value: dict[str, Any]) -> str:
     """The columns of the answers in a row of no known format, such as `chosen_response` and `rejected_response`; empty without such."""
-    texts = [key for key, item in value.items() if isinstance(item, str | list | dict) and not key.endswith("model")]
+    keys = [key for key, item in value.items() if isinstance(item, str | list | dict) and isinstance(key, str)]
+    texts = [key for key in keys if re.fullmatch(r"\w{1,100}", key) and not key.endswith("model")]
     found = {name: [key for key in texts if name in key.lower().split("_")] for name in ("chosen", "rejected")}
     if any(len(keys) != 1 for keys in found.values()):
         return ""

@@ -1,11 +1,12 @@
-r"""A chosen and a rejected answer to one prompt, in the forms in which such pairs are published.
+r"""A chosen and a rejected answer to one prompt, in the forms in which such pairs are published. The prompt is under
 
-prompt        with `chosen` and `rejected`: TRL's rows, and UltraFeedback's, whose answers are whole conversations
-conversations (or `messages`): LLaMA-Factory's ShareGPT rows
-instruction   with `input` and `history`: LLaMA-Factory's Alpaca rows
-question      Orca's
-none of them  two whole conversations, as messages or as HH-RLHF writes them ("\n\nHuman: ...\n\nAssistant: ..."): the prompt is
-              their beginning in common, as with TRL's `extract_prompt`
+`prompt`                            in TRL's rows, and in UltraFeedback's, whose answers are whole conversations
+`conversations`, `messages`         in LLaMA-Factory's ShareGPT rows
+`instruction`, `input`, `history`   in its Alpaca rows
+`question`                          in Orca's
+
+or nowhere: then the answers are whole conversations, as messages or as HH-RLHF writes them ("\n\nHuman: ...\n\nAssistant: ..."), and it is their
+beginning in common, as with TRL's `extract_prompt`.
 """
 
 from __future__ import annotations
