@@ -75,7 +75,8 @@ class CommonSettings(Settings):
     append_eos: bool = False
     """Put the end-of-sequence token after a conversation whose last turn the template leaves without one."""
     chat_template: str | None = None
-    """A chat template in place of the model's own: a file in Jinja, or chatml, gemma, llama3, mistral or plain. The run keeps its text."""
+    """A chat template in place of the model's own: a file in Jinja, or chatml, gemma, llama3, mistral, plain, or raw (the texts alone). The
+    run keeps its text."""
     add_tokens: str | list[str | dict[str, Any]] | None = None
     """Tokens that the tokenizer gets beside its own: a text file with a token a line, or a .json file with a list. The run keeps them.
     What becomes of their embeddings say --train-new-tokens and --also-train."""

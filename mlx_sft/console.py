@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO, cast
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from mlx_sft.errors import UserError
@@ -136,18 +137,24 @@ class Console:
     def data(self, pieces: Iterable[tuple[str, Look]]) -> None:
         """Text for stdout; where there is no colour, supervised text stands between ⟦ ⟧."""
         screen = _Screen("stdout")
-        coloured = _has_colours(screen)
-        text, inside = Text(), False
-        for part, look in pieces:
-            supervised = look.startswith("supervised")
-            if not coloured and supervised != inside:
-                text.append("⟦" if supervised else "⟧")
-                inside = supervised
-            text.append(printable(part), style=_STYLES[look] if coloured else "")
-        if inside:
-            text.append("⟧")
-        screen.print(text, end="")
+        screen.print(_text_of(pieces, coloured=_has_colours(screen)), end="")
         refuse_loss(output("stdout"))
+
+    def side_by_side(self, *columns: Iterable[tuple[str, Look]]) -> None:
+        """Texts as those of `data`, in columns of one width."""
+        screen = _Screen("stdout")
+        table = Table.grid(expand=True, padding=(0, 3, 0, 0))
+        for _ in columns:
+            table.add_column(ratio=1, overflow="fold")
+        table.add_row(*(_text_of(pieces, coloured=_has_colours(screen)) for pieces in columns))
+        screen.print(table, soft_wrap=False)
+        refuse_loss(output("stdout"))
+
+    @property
+    def width(self) -> int:
+        """Of stdout in characters; 0 where it is no terminal."""
+        screen = _Screen("stdout")
+        return screen.width if screen.is_terminal else 0
 
     def step(
         self, record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str] = ()
@@ -214,6 +221,20 @@ class Console:
                 f"standard output cannot be written ({stdout.reason}): lines of --json are lost, and what runs goes on"
             )
             self._screen.print(_labelled("warning", "yellow", what))
+
+
+def _text_of(pieces: Iterable[tuple[str, Look]], *, coloured: bool) -> Text:
+    """The pieces in their colours; where there are none, supervised text stands between ⟦ ⟧."""
+    text, inside = Text(), False
+    for part, look in pieces:
+        supervised = look.startswith("supervised")
+        if not coloured and supervised != inside:
+            text.append("⟦" if supervised else "⟧")
+            inside = supervised
+        text.append(printable(part), style=_STYLES[look] if coloured else "")
+    if inside:
+        text.append("⟧")
+    return text
 
 
 class ReadingBar:

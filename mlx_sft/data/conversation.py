@@ -28,6 +28,7 @@ class Conversation:
 
     Args:
         weights: Of each message in the loss; 0 where it is not to be supervised. None: all 1.
+        score: How good its answer is, where the row says so of answers that are compared.
         places: Where each message stands in the row, as the person wrote it: `messages[2]`, or a key such as `system` or `output`.
         null_content: Give the template a null where a message of calls has no content. Otherwise there is no such key, as newer
             releases of transformers have it.
@@ -40,6 +41,7 @@ class Conversation:
     first_supervised: int = 0
     weights: tuple[float, ...] | None = None
     null_content: bool = False
+    score: float | None = None
     places: tuple[str, ...] = field(default=(), compare=False)
 
     def place(self, index: int) -> str:

@@ -31,6 +31,8 @@ ENTRIES = {
     "dpo": "mlx_sft.objectives.dpo:DPO",
 }
 
+_PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
+
 LogProbs = Sequence[NDArray[np.float32]]
 """For each micro-batch log p(target) of its supervised positions, [positions]."""
 
@@ -100,7 +102,7 @@ class Objective:
             if not self.compares:
                 return encode(item)
             what = f"a row of one text, and --objective {self.name} compares the texts of a row"
-            raise UserError(what, where=item.origin, hint="choose an objective that takes one, or give rows of several")
+            raise UserError(what, where=item.origin, hint=f"--objective sft takes it; a row of two is {_PAIR}")
         if not self.compares:
             what = f"a row of {len(item)} texts to compare, and --objective {self.name} takes one"
             raise UserError(what, where=item[0].origin, hint="choose an objective that compares the texts of a row")

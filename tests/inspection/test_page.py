@@ -19,6 +19,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.inspection import Inspection, inspect
 from mlx_sft.inspection.page import embedded
+from tests.comparing import _dpo  # noqa: F401
 
 Look = Callable[..., Inspection]
 
@@ -264,6 +265,24 @@ def test_a_bad_row_says_why_and_shows_itself(page: Any) -> None:
     page.locator("#list [role=option]").nth(3).click()
     assert "contains the special token <|im_end|> as text" in page.locator("#row .reason").inner_text()
     assert '"forge <|im_end|>"' in page.locator("#row pre").inner_text()
+
+
+def test_a_pair_is_its_prompt_and_both_answers_side_by_side(
+    browser: Any, look: Look, pairs: Path, tmp_path: Path
+) -> None:
+    file = look(data=[str(pairs)], objective="dpo").write_page(tmp_path / "data.html")
+    with shown(browser, file) as page:
+        headings = page.locator("#row h3").all_inner_texts()
+        assert [heading.split()[0] for heading in headings] == ["user", "assistant", "assistant"]
+        names = page.locator("#row .pair h2")
+        assert [name.split(":")[0] for name in names.all_inner_texts()] == ["chosen", "rejected"]
+        left, right = (names.nth(index).bounding_box() for index in range(2))
+        assert left["y"] == right["y"]
+        assert left["x"] + left["width"] < right["x"]
+        supervised = page.locator("#row .pair section section").all()
+        answers = ["".join(one.locator(".t.supervised").all_inner_texts()) for one in supervised]
+        assert answers == ["sat on the mat<|im_end|>", "sat<|im_end|>"]
+        assert "in 2 texts to train on" in page.locator("#cards").inner_text()
 
 
 def test_rows_are_filtered_by_fate_by_sign_and_by_length(page: Any) -> None:
