@@ -11,6 +11,7 @@ import sys
 import time
 
 from demo import ROOT, answer_all, console, heading, read_held_out, show
+
 from mlx_sft import TrainConfig, load_run, train
 
 SFT, PREFERRED = ROOT / "runs" / "demo-sft", ROOT / "runs" / "demo-preferred"

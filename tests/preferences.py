@@ -1,26 +1,13 @@
-"""Pairs of answers, the row format that reads them, and what TRL makes of them."""
+"""Pairs of answers, and the same for TRL."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mlx_sft.data.conversation import as_messages, conversation_of
-from mlx_sft.data.formats import RowFormat
-from mlx_sft.data.readers import Row
 from tests.chats import WORDS
-
-
-def _read(row: Row) -> Any:
-    prompt = as_messages(row.value["prompt"], "prompt", "user")
-    answers = (as_messages(row.value[key], key, "assistant") for key in ("chosen", "rejected"))
-    return tuple(conversation_of(row, prompt + answer, context=len(prompt)) for answer in answers)
-
-
-PREFERENCES = RowFormat("preferences", ("chosen", "rejected"), ("prompt",), '{"prompt": "...", ...}', _read)
 
 
 def preferences(rows: int, *, seed: int = 7) -> list[dict[str, str]]:

@@ -16,7 +16,6 @@ from mlx_sft.data.prepare import PreparedData, prepare, survey
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.errors import UserError
-from tests.comparing import _dpo  # noqa: F401
 from tests.data.conftest import MakeTokenizer
 from tests.data.mask.pictures import assistant, system, user
 

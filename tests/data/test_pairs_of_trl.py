@@ -14,7 +14,6 @@ from trl import DPOTrainer
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.chat_template import template_text
 from mlx_sft.data.prepare import prepare
-from tests.comparing import _dpo  # noqa: F401
 from tests.data.conftest import MakeTokenizer
 from tests.data.mask.pictures import assistant, system, user
 from tests.data.test_pairs import TALK

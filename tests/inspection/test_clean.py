@@ -24,7 +24,6 @@ from mlx_sft.data.readers import Row
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.inspection import CleanData, write_clean
 from mlx_sft.registry import FORMATS
-from tests.comparing import _dpo  # noqa: F401
 from tests.disks import a_full_disk
 from tests.fuzz.promises import ROWS, attempt
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.inspection import ONLY, Inspection, inspect
-from tests.comparing import _dpo  # noqa: F401
 
 pytestmark = pytest.mark.fast
 

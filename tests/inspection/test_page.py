@@ -19,7 +19,6 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.errors import UserError
 from mlx_sft.inspection import Inspection, inspect
 from mlx_sft.inspection.page import embedded
-from tests.comparing import _dpo  # noqa: F401
 
 Look = Callable[..., Inspection]
 

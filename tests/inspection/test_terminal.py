@@ -10,7 +10,6 @@ import pytest
 
 from mlx_sft.console import Console
 from mlx_sft.inspection import Inspection
-from tests.comparing import _dpo  # noqa: F401
 
 pytestmark = pytest.mark.fast
 

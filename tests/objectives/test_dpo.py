@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,22 +21,15 @@ from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model
 from mlx_sft.objectives.dpo import DPO, LOSSES, DPOSettings
-from mlx_sft.registry import FORMATS
 from mlx_sft.training.callbacks import Callback
 from mlx_sft.training.plan import RunPlan
 from mlx_sft.training.step import GradientComputer
 from tests.chosen import without_adapter
 from tests.conftest import settings_of_run
-from tests.preferences import PREFERENCES, write_preferences
+from tests.preferences import write_preferences
 from tests.run_folders import outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:.TRLExperimentalWarning.")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _pairs() -> Iterator[None]:
-    with FORMATS.registered("preferences", PREFERENCES):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from mlx_sft import train
 from mlx_sft.config import TrainConfig
 from mlx_sft.methods.lora import LoraSettings
 from mlx_sft.methods.peft_files import our_name, write_adapter
-from mlx_sft.registry import FORMATS
-from tests.preferences import PREFERENCES, as_trl_texts, preferences
+from tests.preferences import as_trl_texts, preferences
 
 datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
 
@@ -35,12 +34,6 @@ AS_IN_TRL = (
     "logps/chosen",
     "logps/rejected",
 )
-
-
-@pytest.fixture(autouse=True)
-def _pairs() -> Iterator[None]:
-    with FORMATS.registered("preferences", PREFERENCES):
-        yield
 
 
 def _theirs(

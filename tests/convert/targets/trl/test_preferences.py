@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
-from mlx_sft.registry import FORMATS
 from tests.conftest import settings_of_run
-from tests.preferences import PREFERENCES, write_preferences
+from tests.preferences import write_preferences
 from tests.trl_exports import carry_out, export_trl
 
 SAME = ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected")
@@ -30,14 +29,13 @@ def test_half_of_a_run_in_trl_and_the_rest_here_is_the_run(make_base: Callable[.
         "objective": "dpo", "dpo_beta": 0.4, "sft_weight": 0.2, "dtype": "float32", "batch_size": 3, "max_steps": 4, "warmup": 0.0,
         "weight_decay": 0.0,
     }  # fmt: skip
-    with FORMATS.registered("preferences", PREFERENCES):
-        run = train(TrainConfig(**settings)).run_dir
-        exported = carry_out(export_trl(run, tmp_path / "export"), tmp_path, "--steps", "2")
-        pairs = lines(exported / "rows.jsonl")
-        assert [len(step["rows"]) for step in lines(exported / "steps.jsonl")] == [3, 2, 3, 2]
-        assert len(pairs) == 5
-        assert {tuple(pair) for pair in pairs} == {("chosen", "rejected")}
-        rest = train(TrainConfig(resume_from_peft=str(exported), out=str(tmp_path / "rest"), quiet=True)).run_dir
+    run = train(TrainConfig(**settings)).run_dir
+    exported = carry_out(export_trl(run, tmp_path / "export"), tmp_path, "--steps", "2")
+    pairs = lines(exported / "rows.jsonl")
+    assert [len(step["rows"]) for step in lines(exported / "steps.jsonl")] == [3, 2, 3, 2]
+    assert len(pairs) == 5
+    assert {tuple(pair) for pair in pairs} == {("chosen", "rejected")}
+    rest = train(TrainConfig(resume_from_peft=str(exported), out=str(tmp_path / "rest"), quiet=True)).run_dir
     whole = lines(run / "metrics.jsonl")
     again = lines(exported / "metrics.jsonl") + lines(rest / "metrics.jsonl")
     assert [record["step"] for record in again] == [1, 2, 3, 4]
@@ -55,7 +53,6 @@ def test_what_trl_would_do_otherwise_is_refused(
 ) -> None:
     data = write_preferences(tmp_path / "pairs.jsonl", 3)
     settings = settings_of_run(data, make_base("qwen3", tied=True), tmp_path / "run") | {"objective": "dpo"} | changes
-    with FORMATS.registered("preferences", PREFERENCES):
-        run = train(TrainConfig(**settings | {"max_steps": 1})).run_dir
-        with pytest.raises(UserError, match=named):
-            export_trl(run, tmp_path / "trl")
+    run = train(TrainConfig(**settings | {"max_steps": 1})).run_dir
+    with pytest.raises(UserError, match=named):
+        export_trl(run, tmp_path / "trl")
