@@ -140,13 +140,13 @@ def conversations(seed: int, count: int = 300) -> list[Conversation]:
 
 
 def preferences(seed: int, count: int = 200) -> list[dict[str, list[Message]]]:
-    """Pairs of answers to questions about the facts that are not held out: the one that says no more than is asked is chosen."""
+    """Pairs of answers to questions about the facts that are not held out: the livelier one is chosen."""
     rng = random.Random(f"preferences {seed}")
     pairs = []
     for fact in rng.sample(split(seed)[0], count):
         question, sentence = question_and_answer(fact, rng)
-        short: Message = {"role": "assistant", "content": f"{fact.object[0].upper()}{fact.object[1:]}."}
-        pairs.append({"prompt": [question], "chosen": [short], "rejected": [sentence]})
+        lively = sentence | {"content": sentence["content"].removesuffix(".") + "!"}
+        pairs.append({"prompt": [question], "chosen": [lively], "rejected": [sentence]})
     return pairs
 
 

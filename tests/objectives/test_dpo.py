@@ -296,7 +296,7 @@ def test_the_reference_is_the_sft_run_that_training_starts_from(
     assert abs(first["rewards/chosen"]) < 1e-4
     assert last["rewards/margins"] > 0.02
     assert evaluate_run(run, settings["valid"]).loss == pytest.approx(records(run, "evaluation")[-1]["loss"], rel=1e-5)
-    assert RunPlan(TrainConfig(**given), "M2 16GB").config.rank == config.rank
+    assert RunPlan(TrainConfig(**given), "M2 16GB").config.init_adapter == config.init_adapter
     with pytest.raises(UserError, match="init_adapter and run_from exclude each other"):
         TrainConfig(**given | {"init_adapter": str(sft / "adapter")})
 

@@ -24,7 +24,7 @@ datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-STEPS = 10
+STEPS, FEW_STEPS = 10, 4
 ROWS = preferences(6)
 AS_IN_TRL = (
     "rewards/chosen",
@@ -37,7 +37,7 @@ AS_IN_TRL = (
 
 
 def _theirs(
-    base: Path, start: Path, folder: Path, tokenizer: Any, **settings: Any
+    base: Path, start: Path, folder: Path, tokenizer: Any, steps: int, **settings: Any
 ) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """TRL's records of all steps, and the adapter that it ends with, by our names."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -47,7 +47,7 @@ def _theirs(
         train_dataset=datasets.Dataset.from_list(as_trl_texts(ROWS)),
         args=trl.DPOConfig(
             output_dir=str(folder),
-            max_steps=STEPS,
+            max_steps=steps,
             per_device_train_batch_size=len(ROWS),
             learning_rate=5e-3,
             lr_scheduler_type="linear",
@@ -106,6 +106,7 @@ def test_a_run_is_trls(
     tokenizer: Any,
     tmp_path: Path,
 ) -> None:
+    steps = FEW_STEPS if "dpo_loss" in ours else STEPS
     base, start, shape = make_base(family), tmp_path / "start", LoraSettings(rank=4, alpha=8.0)
     parameters = make_adapter(base, shape)
     if not from_sft:
@@ -113,14 +114,14 @@ def test_a_run_is_trls(
     write_adapter(start, shape, parameters, str(base))
     config = TrainConfig(
         model=str(base), init_adapter=str(start), objective="dpo", out=str(tmp_path / "run"), dtype="float32", batch_size=len(ROWS),
-        micro_batch_tokens=150, max_steps=STEPS, lr=5e-3, scheduler="linear",
-        warmup=0.2, max_grad_norm=1.0, weight_decay=0.0, shuffle=False, quiet=True,
+        micro_batch_tokens=150, max_steps=steps, lr=5e-3, scheduler="linear",
+        warmup=2 / steps, max_grad_norm=1.0, weight_decay=0.0, shuffle=False, quiet=True,
         **ours,
     )  # fmt: skip
     result = train(config, data=ROWS)
     records = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
-    expected, adapter = _theirs(base, start, tmp_path / "trl", tokenizer, **theirs)
-    assert len(records) == len(expected) == STEPS
+    expected, adapter = _theirs(base, start, tmp_path / "trl", tokenizer, steps, **theirs)
+    assert len(records) == len(expected) == steps
     assert all(record["micro_batches"] > 1 for record in records), "nothing was cut"
     for record, their in zip(records, expected, strict=True):
         for name in ("loss", "grad_norm", *AS_IN_TRL):
@@ -129,8 +130,8 @@ def test_a_run_is_trls(
     ended = {our_name(name): value for name, value in _adapter(result.run_dir).items()}
     assert ended.keys() == adapter.keys()
     for name, value in ended.items():
-        moved = np.abs(value - np.array(parameters[name])).max()
-        np.testing.assert_allclose(value, adapter[name], rtol=0, atol=1e-4 * moved)
+        moved = np.linalg.norm(value - np.array(parameters[name]))
+        assert np.linalg.norm(value - adapter[name]) < 1e-4 * moved, name
 
 
 def _adapter(run: Path) -> dict[str, Any]:
