@@ -18,7 +18,7 @@ class Comparing(SFT):
     compares: ClassVar = True
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _dpo() -> Iterator[None]:
     """For a module of tests to import."""
     if "dpo" in OBJECTIVES:
