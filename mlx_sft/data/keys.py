@@ -112,8 +112,8 @@ class Reading:
             )
             return UserError(what, where=self.origin, hint=f"--objective sft trains on all rows: {way_out}")
         what = f"a row of preferences, by its {names}: what it has besides would be trained on, and nothing compared"
-        hint = how_to_compare() or f"--objective sft trains on all rows, and compares none: {way_out}"
-        return UserError(what, where=self.origin, hint=f"{hint}; or name the answer, as in --columns messages=chosen")
+        by_hand = "to train on one of the answers alone, name it, as in --columns messages=chosen"
+        return UserError(what, where=self.origin, hint="; ".join(filter(None, (how_to_compare(), by_hand))))
 
     def present(self) -> Iterator[tuple[str, Any]]:
         """The row's keys that are not null."""

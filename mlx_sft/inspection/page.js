@@ -190,7 +190,9 @@ function shownRow(row) {
     const hint = row.hint ? make("small", {}, ...visible(`hint: ${row.hint}`)) : null;
     parts.push(make("div", { class: `reason ${row.fate}` }, ...visible(row.reason), hint));
   }
-  if (row.examples.length) parts.push($("legend").content.cloneNode(true));
+  const legend = $("legend").content.cloneNode(true);
+  if (row.shared_turns) legend.querySelector(".supervised").textContent = "supervised: what is compared";
+  if (row.examples.length) parts.push(legend);
   const examples = row.examples.map((example) => shownExample(row, example));
   if (row.shared_turns) { // a prompt, and behind it the answers to it
     parts.push(...shownTurns(row.examples[0], 0, row.shared_turns));

@@ -42,10 +42,12 @@ def show_plan(job: Job) -> None:
         f"of {size(free_bytes(job.run.path))} that is free",
         "run": str(job.run.path),
     }
-    console.conversation(
-        f"{job.data.train[0].origin}, with what will be trained on",
-        decoded_segments(job.base.tokenizer, job.data.train[0]),
-    )
+    rows = job.data.train.rows
+    for index in range(int((rows == rows[0]).sum()) if report.train.pairs else 1):
+        example = job.data.train[index]
+        answer = f", answer {index + 1}" if report.train.pairs else ""
+        title = f"{example.origin}{answer}, with what will be trained on"
+        console.conversation(title, decoded_segments(job.base.tokenizer, example))
     console.facts("Training on", facts)
     for warning in report.warnings():
         console.warn(warning)

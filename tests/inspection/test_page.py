@@ -281,6 +281,7 @@ def test_a_pair_is_its_prompt_and_both_answers_side_by_side(
         supervised = page.locator("#row .pair section section").all()
         answers = ["".join(one.locator(".t.supervised").all_inner_texts()) for one in supervised]
         assert answers == ["sat on the mat<|im_end|>", "sat<|im_end|>"]
+        assert page.locator("#row .legend").inner_text().startswith("supervised: what is compared")
         assert "in 2 texts to train on" in page.locator("#cards").inner_text()
 
 

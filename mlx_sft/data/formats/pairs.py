@@ -5,8 +5,8 @@ r"""A chosen and a rejected answer to one prompt, in the forms in which such pai
 `instruction`, `input`, `history`   in its Alpaca rows
 `question`                          in Orca's
 
-or nowhere: then the answers are whole conversations, as messages or as HH-RLHF writes them ("\n\nHuman: ...\n\nAssistant: ..."), and it is their
-beginning in common, as with TRL's `extract_prompt`.
+or nowhere: then the answers are whole conversations, as messages or as HH-RLHF writes them ("\n\nHuman: ...\n\nAssistant: ..."), and it
+is their beginning in common, as with TRL's `extract_prompt`.
 """
 
 from __future__ import annotations
