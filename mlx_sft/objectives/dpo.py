@@ -215,7 +215,12 @@ class DPO(Objective):
         if isinstance(item, tuple) and len(item) != 2:
             what = f"a row of {len(item)} texts, and --objective {self.name} compares two"
             raise UserError(what, where=item[0].origin, hint="make a row of each two of them")
-        return super().examples(item, encode)
+        found = super().examples(item, encode)
+        for example in found:
+            if not set(example.loss_weights.tolist()) <= {0.0, 1.0}:
+                what = f"weights, by which --objective {self.name} compares nothing"
+                raise UserError(what, where=example.origin, hint="leave them out of the row; a weight of 0 may stay")
+        return found
 
     def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:
         chosen, rejected = _pairs(batches, log_probs or [], with_reference=self.needs_reference)

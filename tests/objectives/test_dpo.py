@@ -190,6 +190,16 @@ def test_three_answers_are_refused(settings: dict[str, Any]) -> None:
     assert caught.value.where == "pairs.jsonl:7"
 
 
+def test_weights_are_refused_but_for_none(settings: dict[str, Any]) -> None:
+    answers = {
+        "chosen": [{"role": "assistant", "content": "cat", "weight": 0.5}],
+        "rejected": [{"role": "assistant", "content": "dog"}],
+    }
+    given = {name: value for name, value in settings.items() if name not in ("data", "valid")} | {"max_steps": 1}
+    with pytest.raises(UserError, match="weights, by which --objective dpo compares nothing"):
+        train(TrainConfig(**given), data=[{"prompt": "the"} | answers])
+
+
 # Runs
 
 
