@@ -1,4 +1,4 @@
-"""What `make demo-preferences` shows: a model that answers in whole sentences learns to say no more than it is asked.
+"""What `make demo-dpo` shows: a model that answers in short sentences learns to prefer longer ones.
 
 First 300 short chats teach the embedded model to answer; then 200 pairs of answers say which of two is the better one. It is asked the same
 questions, which neither the chats nor the pairs have, after each of the two. Only the public API is used, so this is also an example of it.
@@ -38,20 +38,23 @@ def main() -> int:
     at = [0, len(questions) // 3, 2 * len(questions) // 3]
     show([questions[i] for i in at], [before[i] for i in at], [after[i] for i in at])
     words = [sum(len(answer.split()) for answer in answers) / len(answers) for answers in (before, after)]
-    right = sum(is_in(answer, sentence) for answer, (_, sentence) in zip(after, held_out, strict=True))
+    right = [
+        sum(ends_alike(one, fact) for one, (_, fact) in zip(some, held_out, strict=True)) for some in (before, after)
+    ]
     console.print(f"words an answer: {words[0]:.1f} before, [bold]{words[1]:.1f}[/] after")
-    console.print(f"short answers that say what the whole sentence said: [bold]{right} of {len(questions)}[/]")
+    console.print(
+        f"answers that end with the right word: {right[0]} of {len(questions)} before, [bold]{right[1]}[/] after"
+    )
     console.print(f"\n{time.perf_counter() - started:.0f} seconds in all")
-    if words[1] > words[0] / 2 or right < len(questions) / 3:
+    if words[1] < words[0] + 1 or right[1] < len(questions) / 2:
         console.print("[bold red]error:[/] this is not what the demo should show")
         return 1
     return 0
 
 
-def is_in(answer: str, sentence: str) -> bool:
-    """Whether a short answer is a part of the sentence that is right."""
-    short = answer.rstrip(".").lower()
-    return bool(short) and f" {short}." in f" {sentence.lower()}"
+def ends_alike(answer: str, sentence: str) -> bool:
+    """Whether the last word, which is what was asked for in nearly every question, is the same."""
+    return answer.split()[-1:] == sentence.split()[-1:]
 
 
 if __name__ == "__main__":

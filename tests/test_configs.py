@@ -19,6 +19,7 @@ SHIPPED = {
     "qwen3-0.6b-full",
     "qwen3-0.6b-lora",
     "smollm2-135m-lora",
+    "tiny-dpo",
     "tiny-lora",
 }
 
