@@ -112,7 +112,10 @@ class Reading:
             )
             return UserError(what, where=self.origin, hint=f"--objective sft trains on all rows: {way_out}")
         what = f"a row of preferences, by its {names}: what it has besides would be trained on, and nothing compared"
-        by_hand = "to train on one of the answers alone, name it, as in --columns messages=chosen"
+        # LLaMA-Factory's: one message, behind those of another key.
+        is_one = isinstance(self.value.get("chosen"), dict) and self.row_format.name == "sharegpt"
+        columns = "user=conversations,assistant=chosen" if is_one else "messages=chosen"
+        by_hand = f"to train on one of the answers alone, name it, as in --columns {columns}"
         return UserError(what, where=self.origin, hint="; ".join(filter(None, (how_to_compare(), by_hand))))
 
     def present(self) -> Iterator[tuple[str, Any]]:

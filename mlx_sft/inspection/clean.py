@@ -108,7 +108,8 @@ class CleanData:
             yield "changed   nothing"
         if self.duplicates:
             repeat = "repeats" if self.duplicates == 1 else "repeat"
-            yield f"{many(self.duplicates, 'example')} that {repeat} an earlier one: written all the same"
+            thing = "pair" if self.format == pairs.FORMAT.name else "example"
+            yield f"{many(self.duplicates, thing)} that {repeat} an earlier one: written all the same"
         for name in self.valid:
             yield f"the validation rows of {name} are not in it: clean them by themselves, as --data"
 

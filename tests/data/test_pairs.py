@@ -58,6 +58,16 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
+WAYS = {
+    "texts": "user=prompt,assistant=chosen",
+    "implicit": "messages=chosen",
+    "ultrafeedback": "messages=chosen",
+    "sharegpt": "user=conversations,assistant=chosen",
+    "orca": "user=question,assistant=chosen",
+}
+"""How SFT is told to train on the chosen answer alone."""
+
+
 def pair(**row: Any) -> tuple[Conversation, ...]:
     read = RowReader(compares=True).read(Row("pairs.jsonl:17", row))
     assert isinstance(read, tuple)
@@ -115,7 +125,7 @@ def test_what_stands_beside_the_answers_is_of_both() -> None:
     [
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "rejected: a conversation with nothing to train on: every as"),
         ({"prompt": "a", "chosen": [], "rejected": [assistant("b")]}, "chosen is empty"),
-        ({"prompt": "a", "chosen": 3, "rejected": [assistant("b")]}, "chosen must be a text, a message or a list of mes"),
+        ({"prompt": "a", "chosen": 3, "rejected": [assistant("b")]}, "chosen must be a string or a list of messages"),
         ({"prompt": "a", "chosen": "b", "rejected": [assistant("c")]}, "chosen is a string and rejected is a list: write"),
         ({"prompt": "a", "chosen": ["b", "c", "d"], "rejected": ["e"]}, "chosen is a list of 3 texts, and a pair has one"),
         (
@@ -223,12 +233,17 @@ def test_both_answers_are_masked_as_answers_of_a_chat_are(look: Survey, tokenize
 
 
 def test_a_training_on_chats_refuses_them_and_says_what_compares_them(look: Survey) -> None:
-    for form, way in (("texts", "user=prompt,assistant=chosen"), ("implicit", "messages=chosen"), ("sharegpt", "mess")):
+    for form, way in WAYS.items():
         with pytest.raises(UserError, match="a row of preferences") as caught:
             look(FORMS[form], objective="sft", strict=True)
         assert caught.value.where.endswith("pairs.jsonl:1")
         assert "--objective dpo" in caught.value.hint
         assert f"--columns {way}" in caught.value.hint
+        columns = dict(part.split("=") for part in way.split(","))
+        alone = look(FORMS[form], objective="sft", strict=True, columns=columns).train
+        assert alone.content_ids().tolist() == look(FORMS[form]).train.content_ids()[:1].tolist(), (
+            "as the chosen answer"
+        )
     with pytest.raises(UserError, match="a row of 2 texts to compare, and --objective sft takes one"):
         look(FORMS["texts"], objective="sft", format="pairs", strict=True)
     with pytest.raises(UserError, match="a row of one text, and --objective dpo compares") as caught:

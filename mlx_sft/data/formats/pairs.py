@@ -19,7 +19,7 @@ from typing import Any
 from mlx_sft.data.conversation import Conversation, Item, as_messages, conversation_of
 from mlx_sft.data.formats import EXTRAS, RowFormat, alpaca, question_answer
 from mlx_sft.data.json_text import is_blank, kind
-from mlx_sft.data.messages import Message, read_message, read_messages, written_weight
+from mlx_sft.data.messages import Message, read_messages, written_weight
 from mlx_sft.data.readers import Row
 from mlx_sft.data.written import place_of
 
@@ -81,15 +81,9 @@ def _written(one: Conversation) -> list[Message]:
 
 def _answer(value: Any, name: str) -> list[Message]:
     """The messages under `chosen` or `rejected`: of a text, of one message, of a list of them."""
-    if isinstance(value, str):
-        return read_messages([{"role": "assistant", "content": value}], name, [name])
-    if isinstance(value, dict):
-        return read_message(value, name)
-    if not isinstance(value, list):
-        raise ValueError(f"{name} must be a text, a message or a list of messages, not {kind(value)}")
-    if value and all(isinstance(one, str) for one in value):
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         raise ValueError(f"{name} is a list of {len(value)} texts, and a pair has one: make a row of each two answers")
-    return read_messages(value, name)
+    return as_messages(value, name, "assistant")
 
 
 def _prompt(row: Row, chosen: list[Message]) -> list[Message]:
