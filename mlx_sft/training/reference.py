@@ -24,7 +24,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.data.batches import Batch
-from mlx_sft.data.cache import cache_folder, writing
+from mlx_sft.data.cache import cache_folder
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData
@@ -37,7 +37,7 @@ from mlx_sft.safetensors_file import read_arrays, write_arrays
 from mlx_sft.training.batch_settings import BatchSettings
 from mlx_sft.training.out_of_memory import in_memory
 from mlx_sft.training.step import GradientComputer
-from mlx_sft.writing import remove
+from mlx_sft.writing import write_file, write_folder
 
 _FILE, _SUMS, _ARRAY = "reference.safetensors", "SHA256SUMS", "log_probs"
 
@@ -138,13 +138,12 @@ class Start:
         found = self.of(examples, lambda done: progress.reading(name, done, done, len(examples)))
         progress.finished(name, len(examples), cached=False)
         if home is not None:
-            with suppress(OSError):
-                remove(home)  # where there is a damaged one
-            with writing(home, progress) as place:
-                write_arrays(place / _FILE, {_ARRAY: found})
-                (place / _SUMS).write_text(sha256_line(place / _FILE))
-                with suppress(OSError):  # another run was first, or the cache cannot be written to
-                    place.rename(home)
+            try:
+                with write_folder(home, found.nbytes, parents=True) as place:
+                    write_arrays(place / _FILE, {_ARRAY: found})
+                    write_file(place / _SUMS, sha256_line(place / _FILE))
+            except UserError as error:
+                progress.note(f"the next run computes the reference again, as the cache does not take it: {error.what}")
         return found
 
     def _initial(self) -> Parameters:

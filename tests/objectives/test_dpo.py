@@ -271,6 +271,15 @@ def test_the_reference_is_computed_once(
     assert (run / reference).read_bytes() == (finished / reference).read_bytes()
 
 
+def test_a_cache_that_takes_nothing_ends_no_run(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_SFT_CACHE", str(tmp_path / "file" / "cache"))
+    train(TrainConfig(**settings | {"max_steps": 1, "quiet": False}))
+    assert "the next run computes the reference again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-8] + bytes(8))]
 )
@@ -309,6 +318,18 @@ def test_the_reference_is_the_sft_run_that_training_starts_from(
     assert RunPlan(TrainConfig(**given), "M2 16GB").config.init_adapter == config.init_adapter
     with pytest.raises(UserError, match="init_adapter and run_from exclude each other"):
         TrainConfig(**given | {"init_adapter": str(sft / "adapter")})
+
+
+@pytest.mark.parametrize(("method", "why"), [("full", "has no adapter to start from"), ("lora", "has not finished")])
+def test_what_is_no_adapter_of_a_finished_run_is_no_start(
+    method: str, why: str, settings: dict[str, Any], make_run: Callable[..., Any], make_base: Callable[..., Path]
+) -> None:
+    run = make_run(make_base("qwen3", tied=True), method=method)
+    if method == "lora":
+        (run.path / "README.md").unlink()
+    given = {name: value for name, value in settings.items() if name not in ("model", "rank")}
+    with pytest.raises(UserError, match=why):
+        train(TrainConfig(**given | {"run_from": str(run.path)}))
 
 
 @pytest.mark.parametrize(
