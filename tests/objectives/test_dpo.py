@@ -348,7 +348,7 @@ def test_the_best_is_known_by_the_accuracy_where_that_is_asked_for(settings: dic
     assert by_loss.judged(*low) < by_loss.judged(*right)
     assert by_accuracy.judged(*right) < by_accuracy.judged(*low)
     assert by_accuracy.judged(0.5, right[1]) < by_accuracy.judged(*right)
-    run = train(TrainConfig(**settings | {"best_by": "accuracy", "eval_every": 1, "lr": 0.2, "early_stop": 2})).run_dir
+    run = train(TrainConfig(**settings | {"best_by": "accuracy", "eval_every": 1, "lr": 0.2, "max_steps": 3})).run_dir
     evaluations = records(run, "evaluation")
     judged = [(-one["rewards/accuracies"], one["loss"]) for one in evaluations]
     best = [number for number, one in enumerate(evaluations) if one["best"]]
