@@ -43,9 +43,10 @@ def main() -> None:
         raise SystemExit(subprocess.call(again, env=os.environ | {"LD_PRELOAD": blas}))
     with tempfile.TemporaryDirectory() as folder:
         found = compared(options, Path(folder))
-    record = {"environment": environment(["mlx", "mlx-lm", "torch", "trl", "peft"]), "options": vars(options), **found}
+    named = vars(options) | {"data": Path(options.data).name, "tokenizer": options.tokenizer.name}
+    record = {"environment": environment(["mlx", "mlx-lm", "torch", "trl", "peft"]), "options": named, **found}
     file = RESULTS / f"preferences-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
-    file.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name in ("ours", "sft", "trl"):
         one = found[name]
         print(f"{name:5} {median(one['seconds']):8.2f} s a step  {one['peak_bytes'] / 1e9:6.2f} GB above the weights")
