@@ -36,8 +36,8 @@ _CHECK = "check the path and the disk"
 
 COPY_BYTES = 16 << 20
 
-_ARRAYS = {"float32": "F32", "bfloat16": "BF16", "uint64": "U64", "uint8": "U8"}
-"""The dtypes of what training writes: parameters and moments, an optimizer's step, and moments in 8 bits."""
+_ARRAYS = {"float32": "F32", "bfloat16": "BF16", "float64": "F64", "uint64": "U64", "uint8": "U8"}
+"""The dtypes of what training writes: parameters and moments, log-probabilities of texts, an optimizer's step, and moments in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ def write_safetensors(
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays of NumPy or MLX under their names, sorted, one at a time; only float32, bfloat16, uint64 and uint8.
+    """Write arrays of NumPy or MLX under their names, sorted, one at a time; only float32, bfloat16, float64, uint64 and uint8.
 
     The same arrays give the same bytes. Raises as `write_safetensors`, and `ValueError` for an array of another dtype.
     """

@@ -61,7 +61,8 @@ class Progress:
 
     Attributes:
         step: Optimizer steps taken; the plan is a pure function of it, so that it is also the position in the data.
-        best_loss: Lowest validation loss, at `best_step`; None before the first evaluation.
+        best_loss: Validation loss of the best evaluation, at `best_step`; None before the first.
+        best_judged: By what it is known to be the best, as its objective says.
         skipped: Steps left out because loss or gradient was not finite; `skipped_in_a_row` of them just now.
         stopped_of: The planned steps of a run that a callback ended before them; None for one that goes on.
         suspect: Of the last steps so many may have to be undone, as a callback has said.
@@ -78,6 +79,7 @@ class Progress:
 
     step: NonNegativeInt = 0
     best_loss: FiniteFloat | None = None
+    best_judged: tuple[FiniteFloat, ...] | None = None
     best_step: NonNegativeInt | None = None
     skipped: NonNegativeInt = 0
     skipped_in_a_row: NonNegativeInt = 0

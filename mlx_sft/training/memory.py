@@ -19,7 +19,7 @@ from mlx_sft.model.head import SplitModel
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.tiles import COLUMNS
 from mlx_sft.optimizers import Optimizer
-from mlx_sft.registry import OPTIMIZERS
+from mlx_sft.registry import OBJECTIVES, OPTIMIZERS
 from mlx_sft.training.layer_counts import LayerCounts, count_layers
 from mlx_sft.training.loss import HeadWay, chunk_choices, chunk_rows, even_chunk
 from mlx_sft.training.recompute import Mode
@@ -209,7 +209,7 @@ class Footprint:
             keys_in_front=method.keys_in_front,
             # The result of such a method is these alone, in float32.
             in_front=method.written_bytes(parameters) // 4 if method.keys_in_front else 0,
-            accumulates=config.batch_size > 1,
+            accumulates=config.batch_size > 1 or OBJECTIVES[config.objective].compares,
             held=not fused,
             fixed=fixed,
         )

@@ -7,6 +7,7 @@ A micro-batch that fails raises what `failures.py` has; `out_of_memory.py` says 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -55,6 +56,7 @@ class Evaluation:
         exact_match: Share of the examples of which every supervised token is the likeliest: where an example is one answer, those that
             greedy decoding gives as they are written.
         own: What the objective says of itself.
+        perplexity: exp(loss), up to a loss of 700, beyond which it is no number of float64; None where the loss is no cross-entropy.
     """
 
     loss: float
@@ -63,6 +65,7 @@ class Evaluation:
     tokens: int
     supervised_tokens: int
     own: Mapping[str, float] = field(default_factory=dict)
+    perplexity: float | None = None
 
 
 class StepGradient(NamedTuple):
@@ -108,7 +111,7 @@ class GradientComputer:
         self._neftune = Neftune(split.model, neftune_alpha) if neftune_alpha else None
         self._method = method
         self._vocabulary = vocabulary
-        self._objective = objective or SFT()
+        self.objective = objective or SFT()
         split.run_body = method.run_body
         split.model.eval()  # but while gradients are taken
         self._fused = mx.default_device() == mx.Device(mx.gpu) and self._fused_holds()
@@ -222,30 +225,40 @@ class GradientComputer:
         """
         self.bind(parameters)
         batches = list(batches)
-        first_pass = self._objective.first_pass
+        first_pass = self.objective.first_pass
         weighting = None if first_pass else self._weigh(batches, None)
         found = [self._position_log_probs(parameters, batch) for batch in batches]
         log_probs = [log_p for log_p, _ in found]
         if weighting is None:
             weighting = self._weigh(batches, log_probs)
         # What a target weighs in the accuracy: as in the loss, where that is known without a first pass.
-        weights = [batch.weights for batch in batches] if first_pass else weighting.weights
+        weights = weighting.counted or ([batch.weights for batch in batches] if first_pass else weighting.weights)
         hits = [likeliest == batch.targets for (_, likeliest), batch in zip(found, batches, strict=True)]
-        whole = sum(float(own.sum(dtype=np.float64)) for own in weights) if first_pass else weighting.normalizer
+        whole = sum(float(own.sum(dtype=np.float64)) for own in weights)
+        loss = weighting.loss
+        if loss is None:
+            loss = -_weighed(log_probs, weighting.weights) / weighting.normalizer
         return Evaluation(
-            loss=weighting.loss
-            if weighting.loss is not None
-            else -_weighed(log_probs, weighting.weights) / weighting.normalizer,
+            loss=loss,
             token_accuracy=_weighed(hits, weights) / whole,
-            exact_match=_all_hit(hits, batches),
+            exact_match=_all_hit(hits, batches, weights),
             tokens=sum(batch.tokens for batch in batches),
             supervised_tokens=sum(len(batch.targets) for batch in batches),
             own=weighting.metrics,
+            perplexity=math.exp(min(loss, 700.0)) if weighting.loss is None else None,
         )
+
+    def example_log_probs(self, parameters: Parameters, batch: Batch) -> NDArray[np.float64]:
+        """[rows] log p of each row's targets, summed with their weights, by the parameters that are bound.
+
+        Raises:
+            OutOfMemory, Interrupted: If it fails.
+        """
+        return batch.summed(self._position_log_probs(parameters, batch)[0])
 
     def _weigh(self, batches: Sequence[Batch], log_probs: list[NDArray[np.float32]] | None) -> Weighting:
         """What the objective says; raises `UserError` where it is not of these micro-batches."""
-        weighting, name = self._objective.weigh(batches, log_probs), self._objective.name
+        weighting, name = self.objective.weigh(batches, log_probs), self.objective.name
         expected = [len(batch.targets) for batch in batches]
         given = [len(weights) for weights in weighting.weights]
         if given != expected:
@@ -264,7 +277,7 @@ class GradientComputer:
         before_each: Callable[[], None],
     ) -> list[NDArray[np.float32]] | None:
         """log p of every target as the model is now, with the dropout and noise of the step; None where the objective does not need it."""
-        if not self._objective.first_pass:
+        if not self.objective.first_pass:
             return None
         found = []
         for batch, key, draw in zip(batches, keys, draws, strict=False):
@@ -388,10 +401,15 @@ def to_float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
 
 
-def _all_hit(hits: Sequence[NDArray[np.bool_]], batches: Sequence[Batch]) -> float:
-    """The share of all rows that have no miss."""
-    misses = [np.bincount(batch.owners, ~hit, len(batch.lengths)) for hit, batch in zip(hits, batches, strict=True)]
-    return float(np.mean(np.concatenate(misses) == 0))
+def _all_hit(
+    hits: Sequence[NDArray[np.bool_]], batches: Sequence[Batch], weights: Sequence[NDArray[np.float32]]
+) -> float:
+    """The share of the rows that have no miss, of those that have a weight."""
+    found = []
+    for hit, batch, own in zip(hits, batches, weights, strict=True):
+        counted, misses = (np.bincount(batch.owners, of, len(batch.lengths)) for of in (own != 0, ~hit & (own != 0)))
+        found.append(misses[counted > 0] == 0)
+    return float(np.mean(np.concatenate(found)))
 
 
 def _weighed(values: Sequence[NDArray[Any]], weights: Sequence[NDArray[np.float32]]) -> float:

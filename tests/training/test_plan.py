@@ -118,6 +118,8 @@ def test_operations_are_the_products(no_weights: Path) -> None:
     assert operations(footprint, "off", work) == 10 * a_token
     assert operations(footprint, "layers", work) == 10 * (a_token + 2 * 6 * products)
     assert operations(footprint, "off", Work(0, 100, 0)) == 7 * 6 * 512 * 100
+    once_more = operations(footprint, "off", work, first_pass=True) - operations(footprint, "off", work)
+    assert once_more == 10 * 2 * (6 * products + adapters)
     assert operations(footprint, "off", Work(0, 0, 3)) == 3 * 4 * 512 * 264
     head = plan_of(model=str(no_weights), rank=1, target="q_proj", also_train=["lm_head", "embed_tokens"]).footprint
     assert operations(head, "off", work) == 10 * a_token
