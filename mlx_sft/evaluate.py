@@ -23,11 +23,12 @@ from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.objectives import Objective, make_objective
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.batch_settings import BatchSettings, layout_on
+from mlx_sft.training.evaluation import Evaluation
 from mlx_sft.training.machine import this_machine
 from mlx_sft.training.out_of_memory import evaluate_in_memory
 from mlx_sft.training.reference import Start
 from mlx_sft.training.start import starting_parameters
-from mlx_sft.training.step import Evaluation, GradientComputer
+from mlx_sft.training.step import GradientComputer
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from mlx_sft.data.feed import Prefetch
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.training.batch_settings import configured
+from mlx_sft.training.evaluation import Evaluation
 from mlx_sft.training.failures import GPU_HINT, BatchFailed, FailedBatch, Interrupted
 from mlx_sft.training.job import Job
 from mlx_sft.training.memory import MODES
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.results import save
 from mlx_sft.training.shapes import compiled_shapes
-from mlx_sft.training.step import Evaluation, GradientComputer
+from mlx_sft.training.step import GradientComputer
 
 T = TypeVar("T")
 

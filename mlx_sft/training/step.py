@@ -7,12 +7,11 @@ A micro-batch that fails raises what `failures.py` has; `out_of_memory.py` says 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +24,7 @@ from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
 from mlx_sft.objectives.sft import SFT
+from mlx_sft.training.evaluation import Evaluation
 from mlx_sft.training.failures import failures_noticed
 from mlx_sft.training.loss import (
     Head,
@@ -44,28 +44,6 @@ _SMALL = 0.02
 """A number like those of a model's weights."""
 
 _Gradient = Callable[..., tuple[mx.array, Parameters]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Sums over a set of examples.
-
-    Attributes:
-        loss: The objective's: for SFT the weighted mean over supervised tokens, in nats.
-        token_accuracy: Share of supervised tokens that are the likeliest, weighted alike.
-        exact_match: Share of the examples of which every supervised token is the likeliest: where an example is one answer, those that
-            greedy decoding gives as they are written.
-        own: What the objective says of itself.
-        perplexity: exp(loss), up to a loss of 700, beyond which it is no number of float64; None where the loss is no cross-entropy.
-    """
-
-    loss: float
-    token_accuracy: float
-    exact_match: float
-    tokens: int
-    supervised_tokens: int
-    own: Mapping[str, float] = field(default_factory=dict)
-    perplexity: float | None = None
 
 
 class StepGradient(NamedTuple):
@@ -232,21 +210,8 @@ class GradientComputer:
         if weighting is None:
             weighting = self._weigh(batches, log_probs)
         # What a target weighs in the accuracy: as in the loss, where that is known without a first pass.
-        weights = weighting.counted or ([batch.weights for batch in batches] if first_pass else weighting.weights)
-        hits = [likeliest == batch.targets for (_, likeliest), batch in zip(found, batches, strict=True)]
-        whole = sum(float(own.sum(dtype=np.float64)) for own in weights)
-        loss = weighting.loss
-        if loss is None:
-            loss = -_weighed(log_probs, weighting.weights) / weighting.normalizer
-        return Evaluation(
-            loss=loss,
-            token_accuracy=_weighed(hits, weights) / whole,
-            exact_match=_all_hit(hits, batches, weights),
-            tokens=sum(batch.tokens for batch in batches),
-            supervised_tokens=sum(len(batch.targets) for batch in batches),
-            own=weighting.metrics,
-            perplexity=math.exp(min(loss, 700.0)) if weighting.loss is None else None,
-        )
+        counted = weighting.counted or ([batch.weights for batch in batches] if first_pass else weighting.weights)
+        return Evaluation.of(batches, weighting, found, counted)
 
     def example_log_probs(self, parameters: Parameters, batch: Batch) -> NDArray[np.float64]:
         """[rows] log p of each row's targets, summed with their weights, by the parameters that are bound.
@@ -399,19 +364,3 @@ class GradientComputer:
 
 def to_float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
-
-
-def _all_hit(
-    hits: Sequence[NDArray[np.bool_]], batches: Sequence[Batch], weights: Sequence[NDArray[np.float32]]
-) -> float:
-    """The share of the rows that have no miss, of those that have a weight."""
-    found = []
-    for hit, batch, own in zip(hits, batches, weights, strict=True):
-        counted, misses = (np.bincount(batch.owners, of, len(batch.lengths)) for of in (own != 0, ~hit & (own != 0)))
-        found.append(misses[counted > 0] == 0)
-    return float(np.mean(np.concatenate(found)))
-
-
-def _weighed(values: Sequence[NDArray[Any]], weights: Sequence[NDArray[np.float32]]) -> float:
-    """Σ weight · value over the positions of all micro-batches."""
-    return sum(float((one * own).sum(dtype=np.float64)) for one, own in zip(values, weights, strict=True))
