@@ -4,8 +4,8 @@
     1         R / 6    all
     2         R        the two with the lowest validation loss, of which the better one is the result
 
-Each trial is a run of its own, with a whole course of the learning rate; so a candidate takes three times the R steps of its last run. Two are
-trained to the end because short runs like high rates: of a run that is six times as long the highest rate that looked good may be too high.
+Each trial is a run of its own, with a whole course of the learning rate; so a candidate takes three times the R steps of a longest run. Two
+are trained to the end because short runs like high rates: what looked best may be too high for a run that is six times as long.
 """
 
 from __future__ import annotations

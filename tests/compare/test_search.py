@@ -32,7 +32,7 @@ def test_the_two_rates_with_the_lowest_losses_are_trained_to_the_end(best: float
 
     tried = list(halving([1, 2, 3, 4, 5, 6], 90, trial))
     assert [one.steps for one, _ in tried] == [15] * 6 + [90] * 2
-    assert [one.rate for one, is_longest in tried if is_longest][0] == best
+    assert next(one.rate for one, is_longest in tried if is_longest) == best
     assert [is_longest for _, is_longest in tried] == [False] * 6 + [True] * 2
 
 
