@@ -10,9 +10,10 @@ import click
 
 from mlx_sft.commands.adapters import adapters
 from mlx_sft.commands.doctor import doctor
+from mlx_sft.commands.talk import chat, generate
 from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
-from mlx_sft.console import print_error, read_all, read_line, write_text
+from mlx_sft.console import print_error, write_text
 from mlx_sft.crash_report import Interrupted, command_line
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
 from mlx_sft.files import refuse_lost_folder
@@ -22,7 +23,6 @@ from mlx_sft.options import (
     choices,
     export_options,
     given,
-    model_options,
     own_options,
     resolved,
     settings,
@@ -275,38 +275,6 @@ def push(run: str, repo: str, **options: Any) -> None:
         console.done(result.url)
 
 
-@main.command()
-@model_options
-@click.option("--prompt", metavar="TEXT", help="What to ask; read from standard input where not given.")
-def generate(max_tokens: int, temperature: float, prompt: str | None, **model: Any) -> None:
-    """Answer one prompt."""
-    from mlx_sft.generate import stream_text
-    from mlx_sft.load import load_named
-
-    loaded = load_named(**model)
-    prompt = prompt if prompt is not None else read_all()
-    for text in stream_text(loaded, prompt, max_tokens=max_tokens, temperature=temperature):
-        write_text(text)
-    write_text("\n")
-
-
-@main.command()
-@model_options
-def chat(max_tokens: int, temperature: float, **model: Any) -> None:
-    """Talk with a model; an empty line or Ctrl-D ends the conversation.
-
-    A line `/adapter DIR` changes the adapter for what follows, `/adapter` alone takes it off.
-    """
-    from mlx_sft.generate import Chat
-    from mlx_sft.load import load_named
-
-    talk = Chat(load_named(**model), max_tokens=max_tokens, temperature=temperature)
-    while text := read_line():
-        for piece in talk.say(text):
-            write_text(piece)
-        write_text("\n")
-
-
 @main.command(name="eval")
 @which_model
 @click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
@@ -323,4 +291,6 @@ def evaluate(data: str, json_lines: bool, **model: Any) -> None:
 
 
 main.add_command(adapters)
+main.add_command(chat)
 main.add_command(doctor)
+main.add_command(generate)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO, cast
 
 from rich.console import Console as RichConsole
@@ -268,24 +268,45 @@ def _write(text: str) -> None:
     stdout.write(printable(text) if stdout.isatty() else text)
 
 
-def read_line() -> str:
-    """A line from stdin, asked for with `> ` where a person types it; empty at the end of the input."""
-    if sys.stdin is not None and sys.stdin.isatty():
+def is_typed() -> bool:
+    """Whether a person types what is read from stdin."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def read_line() -> str | None:
+    """A line from stdin without its end, asked for with `> ` where a person types it; None at the end of the input.
+
+    On a terminal the line can be edited, and the arrow keys bring back those before it.
+    """
+    ask = sys.stdin.readline if sys.stdin is not None else str
+    if is_typed() and output("stdout").isatty():
+        with suppress(ImportError):  # Python may have been built without it
+            import readline  # noqa: F401  `input` edits lines once this is imported
+        ask = _edited_line
+    elif is_typed():
         output("stderr").write("> ")
-    return _read(whole=False).strip()
+    line = _read(ask)
+    return line.rstrip("\r\n") if line else None
+
+
+def _edited_line() -> str:
+    try:
+        return input("> ") + "\n"
+    except EOFError:
+        return ""
 
 
 def read_all() -> str:
     """All of stdin."""
-    return _read(whole=True)
+    return _read(sys.stdin.read if sys.stdin is not None else str)
 
 
-def _read(*, whole: bool) -> str:
+def _read(read: Callable[[], str]) -> str:
     hint = "give text in UTF-8, or --prompt"
     if sys.stdin is None:
         raise UserError("standard input is closed", hint=hint)
     try:
-        return sys.stdin.read() if whole else sys.stdin.readline()
+        return read()
     except (OSError, ValueError) as error:  # bytes that are no UTF-8 are a ValueError
         raise UserError(f"standard input cannot be read: {error}", hint=hint) from error
 

@@ -142,19 +142,6 @@ base_model = click.option("--base-model", metavar="MODEL",
     help="Where the run's base lies now, if not where training found it.")  # fmt: skip
 
 
-def model_options(command: Command) -> Command:
-    """Which model, and how it answers: of `generate` and `chat`."""
-    for option in (
-        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
-                     help="0 takes the likeliest token each time."),
-        click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True,
-                     help="Longest answer."),
-        which_model,
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
 def which_model(command: Command) -> Command:
     """A run, a model, or an adapter on a model: what `load_named` takes."""
     for option in (
@@ -181,6 +168,12 @@ def split_options(
     stated = given(options)
     own = {name: stated.pop(name) for name in list(stated) if name in owner.model_fields}
     return own, (read_yaml(Path(config_file)) if config_file else {}) | stated
+
+
+def taken(owner: type[Settings], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given of a command's own settings, which are taken out of all options."""
+    own = {name: options.pop(name) for name in owner.model_fields}
+    return {name: value for name, value in own.items() if value not in (None, ())}
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
