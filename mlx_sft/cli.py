@@ -10,6 +10,7 @@ import click
 
 from mlx_sft.commands.adapters import adapters
 from mlx_sft.commands.doctor import doctor
+from mlx_sft.commands.evaluate import evaluate
 from mlx_sft.commands.talk import chat, generate
 from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
@@ -28,7 +29,6 @@ from mlx_sft.options import (
     settings,
     split_options,
     trusting,
-    which_model,
 )
 
 
@@ -275,22 +275,8 @@ def push(run: str, repo: str, **options: Any) -> None:
         console.done(result.url)
 
 
-@main.command(name="eval")
-@which_model
-@click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
-@click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
-def evaluate(data: str, json_lines: bool, **model: Any) -> None:
-    """Loss, perplexity and token accuracy on a file, of a run, of an adapter, or of a model.
-
-    The rows are read with the run's settings; without a run, with those that train has by itself.
-    """
-    from mlx_sft.evaluate import evaluate_model
-    from mlx_sft.load import load_named
-
-    write_text(evaluate_model(load_named(**model), data).describe(as_json=json_lines) + "\n")
-
-
 main.add_command(adapters)
 main.add_command(chat)
 main.add_command(doctor)
+main.add_command(evaluate)
 main.add_command(generate)

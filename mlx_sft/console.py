@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Literal, TextIO, cast
 
@@ -309,6 +309,13 @@ def _read(read: Callable[[], str]) -> str:
         return read()
     except (OSError, ValueError) as error:  # bytes that are no UTF-8 are a ValueError
         raise UserError(f"standard input cannot be read: {error}", hint=hint) from error
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Lines of columns: the first one begins at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip() for first, *rest in table)
+    return "\n".join(lines)
 
 
 def count(number: int | float) -> str:

@@ -74,19 +74,28 @@ class EvaluationResult:
 
     def describe(self, *, as_json: bool = False) -> str:
         """A line for a person, or of JSON."""
-        report = self.report
-        fates = {"rows": report.kept, "truncated": report.truncated, "dropped": report.dropped, "bad": report.bad}
         if as_json:
-            record = asdict(self.evaluation)
-            record |= {"perplexity": self.perplexity, **record.pop("own"), **fates}
-            finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
-            return json.dumps(finite, allow_nan=False)
-        counts = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number or fate == "rows")
+            return json.dumps(self.record(), allow_nan=False)
         return (
             f"loss {self.loss:.4f}  perplexity {self.perplexity:.2f}  token accuracy {self.token_accuracy:.1%}  "
             f"exact match {self.exact_match:.1%}  "
-            f"({counts}, {self.supervised_tokens} supervised tokens)"
+            f"({self.fates()}, {self.supervised_tokens} supervised tokens)"
         )
+
+    def record(self) -> dict[str, float | None]:
+        """Every figure by its name; None for one that is not finite."""
+        record = asdict(self.evaluation)
+        record |= {"perplexity": self.perplexity, **record.pop("own"), **self._fates}
+        return {name: value if math.isfinite(value) else None for name, value in record.items()}
+
+    def fates(self) -> str:
+        """`9 rows, 1 dropped`: how many rows were used, and what became of others."""
+        return ", ".join(f"{number} {fate}" for fate, number in self._fates.items() if number or fate == "rows")
+
+    @property
+    def _fates(self) -> dict[str, int]:
+        report = self.report
+        return {"rows": report.kept, "truncated": report.truncated, "dropped": report.dropped, "bad": report.bad}
 
 
 class _Bound(Method):
@@ -134,10 +143,15 @@ def evaluate_model(loaded: LoadedModel, data: str) -> EvaluationResult:
     Raises:
         UserError: If the data cannot be used.
     """
+    examples, report, config = examples_of(loaded, data)
+    return EvaluationResult(evaluate_examples(loaded, examples, config), report)
+
+
+def examples_of(loaded: LoadedModel, data: str) -> tuple[Examples, SourceReport, TrainConfig]:
+    """The rows of a data source as `evaluate_model` reads them, what became of them, and the settings."""
     own = isinstance(loaded, AdaptedModel) and loaded.train_config
     config = own or TrainConfig(data=[data], model=loaded.name)
-    examples, report = prepare_file(data, config, loaded.tokenizer)
-    return EvaluationResult(evaluate_examples(loaded, examples, config), report)
+    return *prepare_file(data, config, loaded.tokenizer), config
 
 
 def evaluate_examples(loaded: LoadedModel, examples: Examples, config: TrainConfig) -> Evaluation:

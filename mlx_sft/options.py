@@ -144,14 +144,26 @@ base_model = click.option("--base-model", metavar="MODEL",
 
 def which_model(command: Command) -> Command:
     """A run, a model, or an adapter on a model: what `load_named` takes."""
+    return _which(command)
+
+
+def which_models(command: Command) -> Command:
+    """Several of them: what `each_named` takes."""
+    return _which(command, " Give it again for several.")
+
+
+def _which(command: Command, more: str = "") -> Command:
+    several = bool(more)
     for option in (
         trusting,
         click.option("--base", is_flag=True, help="The model as it was before training."),
-        click.option("--adapter", metavar="DIR", help="An adapter of PEFT's or mlx-lm's, on --model or on the base that it names."),
-        click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
+        click.option("--adapter", metavar="DIR", multiple=several,
+                     help="An adapter of PEFT's or mlx-lm's, on --model or on the base that it names." + more),
+        click.option("--model", metavar="MODEL", multiple=several,
+                     help="A model instead of a run, such as an exported folder." + more),
         step,
         base_model,
-        click.option("--run", metavar="RUN", help="The run folder."),
+        click.option("--run", metavar="RUN", multiple=several, help="The run folder." + more),
     ):  # fmt: skip
         command = option(command)
     return command
