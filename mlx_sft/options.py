@@ -17,7 +17,9 @@ from pydantic.fields import FieldInfo
 from mlx_sft.common_settings import option_name, public_name
 from mlx_sft.compare.settings import NOT_SHARED
 from mlx_sft.config import TrainConfig, all_fields, entry_settings, owners_of, sections
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_yaml
+from mlx_sft.other_names import suggestion
 from mlx_sft.registry import METHODS, OBJECTIVES, OPTIMIZERS, TARGETS
 from mlx_sft.settings import Settings
 
@@ -43,6 +45,27 @@ class Late(click.Command):
         made = (one.make() if isinstance(one, _Later) else [one] for one in self.params)
         self.params = [parameter for parameters in made for parameter in parameters]
         return super().get_params(context)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """As click does, with a way out for options of other trainers, and for data that is named without its option."""
+        options = {parameter.name for parameter in self.get_params(context)}
+        context.allow_extra_args = "config_file" in options
+        try:
+            rest = super().parse_args(context, args)
+        except click.NoSuchOption as error:
+            hint = suggestion(error.option_name, lambda field: option_name(field) if field in options else None)
+            if not hint:
+                raise
+            raise UserError(f"no such option {error.option_name}", hint=hint, exit_code=USAGE) from error
+        if rest and not context.resilient_parsing:
+            meant = " ".join(f"--config {word}" if _is_yaml(word) else f"--data {word}" for word in rest)
+            what = f"{rest[0]} stands there without an option"
+            raise UserError(what, hint=f"did you mean {meant}?", exit_code=USAGE)
+        return rest
+
+
+def _is_yaml(name: str) -> bool:
+    return name.lower().endswith((".yaml", ".yml"))
 
 
 class Sectioned(Late):
