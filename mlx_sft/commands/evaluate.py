@@ -28,9 +28,9 @@ def evaluate(
     json_lines: bool,
     **of_run: Any,
 ) -> None:
-    """Loss, perplexity, token accuracy and exact matches on rows: of runs, of adapters, or of models.
+    """Measure runs, adapters and models on the same rows.
 
-    The rows are read with the run's settings; without a run, with those that train has by itself. Several models are loaded one after
+    Loss, perplexity, token accuracy and exact matches. The rows are read with the run's settings; without a run, with those that train has by itself. Several models are loaded one after
     the other. One --model and one --adapter are the adapter on that model; otherwise each is measured by itself too.
     """
     from mlx_sft.measure import difference, each_named, measure, table
