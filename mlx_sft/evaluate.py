@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,10 +34,12 @@ class EvaluationResult:
     Attributes:
         evaluation: The figures, which this class gives by name too.
         report: How many rows were used, truncated, dropped or bad, and why.
+        f1: Of each short answer that the model was let write, by the words that it shares with the row's; empty where it was not.
     """
 
     evaluation: Evaluation
     report: SourceReport
+    f1: list[float] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -60,6 +62,11 @@ class EvaluationResult:
         return self.evaluation.exact_match
 
     @property
+    def mean_f1(self) -> float:
+        """The mean of the short answers' F1; not a number where the model was let write none."""
+        return sum(self.f1) / len(self.f1) if self.f1 else math.nan
+
+    @property
     def tokens(self) -> int:
         """The number of tokens of all examples."""
         return self.evaluation.tokens
@@ -79,13 +86,16 @@ class EvaluationResult:
         return (
             f"loss {self.loss:.4f}  perplexity {self.perplexity:.2f}  token accuracy {self.token_accuracy:.1%}  "
             f"exact match {self.exact_match:.1%}  "
-            f"({self.fates()}, {self.supervised_tokens} supervised tokens)"
+            + (f"F1 {self.mean_f1:.1%} of {len(self.f1)} short answers  " if self.f1 else "")
+            + f"({self.fates()}, {self.supervised_tokens} supervised tokens)"
         )
 
     def record(self) -> dict[str, float | None]:
         """Every figure by its name; None for one that is not finite."""
         record = asdict(self.evaluation)
         record |= {"perplexity": self.perplexity, **record.pop("own"), **self._fates}
+        if self.f1:
+            record |= {"f1": self.mean_f1, "short_answers": len(self.f1)}
         return {name: value if math.isfinite(value) else None for name, value in record.items()}
 
     def fates(self) -> str:

@@ -36,7 +36,7 @@ def stream_text(loaded: LoadedModel, prompt: Prompt, **settings: Any) -> Iterato
             starts with it.
     """
     chosen = GenerationSettings.of(settings)
-    pieces = _pieces(loaded, prompt, chosen)
+    pieces = continued(loaded, prompt_tokens(loaded, prompt, chosen.system), chosen)
     return until_stop(chosen.stop, pieces) if chosen.stop else pieces
 
 
@@ -45,21 +45,22 @@ def generate_text(loaded: LoadedModel, prompt: Prompt, **settings: Any) -> str:
     return "".join(stream_text(loaded, prompt, **settings))
 
 
-def _pieces(loaded: LoadedModel, prompt: Prompt, chosen: GenerationSettings) -> Generator[str]:
+def continued(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSettings) -> Generator[str]:
+    """What the model writes after these tokens, piece by piece, up to its end of turn; stop texts and system prompt are not looked at."""
     method = loaded.method if isinstance(loaded, AdaptedModel) else None
     # mlx-lm draws from the random numbers of the whole process.
     if chosen.seed is not None and chosen.temperature > 0:
         mx.random.seed(chosen.seed)
     # mlx-lm refuses to keep as many tokens as there are.
     keeps_all = chosen.top_k == 0 or chosen.top_k >= vocabulary_size(loaded.model, loaded.config)
-    # mlx-lm tokenizes before the first token, and decodes with each.
+    # mlx-lm looks into the tokenizer before the first token, and decodes with each.
     with (
         tokenizer_errors(str(loaded.path), "generating", panics_only=True),
         closing(
             stream_generate(
                 loaded.model,
                 TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded)),
-                prompt_tokens(loaded, prompt, chosen.system),
+                token_ids,
                 max_tokens=chosen.max_tokens,
                 sampler=make_sampler(
                     temp=chosen.temperature,

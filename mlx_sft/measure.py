@@ -21,9 +21,11 @@ from mlx_sft.load import Trained, config_of, load_named
 from mlx_sft.methods import method_in
 from mlx_sft.methods.results import refuse_unfinished_result
 from mlx_sft.model.load import LoadedModel
+from mlx_sft.objectives import make_objective
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.short_answers import answered
 
-_COLUMNS = ("", "loss", "perplexity", "token accuracy", "exact match", "supervised tokens", "rows")
+_COLUMNS = ("", "loss", "perplexity", "token accuracy", "exact match", "F1", "supervised tokens", "rows")
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,11 @@ def each_named(
     return found + [Named(adapter, {"adapter": adapter, **of_adapters}) for adapter in adapters]
 
 
-def measure(models: Sequence[Named], data: Sequence[str]) -> Iterator[Measured]:
+def measure(models: Sequence[Named], data: Sequence[str], *, generate: bool = False) -> Iterator[Measured]:
     """Each model's figures on the same rows; the rows are read as its run reads them, or as training does by itself.
+
+    Args:
+        generate: Let it write short answers too, and compare their words with the rows'.
 
     Raises:
         UserError: If a run, an adapter or data are not there, before anything is measured; and as `evaluate_model`.
@@ -101,7 +106,7 @@ def measure(models: Sequence[Named], data: Sequence[str]) -> Iterator[Measured]:
     for one in data:
         locate(one)
     for model in models:
-        found = _measured(model, load_named(**model.named), data)
+        found = _measured(model, load_named(**model.named), data, generate)
         gc.collect()  # a compiled model is in a circle of references, and goes before the next one comes
         mx.clear_cache()
         yield found
@@ -118,13 +123,18 @@ def _refuse_missing(run: str | None = None, adapter: str | None = None, base: bo
         method_in(Path(adapter)).base_model(Path(adapter))
 
 
-def _measured(model: Named, loaded: LoadedModel, data: Sequence[str]) -> Measured:
+def _measured(model: Named, loaded: LoadedModel, data: Sequence[str], generate: bool) -> Measured:
     parts: dict[str, tuple[Examples, SourceReport]] = {}
     for one in dict.fromkeys(data):
         examples, report, config = examples_of(loaded, one)
         parts[one] = examples, report
+    if generate and make_objective(config).compares:
+        what = f"--generate measures answers, and with --objective {config.objective} a row has several to compare"
+        raise UserError(what, where=model.label, hint="leave --generate out", exit_code=USAGE)
     found = {
-        name: EvaluationResult(evaluate_examples(loaded, examples, config), report)
+        name: EvaluationResult(
+            evaluate_examples(loaded, examples, config), report, answered(loaded, examples) if generate else []
+        )
         for name, (examples, report) in parts.items()
     }
     if len(parts) == 1:
@@ -137,15 +147,19 @@ def _measured(model: Named, loaded: LoadedModel, data: Sequence[str]) -> Measure
         kept=sum(report.kept for report in reports),
         notes=[note for report in reports for note in report.notes],
     )
-    return Measured(model.label, EvaluationResult(evaluate_examples(loaded, joined, config), together), found)
+    f1 = [one for result in found.values() for one in result.f1]
+    return Measured(model.label, EvaluationResult(evaluate_examples(loaded, joined, config), together, f1), found)
 
 
 def table(measured: Sequence[Measured]) -> str:
     """Aligned columns: a line for each model, and below it one for each source where there are several."""
-    lines = [list(_COLUMNS)]
+    lines = [[*_COLUMNS]]
     for one in measured:
         lines.append([one.label, *_cells(one.whole)])
         lines += [[f"  {name}", *_cells(result)] for name, result in one.by_source.items()]
+    if not any(one.whole.f1 for one in measured):
+        for line in lines:
+            del line[_COLUMNS.index("F1")]
     return aligned(lines)
 
 
@@ -155,6 +169,7 @@ def _cells(found: EvaluationResult) -> list[str]:
         f"{found.perplexity:.2f}",
         f"{found.token_accuracy:.1%}",
         f"{found.exact_match:.1%}",
+        f"{found.mean_f1:.1%} of {len(found.f1)}" if found.f1 else "-",
         f"{found.supervised_tokens:,}",
         found.fates(),
     ]

@@ -13,7 +13,7 @@ from mlx_sft import measure as measured
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE
 from mlx_sft.evaluate import evaluate_model
-from mlx_sft.measure import each_named, measure
+from mlx_sft.measure import each_named, measure, table
 from mlx_sft.model.load import LoadedModel, load_model
 from tests.chats import write_chats
 
@@ -35,7 +35,7 @@ def further(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_several_models_are_measured_on_the_same_rows_one_in_memory_at_a_time(
-    run: Path, model: str, chats: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    run: Path, model: str, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[weakref.ref[Any]] = []
     load = measured.load_named
@@ -47,23 +47,24 @@ def test_several_models_are_measured_on_the_same_rows_one_in_memory_at_a_time(
         return loaded
 
     monkeypatch.setattr(measured, "load_named", watched)
-    asked = ["eval", "--run", run, "--model", model, "--adapter", run / "adapter", "--data", chats]
-    records = [json.loads(line) for line in cli(*asked, "--json").stdout.splitlines()]
+    named = each_named([str(run)], [model], [str(run / "adapter")])
+    found = list(measure(named, [str(chats)]))
     assert len(alive) == 3
-    assert [record["name"] for record in records] == [str(run), model, str(run / "adapter")]
+    assert [one.label for one in found] == [str(run), model, str(run / "adapter")]
     tuned, plain = evaluate_run(run, str(chats)).record(), evaluate_model(load_model(model), str(chats)).record()
-    assert [{name: record[name] for name in tuned} for record in records] == [tuned, plain, tuned]
-    lines = cli(*asked).stdout.splitlines()
+    assert [one.whole.record() for one in found] == [tuned, plain, tuned]
+    lines = table(found).splitlines()
     assert lines[0].split()[-1] == "rows"
-    assert [line.split()[:2] for line in lines[1:]] == [[record["name"], f"{record['loss']:.4f}"] for record in records]
+    assert [line.split()[:2] for line in lines[1:]] == [[one.label, f"{one.whole.loss:.4f}"] for one in found]
     assert len({len(line) for line in lines}) == 1, "the columns are aligned"
 
 
 def test_several_sources_are_measured_each_and_together(
-    run: Path, chats: Path, further: Path, tmp_path: Path, cli: Callable[..., Any]
+    run: Path, model: str, chats: Path, further: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
     asked = ["eval", "--run", run, "--data", chats, "--data", further]
-    record = json.loads(cli(*asked, "--json").stdout)
+    record, other = map(json.loads, cli(*asked, "--model", model, "--json").stdout.splitlines())
+    assert (record["name"], other["name"]) == (str(run), model)
     assert list(record["sources"]) == [str(chats), str(further)]
     for name, found in record["sources"].items():
         assert found == evaluate_run(run, name).record()
