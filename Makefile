@@ -22,7 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare-demo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs families gguf-check audit test-lowest wheel clean
+.PHONY: help demo compare-demo demo-dpo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs families gguf-check audit test-lowest wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ demo: $(VENV)/.ready  ## a minute of fine-tuning: train, before and after, expor
 
 compare-demo: $(VENV)/.ready  ## which method? Full fine-tuning beside LoRA of three ranks, then every method, on the embedded model: some twenty minutes
 	@$(BIN)/python examples/compare.py $(ARGS)
+
+demo-dpo: $(VENV)/.ready  ## two minutes: after that, of two answers the longer one is preferred (DPO)
+	@$(BIN)/python examples/demo_preferences.py
 
 test: $(VENV)/.ready-dev  ## run the tests (offline)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

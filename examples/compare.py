@@ -21,19 +21,20 @@ from mlx_sft.compare.table import markdown, verdict
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 COMPARED = {
-    "ranks": "full,lora:r=8,lora:r=16,lora:r=32",
-    "methods": "lora,dora,pissa,olora,bottleneck,prefix,p-tuning,prompt",
+    "ranks": ("full,lora:r=8,lora:r=16,lora:r=32", 2),
+    "methods": ("lora,dora,pissa,olora,bottleneck,prefix,p-tuning,prompt", 4),
 }
-TRAIN = {"model": "tiny", "data": str(EXAMPLES / "chats.jsonl"), "valid_fraction": 0.1, "epochs": 2}
+"""What is compared, and for how many epochs: vectors in front of a conversation want more steps than weights do."""
 
 
 def main() -> None:
     for name in sys.argv[1:] or COMPARED:
+        methods, epochs = COMPARED[name]
         folder = ROOT / "comparisons" / name
         shutil.rmtree(folder, ignore_errors=True)
         comparison = compare_methods(
-            COMPARED[name],
-            train=TRAIN,
+            methods,
+            train={"model": "tiny", "data": str(EXAMPLES / "chats.jsonl"), "valid_fraction": 0.1, "epochs": epochs},
             out=folder,
             test=str(EXAMPLES / "held_out.jsonl"),
             general_data=str(EXAMPLES / "prose.jsonl"),

@@ -31,6 +31,9 @@ SECTIONS = {
 Every = Annotated[int, Field(ge=1)] | Literal["epoch"]
 """A number of optimizer steps, or the end of every epoch."""
 
+_STARTS = ("init_adapter", "run_from", "resume_from_peft")
+"""The settings that name an adapter to start from."""
+
 CHOOSING: dict[str, Registry[Any]] = {"method": METHODS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS}
 """The settings that choose an entry, which brings settings of its own."""
 
@@ -72,7 +75,8 @@ class CommonSettings(Settings):
     append_eos: bool = False
     """Put the end-of-sequence token after a conversation whose last turn the template leaves without one."""
     chat_template: str | None = None
-    """A chat template in place of the model's own: a file in Jinja, or chatml, gemma, llama3, mistral or plain. The run keeps its text."""
+    """A chat template in place of the model's own: a file in Jinja, or chatml, gemma, llama3, mistral, plain, or raw (the texts alone). The
+    run keeps its text."""
     add_tokens: str | list[str | dict[str, Any]] | None = None
     """Tokens that the tokenizer gets beside its own: a text file with a token a line, or a .json file with a list. The run keeps them.
     What becomes of their embeddings say --train-new-tokens and --also-train."""
@@ -98,6 +102,9 @@ class CommonSettings(Settings):
     """Quantize the frozen base when it is loaded (QLoRA): to 4 or 8 bits in groups of 64, or to 4 bits as mxfp4, in groups of 32."""
     init_adapter: str | None = None
     """Start from this PEFT adapter folder."""
+    run_from: str | None = None
+    """Start a new run from what this finished run has trained, such as preferences after SFT: its adapter, on its model and with its chat
+    template and tokens, as far as they are not given anew."""
 
     # method
     method: str = "lora"
@@ -106,7 +113,8 @@ class CommonSettings(Settings):
 
     # objective
     objective: str = "sft"
-    """What is minimized: sft for the cross-entropy of the supervised tokens."""
+    """What is minimized: sft for the cross-entropy of the supervised tokens, dpo for preferences, in rows that have a chosen answer and a
+    rejected one."""
 
     # optimization
     epochs: Annotated[int, OnResume.GROWS] = Field(default=1, ge=1)
@@ -116,7 +124,7 @@ class CommonSettings(Settings):
     time_limit: Annotated[str | None, OnResume.REVISED] = Field(default=None, alias="for")
     """Time that the run may take in all, such as 45m or 1h30m: at most as many steps as end, evaluated and saved, within it."""
     batch_size: int = Field(default=8, ge=1)
-    """Conversations an optimizer step."""
+    """Conversations an optimizer step; with --objective dpo pairs."""
     micro_batch_tokens: Annotated[int | None, OnResume.COMPUTED] = Field(default=None, ge=1)
     """Padded tokens computed at once; chosen from the memory where not given. It does not change the result."""
     head_chunk: Annotated[int | None, OnResume.COMPUTED] = Field(default=None, ge=1)
@@ -124,7 +132,7 @@ class CommonSettings(Settings):
     optimizer: str = "adamw"
     """What turns gradients into updates."""
     lr: float = Field(default=2e-4, ge=0)
-    """Peak learning rate."""
+    """Peak learning rate; where not given, 5e-6 with --objective dpo."""
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = Field(default=0.03, ge=0, le=1)
@@ -250,14 +258,14 @@ class CommonSettings(Settings):
         if self.valid is not None and self.valid_fraction > 0:
             raise ValueError("valid and valid_fraction exclude each other; give one")
         if not METHODS[self.method].frozen_base:
-            for name in ("init_adapter", "resume_from_peft"):
+            for name in _STARTS:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}: --method {self.method} trains no adapter")
             if self.quantize is not None:
                 what = f"quantize: --method {self.method} trains the weights themselves"
                 raise ValueError(f"{what}; quantize them with a method that leaves them frozen, such as --method lora")
-        if self.init_adapter is not None and self.resume_from_peft is not None:
-            raise ValueError("init_adapter and resume_from_peft exclude each other; give one")
+        if len(given := [name for name in _STARTS if getattr(self, name) is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one")
         return self
 
 

@@ -9,6 +9,7 @@ checked without a model or data is checked when a configuration is made.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from mlx_sft.common_settings import (
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_yaml
 from mlx_sft.other_names import suggestion
-from mlx_sft.registry import CALLBACKS
+from mlx_sft.registry import CALLBACKS, OBJECTIVES
 from mlx_sft.settings import Settings
 
 S = TypeVar("S", bound=Settings)
@@ -97,11 +98,13 @@ def composed(chosen: dict[str, Any]) -> type[TrainConfig]:
     further = [name.strip() for name in listed if isinstance(name, str) and name.strip() in CALLBACKS]
     entries = [registry[names[kind]] for kind, registry in CHOOSING.items()]
     entries += [CALLBACKS[name] for name in dict.fromkeys((*CALLBACKS.built_in(), *further))]
-    return _joined(*dict.fromkeys(entry.Settings for entry in entries if entry.Settings.model_fields))
+    owners = dict.fromkeys(entry.Settings for entry in entries if entry.Settings.model_fields)
+    return _joined(*owners, defaults=tuple(OBJECTIVES[names["objective"]].defaults.items()))
 
 
 @cache
-def _joined(*owners: type[Settings]) -> type[TrainConfig]:
+def _joined(*owners: type[Settings], defaults: tuple[tuple[str, Any], ...] = ()) -> type[TrainConfig]:
+    """`TrainConfig` with the settings of these owners, and with these defaults in place of its own."""
     taken: dict[str, type[Settings]] = dict.fromkeys(TrainConfig.model_fields, TrainConfig)
     validators = _validators(TrainConfig)
     for owner in owners:
@@ -114,7 +117,12 @@ def _joined(*owners: type[Settings]) -> type[TrainConfig]:
         taken |= dict.fromkeys(owner.model_fields, owner)
         validators |= _validators(owner)
     bases: Any = (TrainConfig, *owners)
-    joined: type[TrainConfig] = create_model("TrainConfig", __base__=bases, __module__=__name__)
+    others: Any = {}
+    for name, default in defaults:
+        info = copy(TrainConfig.model_fields[name])
+        info.default = default
+        others[name] = (info.annotation, info)
+    joined: type[TrainConfig] = create_model("TrainConfig", __base__=bases, __module__=__name__, **others)
     return joined
 
 

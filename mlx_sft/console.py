@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO, cast
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from mlx_sft.errors import UserError
@@ -114,8 +115,8 @@ class Console:
         self._screen.print(text)
 
     @contextmanager
-    def reading(self) -> Iterator[ReadingBar]:
-        """Yield an object that shows how far the data is read; its bar disappears when the block ends."""
+    def reading(self, doing: str = "reading") -> Iterator[ReadingBar]:
+        """Yield an object that shows how far something is with the data; its bar disappears when the block ends."""
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -128,7 +129,7 @@ class Console:
         if live:
             bar.start()
         try:
-            yield ReadingBar(self, bar if live else None)
+            yield ReadingBar(self, bar if live else None, doing)
         finally:
             if live:
                 bar.stop()
@@ -136,26 +137,38 @@ class Console:
     def data(self, pieces: Iterable[tuple[str, Look]]) -> None:
         """Text for stdout; where there is no colour, supervised text stands between ⟦ ⟧."""
         screen = _Screen("stdout")
-        coloured = _has_colours(screen)
-        text, inside = Text(), False
-        for part, look in pieces:
-            supervised = look.startswith("supervised")
-            if not coloured and supervised != inside:
-                text.append("⟦" if supervised else "⟧")
-                inside = supervised
-            text.append(printable(part), style=_STYLES[look] if coloured else "")
-        if inside:
-            text.append("⟧")
-        screen.print(text, end="")
+        screen.print(_text_of(pieces, coloured=_has_colours(screen)), end="")
         refuse_loss(output("stdout"))
 
-    def step(self, record: Mapping[str, Any], total_steps: int, seconds_left: float) -> None:
-        """One optimizer step: the live line, a plain line now and then, or a line of JSON."""
+    def side_by_side(self, *columns: Iterable[tuple[str, Look]]) -> None:
+        """Texts as those of `data`, in columns of one width."""
+        screen = _Screen("stdout")
+        table = Table.grid(expand=True, padding=(0, 3, 0, 0))
+        for _ in columns:
+            table.add_column(ratio=1, overflow="fold")
+        table.add_row(*(_text_of(pieces, coloured=_has_colours(screen)) for pieces in columns))
+        screen.print(table, soft_wrap=False)
+        refuse_loss(output("stdout"))
+
+    @property
+    def width(self) -> int:
+        """Of stdout in characters; 0 where it is no terminal."""
+        screen = _Screen("stdout")
+        return screen.width if screen.is_terminal else 0
+
+    def step(
+        self, record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str] = ()
+    ) -> None:
+        """One optimizer step: the live line, a plain line now and then, or a line of JSON.
+
+        Args:
+            metrics: The names of what is shown besides, behind the loss.
+        """
         if self._json_lines:
             self._emit(record)
         if not self._shown:
             return
-        line = _step_line(record, total_steps, seconds_left)
+        line = _step_line(record, total_steps, seconds_left, metrics)
         number = record["step"]
         if self._screen.is_terminal:
             if self._live is None:
@@ -165,17 +178,17 @@ class Console:
         elif number == 1 or number == total_steps or number % _PLAIN_EVERY == 0:
             self._screen.print(Text(line))
 
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """One evaluation."""
+    def evaluation(self, record: Mapping[str, Any], metrics: Sequence[str] = ()) -> None:
+        """One evaluation; `metrics` as for a step."""
         if self._json_lines:
             self._emit(record)
         if record["loss"] is None:
             self.warn(f"the validation loss of step {record['step']} is not finite")
             return
         best = "  (best so far)" if record["best"] else ""
+        perplexity = "" if record["perplexity"] is None else f"perplexity {record['perplexity']:.2f}  "
         self.note(
-            f"step {record['step']}  validation loss {record['loss']:.4f}  "
-            f"perplexity {record['perplexity']:.2f}  "
+            f"step {record['step']}  validation loss {record['loss']:.4f}  {perplexity}{_metrics(record, metrics)}"
             f"token accuracy {record['token_accuracy']:.1%}{best}"
         )
 
@@ -210,11 +223,30 @@ class Console:
             self._screen.print(_labelled("warning", "yellow", what))
 
 
-class ReadingBar:
-    """Shows how far the data is read: a bar in a terminal, else a line now and then."""
+def _text_of(pieces: Iterable[tuple[str, Look]], *, coloured: bool) -> Text:
+    """The pieces in their colours; where there are none, supervised text stands between ⟦ ⟧."""
+    text, inside = Text(), False
+    for part, look in pieces:
+        supervised = look.startswith("supervised")
+        if not coloured and supervised != inside:
+            text.append("⟦" if supervised else "⟧")
+            inside = supervised
+        text.append(printable(part), style=_STYLES[look] if coloured else "")
+    if inside:
+        text.append("⟧")
+    return text
 
-    def __init__(self, console: Console, bar: Progress | None) -> None:
+
+class ReadingBar:
+    """Shows how far the data is read: a bar in a terminal, else a line now and then.
+
+    Args:
+        doing: What the bar says is done with it.
+    """
+
+    def __init__(self, console: Console, bar: Progress | None, doing: str = "reading") -> None:
         self._console = console
+        self._doing = doing
         self._bar = bar
         self._tasks: dict[str, TaskID] = {}
         self._told = 0
@@ -223,7 +255,7 @@ class ReadingBar:
         """Rows and bytes of a source read so far; `bytes_total` is None where it is not known."""
         if self._bar is not None:
             if name not in self._tasks:
-                self._tasks[name] = self._bar.add_task(printable(f"reading {name}"), total=bytes_total, rows=rows)
+                self._tasks[name] = self._bar.add_task(printable(f"{self._doing} {name}"), total=bytes_total, rows=rows)
             self._bar.update(self._tasks[name], completed=bytes_done, total=bytes_total, rows=rows)
         elif rows >= self._told + _ROWS_BETWEEN_LINES:
             self._told = rows
@@ -351,12 +383,17 @@ def _labelled(label: str, colour: str, message: str) -> Text:
     return Text.assemble((f"{label}:", colour), " ", printable(message))
 
 
-def _step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float) -> str:
+def _metrics(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    """`rewards/margins 0.1234  `; of what the record has."""
+    return "".join(f"{name} {record[name]:.4g}  " for name in names if record.get(name) is not None)
+
+
+def _step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str]) -> str:
     loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
     rate = record["tokens_per_second"]
     supervised = rate * record["supervised_tokens"] / max(1, record["tokens"])
     return (
-        f"step {record['step']}/{total_steps}  loss {loss}  "
+        f"step {record['step']}/{total_steps}  loss {loss}  {_metrics(record, metrics)}"
         f"lr {record['learning_rate']:.2e}  "
         f"{count(rate)} tokens/s ({count(supervised)} supervised)  "
         f"peak {size(record['peak_memory_bytes'])}  left {duration(seconds_left)}"

@@ -15,16 +15,20 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.report import SourceReport
-from mlx_sft.load import AdaptedModel, WhichStep, load_run
+from mlx_sft.load import AdaptedModel, WhichStep, load_on_base, load_run
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import LoadedModel
 from mlx_sft.model.vocabulary import vocabulary_size
-from mlx_sft.objectives import make_objective
-from mlx_sft.training.batch_settings import layout_on
+from mlx_sft.objectives import Objective, make_objective
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.training.batch_settings import BatchSettings, layout_on
+from mlx_sft.training.evaluation import Evaluation
 from mlx_sft.training.machine import this_machine
 from mlx_sft.training.out_of_memory import evaluate_in_memory
-from mlx_sft.training.step import Evaluation, GradientComputer
+from mlx_sft.training.reference import Start
+from mlx_sft.training.start import starting_parameters
+from mlx_sft.training.step import GradientComputer
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,13 @@ class EvaluationResult:
 
     @property
     def loss(self) -> float:
-        """Weighted mean over supervised tokens, in nats."""
+        """The objective's: for SFT the weighted mean over supervised tokens, in nats."""
         return self.evaluation.loss
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss), up to a loss of 700, beyond which it is not a number of float64."""
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        """exp(loss), up to a loss of 700, beyond which it is not a number of float64; None where the loss is no cross-entropy."""
+        return self.evaluation.perplexity
 
     @property
     def token_accuracy(self) -> float:
@@ -83,20 +87,22 @@ class EvaluationResult:
         """A line for a person, or of JSON."""
         if as_json:
             return json.dumps(self.record(), allow_nan=False)
+        perplexity = "" if self.perplexity is None else f"perplexity {self.perplexity:.2f}  "
+        own = "".join(f"{name} {value:.4g}  " for name, value in self.evaluation.own.items())
+        f1 = f"F1 {self.mean_f1:.1%} of {len(self.f1)} short answers  " if self.f1 else ""
         return (
-            f"loss {self.loss:.4f}  perplexity {self.perplexity:.2f}  token accuracy {self.token_accuracy:.1%}  "
-            f"exact match {self.exact_match:.1%}  "
-            + (f"F1 {self.mean_f1:.1%} of {len(self.f1)} short answers  " if self.f1 else "")
-            + f"({self.fates()}, {self.supervised_tokens} supervised tokens)"
+            f"loss {self.loss:.4f}  {perplexity}token accuracy {self.token_accuracy:.1%}  "
+            f"exact match {self.exact_match:.1%}  {f1}{own}"
+            f"({self.fates()}, {self.supervised_tokens} supervised tokens)"
         )
 
     def record(self) -> dict[str, float | None]:
         """Every figure by its name; None for one that is not finite."""
         record = asdict(self.evaluation)
-        record |= {"perplexity": self.perplexity, **record.pop("own"), **self._fates}
+        record |= {**record.pop("own"), **self._fates}
         if self.f1:
             record |= {"f1": self.mean_f1, "short_answers": len(self.f1)}
-        return {name: value if math.isfinite(value) else None for name, value in record.items()}
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
 
     def fates(self) -> str:
         """`9 rows, 1 dropped`: how many rows were used, and what became of others."""
@@ -168,14 +174,25 @@ def evaluate_examples(loaded: LoadedModel, examples: Examples, config: TrainConf
     """The same on rows that are read already; raises `UserError` for tokens that the model does not have."""
     vocabulary = vocabulary_size(loaded.model, loaded.config)
     check_vocabulary(examples, vocabulary)
-    computer = GradientComputer(
-        SplitModel(loaded.model), bound(loaded), vocabulary, make_objective(config), head_chunk=config.head_chunk
-    )
+    objective, split = make_objective(config), SplitModel(loaded.model)
+    computer = GradientComputer(split, bound(loaded), vocabulary, objective, head_chunk=config.head_chunk)
     budget = config.micro_batch_tokens or int(examples.needed_lengths.max())
     layout = layout_on(this_machine(), computer, {}, examples)
+    if objective.needs_reference and isinstance(loaded, AdaptedModel) and loaded.run:
+        settings = BatchSettings(budget, "off", config.head_chunk or 0, layout)
+        examples.reference = _start_of(loaded.run, config, objective, settings).of(examples)
     return evaluate_in_memory(computer, {}, examples, budget, layout)[0]
 
 
 def bound(loaded: LoadedModel) -> Method:
     """The method of a loaded model, whose parameters are in it; of one without, a method that runs it as it stands."""
     return _Bound(loaded.method if isinstance(loaded, AdaptedModel) else None)
+
+
+def _start_of(run: RunFolder, config: TrainConfig, objective: Objective, settings: BatchSettings) -> Start:
+    """The model as a run's training started, loaded once more."""
+    base = load_on_base(run, config, None)
+    config, method, parameters = starting_parameters(config, base.model, base.tokenizer, begun=False)
+    vocabulary = vocabulary_size(base.model, base.config)
+    computer = GradientComputer(SplitModel(base.model), method, vocabulary, objective, head_chunk=config.head_chunk)
+    return Start(config, base.path, method, parameters, computer, settings)

@@ -47,11 +47,13 @@ class Measured:
 
     Attributes:
         label: The model, in words.
+        objective: What its loss is the loss of.
         whole: On all rows.
         by_source: On those of each source, where there are several.
     """
 
     label: str
+    objective: str
     whole: EvaluationResult
     by_source: dict[str, EvaluationResult]
 
@@ -138,7 +140,7 @@ def _measured(model: Named, loaded: LoadedModel, data: Sequence[str], generate: 
         for name, (examples, report) in parts.items()
     }
     if len(parts) == 1:
-        return Measured(model.label, next(iter(found.values())), {})
+        return Measured(model.label, config.objective, next(iter(found.values())), {})
     joined = Examples.joined([examples for examples, _ in parts.values()])
     reports = [report for _, report in parts.values()]
     together = SourceReport(
@@ -148,7 +150,9 @@ def _measured(model: Named, loaded: LoadedModel, data: Sequence[str], generate: 
         notes=[note for report in reports for note in report.notes],
     )
     f1 = [one for result in found.values() for one in result.f1]
-    return Measured(model.label, EvaluationResult(evaluate_examples(loaded, joined, config), together, f1), found)
+    return Measured(
+        model.label, config.objective, EvaluationResult(evaluate_examples(loaded, joined, config), together, f1), found
+    )
 
 
 def table(measured: Sequence[Measured]) -> str:
@@ -166,7 +170,7 @@ def table(measured: Sequence[Measured]) -> str:
 def _cells(found: EvaluationResult) -> list[str]:
     return [
         f"{found.loss:.4f}",
-        f"{found.perplexity:.2f}",
+        "-" if found.perplexity is None else f"{found.perplexity:.2f}",
         f"{found.token_accuracy:.1%}",
         f"{found.exact_match:.1%}",
         f"{found.mean_f1:.1%} of {len(found.f1)}" if found.f1 else "-",
@@ -177,6 +181,8 @@ def _cells(found: EvaluationResult) -> list[str]:
 
 def difference(measured: Sequence[Measured]) -> str | None:
     """Why the losses cannot be compared as they stand; None where they can."""
+    if len(objectives := dict.fromkeys(one.objective for one in measured)) > 1:
+        return f"their losses are not of the same objective: {' and '.join(objectives)}"
     counts = {one.whole.supervised_tokens: one.label for one in measured}
     if len(counts) < 2:
         return None

@@ -14,7 +14,15 @@ from pathlib import Path
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import disk_errors, open_regular, read_errors, read_json, read_text, sha256_line, user_path
 from mlx_sft.gate import checked
-from mlx_sft.writing import is_temporary, path_of, recover_replaced_folder, refuse_link, remove, write_file
+from mlx_sft.writing import (
+    is_temporary,
+    path_of,
+    recover_replaced_folder,
+    refuse_link,
+    remove,
+    write_file,
+    write_file_with,
+)
 
 CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS = "parameters.safetensors", "SHA256SUMS"
 """In the folder of a checkpoint: what is trained, and the checksums of its files."""
@@ -42,6 +50,7 @@ class RunFolder:
       environment.json    versions and machine
       data_report.json    every input row: kept, truncated or dropped, and why
       metrics.jsonl       a line an optimizer step and an evaluation
+      reference.safetensors  for preferences: log p of every text under the model as training started
       adapter/            PEFT's files: the best by validation loss, else the last (weights/ for --method full)
       last/               the last, where adapter/ holds an earlier, better one
       checkpoints/        step-00000050/, ...: what --resume continues from
@@ -52,6 +61,7 @@ class RunFolder:
 
     config, environment, data_report = Inside("config.yaml"), Inside("environment.json"), Inside("data_report.json")
     metrics, card, error_log = Inside("metrics.jsonl"), Inside("README.md"), Inside("error.log")
+    reference = Inside("reference.safetensors")
     adapter, weights, last, checkpoints = Inside("adapter"), Inside("weights"), Inside("last"), Inside("checkpoints")
 
     def __init__(self, path: str | Path) -> None:
@@ -118,22 +128,35 @@ class RunFolder:
         notes = getattr(error, "__notes__", [])
         return [cls(note.removeprefix(_NOTE)) for note in notes if note.startswith(_NOTE)][:1]
 
-    def write_head(self, config: str, data_report: str, environment: str) -> None:
-        """Write the files that a run begins with, all three or none; from then on it can be resumed."""
+    def write_head(
+        self, config: str, data_report: str, environment: str, reference: Callable[[Path], None] | None = None
+    ) -> None:
+        """Write the files that a run begins with, all or none; from then on it can be resumed.
+
+        Args:
+            reference: Writes that file; None for a run that has none.
+        """
         try:
+            if reference is not None:
+                write_file_with(self.reference, reference)
             write_file(self.data_report, data_report)
             write_file(self.environment, environment)
             write_file(self.config, config)
         except BaseException:
-            for file in (self.data_report, self.environment, self.config):
+            for file in self._head:
                 with suppress(OSError):  # what keeps it from being written may keep it from being removed
                     file.unlink(missing_ok=True)
             if self._made:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 
+    @property
+    def _head(self) -> tuple[Path, ...]:
+        """What is written before the first step, in this order."""
+        return self.reference, self.data_report, self.environment, self.config
+
     def _is_free(self) -> bool:
-        head = {self.data_report.name, self.environment.name}
+        head = {path.name for path in self._head if path != self.config}
         return all(path.name in head or is_temporary(path) for path in self.path.iterdir())
 
     @classmethod

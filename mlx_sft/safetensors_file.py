@@ -36,8 +36,8 @@ _CHECK = "check the path and the disk"
 
 COPY_BYTES = 16 << 20
 
-_ARRAYS = {"float32": "F32", "uint64": "U64", "uint8": "U8"}
-"""The dtypes of what training writes: parameters and moments, an optimizer's step, and moments in 8 bits."""
+_ARRAYS = {"float32": "F32", "bfloat16": "BF16", "float64": "F64", "uint64": "U64", "uint8": "U8"}
+"""The dtypes of what training writes: parameters and moments, log-probabilities of texts, an optimizer's step, and moments in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +176,13 @@ def write_safetensors(
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays of NumPy or MLX under their names, sorted, one at a time; only float32, uint64 and uint8.
+    """Write arrays of NumPy or MLX under their names, sorted, one at a time; only float32, bfloat16, float64, uint64 and uint8.
 
     The same arrays give the same bytes. Raises as `write_safetensors`, and `ValueError` for an array of another dtype.
     """
     named = sorted(arrays.items())
     tensors = [(name, _written_as(name, value), tuple(value.shape), value.nbytes) for name, value in named]
-    contents = ([np.ascontiguousarray(value).reshape(-1).view(np.uint8).data] for _, value in named)
+    contents = ([_bytes_of(value).data] for _, value in named)
     write_safetensors(path, tensors, contents, metadata or {})
 
 
@@ -193,6 +193,12 @@ def read_arrays(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         if tensor.dtype not in dtypes:
             raise _damaged(path, f"{tensor.name} is stored as {tensor.dtype}")
         yield tensor.name, _read(tensor, dtypes[tensor.dtype], 0, math.prod(tensor.shape)).reshape(tensor.shape)
+
+
+def _bytes_of(value: Any) -> NDArray[np.uint8]:
+    if _written_as("", value) == "BF16":  # which NumPy does not take from MLX as numbers, but as bytes
+        return np.frombuffer(value.reshape(-1), np.uint8)
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
 
 def _written_as(name: str, value: Any) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from tiny_corpus import conversations, held_out_questions, paragraphs
+from tiny_corpus import conversations, held_out_questions, paragraphs, preferences
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +132,7 @@ def write_examples(folder: Path) -> None:
     write_jsonl(folder / "chats.jsonl", conversations(SEED))
     write_jsonl(folder / "held_out.jsonl", held_out_questions(SEED))
     write_jsonl(folder / "prose.jsonl", [{"text": paragraph} for paragraph in islice(paragraphs(SEED + 3), PROSE_ROWS)])
+    write_jsonl(folder / "preferences.jsonl", preferences(SEED))
 
 
 # --- the checkpoint before training ----------------------------------------------------------------------------------------

@@ -139,6 +139,18 @@ def conversations(seed: int, count: int = 300) -> list[Conversation]:
     return chats
 
 
+def preferences(seed: int, count: int = 200) -> list[dict[str, list[Message]]]:
+    """Pairs of answers to questions about the facts that are not held out: the longer wording, which prose has too, is chosen."""
+    rng = random.Random(f"preferences {seed}")
+    pairs = []
+    for fact in rng.sample(split(seed)[0], count):
+        question, sentence = question_and_answer(fact, rng)
+        known = (text for text in fact.relation.statements if text.index("s}") < text.index("o}"))
+        longer = sentence | {"content": fact.say(max(known, key=len))}
+        pairs.append({"prompt": [question], "chosen": [longer], "rejected": [sentence]})
+    return pairs
+
+
 def held_out_questions(seed: int) -> list[Conversation]:
     rng = random.Random(f"held out {seed}")
     return [{"messages": question_and_answer(fact, rng)} for fact in split(seed)[1]]

@@ -26,10 +26,11 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "data": (["x"], ["x"]),
     **{
         name: (["x"], "x")
-        for name in ("valid", "model", "add_tokens", "init_adapter", "out", "resume", "resume_from_peft")
+        for name in ("valid", "model", "add_tokens", "init_adapter", "out", "resume", "resume_from_peft", "run_from")
     },
     **{name: (["0.5"], 0.5) for name in ("valid_fraction", "warmup", "dropout", "momentum", "beta1")},
     "decay_rate": (["-0.7"], -0.7),
+    "label_smoothing": (["0.1"], 0.1),
     "format": (["text"], "text"),
     "method": (["full"], "full"),
     "optimizer": (["lion"], "lion"),
@@ -58,6 +59,8 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
 
 GOES_WITH = {
     "nesterov": ["--momentum", "0.5"],
+    "label_smoothing": ["--dpo-loss", "robust"],
+    "simpo_gamma": ["--dpo-loss", "simpo"],
     "encoder_layers": ["--encoder", "lstm"],
     "prefix_hidden": ["--prefix-projection"],
     "lora_plus_embedding_lr": ["--lora-plus-ratio", "16"],

@@ -16,9 +16,12 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SHIPPED = {
     "deepseek-r1-distill-qwen-1.5b-smoltalk",
+    "qwen3-0.6b-dpo",
     "qwen3-0.6b-full",
+    "qwen3-0.6b-full-light",
     "qwen3-0.6b-lora",
     "smollm2-135m-lora",
+    "tiny-dpo",
     "tiny-lora",
 }
 

@@ -55,7 +55,11 @@ def test_no_conversation_holds_what_is_held_out() -> None:
     chats, held_out = conversations("chats.jsonl"), conversations("held_out.jsonl")
     assert len(chats) == 300
     said = {message["content"] for messages in chats for message in messages}
-    assert not said & {message["content"] for messages in held_out for message in messages}
+    asked = {message["content"] for messages in held_out for message in messages}
+    assert not said & asked
+    pairs = [json.loads(line) for line in (ROOT / "examples" / "preferences.jsonl").read_text().splitlines()]
+    assert len(pairs) == 200
+    assert not {pair["prompt"][0]["content"] for pair in pairs} & asked
 
 
 def test_the_examples_are_what_the_script_writes() -> None:

@@ -481,7 +481,7 @@ def test_a_pair_that_loses_one_of_its_texts_is_lost(settings: dict[str, Any], ov
     rows = [
         {"prompt_ids": [5], "better": short, "worse": short[::-1]},
         {"prompt_ids": [5], "better": long, "worse": short},
-        {"prompt_ids": long, "better": short, "worse": short},
+        {"prompt_ids": long, "better": short, "worse": short[::-1]},
     ]
     given = without_adapter(settings) | {"method": "full", "objective": "simpo", "max_steps": 1, "overlong": overlong}
     del given["data"]

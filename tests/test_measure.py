@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from mlx_sft import measure as measured
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE
 from mlx_sft.evaluate import evaluate_model
-from mlx_sft.measure import each_named, measure, table
+from mlx_sft.measure import difference, each_named, measure, table
 from mlx_sft.model.load import LoadedModel, load_model
 from tests.chats import write_chats
 
@@ -85,6 +86,10 @@ def test_losses_of_different_tokens_are_told_apart(
     last = train(TrainConfig(**settings | {"train_on": "last", "max_steps": 1})).run_dir
     result = cli("eval", "--run", run, "--run", last, "--data", rows)
     assert "warning: the models have different supervised tokens in these rows" in result.stderr
+    found = list(measure(each_named([str(run)], [], []), [str(rows)]))
+    assert difference([*found, dataclasses.replace(found[0], objective="dpo")]) == (
+        "their losses are not of the same objective: sft and dpo"
+    )
 
 
 def test_an_adapter_is_on_the_one_model_that_is_given() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as torch_file
 from safetensors.torch import save_file
 
 from mlx_sft.errors import UserError
@@ -244,6 +246,18 @@ def test_arrays_of_numpy_and_mlx_are_written_in_the_order_of_their_names(tmp_pat
     save_file({"w": torch.zeros(2, dtype=torch.float16)}, tmp_path / "d")
     with pytest.raises(UserError, match="w is stored as F16"):
         dict(read_arrays(tmp_path / "d"))
-    for wrong in (values.astype(np.float16), mx.array(values).astype(mx.bfloat16)):
+    for wrong in (values.astype(np.float16), mx.array(values).astype(mx.float16)):
         with pytest.raises(ValueError, match="w cannot be written as"):
             write_arrays(tmp_path / "c", {"w": wrong})
+
+
+def test_bfloat16_of_numpy_and_mlx_is_written_as_it_is(tmp_path: Path) -> None:
+    values = torch.tensor([[1.5, -2.0, 3e-5], [0.1, float("inf"), -0.0]], dtype=torch.bfloat16)
+    of_mlx = mx.array(values.float().numpy()).astype(mx.bfloat16)
+    of_numpy = values.float().numpy().astype(ml_dtypes.bfloat16)
+    for name, array in (("mlx", of_mlx.T), ("numpy", of_numpy.T)):
+        write_arrays(tmp_path / name, {"w": array})
+        assert torch.equal(torch_file(tmp_path / name)["w"], values.T)
+        (_, again), *_ = read_arrays(tmp_path / name)
+        assert mx.array_equal(mx.array(again), of_mlx.T).item()
+        assert mx.array(again).dtype == mx.bfloat16

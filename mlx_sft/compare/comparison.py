@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.compare.candidates import Candidate, candidates_of
 from mlx_sft.compare.forgetting import kl_from, predictions
-from mlx_sft.compare.search import Pace, halving, steps_within
+from mlx_sft.compare.search import Pace, by_loss, halving, steps_within
 from mlx_sft.compare.settings import NOT_SHARED, CompareSettings
 from mlx_sft.compare.trials import Trial, folder_of, run_trial
 from mlx_sft.config import TrainConfig
@@ -71,7 +71,7 @@ class Record(BaseModel):
         common: The settings that all runs have.
         steps: Of the last run of each candidate, by its label.
         trials: In the order in which they ended.
-        finals: The last trial of each candidate that had one, by its label.
+        finals: The best of each candidate's longest trials, by its label.
         base, results: What was measured.
         base_parameters: The numbers that the checkpoint of the model has.
         most_steps: What the settings of all runs ask for.
@@ -239,10 +239,12 @@ class Comparison:
         record, steps = self.record, self.record.steps[candidate.label]
         if candidate.label in record.finals:
             return
-        for trial, is_last in halving(candidate.rates, steps, lambda rate, count: self._trial(candidate, rate, count)):
-            if is_last and trial.loss is not None:
-                record.finals[candidate.label] = trial
-        final = record.finals.get(candidate.label)
+        tried = list(halving(candidate.rates, steps, lambda rate, count: self._trial(candidate, rate, count)))
+        final = min(
+            (one for one, is_longest in tried if is_longest and one.loss is not None), key=by_loss, default=None
+        )
+        if final is not None:
+            record.finals[candidate.label] = final
         for trial in record.trials:
             if trial.candidate == candidate.label and (final is None or trial.key != final.key):
                 folder = folder_of(self.path / RUNS, candidate, trial.rate, trial.steps)

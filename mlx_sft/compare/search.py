@@ -1,11 +1,11 @@
 """Which learning rate, and how many steps: successive halving (Jamieson & Talwalkar 2016, https://arxiv.org/abs/1502.07943).
 
     rung      steps    learning rates (of six)
-    1         R / 9    all
-    2         R / 3    the two with the lowest validation loss
-    3         R        the best
+    1         R / 6    all
+    2         R        the two with the lowest validation loss, of which the better one is the result
 
-Each trial is a run of its own, with a whole course of the learning rate; so a candidate takes 2.3 times the R steps of its last run.
+Each trial is a run of its own, with a whole course of the learning rate; so a candidate takes three times the R steps of its last run. Two are
+trained to the end because short runs like high rates: of a run that is six times as long the highest rate that looked good may be too high.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from mlx_sft.compare.trials import Trial, evaluations_of
 from mlx_sft.console import duration
 from mlx_sft.errors import USAGE, UserError
 
-REDUCTION = 3
-"""A rung has a third of the rates of the one before it, and three times the steps."""
+REDUCTION, LONGER = 3, 6
+"""A rung has a third of the rates of the one before it, and six times the steps."""
+_FINALISTS = 2
+"""Rates that are trained to the end, at most."""
 _FEWEST = 5
 """Steps below which a trial says nothing of its rate."""
 
@@ -33,21 +35,18 @@ class Rung:
 
 
 def rungs(rates: int, steps: int) -> list[Rung]:
-    """From all the rates to the one that is trained for `steps`."""
+    """From all the rates to those that are trained for `steps`."""
     counts = [rates]
-    while counts[-1] > 1:
+    while counts[-1] > _FINALISTS:
         counts.append(math.ceil(counts[-1] / REDUCTION))
-    last = len(counts) - 1
-    found = [
-        Rung(count, min(steps, max(_FEWEST, round(steps / REDUCTION ** (last - at)))))
-        for at, count in enumerate(counts)
-    ]
-    # Of rungs that are of equal length, because the run is short, the first says it all.
-    return [rung for at, rung in enumerate(found) if at == 0 or rung.steps > found[at - 1].steps or rung.rates == 1]
+    lengths = [max(_FEWEST, round(steps / LONGER ** (len(counts) - 1 - at))) for at in range(len(counts) - 1)]
+    # Where the run is short, a rung that is as long as the last one is the last one.
+    early = [Rung(count, length) for count, length in zip(counts, lengths, strict=False) if length < steps]
+    return [*early, Rung(counts[len(early)], steps)]
 
 
 def halving(rates: Sequence[float], steps: int, trial: Callable[[float, int], Trial]) -> Iterator[tuple[Trial, bool]]:
-    """Every trial, and whether it is the last of its candidate; none follows where all of a rung failed.
+    """Every trial, and whether it is one of the longest, of which the best is the result; none follows where all of a rung failed.
 
     Of equal losses the lower rate is taken.
     """
@@ -56,11 +55,12 @@ def halving(rates: Sequence[float], steps: int, trial: Callable[[float, int], Tr
         tried = []
         for rate in left[: rung.rates]:
             tried.append(trial(rate, rung.steps))
-            yield tried[-1], rung.steps == steps and rung.rates == 1
-        left = [one.rate for one in sorted(tried, key=_by_loss) if one.failed is None and one.loss is not None]
+            yield tried[-1], rung.steps == steps
+        left = [one.rate for one in sorted(tried, key=by_loss) if one.failed is None and one.loss is not None]
 
 
-def _by_loss(trial: Trial) -> tuple[float, float]:
+def by_loss(trial: Trial) -> tuple[float, float]:
+    """What the best trial has the least of."""
     return math.inf if trial.loss is None else trial.loss, trial.rate
 
 

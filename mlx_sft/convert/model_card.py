@@ -24,6 +24,7 @@ from mlx_sft.data.sources import HUB_PREFIX
 from mlx_sft.errors import UserError
 from mlx_sft.files import read_json
 from mlx_sft.methods import Method, make_method
+from mlx_sft.objectives import Objective, make_objective
 from mlx_sft.registry import OPTIMIZERS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.streams import printable
@@ -191,7 +192,7 @@ class Published:
 
 def model_card(summary: RunSummary, published: Published | None = None) -> str:
     """The content of a `README.md`: of what is published, or of the run folder itself."""
-    base, method = summary.base, make_method(summary.config)
+    base, method, objective = summary.base, make_method(summary.config), make_objective(summary.config)
     whole = published.merged if published else not method.frozen_base
     named = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else _code(base.name)
     revision = f', revision="{base.revision}"' if base.revision else ""
@@ -199,7 +200,7 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
         _metadata(summary, method, whole),
         template_path=_TEMPLATE,
         title=published.repository if published else f"A fine-tuned {_code(base.name)}",
-        what_it_is=_what_it_is(method, named, whole),
+        what_it_is=_what_it_is(method, objective, named, whole),
         peft=method.peft,
         adapters=method.alone == "adapters",
         in_peft_generate=method.in_peft_generate,
@@ -211,6 +212,8 @@ def model_card(summary: RunSummary, published: Published | None = None) -> str:
         data=summary.data,
         config=summary.config,
         method=_marked(method.describe()),
+        objective=_marked(objective.describe()),
+        needs_reference=objective.needs_reference,
         new_tokens=_marked(", ".join(f"`{text_of(token)}`" for token in summary.config.add_tokens or [])),
         optimizer=OPTIMIZERS[summary.config.optimizer].__name__,
         result=summary.result,
@@ -245,13 +248,13 @@ def _library(method: Method) -> str:
     return "adapter-transformers" if method.alone == "adapters" else "peft" if method.peft else "mlx"
 
 
-def _what_it_is(method: Method, base: str, whole: bool) -> str:
+def _what_it_is(method: Method, objective: Objective, base: str, whole: bool) -> str:
     """One sentence: what lies beside the card, a checkpoint (`whole`) or what was trained alone."""
     if not whole:
-        return f"A {method.title} adapter for {base}, trained on conversations."
+        return f"A {method.title} adapter for {base}, trained on {objective.trained_on}."
     if not method.frozen_base:
-        return f"{base}, fine-tuned on conversations: {method.describe()} was trained."
-    return f"{base}, fine-tuned on conversations: a {method.title} adapter, merged into its weights."
+        return f"{base}, fine-tuned on {objective.trained_on}: {method.describe()} was trained."
+    return f"{base}, fine-tuned on {objective.trained_on}: a {method.title} adapter, merged into its weights."
 
 
 def _marked(text: str) -> str:

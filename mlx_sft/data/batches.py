@@ -129,6 +129,8 @@ class Batch:
         examples: [rows] indices of the examples.
         data_rows: [rows] which row of the data each example is of, for an objective that compares the examples of a row.
         lengths: [rows] tokens of each example, those included that need not be computed.
+        reference: [rows] log p of each example's targets under the model as training starts, summed with their weights; None where the
+            objective does not need it.
     """
 
     token_ids: NDArray[np.int32]
@@ -141,6 +143,7 @@ class Batch:
     examples: tuple[int, ...] = ()
     data_rows: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
+    reference: NDArray[np.float64] | None = None
 
     @property
     def owners(self) -> NDArray[np.int64]:
@@ -148,6 +151,12 @@ class Batch:
         if self.spans:
             return np.searchsorted([end for _, end in self.spans], self.positions, side="right")
         return np.asarray(self.positions // self.token_ids.shape[1], np.int64)
+
+    def summed(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
+        """[rows]: the sum over each row's targets of what is said of them, times their weights."""
+        return np.bincount(self.owners, np.multiply(values, self.weights, dtype=np.float64), self.rows).astype(
+            np.float64
+        )
 
     @property
     def rows(self) -> int:
@@ -355,6 +364,7 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
         weights.append(example.loss_weights[1:][supervised])
         lengths.append(len(example.token_ids))
         needed += length
+    known = examples if isinstance(examples, Examples) else None
     return Batch(
         token_ids.reshape(-1, micro_batch.width),
         np.concatenate(positions).astype(np.int32),
@@ -364,6 +374,7 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
         needed,
         tuple(spans) if micro_batch.joined else (),
         micro_batch.rows,
-        tuple(examples.rows[list(micro_batch.rows)].tolist()) if isinstance(examples, Examples) else micro_batch.rows,
+        tuple(known.rows[list(micro_batch.rows)].tolist()) if known is not None else micro_batch.rows,
         tuple(lengths),
+        known.reference[list(micro_batch.rows)] if known is not None and known.reference is not None else None,
     )

@@ -8,7 +8,15 @@ from typing import Any, Literal
 
 from mlx_sft.data.content_parts import read_text, written_parts
 from mlx_sft.data.json_text import kind, parsed
-from mlx_sft.data.messages import REASONING_KEYS, Message, check_characters, joined, read_messages, take_weights
+from mlx_sft.data.messages import (
+    REASONING_KEYS,
+    Message,
+    check_characters,
+    joined,
+    read_message,
+    read_messages,
+    take_weights,
+)
 from mlx_sft.data.readers import Row
 from mlx_sft.data.tool_calls import TOOL_KEYS, as_tool
 from mlx_sft.data.written import Read, WatchedRow, Written, place_of
@@ -28,6 +36,7 @@ class Conversation:
 
     Args:
         weights: Of each message in the loss; 0 where it is not to be supervised. None: all 1.
+        score: How good its answer is, where the row says so of answers that are compared.
         places: Where each message stands in the row, as the person wrote it: `messages[2]`, or a key such as `system` or `output`.
         null_content: Give the template a null where a message of calls has no content. Otherwise there is no such key, as newer
             releases of transformers have it.
@@ -40,6 +49,7 @@ class Conversation:
     first_supervised: int = 0
     weights: tuple[float, ...] | None = None
     null_content: bool = False
+    score: float | None = None
     places: tuple[str, ...] = field(default=(), compare=False)
 
     def place(self, index: int) -> str:
@@ -196,9 +206,11 @@ def _template_kwargs(row: Row) -> dict[str, Any]:
 
 
 def as_messages(value: Any, name: str, role: str) -> list[Message]:
-    """A text, which is a message of this role, or a list of messages."""
+    """A text, which is a message of this role, or a message, or a list of messages."""
     if isinstance(value, str):
         return read_messages([{"role": role, "content": value}], name, [name])
+    if isinstance(value, dict):
+        return read_message(value, name)
     if not isinstance(value, list):
         raise ValueError(f"{name} must be a string or a list of messages, not {kind(value)}")
     return read_messages(value, name)

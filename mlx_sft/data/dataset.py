@@ -209,6 +209,9 @@ class Examples(Sequence[Example]):
     Args:
         stores: Of the sources.
         chosen: int64, which of the stores' examples these are, counted over all; None: all.
+
+    Attributes:
+        reference: [examples] what `Batch.reference` has of each; None where nothing needs it.
     """
 
     def __init__(self, stores: Sequence[Store], chosen: NDArray[np.int64] | None = None) -> None:
@@ -217,6 +220,7 @@ class Examples(Sequence[Example]):
         self._starts: list[int] = np.cumsum([0, *sizes]).tolist()
         self._chosen = chosen
         self._columns: dict[str, NDArray[Any]] = {}
+        self.reference: NDArray[np.float64] | None = None
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Examples:
@@ -383,12 +387,7 @@ class Examples(Sequence[Example]):
 
 
 def check_vocabulary(examples: Examples, vocabulary: int) -> None:
-    """Raise `UserError` at the first token that a model has no embedding for: MLX would read past the table's end.
-
-    Args:
-        examples: What is to be computed.
-        vocabulary: Rows of the model's embedding.
-    """
+    """Raise `UserError` at the first token that a model, whose embedding has so many rows, has none for: MLX would read past the end."""
     unknown = np.flatnonzero(examples.largest_token_ids >= vocabulary)
     if len(unknown):
         example = examples[int(unknown[0])]

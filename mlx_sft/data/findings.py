@@ -61,6 +61,7 @@ class FactFinding:
         of: The field of `Facts` that counts all of them, or `rows`; empty where that is not known.
         sentence: With {} for how many there are.
         way_out: A setting, which is named unless it has the value `taken` already.
+        warns: Whether a person is to be told before training.
     """
 
     name: str
@@ -70,6 +71,7 @@ class FactFinding:
     sentence: str
     way_out: str = ""
     taken: tuple[str, Any] = ("", True)
+    warns: bool = True
 
     def found(self, facts: Facts, rows: int, first: list[str], settings: Mapping[str, Any]) -> Finding:
         """The finding; its count may be 0."""
@@ -78,7 +80,7 @@ class FactFinding:
         counted = many(count, self.thing) if whole is None else out_of(count, whole, self.thing)
         setting, value = self.taken
         sentence = self.sentence.format(counted) + ("" if settings.get(setting) == value else self.way_out)
-        return Finding(self.name, count, whole, sentence, first)
+        return Finding(self.name, count, whole, sentence, first, self.warns)
 
 
 FACT_FINDINGS = (
@@ -144,6 +146,22 @@ FACT_FINDINGS = (
         "rows",
         "{} without the assistant's last word: what a user or a tool says last is read, and no answer to it is trained on; "
         "add the answer, or take the last message out",
+    ),
+    FactFinding(
+        "scores-swapped",
+        "scores_swapped",
+        "pair",
+        "rows",
+        "{} whose rejected answer has the higher score: the model is taught to prefer the worse, unless the scores are wrong; "
+        "take these rows out, or swap their answers",
+    ),
+    FactFinding(
+        "begun-otherwise",
+        "begun_otherwise",
+        "pair",
+        "rows",
+        "in {}, TRL would begin the answers with another token: it begins where the prompt's tokens and the whole's part",
+        warns=False,
     ),
 )
 """In the order in which they are told."""

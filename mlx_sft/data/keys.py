@@ -93,8 +93,8 @@ class Reading:
             # A figure, as `chosen_score` is one, stands beside answers and is none.
             and (key in (*_PREFERENCES, *_LABELS) or (_is_preference(key) and not isinstance(value, int | float)))
         ]
-        if not meant:
-            return []
+        if not meant or self.row_format.compares:
+            return []  # beside two answers, one of which is called the better, such a key has nothing to add
         declared = {*self.row_format.keys, *self.row_format.optional}
         unread = [key for key in meant if key not in self.row.asked and key not in declared]
         chosen_by_hand = any(map(_is_preference, self.columns.values()))
@@ -112,12 +112,11 @@ class Reading:
             )
             return UserError(what, where=self.origin, hint=f"--objective sft trains on all rows: {way_out}")
         what = f"a row of preferences, by its {names}: what it has besides would be trained on, and nothing compared"
-        comparing = [name for name, objective in OBJECTIVES.items() if getattr(objective, "compares", False)]
-        compared = " or ".join(f"--objective {name}" for name in comparing)
-        hint = f"--objective sft trains on all rows, and compares none: {way_out}"
-        if compared:
-            hint = f"{compared} compares answers, in rows of a format that gives several"
-        return UserError(what, where=self.origin, hint=f"{hint}; or name the answer, as in --columns messages=chosen")
+        # LLaMA-Factory's: one message, behind those of another key.
+        is_one = isinstance(self.value.get("chosen"), dict) and self.row_format.name == "sharegpt"
+        columns = "user=conversations,assistant=chosen" if is_one else "messages=chosen"
+        by_hand = f"to train on one of the answers alone, name it, as in --columns {columns}"
+        return UserError(what, where=self.origin, hint="; ".join(filter(None, (how_to_compare(), by_hand))))
 
     def present(self) -> Iterator[tuple[str, Any]]:
         """The row's keys that are not null."""
@@ -242,6 +241,13 @@ class KeyRules:
         # A name of another program's is refused where a turn would be trained on that is not meant to be.
         is_wrong = suggestion and (suggestion != meaning or meaning in WEIGHT_KEYS)
         return KeyUse(owner, key, "refused" if is_wrong and not self.ignore_unknown else "unused", suggestion)
+
+
+def how_to_compare() -> str:
+    """What to type so that answers are compared; empty where no objective does."""
+    comparing = [name for name, objective in OBJECTIVES.items() if getattr(objective, "compares", False)]
+    asked = " or ".join(f"--objective {name}" for name in comparing)
+    return f"{asked} compares the answers of rows that have a chosen and a rejected one" if asked else ""
 
 
 def _is_preference(key: Any) -> bool:

@@ -66,14 +66,25 @@ def read_messages(value: Any, name: str, places: Sequence[str] | None = None) ->
         raise ValueError(f"{name} must be a list, not {kind(value)}")
     if not value:
         raise ValueError(f"{name} is empty")
+    if places is None:
+        return _read_each((item, f"{name}[{index}]", True) for index, item in enumerate(value))
+    return _read_each((item, place, False) for item, place in zip(value, places, strict=True))
+
+
+def read_message(value: Any, name: str) -> list[Message]:
+    """One message that stands under a key of its own, as `read_messages` reads each of a list."""
+    return _read_each([(value, name, True)])
+
+
+def _read_each(given: Iterable[tuple[Any, str, bool]]) -> list[Message]:
+    """Messages, each with its place and whether its keys are the row's."""
     messages: list[Read] = []
-    for index, item in enumerate(value):
-        place = f"{name}[{index}]" if places is None else places[index]
+    for item, place, is_written in given:
         for number, one in enumerate(_apart(item, place)):
             message, is_call = _message(one, place)
             if isinstance(item, Read):  # read before
                 message.place, message.written = item.place, [] if number else item.written
-            elif not number and places is None:
+            elif not number and is_written:
                 message.written = [*_written(item, place, dict(message)), *message.written]
             goes_on = is_call and messages and messages[-1]["role"] == "assistant"
             whole = _one_turn(messages[-1], message) if goes_on else None

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.findings import ORIGINS_NAMED
+from mlx_sft.data.pairs import counted, first_equals
 from mlx_sft.data.screening import SIGNS
 
 PERCENTILES = (10, 50, 90, 95, 99)
@@ -24,6 +25,7 @@ class PartReport:
         rows: The number of examples.
         tokens: The number of their tokens.
         supervised_tokens: The number of those that are supervised.
+        pairs: The number of rows, where the examples of a row are compared; what is counted below are then these.
         duplicates: The number of examples that equal an earlier one of this part.
         first_duplicates: The origins of the first of them.
         lengths: Tokens an example: `min`, `mean`, `p10` to `p99`, `max`; empty without examples.
@@ -43,25 +45,36 @@ class PartReport:
     longest: list[dict[str, Any]] = field(default_factory=list)
     signs: dict[str, dict[str, Any]] = field(default_factory=dict)
     first_duplicates: list[str] = field(default_factory=list)
+    pairs: int = 0
 
     @classmethod
-    def of(cls, examples: Examples) -> PartReport:
-        """The report of these examples, from their columns."""
+    def of(cls, examples: Examples, *, compared: bool = False) -> PartReport:
+        """The report of these examples, from their columns.
+
+        Args:
+            compared: Whether the examples of a row are compared.
+        """
         lengths = examples.lengths
-        repeated = _repeated(examples)
+        repeated = first_equals(examples, compared=compared) != np.arange(len(examples))
         longest = np.argsort(-lengths.astype(np.int64), kind="stable")[:ORIGINS_NAMED].tolist()
         return cls(
             rows=len(examples),
             tokens=int(lengths.sum(dtype=np.int64)),
             supervised_tokens=int(examples.supervised_tokens.sum(dtype=np.int64)),
-            duplicates=int(np.count_nonzero(repeated)),
+            duplicates=counted(examples, repeated, compared=compared),
             lengths=length_summary(lengths),
             fingerprint=examples.fingerprint(),
             histogram=histogram(lengths),
             longest=[{"origin": examples[index].origin, "tokens": int(lengths[index])} for index in longest],
-            signs=_signs(examples),
+            signs=_signs(examples, compared),
             first_duplicates=examples.first_rows(repeated, ORIGINS_NAMED),
+            pairs=len(np.unique(examples.rows)) if compared else 0,
         )
+
+    @property
+    def units(self) -> int:
+        """How many there are of what is trained on: examples, or pairs of them."""
+        return self.pairs or self.rows
 
     @property
     def supervised_share(self) -> float:
@@ -71,20 +84,13 @@ class PartReport:
         return asdict(self) | {"supervised_share": round(self.supervised_share, 4)}
 
 
-def _repeated(examples: Examples) -> NDArray[np.bool_]:
-    """Whether each equals an earlier one."""
-    repeated = np.ones(len(examples), bool)
-    repeated[np.unique(examples.content_ids(), return_index=True)[1]] = False
-    return repeated
-
-
-def _signs(examples: Examples) -> dict[str, dict[str, Any]]:
+def _signs(examples: Examples, compared: bool) -> dict[str, dict[str, Any]]:
     signs = {}
     for bit, name in enumerate(SIGNS):
         found = (examples.signs >> bit & 1).astype(bool)
         if found.any():
             origins = examples.first_rows(found, ORIGINS_NAMED)
-            signs[name] = {"count": int(np.count_nonzero(found)), "origins": origins}
+            signs[name] = {"count": counted(examples, found, compared=compared), "origins": origins}
     return signs
 
 

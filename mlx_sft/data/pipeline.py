@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.conversation import Conversation, Item, apart, items_of
+from mlx_sft.data.conversation import Conversation, Item, Items, apart, items_of
 from mlx_sft.data.encode import Encoder, EncodeSettings
 from mlx_sft.data.example import Example, Fate, Note, Outcome
 from mlx_sft.data.key_counts import KeyUse
 from mlx_sft.data.keys import NO_TEMPLATE, KeyRules, LeftOut, keys_of_bad_row
+from mlx_sft.data.pairs import compared
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import MixedFormats, RowReader
 from mlx_sft.data.screening import SPECIAL_HINT, SPECIAL_SIGN, SpecialTokens, signs_of
@@ -104,16 +105,14 @@ class Pipeline:
             if any(key.use == "refused" for key in keys):
                 self.keys.check(reading)
             items = items_of(item)
-            told = (self.special.found_in(one) for one in items if isinstance(one, Conversation))
-            found = next(filter(None, told), None)
+            forged = (self.special.found_in(one) for one in items if isinstance(one, Conversation))
+            found = next(filter(None, forged), None)
             if found and self.special_in_content == "error":
                 raise UserError(found, where=origin, hint=SPECIAL_HINT)
             if found and self.special_in_content == "drop":
                 note = Note(origin, "dropped", found, SPECIAL_HINT)
                 return Outcome(origin, [], note=note, keys=keys)
-            signs = frozenset().union(*(signs_of(one, self.special.user_header) for one in items)) | (
-                {SPECIAL_SIGN} if found else set()
-            )
+            signs = self.signs_of(item) | ({SPECIAL_SIGN} if found else set())
             examples = [example for one in apart(item) for example in self._encode(one)]
             return Outcome(origin, examples, signs, keys=keys)
         except TemplateStopped as stopped:
@@ -126,18 +125,20 @@ class Pipeline:
             note = Note(origin, fate, example + error.what, error.hint)
             return Outcome(origin, [], note=note, mixed=isinstance(error, MixedFormats), keys=keys)
 
+    def signs_of(self, items: Items) -> frozenset[str]:
+        """The signs of what was read in a row; of texts that are compared those of the first, as the others are there for their faults."""
+        told = items[:1] if isinstance(items, tuple) else items_of(items)
+        return frozenset().union(*(signs_of(one, self.special.user_header) for one in told))
+
     def _encode(self, item: Item | tuple[Item, ...]) -> list[Example]:
         """The examples of an item, or of those that are compared; at least one, with something to train on."""
         encode, where = self.encoder.encode, items_of(item)[0].origin
         found = (
             self.objective.examples(item, encode) if self.objective else [e for i in items_of(item) for e in encode(i)]
         )
+        if self.objective and self.objective.compares:
+            return compared(items_of(item), found, self.encoder)
         examples = [example for example in found if example.supervised_tokens]
-        if self.objective and self.objective.compares and len(examples) < len(found):
-            raise UserError(
-                f"nothing to compare: {len(found) - len(examples)} of its {len(found)} texts have no token to train on",
-                where=where,
-            )
         if not examples:
             raise UserError(
                 "a conversation with nothing to train on: no token of it is the model's to write",

@@ -19,6 +19,7 @@ from mlx_sft.data.batches import shares
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.findings import FACT_FINDINGS, ORIGINS_NAMED
 from mlx_sft.data.lost_rows import BadRows, refuse_lost_data
+from mlx_sft.data.pairs import content_ids, counted
 from mlx_sft.data.part_report import PartReport
 from mlx_sft.data.pipeline import NoProgress, Pipeline, ReadingProgress
 from mlx_sft.data.report import DataReport, SourceReport
@@ -28,6 +29,7 @@ from mlx_sft.data.token_counts import EMPTY_COLUMN
 from mlx_sft.data.tokenize import tokenized
 from mlx_sft.data.truncation import Truncation, truncate
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.registry import OBJECTIVES
 
 _SETTINGS = {*common_sections()["Data"], "seed"} - {"data", "valid", "data_workers", "data_cache"}
 """What of the configuration shapes the data, beside the data itself."""
@@ -100,12 +102,13 @@ def prepare(
             raise UserError("its rows are all held out: none is left for its share", where=source.name, hint=hint)
     if strict:
         _refuse_empty_shares(train_sources, [weight for weight in weights if weight is not None], len(train))
-    shared = np.isin(valid.content_ids(), train.content_ids())
+    compared = OBJECTIVES[config.objective].compares
+    shared = np.isin(content_ids(valid, compared=compared), content_ids(train, compared=compared))
     report = DataReport(
         sources=_with_parts(sources, train, valid),
-        train=PartReport.of(train),
-        valid=PartReport.of(valid),
-        shared=int(np.count_nonzero(shared)),
+        train=PartReport.of(train, compared=compared),
+        valid=PartReport.of(valid, compared=compared),
+        shared=counted(valid, shared, compared=compared),
         settings=config.model_dump(mode="json", include=_SETTINGS),
         first_shared=valid.first_rows(shared, ORIGINS_NAMED),
     )

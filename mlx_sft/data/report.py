@@ -138,7 +138,9 @@ class DataReport(SourceReport):
 
     @property
     def _unit(self) -> str:
-        """What is trained on: rows, or examples where a row gives several."""
+        """What is trained on: rows, pairs, or examples where a row gives several."""
+        if self.train.pairs or self.valid.pairs:
+            return "pair"
         return "example" if any(source.examples > source.kept for source in self.sources) else "row"
 
     @property
@@ -173,10 +175,10 @@ class DataReport(SourceReport):
         also = f"are also training {self._unit}s" if self.shared != 1 else f"is also a training {self._unit}"
         what = f"{many(self.shared, f'validation {self._unit}')} {also}"
         sentence = f"{what}, on which the loss says nothing of new text; take them out of one of the two"
-        return Finding("also-in-train", self.shared, self.valid.rows, sentence, self.first_shared)
+        return Finding("also-in-train", self.shared, self.valid.units, sentence, self.first_shared)
 
     def _duplicates(self) -> Finding:
-        count, rows = self.train.duplicates, self.train.rows
+        count, rows = self.train.duplicates, self.train.units
         sentence = (
             f"{out_of(count, rows, f'training {self._unit}')} equal an earlier one, and are trained on again each time; "
             "take them out, unless they are to weigh more"
@@ -199,12 +201,14 @@ class DataReport(SourceReport):
         )
         lost += f", {self.split:,} split into pieces" if self.split else ""
         train, lengths = self.train, self.train.lengths
-        examples = f"{train.rows:,}" if self._unit == "row" else f"{self.kept:,} kept; {many(train.rows, 'example')}"
+        examples = (
+            f"{self.kept:,} kept; {many(train.rows, 'example')}" if self._unit == "example" else f"{train.units:,}"
+        )
         formats = Counter[str]()
         for source in self.sources:
             formats[source.format or "unknown"] += source.rows
         summary = {
-            "rows": f"{examples} to train on, {self.valid.rows:,} held out{lost}",
+            "pairs" if self._unit == "pair" else "rows": f"{examples} to train on, {self.valid.units:,} held out{lost}",
             "format": ", ".join(f"{name} ({rows:,})" if len(formats) > 1 else name for name, rows in formats.items()),
             "tokens": f"{train.tokens:,}, {train.supervised_share:.0%} supervised",
         }
@@ -225,6 +229,8 @@ class DataReport(SourceReport):
             summary["system prompts"] = f"{moved:,} put into the user's message behind them, by --system fold"
         if unused := unused_keys(self.keys):
             summary["unused keys"] = in_words(unused)
+        if differ := self.facts.begun_otherwise:
+            summary["beside TRL"] = f"{many(differ, 'pair')} whose answers it would begin with another token"
         if train.duplicates:
             summary["duplicates"] = f"{train.duplicates:,}"
         return summary

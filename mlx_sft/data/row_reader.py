@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from mlx_sft.data.conversation import (
 )
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.json_text import parse_json
-from mlx_sft.data.keys import LeftOut, Reading
+from mlx_sft.data.keys import LeftOut, Reading, how_to_compare
 from mlx_sft.data.messages import (
     REASONING_KEYS,
     ROLES,
@@ -34,7 +35,7 @@ from mlx_sft.data.messages import (
 from mlx_sft.data.readers import Row
 from mlx_sft.data.written import WatchedRow
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.registry import FORMATS
+from mlx_sft.registry import FORMATS, OBJECTIVES
 
 if TYPE_CHECKING:
     from mlx_sft.config import TrainConfig
@@ -43,8 +44,9 @@ _ALIASES = {"user": "prompt", "assistant": "completion"}
 """What `--columns` may call a key besides its own name."""
 
 
-def _formats() -> list[RowFormat]:
-    return [row_format for _, row_format in FORMATS.items()]
+def _formats(*, compares: bool = True) -> list[RowFormat]:
+    """All formats, or those alone whose rows are not made to be compared."""
+    return [row_format for _, row_format in FORMATS.items() if compares or not row_format.compares]
 
 
 def _parts() -> dict[str, str]:
@@ -67,6 +69,7 @@ class RowReader:
             names, `{"messages": "dialogue"}`.
         consecutive_turns: What becomes of assistant turns in a row.
         roles: What the data's own names of roles stand for: `{"narrator": "system", "hero": "assistant"}`.
+        compares: Whether the objective compares the texts of a row; else no row is told to be of a format that is made for that.
 
     Raises:
         UserError: for a format, a part or a role that does not exist.
@@ -76,6 +79,7 @@ class RowReader:
     columns: Mapping[str, str] = field(default_factory=dict)
     consecutive_turns: ConsecutiveTurns = "keep"
     roles: Mapping[str, str] = field(default_factory=dict)
+    compares: bool = False
     _first: tuple[RowFormat, str] | None = None
     """The settled format, and the origin of the row that settled it."""
 
@@ -97,7 +101,8 @@ class RowReader:
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> RowReader:
-        return cls(config.format, config.columns, config.consecutive_turns, config.roles)
+        compares = bool(OBJECTIVES[config.objective].compares)
+        return cls(config.format, config.columns, config.consecutive_turns, config.roles, compares)
 
     @property
     def settled(self) -> RowFormat | None:
@@ -190,7 +195,7 @@ class RowReader:
             raise UserError(what, where=row.origin, hint=f"such a row is {settled.example}")
         found = self._told_by(present)
         if found is None:
-            raise _unknown(row, self._told_by)
+            raise _unknown(row, self._told_by, compares=self.compares)
         if self._first:
             what = f"this row is {found.name}, where {self._first[1]} is {self._first[0].name}"
             hint = "put rows of one format into one file, and give both: --data a.jsonl --data b.jsonl"
@@ -199,7 +204,7 @@ class RowReader:
 
     def _told_by(self, present: set[str]) -> RowFormat | None:
         """The first format whose keys are there; where columns name keys that tell a format, one that they tell."""
-        formats, parts = _formats(), _parts() if self.columns else {}
+        formats, parts = _formats(compares=self.compares), _parts() if self.columns else {}
         named = {parts[part] for part in self.columns} & {key for row_format in formats for key in row_format.keys}
         told = (f for f in formats if present.issuperset(f.keys) and (not named or named.intersection(f.keys)))
         return next(told, None)
@@ -234,7 +239,7 @@ def _weight_of(reading: Reading) -> float:
     return 1.0 if weight is None else weight
 
 
-def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None]) -> UserError:
+def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None], *, compares: bool) -> UserError:
     if {"role", "from"} & row.value.keys() and {"content", "value"} & row.value.keys():
         hint = 'put the messages of a conversation into one row: {"messages": [...]}'
         return UserError("a message where a row should be", where=row.origin, hint=hint)
@@ -246,12 +251,17 @@ def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None]) -> UserE
             what = f"an object with rows inside of it, under {shown(key)}, where a row should be"
             return UserError(what, where=row.origin, hint="make the rows the file's own list, or write one a line")
     kind = "a row without a known format"
-    if any(_is_rejected(key) for key in row.value):
+    is_preference = not compares and any(map(_is_rejected, row.value))
+    if is_preference:
         kind = "a row of preferences, of which only the chosen answer can be trained on"
     what = f"{kind}: {'it has ' + _keys_shown(row.value) if row.value else 'it is empty'}"
-    hint = "a row is one of " + ", ".join(row_format.example for row_format in _formats())
-    if columns := _columns_for(row.value):
-        hint = f"say where its parts are: --columns {columns}; {hint}"
+    known = [row_format.example for row_format in _formats() if bool(row_format.compares) == compares]
+    hint = f"a row is one of {', '.join(known)}" if len(known) > 1 else f"such a row is {known[0]}"
+    if columns := _columns_of_pair(row.value) if compares else _columns_for(row.value):
+        way = "train on the chosen answers alone" if is_preference else "say where its parts are"
+        hint = f"{way}: --columns {columns}; {hint}"
+    if is_preference and (compared := how_to_compare()):
+        hint = f"{compared}; {hint}"
     return UserError(what, where=row.origin, hint=hint)
 
 
@@ -294,6 +304,16 @@ def _columns_for(value: dict[str, Any]) -> str:
     if "system_prompt" in lower:
         parts["system"] = lower["system_prompt"]
     return ",".join(f"{part}={column}" for part, column in parts.items() if part in _ALIASES or part != column)
+
+
+def _columns_of_pair(value: dict[str, Any]) -> str:
+    """The columns of the answers in a row of no known format, such as `chosen_response` and `rejected_response`; empty without such."""
+    keys = [key for key, item in value.items() if isinstance(item, str | list | dict) and isinstance(key, str)]
+    texts = [key for key in keys if re.fullmatch(r"\w{1,100}", key) and not key.endswith("model")]
+    found = {name: [key for key in texts if name in key.lower().split("_")] for name in ("chosen", "rejected")}
+    if any(len(keys) != 1 for keys in found.values()):
+        return ""
+    return ",".join(f"{name}={key}" for name, (key,) in found.items() if name != key)
 
 
 def _is_rejected(key: str) -> bool:

@@ -61,6 +61,8 @@ class Facts:
         contents_as_null: Messages of calls without words that are given to the template with a null for content.
         contents_as_empty: Those that have no content in the row, and are given an empty one.
         contents_left_out: Those that have an empty content in the row, and are given none.
+        scores_swapped: Rows whose rejected answer has the higher score.
+        begun_otherwise: Rows of compared answers that would begin with another token in TRL.
     """
 
     turns: int = 0
@@ -78,6 +80,8 @@ class Facts:
     contents_as_null: int = 0
     contents_as_empty: int = 0
     contents_left_out: int = 0
+    scores_swapped: int = 0
+    begun_otherwise: int = 0
 
     def __add__(self, other: Facts) -> Facts:
         return Facts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Facts)))

@@ -13,6 +13,8 @@ from mlx_sft.data.example import Note
 from mlx_sft.data.token_counts import EMPTY_COLUMN, NO_COUNTS, TokenColumn, TokenCounts
 from mlx_sft.errors import UserError
 
+_RAISE = "raise --max-length to train on it"
+
 Overlong = Literal["split", "truncate", "drop", "error"] | None
 """None: text is split, and what may not be split is truncated."""
 
@@ -66,13 +68,18 @@ def truncate(
         kept &= ~too_long
     if compared:
         kept &= ~np.isin(rows, rows[~kept])
-    notes = []
+    ids, notes = cut.content_ids(), []
     for row in np.unique(rows[too_long]).tolist():
         first, end = np.searchsorted(rows, [row, row + 1]).tolist()
         own = slice(first, end)
         if compared or end - first == 1:
             length, is_kept = int(lengths[own].max()), bool(kept[first])
+            alike = compared and is_kept and end - first > 1 and len(set(ids[own].tolist())) == 1
+            kept[own] &= not alike
             note = _of_longest(examples, first, length, max_length, overlong, kept=is_kept, compared=compared)
+            if alike:
+                reason = f"its texts are the same in their first {max_length} tokens, which leaves nothing to compare"
+                note = Note(note.origin, "dropped", reason, _RAISE)
         else:
             shortened = int((too_long & kept)[own].sum())
             note = _of_several(examples, first, end - first, shortened, int((~kept[own]).sum()), max_length)
@@ -120,8 +127,8 @@ def _of_longest(
         return Note(origin, "dropped", f"{'its longest text has ' * compared}{length} tokens, more than {longest}")
     none = f"none of its first {longest} tokens (of {length}) is supervised"
     if compared:
-        none = f"of one of its texts, none of the first {longest} tokens is supervised"
-    return Note(origin, "dropped", none)
+        none = f"its prompt leaves nothing of one of its answers in the first {longest} tokens (of {length})"
+    return Note(origin, "dropped", none, _RAISE if compared else "")
 
 
 def _of_several(examples: Examples, first: int, number: int, shortened: int, dropped: int, longest: int) -> Note:

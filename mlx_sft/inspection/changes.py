@@ -6,9 +6,11 @@ Nothing here knows how a format is read: a message is cleaned again by itself, a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from mlx_sft.data.conversation import Conversation, Item
+from mlx_sft.data.formats import pairs
 from mlx_sft.data.json_text import kind, parse_json
 from mlx_sft.data.keys import Reading
 from mlx_sft.data.messages import REASONING_KEYS, WEIGHT_KEYS, Message, read_messages, shown
@@ -26,9 +28,14 @@ _STANDARD = {
     **dict.fromkeys(WEIGHT_KEYS, "weight"),
     **dict.fromkeys(ARGUMENT_KEYS, ARGUMENT_KEYS[0]),
     **dict.fromkeys(SCHEMA_KEYS, "parameters"),
+    **{key: written for keys in pairs.SCORES for key, written in zip(keys, pairs.SCORES[0], strict=True)},
 }
 """Other names of keys → those under which they are written."""
 _MESSAGES = "messages"
+_PARTS = ("prompt", *pairs.NAMES)
+"""The lists of messages of a clean pair."""
+_LISTS_OF_PAIRS = ("conversations", _MESSAGES, *_PARTS)
+_SCORES = frozenset(chain(*pairs.SCORES))
 _OWNERS = {"tool_calls": "call", "tools": "tool"}
 """Keys of lists whose items are compared by their own keys, and what one is called."""
 _LISTS = (_MESSAGES, *_OWNERS)
@@ -39,7 +46,7 @@ def changes(reading: Reading, item: Item, clean_row: Mapping[str, Any], format_n
     """What is different in a clean row: a list with each change as often as it was made, empty for rows that are equal.
 
     Args:
-        reading: Of the row; its item is `item`.
+        reading: Of the row; its item, or the first of those that are compared, is `item`.
         clean_row: What is written, a row of the format of this name.
         clean: Cleans messages as those of this row were cleaned.
     """
@@ -49,16 +56,18 @@ def changes(reading: Reading, item: Item, clean_row: Mapping[str, Any], format_n
     found = [f"column {shown(column)} → {key}" for key, column in reading.columns.items()]
     if reading.row_format.name != format_name:
         found.append(f"format {reading.row_format.name} → {format_name}")
-    read = set(reading.row.asked) if isinstance(item, Conversation) else set()
-    found += _differences("row", row, clean_row, {key: f"{key} → {_MESSAGES}" for key in read})
+    read = set(reading.row.asked) - _SCORES if isinstance(item, Conversation) else set()
+    place = _MESSAGES if _MESSAGES in clean_row else _PARTS[0]
+    found += _differences("row", row, clean_row, {key: f"{key} → {place}" for key in read})
     if isinstance(item, Conversation):
-        lists = [_messages_in(row[key]) for key in reading.row_format.keys]
+        keys = reading.row_format.keys if place == _MESSAGES else sorted(read.intersection(_LISTS_OF_PAIRS))
+        lists = [_messages_in(row.get(key)) for key in keys]
         made = [(raw, clean(messages)) for one in lists for raw, messages in one]
         for raw, messages in made:
             found += _of_message(raw, messages)
-        if all(lists):
+        if all(lists) and place == _MESSAGES:
             found += _of_turns([one["role"] for _, messages in made for one in messages], clean_row[_MESSAGES])
-        context = clean_row[_MESSAGES][: item.first_supervised]
+        context = clean_row.get(_MESSAGES, [])[: item.first_supervised]
         found += ["weight 0 added to an answer in a prompt" for one in context if one["role"] == "assistant"]
     return found or [_OTHERWISE]
 
@@ -83,8 +92,9 @@ def _of_turns(roles: list[str], written: list[Message]) -> list[str]:
 
 
 def _messages_in(value: Any) -> list[tuple[Message, list[Message]]]:
-    """Each message in a part of a row that is a list of them, or JSON text of one, and what its reader makes of it by itself."""
+    """Each message in a part of a row that is one or a list of them, or JSON text of that, and what its reader makes of it by itself."""
     found = _value(value)
+    found = [found] if isinstance(found, dict) else found
     try:
         return [(raw, read_messages([raw], "")) for raw in found] if isinstance(found, list) else []
     except ValueError:  # a list of something else, such as tools
@@ -116,6 +126,8 @@ def _differences(
             yield f"{owner}: {name} JSON text → a list"
         if name in _OWNERS:
             yield from _inside(_OWNERS[name], value, made[name])
+        elif name in _LISTS_OF_PAIRS and isinstance(_value(value), list):
+            continue  # message by message
         elif name != _MESSAGES and value != made[name] and (name == key or name != "weight"):
             yield f"{owner}: {name} {_change(name, value, made[name])}"
     new = [key for key in made if key not in {*names.values(), *told, _MESSAGES}]

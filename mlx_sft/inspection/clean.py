@@ -18,9 +18,9 @@ import numpy as np
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console, write_text
 from mlx_sft.data.call_forms import with_argument_objects
-from mlx_sft.data.conversation import Conversation, Document, Item, Tokens, items_of
+from mlx_sft.data.conversation import Conversation, Document, Item, Tokens, apart, items_of
 from mlx_sft.data.findings import many
-from mlx_sft.data.formats import RowFormat, messages, text, tokenized
+from mlx_sft.data.formats import RowFormat, messages, pairs, text, tokenized
 from mlx_sft.data.keys import KeyRules, Reading
 from mlx_sft.data.messages import Message, take_weights
 from mlx_sft.data.pipeline import NoProgress, ReadingProgress
@@ -34,13 +34,13 @@ from mlx_sft.files import user_path
 from mlx_sft.inspection.changes import changes
 from mlx_sft.inspection.inspector import ready, without_limit
 from mlx_sft.inspection.selection import SurveyedRows
-from mlx_sft.registry import OBJECTIVES
 from mlx_sft.writing import new_file, write_file_with
 
-_WRITERS: dict[type[Item], tuple[RowFormat, Callable[[Any], dict[str, Any]]]] = {
+_WRITERS: dict[type, tuple[RowFormat, Callable[[Any], dict[str, Any]]]] = {
     Conversation: (messages.FORMAT, messages.write),
     Document: (text.FORMAT, text.write),
     Tokens: (tokenized.FORMAT, tokenized.write),
+    tuple: (pairs.FORMAT, pairs.write),
 }
 _MOST_CHANGES = 1_000
 """Different changes that are counted by name; a new key in every row must not fill the memory."""
@@ -108,7 +108,8 @@ class CleanData:
             yield "changed   nothing"
         if self.duplicates:
             repeat = "repeats" if self.duplicates == 1 else "repeat"
-            yield f"{many(self.duplicates, 'example')} that {repeat} an earlier one: written all the same"
+            thing = "pair" if self.format == pairs.FORMAT.name else "example"
+            yield f"{many(self.duplicates, thing)} that {repeat} an earlier one: written all the same"
         for name in self.valid:
             yield f"the validation rows of {name} are not in it: clean them by themselves, as --data"
 
@@ -168,11 +169,6 @@ def write_clean(
 def _target(config: TrainConfig, path: str | Path, overwrite: bool) -> Path:
     """Where to write; raises `UserError` where that cannot be, before anything is read."""
     target, where = user_path(path).absolute(), str(path)
-    if OBJECTIVES[config.objective].compares:
-        what = f"--objective {config.objective} compares the texts of a row, and a clean row has one"
-        raise UserError(
-            what, where=where, hint="clean rows for --objective sft; leave these as they are", exit_code=USAGE
-        )
     if target.suffix != ".jsonl":
         raise UserError("clean rows are written as .jsonl", where=where, hint="give it such a name", exit_code=USAGE)
     if target.is_dir():
@@ -246,10 +242,10 @@ class _Cleaner:
 def _lines(reading: Reading, cleaner: _Cleaner, result: CleanData) -> list[bytes]:
     """A row as a line of the file, or as several where it gives several examples; it is counted in the result."""
     items = reading.taken()
-    if isinstance(items, tuple):
-        what = f"a row of {len(items)} texts, and a clean row has one"
+    if isinstance(items, tuple) and reading.row_format.name != pairs.FORMAT.name:
+        what = f"a row of {len(items)} texts of the format {reading.row_format.name}, which cannot be written"
         raise UserError(what, where=reading.origin, hint="leave such rows as they are")
-    rows = [_clean_row(item, cleaner, reading.origin, result) for item in items_of(items)]
+    rows = [_clean_row(item, cleaner, reading.origin, result) for item in apart(items)]
     try:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows]
     except (TypeError, ValueError) as error:
@@ -261,13 +257,13 @@ def _lines(reading: Reading, cleaner: _Cleaner, result: CleanData) -> list[bytes
     return lines
 
 
-def _clean_row(item: Item, cleaner: _Cleaner, origin: str, result: CleanData) -> dict[str, Any]:
+def _clean_row(item: Item | tuple[Item, ...], cleaner: _Cleaner, origin: str, result: CleanData) -> dict[str, Any]:
     row_format, write = _WRITERS[type(item)]
     if result.format not in ("", row_format.name):
         what = f"this row would be written as {row_format.name}, and those before it as {result.format}"
         raise UserError(what, where=origin, hint="a file has rows of one format: clean each file by itself")
     result.format = row_format.name
-    return write(cleaner.item(item))
+    return write(tuple(map(cleaner.item, item)) if isinstance(item, tuple) else cleaner.item(item))
 
 
 def _check(

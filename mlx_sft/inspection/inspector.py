@@ -120,7 +120,7 @@ class Inspection:
     def show(self, console: Console) -> None:
         """Rows and table on stdout, for a person; of a row that was asked for, the row alone."""
         for row in self.rows:
-            console.data(terminal.row_pieces(row, whole=self._whole_rows))
+            terminal.show_row(row, console, whole=self._whole_rows)
         if not self._whole_rows:
             console.data(terminal.table_pieces(self.table))
 

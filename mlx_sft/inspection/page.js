@@ -29,7 +29,8 @@ function visible(text) {
 // The data as a whole
 
 const table = data.table;
-const unit = table.train.examples + table.valid.examples > table.rows.kept ? "example" : "row"; // a row may give one a turn
+const several = table.train.examples + table.valid.examples > table.rows.kept; // a row may give an example a turn, and a pair has two
+const unit = "pairs" in table ? "text" : several ? "example" : "row";
 
 function showWhole() {
   const formats = [...new Set(table.sources.map((source) => source.format || "unknown"))].join(", ");
@@ -41,11 +42,11 @@ function showWhole() {
   }
   card("tokens", number(table.train.tokens), unit === "row" ? "to train on" : `in ${many(table.train.examples, unit)} to train on`);
   card("supervised", percent(table.train.supervised_share), many(table.train.supervised_tokens, "token"));
-  card("held out", number(table.valid.examples), table.valid.examples ? `${unit === "row" ? "" : "examples, "}${many(table.valid.tokens, "token")}` : "");
+  card("held out", number(table.valid.examples), table.valid.examples ? `${unit === "row" ? "" : `${unit}s, `}${many(table.valid.tokens, "token")}` : "");
   card("duplicates", number(table.duplicates.count));
   for (const warning of table.warnings) $("warnings").append(make("li", {}, ...visible(warning)));
   if (table.examples) {
-    const each = unit === "row" ? "a row" : "an example";
+    const each = { row: "a row", example: "an example", text: "a text" }[unit];
     chart(`Tokens ${each}`, "tokens", table.histogram, table.lengths, table.max_length);
     chart(`Supervised tokens ${each}`, "supervised tokens", table.supervised_histogram, table.supervised_lengths, null);
   }
@@ -189,17 +190,33 @@ function shownRow(row) {
     const hint = row.hint ? make("small", {}, ...visible(`hint: ${row.hint}`)) : null;
     parts.push(make("div", { class: `reason ${row.fate}` }, ...visible(row.reason), hint));
   }
-  if (row.examples.length) parts.push($("legend").content.cloneNode(true));
-  for (const example of row.examples) parts.push(...shownExample(row, example));
+  const legend = $("legend").content.cloneNode(true);
+  if (row.shared_turns) legend.querySelector(".supervised").textContent = "supervised: what is compared";
+  if (row.examples.length) parts.push(legend);
+  const examples = row.examples.map((example) => shownExample(row, example));
+  if (row.shared_turns) { // a prompt, and behind it the answers to it
+    parts.push(...shownTurns(row.examples[0], 0, row.shared_turns));
+    parts.push(make("div", { class: "pair" }, ...examples.map((shown) => make("section", {}, ...shown))));
+  } else parts.push(...examples.flat());
   const raw = make("pre", { dir: "auto" }, ...visible(row.raw));
   if (row.raw) parts.push(row.examples.length ? make("details", {}, make("summary", {}, "The row as it is in the file"), raw) : raw);
   return parts;
 }
 
 function shownExample(row, example) {
-  const parts = row.examples.length > 1 ? [make("h2", {}, ...visible(example.origin))] : [];
+  const supervised = example.supervised_tokens ? `, ${number(example.supervised_tokens)} supervised` : "";
+  const name = example.name ? `${example.name}: ${many(example.tokens, "token")}${supervised}` : example.origin;
+  const parts = row.examples.length > 1 ? [make("h2", {}, ...visible(name))] : [];
+  parts.push(...shownTurns(example, row.shared_turns));
+  const more = example.tokens - example.pieces.length;
+  if (more) parts.push(make("p", { class: "knife" }, `… ${many(more, "more token")} that are not on this page`));
+  return parts;
+}
+
+function shownTurns(example, first, behind) {
+  const parts = [];
   const hits = hitTokens(example);
-  for (const turn of example.turns) {
+  for (const turn of example.turns.slice(first, behind)) {
     const supervised = turn.supervised_tokens ? `, ${number(turn.supervised_tokens)} supervised` : "";
     const heading = make("h3", {}, make("b", {}, ...visible(turn.role)), ` ${many(turn.tokens, "token")}${supervised}`);
     const label = `${named(turn.role)}: tokens, arrow keys go from one to the next`;
@@ -212,8 +229,6 @@ function shownExample(row, example) {
     }
     if (turn.start < end) parts.push(make("section", { class: supervised ? "turn supervised" : "turn" }, heading, tokens));
   }
-  const more = example.tokens - example.pieces.length;
-  if (more) parts.push(make("p", { class: "knife" }, `… ${many(more, "more token")} that are not on this page`));
   return parts;
 }
 

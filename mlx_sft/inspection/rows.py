@@ -18,7 +18,7 @@ from mlx_sft.data.pipeline import Pipeline
 from mlx_sft.data.readers import Row
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.row_reader import RowReader
-from mlx_sft.data.screening import SIGNS, SPECIAL_SIGN, signs_of
+from mlx_sft.data.screening import SIGNS, SPECIAL_SIGN
 from mlx_sft.errors import UserError
 from mlx_sft.inspection.selection import FINDINGS, Part, Selection, SurveyedRows
 
@@ -46,6 +46,10 @@ class Turn:
     end: int
     supervised_tokens: int
 
+    def token_ids_of(self, example: ShownExample) -> tuple[int, ...]:
+        """Of an example, those at the turn's place."""
+        return tuple(example.token_ids[self.start : self.end])
+
     def to_json(self) -> dict[str, Any]:
         return {
             "message": self.message,
@@ -60,6 +64,7 @@ class ShownExample:
     """A whole example and its text. Its supervised tokens are those before `cut_at` that have a weight.
 
     Attributes:
+        name: What it is of those that are compared, `chosen` or `rejected`; empty where none are.
         pieces: The text of each token.
         special: Whether each is one of the tokenizer's special tokens.
         cut_at: How many tokens are left within max_length.
@@ -72,9 +77,10 @@ class ShownExample:
     special: list[bool]
     turns: list[Turn]
     cut_at: int
+    name: str = ""
 
     @classmethod
-    def of(cls, view: View, item: Item, special_ids: frozenset[int], max_length: int) -> ShownExample:
+    def of(cls, view: View, item: Item, special_ids: frozenset[int], max_length: int, name: str) -> ShownExample:
         """The view of an example that was made of this item."""
         example = view.example
         token_ids: list[int] = example.token_ids.tolist()
@@ -86,6 +92,7 @@ class ShownExample:
             [token_id in special_ids for token_id in token_ids],
             list(_turns(view, item)),
             min(len(token_ids), max_length),
+            name,
         )
 
     @property
@@ -95,7 +102,7 @@ class ShownExample:
     def to_json(self) -> dict[str, Any]:
         own = {
             name: getattr(self, name)
-            for name in ("origin", "supervised_tokens", "cut_at", "pieces", "token_ids", "weights")
+            for name in ("origin", "name", "supervised_tokens", "cut_at", "pieces", "token_ids", "weights")
         }
         return own | {"tokens": len(self.token_ids), "turns": [turn.to_json() for turn in self.turns]}
 
@@ -135,6 +142,19 @@ class ShownRow:
     def supervised_tokens(self) -> int:
         return sum(example.supervised_tokens for example in self.examples)
 
+    @property
+    def shared_turns(self) -> int:
+        """With how many turns that are only read, their prompt, all of several compared examples begin."""
+        if not self.examples or not self.examples[0].name:
+            return 0
+        same = [
+            len(set(turns)) == 1
+            and not turns[0].supervised_tokens
+            and len(set(map(turns[0].token_ids_of, self.examples))) == 1
+            for turns in zip(*(example.turns for example in self.examples), strict=False)
+        ]
+        return same.index(False) if False in same else len(same)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "origin": self.origin,
@@ -149,6 +169,7 @@ class ShownRow:
             "findings": list(self.findings),
             "tokens": self.tokens,
             "supervised_tokens": self.supervised_tokens,
+            "shared_turns": self.shared_turns,
             "examples": [example.to_json() for example in self.examples],
             "raw": self.raw,
         }
@@ -206,15 +227,22 @@ class RowViewer:
         try:
             if isinstance(row, UserError):
                 raise row
-            items = items_of(replace(RowReader.from_config(self._config), format=source.format or "auto").read(row))
+            reading = replace(RowReader.from_config(self._config), format=source.format or "auto").reading(row)
+            items = items_of(reading.taken())
             given = [pipeline.encoder.given_to_template(i) if isinstance(i, Conversation) else i for i in items]
+            names = reading.row_format.compares or ("",) * len(given)
             views = [
-                (item, view) for item in given for whole in pipeline.encoder.view(item) for view in self._pieces(whole)
+                (item, view, name)
+                for item, name in zip(given, names, strict=True)
+                for whole in pipeline.encoder.view(item)
+                for view in self._pieces(whole)
             ]
         except UserError:
             return [], frozenset()
-        shown = [ShownExample.of(view, item, self._special_ids, self._config.max_length) for item, view in views]
-        signs = frozenset().union(*(signs_of(item, pipeline.special.user_header) for item in items))
+        shown = [
+            ShownExample.of(view, item, self._special_ids, self._config.max_length, name) for item, view, name in views
+        ]
+        signs = pipeline.signs_of(reading.taken())
         conversations = (item for item in items if isinstance(item, Conversation))
         if pipeline.special_in_content == "keep" and any(pipeline.special.found_in(item) for item in conversations):
             signs |= {SPECIAL_SIGN}

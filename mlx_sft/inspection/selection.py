@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Note
 from mlx_sft.data.findings import FACT_FINDINGS
+from mlx_sft.data.pairs import content_ids, first_equals
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.screening import SIGNS
@@ -50,12 +51,14 @@ class SurveyedRows:
         located: Where the rows of each are.
         parts: The examples that are used.
         offsets: What to add to an example's row number in each part, which counts from the part's own first source.
+        compared: Whether the examples of a row are compared.
     """
 
     sources: list[SourceReport]
     located: list[Source]
     parts: dict[Part, Examples]
     offsets: dict[Part, int]
+    compared: bool = False
 
     @classmethod
     def of(cls, prepared: PreparedData, train_sources: int) -> SurveyedRows:
@@ -64,7 +67,8 @@ class SurveyedRows:
         trained = sum(source.rows for source in sources[:train_sources])
         offset = trained if len(sources) > train_sources else 0
         parts: dict[Part, Examples] = {"train": prepared.train, "valid": prepared.valid}
-        return cls(sources, prepared.sources, parts, {"train": 0, "valid": offset})
+        compared = bool(prepared.report.train.pairs or prepared.report.valid.pairs)
+        return cls(sources, prepared.sources, parts, {"train": 0, "valid": offset}, compared)
 
     @property
     def count(self) -> int:
@@ -78,11 +82,7 @@ class SurveyedRows:
     @cached_property
     def first_equals(self) -> dict[Part, NDArray[np.int64]]:
         """For each example of a part, the index of the first that equals it."""
-        found = {}
-        for part, examples in self.parts.items():
-            _, first, inverse = np.unique(examples.content_ids(), return_index=True, return_inverse=True)
-            found[part] = np.asarray(first[inverse], np.int64)
-        return found
+        return {part: first_equals(examples, compared=self.compared) for part, examples in self.parts.items()}
 
     def numbers(self, part: Part) -> NDArray[np.int64]:
         """The row number of each example of a part, in order."""
@@ -99,7 +99,7 @@ class SurveyedRows:
 
     @cached_property
     def _shared(self) -> dict[Part, NDArray[np.int32]]:
-        train, valid = (self.parts[part].content_ids() for part in ("train", "valid"))
+        train, valid = (content_ids(self.parts[part], compared=self.compared) for part in ("train", "valid"))
         return {"train": np.zeros(len(train), np.int32), "valid": np.isin(valid, train).astype(np.int32)}
 
     def examples_of(self, number: int) -> tuple[Part, list[int]]:

@@ -25,7 +25,8 @@ def table(report: DataReport, whole: Sequence[Examples], max_length: int) -> dic
         whole: The examples of each part before anything was cut or dropped for its length.
     """
     uncut = Examples.joined(whole)
-    train, valid, both = report.train, report.valid, PartReport.of(uncut)
+    train, valid = report.train, report.valid
+    both = PartReport.of(uncut, compared=bool(train.pairs or valid.pairs))
     return {
         "rows": report.fates,
         "sources": [{"name": source.name, "format": source.format} | source.fates for source in report.sources],
@@ -62,6 +63,7 @@ def table(report: DataReport, whole: Sequence[Examples], max_length: int) -> dic
 
 def _part(part: PartReport) -> dict[str, Any]:
     return {
+        **({"pairs": part.pairs} if part.pairs else {}),
         "examples": part.rows,
         "tokens": part.tokens,
         "supervised_tokens": part.supervised_tokens,

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from mlx_sft.console import Look
+from mlx_sft.console import Console, Look
 from mlx_sft.data.findings import many
 from mlx_sft.inspection.rows import ShownExample, ShownRow
 
 Pieces = Iterator[tuple[str, Look]]
 
+_WIDE = 100
+"""Characters of a terminal from which on two answers stand side by side."""
 _MOST_TOKENS = 800
 """Of an example among others; one that is asked for is shown whole."""
 _BEYOND_CUT = 40
@@ -21,8 +23,29 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 _LOOKS: dict[str, Look] = {"truncated": "warning", "dropped": "warning", "bad": "bad"}
 
 
+def show_row(row: ShownRow, console: Console, *, whole: bool) -> None:
+    """A row; the answers of a pair stand side by side where the terminal is wide enough, else one under the other."""
+    if not row.shared_turns or console.width < _WIDE:
+        console.data(row_pieces(row, whole=whole))
+        return
+    console.data(_head_pieces(row, whole))
+    console.side_by_side(*(_named_pieces(example, whole, row.shared_turns) for example in row.examples))
+    console.data([("\n", "plain")])
+
+
 def row_pieces(row: ShownRow, *, whole: bool) -> Pieces:
-    """A row: a line about it, then its conversation turn by turn, or the raw row where there is none."""
+    """A row: what `_head_pieces` has of it, then its conversation turn by turn."""
+    yield from _head_pieces(row, whole)
+    for example in row.examples:
+        if len(row.examples) > 1:
+            yield from _named_pieces(example, whole, row.shared_turns)
+        else:
+            yield from _example_pieces(example, whole)
+    yield "\n", "plain"
+
+
+def _head_pieces(row: ShownRow, whole: bool) -> Pieces:
+    """A line about a row, and the raw row where it has no example; of a pair the prompt, which both answers follow."""
     yield row.origin, "title"
     yield f"  {row.fate}", _LOOKS.get(row.fate, "plain")
     if row.examples:
@@ -44,19 +67,22 @@ def row_pieces(row: ShownRow, *, whole: bool) -> Pieces:
             yield f"  hint: {row.hint}\n", "faint"
     if not row.examples and row.raw:
         yield f"  {row.raw}\n", "context"
-    for example in row.examples:
-        if len(row.examples) > 1:
-            yield f"{example.origin}  {_tokens(len(example.token_ids), example.supervised_tokens)}\n", "title"
-        yield from _example_pieces(example, whole)
-    yield "\n", "plain"
+    if row.shared_turns:
+        yield from _example_pieces(row.examples[0], whole, slice(row.shared_turns))
 
 
-def _example_pieces(example: ShownExample, whole: bool) -> Pieces:
+def _named_pieces(example: ShownExample, whole: bool, shared_turns: int) -> Pieces:
+    """One of several examples, from behind the turns that they have in common."""
+    yield f"{example.name or example.origin}  {_tokens(len(example.token_ids), example.supervised_tokens)}\n", "title"
+    yield from _example_pieces(example, whole, slice(shared_turns, None))
+
+
+def _example_pieces(example: ShownExample, whole: bool, turns: slice = slice(None)) -> Pieces:
     length = len(example.token_ids)
     end = min(length, example.cut_at + _BEYOND_CUT) if example.cut_at < length else length
     if not whole:
         end = min(end, _MOST_TOKENS)
-    for turn in example.turns:
+    for turn in example.turns[turns]:
         if turn.start >= end:
             break
         yield f"  {turn.role}  {_tokens(turn.end - turn.start, turn.supervised_tokens)}\n", "faint"
@@ -68,7 +94,7 @@ def _example_pieces(example: ShownExample, whole: bool) -> Pieces:
             yield example.pieces[index], _look(example, index)
         if not text.endswith("\n"):
             yield "\n", "plain"
-    if end < length:
+    if end < length and example.turns[turns][-1:] == example.turns[-1:]:
         yield f"  … {length - end:,} more tokens\n", "faint"
 
 
@@ -119,11 +145,12 @@ def _fates(table: dict[str, Any]) -> Pieces:
 def _facts(table: dict[str, Any]) -> Pieces:
     train, valid, equal = table["train"], table["valid"], table["duplicates"]
     lengths = {f"{name[1:]}%" if name[1:].isdecimal() else name: value for name, value in table["lengths"].items()}
-    one = "example" if train["examples"] + valid["examples"] > table["rows"]["kept"] else "row"
+    several = train["examples"] + valid["examples"] > table["rows"]["kept"]
+    one, count = ("pair", "pairs") if "pairs" in table else ("example" if several else "row", "examples")
     shown = {
-        "to train on": f"{many(train['examples'], one)}, {many(train['tokens'], 'token')}, "
+        "to train on": f"{many(train.get(count, 0), one)}, {many(train['tokens'], 'token')}, "
         f"{train['supervised_share']:.0%} supervised",
-        "held out": f"{many(valid['examples'], one)}, {many(valid['tokens'], 'token')}" if valid["examples"] else "",
+        "held out": f"{many(valid[count], one)}, {many(valid['tokens'], 'token')}" if valid["examples"] else "",
         "tokens": _columns(table["token_columns"]),
         "keys": "; ".join(f"of a {owner}: {_columns(counts)}" for owner, counts in table["keys"].items()),
         "lengths": "  ".join(f"{name} {value:,}" for name, value in lengths.items()),

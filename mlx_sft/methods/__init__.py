@@ -36,7 +36,7 @@ ENTRIES = {
 }
 
 Parameters = dict[str, mx.array]
-"""Trainable float32 arrays by name, flat."""
+"""Trainable arrays by name, flat: float32, or what a method keeps in bfloat16."""
 
 Rows = Callable[[int, int], NDArray[np.float32]]
 """`rows(start, stop)`: these rows of a tensor, float32."""
@@ -112,7 +112,7 @@ class Method:
     peft: ClassVar[bool] = False
     in_peft_generate: ClassVar[str] = ""
     starts_in_trl: ClassVar[bool] = False
-    learning_rates: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    learning_rates: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     short_names: ClassVar[Mapping[str, str]] = {}
     folder: ClassVar[str] = "adapter"

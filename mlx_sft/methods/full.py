@@ -1,6 +1,7 @@
 """Full fine-tuning: every floating weight, embeddings and head included, or those of some layers.
 
-The parameters are float32 masters; the model computes with them in its own precision.
+The parameters are float32 masters, and the model computes with them in its own precision; or they are the model's own weights in
+bfloat16, each step of which is rounded stochastically.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -53,7 +54,10 @@ def is_decayed(name: str) -> bool:
 
 
 class FullSettings(LayersSettings):
-    """What of the model is trained."""
+    """What of the model is trained, and in which precision it is kept."""
+
+    master_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which trained weights are kept: bfloat16 takes half the memory; each step is rounded stochastically."""
 
 
 class Full(Method):
@@ -65,7 +69,7 @@ class Full(Method):
     frozen_base: ClassVar = False
     mergeable: ClassVar = True
     folder: ClassVar = "weights"
-    learning_rates: ClassVar = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    learning_rates: ClassVar = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
     settings: FullSettings
 
@@ -80,17 +84,28 @@ class Full(Method):
         return {}
 
     def attach(self, model: nn.Module, seed: int) -> Parameters:
-        """Return float32 masters of the weights; nothing here is random.
+        """Return float32 masters of the weights, or those that the model has in bfloat16 as they are; nothing here is random.
 
         Raises:
-            UserError: Where they are quantized, or the model does not have the layers.
+            UserError: Where they are quantized, the model does not have the layers, or computes in another precision than bfloat16.
         """
         if any(is_quantized(module) for module in model.modules()):
             hint = "train adapters on it with --method lora, or give the original"
             raise UserError("the weights of this model are quantized, and cannot be trained", hint=hint)
         weights = self._trained(model)
         self._places = {transformers_name(path): (path, weight.dtype) for path, weight in weights.items()}
-        return {transformers_name(path): weight.astype(mx.float32) for path, weight in weights.items()}
+        if self.settings.master_dtype == "float32":
+            return {transformers_name(path): weight.astype(mx.float32) for path, weight in weights.items()}
+        if all(weight.dtype != mx.bfloat16 for weight in weights.values()):
+            what = (
+                "--master-dtype bfloat16 is for a model that computes in bfloat16, whose weights it takes as they are"
+            )
+            raise UserError(what, where="master_dtype", hint="give --dtype bfloat16", exit_code=USAGE)
+        # What a model has in float32 all the same, such as the decay of a recurrence, stays so.
+        return {
+            transformers_name(path): weight if weight.dtype == mx.bfloat16 else weight.astype(mx.float32)
+            for path, weight in weights.items()
+        }
 
     def _trained(self, model: nn.Module) -> dict[str, mx.array]:
         """The weights that are trained by their MLX names, no longer frozen."""
@@ -116,7 +131,11 @@ class Full(Method):
         return {name: value.shape for name, value in parameters.items()}
 
     def changed_weight(self, name: str, weight: mx.array, parameters: Parameters) -> mx.array:
-        return parameters[name]
+        return parameters[name].astype(mx.float32)
+
+    def of_checkpoint(self, kept: Parameters) -> tuple[Full, Parameters]:
+        """For a model of any precision."""
+        return Full(FullSettings(layers=self.settings.layers)), kept
 
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:

@@ -28,7 +28,10 @@ if TYPE_CHECKING:  # the data room takes a second to import, and the settings of
 
 ENTRIES = {
     "sft": "mlx_sft.objectives.sft:SFT",
+    "dpo": "mlx_sft.objectives.dpo:DPO",
 }
+
+_PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
 
 LogProbs = Sequence[NDArray[np.float32]]
 """For each micro-batch log p(target) of its supervised positions, [positions]."""
@@ -42,12 +45,15 @@ class Weighting:
         weights: For each micro-batch [positions] float32, before they are divided.
         normalizer: What the weighted sum is divided by.
         loss: The objective's value; None where it is the weighted mean of −log p itself.
+        counted: For each micro-batch [positions] float32, what they weigh in the token accuracy of an evaluation; where None, as in the
+            loss, or as the rows ask for where that needs a first pass.
         metrics: What the objective says of itself in `metrics.jsonl`, by name.
     """
 
     weights: Sequence[NDArray[np.float32]]
     normalizer: float
     loss: float | None = None
+    counted: Sequence[NDArray[np.float32]] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -62,12 +68,21 @@ class Objective:
         compares: Whether it compares the texts of a row: their examples, one of each, then stand in one step together, a row that loses
             one is lost, and `batch_size` counts rows.
             `batch.data_rows` tells which of a step's examples are of one row, and their order in it is that of `batch.examples`.
+        needs_reference: Whether `weigh` needs log p of the examples under the model as training starts, which is then computed once before
+            the first step: `batch.reference`.
+        defaults: Settings that every run has, and that have another default under this objective.
+        shown: Those of its metrics that the terminal shows.
+        trained_on: What a row is, for the model card.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[NoSettings]] = NoSettings
     first_pass: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    needs_reference: bool = False
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    shown: ClassVar[tuple[str, ...]] = ()
+    trained_on: ClassVar[str] = "conversations"
 
     def __init__(self, settings: Any = None) -> None:
         self.settings: Any = settings if settings is not None else self.Settings()
@@ -87,7 +102,7 @@ class Objective:
             if not self.compares:
                 return encode(item)
             what = f"a row of one text, and --objective {self.name} compares the texts of a row"
-            raise UserError(what, where=item.origin, hint="choose an objective that takes one, or give rows of several")
+            raise UserError(what, where=item.origin, hint=f"--objective sft takes it; a row of two is {_PAIR}")
         if not self.compares:
             what = f"a row of {len(item)} texts to compare, and --objective {self.name} takes one"
             raise UserError(what, where=item[0].origin, hint="choose an objective that compares the texts of a row")
@@ -96,6 +111,14 @@ class Objective:
             what = f"a text gives an example a turn, and --objective {self.name} compares one of each"
             raise UserError(what, where=item[0].origin, hint="choose another --train-on than every-turn")
         return [example for examples in encoded for example in examples]
+
+    def judged(self, loss: float, metrics: Mapping[str, float]) -> tuple[float, ...]:
+        """By what the best evaluation is known: the first number that is lower, of this evaluation's value and metrics."""
+        return (loss,)
+
+    def describe(self) -> str:
+        """What a model card says of the objective and its settings, on one line; names are in backticks."""
+        return f"`{self.name}`"
 
     def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:
         """The weights of a step's micro-batches, or of all those of an evaluation.

@@ -21,6 +21,9 @@ class SFT(Objective):
 
     name: ClassVar = "sft"
 
+    def describe(self) -> str:
+        return "supervised fine-tuning"
+
     def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:
         normalizer = sum(float(batch.weights.sum(dtype=np.float64)) for batch in batches)
         return Weighting([batch.weights for batch in batches], normalizer)

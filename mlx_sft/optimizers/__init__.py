@@ -12,7 +12,8 @@ from pydantic import Field
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.optimizers.gradients import Arrays, parts
+from mlx_sft.optimizers.gradients import Arrays, parts, row_pieces
+from mlx_sft.optimizers.rounding import random_bits, stochastically_rounded
 from mlx_sft.registry import OPTIMIZERS
 from mlx_sft.settings import Settings as NoSettings
 
@@ -41,7 +42,7 @@ class Optimizer:
 
     Args:
         settings: The chosen ones.
-        parameters: Flat float32 arrays by name; the state is float32 as they are.
+        parameters: Flat arrays by name, float32 or bfloat16; a step is computed in float32, and so is the state.
         decayed: Which names weight decay applies to.
         factor: What the learning rate of each name is multiplied with.
         compiled: Whether a part's updates are one compiled graph, in which an array takes three kernels and not thirty. It pays on GPUs.
@@ -49,10 +50,12 @@ class Optimizer:
     Attributes:
         name: By which the configuration chooses it.
         Settings: Its settings, each of which becomes an option.
+        by_rows: Whether a large array may be updated some rows after others, because no block of 256 numbers depends on another.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[NoSettings]] = NoSettings
+    by_rows: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -70,7 +73,9 @@ class Optimizer:
         self._groups = [(groups[key], self.make(settings, key[1], decayed=not key[0])) for key in sorted(groups)]
         self._factors = [key[2] for key in sorted(groups)]
         for names, optimizer in self._groups:
-            optimizer.init({name: parameters[name] for name in names})
+            optimizer.init(
+                {name: parameters[name].astype(mx.float32) for name in names}
+            )  # of which the shapes alone are used
         self._compiled = compiled
         applies = (partial(_apply, optimizer) for _, optimizer in self._groups)
         self._applies = [mx.compile(apply) if compiled else apply for apply in applies]
@@ -96,7 +101,12 @@ class Optimizer:
         return total
 
     def update(
-        self, parameters: Arrays, gradients: Arrays, learning_rate: float, scale: mx.array | None = None
+        self,
+        parameters: Arrays,
+        gradients: Arrays,
+        learning_rate: float,
+        scale: mx.array | None = None,
+        key: mx.array | None = None,
     ) -> Arrays:
         """The parameters after one step, evaluated as the state is, a part after another.
 
@@ -104,18 +114,29 @@ class Optimizer:
 
         Args:
             scale: What the gradients are multiplied with first, where they are clipped.
+            key: Random key of the step, by which parameters in bfloat16 are rounded stochastically; to nearest where None.
         """
         updated: Arrays = {}
+        keys = {} if key is None else dict(zip(parameters, mx.random.split(key, len(parameters)), strict=True))
         for (names, optimizer), factor, apply in zip(self._groups, self._factors, self._applies, strict=True):
             optimizer.learning_rate = learning_rate * factor
             optimizer.state["step"] = optimizer.step + 1
             shared = {name: optimizer.state[name] for name in _SHARED}
             for part in parts(names, parameters):
+                pieces = row_pieces(parameters[part[0]].shape) if self.by_rows and len(part) == 1 else []
+                if len(pieces) > 1:
+                    name = part[0]
+                    updated[name] = _in_pieces(
+                        apply, shared, parameters[name], gradients.pop(name), optimizer.state[name], scale, keys.get(name),
+                        pieces,
+                    )  # fmt: skip
+                    continue
                 for together in [part] if self._compiled else [[name] for name in part]:
                     old = {name: parameters[name] for name in together}
                     states = {name: optimizer.state[name] for name in together}
                     taken = {name: gradients.pop(name) for name in together}
-                    new, states = apply(shared, old, taken, states, scale)
+                    own_keys = {name: keys[name] for name in together if name in keys}
+                    new, states = apply(shared, old, taken, states, scale, own_keys)
                     del taken
                     updated |= new
                     optimizer.state.update(states)
@@ -162,21 +183,62 @@ def _apply(
     gradients: Arrays,
     states: dict[str, Arrays],
     scale: mx.array | None,
+    keys: Arrays,
 ) -> tuple[Arrays, dict[str, Arrays]]:
     """The parameters and their states after a step, by name; the optimizer itself stays as it is."""
     before = {name: optimizer.state[name] for name in _SHARED}
     optimizer.state.update(shared)
     states = {name: dict(state) for name, state in states.items()}
+    updated: Arrays = {}
     try:
-        updated = {
-            name: optimizer.apply_single(
-                gradients[name] if scale is None else gradients[name] * scale, parameter, states[name]
-            )
-            for name, parameter in parameters.items()
-        }
+        for name, parameter in parameters.items():
+            gradient = gradients[name].astype(mx.float32)
+            gradient = gradient if scale is None else gradient * scale
+            precise = optimizer.apply_single(gradient, parameter.astype(mx.float32), states[name])
+            updated[name] = _rounded(precise, parameter.dtype, keys.get(name))
     finally:
         optimizer.state.update(before)
     return updated, states
+
+
+def _rounded(precise: mx.array, dtype: mx.Dtype, key: mx.array | None) -> mx.array:
+    """A parameter's new value, float32, as the parameter is stored."""
+    if dtype != mx.bfloat16 or key is None:
+        return precise.astype(dtype)
+    return stochastically_rounded(precise, random_bits(precise.shape, key))
+
+
+def _in_pieces(
+    apply: Callable[..., tuple[Arrays, dict[str, Arrays]]],
+    shared: Arrays,
+    parameter: mx.array,
+    gradient: mx.array,
+    state: Arrays,
+    scale: mx.array | None,
+    key: mx.array | None,
+    pieces: list[slice],
+) -> mx.array:
+    """A large parameter after a step, of which only some rows at a time are computed.
+
+    It takes the place of its gradient in memory where that is of the same precision, and the state that of the one before.
+    """
+    updated = gradient if gradient.dtype == parameter.dtype else mx.zeros(parameter.shape, parameter.dtype)
+    keys = [None] * len(pieces) if key is None else mx.random.split(key, len(pieces))
+    rows = len(parameter)
+    for piece, own_key in zip(pieces, keys, strict=True):
+        # The same share of everything that is kept of the parameter, a number each or less.
+        places = {
+            kind: slice(piece.start * len(kept) // rows, piece.stop * len(kept) // rows) for kind, kept in state.items()
+        }
+        states = {"": {kind: state[kind][place] for kind, place in places.items()}}
+        own_keys = {} if own_key is None else {"": own_key}
+        new, states = apply(shared, {"": parameter[piece]}, {"": gradient[piece]}, states, scale, own_keys)
+        mx.eval(new, states)
+        updated[piece] = new[""]
+        for kind, place in places.items():
+            state[kind][place] = states[""][kind]
+        mx.eval(updated, state)  # in place, because nothing else holds them
+    return updated
 
 
 def make_optimizer(

@@ -28,6 +28,7 @@ class AdamW(Optimizer):
 
     name: ClassVar = "adamw"
     Settings: ClassVar = AdamWSettings
+    by_rows: ClassVar = True
     kind: ClassVar[type[optim.AdamW]] = optim.AdamW
 
     @classmethod

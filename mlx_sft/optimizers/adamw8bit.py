@@ -42,22 +42,26 @@ class _Table:
 
     def __init__(self, *, signed: bool) -> None:
         values = table(signed=signed)
-        self._values = mx.array(values)
-        self._between = mx.array((values[:-1] + values[1:]) / 2)
+        between = (values[:-1] + values[1:]) / 2
+        self._values, self._between = mx.array(values), mx.array(np.append(between, np.float32(np.inf)))
+        # Numbers whose bits have the same upper half lie so close together that no more than one of `between` lies among them.
+        lowest = np.arange(2**16, dtype=np.uint32) << 16
+        lowest[2**15 :] |= 0xFFFF  # of negative numbers the one with the largest amount
+        self._codes = mx.array(
+            np.searchsorted(between, lowest.view(np.float32), side="right").clip(max=255).astype(np.uint8)
+        )
 
     def encoded(self, moment: mx.array) -> tuple[mx.array, mx.array]:
         """Codes, uint8 [blocks, 256], and the largest amount of each block, float32 [blocks]."""
         blocks = moment.reshape(-1, BLOCK)
         largest = mx.abs(blocks).max(axis=1)
         shares = blocks / mx.maximum(largest, 1e-12)[:, None]
-        codes = mx.zeros(blocks.shape, mx.int32)
-        for step in (128, 64, 32, 16, 8, 4, 2, 1):  # how many of the 255 numbers between two values are no larger
-            codes = codes + mx.where(shares >= self._between[codes + (step - 1)], step, 0)
-        return codes.astype(mx.uint8), largest
+        codes = self._codes[shares.view(mx.uint32) >> 16]
+        return codes + (shares >= self._between[codes]).astype(mx.uint8), largest
 
     def decoded(self, codes: mx.array, largest: mx.array) -> mx.array:
         """Float32 [blocks, 256]."""
-        shares: mx.array = self._values[codes.astype(mx.int32)]
+        shares: mx.array = self._values[codes]
         return shares * largest[:, None]
 
 
@@ -78,7 +82,7 @@ class _AdamW8bit(optim.AdamW):
             state[name + _LARGEST] = mx.zeros(blocks)
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        if not _in_blocks(parameter.shape):
+        if "m" + _LARGEST not in state:
             plain: mx.array = super().apply_single(gradient, parameter, state)
             return plain
         moments = {

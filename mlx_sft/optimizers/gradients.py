@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -10,14 +11,32 @@ Arrays = dict[str, mx.array]
 
 PART_BYTES = 16 * 2**20
 
+PIECE = 2**21
+"""Numbers of a large array that are gone through at once."""
+
+_BLOCK = 256
+"""A piece is a whole number of blocks of so many numbers, which an optimizer may keep something of."""
+
 
 def global_norm(gradients: Arrays) -> mx.array:
     """The Euclidean norm of all gradients together, float32; evaluated a part after another."""
     squares: list[mx.array] = []
     for part in parts(list(gradients), gradients):
-        squares += [mx.square(gradients[name]).sum() for name in part]
+        squares += [_sum_of_squares(gradients[name]) for name in part]
         mx.eval(squares)
     return mx.sqrt(mx.stack(squares).sum())
+
+
+def _sum_of_squares(gradient: mx.array) -> mx.array:
+    """Float32; one that is not float32 becomes so a piece after another."""
+    pieces = row_pieces(gradient.shape) if gradient.dtype != mx.float32 else []
+    if len(pieces) < 2:
+        return mx.square(gradient.astype(mx.float32)).sum()
+    total = mx.array(0.0)
+    for rows in pieces:
+        total = total + mx.square(gradient[rows].astype(mx.float32)).sum()
+        mx.eval(total)
+    return total
 
 
 def clip_scale(norm: mx.array, max_norm: float) -> mx.array | None:
@@ -37,3 +56,12 @@ def parts(names: list[str], arrays: Arrays) -> Iterator[list[str]]:
         taken += arrays[name].nbytes
     if part:
         yield part
+
+
+def row_pieces(shape: tuple[int, ...]) -> list[slice]:
+    """The rows of a large array in pieces of about 2 million numbers; one piece for what is smaller than two."""
+    rows, row = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    block = _BLOCK // math.gcd(_BLOCK, row)
+    step = max(block, PIECE // row // block * block)
+    starts = [number * step for number in range(max(1, rows // step))]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], rows], strict=True)]

@@ -27,6 +27,7 @@ class Lion(Optimizer):
 
     name: ClassVar = "lion"
     Settings: ClassVar = LionSettings
+    by_rows: ClassVar = True
 
     @classmethod
     def make(cls, settings: LionSettings, kind: str, *, decayed: bool) -> optim.Optimizer:

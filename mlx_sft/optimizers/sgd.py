@@ -39,6 +39,7 @@ class SGD(Optimizer):
 
     name: ClassVar = "sgd"
     Settings: ClassVar = SGDSettings
+    by_rows: ClassVar = True
 
     @classmethod
     def make(cls, settings: SGDSettings, kind: str, *, decayed: bool) -> optim.Optimizer:

@@ -29,6 +29,7 @@ from mlx_sft.methods import Parameters
 from mlx_sft.model.load import resolve_dtype
 from mlx_sft.model.outline import outline
 from mlx_sft.objectives import Weighting
+from mlx_sft.registry import OBJECTIVES
 from mlx_sft.training.failures import GPU_HINT, Interrupted, OutOfMemory
 from mlx_sft.training.machine import Machine, memory_limits_restored
 from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
@@ -249,7 +250,8 @@ class MemoryPlanner:
         """
         given, planner = self.config.micro_batch_tokens, self
         if given is not None and len(asked_for(self.config)) > 1:  # a mode in which a whole step fits is weak enough
-            whole_step = min(self.config.batch_size, rows) * self.longest.tokens
+            texts = 2 if OBJECTIVES[self.config.objective].compares else 1
+            whole_step = min(texts * self.config.batch_size, rows) * self.longest.tokens
             config = self.config.model_copy(update={"micro_batch_tokens": min(given, whole_step)})
             planner = replace(self, config=config)
         settings = planner.choose()

@@ -1,7 +1,7 @@
 """Checkpoints: everything that an exact resume needs, written whole or not at all.
 
 checkpoints/step-00000050/
-  parameters.safetensors   the trained arrays, float32
+  parameters.safetensors   the trained arrays, float32 or as their method keeps them
   optimizer.safetensors    the optimizer's state
   state.json               position in the data, random state, best evaluation, callbacks' state, hashes of config, data and model
   SHA256SUMS               of the three, as `sha256sum --check` reads it
@@ -61,7 +61,8 @@ class Progress:
 
     Attributes:
         step: Optimizer steps taken; the plan is a pure function of it, so that it is also the position in the data.
-        best_loss: Lowest validation loss, at `best_step`; None before the first evaluation.
+        best_loss: Validation loss of the best evaluation, at `best_step`; None before the first.
+        best_judged: By what it is known to be the best, as its objective says.
         skipped: Steps left out because loss or gradient was not finite; `skipped_in_a_row` of them just now.
         stopped_of: The planned steps of a run that a callback ended before them; None for one that goes on.
         suspect: Of the last steps so many may have to be undone, as a callback has said.
@@ -78,6 +79,7 @@ class Progress:
 
     step: NonNegativeInt = 0
     best_loss: FiniteFloat | None = None
+    best_judged: tuple[FiniteFloat, ...] | None = None
     best_step: NonNegativeInt | None = None
     skipped: NonNegativeInt = 0
     skipped_in_a_row: NonNegativeInt = 0
@@ -97,6 +99,11 @@ class Progress:
 def dropout_key(seed: int, step: int) -> mx.array:
     """The random state of a step: a function of the seed and its number, so that no step depends on the one before."""
     return mx.random.split(mx.random.key(seed), 2)[1] + mx.array([0, step], mx.uint32)
+
+
+def rounding_key(seed: int, step: int) -> mx.array:
+    """The random key of a step's update, another one than that of its dropout."""
+    return mx.random.split(dropout_key(seed, step), 2)[1]
 
 
 def save(

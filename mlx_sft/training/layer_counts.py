@@ -71,7 +71,7 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bo
     # A norm keeps its input, and where it is made of several operations, a multiple of it; its result too where its own weight is trained.
     widths = {id(norm): int(norm.weight.shape[-1]) for norm in norms}
     light = sum(widths[id(norm)] * (_inputs_kept(norm, fused) + (1 if _trains(norm) else 0)) for norm in norms)
-    light += sum(getattr(product, "kept_numbers", 0) for product in products)  # of an adapter beside it
+    light += sum(times * getattr(product, "kept_numbers", 0) for product, times in products)  # of an adapter beside it
     light += sum(
         getattr(child, "kept_numbers", 0) for child in layer.children().values()
     )  # of one behind a part of the layer
@@ -95,12 +95,14 @@ def _count(layer: nn.Module, blocks: dict[str, Block], fused: bool, composed: bo
                 scores += 0 if without else 2 * _heads(block.module)
             else:
                 heads, keys = heads + _heads(block.module), keys + _widths(block.module[block.first[-1]])[1]
-    for module in products:
+    for module, times in products:
         if id(module) not in inside:
-            light += sum(_widths(module))
-            off += sum(_widths(module))
-    states = _widths(products[0])[0] if products else 0
-    features, weights = (sum(count(_widths(product)) for product in products) for count in (sum, math.prod))
+            light += times * sum(_widths(module))
+            off += times * sum(_widths(module))
+    states = _widths(products[0][0])[0] if products else 0
+    features, weights = (
+        sum(times * count(_widths(product)) for product, times in products) for count in (sum, math.prod)
+    )
     norm_widths, trained = sum(widths.values()), _trains(layer)
     return LayerCounts(
         states, light, off, features, norm_widths, scores, weights, attended, trained, heads, keys, recurrent
@@ -141,18 +143,29 @@ def _of_linear_attention(module: Any) -> tuple[int, int]:
     return 3 * queries_and_keys + 5 * values, values * module.head_k_dim
 
 
-def _products(module: nn.Module) -> Iterator[Any]:
-    """The modules inside that multiply with weights, those with an adapter beside them as one."""
+_CHOSEN = ("num_experts_per_tok", "top_k")
+"""What mlx-lm's mixtures call how many experts a token goes through."""
+
+
+def _products(module: nn.Module, chosen: int = 1) -> Iterator[tuple[Any, int]]:
+    """The modules inside that multiply with weights, those with an adapter beside them as one, and how often each does so a token.
+
+    Args:
+        chosen: How many experts a token goes through, as a module around this one says it.
+    """
+    chosen = next((own for name in _CHOSEN if isinstance(own := getattr(module, name, None), int)), chosen)
     for child in module.children().values():
         for part in child if isinstance(child, list) else [child]:
-            if is_linear(part) or is_experts(getattr(part, "linear", part)):
-                yield part
+            if is_experts(getattr(part, "linear", part)):
+                yield part, chosen
+            elif is_linear(part):
+                yield part, 1
             elif isinstance(part, nn.Module):
-                yield from _products(part)
+                yield from _products(part, chosen)
 
 
 def _widths(product: Any) -> tuple[int, int]:
-    """In and out; of several experts' matrices, those that one token goes through are taken for one."""
+    """In and out; of several experts' matrices, those of one."""
     outputs, inputs = weight_shape(getattr(product, "linear", product))[-2:]
     return inputs, outputs
 

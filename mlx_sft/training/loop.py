@@ -44,7 +44,7 @@ class TrainResult:
         run_dir: Its folder.
         steps: Optimizer steps taken in all.
         loss: Training loss of the last step; None where it was skipped, or nothing was left to do.
-        best_loss: Lowest validation loss; None without validation rows.
+        best_loss: Validation loss of the best evaluation; None without validation rows.
         skipped: Steps left out because loss or gradient was not finite.
     """
 
@@ -262,7 +262,8 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
     if finite:
         job.torn = True
         scale = clip_scale(norm, config.max_grad_norm)
-        job.parameters = job.optimizer.update(job.parameters, gradients, rate, scale)
+        key = checkpoint.rounding_key(config.seed, step.number)
+        job.parameters = job.optimizer.update(job.parameters, gradients, rate, scale, key)
         computer.bind(job.parameters)
     del gradients
     seconds, rows, examples = time.perf_counter() - started, list(step.rows), job.data.train
@@ -348,17 +349,17 @@ def evaluate(job: Job, step: Step) -> Record:
         )
         job.progress = job.progress.after(evaluation_tokens=fitting)
     seconds = time.perf_counter() - started
-    best_loss = job.progress.best_loss
     finite = math.isfinite(result.loss)
-    best = finite and (best_loss is None or result.loss < best_loss)
+    judged, before = job.gradient_computer.objective.judged(result.loss, result.own), job.progress.best_judged
+    best = finite and (before is None or judged < before)
     if best:
-        job.progress = job.progress.after(best_loss=result.loss, best_step=step.number)
+        job.progress = job.progress.after(best_loss=result.loss, best_judged=judged, best_step=step.number)
     record: Record = {
         "kind": "evaluation",
         "step": step.number,
         "epoch": round(step.epoch, 6),
         "loss": result.loss if finite else None,
-        "perplexity": math.exp(min(result.loss, 700)) if finite else None,
+        "perplexity": result.perplexity if finite else None,
         "token_accuracy": result.token_accuracy,
         "exact_match": result.exact_match,
         "best": best,

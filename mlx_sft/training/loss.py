@@ -90,7 +90,7 @@ def cross_entropy_sum(
         parameters: HeadParameters, hidden_states: mx.array, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, HeadParameters, mx.array]:
         loss = mx.array(0.0)
-        for_parameters = {name: mx.zeros_like(value) for name, value in parameters.items()}
+        for_parameters = {name: mx.zeros(value.shape) for name, value in parameters.items()}
         for_hidden: list[mx.array] = []
         for start in range(0, targets.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -100,14 +100,16 @@ def cross_entropy_sum(
             for name, gradient in chunk_parameters.items():
                 for_parameters[name] = for_parameters[name] + gradient
             for_hidden.append(chunk_hidden)
-        return loss, for_parameters, mx.concatenate(for_hidden)
+        # Added up in float32, and rounded once.
+        rounded = {name: gradient.astype(parameters[name].dtype) for name, gradient in for_parameters.items()}
+        return loss, rounded, mx.concatenate(for_hidden)
 
     @computed.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         _, for_parameters, for_hidden = outputs
         scale = cotangents[0]
         return (
-            {name: scale * gradient for name, gradient in for_parameters.items()},
+            {name: scale.astype(gradient.dtype) * gradient for name, gradient in for_parameters.items()},
             scale.astype(for_hidden.dtype) * for_hidden,
             *map(mx.zeros_like, primals[2:]),
         )

@@ -19,7 +19,7 @@ from mlx_sft.model.head import SplitModel
 from mlx_sft.model.names import transformers_name
 from mlx_sft.model.tiles import COLUMNS
 from mlx_sft.optimizers import Optimizer
-from mlx_sft.registry import OPTIMIZERS
+from mlx_sft.registry import OBJECTIVES, OPTIMIZERS
 from mlx_sft.training.layer_counts import LayerCounts, count_layers
 from mlx_sft.training.loss import HeadWay, chunk_choices, chunk_rows, even_chunk
 from mlx_sft.training.recompute import Mode
@@ -114,6 +114,7 @@ class Footprint:
         below: Those that are computed forward only.
         weights: Bytes, but for those that are trained as they are.
         trainable: Numbers that are trained.
+        trained_bytes: What they are kept in; so is the gradient of a micro-batch, and the sum of several is float32.
         optimizer_state_bytes: Of the optimizer's state for all of them.
         itemsize: Bytes of a number in the model's precision.
         hidden: Width of its hidden states.
@@ -136,6 +137,7 @@ class Footprint:
     below: tuple[LayerCounts, ...]
     weights: int
     trainable: int
+    trained_bytes: int
     optimizer_state_bytes: int
     itemsize: int
     hidden: int
@@ -176,7 +178,9 @@ class Footprint:
         weights: dict[str, mx.array] = tree_flatten(split.model.parameters(), destination={})  # type: ignore[assignment]
         held = {transformers_name(path): weight for path, weight in weights.items()}
         # Parameters of the model's own precision are not there twice.
-        shared = sum(held[name].nbytes for name in parameters if name in held and held[name].dtype == mx.float32)
+        shared = sum(
+            array.nbytes for name, array in parameters.items() if name in held and held[name].dtype == array.dtype
+        )
         layers = count_layers(split, fused=fused, composes_attention=composes_attention)
         lowest = next((index for index, layer in enumerate(layers) if layer.trained), len(layers))
         outside, changed = split.outside_layers(parameters), method.changed_shapes(parameters)
@@ -191,6 +195,7 @@ class Footprint:
             below=tuple(layers[:lowest]),
             weights=weight_bytes(split) - shared + 2 * fixed,
             trainable=sum(array.size for array in parameters.values()),
+            trained_bytes=sum(array.nbytes for array in parameters.values()),
             optimizer_state_bytes=optimizer.state_bytes(config.settings(optimizer.Settings), shapes),
             itemsize=split.model_dtype().size,
             hidden=max((layer.states for layer in layers), default=0) if split.body_name else vocabulary,
@@ -204,7 +209,7 @@ class Footprint:
             keys_in_front=method.keys_in_front,
             # The result of such a method is these alone, in float32.
             in_front=method.written_bytes(parameters) // 4 if method.keys_in_front else 0,
-            accumulates=config.batch_size > 1,
+            accumulates=config.batch_size > 1 or OBJECTIVES[config.objective].compares,
             held=not fused,
             fixed=fixed,
         )
@@ -252,8 +257,9 @@ class Footprint:
         passing = max(states + 4 * (logits + sums), work)
         passing += 0 if self.held else min(_UNDER_WAY, kept + passing)
         # The gradient comes to be while what was kept goes.
-        kept = max(kept * self.correction, 4 * self.trainable)
-        trained = (4 + (4 if self.accumulates else 0)) * self.trainable + self.optimizer_state_bytes
+        kept = max(kept * self.correction, self.trained_bytes)
+        sums = 4 * self.trainable if self.accumulates else 0
+        trained = self.trained_bytes + sums + self.optimizer_state_bytes
         return Prediction(self.weights, trained, int(kept), int(passing * self.correction))
 
     def most_tokens(self, mode: Mode, limit: int, most: int, head_chunk: int | None = None) -> int:
@@ -305,7 +311,7 @@ class Footprint:
     @property
     def checkpoint_bytes(self) -> int:
         """Of the parameters and the optimizer's state, on the disk."""
-        return 4 * self.trainable + self.optimizer_state_bytes + self.fixed
+        return self.trained_bytes + self.optimizer_state_bytes + self.fixed
 
     @property
     def chunks(self) -> tuple[int, int, int]:

@@ -10,23 +10,28 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_sft.data.batches import Layout, collate, cut_all
+from mlx_sft.data.batches import Batch, Layout, collate, cut_all
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.feed import Prefetch
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.training.batch_settings import configured
+from mlx_sft.training.evaluation import Evaluation
 from mlx_sft.training.failures import GPU_HINT, BatchFailed, FailedBatch, Interrupted
 from mlx_sft.training.job import Job
 from mlx_sft.training.memory import MODES
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.results import save
 from mlx_sft.training.shapes import compiled_shapes
-from mlx_sft.training.step import Evaluation, GradientComputer
+from mlx_sft.training.step import GradientComputer
+
+T = TypeVar("T")
 
 WAITS = (2, 10)
 """Seconds before what the system interrupted is tried again as it is."""
@@ -119,8 +124,23 @@ def next_try(failed: FailedBatch, token_budget: int, mode: Mode) -> tuple[int, M
 def evaluate_in_memory(
     gradient_computer: GradientComputer, parameters: Parameters, examples: Examples, token_budget: int, layout: Layout
 ) -> tuple[Evaluation, int]:
-    """An evaluation of all examples, and the budget that it fits in; where it fails it begins again, with smaller micro-batches
-    for want of memory, and after a while where the system took the GPU away.
+    """An evaluation of all examples, and the budget that it fits in.
+
+    Raises:
+        UserError: As `in_memory`.
+    """
+
+    def evaluate(batches: Iterable[Batch]) -> Evaluation:
+        return gradient_computer.evaluate(parameters, batches)
+
+    return in_memory(evaluate, examples, token_budget, layout)
+
+
+def in_memory(
+    compute: Callable[[Iterable[Batch]], T], examples: Examples, token_budget: int, layout: Layout
+) -> tuple[T, int]:
+    """What is computed without gradients of all examples, and the budget that it fits in; where it fails it begins again, with smaller
+    micro-batches for want of memory, and after a while where the system took the GPU away.
 
     Raises:
         UserError: If a single row does not fit, or the GPU is taken away again and again.
@@ -130,7 +150,7 @@ def evaluate_in_memory(
         try:
             cuts = cut_all(examples.needed_lengths, token_budget, layout)
             with Prefetch(collate(examples, micro_batch) for micro_batch in cuts) as batches:
-                return gradient_computer.evaluate(parameters, batches), token_budget
+                return compute(batches), token_budget
         except BatchFailed as error:
             failed, interrupted = error.batch, isinstance(error, Interrupted)
         free_memory()

@@ -29,6 +29,7 @@ from mlx_sft.model.outline import outline
 from mlx_sft.model.tiles import expected_tiles
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, read_config
 from mlx_sft.model.vocabulary import vocabulary_size
+from mlx_sft.registry import OBJECTIVES
 from mlx_sft.training.batch_settings import (
     LongestRow,
     MemoryPlanner,
@@ -43,7 +44,7 @@ from mlx_sft.training.machine import COMMON_MACS, mac, measured_teraflops, read_
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.schedule import planned_steps
-from mlx_sft.training.start import starting_parameters
+from mlx_sft.training.start import from_run, starting_parameters
 
 Pieces = Iterator[tuple[str, Look]]
 
@@ -82,8 +83,12 @@ class Work:
         return cls(int(lengths.sum()), int((lengths * lengths).sum()), int(examples.supervised_tokens.sum()))
 
 
-def operations(footprint: Footprint, mode: Mode, work: Work) -> float:
-    """Floating-point operations of an epoch."""
+def operations(footprint: Footprint, mode: Mode, work: Work, *, first_pass: bool = False) -> float:
+    """Floating-point operations of an epoch.
+
+    Args:
+        first_pass: Whether the objective needs a pass without gradient before.
+    """
     full = footprint.trains_weights
     upper = sum(layer.weights for layer in footprint.layers)
     lower = sum(layer.weights for layer in footprint.below)
@@ -96,6 +101,10 @@ def operations(footprint: Footprint, mode: Mode, work: Work) -> float:
     only_forward = sum(layer.attended for layer in footprint.below)
     a_square = 2 * only_forward + (7 + 2 * _ATTENTION_AGAIN[mode]) * attended
     head = (6 if footprint.trains_head else 4) * footprint.hidden * footprint.vocabulary
+    if first_pass:
+        a_token += 2 * (upper + lower + footprint.adapters)
+        a_square += 2 * (only_forward + attended)
+        head += 2 * footprint.hidden * footprint.vocabulary
     return float(a_token * work.tokens + a_square * work.squares + head * work.supervised)
 
 
@@ -123,7 +132,7 @@ class RunPlan:
     def __init__(
         self, config: TrainConfig, machine_name: str | None = None, progress: ReadingProgress | None = None
     ) -> None:
-        self.config = config
+        self.config = config = from_run(config)
         self.measured = machine_name is None
         machine = self.machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
         path = resolve_checkpoint(config.model, weights=False)
@@ -202,7 +211,11 @@ class RunPlan:
         """Of the whole run; None where speed or data is not known."""
         if self.work is None or self.teraflops is None:
             return None
-        counted = operations(self.footprint, self.settings.mode if self.settings else MODES[-1], self.work)
+        mode, first_pass = (
+            self.settings.mode if self.settings else MODES[-1],
+            OBJECTIVES[self.config.objective].first_pass,
+        )
+        counted = operations(self.footprint, mode, self.work, first_pass=first_pass)
         return self.epochs * (counted / (REACHED * self.teraflops * 1e12))
 
     def to_json(self) -> str:

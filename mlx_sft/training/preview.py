@@ -28,12 +28,13 @@ def show_plan(job: Job) -> None:
     """Show it."""
     config, report, console = job.config, job.data.report, job.console
     trainable = sum(value.size for value in job.parameters.values())
+    texts = "pairs" if job.gradient_computer.objective.compares else "conversations"
     facts = {
         "model": f"{config.model} ({config.dtype})",
         **report.summary(),
         **_mixture(job),
         "trains": f"{count(trainable)} parameters ({config.method})",
-        "steps": f"{job.plan.total_steps} of {config.batch_size} conversations, "
+        "steps": f"{job.plan.total_steps} of {config.batch_size} {texts}, "
         f"up to {job.settings.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.gradient_computer.mode],
         "memory": f"{size(mx.get_active_memory())} for the weights, up to {size(job.predicted.peak)} predicted with a step, "
         f"of {size(job.memory.machine.memory)} ({job.memory.machine.basis})",
@@ -41,10 +42,12 @@ def show_plan(job: Job) -> None:
         f"of {size(free_bytes(job.run.path))} that is free",
         "run": str(job.run.path),
     }
-    console.conversation(
-        f"{job.data.train[0].origin}, with what will be trained on",
-        decoded_segments(job.base.tokenizer, job.data.train[0]),
-    )
+    rows = job.data.train.rows
+    for index in range(int((rows == rows[0]).sum()) if report.train.pairs else 1):
+        example = job.data.train[index]
+        answer = f", answer {index + 1}" if report.train.pairs else ""
+        title = f"{example.origin}{answer}, with what will be trained on"
+        console.conversation(title, decoded_segments(job.base.tokenizer, example))
     console.facts("Training on", facts)
     for warning in report.warnings():
         console.warn(warning)

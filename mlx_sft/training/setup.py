@@ -62,6 +62,7 @@ from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import hold_to, prepare_device, this_machine, within
 from mlx_sft.training.memory import Footprint
+from mlx_sft.training.reference import Start
 from mlx_sft.training.resume import (
     CONFIG_HEADER,
     computed_anew,
@@ -109,6 +110,7 @@ def prepare_job(
     setup.read_data()
     setup.load_model()
     setup.plan_memory()
+    setup.find_reference()
     setup.plan_steps(started)
     setup.take_up_state()
     return setup.job()
@@ -205,6 +207,11 @@ class _Setup:
         self.memory, self.settings = planner.plan(computer, parameters, len(train))
         self.config = _decided(config, self.settings)
 
+    def find_reference(self) -> None:
+        """What the model, as training starts, finds of every example, where the objective asks for it; a run that goes on has kept it."""
+        start = Start(self.config, self.path, self.method, self.parameters, self.computer, self.settings)
+        self.reference = start.reference(self.data, self.run, self.console)
+
     def plan_steps(self, started: float) -> None:
         """As many as the configuration says, or as end in the time that it gives since `started`."""
         self.plan = planned_steps(self.config, self.data)
@@ -260,6 +267,8 @@ class _Setup:
         else:
             environment = describe_environment(config, self.identity, plan.total_steps)
             environment |= {"memory": self.memory.describe(predicted), "measured": asdict(self.measured)}
+            if self.reference is not None:
+                environment |= {"reference": self.reference.digest()}
             run = RunFolder.create(config.out or RunFolder.default_path(config.model))
             self.held.enter_context(run.locked(self.console.warn))
             RunFolder.new(run.path)  # another process may have begun one meanwhile
@@ -267,6 +276,7 @@ class _Setup:
                 config=config.model_copy(update={"out": None}).to_yaml(CONFIG_HEADER),
                 data_report=to_json(self.data.report.to_json()),
                 environment=to_json(environment),
+                reference=self.reference.write if self.reference else None,
             )
         hold_to(self.machine, predicted)
         self._configure()

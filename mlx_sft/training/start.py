@@ -13,6 +13,7 @@ from mlx_sft.console import Console
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
+from mlx_sft.load import finished_folder, refuse_other_base
 from mlx_sft.methods import Method, Parameters, as_attached, make_method, method_in
 from mlx_sft.methods.results import attach_trained, refuse_unfinished_result
 from mlx_sft.optimizers import Optimizer
@@ -20,6 +21,9 @@ from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.resume import continued_config, with_full_paths
+
+_KEPT_OF_A_RUN = ("method", "model", "quantize", "chat_template", "chat_template_kwargs", "add_tokens", "system")
+"""What of a run belongs to the adapter that it has trained: what that is a part of, and how text is written for it."""
 
 
 def resumed_run(path: str) -> RunFolder:
@@ -39,6 +43,7 @@ def new_config(given: TrainConfig, console: Console) -> TrainConfig:
     Raises:
         UserError: If the TRL export has not been trained, or something else was given than it says.
     """
+    given = from_run(given)
     folder = given.resume_from_peft
     if folder is None:
         if given.init_adapter is not None:
@@ -58,6 +63,25 @@ def new_config(given: TrainConfig, console: Console) -> TrainConfig:
         )
     console.note(f"of {folder} the adapter is taken: a new optimizer starts with it at step 0, as with --init-adapter")
     return with_full_paths(given.model_copy(update={"init_adapter": folder, "resume_from_peft": None}))
+
+
+def from_run(given: TrainConfig) -> TrainConfig:
+    """The configuration of a new run, where it starts from the result of a finished one with what else of that one the result needs."""
+    path = given.run_from
+    if path is None:
+        return given
+    run = RunFolder.open(path)
+    before = TrainConfig.resolve(run.config)
+    if not METHODS[before.method].frozen_base:
+        what = f"a run of --method {before.method} has no adapter to start from"
+        hint = f"start from its whole model: mlx-sft export --run {path} --to MERGED, then --model MERGED"
+        raise UserError(what, where=path, hint=hint, exit_code=USAGE)
+    adapter = finished_folder(run, before, "start from `mlx-sft export --format peft --step` best, last, or")
+    settings = {name: getattr(given, name) for name in given.model_fields_set if name != "run_from"}
+    if given.model != before.model and "model" in settings:
+        refuse_other_base(run, given.model)
+    kept = {name: getattr(before, name) for name in _KEPT_OF_A_RUN}
+    return TrainConfig(**kept | settings | {"init_adapter": str(adapter)})
 
 
 def starting_parameters(

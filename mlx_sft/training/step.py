@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +24,7 @@ from mlx_sft.model.head import SplitModel, training_mode
 from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
 from mlx_sft.objectives.sft import SFT
+from mlx_sft.training.evaluation import Evaluation
 from mlx_sft.training.failures import failures_noticed
 from mlx_sft.training.loss import (
     Head,
@@ -45,28 +46,11 @@ _SMALL = 0.02
 _Gradient = Callable[..., tuple[mx.array, Parameters]]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Sums over a set of examples.
-
-    Attributes:
-        loss: The objective's: for SFT the weighted mean over supervised tokens, in nats.
-        token_accuracy: Share of supervised tokens that are the likeliest, weighted alike.
-        exact_match: Share of the examples of which every supervised token is the likeliest: where an example is one answer, those that
-            greedy decoding gives as they are written.
-        own: What the objective says of itself.
-    """
-
-    loss: float
-    token_accuracy: float
-    exact_match: float
-    tokens: int
-    supervised_tokens: int
-    own: Mapping[str, float] = field(default_factory=dict)
-
-
 class StepGradient(NamedTuple):
-    """What a step gives: the objective's value, the gradients by name, all evaluated and float32, and the objective's metrics."""
+    """What a step gives: the objective's value, the gradients by name, and the objective's metrics; all arrays are evaluated.
+
+    Gradients are float32; those of a lone micro-batch are as its parameters are.
+    """
 
     loss: mx.array
     gradients: Parameters
@@ -105,7 +89,7 @@ class GradientComputer:
         self._neftune = Neftune(split.model, neftune_alpha) if neftune_alpha else None
         self._method = method
         self._vocabulary = vocabulary
-        self._objective = objective or SFT()
+        self.objective = objective or SFT()
         split.run_body = method.run_body
         split.model.eval()  # but while gradients are taken
         self._fused = mx.default_device() == mx.Device(mx.gpu) and self._fused_holds()
@@ -219,30 +203,27 @@ class GradientComputer:
         """
         self.bind(parameters)
         batches = list(batches)
-        first_pass = self._objective.first_pass
+        first_pass = self.objective.first_pass
         weighting = None if first_pass else self._weigh(batches, None)
         found = [self._position_log_probs(parameters, batch) for batch in batches]
         log_probs = [log_p for log_p, _ in found]
         if weighting is None:
             weighting = self._weigh(batches, log_probs)
         # What a target weighs in the accuracy: as in the loss, where that is known without a first pass.
-        weights = [batch.weights for batch in batches] if first_pass else weighting.weights
-        hits = [likeliest == batch.targets for (_, likeliest), batch in zip(found, batches, strict=True)]
-        whole = sum(float(own.sum(dtype=np.float64)) for own in weights) if first_pass else weighting.normalizer
-        return Evaluation(
-            loss=weighting.loss
-            if weighting.loss is not None
-            else -_weighed(log_probs, weighting.weights) / weighting.normalizer,
-            token_accuracy=_weighed(hits, weights) / whole,
-            exact_match=_all_hit(hits, batches),
-            tokens=sum(batch.tokens for batch in batches),
-            supervised_tokens=sum(len(batch.targets) for batch in batches),
-            own=weighting.metrics,
-        )
+        counted = weighting.counted or ([batch.weights for batch in batches] if first_pass else weighting.weights)
+        return Evaluation.of(batches, weighting, found, counted)
+
+    def example_log_probs(self, parameters: Parameters, batch: Batch) -> NDArray[np.float64]:
+        """[rows] log p of each row's targets, summed with their weights, by the parameters that are bound.
+
+        Raises:
+            OutOfMemory, Interrupted: If it fails.
+        """
+        return batch.summed(self._position_log_probs(parameters, batch)[0])
 
     def _weigh(self, batches: Sequence[Batch], log_probs: list[NDArray[np.float32]] | None) -> Weighting:
         """What the objective says; raises `UserError` where it is not of these micro-batches."""
-        weighting, name = self._objective.weigh(batches, log_probs), self._objective.name
+        weighting, name = self.objective.weigh(batches, log_probs), self.objective.name
         expected = [len(batch.targets) for batch in batches]
         given = [len(weights) for weights in weighting.weights]
         if given != expected:
@@ -261,7 +242,7 @@ class GradientComputer:
         before_each: Callable[[], None],
     ) -> list[NDArray[np.float32]] | None:
         """log p of every target as the model is now, with the dropout and noise of the step; None where the objective does not need it."""
-        if not self._objective.first_pass:
+        if not self.objective.first_pass:
             return None
         found = []
         for batch, key, draw in zip(batches, keys, draws, strict=False):
@@ -292,9 +273,11 @@ class GradientComputer:
             return self._supervised_states(mx.array(batch.token_ids), mx.array(batch.positions), draw)
 
     def _add(self, total: Parameters, gradients: Parameters) -> Parameters:
-        """The sum of some micro-batches' gradients, float32; `total` is empty before the first."""
+        """The sum of some micro-batches' gradients, float32; `total` is empty before the first, whose own are the sum then."""
         gradients = self._method.unrounded(gradients)
-        return {name: total[name] + gradient if total else gradient for name, gradient in gradients.items()}
+        if not total:
+            return gradients
+        return {name: total[name].astype(mx.float32) + gradient for name, gradient in gradients.items()}
 
     def micro_step(
         self,
@@ -381,14 +364,3 @@ class GradientComputer:
 
 def to_float(scalar: mx.array) -> float:
     return float(scalar.item())  # type: ignore[arg-type]
-
-
-def _all_hit(hits: Sequence[NDArray[np.bool_]], batches: Sequence[Batch]) -> float:
-    """The share of all rows that have no miss."""
-    misses = [np.bincount(batch.owners, ~hit, len(batch.lengths)) for hit, batch in zip(hits, batches, strict=True)]
-    return float(np.mean(np.concatenate(misses) == 0))
-
-
-def _weighed(values: Sequence[NDArray[Any]], weights: Sequence[NDArray[np.float32]]) -> float:
-    """Σ weight · value over the positions of all micro-batches."""
-    return sum(float((one * own).sum(dtype=np.float64)) for one, own in zip(values, weights, strict=True))

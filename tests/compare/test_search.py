@@ -16,31 +16,36 @@ from mlx_sft.methods.lora import Lora
 from mlx_sft.methods.prompt import Prompt
 
 
-def test_a_rung_has_a_third_of_the_rates_and_three_times_the_steps() -> None:
-    assert rungs(6, 90) == [Rung(6, 10), Rung(2, 30), Rung(1, 90)]
+def test_a_rung_has_a_third_of_the_rates_and_six_times_the_steps() -> None:
+    assert rungs(6, 90) == [Rung(6, 15), Rung(2, 90)]
+    assert rungs(18, 360) == [Rung(18, 10), Rung(6, 60), Rung(2, 360)]
     assert rungs(1, 90) == [Rung(1, 90)]
-    assert rungs(4, 6) == [Rung(4, 5), Rung(1, 6)], "a middle one that is no longer than the first says nothing more"
-    assert rungs(4, 3) == [Rung(4, 3), Rung(1, 3)]
+    assert rungs(2, 90) == [Rung(2, 90)]
+    assert rungs(4, 6) == [Rung(4, 5), Rung(2, 6)]
+    assert rungs(4, 3) == [Rung(4, 3)], "a shorter rung would say nothing"
 
 
 @pytest.mark.parametrize("best", [1.0, 3.0, 6.0])
-def test_the_rate_with_the_lowest_loss_is_trained_to_the_end(best: float) -> None:
+def test_the_two_rates_with_the_lowest_losses_are_trained_to_the_end(best: float) -> None:
     def trial(rate: float, steps: int) -> Trial:
         return Trial(candidate="a", rate=rate, steps=steps, loss=abs(rate - best))
 
     tried = list(halving([1, 2, 3, 4, 5, 6], 90, trial))
-    assert [one.steps for one, _ in tried] == [10] * 6 + [30] * 2 + [90]
-    assert [(one.rate, is_last) for one, is_last in tried if is_last] == [(best, True)]
+    assert [one.steps for one, _ in tried] == [15] * 6 + [90] * 2
+    assert [one.rate for one, is_longest in tried if is_longest][0] == best
+    assert [is_longest for _, is_longest in tried] == [False] * 6 + [True] * 2
 
 
 def test_what_fails_or_has_no_finite_loss_is_not_tried_again() -> None:
     def trial(rate: float, steps: int) -> Trial:
-        return Trial(
-            candidate="a", rate=rate, steps=steps, loss=None if rate < 4 else 7.0, failed="no" if rate == 5 else None
-        )
+        loss, failed = (None if rate < 4 else 7.0), ("no" if rate == 5 else None)
+        return Trial(candidate="a", rate=rate, steps=steps, loss=loss, failed=failed)
 
-    assert [one.rate for one, _ in halving([1, 2, 3, 4, 5, 6], 90, trial)][6:] == [4, 6, 4], "of equal ones the lower"
-    assert len(list(halving([1, 2], 90, lambda rate, steps: Trial(candidate="a", rate=rate, steps=steps)))) == 2
+    assert [one.rate for one, _ in halving([1, 2, 3, 4, 5, 6], 90, trial)][6:] == [4, 6], (
+        "of equal ones the lower first"
+    )
+    failing = list(halving([1, 2, 3], 90, lambda rate, steps: Trial(candidate="a", rate=rate, steps=steps)))
+    assert len(failing) == 3
 
 
 def test_as_many_steps_as_end_in_the_time() -> None:

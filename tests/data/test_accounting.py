@@ -164,6 +164,13 @@ ROWS: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.builds(lambda one, two: {"question": one, "answer": two, "reasoning": "Hm."}, WORDS, WORDS | st.none()),
     st.builds(lambda found: {"instruction": "Hi", "instances": found}, as_json(INSTANCES)),
     st.builds(lambda one, two: {"prompt": one, "completion": two}, WORDS | messages(), WORDS | messages()),
+    st.builds(
+        lambda one, two, three, scores: {"prompt": one, "chosen": two, "rejected": three, **scores},
+        WORDS | messages(),
+        WORDS | messages(),
+        WORDS | messages(),
+        st.sampled_from([{}, {"score_chosen": 1, "score_rejected": 2.5}, {"chosen_rating": 3, "score_chosen": "x"}]),
+    ),
     st.builds(lambda found: {"query": "Hi", "answers": found}, as_json(st.lists(calls(), max_size=2))).map(
         lambda row: {"tools": "[]", **row}
     ),
@@ -220,7 +227,7 @@ def keys_of(row: dict[str, Any]) -> Counter[str]:
     found = Counter({"row": len(row)})
     if "text" in row or "input_ids" in row:
         return found  # what such a row has besides, nobody reads
-    for key in ("messages", "conversations", "prompt", "completion"):
+    for key in ("messages", "conversations", "prompt", "completion", "chosen", "rejected"):
         for message in listed(row.get(key)) if not is_words(row.get(key)) else ():
             found["message"] += len(message)
             role, content = (
@@ -260,16 +267,16 @@ RULES = st.sampled_from(
 def test_every_key_is_in_one_column_and_the_sum_is_the_input(
     rows: list[dict[str, Any]], rules: KeyRules, turns: Any
 ) -> None:
-    whole = Counter[str]()
+    whole, reader = Counter[str](), RowReader(consecutive_turns=turns, compares=True)
     for row in rows:
-        pipeline = Pipeline(RowReader(consecutive_turns=turns), OneToken(), NoTokens(), keys=rules)  # type: ignore[arg-type]
+        pipeline = Pipeline(reader, OneToken(), NoTokens(), keys=rules)  # type: ignore[arg-type]
         table = columns(pack([pipeline.process(Row("a:1", row))]).keys)
         expected = keys_of(row) if is_read(row, turns) else Counter({"row": len(row)})
         assert {owner: counts["all"] for owner, counts in table.items()} == +expected
         for counts in table.values():
             assert counts["all"] == sum(counts[use] for use in get_args(Use))
         whole += expected
-    pipeline = Pipeline(RowReader(consecutive_turns=turns), OneToken(), NoTokens(), keys=rules)  # type: ignore[arg-type]
+    pipeline = Pipeline(reader, OneToken(), NoTokens(), keys=rules)  # type: ignore[arg-type]
     store = pack(pipeline.process(Row(f"a:{line}", row)) for line, row in enumerate(rows, 1))
     assert {owner: counts["all"] for owner, counts in columns(store.keys).items()} == whole
     examples = Examples([store])
@@ -278,7 +285,7 @@ def test_every_key_is_in_one_column_and_the_sum_is_the_input(
 
 def is_read(row: dict[str, Any], turns: Any) -> bool:
     try:
-        return RowReader(consecutive_turns=turns).reading(Row("a:1", row)).error is None
+        return RowReader(consecutive_turns=turns, compares=True).reading(Row("a:1", row)).error is None
     except UserError:
         return False  # of no known format
 

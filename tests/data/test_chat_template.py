@@ -34,8 +34,10 @@ WRITTEN = {
     "mistral": "<s>[INST] Be brief.\n\nHi [/INST]⟦ Hello</s>⟧[INST] Bye [/INST]⟦ So long</s>⟧",
     "plain": "### System:\nBe brief.\n\n### User:\nHi\n\n### Assistant:\n⟦Hello</s>⟧\n\n"
     "### User:\nBye\n\n### Assistant:\n⟦So long</s>⟧\n\n",
+    "raw": "Be brief.Hi⟦Hello</s>⟧Bye⟦So long</s>⟧",
 }
-ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "mistral": "</s>", "plain": "</s>"}
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
+ENDS |= dict.fromkeys(("mistral", "plain", "raw"), "</s>")
 
 
 @pytest.fixture

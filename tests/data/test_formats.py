@@ -241,15 +241,18 @@ def test_the_worse_answer_of_a_preference_is_never_the_one_to_train_on() -> None
 def test_a_row_without_a_known_shape_is_told_all_shapes() -> None:
     with pytest.raises(UserError) as caught:
         item(a=1)
-    assert all(shape.example in caught.value.hint for _, shape in FORMATS.items())
+    assert [s.name for _, s in FORMATS.items() if s.example not in caught.value.hint] == ["pairs"]
+    with pytest.raises(UserError) as caught:
+        RowReader(compares=True).read(Row("chats.jsonl:17", {"a": 1}))
+    assert caught.value.hint == f"such a row is {FORMATS['pairs'].example}"
 
 
 def test_every_shape_reads_its_own_example() -> None:
     for _, shape in FORMATS.items():
         row = Row("chats.jsonl:1", json.loads(shape.example.replace(", ...]", ', {"role": "gpt", "content": "a"}]')))
-        assert RowReader().settled_by(row).format_name == shape.name
+        assert RowReader(compares=bool(shape.compares)).settled_by(row).format_name == shape.name
         read = RowReader(shape.name).read(row)
-        made = {"text": Document, "tokenized": Tokens, "self-instruct": list}
+        made = {"text": Document, "tokenized": Tokens, "self-instruct": list, "pairs": tuple}
         assert isinstance(read, made.get(shape.name, Conversation))
 
 

@@ -165,7 +165,8 @@ def mutated_rows(draw: st.DrawFn) -> dict[str, Any]:
 @given(mutated_rows())
 def test_a_good_row_with_something_changed_is_an_item_or_one_clear_error(value: dict[str, Any]) -> None:
     row = Row("chats.jsonl:17", value)
-    for reader in (RowReader(), *(RowReader(name) for name in ("messages", "sharegpt", "alpaca", "tokenized"))):
+    named = ("messages", "sharegpt", "alpaca", "tokenized", "pairs")
+    for reader in (RowReader(), RowReader(compares=True), *map(RowReader, named)):
         read = attempt(partial(reader.read, row))
         if isinstance(read, UserError):
             check_error(read, "chats.jsonl:17")
@@ -183,7 +184,7 @@ def test_a_good_row_with_something_changed_is_an_item_or_one_clear_error(value: 
 )
 def test_any_row_and_any_columns_are_an_item_or_one_clear_error(value: dict[str, Any], columns: dict[str, str]) -> None:
     row = Row("chats.jsonl:17", value)
-    read = attempt(lambda: RowReader(columns=columns).settled_by(row).read(row))
+    read = attempt(lambda: RowReader(columns=columns, compares="y" in value).settled_by(row).read(row))
     if isinstance(read, UserError):
         check_error(read, "c")  # of the row, or of `columns`
     else:

@@ -347,7 +347,7 @@ def test_a_name_of_another_program_means_nothing_beside_the_one_that_is_read() -
 def test_the_answers_of_a_preference_are_known_by_the_beginning_of_their_names(key: str, answer: object) -> None:
     what, hint = reason(read({**CHAT, key: answer}))
     assert what.startswith(f"a row of preferences, by its `{key}`")
-    assert "--objective" in hint
+    assert "--columns messages=chosen" in hint
 
 
 def test_figures_about_preferences_are_no_answers() -> None:
@@ -400,13 +400,13 @@ def test_a_row_of_preferences_is_refused_with_a_way_out(messages: list[Any], rej
     store = read(row)
     what, hint = reason(store)
     assert what.startswith("a row of preferences, by its `rejected`")
-    assert "--objective sft" in hint
+    assert "--columns messages=chosen" in hint
     could_be_read = "read" if ASSISTANT in messages else "bad"
     assert uses(store) == {"messages": could_be_read, "rejected": "refused", "label": "refused"}
     compares = type("Compares", (), {"compares": True})
     with OBJECTIVES.registered("pairs", compares):
         _, hint = reason(read(row))
-    assert hint.startswith("--objective pairs compares answers")
+    assert "--objective pairs compares the answers of rows that have a chosen and a rejected one" in hint
 
 
 def test_who_names_the_preferred_answer_has_chosen() -> None:

@@ -73,6 +73,19 @@ ROWS: list[dict[str, Any]] = [
         "tools": [{"name": "f", "input_schema": {"type": "object"}}],
     },
     {"text": "a"},
+    {
+        "prompt": [USER],
+        "chosen": [ASSISTANT],
+        "rejected": {"from": "gpt", "value": "a"},
+        "score_chosen": 1,
+        "system": "b",
+    },
+    {
+        "chosen": [USER, ASSISTANT, USER, ASSISTANT],
+        "rejected": [USER, {"role": "assistant", "tool_calls": [CALL]}],
+        "prompt": "Hi 😀",
+    },
+    {"instruction": "a", "chosen": "b", "rejected": "c", "history": [["d", "e"]], "messages": [], "question": None},
 ]
 
 
@@ -143,7 +156,7 @@ def read_file(path: Path) -> list[Row | UserError] | UserError:
     """A file's rows, each of which is an item or an error; or the one error that it is."""
     rows = attempt(lambda: list(FileSource(path).rows()))
     for row in [rows] if isinstance(rows, UserError) else rows:
-        read = row if isinstance(row, UserError) else attempt(partial(RowReader().read, row))
+        read = row if isinstance(row, UserError) else attempt(partial(RowReader(compares=True).read, row))
         if isinstance(read, UserError):
             check_error(read, str(path))
         else:

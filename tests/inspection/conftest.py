@@ -51,6 +51,16 @@ def data(tmp_path: Path, lines: list[str]) -> Path:
 
 
 @pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Two pairs, of which the second has no room for its answers; and one whose answers are the same."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [("the cat", "sat on the mat", "sat"), ("the dog " * 200, "sat", "and the mat"), ("the", "cat", "cat")]
+    keys = ("prompt", "chosen", "rejected")
+    path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
 def look(data: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Inspection]:
     """`look(row=, only=, limit=, **settings)` → an inspection of `data`, where at most 200 tokens are wanted."""
 

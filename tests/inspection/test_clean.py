@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.data.conversation import Document
+from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.prepare import PreparedData, survey
+from mlx_sft.data.readers import Row
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.inspection import CleanData, write_clean
-from mlx_sft.objectives.sft import SFT
-from mlx_sft.registry import OBJECTIVES
+from mlx_sft.registry import FORMATS
 from tests.disks import a_full_disk
 from tests.fuzz.promises import ROWS, attempt
 
@@ -421,13 +423,64 @@ def test_shares_of_a_mixture_would_be_lost(write: Write, tmp_path: Path) -> None
     assert caught.value.exit_code == USAGE
 
 
-def test_pairs_are_not_clean_rows(write: Write) -> None:
-    class Pairs(SFT):
-        name: ClassVar = "pairs"
-        compares: ClassVar = True
+def test_pairs_of_another_packages_format_stay_as_they_are(write: Write) -> None:
+    def read_two(row: Row) -> tuple[Document, ...]:
+        return tuple(Document(row.origin, row.value[key]) for key in ("a", "b"))
 
-    with OBJECTIVES.registered("pairs", Pairs), pytest.raises(UserError, match="--objective pairs compares the texts"):
-        write(chat(), objective="pairs")
+    two, what = RowFormat("two", ("a", "b"), (), "{}", read_two), "a row of 2 texts of the format two, which cannot be"
+    with FORMATS.registered("two", two), pytest.raises(UserError, match=what) as caught:
+        write({"a": "the cat", "b": "the dog"}, objective="dpo")
+    assert caught.value.hint == "leave such rows as they are"
+
+
+def gpt(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+PROMPT = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat"},
+    {"role": "user", "content": "on"},
+]
+CHOSEN = {"role": "assistant", "content": "the mat", "reasoning_content": "Hm."}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": '{"a":1}'}]}
+PAIRS: list[dict[str, Any]] = [
+    {"prompt": "the cat", "chosen": "sat", "rejected": "the dog", "chosen_rating": 5, "rejected_rating": 4.5, "id": 7},
+    {"prompt": PROMPT, "chosen": [CHOSEN], "rejected": [{**CHOSEN, "weight": 0.5}, {"role": "user", "content": "?"}, CHOSEN]},
+    {"chosen": [*PROMPT, CHOSEN], "rejected": [*PROMPT, CALLING, {"role": "tool", "content": "6"}, CHOSEN], "system": "Be brief."},
+    {"conversations": [{"from": "human", "value": "a"}], "chosen": gpt("b"), "rejected": gpt("c"), "tools": '[{"name": "f"}]'},
+    {"instruction": "a", "input": "b", "history": [["c", "d"]], "chosen": "e", "rejected": "f", "weight": 0.5},
+    {"question": "a", "system": "", "chosen": "e", "rejected": "f", "chat_template_kwargs": {"a": 1}},
+    {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=lambda row: next(iter(row)))
+@pytest.mark.parametrize("given", [{}, {"consecutive_turns": "join", "train_on": "last"}])
+def test_a_pair_is_trained_on_as_it_was(
+    write: Write, tokenizers: dict[str, PreTrainedTokenizerFast], row: dict[str, Any], given: dict[str, Any]
+) -> None:
+    for template in ("writes objects", "takes text alone"):
+        assert_the_same(write, tokenizers[template], [row], template, given | {"objective": "dpo"})
+    assert lines(write(row, overwrite=True, objective="dpo"))[0].keys() >= {"prompt", "chosen", "rejected"}
+
+
+def test_what_is_different_in_a_clean_pair_is_told(write: Write) -> None:
+    result = write(PAIRS[0], PAIRS[3], objective="dpo")
+    assert result.format == "pairs"
+    assert lines(result)[0] == {
+        "prompt": [{"role": "user", "content": "the cat"}],
+        "chosen": [{"role": "assistant", "content": "sat"}],
+        "rejected": [{"role": "assistant", "content": "the dog"}],
+        "score_chosen": 5.0,
+        "score_rejected": 4.5,
+    }
+    found = counted(result)
+    assert {name: found[name] for name in ("row: chosen_rating → score_chosen", "row: id left out")} == dict.fromkeys(
+        ("row: chosen_rating → score_chosen", "row: id left out"), 1
+    )
+    assert found["row: conversations → prompt"] == found["row: chosen an object → a list"] == 1
+    assert found["message: from → role"] == 3
 
 
 @pytest.mark.parametrize("link", [None, os.link, os.symlink])

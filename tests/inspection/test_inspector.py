@@ -341,7 +341,7 @@ def test_the_machine_form_is_json_with_the_documented_keys(look: Look) -> None:
     (row,) = record["rows"]
     assert row.keys() == {
         *("origin", "source", "part", "fate", "reason", "hint", "signs", "duplicate_of", "turns_with_text_left_out"),
-        *("findings", "tokens", "supervised_tokens", "examples", "raw"),
+        *("findings", "tokens", "supervised_tokens", "shared_turns", "examples", "raw"),
     }
     (example,) = row["examples"]
     assert len(example["pieces"]) == len(example["token_ids"]) == len(example["weights"]) == example["tokens"]
@@ -372,3 +372,34 @@ def test_the_instances_of_a_row_are_shown_under_its_name_and_a_row_of_no_weight_
     assert look(row="1#2#1", data=[str(path)], train_on="every-turn").rows[0].examples[1].origin == f"{path}:1#2#1"
     assert (dropped.fate, dropped.reason) == ("dropped", "not to be trained on: its train is false")
     assert dropped.raw.endswith('"train": false}')
+
+
+def test_a_pair_is_shown_with_both_masks_and_what_its_answers_have_in_common(look: Look, pairs: Path) -> None:
+    inspection = look(data=[str(pairs)], objective="dpo")
+    record = json.loads(inspection.to_json())
+    assert (record["table"]["train"]["pairs"], record["table"]["train"]["examples"]) == (1, 2)
+    first, long, same = record["rows"]
+    assert [row["fate"] for row in record["rows"]] == ["kept", "dropped", "bad"]
+    assert [example["name"] for example in first["examples"]] == ["chosen", "rejected"]
+    assert first["shared_turns"] == 1
+    for example, answer in zip(first["examples"], ("sat on the mat", "sat"), strict=True):
+        assert example["turns"][0] == first["examples"][0]["turns"][0]
+        supervised = [piece for piece, weight in zip(example["pieces"], example["weights"], strict=True) if weight]
+        assert "".join(supervised) == f"{answer}<|im_end|>"
+    assert long["shared_turns"] == 1
+    assert long["supervised_tokens"] == 0
+    assert (same["examples"], same["shared_turns"]) == ([], 0)
+    assert "the same" in same["reason"]
+    alone = json.loads(look(row="1", data=[str(pairs)], objective="dpo").to_json())
+    assert alone["rows"] == [first]
+    chat = json.loads(look(limit=1).to_json())["rows"][0]
+    assert (chat["shared_turns"], chat["examples"][0]["name"]) == (0, "")
+
+
+def test_a_pair_that_repeats_another_equals_it_as_a_whole(look: Look, pairs: Path) -> None:
+    row = json.loads(pairs.read_text().splitlines()[0])
+    others = [row, row | {"rejected": "the mat"}, row]
+    pairs.write_text("".join(json.dumps(one) + "\n" for one in others))
+    rows = look(data=[str(pairs)], objective="dpo").rows
+    assert [one.duplicate_of for one in rows] == [None, None, f"{pairs}:1"]
+    assert [one.origin for one in look(only="duplicate", data=[str(pairs)], objective="dpo").rows] == [f"{pairs}:3"]

@@ -266,6 +266,25 @@ def test_a_bad_row_says_why_and_shows_itself(page: Any) -> None:
     assert '"forge <|im_end|>"' in page.locator("#row pre").inner_text()
 
 
+def test_a_pair_is_its_prompt_and_both_answers_side_by_side(
+    browser: Any, look: Look, pairs: Path, tmp_path: Path
+) -> None:
+    file = look(data=[str(pairs)], objective="dpo").write_page(tmp_path / "data.html")
+    with shown(browser, file) as page:
+        headings = page.locator("#row h3").all_inner_texts()
+        assert [heading.split()[0] for heading in headings] == ["user", "assistant", "assistant"]
+        names = page.locator("#row .pair h2")
+        assert [name.split(":")[0] for name in names.all_inner_texts()] == ["chosen", "rejected"]
+        left, right = (names.nth(index).bounding_box() for index in range(2))
+        assert left["y"] == right["y"]
+        assert left["x"] + left["width"] < right["x"]
+        supervised = page.locator("#row .pair section section").all()
+        answers = ["".join(one.locator(".t.supervised").all_inner_texts()) for one in supervised]
+        assert answers == ["sat on the mat<|im_end|>", "sat<|im_end|>"]
+        assert page.locator("#row .legend").inner_text().startswith("supervised: what is compared")
+        assert "in 2 texts to train on" in page.locator("#cards").inner_text()
+
+
 def test_rows_are_filtered_by_fate_by_sign_and_by_length(page: Any) -> None:
     fates = page.locator("#fates button")
     assert fates.all_inner_texts() == ["kept 6", "truncated 1", "bad 2"]

@@ -148,3 +148,36 @@ def test_keys_that_nothing_reads_are_listed_with_what_was_probably_meant(
     ]
     found = [(one["of"], one["key"], one["count"], one["suggestion"]) for one in inspection.table["unused_keys"]]
     assert found == [("message", "wieght", 2, "weight"), ("row", "id", 2, None)]
+
+
+def test_the_answers_of_a_pair_stand_side_by_side_behind_their_prompt(
+    look: Look, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "110")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    look(row="1", data=[str(pairs)], objective="dpo").show(Console())
+    lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
+    assert lines[0].startswith(f"{pairs}:1  kept")
+    assert lines[2:4] == ["<|im_start|>user", "the cat<|im_end|>"]
+    left, right = (lines[4].index(name) for name in ("chosen", "rejected"))
+    assert (left, right > 50) == (0, True)
+    answers = next(line for line in lines if line.startswith("⟦"))
+    assert answers[:right].rstrip() == "⟦sat on the mat<|im_end|>⟧"
+    assert answers[right:] == "⟦sat<|im_end|>⟧"
+
+
+def test_they_stand_one_under_the_other_where_there_is_no_room(
+    look: Look, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(look(data=[str(pairs)], objective="dpo"), capsys)
+    first, second, _ = out.split(f"{pairs}:")[1:4]
+    assert first.count("the cat<|im_end|>") == 1
+    chosen, _, rejected = first.partition("chosen  ")[2].partition("rejected  ")
+    assert "⟦sat on the mat<|im_end|>⟧\n" in chosen
+    assert "⟦sat<|im_end|>⟧\n" in rejected
+    assert second.startswith("2  dropped")
+    assert second.count("✂ max_length") == 1
+    assert "hint: raise --max-length" in second
+    assert "to train on  1 pair, " in out

@@ -35,6 +35,7 @@ FOOTPRINT = Footprint(
     (),
     weights=10**6,
     trainable=1000,
+    trained_bytes=4000,
     optimizer_state_bytes=8000,
     itemsize=4,
     hidden=100,
@@ -123,7 +124,7 @@ def test_settings_and_modes_have_each_others_names(setting: Any, modes: tuple[Mo
 
 def test_a_refusal_names_the_row_what_fits_and_the_ways_out() -> None:
     machine = mac("M2 8GB", 8)
-    footprint = Footprint((LAYER,) * 25, (), 10**9, 10**6, 8 * 10**6, 4, 100, 100, 100)
+    footprint = Footprint((LAYER,) * 25, (), 10**9, 10**6, 4 * 10**6, 8 * 10**6, 4, 100, 100, 100)
     row = LongestRow(10**7, "chats.jsonl:17")
     error = refusal(footprint, machine, row)
     fits = most_tokens(footprint, "blocks", machine.memory)
@@ -138,7 +139,7 @@ def test_a_refusal_names_the_row_what_fits_and_the_ways_out() -> None:
 
 
 def test_a_model_that_leaves_no_room_for_a_token_is_said_to() -> None:
-    footprint = Footprint((LAYER,) * 25, (), 10**12, 10**6, 8 * 10**6, 2, 100, 100, 100, trains_weights=True)
+    footprint = Footprint((LAYER,) * 25, (), 10**12, 10**6, 4 * 10**6, 8 * 10**6, 2, 100, 100, 100, trains_weights=True)
     error = refusal(footprint, mac("", 8), LongestRow(10, "a:1"), method="full")
     assert "before any row" in error.what
     assert "a smaller model" in error.hint

@@ -26,12 +26,13 @@ from mlx_sft.model.load import load_tokenizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors, read_float32, write_safetensors
 from mlx_sft.training import loop, setup
+from mlx_sft.training.evaluation import Evaluation
 from mlx_sft.training.job import Job
 from mlx_sft.training.loop import train_step
 from mlx_sft.training.machine import Machine
 from mlx_sft.training.setup import prepare_job
 from mlx_sft.training.shapes import compiled_shapes
-from mlx_sft.training.step import Evaluation, GradientComputer
+from mlx_sft.training.step import GradientComputer
 from tests.chosen import without_adapter
 
 TRAIN_FIELDS = [

@@ -373,3 +373,23 @@ def test_an_evaluation_in_tiles_is_that_of_the_whole(columns: int) -> None:
     assert 0 < expected[1].item() < weights.sum().item()
     assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
     assert found[1].item() == pytest.approx(expected[1].item(), rel=1e-6)
+
+
+def test_the_gradient_of_a_head_in_bfloat16_is_added_up_in_float32_and_rounded_once() -> None:
+    """Chunk by chunk in bfloat16, it would be off by eight times as much."""
+    random = np.random.default_rng(0)
+    weight = mx.array(random.normal(0, 0.1, (50, 64)).astype(np.float32)).astype(mx.bfloat16)
+    states = mx.array(random.normal(1, 1, (256, 64)).astype(np.float32)).astype(mx.bfloat16)
+    targets, weights = mx.zeros((256,), mx.int32), mx.ones((256,))
+
+    def head(parameters: dict[str, mx.array], hidden_states: mx.array) -> mx.array:
+        return hidden_states @ parameters["weight"].astype(mx.bfloat16).T
+
+    def gradient(weight: mx.array) -> mx.array:
+        of_weight = mx.grad(lambda it: cross_entropy_sum(head, {"weight": it}, states, targets, weights, chunk=1))
+        return of_weight(weight)
+
+    found, precise = gradient(weight), gradient(weight.astype(mx.float32))
+    assert (found.dtype, precise.dtype) == (mx.bfloat16, mx.float32)
+    error = mx.linalg.norm(found.astype(mx.float32) - precise) / mx.linalg.norm(precise)
+    assert error.item() < 4e-3

@@ -33,6 +33,8 @@ _LINEAR_ATTENTION = {
     "linear_value_head_dim": 32,
 }
 
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 192}
+
 Trained = tuple[SplitModel, GradientComputer, Parameters, Footprint]
 
 
@@ -44,7 +46,8 @@ def trained(make_base: Callable[..., Path]) -> Callable[..., Trained]:
         family: str = "qwen3", mode: Mode = "off", shape: dict[str, Any] | None = None, **settings: Any
     ) -> Trained:
         shape = SHAPE | (shape or {})
-        split = SplitModel(load_model(str(make_base(family, **shape)), "float32").model)
+        dtype = settings.get("master_dtype", "float32")
+        split = SplitModel(load_model(str(make_base(family, **shape)), dtype).model)
         config = TrainConfig(data="-", **settings)
         method = make_method(config)
         parameters = method.attach(split.model, seed=0)
@@ -97,6 +100,9 @@ _MORE_SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "head": ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["lm_head"]}),
     "embeddings": ("qwen3", {"vocab_size": 4096}, {"rank": 4, "also_train": ["embed_tokens"]}),
     "full of some": ("qwen3", {}, {"method": "full", "layers": "2-4"}),
+    "experts": ("qwen3_moe", _EXPERTS, {"rank": 8}),
+    "experts' norms": ("qwen3_moe", _EXPERTS, {"rank": 8, "dora": True}),
+    "full in bfloat16": ("qwen3", {"num_hidden_layers": 2}, {"method": "full", "master_dtype": "bfloat16"}),
     "virtual tokens": ("qwen3", {}, {"method": "p-tuning", "encoder": "lstm", "virtual_tokens": 64}),
     "bottlenecks": ("qwen3", {}, {"method": "bottleneck", "reduction_factor": 4}),
 }
@@ -182,6 +188,18 @@ def test_weights_that_are_trained_as_they_are_are_counted_once(trained: Callable
     assert split.model is not None
 
 
+def test_masters_in_bfloat16_are_the_weights_and_their_gradients_are_as_long(trained: Callable[..., Trained]) -> None:
+    _, _, parameters, footprint = trained(method="full", master_dtype="bfloat16", optimizer="adamw8bit")
+    numbers = sum(value.size for value in parameters.values())
+    state = footprint.optimizer_state_bytes
+    assert footprint.weights == 0
+    assert footprint.predict("off", 1).trained == (2 + 4) * numbers + state, "a sum of gradients is float32"
+    alone = replace(footprint, accumulates=False)
+    assert alone.predict("off", 1).trained == 2 * numbers + state
+    assert alone.predict("blocks", 1).kept == 2 * numbers
+    assert footprint.checkpoint_bytes == 2 * numbers + state
+
+
 def test_layers_below_the_lowest_adapter_keep_nothing(trained: Callable[..., Trained]) -> None:
     every = trained(target="q_proj")[-1]
     top = trained(target="model.layers.4.self_attn.q_proj,model.layers.5.self_attn.q_proj")[-1]
@@ -203,7 +221,7 @@ def test_the_tiles_of_attentions_backward_pass_are_counted(heads: int, rows: int
     plain = LayerCounts(8, 8, 8, 8, 8, 0, 8, attended=128 * heads, trained=True)
     fused = replace(plain, heads=heads, keys=1024)
     with_tiles, without = (
-        Footprint((layer,), (), 0, 0, 0, 2, 1, 1, 1, head="fused", held=False).predict(
+        Footprint((layer,), (), 0, 0, 0, 0, 2, 1, 1, 1, head="fused", held=False).predict(
             "off", rows * width, width=width, supervised=1
         )
         for layer in (fused, plain)

@@ -118,6 +118,8 @@ def test_operations_are_the_products(no_weights: Path) -> None:
     assert operations(footprint, "off", work) == 10 * a_token
     assert operations(footprint, "layers", work) == 10 * (a_token + 2 * 6 * products)
     assert operations(footprint, "off", Work(0, 100, 0)) == 7 * 6 * 512 * 100
+    once_more = operations(footprint, "off", work, first_pass=True) - operations(footprint, "off", work)
+    assert once_more == 10 * 2 * (6 * products + adapters)
     assert operations(footprint, "off", Work(0, 0, 3)) == 3 * 4 * 512 * 264
     head = plan_of(model=str(no_weights), rank=1, target="q_proj", also_train=["lm_head", "embed_tokens"]).footprint
     assert operations(head, "off", work) == 10 * a_token
@@ -150,6 +152,23 @@ def test_full_fine_tuning_is_counted_with_its_optimizer(no_weights: Path) -> Non
     weights = lora.predicted.weights
     assert full.predicted.weights == weights
     assert full.predicted.trained == 16 * weights // 2, "float32 masters of bfloat16 weights"
+
+
+def test_masters_in_bfloat16_let_full_fine_tuning_fit_a_smaller_mac(no_weights: Path) -> None:
+    config = json.loads((no_weights / "config.json").read_text())
+    shape = {"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128,
+             "num_attention_heads": 16, "num_key_value_heads": 8}  # fmt: skip
+    (no_weights / "config.json").write_text(json.dumps(config | shape))  # that of Qwen3-0.6B
+    light = {"master_dtype": "bfloat16", "optimizer": "adamw8bit"}
+    given = {"model": str(no_weights), "method": "full", "max_length": 1024}
+    sixteen = plan_of("M2 16GB", **given, **light, memory_limit="8GB")
+    assert sixteen.settings is not None
+    assert sixteen.predicted.peak < 8e9
+    assert plan_of("M2 16GB", **given).settings is None, "float32 masters and AdamW do not fit"
+    assert plan_of("M2 8GB", **given, **light).settings is None, "the sum of several gradients does not fit 5.73 GB"
+    eight = plan_of("M2 8GB", **given, **light, batch_size=1)
+    assert eight.settings is not None
+    assert eight.predicted.peak < 5.73e9
 
 
 def test_the_command_prints_on_stdout(cli: Cli, no_weights: Path, chats: Path) -> None:

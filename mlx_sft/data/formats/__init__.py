@@ -10,6 +10,7 @@ from mlx_sft.data.messages import REASONING_KEYS
 from mlx_sft.data.readers import Row
 
 ENTRIES = {
+    "pairs": "mlx_sft.data.formats.pairs:FORMAT",
     "messages": "mlx_sft.data.formats.messages:FORMAT",
     "sharegpt": "mlx_sft.data.formats.sharegpt:FORMAT",
     "alpaca": "mlx_sft.data.formats.alpaca:FORMAT",
@@ -42,6 +43,8 @@ class RowFormat:
         example: How such a row is written.
         read: A row → what is in it: one item, a list of items that are examples of their own, or a tuple of items for an objective
             that compares them; raises `ValueError` with a reason.
+        compares: Where that is a tuple, what its items are called, in order. Rows are told to be of such a format only for an objective
+            that compares.
     """
 
     name: str
@@ -49,3 +52,4 @@ class RowFormat:
     optional: tuple[str, ...]
     example: str
     read: Callable[[Row], Items]
+    compares: tuple[str, ...] = ()

@@ -10,6 +10,13 @@ from mlx_sft.data.readers import Row
 
 
 def read(row: Row) -> Conversation:
+    prompt = prompt_of(row)
+    answer = read_messages([answer_of(row, text_of(row, "output"))], "output", ["output"])
+    return conversation_of(row, prompt + answer)
+
+
+def prompt_of(row: Row) -> list[Message]:
+    """What stands before the answer: the history, and the user's message."""
     history = parsed(row.value.get("history"), "history") or []
     if not isinstance(history, list):
         raise ValueError(f"history must be a list of [question, answer] pairs, not {kind(history)}")
@@ -24,9 +31,9 @@ def read(row: Row) -> Conversation:
     if not given and not is_blank(row.value.get("context")):
         what = "the instruction may be about the row's `context`, and nothing says where that goes"
         raise ValueError(f"{what}: --columns input=context puts it behind the instruction")
-    messages += [asked_with(instruction, given), answer_of(row, text_of(row, "output"))]
+    messages.append(asked_with(instruction, given))
     asked = " and ".join(key for key, text in (("instruction", instruction), ("input", given)) if text)
-    return conversation_of(row, read_messages(messages, "messages", [*places, asked, "output"]))
+    return read_messages(messages, "messages", [*places, asked])
 
 
 def asked_with(instruction: str, given: str) -> Message:

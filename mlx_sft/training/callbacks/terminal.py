@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, ClassVar
 
+from mlx_sft.registry import OBJECTIVES
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 
 
@@ -25,7 +26,8 @@ class Terminal(Callback):
     def on_step(self, run: TrainingRun, record: Record) -> None:
         steps = max(1, record["step"] - self._first)  # none where a run goes on with what followed its last step
         a_step = (time.perf_counter() - self._since) / steps
-        run.console.step(record, run.total_steps, a_step * (run.total_steps - record["step"]))
+        left = a_step * (run.total_steps - record["step"])
+        run.console.step(record, run.total_steps, left, OBJECTIVES[run.config.objective].shown)
 
     def on_evaluation(self, run: TrainingRun, record: Record) -> None:
-        run.console.evaluation(record)
+        run.console.evaluation(record, OBJECTIVES[run.config.objective].shown)

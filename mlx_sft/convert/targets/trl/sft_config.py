@@ -1,4 +1,4 @@
-"""A run's settings in TRL's words: arguments of `SFTConfig` with which its steps are ours."""
+"""A run's settings in TRL's words: arguments of `SFTConfig` or `DPOConfig` with which its steps are ours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.objectives.dpo import DPOSettings
 from mlx_sft.optimizers.adamw import AdamWSettings
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -19,12 +20,36 @@ def sft_arguments(config: TrainConfig, *, total_steps: int, longest: int) -> dic
         total_steps: Optimizer steps.
         longest: Tokens of the longest row.
     """
-    adamw = config.settings(AdamWSettings)
     at_once = rows_at_once(config.batch_size, longest, config.micro_batch_tokens or 0)
-    return {
-        "max_steps": total_steps,
+    return _arguments(config, total_steps) | {
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": config.batch_size // at_once,
+        "neftune_noise_alpha": config.neftune_alpha or None,
+        # The rows are tokenized, cut and in order.
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "train_sampling_strategy": "sequential",
+    }
+
+
+def dpo_arguments(config: TrainConfig, *, total_steps: int, longest: int) -> dict[str, Any]:
+    """Arguments of `DPOConfig` for pairs that come in steps of their own, each computed at once."""
+    settings = config.settings(DPOSettings)
+    both = {"loss_type": [settings.dpo_loss, "sft"], "loss_weights": [1.0, settings.sft_weight]}
+    return _arguments(config, total_steps) | {
+        "per_device_train_batch_size": config.batch_size,
+        **(both if settings.sft_weight else {"loss_type": [settings.dpo_loss]}),
+        "beta": settings.dpo_beta,
+        "label_smoothing": settings.label_smoothing,
+        "disable_dropout": False,  # the script has switched off what the run does not drop
+        "remove_unused_columns": False,
+    }
+
+
+def _arguments(config: TrainConfig, total_steps: int) -> dict[str, Any]:
+    """What both have in common."""
+    adamw = config.settings(AdamWSettings)
+    return {
+        "max_steps": total_steps,
         "activation_checkpointing": config.grad_checkpoint != "off",
         "optim": "adamw_torch",
         "learning_rate": config.lr,
@@ -35,12 +60,8 @@ def sft_arguments(config: TrainConfig, *, total_steps: int, longest: int) -> dic
         "adam_epsilon": adamw.eps,
         "weight_decay": adamw.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "neftune_noise_alpha": config.neftune_alpha or None,
         "seed": config.seed,
-        # The rows are tokenized, cut and in order.
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,
-        "train_sampling_strategy": "sequential",
         # The weights' own precision, and a loss of the labels alone.
         "bf16": False,
         "fp16": False,

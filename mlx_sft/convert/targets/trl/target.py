@@ -14,10 +14,9 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.convert.targets import BaseModelSettings, DataSettings, Target
 from mlx_sft.convert.targets.peft import open_as_peft, same
 from mlx_sft.convert.targets.trl.folder import TrlFolder
-from mlx_sft.convert.targets.trl.sft_config import sft_arguments
+from mlx_sft.convert.targets.trl.sft_config import dpo_arguments, sft_arguments
 from mlx_sft.data.batches import Plan, Step
 from mlx_sft.data.dataset import Examples
-from mlx_sft.data.example import Example
 from mlx_sft.data.prepare import PreparedData, prepare
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
@@ -27,6 +26,8 @@ from mlx_sft.model.load import load_tokenizer, name_elsewhere
 from mlx_sft.model.names import CAUSAL_LM, EXPERTS_PART, opening
 from mlx_sft.model.outline import outline
 from mlx_sft.model.translate import read_config
+from mlx_sft.objectives import make_objective
+from mlx_sft.registry import OBJECTIVES
 from mlx_sft.streams import printable
 from mlx_sft.training.resume import CONFIG_HEADER, identity_of, refuse_changes
 from mlx_sft.training.schedule import planned_steps
@@ -35,8 +36,18 @@ from mlx_sft.writing import new_file, write_file
 
 _FILES = Path(__file__).parent / "files"
 
-_OBJECTIVE, _OPTIMIZER = "sft", "adamw"
-"""What the script does."""
+_ARGUMENTS = {"sft": sft_arguments, "dpo": dpo_arguments}
+"""The objectives that the script knows, and what gives the arguments of TRL's configuration of each."""
+
+_OPTIMIZER = "adamw"
+
+_CUTTING = """\
+In `trl.json`, `per_device_train_batch_size` and `gradient_accumulation_steps` may be changed while their product stays {rows},
+and `activation_checkpointing` may be switched. Neither changes more than rounding."""
+
+_PAIRS = """\
+A row of `rows.jsonl` is a pair. The pairs of a step are computed at once, because TRL averages over what it computes at once. The reference
+is a frozen copy of the initial adapter. In `trl.json`, `activation_checkpointing` may be switched; that changes no more than rounding."""
 
 _DROPOUT = """\
 - Dropout ({dropout:g}): its random numbers are PyTorch's, so that losses agree on average and not step by step.
@@ -82,7 +93,8 @@ class Trl(Target):
         method, parameters = _start(config, path)
         plan = planned_steps(config, data)
         export = TrlFolder(folder)
-        _write_rows(export, data.train, list(plan.steps()))
+        compared = OBJECTIVES[config.objective].compares
+        _write_rows(export, data.train, list(plan.steps()), compared=compared)
         method.write(export.initial_adapter, parameters, name_elsewhere(config.model))
         open_as_peft(export.initial_adapter, str(path), "a run with --target attention can be exported")
         write_file(export.trl, to_json(_in_trls_words(config, path, plan, data, identity)))
@@ -102,10 +114,15 @@ class Trl(Target):
 
 def _not_for_trl(config: TrainConfig, method: type[Method]) -> str:
     """What of a run the script cannot do; empty where it can do all of it."""
-    if config.objective != _OBJECTIVE:
+    if config.objective not in _ARGUMENTS:
         return f"its --objective {config.objective} is not known to the script"
     if config.optimizer != _OPTIMIZER:
         return f"its --optimizer {config.optimizer} is not known to the script"
+    if OBJECTIVES[config.objective].compares:
+        if not make_objective(config).needs_reference:
+            return "its loss is not one of TRL's `DPOTrainer`, whose losses have a reference"
+        if config.neftune_alpha:
+            return "there the noise on embeddings would be on the reference too"
     if not method.starts_in_trl:
         return f"a run of --method {method.name} has no adapter that starts there as it does here"
     if config.quantize is not None:
@@ -128,12 +145,14 @@ def _start(config: TrainConfig, path: Path) -> tuple[Method, Parameters]:
     return method, parameters
 
 
-def _write_rows(export: TrlFolder, examples: Examples, steps: Sequence[Step]) -> None:
-    """The rows that are trained on, each once, and which of them each step has."""
-    used = sorted({row for step in steps for row in step.rows})
-    _write_lines(export.rows, (_row(examples[row]) for row in used))
+def _write_rows(export: TrlFolder, examples: Examples, steps: Sequence[Step], *, compared: bool) -> None:
+    """The rows that are trained on, each once, and which of them each step has; where texts are compared, a row is a pair."""
+    of_steps = [list(zip(step.rows[::2], step.rows[1::2], strict=True)) if compared else step.rows for step in steps]
+    used = sorted({row for rows in of_steps for row in rows})
+    _write_lines(export.rows, (_row(examples, row) for row in used))
     numbers = {row: number for number, row in enumerate(used)}
-    _write_lines(export.steps, ({"step": step.number, "rows": [numbers[row] for row in step.rows]} for step in steps))
+    lines = zip(steps, of_steps, strict=True)
+    _write_lines(export.steps, ({"step": step.number, "rows": [numbers[row] for row in rows]} for step, rows in lines))
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -141,7 +160,10 @@ def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
         file.writelines(f"{json.dumps(record)}\n".encode() for record in records)
 
 
-def _row(example: Example) -> dict[str, list[int]]:
+def _row(examples: Examples, row: int | tuple[int, int]) -> dict[str, Any]:
+    if isinstance(row, tuple):
+        return {name: _row(examples, one) for name, one in zip(("chosen", "rejected"), row, strict=True)}
+    example = examples[row]
     if not set(example.loss_weights.tolist()) <= {0.0, 1.0}:
         what, hint = "its messages have weights, which TRL's loss does not know", "leave the weights out of the rows"
         raise UserError(what, where=example.origin, hint=hint)
@@ -160,15 +182,19 @@ def _in_trls_words(
         "dtype": config.dtype,
         "rows_a_step": config.batch_size,
         "save_every": config.save_every if isinstance(config.save_every, int) else plan.steps_per_epoch,
-        "sft_config": sft_arguments(config, total_steps=plan.total_steps, longest=longest),
+        "objective": config.objective,
+        "config": _ARGUMENTS[config.objective](config, total_steps=plan.total_steps, longest=longest),
         "identity": {name: identity[name] for name in ("data", "model")},
     }
 
 
 def _readme(config: TrainConfig, method: Method, plan: Plan) -> str:
+    compared = OBJECTIVES[config.objective].compares
     return (_FILES / "README.md").read_text(encoding="utf-8").format(
         steps=plan.total_steps,
         rows=config.batch_size,
+        texts="pairs" if compared else "conversations",
+        cutting=(_PAIRS if compared else _CUTTING).format(rows=config.batch_size),
         model=" ".join(printable(name_elsewhere(config.model)).split()),
         dtype=config.dtype,
         dropout=(_DROPOUT.format(dropout=method.settings.dropout) if method.uses_dropout else "")
