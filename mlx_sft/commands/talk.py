@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from mlx_sft.console import Console, is_typed, read_all, read_line, write_text
+from mlx_sft.console import Console, write_text
 from mlx_sft.generation_settings import GenerationSettings
 from mlx_sft.options import own_options, taken, which_model
+from mlx_sft.stdin import is_typed, read_all, read_line
 
 
 @click.command()
