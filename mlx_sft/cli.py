@@ -10,9 +10,11 @@ import click
 
 from mlx_sft.commands.adapters import adapters
 from mlx_sft.commands.doctor import doctor
+from mlx_sft.commands.evaluate import evaluate
+from mlx_sft.commands.talk import chat, generate
 from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
-from mlx_sft.console import print_error, read_all, read_line, write_text
+from mlx_sft.console import print_error, write_text
 from mlx_sft.crash_report import Interrupted, command_line
 from mlx_sft.errors import INTERRUPTED, USAGE, UserError
 from mlx_sft.files import refuse_lost_folder
@@ -22,13 +24,11 @@ from mlx_sft.options import (
     choices,
     export_options,
     given,
-    model_options,
     own_options,
     resolved,
     settings,
     split_options,
     trusting,
-    which_model,
 )
 
 
@@ -275,52 +275,8 @@ def push(run: str, repo: str, **options: Any) -> None:
         console.done(result.url)
 
 
-@main.command()
-@model_options
-@click.option("--prompt", metavar="TEXT", help="What to ask; read from standard input where not given.")
-def generate(max_tokens: int, temperature: float, prompt: str | None, **model: Any) -> None:
-    """Answer one prompt."""
-    from mlx_sft.generate import stream_text
-    from mlx_sft.load import load_named
-
-    loaded = load_named(**model)
-    prompt = prompt if prompt is not None else read_all()
-    for text in stream_text(loaded, prompt, max_tokens=max_tokens, temperature=temperature):
-        write_text(text)
-    write_text("\n")
-
-
-@main.command()
-@model_options
-def chat(max_tokens: int, temperature: float, **model: Any) -> None:
-    """Talk with a model; an empty line or Ctrl-D ends the conversation.
-
-    A line `/adapter DIR` changes the adapter for what follows, `/adapter` alone takes it off.
-    """
-    from mlx_sft.generate import Chat
-    from mlx_sft.load import load_named
-
-    talk = Chat(load_named(**model), max_tokens=max_tokens, temperature=temperature)
-    while text := read_line():
-        for piece in talk.say(text):
-            write_text(piece)
-        write_text("\n")
-
-
-@main.command(name="eval")
-@which_model
-@click.option("--data", required=True, metavar="DATA", help="Rows, in any form that train takes.")
-@click.option("--json", "json_lines", is_flag=True, help="Write the result as a line of JSON.")
-def evaluate(data: str, json_lines: bool, **model: Any) -> None:
-    """Loss, perplexity and token accuracy on a file, of a run, of an adapter, or of a model.
-
-    The rows are read with the run's settings; without a run, with those that train has by itself.
-    """
-    from mlx_sft.evaluate import evaluate_model
-    from mlx_sft.load import load_named
-
-    write_text(evaluate_model(load_named(**model), data).describe(as_json=json_lines) + "\n")
-
-
 main.add_command(adapters)
+main.add_command(chat)
 main.add_command(doctor)
+main.add_command(evaluate)
+main.add_command(generate)

@@ -27,6 +27,7 @@ from mlx_sft.common_settings import (
 )
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_yaml
+from mlx_sft.other_names import suggestion
 from mlx_sft.registry import CALLBACKS, OBJECTIVES
 from mlx_sft.settings import Settings
 
@@ -196,7 +197,7 @@ def sections(config: TrainConfig | None = None) -> dict[str, list[str]]:
 
 
 def _as_user_error(error: ValidationError, settings: dict[str, Any]) -> UserError:
-    hints: list[str] = []
+    hints: dict[str, str] = {}
     lines: list[str] = []
     wrong: dict[str, list[str]] = {}
     for problem in error.errors():
@@ -204,7 +205,8 @@ def _as_user_error(error: ValidationError, settings: dict[str, Any]) -> UserErro
         if problem["type"] == "extra_forbidden":
             what, hint = _stray(key, settings)
             lines.append(what)
-            hints.append(hint)
+            if hint:
+                hints[key] = hint
         else:
             message = problem["msg"].removeprefix("Value error, ")
             wrong.setdefault(key, []).append(message[0].lower() + message[1:])
@@ -213,7 +215,8 @@ def _as_user_error(error: ValidationError, settings: dict[str, Any]) -> UserErro
         value = f", not {_shortened(settings[key])}" if key in settings and not told else ""
         place = f"{key}: " if key else ""
         lines.append(f"{place}{' or '.join(dict.fromkeys(messages))}{value}")
-    hint = next((h for h in hints if h), "`mlx-sft train --help` names every setting and its values")
+    hint = "; ".join(h if len(hints) == 1 else f"{key}: {h}" for key, h in hints.items())
+    hint = hint or "`mlx-sft train --help` names every setting and its values"
     return UserError("; ".join(lines), hint=hint, exit_code=USAGE)
 
 
@@ -221,7 +224,9 @@ def _stray(key: str, settings: dict[str, Any]) -> tuple[str, str]:
     """What is wrong with a key that the configuration has no setting for, and the way out."""
     owners = owners_of(key)
     if not owners:
-        return f"{key}: no such setting", did_you_mean(key, [public_name(name) for name in all_fields()])
+        fields = all_fields()
+        elsewhere = suggestion(key, lambda field: public_name(field) if field in fields else None)
+        return f"{key}: no such setting", elsewhere or did_you_mean(key, [public_name(name) for name in fields])
     kind = owners[0][0]
     *others, last = (name for _, name in owners)
     names, one = (f" {word} ".join(filter(None, (", ".join(others), last))) for word in ("and", "or"))

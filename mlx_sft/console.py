@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO, cast
@@ -300,26 +299,11 @@ def _write(text: str) -> None:
     stdout.write(printable(text) if stdout.isatty() else text)
 
 
-def read_line() -> str:
-    """A line from stdin, asked for with `> ` where a person types it; empty at the end of the input."""
-    if sys.stdin is not None and sys.stdin.isatty():
-        output("stderr").write("> ")
-    return _read(whole=False).strip()
-
-
-def read_all() -> str:
-    """All of stdin."""
-    return _read(whole=True)
-
-
-def _read(*, whole: bool) -> str:
-    hint = "give text in UTF-8, or --prompt"
-    if sys.stdin is None:
-        raise UserError("standard input is closed", hint=hint)
-    try:
-        return sys.stdin.read() if whole else sys.stdin.readline()
-    except (OSError, ValueError) as error:  # bytes that are no UTF-8 are a ValueError
-        raise UserError(f"standard input cannot be read: {error}", hint=hint) from error
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Lines of columns: the first one begins at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip() for first, *rest in table)
+    return "\n".join(lines)
 
 
 def count(number: int | float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -38,10 +38,12 @@ class EvaluationResult:
     Attributes:
         evaluation: The figures, which this class gives by name too.
         report: How many rows were used, truncated, dropped or bad, and why.
+        f1: Of each short answer that the model was let write, by the words that it shares with the row's; empty where it was not.
     """
 
     evaluation: Evaluation
     report: SourceReport
+    f1: list[float] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -64,6 +66,11 @@ class EvaluationResult:
         return self.evaluation.exact_match
 
     @property
+    def mean_f1(self) -> float:
+        """The mean of the short answers' F1; not a number where the model was let write none."""
+        return sum(self.f1) / len(self.f1) if self.f1 else math.nan
+
+    @property
     def tokens(self) -> int:
         """The number of tokens of all examples."""
         return self.evaluation.tokens
@@ -78,21 +85,33 @@ class EvaluationResult:
 
     def describe(self, *, as_json: bool = False) -> str:
         """A line for a person, or of JSON."""
-        report = self.report
-        fates = {"rows": report.kept, "truncated": report.truncated, "dropped": report.dropped, "bad": report.bad}
         if as_json:
-            record = asdict(self.evaluation)
-            record |= {**record.pop("own"), **fates}
-            finite = {k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}
-            return json.dumps(finite, allow_nan=False)
-        counts = ", ".join(f"{number} {fate}" for fate, number in fates.items() if number or fate == "rows")
+            return json.dumps(self.record(), allow_nan=False)
         perplexity = "" if self.perplexity is None else f"perplexity {self.perplexity:.2f}  "
         own = "".join(f"{name} {value:.4g}  " for name, value in self.evaluation.own.items())
+        f1 = f"F1 {self.mean_f1:.1%} of {len(self.f1)} short answers  " if self.f1 else ""
         return (
             f"loss {self.loss:.4f}  {perplexity}token accuracy {self.token_accuracy:.1%}  "
-            f"exact match {self.exact_match:.1%}  {own}"
-            f"({counts}, {self.supervised_tokens} supervised tokens)"
+            f"exact match {self.exact_match:.1%}  {f1}{own}"
+            f"({self.fates()}, {self.supervised_tokens} supervised tokens)"
         )
+
+    def record(self) -> dict[str, float | None]:
+        """Every figure by its name; None for one that is not finite."""
+        record = asdict(self.evaluation)
+        record |= {**record.pop("own"), **self._fates}
+        if self.f1:
+            record |= {"f1": self.mean_f1, "short_answers": len(self.f1)}
+        return {name: value if value is not None and math.isfinite(value) else None for name, value in record.items()}
+
+    def fates(self) -> str:
+        """`9 rows, 1 dropped`: how many rows were used, and what became of others."""
+        return ", ".join(f"{number} {fate}" for fate, number in self._fates.items() if number or fate == "rows")
+
+    @property
+    def _fates(self) -> dict[str, int]:
+        report = self.report
+        return {"rows": report.kept, "truncated": report.truncated, "dropped": report.dropped, "bad": report.bad}
 
 
 class _Bound(Method):
@@ -140,10 +159,15 @@ def evaluate_model(loaded: LoadedModel, data: str) -> EvaluationResult:
     Raises:
         UserError: If the data cannot be used.
     """
+    examples, report, config = examples_of(loaded, data)
+    return EvaluationResult(evaluate_examples(loaded, examples, config), report)
+
+
+def examples_of(loaded: LoadedModel, data: str) -> tuple[Examples, SourceReport, TrainConfig]:
+    """The rows of a data source as `evaluate_model` reads them, what became of them, and the settings."""
     own = isinstance(loaded, AdaptedModel) and loaded.train_config
     config = own or TrainConfig(data=[data], model=loaded.name)
-    examples, report = prepare_file(data, config, loaded.tokenizer)
-    return EvaluationResult(evaluate_examples(loaded, examples, config), report)
+    return *prepare_file(data, config, loaded.tokenizer), config
 
 
 def evaluate_examples(loaded: LoadedModel, examples: Examples, config: TrainConfig) -> Evaluation:

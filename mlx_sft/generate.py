@@ -2,99 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm import stream_generate
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft.data.prompt import prompt_text
 from mlx_sft.data.tokenizer import generation_ends, tokenizer_errors
 from mlx_sft.errors import UserError
-from mlx_sft.load import AdaptedModel, adapted, put_adapter
+from mlx_sft.generation_settings import GenerationSettings
+from mlx_sft.load import AdaptedModel
 from mlx_sft.model.load import LoadedModel
+from mlx_sft.model.vocabulary import vocabulary_size
 
 Prompt = str | list[dict[str, Any]]
 """A user's message, or a list of messages."""
 
 
-def stream_text(
-    loaded: LoadedModel, prompt: Prompt, *, max_tokens: int = 256, temperature: float = 0.0
-) -> Iterator[str]:
+def stream_text(loaded: LoadedModel, prompt: Prompt, **settings: Any) -> Iterator[str]:
     """The model's answer, piece by piece, up to its end of turn.
 
     Args:
         prompt: It is rendered with the tokenizer's chat template; where there is none, plain text is continued as it stands.
-        max_tokens: The most tokens that are generated.
-        temperature: 0 takes the likeliest token each time.
+        settings: Those of `GenerationSettings`: system, max_tokens, temperature, top_p, top_k, min_p, seed, stop, repetition_penalty.
+            Drawing with a seed sets that of `mx.random`.
 
     Raises:
-        UserError: If the chat template rejects the conversation, or what was trained does not say how generation starts with it.
+        UserError: If a setting cannot be, the chat template rejects the conversation, or what was trained does not say how generation
+            starts with it.
     """
+    chosen = GenerationSettings.of(settings)
+    pieces = continued(loaded, prompt_tokens(loaded, prompt, chosen.system), chosen)
+    return until_stop(chosen.stop, pieces) if chosen.stop else pieces
+
+
+def generate_text(loaded: LoadedModel, prompt: Prompt, **settings: Any) -> str:
+    """The model's whole answer; see `stream_text`."""
+    return "".join(stream_text(loaded, prompt, **settings))
+
+
+def continued(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSettings) -> Generator[str]:
+    """What the model writes after these tokens, piece by piece, up to its end of turn; stop texts and system prompt are not looked at."""
     method = loaded.method if isinstance(loaded, AdaptedModel) else None
-    # mlx-lm tokenizes before the first token, and decodes with each.
-    with tokenizer_errors(str(loaded.path), "generating", panics_only=True):
-        tokenizer = TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded))
-        for response in stream_generate(
-            loaded.model,
-            tokenizer,
-            prompt_tokens(loaded, prompt),
-            max_tokens=max_tokens,
-            sampler=make_sampler(temp=temperature),
-            prompt_cache=method.generation_cache(loaded.model) if method else None,
-        ):
+    # mlx-lm draws from the random numbers of the whole process.
+    if chosen.seed is not None and chosen.temperature > 0:
+        mx.random.seed(chosen.seed)
+    # mlx-lm refuses to keep as many tokens as there are.
+    keeps_all = chosen.top_k == 0 or chosen.top_k >= vocabulary_size(loaded.model, loaded.config)
+    # mlx-lm looks into the tokenizer before the first token, and decodes with each.
+    with (
+        tokenizer_errors(str(loaded.path), "generating", panics_only=True),
+        closing(
+            stream_generate(
+                loaded.model,
+                TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_tokens(loaded)),
+                token_ids,
+                max_tokens=chosen.max_tokens,
+                sampler=make_sampler(
+                    temp=chosen.temperature,
+                    top_p=chosen.top_p,
+                    min_p=chosen.min_p,
+                    top_k=0 if keeps_all else chosen.top_k,
+                ),
+                logits_processors=make_logits_processors(
+                    repetition_penalty=None if chosen.repetition_penalty == 1 else chosen.repetition_penalty
+                ),
+                prompt_cache=method.generation_cache(loaded.model) if method else None,
+            )
+        ) as responses,
+    ):
+        for response in responses:
             yield response.text
 
 
-class Chat:
-    """A conversation with a model. The message `/adapter DIR` puts another adapter on the model, `/adapter` takes it off."""
-
-    def __init__(self, loaded: LoadedModel, *, max_tokens: int = 256, temperature: float = 0.0) -> None:
-        self._loaded = loaded
-        self._max_tokens = max_tokens
-        self._temperature = temperature
-        self.messages: list[dict[str, Any]] = []
-
-    def say(self, text: str) -> Iterator[str]:
-        """The answer to a user's message, piece by piece."""
-        command, _, argument = text.partition(" ")
-        if command == "/adapter":
-            yield self._changed(argument.strip())
-            return
-        self.messages.append({"role": "user", "content": text})
-        answer = ""
-        for piece in stream_text(
-            self._loaded, self.messages, max_tokens=self._max_tokens, temperature=self._temperature
-        ):
-            answer += piece
-            yield piece
-        self.messages.append({"role": "assistant", "content": answer})
-
-    def _changed(self, folder: str) -> str:
-        before = self._loaded
-        attached = before.method if isinstance(before, AdaptedModel) else None
-        try:
-            method = put_adapter(before.model, folder or None, attached)
-        except UserError as error:
-            return f"{error}; the adapter is as it was"
-        run, config = (before.run, before.train_config) if isinstance(before, AdaptedModel) else (None, None)
-        self._loaded = adapted(before, method, run, config)
-        return f"from here on with {folder}" if folder else "from here on without an adapter"
+def until_stop(stops: Sequence[str], pieces: Generator[str]) -> Iterator[str]:
+    """The text up to the first of some texts. What may be the beginning of one is held back until it is known not to be."""
+    held = ""
+    with closing(pieces):
+        for piece in pieces:
+            held += piece
+            if found := [place for stop in stops if (place := held.find(stop)) >= 0]:
+                yield held[: min(found)]
+                return
+            kept = len(held) - _begun(held, stops)
+            yield held[:kept]
+            held = held[kept:]
+    yield held
 
 
-def generate_text(loaded: LoadedModel, prompt: Prompt, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
-    """The model's whole answer; see `stream_text`."""
-    return "".join(stream_text(loaded, prompt, max_tokens=max_tokens, temperature=temperature))
+def _begun(text: str, stops: Iterable[str]) -> int:
+    """How many characters at the end of a text are the beginning of one of these."""
+    return max(size for stop in stops for size in range(len(stop)) if text.endswith(stop[:size]))
 
 
-def prompt_tokens(loaded: LoadedModel, prompt: Prompt) -> list[int]:
+def prompt_tokens(loaded: LoadedModel, prompt: Prompt, system: str | None = None) -> list[int]:
     """Token ids of a prompt, with the header that opens the assistant's turn."""
     if isinstance(prompt, str) and not loaded.tokenizer.chat_template:
+        if system is not None:
+            what = "a system prompt needs a chat template, and this model has none"
+            raise UserError(what, where=str(loaded.path), hint="put its words into the prompt itself")
         return _tokens(loaded, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     config = loaded.train_config if isinstance(loaded, AdaptedModel) else None
-    return _tokens(loaded, prompt_text(loaded.tokenizer, messages, config), add_special_tokens=False)
+    return _tokens(loaded, prompt_text(loaded.tokenizer, messages, config, system), add_special_tokens=False)
 
 
 def _tokens(loaded: LoadedModel, text: str, **options: bool) -> list[int]:

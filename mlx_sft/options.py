@@ -17,7 +17,9 @@ from pydantic.fields import FieldInfo
 from mlx_sft.common_settings import option_name, public_name
 from mlx_sft.compare.settings import NOT_SHARED
 from mlx_sft.config import TrainConfig, all_fields, entry_settings, owners_of, sections
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_yaml
+from mlx_sft.other_names import suggestion
 from mlx_sft.registry import METHODS, OBJECTIVES, OPTIMIZERS, TARGETS
 from mlx_sft.settings import Settings
 
@@ -43,6 +45,27 @@ class Late(click.Command):
         made = (one.make() if isinstance(one, _Later) else [one] for one in self.params)
         self.params = [parameter for parameters in made for parameter in parameters]
         return super().get_params(context)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """As click does, with a way out for options of other trainers, and for data that is named without its option."""
+        options = {parameter.name for parameter in self.get_params(context)}
+        context.allow_extra_args = "config_file" in options
+        try:
+            rest = super().parse_args(context, args)
+        except click.NoSuchOption as error:
+            hint = suggestion(error.option_name, lambda field: option_name(field) if field in options else None)
+            if not hint:
+                raise
+            raise UserError(f"no such option {error.option_name}", hint=hint, exit_code=USAGE) from error
+        if rest and not context.resilient_parsing:
+            meant = " ".join(f"--config {word}" if _is_yaml(word) else f"--data {word}" for word in rest)
+            what = f"{rest[0]} stands there without an option"
+            raise UserError(what, hint=f"did you mean {meant}?", exit_code=USAGE)
+        return rest
+
+
+def _is_yaml(name: str) -> bool:
+    return name.lower().endswith((".yaml", ".yml"))
 
 
 class Sectioned(Late):
@@ -142,29 +165,28 @@ base_model = click.option("--base-model", metavar="MODEL",
     help="Where the run's base lies now, if not where training found it.")  # fmt: skip
 
 
-def model_options(command: Command) -> Command:
-    """Which model, and how it answers: of `generate` and `chat`."""
-    for option in (
-        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
-                     help="0 takes the likeliest token each time."),
-        click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True,
-                     help="Longest answer."),
-        which_model,
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
 def which_model(command: Command) -> Command:
     """A run, a model, or an adapter on a model: what `load_named` takes."""
+    return _which(command)
+
+
+def which_models(command: Command) -> Command:
+    """Several of them: what `each_named` takes."""
+    return _which(command, " Give it again for several.")
+
+
+def _which(command: Command, more: str = "") -> Command:
+    several = bool(more)
     for option in (
         trusting,
         click.option("--base", is_flag=True, help="The model as it was before training."),
-        click.option("--adapter", metavar="DIR", help="An adapter of PEFT's or mlx-lm's, on --model or on the base that it names."),
-        click.option("--model", metavar="MODEL", help="A model instead of a run, such as an exported folder."),
+        click.option("--adapter", metavar="DIR", multiple=several,
+                     help="An adapter of PEFT's or mlx-lm's, on --model or on the base that it names." + more),
+        click.option("--model", metavar="MODEL", multiple=several,
+                     help="A model instead of a run, such as an exported folder." + more),
         step,
         base_model,
-        click.option("--run", metavar="RUN", help="The run folder."),
+        click.option("--run", metavar="RUN", multiple=several, help="The run folder." + more),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -181,6 +203,12 @@ def split_options(
     stated = given(options)
     own = {name: stated.pop(name) for name in list(stated) if name in owner.model_fields}
     return own, (read_yaml(Path(config_file)) if config_file else {}) | stated
+
+
+def taken(owner: type[Settings], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given of a command's own settings, which are taken out of all options."""
+    own = {name: options.pop(name) for name in owner.model_fields}
+    return {name: value for name, value in own.items() if value not in (None, ())}
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -166,8 +166,8 @@ def test_options_override_the_file(cli: Cli, resolved: list[TrainConfig], tmp_pa
         (["fly"], "fly"),
         (["generate", "--prompt", "x"], "--run"),
         (["generate", "--prompt", "x", "--run", "a", "--model", "b"], "--run"),
-        (["generate", "--prompt", "x", "--run", "a", "--max-tokens", "0"], "--max-tokens"),
-        (["generate", "--prompt", "x", "--run", "a", "--temperature", "-1"], "--temperature"),
+        (["generate", "--prompt", "x", "--run", "a", "--max-tokens", "0"], "max_tokens: "),
+        (["generate", "--prompt", "x", "--run", "a", "--temperature", "-1"], "temperature: "),
         (["chat"], "--run"),
         (["eval", "--data", "x"], "--run"),
         (["inspect"], "nothing to train on"),
@@ -260,8 +260,8 @@ def test_a_run_and_its_base_answer_as_the_library_does(cli: Cli, run: str, setti
     assert cli("generate", "--run", run, "--max-tokens", "8", input="the cat").stdout == answer
 
 
-def test_a_conversation_goes_on_until_an_empty_line(cli: Cli, run: str) -> None:
-    result = cli("chat", "--run", run, "--max-tokens", "4", input="the cat\nand the dog\n\nnever read\n")
+def test_a_conversation_goes_on_until_the_input_ends(cli: Cli, run: str) -> None:
+    result = cli("chat", "--run", run, "--max-tokens", "4", input="the cat\n\nand the dog\n")
     loaded = mlx_sft.load_run(run)
     first = mlx_sft.generate_text(loaded, "the cat", max_tokens=4)
     said = [

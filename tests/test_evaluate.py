@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -62,6 +63,9 @@ def test_a_result_is_a_line_for_a_person_or_of_json(run: RunFolder, chats: Path)
     assert repr(result) == f"EvaluationResult({result.describe()})"
     assert "\n" not in result.describe()
     assert f"{record['token_accuracy']:.1%}" in result.describe()
+    with_answers = dataclasses.replace(result, f1=[1.0, 0.5])
+    assert "F1 75.0% of 2 short answers" in with_answers.describe()
+    assert json.loads(with_answers.describe(as_json=True)) == record | {"f1": 0.75, "short_answers": 2}
 
 
 def test_data_that_cannot_be_read_is_named(run: RunFolder, tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_sft import TrainConfig, UserError, export, load_run, train
+from mlx_sft.chat import Chat
 from mlx_sft.data.batches import Batch
 from mlx_sft.data.conversation import Tokens
 from mlx_sft.data.example import IGNORED
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.readers import Row
 from mlx_sft.errors import USAGE
-from mlx_sft.generate import Chat, end_tokens, generate_text, prompt_tokens
+from mlx_sft.generate import end_tokens, generate_text, prompt_tokens
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import load_model
 from mlx_sft.objectives import LogProbs, Objective, Weighting

@@ -8,19 +8,49 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.data.conversation import Conversation
-from mlx_sft.data.mask.reference_rendering import ReferenceRendering
+from mlx_sft.data.mask.reference_rendering import SYSTEM_ROLES, ReferenceRendering
 from mlx_sft.data.system_prompts import folded
+from mlx_sft.errors import UserError
 
 
 def prompt_text(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], config: TrainConfig | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    config: TrainConfig | None = None,
+    system: str | None = None,
 ) -> str:
     """Messages, and the header of the assistant's turn.
 
     Args:
         config: Of a run: the template gets the variables that it had in training, and system prompts stand where they stood.
+        system: A system prompt to put first. Without a run, its words go into the user's message where the template takes none.
+
+    Raises:
+        UserError: If the template rejects the conversation or leaves the system prompt out, or there are two of them.
     """
+    if system is None:
+        return _rendered(tokenizer, messages, config, fold=config is not None and config.system == "fold")
+    if any(message.get("role") in SYSTEM_ROLES for message in messages):
+        raise UserError("the conversation has a system prompt of its own", hint="leave one of them out")
+    asked = [{"role": "system", "content": system}, *messages]
+    try:
+        text = _rendered(tokenizer, asked, config, fold=config is None or config.system == "fold")
+    except UserError as error:
+        if config is None or config.system == "fold":
+            raise
+        raise UserError(error.what, where=error.where, hint=_UNTRAINED) from error
+    if system.strip() and text == _rendered(tokenizer, messages, config, fold=False):
+        raise UserError("the chat template leaves the system prompt out", hint=_UNTRAINED)
+    return text
+
+
+_UNTRAINED = "the run was trained without `--system fold`: put these words into the prompt itself"
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], config: TrainConfig | None, *, fold: bool
+) -> str:
     conversation = Conversation("", messages, template_kwargs=config.chat_template_kwargs if config else {})
-    if config and config.system == "fold":
+    if fold:
         conversation = folded(tokenizer, conversation, prompt=True)
     return ReferenceRendering(tokenizer, conversation).prompted
