@@ -446,10 +446,10 @@ CHOSEN = {"role": "assistant", "content": "the mat", "reasoning_content": "Hm."}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": '{"a":1}'}]}
 PAIRS: list[dict[str, Any]] = [
     {"prompt": "the cat", "chosen": "sat", "rejected": "the dog", "chosen_rating": 5, "rejected_rating": 4.5, "id": 7},
-    {"prompt": PROMPT, "chosen": [CHOSEN], "rejected": [{**CHOSEN, "weight": 0.5}, {"role": "user", "content": "?"}, CHOSEN]},
+    {"prompt": PROMPT, "chosen": [CHOSEN], "rejected": [{**CHOSEN, "weight": 0}, {"role": "user", "content": "?"}, CHOSEN]},
     {"chosen": [*PROMPT, CHOSEN], "rejected": [*PROMPT, CALLING, {"role": "tool", "content": "6"}, CHOSEN], "system": "Be brief."},
     {"conversations": [{"from": "human", "value": "a"}], "chosen": gpt("b"), "rejected": gpt("c"), "tools": '[{"name": "f"}]'},
-    {"instruction": "a", "input": "b", "history": [["c", "d"]], "chosen": "e", "rejected": "f", "weight": 0.5},
+    {"instruction": "a", "input": "b", "history": [["c", "d"]], "chosen": "e", "rejected": "f", "weight": 1},
     {"question": "a", "system": "", "chosen": "e", "rejected": "f", "chat_template_kwargs": {"a": 1}},
     {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
 ]  # fmt: skip

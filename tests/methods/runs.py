@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sft import UserError, export, generate_text, load_run
-from mlx_sft.generate import Chat
+from mlx_sft.chat import Chat
 from mlx_sft.load import AdaptedModel
 from mlx_sft.model.head import SplitModel
 
