@@ -290,7 +290,7 @@ def test_virtual_tokens_count_in_memory_and_not_in_max_length(base: Path, given:
         method = Prompt(PromptSettings(virtual_tokens=number))
         parameters = method.attach(split.model, 0)
         found = Footprint.of(config, split, method, parameters, 264, head="tiles", fused=False)
-        return replace(found, trainable=0, optimizer_state_bytes=0)
+        return replace(found, trainable=0, trained_bytes=0, optimizer_state_bytes=0)
 
     long, short = footprint(40), footprint(10)
     assert not long.trains_head
