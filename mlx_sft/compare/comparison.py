@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from datetime import datetime
 from functools import cached_property
 from math import prod
@@ -17,7 +16,7 @@ from mlx_sft.compare.candidates import Candidate, candidates_of
 from mlx_sft.compare.forgetting import kl_from, predictions
 from mlx_sft.compare.search import Pace, by_loss, halving, steps_within
 from mlx_sft.compare.settings import NOT_SHARED, CompareSettings
-from mlx_sft.compare.trials import Trial, folder_of, run_trial
+from mlx_sft.compare.trials import STOPPED, Trial, folder_of, run_trial
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console, duration
 from mlx_sft.data.dataset import Examples
@@ -44,7 +43,7 @@ _PILOT_STEPS = 5
 _ON_DISK = ("data", "valid", "model", "chat_template", "add_tokens")
 
 
-class Measured(BaseModel):
+class Figures(BaseModel):
     """What a trained model, or the base, is like.
 
     Attributes:
@@ -63,7 +62,7 @@ class Measured(BaseModel):
     bytes: int = 0
 
 
-class Record(BaseModel):
+class ComparisonRecord(BaseModel):
     """The comparison as it is kept.
 
     Attributes:
@@ -86,8 +85,8 @@ class Record(BaseModel):
     steps: dict[str, int] = Field(default_factory=dict)
     trials: list[Trial] = Field(default_factory=list)
     finals: dict[str, Trial] = Field(default_factory=dict)
-    base: Measured | None = None
-    results: dict[str, Measured] = Field(default_factory=dict)
+    base: Figures | None = None
+    results: dict[str, Figures] = Field(default_factory=dict)
     base_parameters: int = 0
     most_steps: int = 0
     identity: dict[str, str] = Field(default_factory=dict)
@@ -105,7 +104,12 @@ class Comparison:
     ```
     """
 
-    def __init__(self, path: str | Path, record: Record, console: Console) -> None:
+    _tested: Examples
+    """The rows on which results are measured."""
+    _general: Examples
+    """Those by which forgetting is."""
+
+    def __init__(self, path: str | Path, record: ComparisonRecord, console: Console) -> None:
         self.path, self.record, self.console = Path(path), record, console
         self.candidates = candidates_of(record.settings.methods, record.settings.learning_rates)
 
@@ -126,7 +130,7 @@ class Comparison:
         full = with_full_paths(configs[0])
         common |= {name: getattr(full, name) for name in _ON_DISK if name in common}
         places = {name: full_path(value) for name in ("test", "general_data") if (value := getattr(settings, name))}
-        record = Record(settings=settings.model_copy(update=places), common=common)
+        record = ComparisonRecord(settings=settings.model_copy(update=places), common=common)
         comparison = cls(RunFolder.new(out).path, record, console)
         comparison._read()
         RunFolder.create(out)
@@ -141,7 +145,7 @@ class Comparison:
             hint = "give the folder that `mlx-sft compare` was told to write with --out"
             raise UserError(f"not a comparison: it has no {FILE}", where=str(path), hint=hint, exit_code=USAGE)
         try:
-            record = Record.model_validate(read_json(file))
+            record = ComparisonRecord.model_validate(read_json(file))
         except ValidationError as error:
             hint = "it was changed, or written by another version; start a new comparison"
             raise UserError(f"it cannot be read: {first_problem(error)}", where=str(file), hint=hint) from error
@@ -154,16 +158,20 @@ class Comparison:
 
     def _read(self) -> None:
         """What is known before anything is trained: that all rows can be read, how many steps there are, how large the model is."""
-        record, config = self.record, self._config
-        path = resolve_checkpoint(config.model)
-        dated = with_todays_variables(config, self._tokenizer)
-        if dated.chat_template_kwargs:
-            record.common["chat_template_kwargs"] = dated.chat_template_kwargs
+        record, settings = self.record, self.record.settings
+        path = resolve_checkpoint(self._config.model)
+        if variables := with_todays_variables(self._config, self._tokenizer).chat_template_kwargs:
+            record.common["chat_template_kwargs"] = variables
+        config, general = self._config, settings.general_data or str(Path(__file__).with_name("general.jsonl"))
         with self.console.reading() as reading:
-            data = prepare(dated, self._tokenizer, reading)
-            for rows in filter(None, (record.settings.test, record.settings.general_data)):
-                prepare_file(rows, dated, self._tokenizer, reading)
-        record.most_steps = planned_steps(dated, data).total_steps
+            data = prepare(config, self._tokenizer, reading)
+            self._tested = (
+                data.valid
+                if settings.test is None
+                else prepare_file(settings.test, config, self._tokenizer, reading)[0]
+            )
+            self._general = prepare_file(general, config, self._tokenizer, reading)[0]
+        record.most_steps = planned_steps(config, data).total_steps
         record.base_parameters = sum(
             prod(tensor.shape) for file in weight_files(path) for tensor in open_safetensors(file).tensors
         )
@@ -175,30 +183,32 @@ class Comparison:
         Raises:
             UserError: If nothing can be trained on this data, or the time is too short, or it was told to stop.
         """
-        with RunFolder(self.path).locked(self.console.warn), ExitStack() as stopped:
-            stopped.push(self._say_how_to_go_on)
-            self._plan()
-            for candidate in self.candidates:
-                self._search(candidate)
-            if not self.record.finals:
-                what = "every method failed; " + "; ".join(
-                    sorted({one.failed or "no finite loss" for one in self.record.trials})
-                )
-                raise UserError(what, where=str(self.path), hint="see what `mlx-sft train` says of one of them")
-            self._measure()
+        try:
+            with RunFolder(self.path).locked(self.console.warn):
+                self._plan()
+                for candidate in self.candidates:
+                    self._search(candidate)
+                self._refuse_failure()
+                self._measure()
+        except UserError as error:
+            if error.exit_code > STOPPED:
+                error.hint = f"continue with: mlx-sft compare --resume {self.path}"
+            raise
 
-    def _say_how_to_go_on(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, UserError) and error.exit_code > 128:
-            error.hint = f"continue with: mlx-sft compare --resume {self.path}"
+    def _refuse_failure(self) -> None:
+        if not self.record.finals:
+            reasons = sorted({one.failed or "no finite loss" for one in self.record.trials})
+            what = f"every method failed; {'; '.join(reasons)}"
+            raise UserError(what, where=str(self.path), hint="see what `mlx-sft train` says of one of them")
 
     def _keep(self) -> None:
         write_file(self.path / FILE, to_json(self.record.model_dump(mode="json")))
 
     # The plan
 
-    @cached_property
+    @property
     def _config(self) -> TrainConfig:
-        """What all candidates have of their data; that of the first."""
+        """What all candidates have of their data, with the day on which the comparison began; that of the first."""
         return self.candidates[0].config(self.record.common)
 
     @cached_property
@@ -272,36 +282,28 @@ class Comparison:
         record = self.record
         if record.base is not None and record.results.keys() == record.finals.keys():
             return
-        rows = self._test_rows()
-        record.tested = len(rows)
+        record.tested = len(self._tested)
         folders = {label: self.run_of(label) for label in record.finals}
-        self.console.note(f"measuring {len(folders)} results and the base on {len(rows)} rows")
+        self.console.note(f"measuring {len(folders)} results and the base on {record.tested} rows")
         loaded = load_run(next(iter(folders.values())), base=True)
-        general = record.settings.general_data or str(Path(__file__).with_name("general.jsonl"))
-        general_rows = prepare_file(general, self._config, self._tokenizer)[0]
-        before = list(predictions(loaded, general_rows))
+        before = list(predictions(loaded, self._general))
         if record.base is None:
-            record.base = self._measured(loaded, rows)
+            record.base = self._measured(loaded)
         del loaded
         for label, folder in folders.items():
             if label not in record.results:
                 loaded = load_run(folder)
                 kept = folder / loaded.method.folder if loaded.method else folder
                 record.results[label] = self._measured(
-                    loaded, rows, forgetting=kl_from(before, loaded, general_rows), bytes=folder_bytes(kept)
+                    loaded, forgetting=kl_from(before, loaded, self._general), bytes=folder_bytes(kept)
                 )
                 del loaded
                 self._keep()
         self._keep()
 
-    def _measured(self, loaded: AdaptedModel, rows: Examples, **further: Any) -> Measured:
-        found = evaluate_examples(loaded, rows, self._config)
-        return Measured(loss=found.loss, exact_match=found.exact_match, token_accuracy=found.token_accuracy, **further)
-
-    def _test_rows(self) -> Examples:
-        if self.record.settings.test is not None:
-            return prepare_file(self.record.settings.test, self._config, self._tokenizer)[0]
-        return prepare(self._config, self._tokenizer).valid
+    def _measured(self, loaded: AdaptedModel, **further: Any) -> Figures:
+        found = evaluate_examples(loaded, self._tested, self._config)
+        return Figures(loss=found.loss, exact_match=found.exact_match, token_accuracy=found.token_accuracy, **further)
 
     def run_of(self, label: str) -> Path:
         """The folder of a candidate's last run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_sft.compare.comparison import Comparison, Measured
+from mlx_sft.compare.comparison import Comparison, Figures
 from mlx_sft.compare.trials import Trial
 from mlx_sft.console import aligned, count, duration, size
 
@@ -36,7 +36,7 @@ def rows(comparison: Comparison) -> list[list[str]]:
     return found
 
 
-def _measured(result: Measured | None, trial: Trial | None = None) -> list[str]:
+def _measured(result: Figures | None, trial: Trial | None = None) -> list[str]:
     if result is None:
         return ["-"] * 3
     return [f"{result.loss:.4f}", f"{result.exact_match:.1%}", f"{result.forgetting:.4f}" if trial else "0"]

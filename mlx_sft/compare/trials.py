@@ -23,7 +23,7 @@ from mlx_sft.writing import remove
 
 _EVALUATIONS, _APART = 4, 5
 """In a run, so many steps apart at the least: its result is the best of them, so that too many steps do not count against a method."""
-_STOPPED = 128
+STOPPED = 128
 """Exit codes above it say that a person or the system ended the run."""
 
 
@@ -122,7 +122,7 @@ def run_trial(
                 remove(folder)
         train(config, callbacks=[counted])
     except UserError as error:
-        if error.exit_code > _STOPPED:
+        if error.exit_code > STOPPED:
             raise
         return trial.model_copy(update={"failed": str(error), "wall": round(wall() - begun, 3)})
     finally:

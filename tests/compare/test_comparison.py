@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 from click.testing import Result
 
-from mlx_sft import UserError, compare_methods, evaluate_run, load_run
+from mlx_sft import TrainConfig, UserError, compare_methods, evaluate_run, load_run
 from mlx_sft.compare import comparison as comparisons
-from mlx_sft.compare.comparison import FILE, Comparison, Record
+from mlx_sft.compare.comparison import FILE, Comparison, ComparisonRecord
 from mlx_sft.compare.forgetting import kl_from, predictions
 from mlx_sft.compare.page import page_html
+from mlx_sft.compare.settings import CompareSettings
 from mlx_sft.compare.table import COLUMNS, markdown, rows, text
 from mlx_sft.compare.trials import run_trial
 from mlx_sft.console import Console
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
+from mlx_sft.data.prepare import prepare_file
 from mlx_sft.evaluate import evaluate_examples
 from tests.chats import write_chats
 
@@ -98,7 +100,7 @@ def test_a_comparison_that_was_cut_short_goes_on_and_ends_the_same(
         compare_methods(resume=tmp_path / "cut", console=Console(quiet=True))
 
 
-def _without_times(record: Record) -> Any:
+def _without_times(record: ComparisonRecord) -> Any:
     timed = {"wall", "seconds", "step_seconds", "evaluation_seconds", "peak_memory_bytes"}
     kept = record.model_dump(mode="json")
     for trial in [*kept["trials"], *kept["finals"].values()]:
@@ -150,6 +152,26 @@ def test_a_method_that_fails_is_told_and_the_others_go_on(
     assert "every method failed" in alone.stderr
     again = cli("compare", "--methods", "lora", *given, "--out", tmp_path / "out")
     assert "already holds something" in again.stderr
+
+
+def test_all_rows_are_written_as_of_the_day_on_which_it_began(
+    asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_a_day(config: TrainConfig, _: Any) -> TrainConfig:
+        return config.model_copy(update={"chat_template_kwargs": {"date_string": "1 Dec 2026"}})
+
+    seen: list[dict[str, Any]] = []
+
+    def noted(source: str, config: TrainConfig, *others: Any) -> Any:
+        seen.append(config.chat_template_kwargs)
+        return prepare_file(source, config, *others)
+
+    monkeypatch.setattr(comparisons, "with_todays_variables", with_a_day)
+    monkeypatch.setattr(comparisons, "prepare_file", noted)
+    settings = CompareSettings.of({name: asked[name] for name in ("methods", "test")})
+    begun = Comparison.begun(settings, asked["train"], tmp_path / "begun", Console(quiet=True))
+    assert seen == [{"date_string": "1 Dec 2026"}] * 2
+    assert begun.record.common["chat_template_kwargs"] == {"date_string": "1 Dec 2026"}
 
 
 def test_what_a_comparison_would_leave_out_is_refused(asked: dict[str, Any]) -> None:
