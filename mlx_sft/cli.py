@@ -1,5 +1,5 @@
 """The command line: parse, call one library function, print. No logic; what the settings of a run become is in `options.py`, and
-the commands that take no run are in `commands/`."""
+the commands that train nothing and write no model are in `commands/`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from mlx_sft.options import (
     own_options,
     resolved,
     settings,
-    split_options,
+    stated,
+    taken,
     trusting,
 )
 
@@ -181,8 +182,8 @@ def compare(config_file: str | None, out: str | None, resume: str | None, **opti
     from mlx_sft.compare.page import write_page
     from mlx_sft.compare.table import text
 
-    own, train = split_options(CompareSettings, config_file, options)
-    comparison = compare_methods(train=train, out=out, resume=resume, **own)
+    own = taken(CompareSettings, options)
+    comparison = compare_methods(train=stated(config_file, options), out=out, resume=resume, **own)
     write_text(text(comparison))
     write_text(f"{write_page(comparison)}\n")
 

@@ -196,19 +196,15 @@ def resolved(config_file: str | None, options: dict[str, Any]) -> TrainConfig:
     return TrainConfig.resolve(config_file, **given(options))
 
 
-def split_options(
-    owner: type[Settings], config_file: str | None, options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that were given: those of a command's own settings, and those of runs, with a YAML file's beneath them."""
-    stated = given(options)
-    own = {name: stated.pop(name) for name in list(stated) if name in owner.model_fields}
-    return own, (read_yaml(Path(config_file)) if config_file else {}) | stated
-
-
 def taken(owner: type[Settings], options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given of a command's own settings, which are taken out of all options."""
     own = {name: options.pop(name) for name in owner.model_fields}
     return {name: value for name, value in own.items() if value not in (None, ())}
+
+
+def stated(config_file: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of runs that were given, with those of a YAML file beneath them."""
+    return (read_yaml(Path(config_file)) if config_file else {}) | given(options)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -4,32 +4,66 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from mlx_sft.streams import printable
 
 # Characters that could end a script block or a line of JavaScript, and halves of surrogate pairs, which no file can hold.
 _DANGEROUS = re.compile("[<>&\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{policy}}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>{{title}}</title>
+<style>{{style}}</style>
+</head>
+<body>
+%s</body>
+</html>
+"""
 
-def filled(template: str, parts: Mapping[str, str], style: str, script: str | None = None) -> str:
-    """A page of a template with `{{name}}` in it, in one pass: what is put in is not looked at again.
+
+def page(place: Path, title: str, parts: Mapping[str, str]) -> str:
+    """A page of the body, the style and the script, if there is one, that lie in a folder as page.html, page.css and page.js.
+
+    Its policy allows that style and that script alone, by their digests. What is put in for `{{name}}` is not looked at again.
 
     Args:
-        parts: Safe where they stand: escaped, or made by `embedded`.
-        style, script: The page's own, and all that its policy allows, by their digests.
+        title: As it is; it is escaped here.
+        parts: Safe where they stand in the body: escaped, or made by `embedded`.
     """
-    scripts = _digest(script) if script is not None else "'none'"
+    body, style = (_text(place / f"page.{kind}") for kind in ("html", "css"))
+    script = _text(place / "page.js") if (place / "page.js").is_file() else ""
+    scripts = _digest(script) if script else "'none'"
     policy = f"default-src 'none'; style-src {_digest(style)}; script-src {scripts}; img-src 'none'; base-uri 'none'; form-action 'none'"
-    known = {**parts, "policy": policy, "style": style, "script": script or ""}
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: known[place[1]], template)
+    known = {**parts, "title": escaped(title), "policy": policy, "style": style, "script": script}
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: known[name[1]], _PAGE % body)
+
+
+def escaped(text: str) -> str:
+    """Text that is safe between tags and in attributes."""
+    return html.escape(printable(text))
 
 
 def embedded(value: Any) -> str:
     """JSON that is safe inside a script block of an HTML page."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _DANGEROUS.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

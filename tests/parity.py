@@ -19,6 +19,18 @@ from mlx_sft.training.recompute import Mode
 from mlx_sft.training.shapes import padded_shape
 from mlx_sft.training.step import GradientComputer
 
+TRL_ON_A_CPU = {
+    "max_grad_norm": 1.0,
+    "logging_steps": 1,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+"""Arguments of TRL's configurations, for steps that are looked at one by one."""
+
 
 def assert_close(ours: object, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
     """The largest difference is small against the largest value."""

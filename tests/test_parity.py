@@ -26,7 +26,7 @@ from mlx_sft.methods.peft_files import our_name, write_adapter
 from mlx_sft.model.load import load_model
 from mlx_sft.training.recompute import Mode
 from tests.chats import write_chats
-from tests.parity import assert_close, loss_and_gradients
+from tests.parity import TRL_ON_A_CPU, assert_close, loss_and_gradients
 
 # PEFT asks a transformers model in a way that transformers has renamed.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")]
@@ -403,14 +403,7 @@ def test_trl_trains_to_the_same_losses(tmp_path: Path, tokenizer: object, make_j
             lr_scheduler_type="linear",
             warmup_steps=math.ceil(0.25 * 4),
             weight_decay=0.1,
-            max_grad_norm=1.0,
-            logging_steps=1,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **TRL_ON_A_CPU,
         ),
     )
     trainer.train()

@@ -1,1 +1,1 @@
-"""The commands that are no part of a run; `cli.py` has the others, and adds these."""
+"""The commands that train nothing and write no model; `cli.py` has the others, and adds these."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_sft.compare.comparison import Comparison
 from mlx_sft.compare.table import COLUMNS, rows, verdict
-from mlx_sft.streams import printable
-from mlx_sft.web_page import filled
+from mlx_sft.web_page import escaped, page
 from mlx_sft.writing import write_file
 
 FILE = "compare.html"
@@ -51,18 +49,15 @@ def page_html(comparison: Comparison) -> str:
         for candidate in comparison.candidates
     ]
     parts = {
-        "title": _escaped(f"Methods on {', '.join(map(str, named))}"),
-        "what": _escaped(f"{', '.join(map(str, named))} on {model}".strip()),
-        "verdict": "".join(f"<li>{_escaped(sentence)}</li>" for sentence in verdict(comparison)),
+        "what": escaped(f"{', '.join(map(str, named))} on {model}".strip()),
+        "verdict": "".join(f"<li>{escaped(sentence)}</li>" for sentence in verdict(comparison)),
         "table": _table(rows(comparison)),
         "curves": chart(curves),
         "search": chart(searched, powers_of_ten=True, lines=False),
         "equal": equal,
         "seed": str(int(record.common.get("seed", 0))),
     }
-    return filled(
-        (_HERE / "page.html").read_text(encoding="utf-8"), parts, (_HERE / "page.css").read_text(encoding="utf-8")
-    )
+    return page(_HERE, f"Methods on {', '.join(map(str, named))}", parts)
 
 
 def _table(cells: Sequence[Sequence[str]]) -> str:
@@ -72,8 +67,8 @@ def _table(cells: Sequence[Sequence[str]]) -> str:
         of_base = row[0] == "base"
         kind = "base" if of_base else f"c{colour % _COLOURS}"
         colour += not of_base
-        rest = "".join(f"<td>{_escaped(cell)}</td>" for cell in row[1:])
-        body.append(f'<tr class="{kind}"><th scope="row">{_escaped(row[0])}</th>{rest}</tr>')
+        rest = "".join(f"<td>{escaped(cell)}</td>" for cell in row[1:])
+        body.append(f'<tr class="{kind}"><th scope="row">{escaped(row[0])}</th>{rest}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
@@ -109,7 +104,3 @@ def chart(series: Sequence[Sequence[Point]], *, powers_of_ten: bool = False, lin
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def _escaped(text: str) -> str:
-    return html.escape(printable(text))

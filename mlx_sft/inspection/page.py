@@ -6,14 +6,12 @@ text only; and a content security policy allows this style and this script alone
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_sft.inspection.rows import ShownExample, ShownRow
-from mlx_sft.streams import printable
-from mlx_sft.web_page import embedded, filled
+from mlx_sft.web_page import embedded, page
 
 MOST_TOKENS = 300_000
 """The most tokens on a page; more would make it slow to open."""
@@ -35,18 +33,12 @@ def page_html(data: Sequence[str], model: str, table: dict[str, Any], rows: Sequ
         table: The data as a whole.
         rows: Some or all of its rows, in order.
     """
-    style, script = (_file(name) for name in ("page.css", "page.js"))
     longest = _longest_shown([example for row in rows for example in row.examples])
     shown = [_row(row, longest) for row in rows]
     parts = {
-        "title": html.escape(printable(f"Data: {', '.join(data)}")),
         "data": embedded({"data": list(data), "model": model, "table": table, "rows": shown}),
     }
-    return filled(_file("page.html"), parts, style, script)
-
-
-def _file(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
+    return page(_HERE, f"Data: {', '.join(data)}", parts)
 
 
 def _longest_shown(examples: Sequence[ShownExample]) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from mlx_sft import UserError, export, generate_text, load_run
+from mlx_sft import TrainConfig, UserError, export, generate_text, load_run, train
 from mlx_sft.chat import Chat
 from mlx_sft.load import AdaptedModel
 from mlx_sft.model.head import SplitModel
@@ -37,6 +39,17 @@ def check_talk(run: Path) -> None:
             assert "from here on" in "".join(talk.say(command))
         talk.messages.clear()
         assert "".join(talk.say(WORDS)) == expected
+
+
+def check_resumes(run: Path, files: Sequence[Path], *steps: int) -> None:
+    """A run that was killed before these checkpoints, and so lacks its result and its card too, goes on to the same bytes."""
+    whole = [file.read_bytes() for file in files]
+    for step in steps:
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08}")
+    shutil.rmtree(run / "adapter")
+    (run / "README.md").unlink()
+    train(TrainConfig(resume=str(run)))
+    assert [file.read_bytes() for file in files] == whole
 
 
 def check_refused(run: Path, refused: dict[str, str], way_out: str, to: Path) -> None:

@@ -33,7 +33,7 @@ from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.recompute import Recomputation
 from tests.methods.adapters_library import loss_of
-from tests.methods.runs import ROWS, WORDS, check_refused, check_talk
+from tests.methods.runs import ROWS, WORDS, check_refused, check_resumes, check_talk
 from tests.parity import assert_close, loss_and_gradients, losses_of_steps
 
 pytestmark = pytest.mark.parity
@@ -330,13 +330,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(base: Path, given: dict[
     run = train(TrainConfig(**given | changes)).run_dir
     files = [run / "adapter" / name for name in ("adapter.safetensors", "adapter_config.json")]
     files.append(run / "checkpoints" / "step-00000006" / "parameters.safetensors")
-    whole = [file.read_bytes() for file in files]
-    for step in (4, 6):
-        shutil.rmtree(run / "checkpoints" / f"step-{step:08}")
-    shutil.rmtree(run / "adapter")
-    (run / "README.md").unlink()
-    train(TrainConfig(resume=str(run)))
-    assert [file.read_bytes() for file in files] == whole
+    check_resumes(run, files, 4, 6)
 
 
 def test_an_adapter_goes_on_with_its_own_shape(base: Path, run: Path, given: dict[str, Any], tmp_path: Path) -> None:

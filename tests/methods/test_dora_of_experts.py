@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.lora_layers import DoraSwitchLinear
 from mlx_sft.model.load import load_model
 from mlx_sft.model.quantize import plain_weight
-from tests.methods.runs import ROWS
+from tests.methods.runs import ROWS, check_resumes
 from tests.methods.test_prompt import _examples
 from tests.parity import assert_close, loss_and_gradients, loss_of_rows, losses_of_run, losses_of_steps
 
@@ -132,12 +131,7 @@ def test_killed_resumed_and_gone_on_from(base: Path, given: dict[str, Any], tmp_
     run = train(TrainConfig(**given | settings | {"max_steps": 4, "save_every": 2, "keep": 9})).run_dir
     files = [run / "adapter" / "adapter_model.safetensors"]
     files += [run / "checkpoints" / "step-00000004" / f"{name}.safetensors" for name in ("parameters", "optimizer")]
-    whole = [file.read_bytes() for file in files]
-    shutil.rmtree(run / "checkpoints" / "step-00000004")
-    shutil.rmtree(run / "adapter")
-    (run / "README.md").unlink()
-    train(TrainConfig(resume=str(run)))
-    assert [file.read_bytes() for file in files] == whole
+    check_resumes(run, files, 4)
     again = {"init_adapter": str(run / "adapter"), "max_steps": 1, "lr": 1e-9, "out": str(tmp_path / "again")}
     kept = {name: given[name] for name in ("model", "dtype", "batch_size")}
     on = train(TrainConfig(**kept | again), data=ROWS).run_dir

@@ -31,7 +31,7 @@ from mlx_sft.methods.prompt_files import PROMPT
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.training.memory import Footprint
-from tests.methods.runs import ROWS, WORDS, check_talk, logits_of
+from tests.methods.runs import ROWS, WORDS, check_resumes, check_talk, logits_of
 from tests.methods.test_prompt import _examples
 from tests.parity import assert_close, loss_and_gradients, loss_of_rows, losses_of_run, losses_of_steps
 
@@ -151,13 +151,8 @@ def test_a_cartridge_is_that_of_peft(base: Path, given: dict[str, Any], torch_mo
 
     files = [run / "adapter" / name for name in (WEIGHTS, CONFIG)]
     files.append(run / "checkpoints" / "step-00000010" / "parameters.safetensors")
-    whole = [file.read_bytes() for file in files]
-    shutil.rmtree(run / "checkpoints" / "step-00000010")
-    shutil.rmtree(run / "adapter")
-    (run / "README.md").unlink()
     document.unlink()
-    train(TrainConfig(resume=str(run)))
-    assert [file.read_bytes() for file in files] == whole
+    check_resumes(run, files, 10)
     again = given | {"model": str(base), "init_adapter": str(run / "adapter"), "out": str(tmp_path / "again")}
     on = train(TrainConfig(**again | {"lr": 1e-9}), data=ROWS).run_dir
     np.testing.assert_allclose(load_file(on / "adapter" / WEIGHTS)[PROMPT], found, atol=1e-6)
@@ -205,12 +200,7 @@ def test_a_projection_is_that_of_peft(
     assert (tmp_path / "last" / WEIGHTS).read_bytes() == (run / "adapter" / WEIGHTS).read_bytes()
     assert "made by a projection" in (run / "README.md").read_text()
     files = [run / "adapter" / WEIGHTS, run / "checkpoints" / "step-00000010" / "parameters.safetensors"]
-    whole = [file.read_bytes() for file in files]
-    shutil.rmtree(run / "checkpoints" / "step-00000010")
-    shutil.rmtree(run / "adapter")
-    (run / "README.md").unlink()
-    train(TrainConfig(resume=str(run)))
-    assert [file.read_bytes() for file in files] == whole
+    check_resumes(run, files, 10)
     on = given | {"model": str(base), "init_adapter": str(run / "adapter"), "out": str(tmp_path / "on")}
     with pytest.raises(UserError, match=r"--prefix-projection True differs from the adapter's False"):
         train(TrainConfig(**on | {"prefix_projection": True}), data=ROWS)

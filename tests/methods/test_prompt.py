@@ -33,7 +33,7 @@ from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.memory import Footprint
-from tests.methods.runs import ROWS, WORDS, check_refused, check_talk, logits_of
+from tests.methods.runs import ROWS, WORDS, check_refused, check_resumes, check_talk, logits_of
 from tests.parity import (
     assert_close,
     loss_and_gradients,
@@ -159,13 +159,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(base: Path, given: dict[
     run = train(TrainConfig(**settings, data=str(data))).run_dir
     files = [run / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json")]
     files.append(run / "checkpoints" / "step-00000006" / "parameters.safetensors")
-    whole = [file.read_bytes() for file in files]
-    for step in (4, 6):
-        shutil.rmtree(run / "checkpoints" / f"step-{step:08}")
-    shutil.rmtree(run / "adapter")
-    (run / "README.md").unlink()
-    train(TrainConfig(resume=str(run)))
-    assert [file.read_bytes() for file in files] == whole
+    check_resumes(run, files, 4, 6)
 
 
 def test_an_adapter_of_peft_goes_on_here(

@@ -22,6 +22,7 @@ from mlx_sft.data.batches import Batch
 from mlx_sft.methods.lora import LoraSettings
 from mlx_sft.methods.peft_files import our_name, write_adapter
 from mlx_sft.objectives.dpo import DPO, LOSSES, DPOSettings
+from tests.parity import TRL_ON_A_CPU
 from tests.preferences import as_trl_texts, preferences
 
 datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
@@ -57,14 +58,7 @@ def _theirs(
             learning_rate=5e-3,
             lr_scheduler_type="linear",
             warmup_steps=2,
-            max_grad_norm=1.0,
-            logging_steps=1,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
+            **TRL_ON_A_CPU,
             **settings,
         ),
     )
