@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,18 @@ def preferences(rows: int, *, seed: int = 7) -> list[dict[str, str]]:
 def write_preferences(path: Path, rows: int, *, seed: int = 7) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in preferences(rows, seed=seed)))
     return path
+
+
+def labelled(rows: int, *, seed: int = 7) -> list[dict[str, Any]]:
+    """So many answers; those of two rows in three are desirable, and begin with the same word."""
+    return [
+        {
+            "prompt": pair["prompt"],
+            "completion": pair["rejected" if index % 3 == 1 else "chosen"],
+            "label": index % 3 != 1,
+        }
+        for index, pair in enumerate(preferences(rows, seed=seed))
+    ]
 
 
 def as_trl_texts(rows: list[dict[str, str]]) -> list[dict[str, str]]:

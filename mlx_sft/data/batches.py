@@ -129,6 +129,7 @@ class Batch:
         examples: [rows] indices of the examples.
         data_rows: [rows] which row of the data each example is of, for an objective that compares the examples of a row.
         lengths: [rows] tokens of each example, those included that need not be computed.
+        desirable: [rows] 1 for an answer that has the label true, 0 for false, -1 for none.
         reference: [rows] log p of each example's targets under the model as training starts, summed with their weights; None where the
             objective does not need it.
     """
@@ -144,6 +145,7 @@ class Batch:
     data_rows: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
     reference: NDArray[np.float64] | None = None
+    desirable: tuple[int, ...] = ()
 
     @property
     def owners(self) -> NDArray[np.int64]:
@@ -332,11 +334,24 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout
     return micro_batches[::-1]
 
 
+def cut_step(rows: Sequence[int], examples: Examples, token_budget: int, layout: Layout = PADDED) -> list[MicroBatch]:
+    """A step's rows, cut; mismatched ones apart from the others, as they need no gradient."""
+    parts = [row for row in rows if row < examples.own], [row for row in rows if row >= examples.own]
+    lengths = examples.needed_lengths
+    return [micro_batch for part in parts for micro_batch in cut(part, lengths, token_budget, layout)]
+
+
 def cut_all(lengths: Lengths, token_budget: int, layout: Layout = PADDED) -> list[MicroBatch]:
     """All rows cut for evaluation, where there are no steps: similar lengths together, whatever their order."""
     ordered = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     groups = (ordered[i : i + _CUT_AT_ONCE] for i in range(0, len(ordered), _CUT_AT_ONCE))
     return [micro_batch for group in groups for micro_batch in cut(group, lengths, token_budget, layout)]
+
+
+def labels(examples: Examples, rows: Sequence[int]) -> tuple[int, ...]:
+    """`Batch.desirable` of these examples."""
+    wanted, unwanted = (examples.fact(name)[list(rows)] for name in ("desirable", "undesirable"))
+    return tuple(np.where(wanted + unwanted > 0, wanted, -1).tolist())
 
 
 def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
@@ -377,4 +392,5 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
         tuple(known.rows[list(micro_batch.rows)].tolist()) if known is not None else micro_batch.rows,
         tuple(lengths),
         known.reference[list(micro_batch.rows)] if known is not None and known.reference is not None else None,
+        labels(known, micro_batch.rows) if known is not None else (),
     )

@@ -37,6 +37,7 @@ class Conversation:
     Args:
         weights: Of each message in the loss; 0 where it is not to be supervised. None: all 1.
         score: How good its answer is, where the row says so of answers that are compared.
+        desirable: Whether its answer is one that the model should give, where the row says so and the objective asks for it.
         places: Where each message stands in the row, as the person wrote it: `messages[2]`, or a key such as `system` or `output`.
         null_content: Give the template a null where a message of calls has no content. Otherwise there is no such key, as newer
             releases of transformers have it.
@@ -50,6 +51,7 @@ class Conversation:
     weights: tuple[float, ...] | None = None
     null_content: bool = False
     score: float | None = None
+    desirable: bool | None = None
     places: tuple[str, ...] = field(default=(), compare=False)
 
     def place(self, index: int) -> str:
@@ -160,6 +162,14 @@ def weighed(item: Item, weight: float) -> Item:
         return replace(item, weight=weight * item.weight)
     weights = item.weights or (1.0,) * len(item.messages)
     return item if weight == 1 else replace(item, weights=tuple(weight * one for one in weights))
+
+
+def labelled(item: Item, desirable: bool) -> Item:
+    """The conversation with a label of its answer, which is the last assistant message where the row does not set it apart."""
+    if not isinstance(item, Conversation):
+        return item
+    last = max(index for index, message in enumerate(item.messages) if message["role"] == "assistant")
+    return replace(item, desirable=desirable, first_supervised=item.first_supervised or last)
 
 
 def answer_of(row: Row, text: str) -> Message:

@@ -92,13 +92,12 @@ class Store:
         """Example number `index`."""
         record = dict(zip(TABLE.names or (), self.table[index].item(), strict=True))
         length, token, span = self.contents["length"][index].item(), record["first_token"], record["first_span"]
-        first_break = record["first_break"]
         return Example(
             self._origin(record, "characters"),
             self.token_ids[token : token + length],
             weights_of(self.spans[span : span + record["spans"]], length),
             Facts(*(record[name] for name in FACTS)),
-            self.breaks[first_break : first_break + record["breaks"]],
+            self.breaks[record["first_break"] : record["first_break"] + record["breaks"]],
         )
 
     def row_origin(self, index: int) -> str:
@@ -212,6 +211,7 @@ class Examples(Sequence[Example]):
 
     Attributes:
         reference: [examples] what `Batch.reference` has of each; None where nothing needs it.
+        own: How many are of the data; the others, behind these, are `mismatched` ones.
     """
 
     def __init__(self, stores: Sequence[Store], chosen: NDArray[np.int64] | None = None) -> None:
@@ -221,6 +221,7 @@ class Examples(Sequence[Example]):
         self._chosen = chosen
         self._columns: dict[str, NDArray[Any]] = {}
         self.reference: NDArray[np.float64] | None = None
+        self.own = len(self)
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Examples:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mlx_sft.data.batches import Batch, Layout, Plan, Step, collate, cut
+from mlx_sft.data.batches import Batch, Layout, Plan, Step, collate, cut_step
 from mlx_sft.data.dataset import Examples
 
 T = TypeVar("T")
@@ -102,7 +102,6 @@ class StepFeed(Iterator[PreparedStep], AbstractContextManager["StepFeed", None])
         return next(self)
 
     def _steps(self, after: int, token_budget: int) -> Iterator[tuple[Step, list[Batch]]]:
-        lengths = self._examples.needed_lengths
         for step in self._plan.steps(after):
-            micro_batches = cut(step.rows, lengths, token_budget, self._layout)
+            micro_batches = cut_step(step.rows, self._examples, token_budget, self._layout)
             yield step, [collate(self._examples, micro_batch) for micro_batch in micro_batches]

@@ -33,8 +33,10 @@ _KNOWN: dict[Owner, tuple[str, ...]] = {
 """What a misspelt key may have been meant to be, where that is not there."""
 _PREFERENCES = ("chosen", "rejected")
 """What keys begin with that hold the answers of a preference: also `rejected_response`, `rejected_messages`, `chosen_messages`."""
-_LABELS = ("label", "kto_tag")
-"""They say whether an answer is a good one."""
+LABELS = ("label", "kto_tag")
+"""They say whether an answer is a good one: TRL's, and LLaMA-Factory's."""
+_TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""What a label may be written as; in the cells of tables it is a number, or a text."""
 _MEANINGS: dict[Owner, dict[str, str]] = {
     "message": dict.fromkeys(("mask", "ignore"), "masked")
     | dict.fromkeys(("trainable", "train_on_turn", "train_detail", "supervised"), "train")
@@ -91,7 +93,7 @@ class Reading:
             for key, value in self.present()
             if not is_blank(value)
             # A figure, as `chosen_score` is one, stands beside answers and is none.
-            and (key in (*_PREFERENCES, *_LABELS) or (_is_preference(key) and not isinstance(value, int | float)))
+            and (key in (*_PREFERENCES, *LABELS) or (_is_preference(key) and not isinstance(value, int | float)))
         ]
         if not meant or self.row_format.compares:
             return []  # beside two answers, one of which is called the better, such a key has nothing to add
@@ -100,7 +102,7 @@ class Reading:
         chosen_by_hand = any(map(_is_preference, self.columns.values()))
         refused = [] if chosen_by_hand else sorted(filter(_is_preference, unread))
         is_conversation = self.items and any(isinstance(item, Conversation) for item in items_of(self.items))
-        labels = [key for key in unread if key in _LABELS] if refused or is_conversation else []
+        labels = [key for key in unread if key in LABELS] if refused or is_conversation else []
         return [*refused, *labels]
 
     def _refusal(self, refused: list[str]) -> UserError:
@@ -110,7 +112,8 @@ class Reading:
             what = (
                 f"a row with a `{refused[0]}`, which nothing reads: its answer would be trained on, whatever that says"
             )
-            return UserError(what, where=self.origin, hint=f"--objective sft trains on all rows: {way_out}")
+            by_sft = f"--objective sft trains on all rows: {way_out}"
+            return UserError(what, where=self.origin, hint="; ".join(filter(None, (how_to_label(), by_sft))))
         what = f"a row of preferences, by its {names}: what it has besides would be trained on, and nothing compared"
         # LLaMA-Factory's: one message, behind those of another key.
         is_one = isinstance(self.value.get("chosen"), dict) and self.row_format.name == "sharegpt"
@@ -243,11 +246,37 @@ class KeyRules:
         return KeyUse(owner, key, "refused" if is_wrong and not self.ignore_unknown else "unused", suggestion)
 
 
+def label_of(reading: Reading) -> bool | None:
+    """What the row says of its answer, under one of the `LABELS`; None where it says nothing.
+
+    Raises:
+        UserError: for a value that is neither true nor false.
+    """
+    said = {key: value for key in LABELS if (value := reading.row.get(key)) is not None}
+    found = {_TRUTHS.get(str(value).strip().lower()) for value in said.values()}
+    if None in found or len(found) > 1:
+        shown_as = " and ".join(
+            f"its {reading.columns.get(key, key)} is {shown(value).lower()}" for key, value in said.items()
+        )
+        hint = "write true for an answer that the model should give, and false for one that it should not"
+        raise UserError(f"{shown_as}, where a label is true or false", where=reading.origin, hint=hint)
+    return next(iter(found), None)
+
+
 def how_to_compare() -> str:
     """What to type so that answers are compared; empty where no objective does."""
-    comparing = [name for name, objective in OBJECTIVES.items() if getattr(objective, "compares", False)]
-    asked = " or ".join(f"--objective {name}" for name in comparing)
+    asked = _objectives("compares")
     return f"{asked} compares the answers of rows that have a chosen and a rejected one" if asked else ""
+
+
+def how_to_label() -> str:
+    """What to type so that answers are trained towards or away from, as their labels say; empty where no objective does."""
+    asked = _objectives("labelled")
+    return f"{asked} learns from the labels of answers" if asked else ""
+
+
+def _objectives(trait: str) -> str:
+    return " or ".join(f"--objective {name}" for name, kind in OBJECTIVES.items() if getattr(kind, trait, False))
 
 
 def _is_preference(key: Any) -> bool:

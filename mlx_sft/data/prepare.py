@@ -19,6 +19,7 @@ from mlx_sft.data.batches import shares
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.findings import FACT_FINDINGS, ORIGINS_NAMED
 from mlx_sft.data.lost_rows import BadRows, refuse_lost_data
+from mlx_sft.data.mismatched import with_mismatched
 from mlx_sft.data.pairs import content_ids, counted
 from mlx_sft.data.part_report import PartReport
 from mlx_sft.data.pipeline import NoProgress, Pipeline, ReadingProgress
@@ -112,6 +113,8 @@ def prepare(
         settings=config.model_dump(mode="json", include=_SETTINGS),
         first_shared=valid.first_rows(shared, ORIGINS_NAMED),
     )
+    if strict and pipeline.objective.mismatches:
+        train, valid = (_mismatched(part, config) for part in (train, valid))
     return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture)
 
 
@@ -133,7 +136,13 @@ def prepare_file(
         UserError: as `prepare` does, but for rows that are lost.
     """
     source = _named_part(locate(data), data, "test", "valid")
-    return _read(source, config, Pipeline.from_config(config, tokenizer), progress, strict=True)
+    pipeline = Pipeline.from_config(config, tokenizer)
+    examples, report = _read(source, config, pipeline, progress, strict=True)
+    return _mismatched(examples, config) if pipeline.objective.mismatches else examples, report
+
+
+def _mismatched(examples: Examples, config: TrainConfig) -> Examples:
+    return with_mismatched(examples, config.batch_size, config.max_length) if examples else examples
 
 
 def _with_parts(sources: Sequence[SourceReport], train: Examples, valid: Examples) -> list[SourceReport]:

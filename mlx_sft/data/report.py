@@ -231,6 +231,8 @@ class DataReport(SourceReport):
             summary["unused keys"] = in_words(unused)
         if differ := self.facts.begun_otherwise:
             summary["beside TRL"] = f"{many(differ, 'pair')} whose answers it would begin with another token"
+        if labels := self.facts.desirable + self.facts.undesirable:
+            summary["labels"] = f"{self.facts.desirable:,} of {labels:,} answers are desirable"
         if train.duplicates:
             summary["duplicates"] = f"{train.duplicates:,}"
         return summary

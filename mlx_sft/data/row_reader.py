@@ -14,12 +14,13 @@ from mlx_sft.data.conversation import (
     Items,
     NoWeightError,
     items_of,
+    labelled,
     weighed,
     with_turns,
 )
 from mlx_sft.data.formats import RowFormat
 from mlx_sft.data.json_text import parse_json
-from mlx_sft.data.keys import LeftOut, Reading, how_to_compare
+from mlx_sft.data.keys import LABELS, LeftOut, Reading, how_to_compare, label_of
 from mlx_sft.data.messages import (
     REASONING_KEYS,
     ROLES,
@@ -52,7 +53,7 @@ def _formats(*, compares: bool = True) -> list[RowFormat]:
 def _parts() -> dict[str, str]:
     """What `--columns` may name → the key that it stands for."""
     keys = (key for row_format in _formats() for key in (*row_format.keys, *row_format.optional))
-    return _ALIASES | {key: key for key in (*keys, *WEIGHT_KEYS)}
+    return _ALIASES | {key: key for key in (*keys, *WEIGHT_KEYS, *LABELS)}
 
 
 class MixedFormats(UserError):
@@ -70,6 +71,7 @@ class RowReader:
         consecutive_turns: What becomes of assistant turns in a row.
         roles: What the data's own names of roles stand for: `{"narrator": "system", "hero": "assistant"}`.
         compares: Whether the objective compares the texts of a row; else no row is told to be of a format that is made for that.
+        labelled: Whether it asks for the label of a row's answer.
 
     Raises:
         UserError: for a format, a part or a role that does not exist.
@@ -80,6 +82,7 @@ class RowReader:
     consecutive_turns: ConsecutiveTurns = "keep"
     roles: Mapping[str, str] = field(default_factory=dict)
     compares: bool = False
+    labelled: bool = False
     _first: tuple[RowFormat, str] | None = None
     """The settled format, and the origin of the row that settled it."""
 
@@ -101,8 +104,8 @@ class RowReader:
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> RowReader:
-        compares = bool(OBJECTIVES[config.objective].compares)
-        return cls(config.format, config.columns, config.consecutive_turns, config.roles, compares)
+        kind = OBJECTIVES[config.objective]
+        return cls(config.format, config.columns, config.consecutive_turns, config.roles, kind.compares, kind.labelled)
 
     @property
     def settled(self) -> RowFormat | None:
@@ -165,6 +168,8 @@ class RowReader:
             turns = self.consecutive_turns
             joined = [with_turns(item, turns) if isinstance(item, Conversation) else item for item in items_of(read)]
             items = [weighed(item, weight) for item in joined]
+            if self.labelled and (label := label_of(reading)) is not None:
+                items = [labelled(item, label) for item in items]
             if not items:
                 what = f"the format {row_format.name} finds no example in it"
                 raise UserError(what, where=row.origin, hint=f"such a row is {row_format.example}")

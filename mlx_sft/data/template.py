@@ -63,6 +63,7 @@ class Facts:
         contents_left_out: Those that have an empty content in the row, and are given none.
         scores_swapped: Rows whose rejected answer has the higher score.
         begun_otherwise: Rows of compared answers that would begin with another token in TRL.
+        desirable, undesirable: Answers with a label that says so.
     """
 
     turns: int = 0
@@ -82,6 +83,8 @@ class Facts:
     contents_left_out: int = 0
     scores_swapped: int = 0
     begun_otherwise: int = 0
+    desirable: int = 0
+    undesirable: int = 0
 
     def __add__(self, other: Facts) -> Facts:
         return Facts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Facts)))

@@ -179,6 +179,7 @@ function select(index, scroll = true) {
 function shownRow(row) {
   const badge = (text, kind = "") => make("span", { class: `badge ${kind}` }, ...visible(text));
   const badges = [badge(row.fate, row.fate)];
+  if (row.examples.length === 1 && row.examples[0].name) badges.push(badge(row.examples[0].name));
   if (row.part === "valid") badges.push(badge("held out"));
   if (row.tokens) badges.push(badge(`${many(row.tokens, "token")}, ${number(row.supervised_tokens)} supervised`));
   for (const sign of row.signs) badges.push(badge(sign, "sign"));

@@ -64,7 +64,7 @@ class ShownExample:
     """A whole example and its text. Its supervised tokens are those before `cut_at` that have a weight.
 
     Attributes:
-        name: What it is of those that are compared, `chosen` or `rejected`; empty where none are.
+        name: What it is of those that are compared, `chosen` or `rejected`, or by its label; empty where it is neither.
         pieces: The text of each token.
         special: Whether each is one of the tokenizer's special tokens.
         cut_at: How many tokens are left within max_length.
@@ -145,7 +145,7 @@ class ShownRow:
     @property
     def shared_turns(self) -> int:
         """With how many turns that are only read, their prompt, all of several compared examples begin."""
-        if not self.examples or not self.examples[0].name:
+        if len(self.examples) < 2 or not self.examples[0].name:
             return 0
         same = [
             len(set(turns)) == 1
@@ -230,7 +230,7 @@ class RowViewer:
             reading = replace(RowReader.from_config(self._config), format=source.format or "auto").reading(row)
             items = items_of(reading.taken())
             given = [pipeline.encoder.given_to_template(i) if isinstance(i, Conversation) else i for i in items]
-            names = reading.row_format.compares or ("",) * len(given)
+            names = reading.row_format.compares or [_label(item) for item in items]
             views = [
                 (item, view, name)
                 for item, name in zip(given, names, strict=True)
@@ -254,6 +254,11 @@ class RowViewer:
         if self._config.overlong not in ("split", None) or (objective and objective.compares):
             return [view]
         return view.in_pieces(self._config.max_length)
+
+
+def _label(item: Item) -> str:
+    desirable = item.desirable if isinstance(item, Conversation) else None
+    return "" if desirable is None else "desirable" if desirable else "undesirable"
 
 
 def _origin(row: Row | UserError) -> str:

@@ -50,6 +50,8 @@ def _head_pieces(row: ShownRow, whole: bool) -> Pieces:
     yield f"  {row.fate}", _LOOKS.get(row.fate, "plain")
     if row.examples:
         yield f"  {_tokens(row.tokens, row.supervised_tokens)}", "plain"
+    if len(row.examples) == 1 and row.examples[0].name:
+        yield f"  {row.examples[0].name}", "plain"
     if row.part == "valid":
         yield "  held out", "plain"
     if row.signs:

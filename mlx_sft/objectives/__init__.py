@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the data room takes a second to import, and the settings of
 ENTRIES = {
     "sft": "mlx_sft.objectives.sft:SFT",
     "dpo": "mlx_sft.objectives.dpo:DPO",
+    "kto": "mlx_sft.objectives.kto:KTO",
 }
 
 _PAIR = '{"prompt": "...", "chosen": "...", "rejected": "..."}'
@@ -68,6 +69,8 @@ class Objective:
         compares: Whether it compares the texts of a row: their examples, one of each, then stand in one step together, a row that loses
             one is lost, and `batch_size` counts rows.
             `batch.data_rows` tells which of a step's examples are of one row, and their order in it is that of `batch.examples`.
+        labelled: Whether it asks of each answer whether it is a desirable one: `batch.desirable`.
+        mismatches: Whether a step has, behind its rows, the prompt of each with the answer of another row (`data/mismatched.py`).
         needs_reference: Whether `weigh` needs log p of the examples under the model as training starts, which is then computed once before
             the first step: `batch.reference`.
         defaults: Settings that every run has, and that have another default under this objective.
@@ -79,6 +82,8 @@ class Objective:
     Settings: ClassVar[type[NoSettings]] = NoSettings
     first_pass: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    labelled: ClassVar[bool] = False
+    mismatches: bool = False
     needs_reference: bool = False
     defaults: ClassVar[Mapping[str, Any]] = {}
     shown: ClassVar[tuple[str, ...]] = ()
@@ -128,6 +133,28 @@ class Objective:
             log_probs: Of the model as it is; None where there was no first pass.
         """
         raise NotImplementedError
+
+
+def unweighted(name: str, examples: list[Example]) -> list[Example]:
+    """The examples, whose tokens are trained on or not; raises `UserError` where one has other weights."""
+    for example in examples:
+        if not set(example.loss_weights.tolist()) <= {0.0, 1.0}:
+            what = f"weights, by which --objective {name} compares nothing"
+            raise UserError(what, where=example.origin, hint="leave them out of the row; a weight of 0 may stay")
+    return examples
+
+
+def for_positions(batches: Sequence[Batch], weight: NDArray[np.float64]) -> list[NDArray[np.float32]]:
+    """For each micro-batch what a position weighs: what its sequence does, times what its row asks for.
+
+    Args:
+        weight: [sequences of all micro-batches]
+    """
+    ends = np.cumsum([batch.rows for batch in batches])
+    return [
+        (part[batch.owners] * batch.weights).astype(np.float32)
+        for batch, part in zip(batches, np.split(weight, ends[:-1]), strict=True)
+    ]
 
 
 def make_objective(config: TrainConfig) -> Objective:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from mlx_sft.errors import UserError
-from mlx_sft.objectives import LogProbs, Objective, Weighting
+from mlx_sft.objectives import LogProbs, Objective, Weighting, for_positions, unweighted
 from mlx_sft.settings import Settings
 
 if TYPE_CHECKING:
@@ -83,20 +83,20 @@ class PairLoss:
     reference: bool = True
 
 
-def _log_sigmoid(x: Numbers) -> Numbers:
+def log_sigmoid(x: Numbers) -> Numbers:
     return -np.logaddexp(0.0, -x)
 
 
-def _sigmoid(x: Numbers) -> Numbers:
-    return np.exp(_log_sigmoid(x))
+def sigmoid(x: Numbers) -> Numbers:
+    return np.exp(log_sigmoid(x))
 
 
 def _logistic(
     settings: Any, chosen: Numbers, rejected: Numbers, gamma: float = 0.0
 ) -> tuple[Numbers, Numbers, Numbers]:
     margin = settings.dpo_beta * (chosen - rejected) - gamma
-    slope = -settings.dpo_beta * _sigmoid(-margin)
-    return -_log_sigmoid(margin), slope, -slope
+    slope = -settings.dpo_beta * sigmoid(-margin)
+    return -log_sigmoid(margin), slope, -slope
 
 
 def _hinge(settings: Any, chosen: Numbers, rejected: Numbers) -> tuple[Numbers, Numbers, Numbers]:
@@ -113,19 +113,19 @@ def _ipo(settings: Any, chosen: Numbers, rejected: Numbers) -> tuple[Numbers, Nu
 def _robust(settings: Any, chosen: Numbers, rejected: Numbers) -> tuple[Numbers, Numbers, Numbers]:
     """With swapped pairs, which label smoothing says the share of, the loss expected without them."""
     margin, wrong = settings.dpo_beta * (chosen - rejected), settings.label_smoothing
-    losses = (wrong * _log_sigmoid(-margin) - (1 - wrong) * _log_sigmoid(margin)) / (1 - 2 * wrong)
-    slope = -settings.dpo_beta * ((1 - wrong) * _sigmoid(-margin) + wrong * _sigmoid(margin)) / (1 - 2 * wrong)
+    losses = (wrong * log_sigmoid(-margin) - (1 - wrong) * log_sigmoid(margin)) / (1 - 2 * wrong)
+    slope = -settings.dpo_beta * ((1 - wrong) * sigmoid(-margin) + wrong * sigmoid(margin)) / (1 - 2 * wrong)
     return losses, slope, -slope
 
 
 def _apo_zero(settings: Any, chosen: Numbers, rejected: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-    of_chosen, of_rejected = _sigmoid(settings.dpo_beta * chosen), _sigmoid(settings.dpo_beta * rejected)
+    of_chosen, of_rejected = sigmoid(settings.dpo_beta * chosen), sigmoid(settings.dpo_beta * rejected)
     slopes = (settings.dpo_beta * one * (1 - one) for one in (of_chosen, of_rejected))
     return 1 - of_chosen + of_rejected, -next(slopes), next(slopes)
 
 
 def _apo_down(settings: Any, chosen: Numbers, rejected: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-    of_chosen, of_margin = _sigmoid(settings.dpo_beta * chosen), _sigmoid(settings.dpo_beta * (chosen - rejected))
+    of_chosen, of_margin = sigmoid(settings.dpo_beta * chosen), sigmoid(settings.dpo_beta * (chosen - rejected))
     along_chosen, along_margin = (settings.dpo_beta * one * (1 - one) for one in (of_chosen, of_margin))
     return of_chosen + 1 - of_margin, along_chosen - along_margin, along_margin
 
@@ -139,8 +139,8 @@ def _orpo(settings: Any, chosen: Numbers, rejected: Numbers) -> tuple[Numbers, N
     chosen, rejected = np.minimum(chosen, _NEARLY_CERTAIN), np.minimum(rejected, _NEARLY_CERTAIN)
     not_chosen, not_rejected = -np.expm1(chosen), -np.expm1(rejected)
     ratio = chosen - rejected - (np.log(not_chosen) - np.log(not_rejected))
-    slope = -settings.dpo_beta * _sigmoid(-ratio)
-    return -settings.dpo_beta * _log_sigmoid(ratio), slope / not_chosen, -slope / not_rejected
+    slope = -settings.dpo_beta * sigmoid(-ratio)
+    return -settings.dpo_beta * log_sigmoid(ratio), slope / not_chosen, -slope / not_rejected
 
 
 LOSSES: dict[str, PairLoss] = {
@@ -215,12 +215,7 @@ class DPO(Objective):
         if isinstance(item, tuple) and len(item) != 2:
             what = f"a row of {len(item)} texts, and --objective {self.name} compares two"
             raise UserError(what, where=item[0].origin, hint="make a row of each two of them")
-        found = super().examples(item, encode)
-        for example in found:
-            if not set(example.loss_weights.tolist()) <= {0.0, 1.0}:
-                what = f"weights, by which --objective {self.name} compares nothing"
-                raise UserError(what, where=example.origin, hint="leave them out of the row; a weight of 0 may stay")
-        return found
+        return unweighted(self.name, super().examples(item, encode))
 
     def weigh(self, batches: Sequence[Batch], log_probs: LogProbs | None = None) -> Weighting:
         chosen, rejected = _pairs(batches, log_probs or [], with_reference=self.needs_reference)
@@ -239,7 +234,7 @@ class DPO(Objective):
         is_chosen = np.zeros(len(weight))
         is_chosen[chosen.rows] = 1
         return Weighting(
-            _for_positions(batches, weight), pairs, loss, counted=_for_positions(batches, is_chosen), metrics=metrics
+            for_positions(batches, weight), pairs, loss, counted=for_positions(batches, is_chosen), metrics=metrics
         )
 
     def _metrics(self, chosen: _Answers, rejected: _Answers) -> dict[str, float]:
@@ -275,12 +270,3 @@ def _pairs(batches: Sequence[Batch], log_probs: LogProbs, *, with_reference: boo
         _Answers(rows, sums[rows], reference[rows], tokens[rows]) for rows in (order[is_chosen], order[~is_chosen])
     )
     return chosen, rejected
-
-
-def _for_positions(batches: Sequence[Batch], weight: Numbers) -> list[NDArray[np.float32]]:
-    """For each micro-batch what a position weighs: what its sequence does, times what its row asks for."""
-    ends = np.cumsum([batch.rows for batch in batches])
-    return [
-        (part[batch.owners] * batch.weights).astype(np.float32)
-        for batch, part in zip(batches, np.split(weight, ends[:-1]), strict=True)
-    ]

@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
-from mlx_sft.data.batches import JOINED, PADDED, Layout, MicroBatch, Plan, collate, cut
+from mlx_sft.data.batches import JOINED, PADDED, Layout, MicroBatch, Plan, collate, cut_step
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.errors import UserError
@@ -170,7 +170,7 @@ def predicted_peak(footprint: Footprint, settings: BatchSettings, plan: Plan, ex
     longest = int(lengths.argmax())
     micro_batches = [MicroBatch((longest,), layout.width_of(int(lengths[longest])))]
     for step in islice(plan.steps(), _STEPS_PREDICTED):
-        micro_batches += cut(step.rows, lengths, settings.micro_batch_tokens, layout)
+        micro_batches += cut_step(step.rows, examples, settings.micro_batch_tokens, layout)
 
     def predicted(micro_batch: MicroBatch) -> Prediction:
         rows = list(micro_batch.rows)
@@ -250,7 +250,8 @@ class MemoryPlanner:
         """
         given, planner = self.config.micro_batch_tokens, self
         if given is not None and len(asked_for(self.config)) > 1:  # a mode in which a whole step fits is weak enough
-            texts = 2 if OBJECTIVES[self.config.objective].compares else 1
+            kind = OBJECTIVES[self.config.objective]
+            texts = 2 if kind.compares or kind.labelled else 1
             whole_step = min(texts * self.config.batch_size, rows) * self.longest.tokens
             config = self.config.model_copy(update={"micro_batch_tokens": min(given, whole_step)})
             planner = replace(self, config=config)

@@ -14,11 +14,14 @@ from mlx_sft.registry import OBJECTIVES
 
 def planned_steps(config: TrainConfig, data: PreparedData) -> Plan:
     """The steps of a run on this data."""
-    together, counts = None, [examples for examples, _ in data.mixture]
+    together: list[list[int]] | None = None
+    counts = [examples for examples, _ in data.mixture]
     if OBJECTIVES[config.objective].compares:
         together = data.train.by_row()
         of_source = np.searchsorted(np.cumsum(counts), [examples[0] for examples in together], side="right")
         counts = np.bincount(of_source, minlength=len(counts)).tolist()
+    elif data.train.own < len(data.train):
+        together = [[row, data.train.own + row] for row in range(data.train.own)]
     weights = [weight for _, weight in data.mixture]
     return Plan(
         sum(counts),

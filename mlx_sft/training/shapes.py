@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection
 from itertools import islice
 
-from mlx_sft.data.batches import Batch, Layout, Plan, cut, levels, round_up
+from mlx_sft.data.batches import Batch, Layout, Plan, cut_step, levels, round_up
 from mlx_sft.data.dataset import Examples
 
 Shape = tuple[int, int, int]
@@ -32,10 +32,9 @@ def compiled_shapes(plan: Plan, examples: Examples, token_budget: int, layout: L
     """Those that pay for their traces: the most frequent ones of the first 2,000 steps of the first epoch. None of rows of any width."""
     if not layout.widths:
         return []
-    lengths = examples.needed_lengths
     positions: dict[tuple[int, int], list[int]] = {}
     for step in islice(plan.steps(), min(plan.steps_per_epoch, _STEPS_LOOKED_AT)):
-        for micro_batch in cut(step.rows, lengths, token_budget, layout):
+        for micro_batch in cut_step(step.rows, examples, token_budget, layout):
             supervised = round_up(int(examples.supervised_tokens[list(micro_batch.rows)].sum()))
             positions.setdefault((len(micro_batch.rows), micro_batch.width), []).append(supervised)
     shapes: Counter[Shape] = Counter()

@@ -151,12 +151,15 @@ class GradientComputer:
                     weighting = self._weigh(batches, self._first_pass(parameters, batches, draws, keys, before_each))
                 # Not those of the head, whose gradients are sums over its chunks.
                 rounded = self._method.rounded(parameters) | self._of_head(parameters)
-                for batch, own_weights, batch_key, draw in zip(batches, weighting.weights, keys, draws, strict=False):
+                weighs = [own_weights.any() for own_weights in weighting.weights]
+                for index, (batch, own_weights) in enumerate(zip(batches, weighting.weights, strict=True)):
+                    if any(weighs) and not weighs[index]:  # its gradient is zero
+                        continue
                     before_each()
                     started = time.perf_counter()
                     with failures_noticed(batch):
                         weights = (own_weights / weighting.normalizer).astype(np.float32)
-                        batch_loss, gradients = self.micro_step(rounded, batch, weights, batch_key, draw)
+                        batch_loss, gradients = self.micro_step(rounded, batch, weights, keys[index], draws[index])
                         loss = loss + batch_loss
                         total = self._added(total, gradients)
                         del gradients  # so that the sum can take its place

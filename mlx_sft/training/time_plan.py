@@ -14,7 +14,7 @@ from itertools import islice
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console, duration
-from mlx_sft.data.batches import Plan, Step, collate, cut
+from mlx_sft.data.batches import Plan, Step, collate, cut_step
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters
@@ -90,7 +90,7 @@ def within_time(
 
     def seconds_of(step: Step) -> float:
         """Of its gradient, once it is cut and collated, which in training another thread does."""
-        micro_batches = cut(step.rows, lengths, settings.micro_batch_tokens, settings.layout)
+        micro_batches = cut_step(step.rows, data.train, settings.micro_batch_tokens, settings.layout)
         batches = [collate(data.train, micro_batch) for micro_batch in micro_batches]
         key = checkpoint.dropout_key(config.seed, step.number)
         before = time.perf_counter()

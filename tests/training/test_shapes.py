@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.rows import CHAT_LENGTHS, PAIR_LENGTHS, spread
-from mlx_sft.data.batches import Layout, MicroBatch, Plan, collate, cut
+from mlx_sft.data.batches import Layout, MicroBatch, Plan, collate, cut, cut_step
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
 from mlx_sft.training.shapes import MOST_TRACES, Shape, compiled_shape, compiled_shapes, padded_shape
@@ -86,7 +86,9 @@ def test_most_micro_batches_are_compiled_and_little_is_padding(kind: str, batch_
 
 def test_of_a_long_epoch_only_the_beginning_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at = []
-    monkeypatch.setattr("mlx_sft.training.shapes.cut", lambda rows, *_: looked_at.append(rows) or cut(rows, *_))
+    monkeypatch.setattr(
+        "mlx_sft.training.shapes.cut_step", lambda rows, *_: looked_at.append(rows) or cut_step(rows, *_)
+    )
     examples = _rows([17] * 30)
     for rows, steps in ((30, 15), (1_000_000, 2000)):
         looked_at.clear()

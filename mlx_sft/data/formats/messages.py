@@ -23,7 +23,8 @@ def write(conversation: Conversation) -> dict[str, Any]:
         row = {key: message[key] for key in ("role", "content") if key in message} | message
         messages.append(row | (written_weight(weight) if message["role"] == "assistant" else {}))
     extras = {"tools": conversation.tools, "chat_template_kwargs": conversation.template_kwargs}
-    return {"messages": messages} | {key: value for key, value in extras.items() if value}
+    label = {} if conversation.desirable is None else {"label": conversation.desirable}
+    return {"messages": messages} | {key: value for key, value in extras.items() if value} | label
 
 
 FORMAT = RowFormat("messages", ("messages",), EXTRAS, '{"messages": [{"role": "user", "content": "..."}, ...]}', read)
