@@ -10,6 +10,7 @@ import click
 
 from mlx_sft.commands.adapters import adapters
 from mlx_sft.commands.doctor import doctor
+from mlx_sft.commands.runs import report, runs
 from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
 from mlx_sft.console import print_error, read_all, read_line, write_text
@@ -324,3 +325,5 @@ def evaluate(data: str, json_lines: bool, **model: Any) -> None:
 
 main.add_command(adapters)
 main.add_command(doctor)
+main.add_command(report)
+main.add_command(runs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO, cast
 
@@ -288,6 +288,20 @@ def _read(*, whole: bool) -> str:
         return sys.stdin.read() if whole else sys.stdin.readline()
     except (OSError, ValueError) as error:  # bytes that are no UTF-8 are a ValueError
         raise UserError(f"standard input cannot be read: {error}", hint=hint) from error
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
+    """A table of aligned columns, a line a row: those named in `left` begin alike, the others, numbers, end alike."""
+    table = [list(header), *([" ".join(printable(cell).split()) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = (
+        "  ".join(
+            cell.ljust(width) if name in left else cell.rjust(width)
+            for name, cell, width in zip(header, row, widths, strict=True)
+        )
+        for row in table
+    )
+    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def count(number: int | float) -> str:

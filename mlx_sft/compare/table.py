@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mlx_sft.compare.comparison import Comparison, Measured
 from mlx_sft.compare.trials import Trial
-from mlx_sft.console import count, duration, size
+from mlx_sft.console import columns, count, duration, size
 
 COLUMNS = (
     "method", "trained", "share", "memory", "time", "learning rate", "loss", "exact match", "forgetting", "on disk", "mergeable",
@@ -44,16 +44,8 @@ def _measured(result: Measured | None, trial: Trial | None = None) -> list[str]:
 
 def text(comparison: Comparison) -> str:
     """Aligned columns, and what they say."""
-    table = [list(COLUMNS), *rows(comparison)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if at == 0 else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    ]
-    return "\n".join([*(line.rstrip() for line in lines), "", *verdict(comparison), ""])
+    table = columns(COLUMNS, rows(comparison), left=COLUMNS[:1])
+    return "\n".join([table, *verdict(comparison), ""])
 
 
 def markdown(comparison: Comparison) -> str:
