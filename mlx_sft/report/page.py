@@ -118,7 +118,7 @@ def _charts(files: RunFiles) -> Iterable[str]:
         ],
         LOSS, marks,
     )  # fmt: skip
-    if "token_accuracy" in curves:
+    if metrics.evaluations > 1 and "token_accuracy" in curves:
         rows = [*curves.get("exact_match", [])] if any(share for _, share in curves.get("exact_match", [])) else []
         yield _figure(
             "Validation: share that the model, choosing the likeliest, writes as it stands",
@@ -193,12 +193,8 @@ def _events(files: RunFiles) -> str:
     metrics = files.metrics
     listed: list[tuple[int, str]] = [(event["step"], _told(event)) for event in metrics.events]
     if metrics.best:
-        listed.append(
-            (
-                metrics.best.step,
-                f"the best of {metrics.evaluations:,} evaluations, validation loss {metrics.best.loss:.4f}",
-            )
-        )
+        which = f"the best of {metrics.evaluations:,} evaluations" if metrics.evaluations > 1 else "an evaluation"
+        listed.append((metrics.best.step, f"{which}, validation loss {metrics.best.loss:.4f}"))
     if metrics.last and metrics.last != metrics.best:
         listed.append((metrics.last.step, f"the last evaluation, validation loss {metrics.last.loss:.4f}"))
     listed += [(step, "a checkpoint that is kept") for step in files.run.checkpoint_steps()]
