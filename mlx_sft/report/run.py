@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from mlx_sft.common_settings import CHOOSING, public_name
 from mlx_sft.config import composed
+from mlx_sft.console import size
 from mlx_sft.files import read_json, read_yaml
 from mlx_sft.report.metrics import Metrics
 from mlx_sft.run_folder import RunFolder
@@ -22,8 +23,8 @@ T = TypeVar("T")
 
 State = Literal["running", "finished", "stopped"]
 
-MOST_REPORT_BYTES = 256 * 2**20
-"""A data report has a line for each row that was not simply kept: room for a million of them."""
+_MOST_REPORT_BYTES = 64 * 2**20
+"""A data report has a line for each row that was not simply kept; one that is larger would take too much memory beside a model."""
 _LONGEST_SHOWN = 400
 
 
@@ -69,7 +70,8 @@ class RunFiles:
 
     Attributes:
         settings: `config.yaml`, by the written names.
-        environment, data: The content of these files; empty where they are not there.
+        environment: The content of the file; empty where it is not there.
+        data: What is shown of `data_report.json`.
         metrics: Of `metrics.jsonl`, as far as it was read.
     """
 
@@ -83,9 +85,8 @@ class RunFiles:
     def of(cls, run: RunFolder) -> RunFiles:
         """Read all of it but the metrics; raises `UserError` naming the file that cannot be read."""
         environment = read_json(run.environment) if run.environment.is_file() else {}
-        data = read_json(run.data_report, most=MOST_REPORT_BYTES) if run.data_report.is_file() else {}
         metrics = Metrics(run, integer(environment, "total_steps"))
-        return cls(run, read_yaml(run.config), environment, data, metrics)
+        return cls(run, read_yaml(run.config), environment, _read_data(run), metrics)
 
     @property
     def state(self) -> State:
@@ -135,6 +136,21 @@ class RunFiles:
         return listed
 
 
+def _read_data(run: RunFolder) -> dict[str, Any]:
+    """The report without what it tells of single rows."""
+    if not run.data_report.is_file():
+        return {}
+    if (taken := run.data_report.stat().st_size) > _MOST_REPORT_BYTES:
+        return {"warnings": [f"data_report.json has {size(taken)}, too much to be read for this page"]}
+    report = read_json(run.data_report)
+    sources = [
+        {"name": found(source, str, "name"), "rows": integer(source, "rows")}
+        for source in found(report, list, "sources") or []
+    ]
+    return {name: report[name] for name in _OF_REPORT if name in report} | {"sources": sources}
+
+
+_OF_REPORT = ("totals", "train", "valid", "warnings")
 _SETTLED = ("dtype",)
 """What `auto` becomes, by the model."""
 

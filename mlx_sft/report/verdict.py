@@ -50,7 +50,7 @@ def _how_far(files: RunFiles, state: State) -> Sentence:
         return Sentence("plain", f"It is training: step {totals.step:,}{of}{took}.")
     if state == "finished":
         early = f" It ended before the {planned:,} that were planned." if totals.step < planned else ""
-        return Sentence("plain" if early else "good", f"Finished: {totals.step:,} steps{took}.{early}")
+        return Sentence("plain" if early else "good", f"Finished after step {totals.step:,}{took}.{early}")
     why = " error.log has the error that ended it." if files.run.error_log.is_file() else ""
     on = f"`mlx-sft train --resume {run}` goes on with it."
     return Sentence("warn", f"Stopped after step {totals.step:,}{of}{took}.{why} {on}")
@@ -88,7 +88,7 @@ def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: S
     result = f"the result is that of step {best.step:,}"
     if last.loss > WORSE * best.loss:
         worse = f"Validation got worse after {_when(best)}: from {best.loss:.4f} to {last.loss:.4f}"
-        text = f"{worse}, as of a model that learns its rows by heart; {result}."
+        text = f"{worse}, the sign of a model that begins to learn its rows by heart; {result}."
         more = " Fewer epochs, a lower --lr or more rows may do better." if state != "running" else ""
         return [Sentence("warn", text + more)]
     fell = f"The validation loss went from {first.loss:.4f} to {best.loss:.4f}; {result}."

@@ -115,7 +115,14 @@ def test_values_of_other_kinds_say_nothing(make_folder: MakeFolder) -> None:
     }
     run = RunFolder(make_folder([step(1, 1.0)], settings=settings, data=data))
     run.environment.write_text('{"total_steps": "many", "memory": 3, "packages": [1], "device": 5}')
-    assert "1 steps" in page_html(RunFiles.of(run), "finished")
+    assert "Finished after step 1, 0.00 epochs in 0:02." in page_html(RunFiles.of(run), "finished")
+
+
+def test_a_data_report_that_is_very_large_is_left_out(make_folder: MakeFolder) -> None:
+    run = make_folder([])
+    with (run / "data_report.json").open("wb") as file:
+        file.truncate(65 * 2**20)
+    assert "data_report.json has 68 MB, too much to be read" in write_report(run).read_text()
 
 
 def test_ticks_are_round_and_within() -> None:
