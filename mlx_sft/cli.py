@@ -11,6 +11,7 @@ import click
 from mlx_sft.commands.adapters import adapters
 from mlx_sft.commands.doctor import doctor
 from mlx_sft.commands.evaluate import evaluate
+from mlx_sft.commands.runs import report, runs
 from mlx_sft.commands.talk import chat, generate
 from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
@@ -281,3 +282,5 @@ main.add_command(chat)
 main.add_command(doctor)
 main.add_command(evaluate)
 main.add_command(generate)
+main.add_command(report)
+main.add_command(runs)

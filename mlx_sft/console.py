@@ -299,11 +299,18 @@ def _write(text: str) -> None:
     stdout.write(printable(text) if stdout.isatty() else text)
 
 
-def aligned(table: Sequence[Sequence[str]]) -> str:
-    """Lines of columns: the first one begins at the left, the others end at the right."""
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
+    """A table of aligned columns, a line a row: those named in `left` begin alike, the others, numbers, end alike."""
+    table = [list(header), *([" ".join(printable(cell).expandtabs(1).splitlines()) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip() for first, *rest in table)
-    return "\n".join(lines)
+    lines = (
+        "  ".join(
+            cell.ljust(width) if name in left else cell.rjust(width)
+            for name, cell, width in zip(header, row, widths, strict=True)
+        )
+        for row in table
+    )
+    return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
 def count(number: int | float) -> str:

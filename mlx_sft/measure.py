@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sft.console import aligned
+from mlx_sft.console import columns
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.report import SourceReport
 from mlx_sft.data.sources import locate
@@ -164,7 +164,7 @@ def table(measured: Sequence[Measured]) -> str:
     if not any(one.whole.f1 for one in measured):
         for line in lines:
             del line[_COLUMNS.index("F1")]
-    return aligned(lines)
+    return columns(lines[0], lines[1:], left=_COLUMNS[:1])
 
 
 def _cells(found: EvaluationResult) -> list[str]:

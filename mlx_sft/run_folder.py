@@ -28,7 +28,8 @@ CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS = "parameters.safetensors", "SHA256SUMS"
 """In the folder of a checkpoint: what is trained, and the checksums of its files."""
 
 MOST_SUMS_BYTES = 2**16
-_LONGEST_METRIC = 2**20
+LONGEST_METRIC = 2**20
+"""Bytes; a longer line comes in pieces."""
 
 
 class Inside:
@@ -54,6 +55,7 @@ class RunFolder:
       adapter/            PEFT's files: the best by validation loss, else the last (weights/ for --method full)
       last/               the last, where adapter/ holds an earlier, better one
       checkpoints/        step-00000050/, ...: what --resume continues from
+      report.html         all of it as a page, while it trains and at its end
       README.md           a model card, which is there once the run has finished
       error.log           the traceback of an error that nobody foresaw, where one ended the run
     ```
@@ -62,6 +64,7 @@ class RunFolder:
     config, environment, data_report = Inside("config.yaml"), Inside("environment.json"), Inside("data_report.json")
     metrics, card, error_log = Inside("metrics.jsonl"), Inside("README.md"), Inside("error.log")
     reference = Inside("reference.safetensors")
+    page = Inside("report.html")
     adapter, weights, last, checkpoints = Inside("adapter"), Inside("weights"), Inside("last"), Inside("checkpoints")
 
     def __init__(self, path: str | Path) -> None:
@@ -182,6 +185,22 @@ class RunFolder:
         Raises:
             UserError: If another process holds it.
         """
+        with self._claimed() as descriptor:
+            self._refuse_links_out()
+            with disk_errors(self.checkpoints):
+                for old in self.checkpoints.glob(".replaced-?*"):
+                    recover_replaced_folder(old.with_name(old.name.removeprefix(".replaced-")))
+            self._remove_left()
+            if is_at(descriptor, self._path):  # else this file system gives a folder several numbers
+                self._held, self._tell = descriptor, tell
+            try:
+                yield
+            finally:
+                self._held = None
+
+    @contextmanager
+    def _claimed(self) -> Iterator[int]:
+        """The folder, opened and locked; raises `UserError` as `locked` does."""
         with disk_errors(self.path):
             descriptor = os.open(self.path, os.O_RDONLY)
         try:
@@ -192,17 +211,43 @@ class RunFolder:
                 raise UserError("another process is training this run", where=str(self.path), hint=hint) from error
             except OSError:
                 pass  # not every file system has locks
-            self._refuse_links_out()
-            with disk_errors(self.checkpoints):
-                for old in self.checkpoints.glob(".replaced-?*"):
-                    recover_replaced_folder(old.with_name(old.name.removeprefix(".replaced-")))
-            self._remove_left()
-            if is_at(descriptor, self._path):  # else this file system gives a folder several numbers
-                self._held, self._tell = descriptor, tell
-            yield
+            yield descriptor
         finally:
-            self._held = None
             os.close(descriptor)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether a process is writing the run, as far as this file system tells."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return False
+
+    @classmethod
+    def removable(cls, path: str | Path) -> RunFolder:
+        """A run that may be removed; raises `UserError` for what is none, is a link, or is being trained."""
+        run = cls(path)
+        refuse_link(run.path)
+        needed = [file for file in run._head if file != run.reference]
+        if missing := next((file.name for file in needed if not file.is_file()), None):
+            hint = "give a folder that `mlx-sft runs` lists; what is no run is not removed"
+            raise UserError(f"not a run folder: it has no {missing}", where=str(run.path), hint=hint, exit_code=USAGE)
+        with run._claimed():
+            return run
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it; what links in it lead to stays. Raises `UserError` as `removable` does."""
+        with self._claimed(), disk_errors(self.path):
+            remove(self.path.absolute())
 
     def _remove_left(self) -> None:
         """Remove what a killed process was writing; as the run is locked, no one is writing it now."""
@@ -274,10 +319,11 @@ class RunFolder:
                     best = record.get("step")
         return best if isinstance(best, int) else None
 
-    def metric_lines(self) -> Iterator[bytes]:
-        """The lines of its metrics; one that is longer than any comes in pieces."""
+    def metric_lines(self, after: int = 0) -> Iterator[bytes]:
+        """The lines of its metrics behind so many bytes; one that is longer than any comes in pieces."""
         with read_errors(self.metrics), open_regular(self.metrics) as file:
-            yield from iter(lambda: file.readline(_LONGEST_METRIC), b"")
+            file.seek(after)
+            yield from iter(lambda: file.readline(LONGEST_METRIC), b"")
 
     def trained_parameters(self, step: int) -> Path:
         """The file with what was trained up to a step.

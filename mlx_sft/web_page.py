@@ -25,7 +25,7 @@ _PAGE = """\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
-<title>{{title}}</title>
+{{again}}<title>{{title}}</title>
 <style>{{style}}</style>
 </head>
 <body>
@@ -34,21 +34,29 @@ _PAGE = """\
 """
 
 
-def page(place: Path, title: str, parts: Mapping[str, str]) -> str:
-    """A page of the body, the style and the script, if there is one, that lie in a folder as page.html, page.css and page.js.
+def page(
+    body: Path, title: str, parts: Mapping[str, str], *, style: str = "", script: str = "", again: int | None = None
+) -> str:
+    """A page of a body, and of the style and the script that lie beside it under its name, where there are any.
 
-    Its policy allows that style and that script alone, by their digests. What is put in for `{{name}}` is not looked at again.
+    Its policy allows its style and its script alone, by their digests. What is put in for `{{name}}` is not looked at again.
 
     Args:
+        body: The file of it.
         title: As it is; it is escaped here.
         parts: Safe where they stand in the body: escaped, or made by `embedded`.
+        style, script: What comes before those of the page.
+        again: Seconds after which it is loaded anew.
     """
-    body, style = (_text(place / f"page.{kind}") for kind in ("html", "css"))
-    script = _text(place / "page.js") if (place / "page.js").is_file() else ""
+    style += _text(body.with_suffix(".css"))
+    script += _text(body.with_suffix(".js"))
     scripts = _digest(script) if script else "'none'"
     policy = f"default-src 'none'; style-src {_digest(style)}; script-src {scripts}; img-src 'none'; base-uri 'none'; form-action 'none'"
-    known = {**parts, "title": escaped(title), "policy": policy, "style": style, "script": script}
-    return re.sub(r"\{\{(\w+)\}\}", lambda name: known[name[1]], _PAGE % body)
+    refresh = f'<meta http-equiv="refresh" content="{again}">\n' if again is not None else ""
+    known = {
+        **parts, "title": escaped(title), "policy": policy, "style": style, "script": script, "again": refresh,
+    }  # fmt: skip
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: known[name[1]], _PAGE % _text(body))
 
 
 def escaped(text: str) -> str:
@@ -63,7 +71,7 @@ def embedded(value: Any) -> str:
 
 
 def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _digest(text: str) -> str:

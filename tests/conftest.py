@@ -36,6 +36,7 @@ from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.machine import memory_limits_restored
 from tests.chats import write_chats
 from tests.neighbours import find_neighbour
+from tests.pages import browser  # noqa: F401  a fixture
 from tests.trl_exports import half, half_trained, pair, trained  # noqa: F401  fixtures
 
 if not WITHOUT_TORCH:

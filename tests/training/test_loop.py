@@ -81,7 +81,7 @@ def test_a_run_leaves_the_promised_files_and_no_others(settings: dict[str, Any])
     files = {str(path.relative_to(result.run_dir)) for path in result.run_dir.rglob("*") if path.is_file()}
     checkpoint = ("parameters.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS")
     assert files == {
-        *("config.yaml", "environment.json", "data_report.json", "metrics.jsonl", "README.md"),
+        *("config.yaml", "environment.json", "data_report.json", "metrics.jsonl", "report.html", "README.md"),
         *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
         *(f"checkpoints/step-0000000{step}/{name}" for step in (2, 4, 6) for name in checkpoint),
     }

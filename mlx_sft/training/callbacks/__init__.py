@@ -34,6 +34,7 @@ ENTRIES = {
     "keep-awake": "mlx_sft.training.callbacks.keep_awake:KeepAwake",
     "power": "mlx_sft.training.callbacks.power:Power",
     "time-limit": "mlx_sft.training.callbacks.time_limit:TimeLimit",
+    "report-page": "mlx_sft.training.callbacks.report_page:ReportPage",
 }
 
 _BEFORE_OTHERS = ("metrics-file", "terminal")

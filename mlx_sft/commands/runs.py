@@ -1,0 +1,89 @@
+"""`mlx-sft report` and `mlx-sft runs`."""
+
+from __future__ import annotations
+
+import click
+
+from mlx_sft.console import size, write_text
+
+
+@click.command()
+@click.argument("run", metavar="RUN")
+@click.option("--to", metavar="FILE", help="Write it there instead of into the run folder.")
+def report(run: str, to: str | None) -> None:
+    """Write a run as a page: its curves, what happened, its data and settings, and what to do next.
+
+    A run writes its own page, report.html, while it trains and at its end; this writes it anew. The last line on stdout is the page.
+    """
+    from mlx_sft.report.page import write_report
+
+    write_text(f"{write_report(run, to)}\n")
+
+
+class _ListingOtherwise(click.Group):
+    """Without the name of a command, or with a folder in its place, the runs are listed."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing and (not args or args[0] not in {*self.commands, *ctx.help_option_names}):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_ListingOtherwise)
+def runs() -> None:
+    """List runs, compare and remove them. `mlx-sft runs` alone lists those under runs/."""
+
+
+@runs.command(name="list")
+@click.argument("folder", default="runs")
+@click.option("--json", "as_json", is_flag=True, help="Write each run as a line of JSON.")
+def list_runs(folder: str, as_json: bool) -> None:
+    """The runs in FOLDER, runs/ where not given: model, method, rows, steps, losses, state and size; the newest last."""
+    from mlx_sft.console import Console, columns
+    from mlx_sft.report.runs import COLUMNS, LEFT, listed, runs_in
+
+    found = [listed(run) for run in runs_in(folder)]
+    if as_json:
+        write_text("".join(f"{run.to_json()}\n" for run in found))
+        return
+    for run in found:
+        if run.problem:
+            Console().warn(f"{run.path}: {run.problem}")
+    write_text(columns(COLUMNS, [run.cells() for run in found], LEFT) if found else f"no run in {folder}\n")
+
+
+@runs.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
+@click.option("--html", metavar="FILE", help="Write a page too, with the curves over each other.")
+def compare(runs: tuple[str, ...], html: str | None) -> None:
+    """How runs ended, and the settings in which they differ.
+
+    With --html, the last line on stdout is the page.
+    """
+    from mlx_sft.report.side_by_side import SideBySide
+
+    found = SideBySide(runs)
+    write_text(found.text())
+    if html is not None:
+        write_text(f"{found.write_page(html)}\n")
+
+
+@runs.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(runs: tuple[str, ...], yes: bool) -> None:
+    """Remove runs with all that is in them: checkpoints, adapters, metrics.
+
+    A folder that is no run is refused, and so is a run that is being trained; then none is removed. What a link leads to stays.
+    """
+    from mlx_sft.report.runs import to_remove
+
+    found = to_remove(runs)
+    if not yes:
+        for run, taken in found:
+            click.echo(f"{run.path}  {size(taken)}", err=True)
+        what = "this run" if len(found) == 1 else f"these {len(found)} runs"
+        click.confirm(f"Remove {what} for good?", abort=True, err=True)
+    for run, _ in found:
+        run.remove()
+        write_text(f"{run.path}\n")

@@ -1,0 +1,319 @@
+"""report.html: a run as one self-contained page. It asks for no network, and its few lines of script only tell values of charts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mlx_sft.charts import SCRIPT, STYLE, Axis, Point, Series, bars, chart
+from mlx_sft.console import count, duration, size
+from mlx_sft.files import user_path
+from mlx_sft.report.metrics import Metrics, number
+from mlx_sft.report.run import RunFiles, Setting, State, found, integer, texts
+from mlx_sft.report.verdict import Sentence, verdict
+from mlx_sft.run_folder import RunFolder
+from mlx_sft.web_page import escaped, page
+from mlx_sft.writing import write_file
+
+_HERE = Path(__file__).parent
+
+_AGAIN = 30
+"""Seconds after which the page of a run that trains is loaded again."""
+_MOST_EVENTS = 40
+_MOST_WARNINGS = 20
+_NOTHING = ("", "null", "[]", "{}", "auto")
+
+STEPS = Axis(show=lambda step: f"{step:,.0f}" if step < 1e4 else count(step))
+LOSS, _PLAIN = Axis(powers=None), Axis()
+_BYTES = Axis(from_zero=True, show=lambda value: size(value) if value else "0")
+
+
+def write_report(run: str | Path, to: str | Path | None = None) -> Path:
+    """Write the page of a run, whether it trains or has ended, and return its path.
+
+    Args:
+        to: Another file than the run's own report.html.
+
+    Raises:
+        UserError: For a folder that is no run, and for files of it that cannot be read.
+    """
+    files = RunFiles.of(RunFolder.open(run))
+    target = user_path(to) if to is not None else files.run.page
+    write_file(target, page_html(files, files.state), parents=to is not None)
+    return target
+
+
+def page_html(files: RunFiles, state: State) -> str:
+    """The page, with what is new in the metrics."""
+    files.metrics.follow()
+    name = files.run.path.absolute().name
+    parts = {
+        "name": escaped(name),
+        "state": state,
+        "what": escaped(" · ".join(filter(None, (files.method, files.model, ", ".join(files.data_names))))),
+        "verdict": "".join(map(_sentence, verdict(files, state))),
+        "cards": _cards(files),
+        "charts": "".join(_charts(files)),
+        "events": _events(files),
+        "data": _data(files.data),
+        "settings": _settings(files.all_settings()),
+        "commands": _commands(files, state),
+        "written": escaped(_written(files)),
+    }
+    again = _AGAIN if state == "running" else None
+    return page(_HERE / "page.html", f"{name}: {state}", parts, style=STYLE, script=SCRIPT, again=again)
+
+
+def _sentence(sentence: Sentence) -> str:
+    pieces = sentence.text.split("`")
+    text = "".join(f"<code>{escaped(piece)}</code>" if at % 2 else escaped(piece) for at, piece in enumerate(pieces))
+    return f'<li class="{sentence.weight}">{text}</li>'
+
+
+def _cards(files: RunFiles) -> str:
+    metrics, totals = files.metrics, files.metrics.totals
+    cards: list[tuple[str, str, str]] = [
+        ("steps", f"{totals.step:,}", f"of {files.planned:,}, {totals.epoch:.2f} epochs" if files.planned else "")
+    ]
+    if metrics.last_loss is not None:
+        cards.append(("training loss", f"{metrics.last_loss:.4g}", f"from {metrics.first_loss:.4g}"))
+    if best := metrics.best:
+        accuracy = f", {best.token_accuracy:.1%} of tokens right" if best.token_accuracy is not None else ""
+        cards.append(("validation loss", f"{best.loss:.4g}", f"best, step {best.step:,}{accuracy}"))
+    if totals.seconds:
+        cards.append(("time", duration(totals.seconds), f"{totals.seconds / max(1, totals.steps):.2g} s a step"))
+        share = f", {totals.supervised_tokens / totals.tokens:.0%} supervised" if totals.tokens else ""
+        cards.append(("tokens", count(totals.tokens), f"{count(totals.tokens / totals.seconds)} a second{share}"))
+    if totals.peak_bytes:
+        predicted = integer(files.environment, "memory", "predicted_peak_bytes")
+        cards.append(("peak memory", size(totals.peak_bytes), f"{size(predicted)} predicted" if predicted else ""))
+    return "".join(
+        f"<div><dt>{name}</dt><dd>{escaped(value)}<small>{escaped(more)}</small></dd></div>"
+        for name, value, more in cards
+    )
+
+
+def _charts(files: RunFiles) -> Iterable[str]:
+    metrics = files.metrics
+    curves = {name: curve.points for name, curve in metrics.curves.items()}
+    smooth = {name: one.curve.points for name, one in metrics.smoothed.items()}
+    epochs = [(float(step), 7) for step in metrics.epochs if step < metrics.totals.step]
+    lost = [(float(event["step"]), 4) for event in metrics.events if event["kind"] in ("rollback", "skipped")]
+    marked = ["grey: ends of epochs"] * bool(epochs) + ["red: skipped steps and returns"] * bool(lost)
+    marks, ended = epochs + lost, f" ({'; '.join(marked)})" if marked else ""
+    yield _figure(
+        f"Loss, in nats a token{ended}",
+        [
+            Series(curves.get("loss", []), "each step", 0, "faint"),
+            Series(smooth["loss"], "smoothed", 0),
+            Series(
+                curves.get("validation", []), "validation, best ringed", 1, "line and dots",
+                stands_out=_at(curves.get("validation", []), metrics),
+            ),
+        ],
+        LOSS, marks,
+    )  # fmt: skip
+    if metrics.evaluations > 1 and "token_accuracy" in curves:
+        rows = [*curves.get("exact_match", [])] if any(share for _, share in curves.get("exact_match", [])) else []
+        yield _figure(
+            "Validation: share that the model, choosing the likeliest, writes as it stands",
+            [
+                Series(curves["token_accuracy"], "tokens", 2, "line and dots"),
+                Series(rows, "whole rows", 3, "line and dots"),
+            ],
+            Axis(show="{:.0%}".format),
+        )
+    yield _figure(
+        "Learning rate",
+        [Series(curves.get("learning_rate", []), "learning rate", 5)],
+        Axis(from_zero=True, show=lambda rate: f"{rate:.1e}" if rate else "0"),
+    )
+    limit = number(files.settings, "max_grad_norm")
+    steps = [point[0] for point in curves.get("grad_norm", [])]
+    clipped = [(steps[0], limit), (steps[-1], limit)] if steps and limit and _is_near(limit, metrics) else []
+    yield _figure(
+        "Gradient norm, before it is clipped",
+        [
+            Series(curves.get("grad_norm", []), "each step", 3, "faint"),
+            Series(smooth["grad_norm"], "smoothed", 3),
+            Series(clipped, "clipped above", 7, "dashed"),
+        ],
+        LOSS,
+    )
+    yield _figure(
+        "Tokens a second",
+        [
+            Series(curves.get("tokens_per_second", []), "each step", 2, "faint"),
+            Series(smooth["tokens_per_second"], "smoothed", 2),
+        ],
+        Axis(from_zero=True, show=count),
+    )
+    predicted = integer(files.environment, "memory", "predicted_peak_bytes")
+    active = curves.get("active_memory_bytes", [])
+    yield _figure(
+        "Memory of MLX's arrays",
+        [
+            Series(curves.get("peak_memory_bytes", []), "peak", 4),
+            Series(active, "active, after a step", 0),
+            Series(curves.get("cache_memory_bytes", []), "kept for the next", 7, "faint"),
+            Series([(active[0][0], predicted), (active[-1][0], predicted)] if active and predicted else [], "predicted peak", 1, "dashed"),
+        ],
+        _BYTES,
+    )  # fmt: skip
+    for number_of, (name, curve) in enumerate(sorted(metrics.own.items())):
+        yield _figure(
+            f"{name}, of the objective {files.settings.get('objective', '')}", [Series(curve.points, name, number_of)]
+        )
+
+
+def _figure(title: str, series: Sequence[Series], y: Axis = _PLAIN, marks: Sequence[Point] = ()) -> str:
+    if not any(one.points for one in series):
+        return ""
+    drawn = chart(series, STEPS, y, label=title, marks=marks)
+    return f"<figure><figcaption>{escaped(title)}</figcaption>{drawn}</figure>"
+
+
+def _at(points: Sequence[Point], metrics: Metrics) -> frozenset[int]:
+    """Which of the points is the best evaluation; the lowest of a stretch is always kept."""
+    best = metrics.best
+    return frozenset(place for place, point in enumerate(points) if best and point == (best.step, best.loss))
+
+
+def _is_near(limit: float, metrics: Metrics) -> bool:
+    """Whether a norm was ever half of the limit, so that a line for it tells something."""
+    return any(value > limit / 2 for _, value in metrics.curves["grad_norm"].points)
+
+
+def _events(files: RunFiles) -> str:
+    metrics = files.metrics
+    listed: list[tuple[int, str]] = [(event["step"], _told(event)) for event in metrics.events]
+    if metrics.best:
+        which = f"the best of {metrics.evaluations:,} evaluations" if metrics.evaluations > 1 else "an evaluation"
+        listed.append((metrics.best.step, f"{which}, validation loss {metrics.best.loss:.4f}"))
+    if metrics.last and metrics.last != metrics.best:
+        listed.append((metrics.last.step, f"the last evaluation, validation loss {metrics.last.loss:.4f}"))
+    listed += [(step, "a checkpoint that is kept") for step in files.run.checkpoint_steps()]
+    listed.sort(key=lambda one: one[0])
+    more = sum(metrics.counts.values()) - len(metrics.events) + max(0, len(listed) - _MOST_EVENTS)
+    items = [f"<li><b>step {step:,}</b><span>{escaped(text)}</span></li>" for step, text in listed[:_MOST_EVENTS]]
+    if more:
+        items.append(f"<li><b></b><span>and {more:,} more, in metrics.jsonl</span></li>")
+    return f'<ul class="events">{"".join(items)}</ul>' if items else '<p class="soft">Nothing yet.</p>'
+
+
+def _told(event: Mapping[str, Any]) -> str:
+    """What happened, in words."""
+    kind = event["kind"]
+    if kind == "skipped":
+        rows = f"; rows {', '.join(event['rows_named'])}" if event["rows_named"] else ""
+        return f"skipped, because its gradient was not finite{rows}"
+    if kind == "rollback":
+        diverged, factor = (event.get(name, "?") for name in ("diverged_at", "learning_rate_factor"))
+        return f"back to here: the loss had diverged at step {diverged}; on with {factor} times the learning rate"
+    tokens = event.get("micro_batch_tokens")
+    smaller = f"; repeated with up to {tokens} tokens at once, and so from then on" if tokens is not None else ""
+    if kind == "out_of_memory":
+        return f"memory ran out{smaller}"
+    if kind == "interrupted":
+        return f"the system took the GPU away{smaller or '; repeated'}"
+    return str(kind).replace("_", " ")
+
+
+def _data(report: Mapping[str, Any]) -> str:
+    totals = found(report, dict, "totals") or {}
+    lost = [f"{integer(totals, fate):,} {fate}" for fate in ("truncated", "dropped", "bad") if integer(totals, fate)]
+    train, valid = (found(report, dict, part) or {} for part in ("train", "valid"))
+    facts = {
+        "rows": f"{integer(totals, 'rows'):,} read, {integer(train, 'rows'):,} to train on, {integer(valid, 'rows'):,} held out",
+        "lost": ", ".join(lost) or "none",
+        "tokens": _of_tokens(train),
+        "held out": _of_tokens(valid) if integer(valid, "rows") else "",
+        "lengths": _of_lengths(found(train, dict, "lengths") or {}),
+        "equal rows": f"{integer(train, 'duplicates'):,}" if integer(train, "duplicates") else "",
+        "files": ", ".join(filter(None, (_source(one) for one in found(report, list, "sources") or []))),
+    }  # fmt: skip
+    warnings = texts(report, "warnings")[:_MOST_WARNINGS]
+    warned = "".join(f"<li>{escaped(text)}</li>" for text in warnings)
+    histogram = [
+        (f"{integer(bar, 'from'):,}–{integer(bar, 'to'):,}", integer(bar, "count"))
+        for bar in found(train, list, "histogram") or []
+    ]
+    drawn = bars(histogram[:100], label="Rows by their length")
+    return (
+        (f'<ul class="warnings">{warned}</ul>' if warned else "")
+        + _facts(facts)
+        + (f"<p class='soft'>Rows by their length in tokens</p>{drawn}" if drawn else "")
+    )
+
+
+def _of_tokens(part: Mapping[str, Any]) -> str:
+    tokens, supervised = integer(part, "tokens"), integer(part, "supervised_tokens")
+    return f"{tokens:,}, {supervised / tokens:.0%} of them supervised" if tokens else ""
+
+
+def _of_lengths(lengths: Mapping[str, Any]) -> str:
+    middle, most, longest = (integer(lengths, name) for name in ("p50", "p95", "max"))
+    return f"{middle:,} (median), {most:,} (95 %), {longest:,} (longest) tokens" if longest else ""
+
+
+def _source(source: Any) -> str:
+    name = found(source, str, "name")
+    return f"{Path(name).name or name} ({integer(source, 'rows'):,} rows)" if name else ""
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    rows = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in facts.items() if value)
+    return f'<dl class="facts">{rows}</dl>'
+
+
+def _settings(settings: Sequence[Setting]) -> str:
+    def listed(some: Iterable[Setting]) -> str:
+        rows = "".join(
+            f"<dt>{escaped(one.name)}</dt><dd>{escaped(one.value)}"
+            + (f" <small>default {escaped(one.default)}</small>" if one.differs and one.default not in _NOTHING else "")
+            + "</dd>"
+            for one in some
+        )
+        return f'<dl class="facts">{rows}</dl>'
+
+    differing = [one for one in settings if one.differs and not one.chosen]
+    chosen = [one for one in settings if one.differs and one.chosen]
+    rest = [one for one in settings if not one.differs]
+    shown = listed(differing) if differing else '<p class="soft">None.</p>'
+    if chosen:
+        shown += f"<h2>Chosen for the model and the machine</h2>{listed(chosen)}"
+    return f"{shown}<details><summary>The {len(rest)} others</summary>{listed(rest)}</details>"
+
+
+def _commands(files: RunFiles, state: State) -> str:
+    run = shlex.quote(str(files.run.path))
+    talk, on = f"mlx-sft chat --run {run}", f"mlx-sft train --resume {run}"
+    if state == "finished":
+        wanted = [
+            ("talk with it", talk),
+            ("one answer, for a script", f'mlx-sft generate --run {run} --prompt "..."'),
+            ("a folder that PyTorch and others open", f"mlx-sft export --run {run} --to my-model"),
+            ("measure it on other rows", f"mlx-sft eval --run {run} --data held_out.jsonl"),
+        ]
+    else:
+        wanted = [] if state == "running" else [("go on with it", on)]
+        steps = files.run.checkpoint_steps()
+        if steps:
+            wanted.append(("try its newest checkpoint", f"{talk} --step last"))
+        wanted.append(("write this page anew", f"mlx-sft report {run}"))
+    return "".join(f"<li>{escaped(why)}<code>{escaped(command)}</code></li>" for why, command in wanted)
+
+
+def _written(files: RunFiles) -> str:
+    packages = found(files.environment, dict, "packages") or {}
+    versions = [
+        f"{name} {packages[name]}" for name in ("mlx-sft", "mlx", "mlx-lm") if isinstance(packages.get(name), str)
+    ]
+    device = found(files.environment, str, "device", "device_name") or found(
+        files.environment, str, "device", "architecture"
+    )
+    about = " · ".join(filter(None, (*versions, device, found(files.environment, str, "platform"))))
+    return f"As of {datetime.now():%Y-%m-%d %H:%M:%S}. The run: {about}."

@@ -1,0 +1,95 @@
+"""What a page says in words of runs of every course."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mlx_sft.report.runs import read
+from mlx_sft.report.verdict import Sentence, verdict
+from mlx_sft.run_folder import RunFolder
+from tests.report.conftest import MakeFolder, Record, evaluation, step
+
+pytestmark = pytest.mark.fast
+
+
+def falling(count: int = 100, to: float = 1.0, rate: float = 10.0) -> list[Record]:
+    return [step(n, to + 2 * math.exp(-rate * n / count), epoch=3 * n / count) for n in range(1, count + 1)]
+
+
+def said(make_folder: MakeFolder, records: list[Record], **folder: object) -> list[Sentence]:
+    files = read(RunFolder(make_folder(records, **folder)))
+    return verdict(files, files.state)
+
+
+def only(sentences: list[Sentence], words: str) -> Sentence:
+    (found,) = [sentence for sentence in sentences if words in sentence.text]
+    return found
+
+
+def test_validation_that_got_worse_names_the_epoch_and_the_step(make_folder: MakeFolder) -> None:
+    evaluations = [evaluation(33, 2.0, epoch=1.0), evaluation(66, 1.5, epoch=2.0), evaluation(100, 1.9, epoch=3.0)]
+    sentences = said(make_folder, falling() + evaluations)
+    sentence = only(sentences, "got worse after epoch 2: from 1.5000 to 1.9000")
+    assert sentence.weight == "warn"
+    assert "the result is that of step 66" in sentence.text
+    assert sentences[0] == Sentence("good", "Finished after step 100, 3.00 epochs in 3:23.")
+
+
+def test_a_loss_that_still_falls_says_how_to_go_on(make_folder: MakeFolder) -> None:
+    sentences = said(make_folder, [*falling(), evaluation(50, 2.0), evaluation(100, 1.5)])
+    assert only(sentences, "still falling at the end").text.endswith("/run --epochs 5`).")
+    steps = said(
+        make_folder, [*falling(), evaluation(50, 2.0), evaluation(100, 1.5)], name="b", settings={"max_steps": 100}
+    )
+    assert only(steps, "still falling at the end").text.endswith("/b --max-steps 150`).")
+
+
+def test_a_level_loss_says_so(make_folder: MakeFolder) -> None:
+    sentences = said(make_folder, [*falling(), evaluation(50, 2.0), evaluation(80, 1.5), evaluation(100, 1.495)])
+    assert only(sentences, "levelled off").weight == "good"
+
+
+def test_a_loss_that_diverged_is_bad_news(make_folder: MakeFolder) -> None:
+    records = falling() + [step(n, 9.0) for n in range(101, 141)]
+    sentence = only(said(make_folder, records, planned=140), "The loss diverged: it was")
+    assert sentence.weight == "bad"
+    assert "lower --lr" in sentence.text
+
+
+def test_a_loss_that_never_was_finite_is_bad_news(make_folder: MakeFolder) -> None:
+    sentences = said(make_folder, [step(n, None) for n in range(1, 6)], finished=False)
+    assert only(sentences, "No step had a finite loss").weight == "bad"
+    assert "5 steps were skipped" in only(sentences, "skipped").text
+
+
+def test_a_loss_that_did_not_move_asks_for_a_higher_rate(make_folder: MakeFolder) -> None:
+    assert only(said(make_folder, [step(n, 2.0) for n in range(1, 101)]), "hardly moved").weight == "warn"
+
+
+def test_rows_that_are_known_by_heart_and_no_rows_held_out(make_folder: MakeFolder) -> None:
+    sentences = said(make_folder, falling(to=0.0), data={"valid": {"rows": 0}})
+    assert only(sentences, "knows these rows by heart").weight == "warn"
+    assert "--valid-fraction" in only(sentences, "No rows are held out").text
+
+
+def test_a_run_that_was_stopped_says_how_it_goes_on(make_folder: MakeFolder) -> None:
+    sentences = said(make_folder, falling(40), finished=False)
+    assert sentences[0].text.startswith("Stopped after step 40 of 100")
+    assert "mlx-sft train --resume" in sentences[0].text
+    assert "error.log" not in sentences[0].text
+    assert "Stopped after step 0 of 100." in said(make_folder, [], name="b", finished=False)[0].text
+
+
+def test_recoveries_are_told(make_folder: MakeFolder) -> None:
+    others = [
+        {"kind": "out_of_memory", "step": 3, "micro_batch_tokens": 256},
+        {"kind": "rollback", "step": 2, "diverged_at": 9},
+        {"kind": "interrupted", "step": 4, "times": 1},
+        {"kind": "interrupted", "step": 5, "times": 1},
+    ]
+    text = " ".join(sentence.text for sentence in said(make_folder, falling() + others))
+    assert "Memory ran out once" in text
+    assert "went back, once" in text
+    assert "took the GPU away 2 times" in text
