@@ -12,7 +12,7 @@ import pytest
 from mlx_sft import TrainConfig, UserError, export, train, writing
 from mlx_sft.config import TrainConfig as Config
 from mlx_sft.console import Console
-from mlx_sft.data.batches import Plan
+from mlx_sft.data.steps import Plan
 from mlx_sft.files import refuse_full_disk
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors

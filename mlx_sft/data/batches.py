@@ -1,17 +1,18 @@
-"""Examples → a deterministic plan: optimizer steps, and the micro-batches that each is computed in.
+"""The examples of an optimizer step → the micro-batches that it is computed in, as arrays.
 
     lengths 12 96 100 14 ─► sorted 12 14 | 96 100 ─► [2, 16] and [2, 112]: padded tokens stay near real ones
                                                   or [1, 222]: end to end, where each row can be kept to itself
+    two answers to a prompt of 80 ───────────────► [1, 80 + 16 + 20]: there the prompt is computed once
 
-A step is a random set of examples; how it is cut changes its cost, never its result. The plan is a pure function of its
-arguments, so that a resumed run goes on with the very step that the killed one would have taken. Knows nothing of models.
+How a step is cut changes its cost, never its result, and is a pure function of its rows. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,6 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 
 Lengths = Sequence[int] | NDArray[np.int32]
-
-Spans = tuple[tuple[int, int], ...]
-"""Where each row begins and ends."""
 
 CALL_COST = 32
 """What one more call costs on a CPU, in tokens: reading the weights again."""
@@ -35,6 +33,30 @@ _MOST_WIDTHS = 16
 _CUT_AT_ONCE = 4096
 
 
+class Span(NamedTuple):
+    """Where a row lies, of those that lie end to end.
+
+    Attributes:
+        start, end: Of its tokens, but for its shared ones.
+        targets: How many it has.
+        head, shared: It begins with so many tokens of the row that lies from `head` on, and has them from there.
+    """
+
+    start: int
+    end: int
+    targets: int = 0
+    head: int = 0
+    shared: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row, the shared ones included."""
+        return self.shared + self.end - self.start
+
+
+Spans = tuple[Span, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the rows of a micro-batch lie, and what decides how many there are.
@@ -45,12 +67,14 @@ class Layout:
             one of them. Empty where any will do.
         call_cost: What one more micro-batch costs, in tokens.
         in_front: Positions that are computed in front of each row, and are not in its width.
+        shares: Whether what the examples of a row of the data begin with alike is computed once; they are then joined.
     """
 
     joined: bool = False
     widths: tuple[int, ...] = ()
     call_cost: int = CALL_COST
     in_front: int = 0
+    shares: bool = False
 
     @classmethod
     def of_few_shapes(cls, lengths: Lengths, call_cost: int = CALL_COST) -> Layout:
@@ -77,41 +101,18 @@ class MicroBatch:
         rows: Indices of examples.
         width: Tokens that each is right-padded to, or of all of them where they are joined.
         joined: Whether they lie end to end.
+        shared: Of each row, how many of its first tokens are those of the last row before it that has 0 here; empty where all have 0.
     """
 
     rows: tuple[int, ...]
     width: int
     joined: bool = False
+    shared: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         """That go through the model."""
         return self.width if self.joined else len(self.rows) * self.width
-
-
-@dataclass(frozen=True, slots=True)
-class Portion:
-    """One source of a mixture: how many rows it has, and its weight beside the others'."""
-
-    rows: int
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One optimizer step.
-
-    Attributes:
-        number: From 1.
-        epoch: How many passes over the data are done when the step is.
-        ends_epoch: Whether it is the last of its pass.
-        rows: Indices of the examples in it.
-    """
-
-    number: int
-    epoch: float
-    ends_epoch: bool
-    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class Batch:
     def owners(self) -> NDArray[np.int64]:
         """[supervised]: in which of the rows each target is."""
         if self.spans:
-            return np.searchsorted([end for _, end in self.spans], self.positions, side="right")
+            return np.repeat(np.arange(len(self.spans)), [span.targets for span in self.spans])
         return np.asarray(self.positions // self.token_ids.shape[1], np.int64)
 
     def summed(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -167,98 +168,7 @@ class Batch:
     @property
     def longest(self) -> int:
         """Tokens of the longest row, with its padding."""
-        return max((end - start for start, end in self.spans), default=self.token_ids.shape[1])
-
-
-class Plan:
-    """The steps of a run.
-
-    Args:
-        rows: Number of examples.
-        batch_size: Examples a step; the last step of an epoch takes what is left, so that none is dropped.
-        epochs: Passes over the data.
-        max_steps: Number of steps instead, over as many passes as they need.
-        seed: Of the order, which is another one each epoch.
-        shuffle: Whether there is a random order at all.
-        mixture: Sources whose rows follow one another, and their weights. An epoch still has `rows` rows, and takes of each
-            source its share: a small one is repeated, a large one is gone through over several epochs.
-        together: The examples of each row, where those of a row stand in one step; then all that is said of examples is said of rows.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        *,
-        batch_size: int,
-        epochs: int = 1,
-        max_steps: int | None = None,
-        seed: int = 0,
-        shuffle: bool = True,
-        mixture: Sequence[Portion] = (),
-        together: Sequence[Sequence[int]] | None = None,
-    ) -> None:
-        self.rows = rows
-        self.batch_size = batch_size
-        self.steps_per_epoch = -(-rows // batch_size)
-        self.total_steps = max_steps or epochs * self.steps_per_epoch
-        self._seed = seed
-        self._shuffle = shuffle
-        self._together = together
-        self.mixture = tuple(mixture)
-        self._shares = shares(rows, [portion.weight for portion in mixture])
-
-    def steps(self, after: int = 0) -> Iterator[Step]:
-        """The steps that follow step number `after`."""
-        order, order_epoch, together = np.arange(0), -1, self._together
-        for number in range(after + 1, self.total_steps + 1):
-            epoch, within = divmod(number - 1, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = self._order(epoch), epoch
-            rows = order[within * self.batch_size : (within + 1) * self.batch_size]
-            done = min((within + 1) * self.batch_size, self.rows)
-            yield Step(
-                number=number,
-                epoch=epoch + done / self.rows,
-                ends_epoch=within + 1 == self.steps_per_epoch,
-                rows=tuple(rows.tolist() if together is None else (index for row in rows for index in together[row])),
-            )
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        """The rows of an epoch."""
-        rows = self._mixed(epoch) if self.mixture else np.arange(self.rows)
-        return np.random.default_rng([self._seed, epoch]).permutation(rows) if self._shuffle else rows
-
-    def _mixed(self, epoch: int) -> NDArray[np.int64]:
-        """Each source's share, evenly interleaved."""
-        first, drawn, places = 0, [], []
-        for source, (portion, share) in enumerate(zip(self.mixture, self._shares, strict=True)):
-            drawn.append(first + self._next_rows(source, portion.rows, range(epoch * share, (epoch + 1) * share)))
-            places.append((np.arange(share) + 0.5) / max(1, share))
-            first += portion.rows
-        rows: NDArray[np.int64] = np.concatenate(drawn)[np.argsort(np.concatenate(places), kind="stable")]
-        return rows
-
-    def _next_rows(self, source: int, rows: int, positions: range) -> NDArray[np.int64]:
-        """A source is gone through again and again, in another order each time; these positions of that."""
-        passes = []
-        for number in range(positions.start // rows, -(-positions.stop // rows)):
-            order = np.arange(rows)
-            passes.append(
-                np.random.default_rng([self._seed, source, number]).permutation(order) if self._shuffle else order
-            )
-        skipped = positions.start // rows * rows
-        return np.concatenate([np.arange(0), *passes])[positions.start - skipped : positions.stop - skipped]
-
-
-def shares(rows: int, weights: Sequence[float]) -> list[int]:
-    """So many rows divided in proportion to weights, the remainders going to the largest fractions; they sum to `rows`."""
-    parts = [weight / max(weights) for weight in weights]  # so that their sum is finite
-    exact = [rows * part / sum(parts) for part in parts]
-    whole = [int(share) for share in exact]
-    by_fraction = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
-    for index in by_fraction[: rows - sum(whole)]:
-        whole[index] += 1
-    return whole
+        return max((span.length for span in self.spans), default=self.token_ids.shape[1])
 
 
 def round_up(length: int, *, steps: int = 8) -> int:
@@ -337,8 +247,15 @@ def cut(rows: Sequence[int], lengths: Lengths, token_budget: int, layout: Layout
 def cut_step(rows: Sequence[int], examples: Examples, token_budget: int, layout: Layout = PADDED) -> list[MicroBatch]:
     """A step's rows, cut; mismatched ones apart from the others, as they need no gradient."""
     parts = [row for row in rows if row < examples.own], [row for row in rows if row >= examples.own]
-    lengths = examples.needed_lengths
-    return [micro_batch for part in parts for micro_batch in cut(part, lengths, token_budget, layout)]
+    if not layout.shares:
+        lengths = examples.needed_lengths
+        return [micro_batch for part in parts for micro_batch in cut(part, lengths, token_budget, layout)]
+    groups = [_beginning_alike(part, examples, token_budget) for part in parts]
+    return [
+        _of_groups(micro_batch, part)
+        for part in groups
+        for micro_batch in cut(range(len(part)), [group.width for group in part], token_budget, layout)
+    ]
 
 
 def cut_all(lengths: Lengths, token_budget: int, layout: Layout = PADDED) -> list[MicroBatch]:
@@ -346,6 +263,44 @@ def cut_all(lengths: Lengths, token_budget: int, layout: Layout = PADDED) -> lis
     ordered = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
     groups = (ordered[i : i + _CUT_AT_ONCE] for i in range(0, len(ordered), _CUT_AT_ONCE))
     return [micro_batch for group in groups for micro_batch in cut(group, lengths, token_budget, layout)]
+
+
+def cut_examples(examples: Examples, token_budget: int, layout: Layout = PADDED) -> list[MicroBatch]:
+    """All examples cut, as `cut_all` does it."""
+    if not layout.shares:
+        return cut_all(examples.needed_lengths, token_budget, layout)
+    groups = _beginning_alike([row for rows in examples.by_row() for row in rows], examples, token_budget)
+    return [_of_groups(one, groups) for one in cut_all([group.width for group in groups], token_budget, layout)]
+
+
+def _beginning_alike(rows: Sequence[int], examples: Examples, token_budget: int) -> list[MicroBatch]:
+    """Examples that are cut together: those of a row of the data that follow one another, where all fit at once; else each alone."""
+    lengths, groups = examples.needed_lengths, list[list[int]]()
+    for row in rows:
+        if groups and groups[-1][-1] < row and examples.rows[row] == examples.rows[groups[-1][-1]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    found = []
+    for first, *others in groups:
+        tokens, shared = examples[first].token_ids[: lengths[first]], [0]
+        for other in others:
+            own = examples[other].token_ids[: lengths[other] - 1]  # so that each row has a token of its own
+            differs = np.flatnonzero(tokens[: len(own)] != own[: len(tokens)])
+            shared.append(int(differs[0]) if len(differs) else min(len(tokens), len(own)))
+        width = int(lengths[[first, *others]].sum()) - sum(shared)
+        if width <= token_budget:
+            found.append(MicroBatch((first, *others), width, joined=True, shared=tuple(shared)))
+        else:
+            found += [MicroBatch((row,), int(lengths[row]), joined=True, shared=(0,)) for row in (first, *others)]
+    return found
+
+
+def _of_groups(cut_groups: MicroBatch, groups: Sequence[MicroBatch]) -> MicroBatch:
+    """The micro-batch of the examples of groups, whose numbers were cut as rows are."""
+    of = [groups[number] for number in cut_groups.rows]
+    rows = tuple(row for group in of for row in group.rows)
+    return MicroBatch(rows, cut_groups.width, joined=True, shared=tuple(n for group in of for n in group.shared))
 
 
 def labels(examples: Examples, rows: Sequence[int]) -> tuple[int, ...]:
@@ -364,17 +319,19 @@ def collate(examples: Sequence[Example], micro_batch: MicroBatch) -> Batch:
     ```
     """
     token_ids = np.zeros(micro_batch.tokens, np.int32)
-    positions, targets, weights, needed = [], [], [], 0
-    spans: list[tuple[int, int]] = []
+    positions, targets, weights, needed, head = [], [], [], 0, 0
+    spans: list[Span] = []
     lengths: list[int] = []
-    for row, index in enumerate(micro_batch.rows):
+    shared_tokens = micro_batch.shared or [0] * len(micro_batch.rows)
+    for row, (index, shared) in enumerate(zip(micro_batch.rows, shared_tokens, strict=True)):
         example = examples[index]
-        length = example.needed_length
+        length = example.needed_length - shared
         start = needed if micro_batch.joined else row * micro_batch.width
-        spans.append((start, start + length))
-        token_ids[start : start + length] = example.token_ids[:length]
+        head = head if shared else start
+        token_ids[start : start + length] = example.token_ids[shared : shared + length]
         supervised = np.flatnonzero(example.loss_weights[1:])
-        positions.append(start + supervised)
+        spans.append(Span(start, start + length, len(supervised), head, shared))
+        positions.append(np.where(supervised < shared, head, start - shared) + supervised)
         targets.append(example.token_ids[1:][supervised])
         weights.append(example.loss_weights[1:][supervised])
         lengths.append(len(example.token_ids))

@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mlx_sft.data.batches import Batch, Layout, Plan, Step, collate, cut_step
+from mlx_sft.data.batches import Batch, Layout, collate, cut_step
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.steps import Plan, Step
 
 T = TypeVar("T")
 

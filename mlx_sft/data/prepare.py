@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from mlx_sft.common_settings import common_sections
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.batches import shares
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.findings import FACT_FINDINGS, ORIGINS_NAMED
 from mlx_sft.data.lost_rows import BadRows, refuse_lost_data
@@ -26,6 +25,7 @@ from mlx_sft.data.pipeline import NoProgress, Pipeline, ReadingProgress
 from mlx_sft.data.report import DataReport, SourceReport
 from mlx_sft.data.screening import SIGNS
 from mlx_sft.data.sources import MemorySource, Source, locate, split_weight
+from mlx_sft.data.steps import shares
 from mlx_sft.data.token_counts import EMPTY_COLUMN
 from mlx_sft.data.tokenize import tokenized
 from mlx_sft.data.truncation import Truncation, truncate

@@ -21,9 +21,10 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import size
-from mlx_sft.data.batches import JOINED, PADDED, Layout, MicroBatch, Plan, collate, cut_step
+from mlx_sft.data.batches import JOINED, PADDED, Layout, MicroBatch, collate, cut_step
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
+from mlx_sft.data.steps import Plan
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.model.load import resolve_dtype
@@ -95,13 +96,16 @@ def configured(mode: Mode) -> str:
 def layout_on(
     machine: Machine, gradient_computer: GradientComputer, parameters: Parameters, examples: Examples
 ) -> Layout:
-    """Of few shapes where they are compiled; else joined, if the model can be computed so."""
+    """Of few shapes where they are compiled; else joined, if the model can be computed so, and what is compared then shares its prompt."""
     in_front = gradient_computer.virtual_tokens
     if machine.compiles:
         return replace(Layout.of_few_shapes(examples.needed_lengths), in_front=in_front)
     if in_front:  # which rows that are joined would have in front of the first of them alone
         return replace(PADDED, in_front=in_front)
-    return JOINED if gradient_computer.keeps_rows_apart(parameters) else PADDED
+    if not gradient_computer.keeps_rows_apart(parameters):
+        return PADDED
+    compares = gradient_computer.objective.compares
+    return replace(JOINED, shares=compares and gradient_computer.keeps_rows_apart(parameters, shared=True))
 
 
 # By prediction

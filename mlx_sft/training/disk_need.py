@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.batches import Plan
+from mlx_sft.data.steps import Plan
 from mlx_sft.files import folder_bytes, refuse_full_disk
 
 

@@ -9,8 +9,8 @@ import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
-from mlx_sft.data.batches import Plan, Step
 from mlx_sft.data.prepare import PreparedData
+from mlx_sft.data.steps import Plan, Step
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import LoadedModel

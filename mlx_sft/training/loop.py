@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
-from mlx_sft.data.batches import Step
 from mlx_sft.data.feed import PreparedStep, StepFeed
+from mlx_sft.data.steps import Step
 from mlx_sft.errors import UserError
 from mlx_sft.optimizers.gradients import clip_scale, global_norm
 from mlx_sft.training import checkpoint

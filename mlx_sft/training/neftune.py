@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_sft.data.batches import Batch
+from mlx_sft.data.batches import Batch, Span
 from mlx_sft.methods.virtual_tokens import EmbeddingsOf
 
 Draw = tuple[mx.array, mx.array]
@@ -52,12 +52,13 @@ class Neftune:
 
     def _of_batch(self, batch: Batch, key: mx.array, before: Counter[int]) -> Draw:
         rows, width = batch.token_ids.shape
-        spans = batch.spans or [(row * width, (row + 1) * width) for row in range(rows)]
+        spans = batch.spans or [Span(row * width, (row + 1) * width) for row in range(rows)]
         words, bounds = np.zeros((rows * width, 2), np.uint32), np.zeros(rows * width, np.float32)
-        for (start, end), example, length in zip(spans, batch.examples, batch.lengths, strict=True):
-            words[start:end, 0] = example
-            words[start:end, 1] = np.arange(end - start) + before[example] * _MOST_TOKENS
-            bounds[start:end] = self._alpha / math.sqrt(length * self._embeddings.width)
+        for span, example, length in zip(spans, batch.examples, batch.lengths, strict=True):
+            own = slice(span.start, span.end)
+            words[own, 0] = example
+            words[own, 1] = np.arange(span.shared, span.length) + before[example] * _MOST_TOKENS
+            bounds[own] = self._alpha / math.sqrt(length * self._embeddings.width)
             before[example] += 1
         keys = key + mx.array(words)
         return keys.reshape(rows, width, 2), mx.array(bounds).reshape(rows, width)

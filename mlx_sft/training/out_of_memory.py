@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_sft.data.batches import Batch, Layout, collate, cut_all
+from mlx_sft.data.batches import Batch, Layout, collate, cut_examples
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.feed import Prefetch
 from mlx_sft.errors import UserError
@@ -148,7 +148,7 @@ def in_memory(
     waits = iter(WAITS)
     while True:
         try:
-            cuts = cut_all(examples.needed_lengths, token_budget, layout)
+            cuts = cut_examples(examples, token_budget, layout)
             with Prefetch(collate(examples, micro_batch) for micro_batch in cuts) as batches:
                 return compute(batches), token_budget
         except BatchFailed as error:

@@ -7,9 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_sft.console import count, size
-from mlx_sft.data.batches import shares
 from mlx_sft.data.encode import decoded_segments
 from mlx_sft.data.sources import split_weight
+from mlx_sft.data.steps import shares
 from mlx_sft.files import free_bytes
 from mlx_sft.training.job import Job
 from mlx_sft.training.recompute import Mode

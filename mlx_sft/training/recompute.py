@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.cpu.joined_rows import JoinedRows, row_by_row
-from mlx_sft.data.batches import Spans
+from mlx_sft.data.batches import Span
 from mlx_sft.model.blocks import Block, InPlaceOf, attention_names, find_blocks, names_in, replaced_children, with_names
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.names import transformers_name
@@ -37,9 +37,10 @@ from mlx_sft.training.gated_delta import UPDATE, chunked_holds, chunked_update
 Mode = Literal["off", "light", "layers", "blocks"]
 
 _PROBE = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
-_SPANS: Spans = ((0, 3), (3, 8))
-_ROWS = mx.array([[3, 1, 4, 0, 0], [1, 5, 9, 2, 6]])
-"""A probe, where two rows lie in it, and these rows side by side."""
+_ROWS = mx.array([[3, 1, 4, 0, 0], [1, 5, 9, 2, 6], [1, 5, 9, 7, 2]])
+_JOINED = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 7, 2]])
+_SPANS = (Span(0, 3), Span(3, 8), Span(8, 10, head=3, shared=3))
+"""Two rows, and a third that begins as the second does; the three end to end; and where each lies there."""
 
 
 class Recomputation:
@@ -77,14 +78,14 @@ class Recomputation:
         finally:
             self._layers[:] = originals
 
-    def keeps_rows_apart(self) -> bool:
-        """Whether joined rows are computed as each is alone; it is tried on two short ones."""
-        padded = self._split.hidden_states(_ROWS)
-        alone = [padded[row : row + 1, : end - start] for row, (start, end) in enumerate(_SPANS)]
-        self.rows.spans = _SPANS
+    def keeps_rows_apart(self, *, shared: bool = False) -> bool:
+        """Whether joined rows are computed as each is alone; it is tried on two short ones, or with one more that has tokens of another."""
+        padded, spans = self._split.hidden_states(_ROWS), _SPANS if shared else _SPANS[:2]
+        alone = [padded[row : row + 1, span.shared : span.length] for row, span in enumerate(spans)]
+        self.rows.spans = spans
         try:
             with self.active():
-                joined = self._split.hidden_states(_PROBE)
+                joined = self._split.hidden_states(_JOINED[:, : spans[-1].end])
         except (
             ValueError
         ):  # of shapes: something of the length of the whole, as scales of positions, goes into the attention of a row

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.data.batches import Plan, Portion
 from mlx_sft.data.prepare import PreparedData
+from mlx_sft.data.steps import Plan, Portion
 from mlx_sft.registry import OBJECTIVES
 
 

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Collection
 from itertools import islice
 
-from mlx_sft.data.batches import Batch, Layout, Plan, cut_step, levels, round_up
+from mlx_sft.data.batches import Batch, Layout, cut_step, levels, round_up
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.steps import Plan
 
 Shape = tuple[int, int, int]
 """Rows, width and supervised positions of a micro-batch: what a compiled trace is for."""

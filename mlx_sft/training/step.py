@@ -183,8 +183,12 @@ class GradientComputer:
         """Put parameters into the model, without dropout."""
         self._method.bind(self._split.model, parameters)
 
-    def keeps_rows_apart(self, parameters: Parameters) -> bool:
-        """Whether the rows of a micro-batch may be joined, end to end; it is tried with no parameter at zero, where it would do nothing."""
+    def keeps_rows_apart(self, parameters: Parameters, *, shared: bool = False) -> bool:
+        """Whether the rows of a micro-batch may be joined, end to end; it is tried with no parameter at zero, where it would do nothing.
+
+        Args:
+            shared: And whether what some begin with alike may be computed once.
+        """
         if self._method.most_positions is not None:
             return False
         keys = mx.random.split(mx.random.key(0), max(1, len(parameters)))
@@ -194,7 +198,7 @@ class GradientComputer:
         }
         self.bind(moved)
         try:
-            return self._recomputation.keeps_rows_apart()
+            return self._recomputation.keeps_rows_apart(shared=shared)
         finally:
             self.bind(parameters)
 

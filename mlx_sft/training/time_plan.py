@@ -14,8 +14,9 @@ from itertools import islice
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console, duration
-from mlx_sft.data.batches import Plan, Step, collate, cut_step
+from mlx_sft.data.batches import collate, cut_step
 from mlx_sft.data.prepare import PreparedData
+from mlx_sft.data.steps import Plan, Step
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.settings import parse_duration

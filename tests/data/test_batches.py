@@ -18,17 +18,19 @@ from mlx_sft.data.batches import (
     PADDED,
     Layout,
     MicroBatch,
-    Plan,
-    Portion,
+    Span,
     collate,
     cut,
     cut_all,
+    cut_examples,
+    cut_step,
     levels,
     round_up,
     row_cost,
-    shares,
 )
-from mlx_sft.data.encode import Example
+from mlx_sft.data.dataset import Examples, pack
+from mlx_sft.data.example import Example, Outcome
+from mlx_sft.data.steps import Plan, Portion, shares
 
 pytestmark = pytest.mark.fast
 
@@ -325,7 +327,32 @@ def test_joined_rows_lie_end_to_end() -> None:
     examples = [_example("never"), _example("aB"), _example("abcD"), _example("aBCD")]
     batch = collate(examples, MicroBatch((1, 3, 2), 7, joined=True))
     assert batch.token_ids.tolist() == [[*map(ord, "aaBCabc")]]
-    assert batch.spans == ((0, 1), (1, 4), (4, 7))
+    assert batch.spans == (Span(0, 1, 1, 0), Span(1, 4, 3, 1), Span(4, 7, 1, 4))
     assert batch.positions.tolist() == [0, 1, 2, 3, 6]
     assert [chr(target) for target in batch.targets] == ["B", "B", "C", "D", "D"]
     assert (batch.tokens, batch.needed_tokens, batch.rows, batch.longest) == (10, 7, 3, 3)
+
+
+def test_what_the_examples_of_a_row_begin_with_alike_lies_there_once() -> None:
+    pairs = [("abcDE.", "abcDF"), ("pQRS", "pT"), ("onE", "twO"), ("sAME.", "sAM")]
+    rows = [Outcome("row", [_example(text) for text in pair]) for pair in pairs]
+    examples, layout = Examples([pack(rows)]), Layout(joined=True, shares=True)
+    (one,) = cut_step([4, 5, 2, 3, 0, 1, 6, 7], examples, 100, layout)
+    assert one == MicroBatch((4, 5, 2, 3, 6, 7, 0, 1), 17, True, (0, 0, 0, 0, 0, 1, 0, 3))
+    batch = collate(examples, one)
+    assert "".join(map(chr, batch.token_ids[0])) == "ontwpQRpsAMAabcDD"
+    seen = zip(batch.owners.tolist(), batch.token_ids[0][batch.positions], batch.targets, strict=True)
+    assert [(owner, chr(at), chr(target)) for owner, at, target in seen if owner > 3] == [
+        (4, "s", "A"), (4, "A", "M"), (4, "M", "E"), (5, "s", "A"), (5, "A", "M"),
+        (6, "c", "D"), (6, "D", "E"), (7, "c", "D"), (7, "D", "F"),
+    ]  # fmt: skip
+    assert batch.positions.tolist()[-2:] == [14, 16]
+    assert (batch.needed_tokens, batch.longest) == (17, 4)
+    apart = cut_examples(examples, 4, layout)
+    assert [micro.rows for micro in apart] == [(0,), (1,), (2, 3), (4, 5), (6, 7)]
+
+
+def test_a_pair_that_stands_in_a_step_twice_is_two_pairs() -> None:
+    examples = Examples([pack([Outcome("row", [_example("abC"), _example("abD")])])])
+    (one,) = cut_step([0, 1, 0, 1], examples, 100, Layout(joined=True, shares=True))
+    assert (one.rows, one.shared) == ((0, 1, 0, 1), (0, 1, 0, 1))

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mlx_sft.data.batches import JOINED, PADDED, Batch, Layout, Plan, collate, cut
+from mlx_sft.data.batches import JOINED, PADDED, Batch, Layout, collate, cut
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
 from mlx_sft.data.feed import Prefetch, StepFeed
+from mlx_sft.data.steps import Plan
 
 pytestmark = pytest.mark.fast
 

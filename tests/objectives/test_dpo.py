@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mlx_sft import TrainConfig, UserError, evaluate_run, train
-from mlx_sft.data.batches import Batch, collate, cut
+from mlx_sft.data.batches import PADDED, Batch, Layout, collate, cut_step
 from mlx_sft.data.prepare import prepare
 from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.model.head import SplitModel
@@ -125,7 +125,7 @@ def test_it_has_a_learning_rate_of_its_own(settings: dict[str, Any]) -> None:
 
 def _computed(
     settings: dict[str, Any], tokenizer: Any, **of_loss: Any
-) -> tuple[GradientComputer, dict[str, mx.array], Callable[[int], list[Batch]]]:
+) -> tuple[GradientComputer, dict[str, mx.array], Callable[..., list[Batch]]]:
     """What computes gradients, parameters with nothing at zero, and all pairs cut by a budget."""
     split = SplitModel(load_model(settings["model"], "float32").model)
     method = Lora(LoraSettings(rank=2, dropout=0.2))
@@ -136,8 +136,8 @@ def _computed(
     examples = prepare(TrainConfig(**settings), tokenizer).train
     examples.reference = np.linspace(-60, -20, len(examples))
 
-    def batches(budget: int) -> list[Batch]:
-        return [collate(examples, one) for one in cut(range(len(examples)), examples.needed_lengths, budget)]
+    def batches(budget: int, layout: Layout = PADDED) -> list[Batch]:
+        return [collate(examples, one) for one in cut_step(range(len(examples)), examples, budget, layout)]
 
     return GradientComputer(split, method, 264, DPO(DPOSettings(**of_loss))), parameters, batches
 
@@ -165,11 +165,16 @@ def test_no_cut_changes_the_update(settings: dict[str, Any], tokenizer: Any) -> 
     computer, parameters, batches = _computed(settings, tokenizer)
     whole, single = batches(10_000), batches(1)
     assert len(whole) < len(single) == 18
-    one, other = (computer.gradient(parameters, step) for step in (whole, single))
-    assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
-    assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-5)
-    for name, gradient in one.gradients.items():
-        np.testing.assert_allclose(gradient, other.gradients[name], atol=1e-5 * float(mx.abs(gradient).max()))
+    shared = Layout(joined=True, shares=True)
+    once, some = batches(10_000, shared), batches(44, shared)
+    assert sum(batch.needed_tokens for batch in once) < sum(batch.needed_tokens for batch in some)
+    assert sum(batch.needed_tokens for batch in some) < sum(batch.needed_tokens for batch in whole)
+    one, *others = (computer.gradient(parameters, step) for step in (whole, single, once, some))
+    for other in others:
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
+        assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-5)
+        for name, gradient in one.gradients.items():
+            np.testing.assert_allclose(gradient, other.gradients[name], atol=1e-5 * float(mx.abs(gradient).max()))
 
 
 def test_a_row_that_stands_in_a_step_twice_counts_twice(settings: dict[str, Any], tokenizer: Any) -> None:

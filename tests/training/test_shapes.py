@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks.rows import CHAT_LENGTHS, PAIR_LENGTHS, spread
-from mlx_sft.data.batches import Layout, MicroBatch, Plan, collate, cut, cut_step
+from mlx_sft.data.batches import Layout, MicroBatch, collate, cut, cut_step
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.encode import Example
+from mlx_sft.data.steps import Plan
 from mlx_sft.training.shapes import MOST_TRACES, Shape, compiled_shape, compiled_shapes, padded_shape
 
 pytestmark = pytest.mark.fast

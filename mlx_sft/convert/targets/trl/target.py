@@ -15,9 +15,9 @@ from mlx_sft.convert.targets import BaseModelSettings, DataSettings, Target
 from mlx_sft.convert.targets.peft import open_as_peft, same
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.convert.targets.trl.sft_config import dpo_arguments, sft_arguments
-from mlx_sft.data.batches import Plan, Step
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.prepare import PreparedData, prepare
+from mlx_sft.data.steps import Plan, Step
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
 from mlx_sft.load import base_of
