@@ -20,7 +20,7 @@ from mlx_sft.console import Console, write_text
 from mlx_sft.data.call_forms import with_argument_objects
 from mlx_sft.data.conversation import Conversation, Document, Item, Tokens, apart, items_of
 from mlx_sft.data.findings import many
-from mlx_sft.data.formats import RowFormat, messages, pairs, text, tokenized
+from mlx_sft.data.formats import RowFormat, messages, pairs, prompt_completion, text, tokenized
 from mlx_sft.data.keys import KeyRules, Reading
 from mlx_sft.data.messages import Message, take_weights
 from mlx_sft.data.pipeline import NoProgress, ReadingProgress
@@ -242,7 +242,7 @@ class _Cleaner:
 def _lines(reading: Reading, cleaner: _Cleaner, result: CleanData) -> list[bytes]:
     """A row as a line of the file, or as several where it gives several examples; it is counted in the result."""
     items = reading.taken()
-    if isinstance(items, tuple) and reading.row_format.name != pairs.FORMAT.name:
+    if isinstance(items, tuple) and reading.row_format.compares != pairs.NAMES:
         what = f"a row of {len(items)} texts of the format {reading.row_format.name}, which cannot be written"
         raise UserError(what, where=reading.origin, hint="leave such rows as they are")
     rows = [_clean_row(item, cleaner, reading.origin, result) for item in apart(items)]
@@ -259,6 +259,8 @@ def _lines(reading: Reading, cleaner: _Cleaner, result: CleanData) -> list[bytes
 
 def _clean_row(item: Item | tuple[Item, ...], cleaner: _Cleaner, origin: str, result: CleanData) -> dict[str, Any]:
     row_format, write = _WRITERS[type(item)]
+    if isinstance(item, Conversation) and item.desirable is not None:
+        row_format, write = prompt_completion.FORMAT, prompt_completion.write_labelled
     if result.format not in ("", row_format.name):
         what = f"this row would be written as {row_format.name}, and those before it as {result.format}"
         raise UserError(what, where=origin, hint="a file has rows of one format: clean each file by itself")

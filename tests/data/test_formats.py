@@ -241,10 +241,10 @@ def test_the_worse_answer_of_a_preference_is_never_the_one_to_train_on() -> None
 def test_a_row_without_a_known_shape_is_told_all_shapes() -> None:
     with pytest.raises(UserError) as caught:
         item(a=1)
-    assert [s.name for _, s in FORMATS.items() if s.example not in caught.value.hint] == ["pairs"]
+    assert [s.name for _, s in FORMATS.items() if s.example not in caught.value.hint] == ["pairs", "swift-pairs"]
     with pytest.raises(UserError) as caught:
         RowReader(compares=True).read(Row("chats.jsonl:17", {"a": 1}))
-    assert caught.value.hint == f"such a row is {FORMATS['pairs'].example}"
+    assert caught.value.hint == f"a row is one of {FORMATS['pairs'].example}, {FORMATS['swift-pairs'].example}"
 
 
 def test_every_shape_reads_its_own_example() -> None:
@@ -252,8 +252,8 @@ def test_every_shape_reads_its_own_example() -> None:
         row = Row("chats.jsonl:1", json.loads(shape.example.replace(", ...]", ', {"role": "gpt", "content": "a"}]')))
         assert RowReader(compares=bool(shape.compares)).settled_by(row).format_name == shape.name
         read = RowReader(shape.name).read(row)
-        made = {"text": Document, "tokenized": Tokens, "self-instruct": list, "pairs": tuple}
-        assert isinstance(read, made.get(shape.name, Conversation))
+        made = {"text": Document, "tokenized": Tokens, "self-instruct": list}
+        assert isinstance(read, tuple if shape.compares else made.get(shape.name, Conversation))
 
 
 @pytest.mark.parametrize(

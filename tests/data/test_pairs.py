@@ -16,6 +16,7 @@ from mlx_sft.data.prepare import PreparedData, prepare, survey
 from mlx_sft.data.readers import Row
 from mlx_sft.data.row_reader import RowReader
 from mlx_sft.errors import UserError
+from mlx_sft.registry import FORMATS
 from tests.data.conftest import MakeTokenizer
 from tests.data.mask.pictures import assistant, system, user
 
@@ -55,6 +56,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "alpaca": {"instruction": "Bye", "input": "", "chosen": "So long", "rejected": "No"},
     "orca": {"system": "", "question": "Bye", "chosen": "So long", "rejected": "No"},
+    "swift": {"messages": [user("Bye"), assistant("So long")], "rejected_response": "No"},
 }
 
 
@@ -161,6 +163,9 @@ def test_what_stands_beside_the_answers_is_of_both() -> None:
         ),
         ({"question": "a", "passage": "b", "chosen": "c", "rejected": "d"}, "the question may be about the row's `pass"),
         ({"prompt": "a", "chosen": {"role": "narrator", "content": "b"}, "rejected": assistant("c")}, "chosen has the un"),
+        ({"messages": [user("a")], "rejected_response": "b"}, "messages end with a message of the user, and an answer is"),
+        ({"messages": [assistant("a")], "rejected_response": "b"}, "messages are one answer alone: a pair has a prompt"),
+        ({"messages": [user("a"), assistant("b")], "rejected_response": ""}, "rejected: a conversation with nothing to t"),
     ],
 )  # fmt: skip
 def test_a_pair_that_is_wrong_says_where_and_how(row: dict[str, Any], reason: str) -> None:
@@ -168,7 +173,7 @@ def test_a_pair_that_is_wrong_says_where_and_how(row: dict[str, Any], reason: st
         pair(**row)
     assert caught.value.where == "pairs.jsonl:17"
     assert caught.value.what.startswith(reason)
-    assert '{"prompt": "...", "chosen": "...", "rejected": "..."}' in caught.value.hint
+    assert FORMATS["swift-pairs" if "rejected_response" in row else "pairs"].example in caught.value.hint
 
 
 def test_columns_name_the_answers() -> None:

@@ -452,7 +452,25 @@ PAIRS: list[dict[str, Any]] = [
     {"instruction": "a", "input": "b", "history": [["c", "d"]], "chosen": "e", "rejected": "f", "weight": 1},
     {"question": "a", "system": "", "chosen": "e", "rejected": "f", "chat_template_kwargs": {"a": 1}},
     {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+    {"messages": [*PROMPT, CHOSEN], "rejected_response": "the dog", "system": "Be brief."},
 ]  # fmt: skip
+LABELLED: list[dict[str, Any]] = [
+    {"prompt": "the cat", "completion": "sat", "label": True, "id": 7},
+    {"prompt": PROMPT, "completion": [CALLING, {"role": "tool", "content": "6"}, CHOSEN], "label": False},
+    {"messages": [*PROMPT, CHOSEN], "kto_tag": "false", "system": "Be brief."},
+    {"conversations": [{"from": "human", "value": "a"}, gpt("b")], "label": 1},
+    {"instruction": "a", "output": "b", "label": "true", "weight": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", LABELLED, ids=lambda row: next(iter(row)))
+def test_an_answer_with_a_label_is_trained_on_as_it_was(
+    write: Write, tokenizers: dict[str, PreTrainedTokenizerFast], row: dict[str, Any]
+) -> None:
+    for template in ("writes objects", "takes text alone"):
+        assert_the_same(write, tokenizers[template], [row], template, {"objective": "kto"})
+    (written,) = lines(write(row, overwrite=True, objective="kto"))
+    assert written["label"] is (row.get("label") in (True, 1, "true"))
 
 
 @pytest.mark.parametrize("row", PAIRS, ids=lambda row: next(iter(row)))

@@ -11,6 +11,7 @@ from mlx_sft.data.readers import Row
 
 ENTRIES = {
     "pairs": "mlx_sft.data.formats.pairs:FORMAT",
+    "swift-pairs": "mlx_sft.data.formats.swift_pairs:FORMAT",
     "messages": "mlx_sft.data.formats.messages:FORMAT",
     "sharegpt": "mlx_sft.data.formats.sharegpt:FORMAT",
     "alpaca": "mlx_sft.data.formats.alpaca:FORMAT",

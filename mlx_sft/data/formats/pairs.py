@@ -18,8 +18,9 @@ from typing import Any
 
 from mlx_sft.data.conversation import Conversation, Item, as_messages, conversation_of
 from mlx_sft.data.formats import EXTRAS, RowFormat, alpaca, question_answer
+from mlx_sft.data.formats.messages import extras, parts
 from mlx_sft.data.json_text import is_blank, kind
-from mlx_sft.data.messages import Message, read_messages, written_weight
+from mlx_sft.data.messages import Message, read_messages
 from mlx_sft.data.readers import Row
 from mlx_sft.data.written import place_of
 
@@ -52,7 +53,15 @@ def read(row: Row) -> tuple[Item, ...]:
             raise ValueError(
                 f"{name} ends with a message of the {answer[-1]['role']}, and an answer is the assistant's"
             )
-    length = len(prompt) or _length_of_prompt(row, chosen, rejected)
+    return pair_of(row, prompt, answers, len(prompt) or _length_of_prompt(row, chosen, rejected))
+
+
+def pair_of(row: Row, prompt: list[Message], answers: Sequence[list[Message]], length: int) -> tuple[Item, ...]:
+    """Both conversations of a row.
+
+    Args:
+        length: Messages of each that are not learnt: those of the prompt, which the answers may begin with themselves.
+    """
     return tuple(
         replace(_conversation(row, prompt + answer, length, name), score=score)
         for name, answer, score in zip(NAMES, answers, _scores(row), strict=True)
@@ -61,22 +70,9 @@ def read(row: Row) -> tuple[Item, ...]:
 
 def write(pair: Sequence[Conversation]) -> dict[str, Any]:
     """The row of two conversations with one prompt, of which `read` makes the same again."""
-    length = pair[0].first_supervised
-    parts = {"prompt": _written(pair[0])[:length]} | {
-        name: _written(one)[length:] for name, one in zip(NAMES, pair, strict=True)
-    }
-    extras = {"tools": pair[0].tools, "chat_template_kwargs": pair[0].template_kwargs}
+    (prompt, chosen), (_, rejected) = map(parts, pair)
     scores = {key: one.score for key, one in zip(SCORES[0], pair, strict=True) if one.score is not None}
-    return parts | {key: value for key, value in extras.items() if value} | scores
-
-
-def _written(one: Conversation) -> list[Message]:
-    rows = [{key: message[key] for key in ("role", "content") if key in message} | message for message in one.messages]
-    weights = one.weights or (1.0,) * len(rows)
-    return [
-        row | (written_weight(weight) if index >= one.first_supervised and row["role"] == "assistant" else {})
-        for index, (row, weight) in enumerate(zip(rows, weights, strict=True))
-    ]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | extras(pair[0]) | scores
 
 
 def _answer(value: Any, name: str) -> list[Message]:
