@@ -83,7 +83,13 @@ def train(config_file: str | None, supervise: bool, **options: Any) -> None:
         raise click.exceptions.Exit(supervised(config, sys.argv[1:]))
     from mlx_sft.console import Console
     from mlx_sft.training.loop import train
+    from mlx_sft.training.ranks import Ranks
+    from mlx_sft.training.worker import work
 
+    ranks = Ranks.started()
+    if ranks.rank:
+        work(ranks, Console(quiet=True))
+        return
     result = train(config)
     Console(quiet=config.quiet, json_lines=config.json_lines).done(str(result.run_dir))
 

@@ -18,7 +18,7 @@ from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.data.steps import Step
 from mlx_sft.errors import UserError
 from mlx_sft.optimizers.gradients import clip_scale, global_norm
-from mlx_sft.training import checkpoint
+from mlx_sft.training import checkpoint, worker
 from mlx_sft.training.callbacks import Callback, Record
 from mlx_sft.training.checkpoint import Unfinished
 from mlx_sft.training.disk_need import begins_with_a_checkpoint
@@ -27,6 +27,7 @@ from mlx_sft.training.job import Job
 from mlx_sft.training.machine import footprint_bytes, memory_limits_restored
 from mlx_sft.training.out_of_memory import evaluate_in_memory, recover, wait_for_gpu
 from mlx_sft.training.preview import show_plan
+from mlx_sft.training.ranks import Ranks
 from mlx_sft.training.results import begin, finish, save, save_result
 from mlx_sft.training.setup import Given, prepare_job
 from mlx_sft.training.step import StepGradient, to_float
@@ -80,8 +81,11 @@ def train(
     """
     console = Console(quiet=config.quiet, json_lines=config.json_lines)
     given = Given(data, valid, model, tokenizer, tuple(callbacks))
+    ranks = Ranks.started()
     with memory_limits_restored(), ExitStack() as held:
+        held.callback(ranks.end)
         job = prepare_job(config, console, held, given)
+        worker.begin(job, ranks)
         held.callback(job.callbacks.close)
         show_plan(job)
         with stop_request() as job.request, _ended_in_words(job):
@@ -263,6 +267,9 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
         job.torn = True
         scale = clip_scale(norm, config.max_grad_norm)
         key = checkpoint.rounding_key(config.seed, step.number)
+        if computer.ranks.leads:
+            told = None if scale is None else to_float(scale)
+            computer.ranks.tell({"do": "update", "rate": rate, "scale": told, "key": key.tolist()})
         job.parameters = job.optimizer.update(job.parameters, gradients, rate, scale, key)
         computer.bind(job.parameters)
     del gradients

@@ -94,6 +94,8 @@ def _go_on_with(job: Job, failed: FailedBatch, cause: str, tokens: int, mode: Mo
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
     job.settings = replace(job.settings, micro_batch_tokens=tokens, mode=mode)
+    if job.gradient_computer.ranks.leads:
+        job.gradient_computer.ranks.tell({"do": "configure", "tokens": tokens, "mode": mode})
     job.gradient_computer.configure(mode, compiled_shapes(job.plan, job.data.train, tokens, job.settings.layout))
     kept = {"micro_batch_tokens": tokens, "recompute": mode}
     job.progress = job.progress.after(**kept)

@@ -106,7 +106,7 @@ def prepare_job(
     started = time.monotonic()
     prepare_device()
     mx.reset_peak_memory()
-    setup = _Setup(config, console, ExitStack() if held is None else held, given or Given())
+    setup = Setup(config, console, ExitStack() if held is None else held, given or Given())
     setup.read_data()
     setup.load_model()
     setup.plan_memory()
@@ -116,7 +116,7 @@ def prepare_job(
     return setup.job()
 
 
-class _Setup:
+class Setup:
     """What is known of a run before it is a job: each method finds what those after it need.
 
     Attributes:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +25,7 @@ from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
 from mlx_sft.objectives.sft import SFT
 from mlx_sft.training.evaluation import Evaluation
-from mlx_sft.training.failures import failures_noticed
+from mlx_sft.training.failures import BatchFailed, failures_noticed
 from mlx_sft.training.loss import (
     Head,
     HeadWay,
@@ -35,8 +35,10 @@ from mlx_sft.training.loss import (
     position_losses,
 )
 from mlx_sft.training.neftune import Draw, Neftune
+from mlx_sft.training.ranks import ALONE
 from mlx_sft.training.recompute import Mode, Recomputation
 from mlx_sft.training.shapes import Shape, compiled_shape
+from mlx_sft.training.stopping import Stopped
 
 _PROBE = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -70,6 +72,7 @@ class GradientComputer:
     Attributes:
         tiled_head: The head in tiles of the vocabulary; None where it cannot be had so, or MLX's own kernel is used.
         composes_attention: Whether attention is composed of plain operations.
+        ranks: The processes among which micro-batches are shared out.
         trace_seconds: What the first run of each compiled shape took, in which it is traced; one for each trace.
     """
 
@@ -85,6 +88,7 @@ class GradientComputer:
         head_chunk: int | None = None,
         neftune_alpha: float = 0.0,
     ) -> None:
+        self.ranks = ALONE
         self._split = split
         self._neftune = Neftune(split.model, neftune_alpha) if neftune_alpha else None
         self._method = method
@@ -145,26 +149,34 @@ class GradientComputer:
         draws = self._draws(batches, key)
         loss = mx.array(0.0)
         total: Parameters = {}
+        failure: BaseException | None = None
+        self.ranks.told_of(batches, "gradient", key)
+        mine = self.ranks.share([batch.token_ids.size for batch in batches])
         try:
             with training_mode(self._split.model):
                 if weighting is None:
-                    weighting = self._weigh(batches, self._first_pass(parameters, batches, draws, keys, before_each))
+                    first = self._first_pass(parameters, batches, draws, keys, before_each, mine)
+                    weighting = self._weigh(batches, first)
                 # Not those of the head, whose gradients are sums over its chunks.
                 rounded = self._method.rounded(parameters) | self._of_head(parameters)
                 weighs = [own_weights.any() for own_weights in weighting.weights]
-                for index, (batch, own_weights) in enumerate(zip(batches, weighting.weights, strict=True)):
-                    if any(weighs) and not weighs[index]:  # its gradient is zero
-                        continue
-                    before_each()
-                    started = time.perf_counter()
-                    with failures_noticed(batch):
-                        weights = (own_weights / weighting.normalizer).astype(np.float32)
-                        batch_loss, gradients = self.micro_step(rounded, batch, weights, keys[index], draws[index])
-                        loss = loss + batch_loss
-                        total = self._added(total, gradients)
-                        del gradients  # so that the sum can take its place
-                        mx.eval(loss, total)
-                    self._note_trace(batch, time.perf_counter() - started)
+                try:
+                    for index, (batch, own_weights) in enumerate(zip(batches, weighting.weights, strict=True)):
+                        if not mine[index] or (any(weighs) and not weighs[index]):  # its gradient is zero
+                            continue
+                        before_each()
+                        started = time.perf_counter()
+                        with failures_noticed(batch):
+                            weights = (own_weights / weighting.normalizer).astype(np.float32)
+                            batch_loss, gradients = self.micro_step(rounded, batch, weights, keys[index], draws[index])
+                            loss = loss + batch_loss
+                            total = self._added(total, gradients)
+                            del gradients  # so that the sum can take its place
+                            mx.eval(loss, total)
+                        self._note_trace(batch, time.perf_counter() - started)
+                except (BatchFailed, Stopped) as error:
+                    failure, total = error, {}
+                loss, total = self.ranks.summed(loss, total, rounded, failure)
         finally:
             self.bind(parameters)
         return StepGradient(loss if weighting.loss is None else mx.array(weighting.loss), total, weighting.metrics)
@@ -212,13 +224,31 @@ class GradientComputer:
         batches = list(batches)
         first_pass = self.objective.first_pass
         weighting = None if first_pass else self._weigh(batches, None)
-        found = [self._position_log_probs(parameters, batch) for batch in batches]
+        found = self._found(parameters, batches)
         log_probs = [log_p for log_p, _ in found]
         if weighting is None:
             weighting = self._weigh(batches, log_probs)
         # What a target weighs in the accuracy: as in the loss, where that is known without a first pass.
         counted = weighting.counted or ([batch.weights for batch in batches] if first_pass else weighting.weights)
         return Evaluation.of(batches, weighting, found, counted)
+
+    def _found(
+        self, parameters: Parameters, batches: Sequence[Batch]
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.uint32]]]:
+        """log p of the targets of micro-batches, and the likeliest tokens; each process computes a share of them."""
+        self.ranks.told_of(batches, "evaluate")
+        mine = self.ranks.share([batch.token_ids.size for batch in batches])
+        found: list[tuple[Any, Any]] = [(None, None)] * len(batches)
+        failure: BaseException | None = None
+        try:
+            for index, batch in enumerate(batches):
+                if mine[index]:
+                    found[index] = self._position_log_probs(parameters, batch)
+        except BatchFailed as error:
+            failure = error
+        lengths = [len(batch.targets) for batch in batches]
+        log_probs, likeliest = (self.ranks.joined([one[part] for one in found], lengths, failure) for part in (0, 1))
+        return [(log_p, best.astype(np.uint32)) for log_p, best in zip(log_probs, likeliest, strict=True)]
 
     def example_log_probs(self, parameters: Parameters, batch: Batch) -> NDArray[np.float64]:
         """[rows] log p of each row's targets, summed with their weights, by the parameters that are bound.
@@ -247,16 +277,22 @@ class GradientComputer:
         draws: Sequence[Draw | None],
         keys: Sequence[mx.array | None] | mx.array,
         before_each: Callable[[], None],
+        mine: Sequence[bool],
     ) -> list[NDArray[np.float32]] | None:
         """log p of every target as the model is now, with the dropout and noise of the step; None where the objective does not need it."""
         if not self.objective.first_pass:
             return None
-        found = []
-        for batch, key, draw in zip(batches, keys, draws, strict=False):
-            before_each()
-            self._method.bind(self._split.model, parameters, key)
-            found.append(self._position_log_probs(parameters, batch, draw)[0])
-        return found
+        found: list[NDArray[np.float32] | None] = [None] * len(batches)
+        failure: BaseException | None = None
+        try:
+            for index, (batch, key, draw) in enumerate(zip(batches, keys, draws, strict=False)):
+                if mine[index]:
+                    before_each()
+                    self._method.bind(self._split.model, parameters, key)
+                    found[index] = self._position_log_probs(parameters, batch, draw)[0]
+        except (BatchFailed, Stopped) as error:
+            failure = error
+        return self.ranks.joined(found, [len(batch.targets) for batch in batches], failure)
 
     def _draws(self, batches: Sequence[Batch], key: mx.array | None) -> Sequence[Draw | None]:
         return self._neftune.draw(batches, key) if self._neftune and key is not None else [None] * len(batches)
