@@ -129,6 +129,8 @@ class CommonSettings(Settings):
     """Padded tokens computed at once; chosen from the memory where not given. It does not change the result."""
     head_chunk: Annotated[int | None, OnResume.COMPUTED] = Field(default=None, ge=1)
     """Positions that go through the head at once; chosen from the memory where not given. It does not change the result."""
+    exact_reduce: Annotated[bool, OnResume.COMPUTED] = False
+    """In several processes: exchange the gradient of each micro-batch by itself, so that a run has the same bytes as in one process."""
     optimizer: str = "adamw"
     """What turns gradients into updates."""
     lr: float = Field(default=2e-4, ge=0)

@@ -28,10 +28,10 @@ def global_norm(gradients: Arrays) -> mx.array:
 
 
 def _sum_of_squares(gradient: mx.array) -> mx.array:
-    """Float32; one that is not float32 becomes so a piece after another."""
+    """Float32; one that is not float32 becomes so a piece after another. Numbers are added row after row, however they lie in memory."""
     pieces = row_pieces(gradient.shape) if gradient.dtype != mx.float32 else []
     if len(pieces) < 2:
-        return mx.square(gradient.astype(mx.float32)).sum()
+        return mx.square(gradient.astype(mx.float32)).reshape(-1).sum()
     total = mx.array(0.0)
     for rows in pieces:
         total = total + mx.square(gradient[rows].astype(mx.float32)).sum()

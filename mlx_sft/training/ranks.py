@@ -41,7 +41,11 @@ class Ranks:
     Attributes:
         rank: The number of this one; 0 leads.
         size: How many there are.
+        exact: Whether the gradients of micro-batches are exchanged each by itself and added in their order, so that any number of
+            processes gives the bits of one.
     """
+
+    exact = False
 
     def __init__(self, group: Any = None, patience: float = PATIENCE) -> None:
         self._group, self._patience = group, patience

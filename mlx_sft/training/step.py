@@ -150,6 +150,7 @@ class GradientComputer:
         loss = mx.array(0.0)
         total: Parameters = {}
         failure: BaseException | None = None
+        apart: dict[int, tuple[mx.array, Parameters]] = {}
         self.ranks.told_of(batches, "gradient", key)
         mine = self.ranks.share([batch.token_ids.size for batch in batches])
         try:
@@ -169,6 +170,10 @@ class GradientComputer:
                         with failures_noticed(batch):
                             weights = (own_weights / weighting.normalizer).astype(np.float32)
                             batch_loss, gradients = self.micro_step(rounded, batch, weights, keys[index], draws[index])
+                            if self.ranks.exact:
+                                apart[index] = batch_loss, gradients
+                                mx.eval(apart[index])
+                                continue
                             loss = loss + batch_loss
                             total = self._added(total, gradients)
                             del gradients  # so that the sum can take its place
@@ -176,7 +181,16 @@ class GradientComputer:
                         self._note_trace(batch, time.perf_counter() - started)
                 except (BatchFailed, Stopped) as error:
                     failure, total = error, {}
-                loss, total = self.ranks.summed(loss, total, rounded, failure)
+                    apart.clear()
+                if not self.ranks.exact:
+                    loss, total = self.ranks.summed(loss, total, rounded, failure)
+                for index in range(len(batches)) if self.ranks.exact else ():
+                    if any(weighs) and not weighs[index]:
+                        continue
+                    own = apart.pop(index, (mx.array(0.0), {}))
+                    batch_loss, gradients = self.ranks.summed(*own, rounded, failure)
+                    loss, total = loss + batch_loss, self._added(total, gradients)
+                    mx.eval(loss, total)
         finally:
             self.bind(parameters)
         return StepGradient(loss if weighting.loss is None else mx.array(weighting.loss), total, weighting.metrics)

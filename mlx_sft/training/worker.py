@@ -36,6 +36,7 @@ def begin(job: Job, ranks: Ranks) -> None:
         UserError: Where one of them cannot, or has other data or another model.
     """
     job.gradient_computer.ranks = ranks
+    ranks.exact = ranks.size > 1 and job.config.exact_reduce
     if not ranks.leads:
         return
     computer = job.gradient_computer
@@ -106,6 +107,7 @@ class _Worker:
             self.computer.compose_attention()
         self.configure({"tokens": self.settings.micro_batch_tokens, "mode": self.settings.mode})
         self.ranks, self.check = ranks, check
+        ranks.exact = config.exact_reduce
         self.computer.ranks = ranks
         self.gradients: Parameters = {}
 
