@@ -90,7 +90,7 @@ def found(words: tuple[str, ...]) -> tuple[click.Command, click.Context, list[st
 
 # --- what stands for what a page names ----------------------------------------------------------------------------------------
 
-STEPS, ROWS = 2, 10
+STEPS, ROWS = 1, 10
 TAKES_A_MODEL = ("train", "inspect", "plan")
 STARTS_ELSEWHERE = {"--resume", "--run-from", "--init-adapter", "--resume-from-peft"}
 IS_READ = {"--data", "--valid", "--run", "--adapter", "--init-adapter", "--run-from", "--resume", "--add-tokens"}

@@ -129,12 +129,9 @@ def says(text: str, message: str) -> bool:
     if message.strip("…").strip() in text:
         return True
     first, *parts = text.split("…")
-    return (
-        bool(parts)
-        and len(first) > 2
-        and message.startswith(first)
-        and re.fullmatch(".*".join(map(re.escape, (first, *parts))), message) is not None
-    )
+    if not parts or len(first) < 3 or not message.startswith(first):
+        return False
+    return re.fullmatch(".*".join(map(re.escape, (first, *parts))), message) is not None
 
 
 @fast
