@@ -129,6 +129,7 @@ class StandIns:
             words += ["--model", "tiny"]
         if verb == "train" and "--resume" not in words:
             words += ["--max-steps", str(STEPS), "--batch-size", "2", "--quiet"]
+            words += ["--max-length", "128"] if any(word.endswith(".txt") for word in words) else []
             words += ["--dtype", "bfloat16"] if "--master-dtype" in words else []  # on a Mac it is the default
         return words
 
