@@ -20,7 +20,8 @@ PAGES = [
     ROOT / "README.md",
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "reference"),
 ]
-BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OF_A_SHELL = ("", "sh", "bash", "console")
 INLINE = re.compile(r"`(mlx-sft [^`\n]+)`")
 CONTINUED = re.compile(r"\\\n\s*")
 ENDS = {"|", "||", "&&", ";", ">", ">>", "&"}
@@ -46,9 +47,9 @@ def commands_of(page: Path) -> Iterator[Command]:
     """Those of the blocks of a page that a reader types in a shell."""
     text = page.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
-        first = text.count("\n", 0, block.start(1)) + 1
-        for number, line in enumerate(_joined(block[1]), first):
-            if line.removeprefix("$ ").startswith("mlx-sft "):
+        first = text.count("\n", 0, block.start(2)) + 1
+        for number, line in enumerate(_joined(block[2]), first):
+            if block[1] in OF_A_SHELL and line.removeprefix("$ ").startswith("mlx-sft "):
                 place = f"{page.relative_to(ROOT)}:{number}"
                 yield Command(place, tuple(_words(line.removeprefix("$ "))[1:]))
 
@@ -90,7 +91,7 @@ def found(words: tuple[str, ...]) -> tuple[click.Command, click.Context, list[st
 
 # --- what stands for what a page names ----------------------------------------------------------------------------------------
 
-STEPS, ROWS = 1, 10
+STEPS, ROWS = 1, 17
 TAKES_A_MODEL = ("train", "inspect", "plan")
 STARTS_ELSEWHERE = {"--resume", "--run-from", "--init-adapter", "--resume-from-peft"}
 IS_READ = {"--data", "--valid", "--run", "--adapter", "--init-adapter", "--run-from", "--resume", "--add-tokens"}
