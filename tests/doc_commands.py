@@ -91,7 +91,7 @@ def found(words: tuple[str, ...]) -> tuple[click.Command, click.Context, list[st
 
 # --- what stands for what a page names ----------------------------------------------------------------------------------------
 
-STEPS, ROWS = 1, 17
+ROWS, MANY = 10, 17  # a page shows row 17
 TAKES_A_MODEL = ("train", "inspect", "plan")
 STARTS_ELSEWHERE = {"--resume", "--run-from", "--init-adapter", "--resume-from-peft"}
 IS_READ = {"--data", "--valid", "--run", "--adapter", "--init-adapter", "--run-from", "--resume", "--add-tokens"}
@@ -101,6 +101,8 @@ IS_WRITTEN = {"--out", "--to", "--html", "--write-clean"}
 class StandIns:
     """A folder in which the commands of a page can run: what they name and no command before has made is put there.
 
+    The examples are there with their first rows.
+
     Args:
         folder: Where it is made.
         run: A finished run.
@@ -108,8 +110,12 @@ class StandIns:
 
     def __init__(self, folder: Path, run: Path) -> None:
         self.folder, self.run = folder, run
-        for name in ("examples", "configs"):
-            (folder / name).symlink_to(ROOT / name)
+        (folder / "configs").symlink_to(ROOT / "configs")
+        for path in (path for path in (ROOT / "examples").rglob("*") if path.suffix in (".jsonl", ".csv", ".txt")):
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            short = folder / path.relative_to(ROOT)
+            short.parent.mkdir(parents=True, exist_ok=True)
+            short.write_text("".join(lines[:ROWS]), encoding="utf-8")
 
     def ready(self, command: Command) -> list[str]:
         """The words with which a command runs in the folder: on the tiny model, for a few steps."""
@@ -129,7 +135,7 @@ class StandIns:
         if verb in TAKES_A_MODEL and not elsewhere and "--model" not in words:
             words += ["--model", "tiny"]
         if verb == "train" and "--resume" not in words:
-            words += ["--max-steps", str(STEPS), "--batch-size", "2", "--quiet"]
+            words += ["--max-steps", "1", "--batch-size", "2" if "kto" in words else "1", "--quiet"]
             words += ["--max-length", "128"] if any(word.endswith(".txt") for word in words) else []
             words += ["--dtype", "bfloat16"] if "--master-dtype" in words else []  # on a Mac it is the default
         return words
@@ -156,7 +162,10 @@ class StandIns:
 
 def _rows(path: Path, words: list[str]) -> str:
     """A few short rows of the kind that the command asks for."""
-    answered = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(ROWS)]
+    answered = [
+        {"question": f"What is {n}?", "answer": f"It is {n}."}
+        for n in range(ROWS if {"dpo", "kto"} & set(words) else MANY)
+    ]
     if path.suffix == ".csv":
         return "question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in answered)
     if path.suffix == ".txt":
