@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from mlx_sft import load_model
@@ -60,6 +62,14 @@ def test_no_conversation_holds_what_is_held_out() -> None:
     pairs = [json.loads(line) for line in (ROOT / "examples" / "preferences.jsonl").read_text().splitlines()]
     assert len(pairs) == 200
     assert not {pair["prompt"][0]["content"] for pair in pairs} & asked
+
+
+def test_the_table_has_questions_of_the_chats_and_their_answers() -> None:
+    with (ROOT / "examples" / "questions.csv").open(encoding="utf-8", newline="") as file:
+        rows = [(row["question"], row["answer"]) for row in csv.DictReader(file)]
+    chats = [[message["content"] for message in messages] for messages in conversations("chats.jsonl")]
+    assert len(set(rows)) == 300
+    assert set(rows) <= {pair for contents in chats for pair in pairwise(contents)}
 
 
 def test_the_examples_are_what_the_script_writes() -> None:
