@@ -10,7 +10,7 @@ from pathlib import Path
 from mlx_sft import load_model
 from mlx_sft.data import encode_conversation
 from mlx_sft.generate import generate_text
-from mlx_sft.model.load import TINY
+from mlx_sft.recommended import TINY
 
 ROOT = Path(__file__).parents[1]
 
