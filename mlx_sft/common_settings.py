@@ -118,8 +118,8 @@ class CommonSettings(Settings):
     rejected one."""
 
     # optimization
-    epochs: Annotated[int, OnResume.GROWS] = Field(default=1, ge=1)
-    """Passes over the data."""
+    epochs: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], OnResume.GROWS] = 1
+    """Passes over the data; auto is one over 300 rows or more, and of fewer as many as 300 rows hold, at most 10."""
     max_steps: Annotated[int | None, OnResume.GROWS] = Field(default=None, ge=1)
     """Optimizer steps, instead of --epochs."""
     time_limit: Annotated[str | None, OnResume.REVISED] = Field(default=None, alias="for")

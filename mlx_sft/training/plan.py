@@ -156,7 +156,7 @@ class RunPlan:
         settings = self.settings = planner.choose()
         self.refusal = None if settings else planner.refusal()
         self.work: Work | None = None
-        self.epochs = float(config.epochs)
+        self.epochs = 1.0 if config.epochs == "auto" else float(config.epochs)
         if data:
             steps = planned_steps(config, data)
             self.work = Work.of(data.train, in_front)

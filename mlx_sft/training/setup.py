@@ -74,7 +74,7 @@ from mlx_sft.training.resume import (
     refuse_missing,
     resumed_config,
 )
-from mlx_sft.training.schedule import planned_steps
+from mlx_sft.training.schedule import epochs_of, planned_steps
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import GradientComputer
@@ -148,7 +148,8 @@ class _Setup:
         with self.console.reading() as reading:
             rows, valid_rows = self.given.data, self.given.valid
             self.data = prepare(config, self.tokenizer, reading, rows=rows, valid_rows=valid_rows)
-        config = config.model_copy(update={"valid_fraction": self.data.valid_fraction})
+        settled = {"valid_fraction": self.data.valid_fraction, "epochs": epochs_of(config, self.data)}
+        config = config.model_copy(update=settled)
         self.callbacks.check(config, self.data)
         self.config = config
 
