@@ -79,7 +79,9 @@ def test_the_first_commands_of_the_readme_end_in_a_model_that_answers(cli: Calla
     for look in ("inspect", "plan"):
         result = cli(look, *given)
         assert result.exit_code == 0, result.output
-    result = cli("train", *given, "--out", run)
+    result = cli(
+        "train", *given, "--out", run, "--max-steps", "24"
+    )  # fewer than it takes by itself, for the test's time
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{run}\n"
     ended = result.stderr[result.stderr.index("Finished after step") :].splitlines()

@@ -87,10 +87,8 @@ def _fell(files: RunFiles, first: float, last: float) -> str:
     objective = str(files.settings.get("objective") or "sft")
     if objective not in OBJECTIVES or OBJECTIVES[objective].first_pass or min(first, last) < 0:
         return f"{text}."
-    before, after = math.exp(-first), math.exp(-last)
-    return (
-        f"{text}: to the next token of an answer the model gives a chance of {after:.2g} now, of {before:.2g} at first."
-    )
+    before, after = (f"{100 * math.exp(-loss):.2g} %" for loss in (first, last))
+    return f"{text}: to each next token of an answer the model now gives a chance of {after}, at first of {before}."
 
 
 def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: State) -> list[Sentence]:

@@ -286,9 +286,9 @@ class MemoryPlanner:
         fits = max(most_tokens(footprint, mode, memory) for mode in modes)
         of = f"{size(memory)}: {self.machine.basis}"
         ways = list(self.ways_out(self)) if self.ways_out else self._unpredicted_ways()
-        if fits >= 2:
-            at_least = min(footprint.predict(mode, fits).peak for mode in modes)
-            ways.insert(0, f"--max-length {fits} ({size(at_least)})")
+        if shorter := self._shorter(fits):
+            least = min(footprint.predict(mode, shorter).peak for mode in modes)
+            ways.insert(0, f"--max-length {shorter} ({size(least)})")
         elif not ways:
             ways = ["a smaller model"]
         hint = any_of([*ways, "--memory-limit, if more may be taken"])
@@ -299,6 +299,12 @@ class MemoryPlanner:
             )
         what = f"{self.longest.tokens} tokens, and no more than {fits} fit ({of})"
         return UserError(what, where=self.longest.origin, hint=hint)
+
+    def _shorter(self, fits: int) -> int:
+        """The longest row that takes no more than so many tokens as it is padded; 0 where none does."""
+        if not self.layout.widths:
+            return fits if fits >= 2 else 0
+        return next((n for n in range(fits, 1, -1) if Layout.of_few_shapes([n]).width_of(n) <= fits), 0)
 
     def _unpredicted_ways(self) -> list[str]:
         ways = ["--grad-checkpoint auto"] if len(asked_for(self.config)) < len(MODES) else []

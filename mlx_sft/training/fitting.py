@@ -84,18 +84,22 @@ def what_would_fit(planner: MemoryPlanner, path: Path, dtype: str, new_tokens: N
     """
     config, fused = planner.config, planner.machine.fused
     single = list(_changes(config, dtype, len(planner.footprint.layers) + len(planner.footprint.below)))
-    both = ({**one, **other} for one, other in combinations(single, 2) if not one.keys() & other.keys())
     found: dict[str, str] = {}
-    for changes in (single, both):
-        for change in changes:
-            kind = " ".join(change)  # of fewer and fewer layers, the first that fits
-            with suppress(UserError):  # such as a model that is quantized already
-                changed = _changed(config, change)
+
+    def look_at(change: Change) -> None:
+        kind = " ".join(change)  # of fewer and fewer layers, the first that fits
+        with suppress(UserError):  # such as a model that is quantized already
+            changed = _changed(config, change)
+            if kind not in found:
                 taken = footprint_of(changed, path, change.get("dtype", dtype), new_tokens, fused=fused)
-                if kind not in found and (peak := _peak(planner, changed, taken)) is not None:
+                if (peak := _peak(planner, changed, taken)) is not None:
                     found[kind] = f"{_words(change)} ({size(peak)})"
-        if found:
-            break
+
+    for change in single:
+        look_at(change)
+    for one, other in combinations(single, 2):
+        if not found and not one.keys() & other.keys():
+            look_at(one | other)
     return [*found.values(), *_smaller_models(planner, path, dtype)]
 
 

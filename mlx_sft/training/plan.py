@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import prepare
 from mlx_sft.data.template import with_todays_variables
+from mlx_sft.errors import UserError
 from mlx_sft.files import read_yaml
 from mlx_sft.methods import for_new_tokens
 from mlx_sft.model.load import extended_tokenizer, resolve_checkpoint
@@ -116,7 +117,7 @@ class RunPlan:
         dtype: Precision of the model on the machine.
         footprint: Of the model there; `on_macs` is that on a Mac.
         longest: The row that must fit.
-        settings: The settings that `train` would choose; None where it would refuse, and `refusal` then says why.
+        settings: The settings that `train` would choose; None where it would refuse, and `refusal` says why.
         predicted: The parts of the peak, with those settings; without, of the longest row in the mode that keeps least.
         work: Of an epoch; None without data.
         epochs: Passes over the data.
@@ -154,7 +155,7 @@ class RunPlan:
         ways_out = partial(what_would_fit, path=path, dtype=self.dtype, new_tokens=new)
         planner = MemoryPlanner(config, machine, self.footprint, self.longest, layout, ways_out)
         settings = self.settings = planner.choose()
-        self.refusal = None if settings else planner.refusal()
+        self._planner = planner
         self.work: Work | None = None
         self.epochs = 1.0 if config.epochs == "auto" else float(config.epochs)
         if data:
@@ -170,6 +171,11 @@ class RunPlan:
             chunk = settings.head_chunk
             self.predicted = self.footprint.predict(settings.mode, tokens, width=width, head_chunk=chunk)
         self.teraflops = measured_teraflops(self.dtype) if self.measured else machine.teraflops
+
+    @cached_property
+    def refusal(self) -> UserError | None:
+        """What `train` would say; to find what would fit takes some seconds."""
+        return None if self.settings else self._planner.refusal()
 
     def lengths(self) -> list[dict[str, Any]]:
         """For each length and mode, how many rows fit at once, and what one takes."""
