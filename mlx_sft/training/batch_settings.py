@@ -288,7 +288,7 @@ class MemoryPlanner:
         ways = list(self.ways_out(self)) if self.ways_out else self._unpredicted_ways()
         if shorter := self._shorter(fits):
             least = min(footprint.predict(mode, shorter).peak for mode in modes)
-            ways.insert(0, f"--max-length {shorter} ({size(least)})")
+            ways.insert(0, f"--max-length {shorter} (takes {size(least)})")
         elif not ways:
             ways = ["a smaller model"]
         hint = any_of([*ways, "--memory-limit, if more may be taken"])

@@ -73,7 +73,7 @@ def qwen3_footprint(name: str, config: TrainConfig, dtype: str, *, fused: bool) 
 
 
 def what_would_fit(planner: MemoryPlanner, path: Path, dtype: str, new_tokens: NewTokens | None = None) -> list[str]:
-    """The changes with which a run that does not fit would, each with what it then takes at its peak: `--quantize 4 (3.10 GB)`.
+    """The changes with which a run that does not fit would, each with what it then takes at its peak: `--quantize 4 (takes 3.10 GB)`.
 
     Two changes at once are named where no single one is enough.
 
@@ -93,7 +93,7 @@ def what_would_fit(planner: MemoryPlanner, path: Path, dtype: str, new_tokens: N
             if kind not in found:
                 taken = footprint_of(changed, path, change.get("dtype", dtype), new_tokens, fused=fused)
                 if (peak := _peak(planner, changed, taken)) is not None:
-                    found[kind] = f"{_words(change)} ({size(peak)})"
+                    found[kind] = f"{_words(change)} (takes {size(peak)})"
 
     for change in single:
         look_at(change)
@@ -165,7 +165,7 @@ def _smaller_models(planner: MemoryPlanner, path: Path, dtype: str) -> Iterator[
         with suppress(UserError):
             footprint = qwen3_footprint(name, config, dtype, fused=planner.machine.fused)
             if (peak := _peak(planner, config, footprint)) is not None:
-                yield f"--model Qwen/Qwen3-{name} ({size(peak)})"
+                yield f"--model Qwen/Qwen3-{name} (takes {size(peak)})"
                 return
 
 

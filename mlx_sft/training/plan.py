@@ -289,8 +289,8 @@ def _verdict(plan: RunPlan) -> Pieces:
     """Whether it fits, and what would where it does not."""
     if plan.refusal is None:
         return
-    place = f"{plan.refusal.where}: " if plan.refusal.where else ""
-    yield f"This run does not fit: {place}{plan.refusal.what}\n", "bad"
+    row = "" if plan.refusal.where == "memory" else f"{plan.refusal.where}: "
+    yield f"This run does not fit: {row}{plan.refusal.what}\n", "bad"
     yield f"  {plan.refusal.hint}\n\n", "plain"
 
 

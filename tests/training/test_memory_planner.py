@@ -120,7 +120,7 @@ def test_a_row_that_does_not_fit_is_named_before_anything_is_written(long_settin
     with pytest.raises(UserError) as caught:
         job_of(long_settings | {"memory_limit": limit})
     assert caught.value.where.endswith("long.jsonl:2")
-    assert re.match(r"give --max-length \d+ \([\d.]+ MB\), ", caught.value.hint)
+    assert re.match(r"give --max-length \d+ \(takes [\d.]+ MB\), ", caught.value.hint)
     assert "--memory-limit" in caught.value.hint
     assert not Path(long_settings["out"]).exists()
 

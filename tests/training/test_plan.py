@@ -196,7 +196,7 @@ def test_a_run_that_does_not_fit_fails_first_and_names_what_would_with_what_it_t
     assert result.exit_code == 1
     verdict, hint = result.stdout.splitlines()[:2]
     assert verdict.startswith("This run does not fit: ")
-    ways = dict(re.findall(r"(--[a-z][^,(]*?) \(([^)]+)\)", hint))
+    ways = dict(re.findall(r"(--[a-z][^,(]*?) \(takes ([^)]+)\)", hint))
     assert {way.partition(" ")[0] for way in ways} == {"--max-length", "--dtype", "--quantize"}
     for way, taken in ways.items():
         dtype = [] if "--dtype" in way else ["--dtype", "float32"]
@@ -215,8 +215,8 @@ def test_a_model_of_qwen3_that_does_not_fit_names_a_smaller_one_that_does(no_wei
     )  # that of Qwen3-8B
     refusal = plan_of("M2 16GB", model=str(no_weights)).refusal
     assert refusal is not None
-    assert "--model Qwen/Qwen3-4B (" in refusal.hint
-    assert "--quantize 4 (" in refusal.hint
+    assert "--model Qwen/Qwen3-4B (takes " in refusal.hint
+    assert "--quantize 4 (takes " in refusal.hint
 
 
 def test_the_embedded_model_needs_nothing_else(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
