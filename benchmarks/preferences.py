@@ -75,6 +75,7 @@ def compared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "scheduler": "constant", "warmup": 0.0, "max_grad_norm": 0.0, "weight_decay": 0.0, "max_length": options.max_length,
         "grad_checkpoint": "off", "micro_batch_tokens": 1024, "shuffle": False, "data_cache": False, "allow_lost_rows": True,
         "max_steps": options.steps,
+        "valid_fraction": 0,
     }  # fmt: skip
     rows = json.loads(Path(options.data).read_text(encoding="utf-8"))[: options.pairs]
     pairs = common | {

@@ -17,7 +17,7 @@ from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
 from mlx_sft.console import print_error, write_text
 from mlx_sft.crash_report import Interrupted, command_line
-from mlx_sft.errors import INTERRUPTED, USAGE, UserError
+from mlx_sft.errors import FAILURE, INTERRUPTED, USAGE, UserError
 from mlx_sft.files import refuse_lost_folder
 from mlx_sft.options import (
     Late,
@@ -153,7 +153,8 @@ def inspect(
 def plan(config_file: str | None, machine: str | None, as_json: bool, **options: Any) -> None:
     """Show what a run would take, before any weight is read: memory part by part, what fits, and how long.
 
-    It takes the settings of `train`, trains nothing, and needs no more of the model than its config.json and tokenizer.
+    It takes the settings of `train`, trains nothing, and needs no more of the model than its config.json and tokenizer. It exits with 1
+    where the run does not fit.
     """
     from mlx_sft.console import Console
     from mlx_sft.training.plan import RunPlan, planned_config
@@ -166,6 +167,8 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
         write_text(found.to_json() + "\n")
     else:
         console.data(found.pieces())
+    if found.refusal is not None:
+        raise click.exceptions.Exit(FAILURE)
 
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})

@@ -26,9 +26,10 @@ from mlx_sft.data.tokenizer import BrokenTokenizer, decoded
 from mlx_sft.gate import MOST_BYTES, MOST_CONFIG_DEPTH, checked, checked_tokenizer
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.compose import merge_adapters
-from mlx_sft.model.load import TINY, load_model, load_tokenizer
+from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.model.outline import outline
 from mlx_sft.model.weights import Checkpoint
+from mlx_sft.recommended import TINY
 from mlx_sft.run_folder import RunFolder
 
 PACKAGE = Path(__file__).parents[1] / "mlx_sft"

@@ -124,7 +124,7 @@ class Comparison:
         """
         common = {name: value for name, value in common.items() if value is not None}
         configs = [candidate.config(common) for candidate in candidates_of(settings.methods, settings.learning_rates)]
-        if not {"valid", "valid_fraction"} & common.keys():
+        if "valid" not in common and common.get("valid_fraction", "auto") == "auto":
             common["valid_fraction"] = _HELD_OUT
             console.note(f"{_HELD_OUT:.0%} of the rows are held out, to choose learning rates by; --valid gives others")
         full = with_full_paths(configs[0])

@@ -54,6 +54,7 @@ def inspect(
         raise UserError("--row and --only exclude each other", hint="give one", exit_code=USAGE)
     config, tokenizer = ready(config, tokenizer)
     prepared = survey(config, tokenizer, progress)
+    config = config.model_copy(update={"valid_fraction": prepared.valid_fraction})
     untruncated = _untruncated(prepared, config, tokenizer, progress)
     surveyed = SurveyedRows.of(prepared, len(config.data))
     summary = table(prepared.report, [untruncated.train, untruncated.valid], config.max_length)

@@ -41,12 +41,11 @@ from mlx_sft.model.weights import (
     check_weights,
     weight_files,
 )
+from mlx_sft.recommended import TINY
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 AddedTokens = str | Sequence[Token] | None
 """A file of tokens, or the tokens."""
-
-TINY = Path(__file__).parent / "tiny"
 
 TESTED = frozenset({
     "gemma2", "gemma3_text", "glm4", "granite", "lfm2", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3",

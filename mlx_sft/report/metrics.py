@@ -86,6 +86,11 @@ class Smoothed:
         self.curve.add(x, self.value)
 
 
+def smoothed(planned: int) -> Smoothed:
+    """The means over a twentieth of so many planned steps, within bounds."""
+    return Smoothed(min(_MOST_SMOOTHED, max(_LEAST_SMOOTHED, planned * _SHARE_SMOOTHED)))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation; what the file does not say is None."""
@@ -145,8 +150,7 @@ class Metrics:
     own: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
 
     def __post_init__(self) -> None:
-        span = min(_MOST_SMOOTHED, max(_LEAST_SMOOTHED, self.planned * _SHARE_SMOOTHED))
-        self.smoothed = {name: Smoothed(span) for name in ("loss", "grad_norm", "tokens_per_second")}
+        self.smoothed = {name: smoothed(self.planned) for name in ("loss", "grad_norm", "tokens_per_second")}
         self._few = round(min(50, max(1, self.planned * _SHARE_SMOOTHED)))
         self._first_losses: list[float] = []
         self._last_losses: deque[float] = deque(maxlen=self._few)

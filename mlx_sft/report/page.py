@@ -273,6 +273,7 @@ def _settings(settings: Sequence[Setting]) -> str:
     def listed(some: Iterable[Setting]) -> str:
         rows = "".join(
             f"<dt>{escaped(one.name)}</dt><dd>{escaped(one.value)}"
+            + (f" <small>recommended {escaped(one.recommended)}</small>" if one.recommended else "")
             + (f" <small>default {escaped(one.default)}</small>" if one.differs and one.default not in _NOTHING else "")
             + "</dd>"
             for one in some

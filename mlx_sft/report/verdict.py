@@ -5,11 +5,15 @@ The bounds are rules of thumb, and wide ones, because a curve of one seed says n
 
 from __future__ import annotations
 
+import math
+import shlex
 from typing import Literal, NamedTuple
 
 from mlx_sft.console import duration
+from mlx_sft.registry import OBJECTIVES
 from mlx_sft.report.metrics import Evaluation, Metrics
 from mlx_sft.report.run import RunFiles, State, integer
+from mlx_sft.settings import parse_duration
 
 Weight = Literal["good", "plain", "warn", "bad"]
 
@@ -72,19 +76,29 @@ def _of_the_loss(files: RunFiles, state: State) -> list[Sentence]:
         )
         return [Sentence("warn", text)]
     if metrics.best and metrics.last:
-        return _of_validation(files, metrics.best, metrics.last, state)
+        fell = Sentence("plain", _fell(files, metrics.first_loss, metrics.last_loss))
+        return [fell, *_of_validation(files, metrics.best, metrics.last, state)]
     return _of_training(files, state)
+
+
+def _fell(files: RunFiles, first: float, last: float) -> str:
+    """From where to where the training loss went, and what that means where it is a mean of −log p."""
+    text = f"The training loss went from {first:.4g} to {last:.4g}"
+    objective = str(files.settings.get("objective") or "sft")
+    if objective not in OBJECTIVES or OBJECTIVES[objective].first_pass or min(first, last) < 0:
+        return f"{text}."
+    before, after = (f"{100 * math.exp(-loss):.2g} %" for loss in (first, last))
+    return f"{text}: to each next token of an answer the model now gives a chance of {after}, at first of {before}."
 
 
 def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: State) -> list[Sentence]:
     metrics, first = files.metrics, files.metrics.first
     if metrics.evaluations == 1 or first is None:
-        return [
-            Sentence(
-                "plain",
-                f"The validation loss is {best.loss:.4f} after step {best.step:,}; a second one will say where it goes.",
-            )
-        ]
+        known = f"The validation loss is {best.loss:.4f} after step {best.step:,}"
+        if state == "running":
+            return [Sentence("plain", f"{known}; a second one will say where it goes.")]
+        text = f"{known}, the only one: it is that of the result. --eval-every 10 measures it on the way too, and keeps the best step."
+        return [Sentence("plain", text)]
     result = f"the result is that of step {best.step:,}"
     if last.loss > WORSE * best.loss:
         worse = f"Validation got worse after {_when(best)}: from {best.loss:.4f} to {last.loss:.4f}"
@@ -95,7 +109,7 @@ def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: S
     if last.step == best.step and _still_falling(metrics, "validation"):
         if state == "running":
             return [Sentence("good", f"{fell} It is still falling.")]
-        return [Sentence("good", f"{fell} It was still falling at the end: more epochs may help{_more(files)}.")]
+        return [Sentence("good", f"{fell} It was still falling at the end: more epochs may help{_more_with(files)}.")]
     level = (
         "It has levelled off: more of the same would change little." if state != "running" else "It has levelled off."
     )
@@ -105,13 +119,13 @@ def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: S
 def _of_training(files: RunFiles, state: State) -> list[Sentence]:
     metrics = files.metrics
     first, last = metrics.first_loss or 0.0, metrics.last_loss or 0.0
-    fell = f"The training loss went from {first:.4g} to {last:.4g}."
+    fell = _fell(files, first, last)
     if state != "running" and last < _BY_HEART:
         found = [
             Sentence("warn", f"{fell} The model knows these rows by heart; on others it may be worse than before.")
         ]
     elif state != "running" and _still_falling(metrics, "loss"):
-        found = [Sentence("plain", f"{fell} It was still falling at the end: more epochs may help{_more(files)}.")]
+        found = [Sentence("plain", f"{fell} It was still falling at the end: more epochs may help{_more_with(files)}.")]
     else:
         found = [Sentence("plain", fell)]
     if not integer(files.data, "valid", "rows"):
@@ -137,15 +151,20 @@ def _still_falling(metrics: Metrics, name: str) -> bool:
     return len(points) > 1 and end < FALLING * (before[-1] if before else points[-2][1])
 
 
-def _more(files: RunFiles) -> str:
-    """How a run is given more; nothing where its time was given."""
-    if files.settings.get("for"):
-        return ""
-    steps = files.settings.get("max_steps")
-    longer = (
-        f"--max-steps {round(1.5 * files.planned)}" if steps else f"--epochs {integer(files.settings, 'epochs') + 2}"
-    )
-    return f" (`mlx-sft train --resume {files.run.path} {longer}`)"
+def _more_with(files: RunFiles) -> str:
+    """In brackets, how a run is given more; nothing where its time was given."""
+    return "" if files.settings.get("for") else f" (`{more_with(files)}`)"
+
+
+def more_with(files: RunFiles) -> str:
+    """The command that gives a finished run half as many steps again or two more passes, and twice the time where its time was given."""
+    if files.settings.get("max_steps"):
+        longer = f"--max-steps {round(1.5 * files.planned)}"
+    else:
+        longer = f"--epochs {integer(files.settings, 'epochs') + 2}"
+    if time := files.settings.get("for"):
+        longer += f" --for {2 * parse_duration(str(time))}s"
+    return f"mlx-sft train --resume {shlex.quote(str(files.run.path))} {longer}"
 
 
 def _of_what_happened(metrics: Metrics) -> list[Sentence]:

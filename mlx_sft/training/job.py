@@ -66,6 +66,12 @@ class Job:
     unfinished: Unfinished | None = None
     torn: bool = False
 
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to take, nor what follows one."""
+        ended = self.progress.stopped_of is not None or self.progress.step >= self.plan.total_steps
+        return ended and self.progress.unfinished is None
+
     def learning_rate(self, step: Step) -> float:
         """That of the schedule, or what rollbacks have left of it."""
         return learning_rate(self.config, step.number, self.plan.total_steps) * self.progress.rate_factor

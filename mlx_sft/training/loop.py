@@ -88,12 +88,12 @@ def train(
             loss = _take_steps(job)
             finish(job)
             best_loss = job.progress.best_loss
+            if traces := job.gradient_computer.trace_seconds:
+                shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
+                console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")
             job.emit(
                 {"kind": "end", "step": job.step, "loss": loss, "best_loss": best_loss, "stopped": job.stop_reason}
             )
-    if traces := job.gradient_computer.trace_seconds:
-        shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
-        console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")
     progress = job.progress
     return TrainResult(job.run.path, progress.step, loss, progress.best_loss, progress.skipped)
 
@@ -107,7 +107,7 @@ def _take_steps(job: Job) -> float | None:
         goes_back = job.callbacks.may_go_back
         if begins_with_a_checkpoint(job.config, goes_back=goes_back) and not job.run.checkpoint_steps():
             save(job)
-        while job.progress.unfinished or (job.progress.stopped_of is None and job.step < job.total_steps):
+        while not job.finished:
             if job.progress.unfinished:
                 job.unfinished, job.progress = job.progress.unfinished, job.progress.after(unfinished=None)
                 _follow_up(job, next(job.plan.steps(job.step - 1)))

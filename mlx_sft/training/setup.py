@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,12 @@ from mlx_sft.training.batch_settings import (
     configured,
     layout_on,
     predicted_peak,
-    refuse_too_large,
 )
 from mlx_sft.training.callbacks import Callback, Callbacks
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.device import Measured, attention_in_blocks, measure
 from mlx_sft.training.disk_need import DiskNeed
+from mlx_sft.training.fitting import refuse_too_large, what_would_fit
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import hold_to, prepare_device, this_machine, within
 from mlx_sft.training.memory import Footprint
@@ -73,7 +74,7 @@ from mlx_sft.training.resume import (
     refuse_missing,
     resumed_config,
 )
-from mlx_sft.training.schedule import planned_steps
+from mlx_sft.training.schedule import epochs_of, planned_steps
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import GradientComputer
@@ -147,6 +148,8 @@ class _Setup:
         with self.console.reading() as reading:
             rows, valid_rows = self.given.data, self.given.valid
             self.data = prepare(config, self.tokenizer, reading, rows=rows, valid_rows=valid_rows)
+        settled = {"valid_fraction": self.data.valid_fraction, "epochs": epochs_of(config, self.data)}
+        config = config.model_copy(update=settled)
         self.callbacks.check(config, self.data)
         self.config = config
 
@@ -159,7 +162,7 @@ class _Setup:
         )  # rather than go beyond it, MLX waits for operations that are under way
         settings: dict[str, Any] = {"quantize": config.quantize}
         if given.model is None:
-            refuse_too_large(config, self.path, self.machine)
+            refuse_too_large(config, self.path, self.machine, self.data.train, self.new_tokens)
             base = load_model(config.model, config.dtype, self.tokenizer, new_tokens=self.new_tokens, **settings)
         else:
             base = given_model(given.model, config.model, self.tokenizer, dtype=config.dtype, **settings)
@@ -203,7 +206,10 @@ class _Setup:
             config, self.split, self.method, parameters, self.vocabulary, head=computer.head_way, fused=machine.fused,
             composes_attention=computer.composes_attention,
         )  # fmt: skip
-        planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout)
+        ways_out = partial(
+            what_would_fit, path=self.path, dtype=resolve_dtype(config.dtype), new_tokens=self.new_tokens
+        )
+        planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout, ways_out)
         self.memory, self.settings = planner.plan(computer, parameters, len(train))
         self.config = _decided(config, self.settings)
 

@@ -1,16 +1,19 @@
-"""report.html while a run trains, and as it ends. It is written from the run's files now and then, and never ends a run.
+"""report.html while a run trains, and as it ends, with its first sentences in the terminal then. It is written from the run's files now
+and then, and never ends a run.
 
 A checkpoint keeps nothing of it: what the page shows is in metrics.jsonl, which is read on from where it was read last.
 """
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any, ClassVar
 
 from mlx_sft.errors import UserError
 from mlx_sft.report.page import page_html
 from mlx_sft.report.run import RunFiles, State
+from mlx_sft.report.verdict import verdict
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 from mlx_sft.writing import write_file
 
@@ -38,8 +41,13 @@ class ReportPage(Callback):
             self._write(run, "running")
 
     def on_end(self, run: TrainingRun, record: Record) -> None:
-        self._ended = True
+        self._ended = self._told = True
         self._write(run, "finished")
+        if self._files is not None and not self._failed:
+            for sentence in verdict(self._files, "finished"):
+                run.console.note(sentence.text)
+            run.console.note(f"try      mlx-sft chat --run {shlex.quote(str(run.folder.path))}")
+            run.console.note(f"page     {run.folder.page}")
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The metrics are cut back, and must be read from their start."""

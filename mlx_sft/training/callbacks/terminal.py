@@ -6,6 +6,7 @@ import time
 from typing import Any, ClassVar
 
 from mlx_sft.registry import OBJECTIVES
+from mlx_sft.report.metrics import Smoothed, smoothed
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 
 
@@ -17,17 +18,25 @@ class Terminal(Callback):
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
         self._since, self._first = time.perf_counter(), 0
+        self._loss: Smoothed = smoothed(0)
 
     def on_record(self, run: TrainingRun, record: Record) -> None:
         super().on_record(run, record)
         if record["kind"] in ("start", "rollback"):
             self._since, self._first = time.perf_counter(), record["step"]
+            self._loss = smoothed(run.total_steps)
 
     def on_step(self, run: TrainingRun, record: Record) -> None:
         steps = max(1, record["step"] - self._first)  # none where a run goes on with what followed its last step
         a_step = (time.perf_counter() - self._since) / steps
         left = a_step * (run.total_steps - record["step"])
-        run.console.step(record, run.total_steps, left, OBJECTIVES[run.config.objective].shown)
+        if record["loss"] is not None:
+            self._loss.add(record["step"], record["loss"])
+        run.console.step(record, run.total_steps, left, OBJECTIVES[run.config.objective].shown, self._loss.value)
 
     def on_evaluation(self, run: TrainingRun, record: Record) -> None:
         run.console.evaluation(record, OBJECTIVES[run.config.objective].shown)
+
+    def on_end(self, run: TrainingRun, record: Record) -> None:
+        """The live line stays as it stands, and what is said of the run comes below it."""
+        run.console.stop()
