@@ -151,6 +151,7 @@ class Metrics:
         self._first_losses: list[float] = []
         self._last_losses: deque[float] = deque(maxlen=self._few)
         self._read = 0
+        self._last_line = b""
         self._heard: dict[str, Callable[[Record, int], None]] = {
             "train": self._add_step,
             "evaluation": self._add_evaluation,
@@ -167,9 +168,17 @@ class Metrics:
         for line in self.run.metric_lines(self._read):
             if not line.endswith(b"\n") and len(line) < LONGEST_METRIC:
                 break  # it is being written
-            self._read += len(line)
+            self._read, self._last_line = self._read + len(line), line
             with suppress(ValueError, RecursionError):  # a damaged line says nothing
                 self.add(json.loads(line))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the line that was read last no longer stands where it stood."""
+        if not self._last_line:
+            return False
+        lines = self.run.metric_lines(self._read - len(self._last_line)) if self.run.metrics.is_file() else iter(())
+        return next(lines, b"") != self._last_line
 
     def add(self, record: Any) -> None:
         """One line; what is none of a run's is left out."""

@@ -19,6 +19,7 @@ from mlx_sft.web_page import escaped, page
 from mlx_sft.writing import write_file
 
 _HERE = Path(__file__).parent
+_LIVE = (_HERE / "live.js").read_text(encoding="utf-8")
 
 _AGAIN = 30
 """Seconds after which the page of a run that trains is loaded again."""
@@ -46,9 +47,9 @@ def write_report(run: str | Path, to: str | Path | None = None) -> Path:
     return target
 
 
-def page_html(files: RunFiles, state: State) -> str:
-    """The page, with what is new in the metrics."""
-    files.metrics.follow()
+def page_html(files: RunFiles, state: State, *, live: bool = False) -> str:
+    """The page, with what is new in the metrics; one that is served (`report/live.py`) has a line for what the server says."""
+    files.follow()
     name = files.run.path.absolute().name
     parts = {
         "name": escaped(name),
@@ -62,9 +63,11 @@ def page_html(files: RunFiles, state: State) -> str:
         "settings": _settings(files.all_settings()),
         "commands": _commands(files, state),
         "written": escaped(_written(files)),
+        "live": '<p class="soft" id="live" role="status"></p>\n' if live else "",
     }
-    again = _AGAIN if state == "running" else None
-    return page(_HERE / "page.html", f"{name}: {state}", parts, style=STYLE, script=SCRIPT, again=again)
+    again = _AGAIN if state == "running" and not live else None
+    script = SCRIPT + (_LIVE if live else "")
+    return page(_HERE / "page.html", f"{name}: {state}", parts, style=STYLE, script=script, again=again, connects=live)
 
 
 def _sentence(sentence: Sentence) -> str:
