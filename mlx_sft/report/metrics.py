@@ -8,6 +8,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from mlx_sft.run_folder import LONGEST_METRIC, RunFolder
@@ -119,6 +120,7 @@ class Metrics:
 
     Attributes:
         planned: Steps, by which the smoothing is chosen; 0 where that is not known.
+        began, last_time: Of the first line and the last, in local time; None where lines do not say so.
         first_loss: The mean of the first few.
         lowest: The step at which the smoothed loss was lowest, and that loss.
         best, last, first: Evaluations with a finite loss.
@@ -131,6 +133,8 @@ class Metrics:
     run: RunFolder
     planned: int = 0
     totals: Totals = field(default_factory=Totals)
+    began: datetime | None = None
+    last_time: datetime | None = None
     first_loss: float | None = None
     last_loss: float | None = None
     lowest: Point | None = None
@@ -185,6 +189,8 @@ class Metrics:
         if not isinstance(record, dict) or not isinstance(kind := record.get("kind"), str):
             return
         step = record.get("step")
+        if (time := moment(record)) is not None:
+            self.began, self.last_time = self.began or time, time
         if isinstance(step, int) and 0 <= step < 2**53:
             self._heard.get(kind, self._add_event)(record, step)
 
@@ -266,6 +272,13 @@ _MOST_TEXT, _MOST_ROWS = 300, 5
 _OF_EVALUATION = ("perplexity", "token_accuracy", "exact_match")
 _OF_STEP_AND_KIND = {*_OF_STEP, "kind", "skipped_rows"}
 _LARGEST = 1e200
+
+
+def moment(record: Record) -> datetime | None:
+    """When something was, in local time; None where the record does not say."""
+    with suppress(ValueError, TypeError, OverflowError, OSError):
+        return datetime.fromisoformat(record.get("time", "")).astimezone()
+    return None
 
 
 def number(record: Record, name: str) -> float | None:

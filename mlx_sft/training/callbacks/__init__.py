@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import ValidationError
@@ -190,7 +191,7 @@ class Callbacks:
             callback.check(config, data)
 
     def emit(self, run: TrainingRun, record: Record, heard: list[str] | None = None) -> None:
-        """Tell every callback of a record; raises `UserError` for one that is none.
+        """Tell every callback of a record, which gets the time of day (UTC); raises `UserError` for one that is none.
 
         Args:
             heard: The names of those that know of it already; each that is told now is added.
@@ -198,6 +199,7 @@ class Callbacks:
         heard = [] if heard is None else heard
         if not isinstance(record.get("kind"), str):
             raise UserError(f"a callback's record has no kind: {record}", hint='emit {"kind": "sample", ...}')
+        record.setdefault("time", f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z")
         for callback in self._callbacks:
             if (name := self._key(callback)) not in heard:
                 callback.on_record(run, record)
