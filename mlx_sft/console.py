@@ -167,7 +167,7 @@ class Console:
             self._emit(record)
         if not self._shown:
             return
-        line = _step_line(record, total_steps, seconds_left, metrics)
+        line = step_line(record, total_steps, seconds_left, metrics)
         number = record["step"]
         if self._screen.is_terminal:
             if self._live is None:
@@ -351,7 +351,7 @@ def _metrics(record: Mapping[str, Any], names: Sequence[str]) -> str:
     return "".join(f"{name} {record[name]:.4g}  " for name in names if record.get(name) is not None)
 
 
-def _step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str]) -> str:
+def step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str]) -> str:
     loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
     rate = record["tokens_per_second"]
     supervised = rate * record["supervised_tokens"] / max(1, record["tokens"])

@@ -24,8 +24,20 @@ _MOST_OF_OBJECTIVE = 4
 _SHARE_SMOOTHED, _LEAST_SMOOTHED, _MOST_SMOOTHED = 1 / 20, 5.0, 400.0
 """Of the planned steps, and in steps: what the smoothed curve is a mean over."""
 
-_OF_STEP = (
-    *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "computed_tokens"),
+OF_STEP = (
+    *(
+        "kind",
+        "time",
+        "skipped_rows",
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "computed_tokens",
+    ),
     *("padded_tokens", "micro_batches", "tokens_per_second", "peak_memory_bytes", "active_memory_bytes"),
     *("cache_memory_bytes", "footprint_bytes", "seconds", "data_wait_seconds", "traces", "trace_seconds"),
 )
@@ -227,7 +239,7 @@ class Metrics:
             self.lowest = (step, smooth)
 
     def _add_own(self, record: Record, step: int) -> None:
-        for name in record.keys() - _OF_STEP_AND_KIND:
+        for name in record.keys() - {*OF_STEP}:
             known = name in self.own or len(self.own) < _MOST_OF_OBJECTIVE
             if known and (value := number(record, name)) is not None:
                 self.own[name].add(step, value)
@@ -270,7 +282,6 @@ class Metrics:
 _SAMPLE = "sample"
 _MOST_TEXT, _MOST_ROWS = 300, 5
 _OF_EVALUATION = ("perplexity", "token_accuracy", "exact_match")
-_OF_STEP_AND_KIND = {*_OF_STEP, "kind", "skipped_rows"}
 _LARGEST = 1e200
 
 

@@ -36,10 +36,11 @@ ENTRIES = {
     "power": "mlx_sft.training.callbacks.power:Power",
     "time-limit": "mlx_sft.training.callbacks.time_limit:TimeLimit",
     "report-page": "mlx_sft.training.callbacks.report_page:ReportPage",
+    "report-to": "mlx_sft.training.callbacks.report_to:ReportTo",
 }
 
-_BEFORE_OTHERS = ("metrics-file", "terminal")
-"""Those that hear of a record first, so that it is written and shown whatever another callback does about it."""
+_BEFORE_OTHERS = ("metrics-file", "terminal", "report-to")
+"""Those that hear of a record first, so that it is written, shown and sent whatever another callback does about it."""
 
 Record = dict[str, Any]
 """A line of `metrics.jsonl`, or `{"kind": "start" | "save" | "end", ...}`, which are not written there."""
