@@ -20,6 +20,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.report.metrics import OF_STEP, number
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.settings import OnResume, Settings
+from mlx_sft.streams import printable
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 from mlx_sft.training.callbacks.loggers import LOGGERS, Logger
 
@@ -50,7 +51,7 @@ class ReportToSettings(Settings):
         for name in names:
             if name not in LOGGERS:
                 unknown = LOGGERS.unknown(name)
-                raise ValueError(f"{unknown.what}; {unknown.hint}")
+                raise ValueError(printable(f"{unknown.what}; {unknown.hint}"))
         return list(dict.fromkeys(names))
 
 
