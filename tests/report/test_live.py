@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlx_sft.errors import UserError
+from mlx_sft.report import live as live_module
 from mlx_sft.report.live import LivePage
 from mlx_sft.report.page import page_html
 from mlx_sft.report.run import RunFiles
@@ -153,13 +152,25 @@ def test_a_run_that_went_back_is_read_anew(make_folder: MakeFolder) -> None:
     assert "<dd>0<small>" in page_html(files, "running")
 
 
-def test_a_run_is_served_by_its_own_command_until_ctrl_c(make_folder: MakeFolder) -> None:
-    run = make_folder([step(1, 2.0)])
-    command = [sys.executable, "-m", "mlx_sft", "report", str(run), "--serve"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    url = process.stdout.readline().strip()
-    port, token = url.removeprefix("http://127.0.0.1:").rstrip("/").split("/")
+def test_a_run_is_served_as_it_changes_until_ctrl_c(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, told, ctrl_c = make_folder([step(1, 2.0)]), list[str](), threading.Event()
+
+    def sleep(_: float) -> None:
+        if ctrl_c.wait(0.02):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(live_module, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+
+    def serving() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            live_module.serve(run, None, told.append)
+
+    thread = threading.Thread(target=serving)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+    port, token = told[0].removeprefix("http://127.0.0.1:").rstrip("/").split("/")
     with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as connection:
         connection.sendall(f"GET /{token}/events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
         answer = connection.makefile("r")
@@ -167,13 +178,12 @@ def test_a_run_is_served_by_its_own_command_until_ctrl_c(make_folder: MakeFolder
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(step(2, 1.5)) + "\n")
         assert "2<small>of 100" in next(line for line in answer if line.startswith("data: "))
-        process.send_signal(signal.SIGINT)
+        (run / "environment.json").write_text('{"total_steps": 200}')
+        assert "2<small>of 200" in next(line for line in answer if line.startswith("data: "))
+        ctrl_c.set()
         assert "event: end\n" in answer.readlines()
-    assert process.wait(timeout=10) == 130
-    assert process.stderr is not None
-    assert "Traceback" not in process.stderr.read()
-    process.stdout.close()
-    process.stderr.close()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
 
 
 def test_options_that_do_not_go_together_are_refused(make_folder: MakeFolder, cli: Any, tmp_path: Path) -> None:

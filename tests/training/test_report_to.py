@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -222,6 +223,19 @@ def records_of(file: Path) -> Iterator[bytes]:
             found = b""
 
 
+def ended_records_of(file: Path) -> list[bytes]:
+    """Those of a run that has ended, once its last one is there: wandb writes them in a process of its own, which goes on a little longer."""
+    from wandb.proto import wandb_internal_pb2
+
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        found = list(records_of(file))
+        if found and wandb_internal_pb2.Record.FromString(found[-1]).WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.1)
+    raise AssertionError("wandb has not written the end of the run")
+
+
 Settings = dict[str, Any]
 
 
@@ -254,7 +268,7 @@ def test_wandbs_offline_files_have_each_step_once_and_the_run_folder_no_key(sett
     rows: dict[int, dict[str, float]] = {}
     ids, configs, steps = set(), "", []
     for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
-        for data in records_of(file):
+        for data in ended_records_of(file):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "run":
