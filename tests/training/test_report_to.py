@@ -224,7 +224,7 @@ def records_of(file: Path) -> Iterator[bytes]:
 
 
 def ended_records_of(file: Path) -> list[bytes]:
-    """Those of a run that has ended, once its last one is there: wandb writes them in a process of its own, which goes on a little longer."""
+    """Those of a run that has ended, once its last one is there: wandb writes in a process of its own, a little longer."""
     from wandb.proto import wandb_internal_pb2
 
     deadline = time.monotonic() + 20
