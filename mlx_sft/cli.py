@@ -12,6 +12,7 @@ from mlx_sft.commands.adapters import adapters
 from mlx_sft.commands.doctor import doctor
 from mlx_sft.commands.evaluate import evaluate
 from mlx_sft.commands.runs import report, runs
+from mlx_sft.commands.serve import serve
 from mlx_sft.commands.talk import chat, generate
 from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
@@ -287,3 +288,4 @@ main.add_command(evaluate)
 main.add_command(generate)
 main.add_command(report)
 main.add_command(runs)
+main.add_command(serve)

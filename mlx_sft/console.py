@@ -173,7 +173,7 @@ class Console:
             self._emit(record)
         if not self._shown:
             return
-        line = _step_line(record, total_steps, seconds_left, metrics, mean_loss)
+        line = step_line(record, total_steps, seconds_left, metrics, mean_loss)
         number = record["step"]
         if self._screen.is_terminal:
             if self._live is None:
@@ -357,9 +357,10 @@ def _metrics(record: Mapping[str, Any], names: Sequence[str]) -> str:
     return "".join(f"{name} {record[name]:.4g}  " for name in names if record.get(name) is not None)
 
 
-def _step_line(
+def step_line(
     record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str], mean_loss: float | None
 ) -> str:
+    """What a person is told of a step, on one line."""
     loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
     loss += "" if mean_loss is None else f" (mean {mean_loss:.4f})"
     rate = record["tokens_per_second"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import stream_generate
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -47,6 +48,13 @@ def generate_text(loaded: LoadedModel, prompt: Prompt, **settings: Any) -> str:
 
 def continued(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSettings) -> Generator[str]:
     """What the model writes after these tokens, piece by piece, up to its end of turn; stop texts and system prompt are not looked at."""
+    with closing(responses(loaded, token_ids, chosen)) as found:
+        for response in found:
+            yield response.text
+
+
+def responses(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSettings) -> Generator[GenerationResponse]:
+    """As `continued`, with mlx-lm's count of the tokens and why the answer ended."""
     method = loaded.method if isinstance(loaded, AdaptedModel) else None
     # mlx-lm draws from the random numbers of the whole process.
     if chosen.seed is not None and chosen.temperature > 0:
@@ -73,10 +81,9 @@ def continued(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSetti
                 ),
                 prompt_cache=method.generation_cache(loaded.model) if method else None,
             )
-        ) as responses,
+        ) as found,
     ):
-        for response in responses:
-            yield response.text
+        yield from found
 
 
 def until_stop(stops: Sequence[str], pieces: Generator[str]) -> Iterator[str]:

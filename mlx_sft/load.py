@@ -153,12 +153,12 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
     name = model or method_in(Path(folder)).base_model(Path(folder))
     if not name:
         raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
-    tokenizer, new = _of_adapter(Path(folder), resolve_checkpoint(name))
+    tokenizer, new = own_tokenizer(Path(folder), resolve_checkpoint(name))
     loaded = load_model(name, dtype, tokenizer, new_tokens=new)
     return adapted(loaded, put_adapter(loaded.model, folder))
 
 
-def _of_adapter(folder: Path, base: Path) -> tuple[PreTrainedTokenizerBase | None, NewTokens | None]:
+def own_tokenizer(folder: Path, base: Path) -> tuple[PreTrainedTokenizerBase | None, NewTokens | None]:
     """The tokenizer that lies beside an adapter, or that its run had, where it has tokens that the base's lacks, and these."""
     if (run := run_of_result(folder)) is not None:
         config = TrainConfig.resolve(run.config)

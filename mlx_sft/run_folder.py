@@ -56,6 +56,7 @@ class RunFolder:
       last/               the last, where adapter/ holds an earlier, better one
       checkpoints/        step-00000050/, ...: what --resume continues from
       report.html         all of it as a page, while it trains and at its end
+      tensorboard/        with --report-to tensorboard: its event files
       README.md           a model card, which is there once the run has finished
       error.log           the traceback of an error that nobody foresaw, where one ended the run
     ```
@@ -65,6 +66,7 @@ class RunFolder:
     metrics, card, error_log = Inside("metrics.jsonl"), Inside("README.md"), Inside("error.log")
     reference = Inside("reference.safetensors")
     page = Inside("report.html")
+    tensorboard = Inside("tensorboard")
     adapter, weights, last, checkpoints = Inside("adapter"), Inside("weights"), Inside("last"), Inside("checkpoints")
 
     def __init__(self, path: str | Path) -> None:

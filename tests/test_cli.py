@@ -52,6 +52,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "prompt_init": (["text:be brief"], "text:be brief"),
     "prefix_init": (["cartridge:a.txt"], "cartridge:a.txt"),
     "chat_template": (["chatml"], "chatml"),
+    "report_to": (["tensorboard,wandb"], ["tensorboard", "wandb"]),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
 }
 """What to type for an option whose kind alone does not say it, and the value that it means."""

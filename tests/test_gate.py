@@ -357,6 +357,8 @@ _NO_FOLDER_OF_OTHERS = {
     "data/chat_template.py template_text (_NAMED / f'{given}.jinja').read_text": "comes with this package",
     "web_page.py _text file.read_text": "comes with this package",
     "charts.py  Path(__file__).with_name(f'charts.{kind}').read_text": "comes with this package",
+    "report/page.py  (_HERE / 'live.js').read_text": "comes with this package",
+    "training/notebook.py  Path(__file__).with_suffix('.css').read_text": "comes with this package",
     "convert/targets/trl/target.py write (_FILES / 'train.py.template').read_text": "comes with this package",
     "convert/targets/trl/target.py write (_FILES / 'requirements.txt').read_text": "comes with this package",
     "convert/targets/trl/target.py _readme (_FILES / 'README.md').read_text": "comes with this package",

@@ -5,16 +5,30 @@ from __future__ import annotations
 import click
 
 from mlx_sft.console import size, write_text
+from mlx_sft.errors import USAGE, UserError
 
 
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.option("--to", metavar="FILE", help="Write it there instead of into the run folder.")
-def report(run: str, to: str | None) -> None:
+@click.option(
+    "--serve", is_flag=True, help="Serve it on this machine instead, changing as the run goes on, until Ctrl-C."
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="With --serve: its port; one that is free where not given.")
+def report(run: str, to: str | None, serve: bool, port: int | None) -> None:
     """Write a run as a page: its curves, what happened, its data and settings, and what to do next.
 
-    A run writes its own page, report.html, while it trains and at its end; this writes it anew. The last line on stdout is the page.
+    A run writes its own page, report.html, while it trains and at its end; this writes it anew. The last line on stdout is the page, or
+    with --serve its address.
     """
+    if (serve and to is not None) or (port is not None and not serve):
+        what = "--to does not go with --serve" if serve else "--port goes with --serve"
+        raise UserError(what, hint="leave one of them out", exit_code=USAGE)
+    if serve:
+        from mlx_sft.report.live import serve as serve_page
+
+        serve_page(run, port, lambda url: write_text(f"{url}\n"))
+        return
     from mlx_sft.report.page import write_report
 
     write_text(f"{write_report(run, to)}\n")

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from mlx_sft.run_folder import LONGEST_METRIC, RunFolder
@@ -23,8 +24,20 @@ _MOST_OF_OBJECTIVE = 4
 _SHARE_SMOOTHED, _LEAST_SMOOTHED, _MOST_SMOOTHED = 1 / 20, 5.0, 400.0
 """Of the planned steps, and in steps: what the smoothed curve is a mean over."""
 
-_OF_STEP = (
-    *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "computed_tokens"),
+OF_STEP = (
+    *(
+        "kind",
+        "time",
+        "skipped_rows",
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "computed_tokens",
+    ),
     *("padded_tokens", "micro_batches", "tokens_per_second", "peak_memory_bytes", "active_memory_bytes"),
     *("cache_memory_bytes", "footprint_bytes", "seconds", "data_wait_seconds", "traces", "trace_seconds"),
 )
@@ -124,6 +137,7 @@ class Metrics:
 
     Attributes:
         planned: Steps, by which the smoothing is chosen; 0 where that is not known.
+        began, last_time: Of the first line and the last, in local time; None where lines do not say so.
         first_loss: The mean of the first few.
         lowest: The step at which the smoothed loss was lowest, and that loss.
         best, last, first: Evaluations with a finite loss.
@@ -136,6 +150,8 @@ class Metrics:
     run: RunFolder
     planned: int = 0
     totals: Totals = field(default_factory=Totals)
+    began: datetime | None = None
+    last_time: datetime | None = None
     first_loss: float | None = None
     last_loss: float | None = None
     lowest: Point | None = None
@@ -155,6 +171,7 @@ class Metrics:
         self._first_losses: list[float] = []
         self._last_losses: deque[float] = deque(maxlen=self._few)
         self._read = 0
+        self._last_line = b""
         self._heard: dict[str, Callable[[Record, int], None]] = {
             "train": self._add_step,
             "evaluation": self._add_evaluation,
@@ -171,15 +188,25 @@ class Metrics:
         for line in self.run.metric_lines(self._read):
             if not line.endswith(b"\n") and len(line) < LONGEST_METRIC:
                 break  # it is being written
-            self._read += len(line)
+            self._read, self._last_line = self._read + len(line), line
             with suppress(ValueError, RecursionError):  # a damaged line says nothing
                 self.add(json.loads(line))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the line that was read last no longer stands where it stood."""
+        if not self._last_line:
+            return False
+        lines = self.run.metric_lines(self._read - len(self._last_line)) if self.run.metrics.is_file() else iter(())
+        return next(lines, b"") != self._last_line
 
     def add(self, record: Any) -> None:
         """One line; what is none of a run's is left out."""
         if not isinstance(record, dict) or not isinstance(kind := record.get("kind"), str):
             return
         step = record.get("step")
+        if (time := moment(record)) is not None:
+            self.began, self.last_time = self.began or time, time
         if isinstance(step, int) and 0 <= step < 2**53:
             self._heard.get(kind, self._add_event)(record, step)
 
@@ -216,7 +243,7 @@ class Metrics:
             self.lowest = (step, smooth)
 
     def _add_own(self, record: Record, step: int) -> None:
-        for name in record.keys() - _OF_STEP_AND_KIND:
+        for name in record.keys() - {*OF_STEP}:
             known = name in self.own or len(self.own) < _MOST_OF_OBJECTIVE
             if known and (value := number(record, name)) is not None:
                 self.own[name].add(step, value)
@@ -259,8 +286,14 @@ class Metrics:
 _SAMPLE = "sample"
 _MOST_TEXT, _MOST_ROWS = 300, 5
 _OF_EVALUATION = ("perplexity", "token_accuracy", "exact_match")
-_OF_STEP_AND_KIND = {*_OF_STEP, "kind", "skipped_rows"}
 _LARGEST = 1e200
+
+
+def moment(record: Record) -> datetime | None:
+    """When something was, in local time; None where the record does not say."""
+    with suppress(ValueError, TypeError, OverflowError, OSError):
+        return datetime.fromisoformat(record.get("time", "")).astimezone()
+    return None
 
 
 def number(record: Record, name: str) -> float | None:

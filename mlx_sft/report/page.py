@@ -11,7 +11,7 @@ from typing import Any
 from mlx_sft.charts import SCRIPT, STYLE, Axis, Point, Series, bars, chart
 from mlx_sft.console import count, duration, size
 from mlx_sft.files import user_path
-from mlx_sft.report.metrics import Metrics, number
+from mlx_sft.report.metrics import Metrics, moment, number
 from mlx_sft.report.run import RunFiles, Setting, State, found, integer, texts
 from mlx_sft.report.verdict import Sentence, verdict
 from mlx_sft.run_folder import RunFolder
@@ -19,6 +19,7 @@ from mlx_sft.web_page import escaped, page
 from mlx_sft.writing import write_file
 
 _HERE = Path(__file__).parent
+_LIVE = (_HERE / "live.js").read_text(encoding="utf-8")
 
 _AGAIN = 30
 """Seconds after which the page of a run that trains is loaded again."""
@@ -46,9 +47,9 @@ def write_report(run: str | Path, to: str | Path | None = None) -> Path:
     return target
 
 
-def page_html(files: RunFiles, state: State) -> str:
-    """The page, with what is new in the metrics."""
-    files.metrics.follow()
+def page_html(files: RunFiles, state: State, *, live: bool = False) -> str:
+    """The page, with what is new in the metrics; one that is served (`report/live.py`) has a line for what the server says."""
+    files.follow()
     name = files.run.path.absolute().name
     parts = {
         "name": escaped(name),
@@ -62,9 +63,11 @@ def page_html(files: RunFiles, state: State) -> str:
         "settings": _settings(files.all_settings()),
         "commands": _commands(files, state),
         "written": escaped(_written(files)),
+        "live": '<p class="soft" id="live" role="status"></p>\n' if live else "",
     }
-    again = _AGAIN if state == "running" else None
-    return page(_HERE / "page.html", f"{name}: {state}", parts, style=STYLE, script=SCRIPT, again=again)
+    again = _AGAIN if state == "running" and not live else None
+    script = SCRIPT + (_LIVE if live else "")
+    return page(_HERE / "page.html", f"{name}: {state}", parts, style=STYLE, script=script, again=again, connects=live)
 
 
 def _sentence(sentence: Sentence) -> str:
@@ -84,7 +87,9 @@ def _cards(files: RunFiles) -> str:
         accuracy = f", {best.token_accuracy:.1%} of tokens right" if best.token_accuracy is not None else ""
         cards.append(("validation loss", f"{best.loss:.4g}", f"best, step {best.step:,}{accuracy}"))
     if totals.seconds:
-        cards.append(("time", duration(totals.seconds), f"{totals.seconds / max(1, totals.steps):.2g} s a step"))
+        span = f", {_between(metrics.began, metrics.last_time)}" if metrics.began and metrics.last_time else ""
+        a_step = f"{totals.seconds / max(1, totals.steps):.2g} s a step"
+        cards.append(("time", duration(totals.seconds), f"{a_step}{span}"))
         share = f", {totals.supervised_tokens / totals.tokens:.0%} supervised" if totals.tokens else ""
         cards.append(("tokens", count(totals.tokens), f"{count(totals.tokens / totals.seconds)} a second{share}"))
     if totals.peak_bytes:
@@ -189,7 +194,7 @@ def _is_near(limit: float, metrics: Metrics) -> bool:
 
 def _events(files: RunFiles) -> str:
     metrics = files.metrics
-    listed: list[tuple[int, str]] = [(event["step"], _told(event)) for event in metrics.events]
+    listed: list[tuple[int, str]] = [(event["step"], _told(event) + _time_of(event)) for event in metrics.events]
     if metrics.best:
         which = f"the best of {metrics.evaluations:,} evaluations" if metrics.evaluations > 1 else "an evaluation"
         listed.append((metrics.best.step, f"{which}, validation loss {metrics.best.loss:.4f}"))
@@ -202,6 +207,17 @@ def _events(files: RunFiles) -> str:
     if more:
         items.append(f"<li><b></b><span>and {more:,} more, in metrics.jsonl</span></li>")
     return f'<ul class="events">{"".join(items)}</ul>' if items else '<p class="soft">Nothing yet.</p>'
+
+
+def _between(first: datetime, last: datetime) -> str:
+    """Two times, the day of the second where it is another one."""
+    day = "" if first.date() == last.date() else "%Y-%m-%d "
+    return f"{first:%Y-%m-%d %H:%M} to {last:{day}%H:%M}"
+
+
+def _time_of(event: Mapping[str, Any]) -> str:
+    time = moment(dict(event))
+    return f" ({time:%H:%M:%S})" if time else ""
 
 
 def _told(event: Mapping[str, Any]) -> str:

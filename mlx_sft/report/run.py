@@ -91,6 +91,12 @@ class RunFiles:
         metrics = Metrics(run, integer(environment, "total_steps"))
         return cls(run, read_yaml(run.config), environment, _read_data(run), metrics)
 
+    def follow(self) -> None:
+        """Read what is new in the metrics; from their start where the run went back, which cuts them."""
+        if self.metrics.is_cut:
+            self.metrics = Metrics(self.run, self.metrics.planned)
+        self.metrics.follow()
+
     @property
     def state(self) -> State:
         if self.run.is_training:

@@ -310,7 +310,7 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
 
 def _add_metrics(record: Record, metrics: Mapping[str, float], config: TrainConfig) -> None:
     """What the objective says of itself, beside what every record has; a number that is not finite is null."""
-    if taken := sorted(metrics.keys() & record.keys()):
+    if taken := sorted(metrics.keys() & {*record, "time"}):
         what = f"--objective {config.objective} has a metric named {taken[0]}, as every record has"
         raise UserError(what, hint="whoever wrote it can give it another name")
     record.update({name: value if math.isfinite(value) else None for name, value in metrics.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,28 @@ def test_the_page_says_what_the_files_say(make_folder: MakeFolder) -> None:
     ):  # fmt: skip
         assert words in plain, words
     assert 'http-equiv="refresh"' not in text
+
+
+def test_the_page_tells_when_things_were_in_local_time(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC-2")
+    time.tzset()
+    try:
+        records = [
+            step(1, 2.0, time="2026-01-30T22:30:00.000Z"),
+            step(2, None, time="2026-01-30T23:04:05.678Z"),
+            step(3, 1.0, time=HOSTILE),
+            step(4, 1.0, time="9999-12-31T23:59:59Z"),
+            step(5, 1.0, time=7),
+            step(6, 1.0, time="2026-01-31T00:30:00.000Z"),
+        ]
+        text = write_report(make_folder(records)).read_text()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert "2026-01-31 00:30 to 02:30" in text
+    assert "skipped, because its gradient was not finite (01:04:05)" in text
 
 
 def test_a_run_that_trains_has_a_page_that_loads_itself_again(make_folder: MakeFolder) -> None:

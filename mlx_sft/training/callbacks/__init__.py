@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import ValidationError
@@ -35,10 +36,11 @@ ENTRIES = {
     "power": "mlx_sft.training.callbacks.power:Power",
     "time-limit": "mlx_sft.training.callbacks.time_limit:TimeLimit",
     "report-page": "mlx_sft.training.callbacks.report_page:ReportPage",
+    "report-to": "mlx_sft.training.callbacks.report_to:ReportTo",
 }
 
-_BEFORE_OTHERS = ("metrics-file", "terminal")
-"""Those that hear of a record first, so that it is written and shown whatever another callback does about it."""
+_BEFORE_OTHERS = ("metrics-file", "terminal", "report-to")
+"""Those that hear of a record first, so that it is written, shown and sent whatever another callback does about it."""
 
 Record = dict[str, Any]
 """A line of `metrics.jsonl`, or `{"kind": "start" | "save" | "end", ...}`, which are not written there."""
@@ -190,7 +192,7 @@ class Callbacks:
             callback.check(config, data)
 
     def emit(self, run: TrainingRun, record: Record, heard: list[str] | None = None) -> None:
-        """Tell every callback of a record; raises `UserError` for one that is none.
+        """Tell every callback of a record, which gets the time of day (UTC); raises `UserError` for one that is none.
 
         Args:
             heard: The names of those that know of it already; each that is told now is added.
@@ -198,6 +200,7 @@ class Callbacks:
         heard = [] if heard is None else heard
         if not isinstance(record.get("kind"), str):
             raise UserError(f"a callback's record has no kind: {record}", hint='emit {"kind": "sample", ...}')
+        record.setdefault("time", f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z")
         for callback in self._callbacks:
             if (name := self._key(callback)) not in heard:
                 callback.on_record(run, record)
