@@ -21,6 +21,9 @@ NOT_SHARED = (
     "eval_every",
     "method",
     "objective",
+    "samples",
+    "sample_prompts",
+    "sample_tokens",
 )
 """Settings of a run that a comparison decides itself."""
 

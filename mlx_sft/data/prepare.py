@@ -44,6 +44,7 @@ class PreparedData:
         sources: Where the rows are, those to train on before those to validate on; as in the report.
         mixture: Of each source to train on, in order: how many of the examples in `train` are its, and its weight beside the
             others; None for all where they are simply put together.
+        tokenizer: With which they were encoded.
     """
 
     train: Examples
@@ -51,6 +52,7 @@ class PreparedData:
     report: DataReport
     sources: list[Source]
     mixture: list[tuple[int, float | None]]
+    tokenizer: Any
 
 
 def prepare(
@@ -115,7 +117,7 @@ def prepare(
     )
     if strict and pipeline.objective.mismatches:
         train, valid = (_mismatched(part, config) for part in (train, valid))
-    return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture)
+    return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture, tokenizer)
 
 
 def survey(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None) -> PreparedData:

@@ -102,8 +102,8 @@ def _take_steps(job: Job) -> float | None:
     """All that are left; the training loss of the last of them is returned."""
     loss = None
     begin(job)
-    job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
     with _saved_on_the_way_out(job):
+        job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
         goes_back = job.callbacks.may_go_back
         if begins_with_a_checkpoint(job.config, goes_back=goes_back) and not job.run.checkpoint_steps():
             save(job)
