@@ -21,6 +21,8 @@ NOT_SHARED = (
     "eval_every",
     "method",
     "objective",
+    "forgetting",
+    "general_data",
     "samples",
     "sample_prompts",
     "sample_tokens",

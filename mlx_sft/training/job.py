@@ -27,6 +27,7 @@ from mlx_sft.training.callbacks import Callbacks, Record
 from mlx_sft.training.checkpoint import Progress, Unfinished
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.failures import is_interrupted, is_out_of_memory, reason
+from mlx_sft.training.forgetting import ForgettingMeter
 from mlx_sft.training.memory import Prediction
 from mlx_sft.training.resume import record_revision
 from mlx_sft.training.schedule import learning_rate, planned_steps
@@ -43,6 +44,7 @@ class Job:
         settings: How its steps are computed now.
         predicted: The parts of its peak, as it was planned.
         disk: What it writes at the most.
+        meter: What measures forgetting at an evaluation, if anything.
         unfinished: What follows the last step, while that is under way.
         torn: Whether an update is under way, so that parameters and optimizer are of no step.
     """
@@ -65,6 +67,7 @@ class Job:
     settings: BatchSettings
     predicted: Prediction
     disk: DiskNeed
+    meter: ForgettingMeter | None = None
     request: StopRequest = field(default_factory=StopRequest)
     stop_reason: str | None = None
     replanned: bool = False

@@ -371,5 +371,8 @@ def evaluate(job: Job, step: Step) -> Record:
         "peak_memory_bytes": mx.get_peak_memory(),
         "seconds": round(seconds, 4),
     }
+    if job.meter is not None:
+        forgotten = job.meter.measured(job.split)
+        record["forgetting"] = forgotten if math.isfinite(forgotten) else None
     _add_metrics(record, result.own, job.config)
     return record
