@@ -214,6 +214,7 @@ def settings_of_run(chats: Path, base: Path, out: Path) -> dict[str, Any]:
         "batch_size": 4,
         "epochs": 2,
         "quiet": True,
+        "samples": 0,  # which would take more time than such a run
     }
 
 

@@ -216,6 +216,15 @@ class Lora(Method):
         norms = mx.linalg.norm(changed, axis=-1)
         return changed * (magnitudes / mx.where(norms == 0, 1, norms))[..., None]
 
+    def scaled(self, parameters: Parameters, strength: float) -> Parameters:
+        """With strength · B; raises `UserError` for DoRA's norms, and for weights and rows that are trained as they are."""
+        if other := next((name for name in parameters if name.rpartition(".")[2] not in HALVES), None):
+            of_dora = "DoRA gives the rows of each weight norms of their own, which no strength scales"
+            whole = f"{other} was trained as it is, and nothing is added to it that could be scaled"
+            what = of_dora if other.endswith(MAGNITUDE) else whole
+            raise UserError(f"--strength: {what}", hint="leave --strength out", exit_code=USAGE)
+        return {name: strength * value if name.endswith(HALVES[1]) else value for name, value in parameters.items()}
+
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
         method, parameters = cls.read(folder)

@@ -27,8 +27,10 @@ from mlx_sft.model.head import SplitModel
 TEXTS = Path(__file__).with_name("general.jsonl")
 """Some pages of general knowledge in English."""
 
-_LONGEST, _MOST_TOKENS = 512, 2048
-"""Of a row and of all, in training: an evaluation has many times as many."""
+_LONGEST = 512
+"""Tokens of a row."""
+_SHARE, _FEWEST_TOKENS, MOST_TOKENS = 0.05, 128, 2048
+"""Of the tokens that are trained on between two evaluations so many are read at each, forward alone; and bounds of that."""
 _MOST_NUMBERS = 2**24
 """Of log-probabilities that a run keeps of the base, float32: 64 MB, which are 110 positions of Qwen3's vocabulary."""
 _AT_ONCE = 2**22
@@ -89,7 +91,8 @@ class ForgettingMeter:
                 raise
             console.note(f"forgetting is not measured: {error.what}")
             return None
-        kept = max(1, int(np.searchsorted(np.cumsum(examples.lengths), _MOST_TOKENS, side="right")))
+        most = _tokens_at_each(config, data.train) if config.general_data is None else MOST_TOKENS
+        kept = max(1, int(np.searchsorted(np.cumsum(examples.lengths), most, side="right")))
         if config.general_data is not None and kept < len(examples):
             console.note(f"forgetting is measured on the first {kept} of {len(examples):,} general rows")
         return cls(split, examples[:kept], vocabulary)
@@ -125,6 +128,13 @@ class ForgettingMeter:
 
     def _parts(self, states: mx.array) -> Iterator[mx.array]:
         return (states[first : first + self._rows_at_once] for first in range(0, len(states), self._rows_at_once))
+
+
+def _tokens_at_each(config: TrainConfig, train: Examples) -> int:
+    """Of `TEXTS`, by what is trained on from one evaluation to the next: a function of settings and data, so that it can be repeated."""
+    rows = len(train) if config.eval_every == "epoch" else config.eval_every * config.batch_size
+    between = rows * int(train.lengths.sum()) / len(train)
+    return int(min(MOST_TOKENS, max(_FEWEST_TOKENS, _SHARE * between)))
 
 
 def _log_probs(split: SplitModel, states: mx.array) -> mx.array:
