@@ -27,25 +27,30 @@ from mlx_sft.model.head import SplitModel
 TEXTS = Path(__file__).with_name("general.jsonl")
 """Some pages of general knowledge in English."""
 
-_LONGEST = 512
-"""Tokens of a row."""
+_LONGEST, _SHORTEST = 512, 16
+"""Tokens of a row at the most, where rows that are trained on are long, and where they are short."""
 _SHARE, _FEWEST_TOKENS, MOST_TOKENS = 0.05, 128, 2048
 """Of the tokens that are trained on between two evaluations so many are read at each, forward alone; and bounds of that."""
 _MOST_NUMBERS = 2**24
 """Of log-probabilities that a run keeps of the base, float32: 64 MB, which are 110 positions of Qwen3's vocabulary."""
-_AT_ONCE = 2**22
+_AT_ONCE = 2**21
 """Of log-probabilities that are computed at once."""
 
 
-def general_rows(config: TrainConfig, file: str | None, tokenizer: object, progress: ReadingProgress | None) -> Examples:
+def general_rows(
+    config: TrainConfig, file: str | None, tokenizer: object, progress: ReadingProgress | None, longest: int = _LONGEST
+) -> Examples:
     """The rows of a file, in any form that training takes by itself, with the chat template of the run; `TEXTS` where there is none.
+
+    Args:
+        longest: Tokens of a row.
 
     Raises:
         UserError: If they cannot be read.
     """
     plain = TrainConfig(
         model=config.model, chat_template=config.chat_template, chat_template_kwargs=config.chat_template_kwargs,
-        max_length=min(config.max_length, _LONGEST), data_cache=config.data_cache, data_workers=1,
+        max_length=min(config.max_length, longest), data_cache=config.data_cache, data_workers=1,
     )  # fmt: skip
     return prepare_file(file or str(TEXTS), plain, tokenizer, progress)[0]
 
@@ -84,7 +89,9 @@ class ForgettingMeter:
         if not (config.forgetting and data.valid):
             return None
         try:
-            examples = general_rows(config, config.general_data, data.tokenizer, None)
+            # No longer than what is trained on, so that they take no more memory than that.
+            longest = min(_LONGEST, max(_SHORTEST, int(data.train.needed_lengths.max())))
+            examples = general_rows(config, config.general_data, data.tokenizer, None, longest)
             check_vocabulary(examples, vocabulary)
         except UserError as error:
             if config.general_data is not None:
