@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm import stream_generate
@@ -48,10 +48,8 @@ def continued(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSetti
             yield text
 
 
-def written(
-    loaded: LoadedModel, token_ids: list[int], chosen: GenerationSettings
-) -> Generator[tuple[str, Literal["stop", "length"] | None]]:
-    """As `continued`, each piece with why it is the last one: the end of the turn, or the most tokens; None for the others."""
+def written(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSettings) -> Generator[tuple[str, str | None]]:
+    """As `continued`, each piece with why it is the last one (`stop` at the end of the turn, `length` at the most tokens) or None."""
     method = loaded.method if isinstance(loaded, AdaptedModel) else None
     # mlx-lm draws from the random numbers of the whole process.
     if chosen.seed is not None and chosen.temperature > 0:

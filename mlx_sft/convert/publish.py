@@ -135,9 +135,7 @@ def push(
     return PushResult(repository, private, files, card, verification, url)
 
 
-def _write_adapter(
-    run: RunFolder, summary: RunSummary, folder: Path, note: Note, strength: float | None
-) -> None:
+def _write_adapter(run: RunFolder, summary: RunSummary, folder: Path, note: Note, strength: float | None) -> None:
     """Write the files of the method's own form, such as PEFT's, and mlx-lm's beside them where its form can hold this adapter."""
     export(run.path, folder, format=make_method(summary.config).alone, strength=strength)
     try:

@@ -80,7 +80,7 @@ def _tail(text: str) -> str:
 def shown_steps(prompts: Iterable[Prompt], best: int | None) -> list[int]:
     """Those whose answers are shown, the last first: the last, the best, and of the others some, spread evenly."""
     steps = sorted({step for prompt in prompts for step in prompt.after})
-    kept = {steps[-1]} | ({best} & set(steps)) if steps else set()
+    kept = {step for step in steps if step in (best, steps[-1])}
     others = [step for step in steps if step not in kept]
     free = min(MOST_STEPS - len(kept), len(others))
     kept |= {others[(2 * place + 1) * len(others) // (2 * free)] for place in range(free)}
@@ -148,7 +148,8 @@ def _drawn(header: Sequence[str], rows: Sequence[Sequence[str]], best: int | Non
     names = [f' data-name="{escaped(name)}"' for name in header]  # on a narrow screen each cell stands under its own
     openings = [f"<td{look}{name}>" for look, name in zip(looks, names, strict=True)]
     body = "".join(
-        f"<tr>{''.join(f'{opened}{cell}</td>' for opened, cell in zip(openings, row, strict=True))}</tr>" for row in rows
+        f"<tr>{''.join(f'{opened}{cell}</td>' for opened, cell in zip(openings, row, strict=True))}</tr>"
+        for row in rows
     )
     return f'<div class="samples" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 

@@ -105,7 +105,7 @@ def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: S
 
 
 def _of_forgetting(metrics: Metrics) -> list[Sentence]:
-    """What the divergence from the base on general texts means: by exp(−KL) its tokens have become less likely, in the mean of logarithms."""
+    """What the divergence from the base on general texts means: by exp(−KL) its tokens are less likely, in the mean of logarithms."""
     of_result = metrics.best or metrics.last
     if of_result is None or of_result.forgetting is None:
         return []

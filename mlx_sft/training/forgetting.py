@@ -23,6 +23,7 @@ from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, prepare_file
 from mlx_sft.errors import UserError
 from mlx_sft.model.head import SplitModel
+from mlx_sft.training.step import to_float
 
 TEXTS = Path(__file__).with_name("general.jsonl")
 """Some pages of general knowledge in English."""
@@ -65,7 +66,9 @@ class ForgettingMeter:
         most_numbers: Of log-probabilities that are kept.
     """
 
-    def __init__(self, split: SplitModel, examples: Examples, vocabulary: int, most_numbers: int = _MOST_NUMBERS) -> None:
+    def __init__(
+        self, split: SplitModel, examples: Examples, vocabulary: int, most_numbers: int = _MOST_NUMBERS
+    ) -> None:
         split.model.eval()
         self._examples = examples
         self._rows_at_once = max(1, _AT_ONCE // vocabulary)
@@ -120,7 +123,7 @@ class ForgettingMeter:
             for p, q in zip(self._parts(before), self._parts(after), strict=True):
                 log_p = _log_probs(split, p) if self._states is not None else p
                 log_q = _log_probs(split, q)
-                total += float((mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).sum().item())
+                total += to_float((mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).sum())
             positions += len(after)
         return total / positions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import mlx.nn as nn
 
@@ -101,9 +101,7 @@ class Job:
     def tokenizer(self) -> Any:
         return self.base.tokenizer
 
-    def writes(
-        self, token_ids: list[int], most: int, *, base: bool = False
-    ) -> Generator[tuple[str, Literal["stop", "length"] | None]]:
+    def writes(self, token_ids: list[int], most: int, *, base: bool = False) -> Generator[tuple[str, str | None]]:
         is_bare = base and self.config.init_adapter is None and self.config.resume_from_peft is None
         loaded = self.base if is_bare else adapted(self.base, self.method, self.run, self.config)
         put_back = self.method.detach(self.model) if is_bare else None

@@ -60,7 +60,11 @@ def test_each_form_computes_what_peft_does_at_that_strength(
 
 
 def test_mlx_lm_opens_it_at_that_strength(
-    tmp_path: Path, make_base: Callable[..., Path], make_run: Callable[..., Any], token_ids: list[list[int]], mlx_logits: Logits
+    tmp_path: Path,
+    make_base: Callable[..., Path],
+    make_run: Callable[..., Any],
+    token_ids: list[list[int]],
+    mlx_logits: Logits,
 ) -> None:
     from mlx_lm.tuner.utils import load_adapters
 
@@ -81,13 +85,18 @@ def test_a_checkpoint_and_what_reads_runs_take_it_too(
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[3] < losses[2] < losses[1]
     assert cli("generate", "--run", run, "--strength", 0.5, "--prompt", "the cat", "--max-tokens", 2).exit_code == 0
-    for option, message in ((("--strength", "0"), "no number above 0"), (("--base", "--strength", "1"), "--base leaves out")):
+    for option, message in (
+        (("--strength", "0"), "no number above 0"),
+        (("--base", "--strength", "1"), "--base leaves out"),
+    ):
         refused = cli("generate", "--run", run, *option, "--prompt", "the cat")
         assert refused.exit_code != 0
         assert message in refused.output
 
 
-def test_a_bottleneck_adds_that_much_in_each_place(settings: dict[str, Any], token_ids: list[list[int]], mlx_logits: Logits) -> None:
+def test_a_bottleneck_adds_that_much_in_each_place(
+    settings: dict[str, Any], token_ids: list[list[int]], mlx_logits: Logits
+) -> None:
     common = {name: value for name, value in settings.items() if name != "rank"} | {"max_steps": 2, "warmup": 0.0}
     run = train(TrainConfig(**common, method="bottleneck", bottleneck_init="bert")).run_dir
     config = run / "adapter" / "adapter_config.json"

@@ -154,7 +154,9 @@ def test_answers_stand_beside_each_other_by_the_step(make_folder: MakeFolder) ->
     run = make_folder([evaluation(n, 3.0 - n / 40 if n < 60 else 4.0) for n in range(5, 101, 5)])
     write_samples(run, [{"kind": "odd"}, sample(0, "the cat", "meows", wanted="sat", number=1)])
     write_samples(run, [sample(n, "the cat", f"answer {n}", wanted="sat", cut=n == 100) for n in range(5, 101, 5)])
-    (run / "samples.jsonl").write_bytes((run / "samples.jsonl").read_bytes() + b'7\n\xff{\n{"prompt": 3, "answer": "x"}\n{"pro')
+    (run / "samples.jsonl").write_bytes(
+        (run / "samples.jsonl").read_bytes() + b'7\n\xff{\n{"prompt": 3, "answer": "x"}\n{"pro'
+    )
     text = write_report(run).read_text()
     table = text.partition('<div class="samples"')[2].partition("</table>")[0]
     headers = re.findall(r"<th[^>]*>([^<]*)</th>", table)
@@ -168,12 +170,24 @@ def test_answers_stand_beside_each_other_by_the_step(make_folder: MakeFolder) ->
 
 
 def test_what_is_told_of_pairs_is_drawn_together(make_folder: MakeFolder) -> None:
-    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "kl")
+    names = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "kl",
+    )
     records = [step(n, 1.0, **{name: float(n) for name in names}) for n in range(1, 9)]
-    records += [evaluation(n, 1.0) | {name: 0.5 for name in names} for n in (4, 8)]
+    records += [evaluation(n, 1.0) | dict.fromkeys(names, 0.5) for n in (4, 8)]
     text = write_report(make_folder(records, settings={"objective": "dpo"})).read_text()
     figures = [part.partition("</figure>")[0] for part in text.split("<figure>")]
-    own = {figure[12:].partition(",")[0]: figure for figure in figures if "of the objective dpo; dots: validation" in figure}
+    own = {
+        figure[12:].partition(",")[0]: figure
+        for figure in figures
+        if "of the objective dpo; dots: validation" in figure
+    }
     assert list(own) == ["rewards", "rewards/accuracies", "logps", "kl"]
     assert re.findall(r'data-name="(\w+)"', own["rewards"]) == ["chosen", "rejected", "margins"]
     assert own["rewards"].count("<circle") == 3 * 2

@@ -133,7 +133,9 @@ def test_the_base_and_the_model_of_each_evaluation_answer_as_they_do_by_themselv
     chosen = WAYS[way]
     if way in ("dpo", "kto", "text"):
         chosen = chosen | {"data": str(rows_of(way, tmp_path))}
-    common = {name: value for name, value in sampled.items() if name not in ("rank", "dropout") or "method" not in chosen}
+    common = {
+        name: value for name, value in sampled.items() if name not in ("rank", "dropout") or "method" not in chosen
+    }
     config = TrainConfig(**common | chosen | {"valid_fraction": 0.3, "max_steps": 2, "lr": 0.05})
     run = train(config).run_dir
     base = load_model(str(config.model), quantize=config.quantize)
@@ -210,7 +212,11 @@ def test_prompts_of_a_file_are_answered_in_place_of_held_out_rows(sampled: dict[
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [(None, "no such file"), (" \n", "no line with a prompt"), ("the cat sat on the mat " * 400, "more than 512 tokens")],
+    [
+        (None, "no such file"),
+        (" \n", "no line with a prompt"),
+        ("the cat sat on the mat " * 400, "more than 512 tokens"),
+    ],
 )
 def test_prompts_that_cannot_be_are_refused_before_anything_is_written(
     sampled: dict[str, Any], tmp_path: Path, text: str | None, match: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import ValidationError
 
@@ -84,10 +84,9 @@ class TrainingRun(Protocol):
     @property
     def tokenizer(self) -> Any: ...
 
-    def writes(
-        self, token_ids: list[int], most: int, *, base: bool = False
-    ) -> Generator[tuple[str, Literal["stop", "length"] | None]]:
-        """What the model writes by itself, greedily, after these tokens: its text piece by piece, with the last one why it ended.
+    def writes(self, token_ids: list[int], most: int, *, base: bool = False) -> Generator[tuple[str, str | None]]:
+        """What the model writes by itself, greedily, after these tokens: its text piece by piece, with the last one
+        why it ended: `stop` or `length`.
 
         Args:
             most: Tokens of it.

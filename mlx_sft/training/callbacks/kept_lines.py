@@ -28,10 +28,6 @@ class KeptLines:
         self._file: FileIO | None = None
         self._kept_bytes = 0
 
-    @property
-    def is_open(self) -> bool:
-        return self._file is not None
-
     def open(self, path: Path) -> None:
         """Open it, cut back to its state, or to the last whole line before that where someone has cut it elsewhere."""
         self._path = path
@@ -41,8 +37,9 @@ class KeptLines:
             self._cut(self._file, self._file.read(min(self._kept_bytes, path.stat().st_size)).rfind(b"\n") + 1)
 
     def write(self, records: Iterable[dict[str, Any]], what: str) -> None:
-        """A line of each, all at once; raises `UserError`, which calls them `what`, where one cannot be JSON."""
-        assert self._file is not None
+        """A line of each, all at once, where the file is open; raises `UserError`, which calls them `what`, where one cannot be JSON."""
+        if self._file is None:
+            return
         try:
             text = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
         except (TypeError, ValueError) as error:

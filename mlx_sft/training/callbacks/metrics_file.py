@@ -22,7 +22,7 @@ class MetricsFile(Callback):
 
     def on_record(self, run: TrainingRun, record: Record) -> None:
         super().on_record(run, record)
-        if record["kind"] not in _NOT_WRITTEN and self._lines.is_open:
+        if record["kind"] not in _NOT_WRITTEN:
             self._lines.write([record], f"a record of the kind {record['kind']}")
 
     def on_start(self, run: TrainingRun, record: Record) -> None:

@@ -146,15 +146,15 @@ class Samples(Callback):
 
     def _answer(self, run: TrainingRun, prompt: SamplePrompt, until: float, *, base: bool) -> tuple[str, bool]:
         """The answer, and whether it was cut."""
-        answer, ended = "", None
+        answer, is_cut = "", True
         run.check_stop()
         with closing(run.writes(prompt.token_ids, self.settings.sample_tokens, base=base)) as pieces:
-            for text, ended in pieces:
-                answer += text
+            for text, end in pieces:
+                answer, is_cut = answer + text, end != "stop"
                 run.check_stop()
                 if time.monotonic() >= until:
                     break
-        return answer, ended != "stop"
+        return answer, is_cut
 
     def state(self) -> dict[str, Any]:
         """Nothing, until the base has answered."""
