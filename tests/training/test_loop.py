@@ -58,6 +58,7 @@ EVALUATION_FIELDS = [
         "tokens_per_second",
         "peak_memory_bytes",
         "seconds",
+        "forgetting",
     ),
 ]
 
