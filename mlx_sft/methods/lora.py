@@ -27,7 +27,7 @@ from mlx_sft.methods.also_train import (
     whole_modules,
 )
 from mlx_sft.methods.full import is_decayed
-from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
+from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, scaled_updates, weight_halves
 from mlx_sft.methods.lora_layers import BESIDE, DoraLinear, LoraEmbedding, LoraLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import FACTORED, HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
 from mlx_sft.methods.lora_starts import (
@@ -217,13 +217,7 @@ class Lora(Method):
         return changed * (magnitudes / mx.where(norms == 0, 1, norms))[..., None]
 
     def scaled(self, parameters: Parameters, strength: float) -> Parameters:
-        """With strength · B; raises `UserError` for DoRA's norms, and for weights and rows that are trained as they are."""
-        if other := next((name for name in parameters if name.rpartition(".")[2] not in HALVES), None):
-            of_dora = "DoRA gives the rows of each weight norms of their own, which no strength scales"
-            whole = f"{other} was trained as it is, and nothing is added to it that could be scaled"
-            what = of_dora if other.endswith(MAGNITUDE) else whole
-            raise UserError(f"--strength: {what}", hint="leave --strength out", exit_code=USAGE)
-        return {name: strength * value if name.endswith(HALVES[1]) else value for name, value in parameters.items()}
+        return scaled_updates(parameters, strength)
 
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
