@@ -257,6 +257,7 @@ def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> Non
     show_default=True,
     help="What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized weights stand for.",
 )
+@click.option("--strength", type=float, help="What an adapter adds is multiplied with this.")
 @click.option("--private", is_flag=True, help="For its members only; a public repository is refused.")
 @click.option("--overwrite", is_flag=True, help="Replace what the repository already holds; its history keeps that.")
 @click.option(

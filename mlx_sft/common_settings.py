@@ -157,6 +157,11 @@ class CommonSettings(Settings):
     # evaluation and saving
     eval_every: Every = "epoch"
     """Evaluate every so many steps, or `epoch`."""
+    forgetting: Annotated[bool, OnResume.FREE] = True
+    """Measure at each evaluation how far the model has moved from the base on general texts."""
+    general_data: Annotated[str | None, OnResume.FREE] = None
+    """General rows for that, in any form that --data takes by itself, of which the first 2,048 tokens are read; some pages of general
+    knowledge in English where not given."""
     save_every: Every = 50
     """Write a checkpoint every so many steps, or `epoch`; one is always written at the end."""
     keep: Annotated[int, OnResume.FREE] = Field(default=3, ge=1)

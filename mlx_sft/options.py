@@ -161,6 +161,9 @@ trusting = click.option(
 step = click.option("--step", metavar="STEP",
     help="What the run had trained by its best evaluation (best), by now (last), or by a step that has a checkpoint (its number); "
     "the result of a finished run where not given.")  # fmt: skip
+strength = click.option(
+    "--strength", type=float, help="What an adapter of the run adds is multiplied with this: 0.8 takes a fifth away."
+)
 base_model = click.option("--base-model", metavar="MODEL",
     help="Where the run's base lies now, if not where training found it.")  # fmt: skip
 
@@ -184,6 +187,7 @@ def _which(command: Command, more: str = "") -> Command:
                      help="An adapter of PEFT's or mlx-lm's, on --model or on the base that it names." + more),
         click.option("--model", metavar="MODEL", multiple=several,
                      help="A model instead of a run, such as an exported folder." + more),
+        strength,
         step,
         base_model,
         click.option("--run", metavar="RUN", multiple=several, help="The run folder." + more),

@@ -51,6 +51,7 @@ class RunFolder:
       environment.json    versions and machine
       data_report.json    every input row: kept, truncated or dropped, and why
       metrics.jsonl       a line an optimizer step and an evaluation
+      samples.jsonl       what the model answered to a few prompts before the first step and at each evaluation
       reference.safetensors  for preferences: log p of every text under the model as training started
       adapter/            PEFT's files: the best by validation loss, else the last (weights/ for --method full)
       last/               the last, where adapter/ holds an earlier, better one
@@ -64,7 +65,7 @@ class RunFolder:
 
     config, environment, data_report = Inside("config.yaml"), Inside("environment.json"), Inside("data_report.json")
     metrics, card, error_log = Inside("metrics.jsonl"), Inside("README.md"), Inside("error.log")
-    reference = Inside("reference.safetensors")
+    reference, samples = Inside("reference.safetensors"), Inside("samples.jsonl")
     page = Inside("report.html")
     tensorboard = Inside("tensorboard")
     adapter, weights, last, checkpoints = Inside("adapter"), Inside("weights"), Inside("last"), Inside("checkpoints")

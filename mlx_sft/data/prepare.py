@@ -45,6 +45,7 @@ class PreparedData:
         mixture: Of each source to train on, in order: how many of the examples in `train` are its, and its weight beside the
             others; None for all where they are simply put together.
         valid_fraction: The share that was held out, for which the configuration may say `auto`.
+        tokenizer: With which they were encoded.
     """
 
     train: Examples
@@ -53,6 +54,7 @@ class PreparedData:
     sources: list[Source]
     mixture: list[tuple[int, float | None]]
     valid_fraction: float
+    tokenizer: Any
 
 
 def prepare(
@@ -117,7 +119,7 @@ def prepare(
     if strict and pipeline.objective.mismatches:
         train, valid = (_mismatched(part, config) for part in (train, valid))
     fraction = float(config.valid_fraction)
-    return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture, fraction)
+    return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture, fraction, tokenizer)
 
 
 def survey(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None) -> PreparedData:

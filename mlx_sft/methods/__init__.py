@@ -255,6 +255,11 @@ class Method:
         """What the parameters make of one of those weights; float32, not yet rounded."""
         raise NotImplementedError
 
+    def scaled(self, parameters: Parameters, strength: float) -> Parameters:
+        """The parameters with which what is added to the model is multiplied with `strength`; raises `UserError` where none are."""
+        what = f"--strength scales what is added to a model's own results, and --method {self.name} adds nothing of that kind"
+        raise UserError(what, hint="leave --strength out", exit_code=USAGE)
+
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:
         """What the result in `folder` makes of the model's weights, by their names in transformers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,7 +20,7 @@ MOST_POINTS = 1024
 """Of a curve; twice as many pixels as a chart has."""
 MOST_EVENTS = 20
 """Of each kind that are shown one by one; all are counted."""
-_MOST_OF_OBJECTIVE = 4
+_MOST_OF_OBJECTIVE = 12
 _SHARE_SMOOTHED, _LEAST_SMOOTHED, _MOST_SMOOTHED = 1 / 20, 5.0, 400.0
 """Of the planned steps, and in steps: what the smoothed curve is a mean over."""
 
@@ -114,6 +114,16 @@ class Evaluation:
     perplexity: float | None = None
     token_accuracy: float | None = None
     exact_match: float | None = None
+    forgetting: float | None = None
+
+
+@dataclass
+class Own:
+    """A number that the objective tells beside the loss: smoothed over the steps, of each step, and of each evaluation."""
+
+    smoothed: Smoothed
+    steps: Curve = field(default_factory=Curve)
+    validation: Curve = field(default_factory=Curve)
 
 
 @dataclass
@@ -163,7 +173,7 @@ class Metrics:
     events: list[Record] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
-    own: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
+    own: dict[str, Own] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.smoothed = {name: smoothed(self.planned) for name in ("loss", "grad_norm", "tokens_per_second")}
@@ -226,7 +236,9 @@ class Metrics:
                 self.curves[name].add(step, value)
                 if name in self.smoothed:
                     self.smoothed[name].add(step, value)
-        self._add_own(record, step)
+        for one, value in self._own_numbers(record):
+            one.steps.add(step, value)
+            one.smoothed.add(step, value)
         if loss is None:
             totals.skipped += 1
             totals.skipped_in_a_row += 1
@@ -242,11 +254,14 @@ class Metrics:
         if smooth is not None and (self.lowest is None or smooth < self.lowest[1]):
             self.lowest = (step, smooth)
 
-    def _add_own(self, record: Record, step: int) -> None:
-        for name in record.keys() - {*OF_STEP}:
-            known = name in self.own or len(self.own) < _MOST_OF_OBJECTIVE
-            if known and (value := number(record, name)) is not None:
-                self.own[name].add(step, value)
+    def _own_numbers(self, record: Record) -> Iterator[tuple[Own, float]]:
+        for name in record:
+            if name in _OF_ANY or (value := number(record, name)) is None:
+                continue
+            if name not in self.own and len(self.own) < _MOST_OF_OBJECTIVE:
+                self.own[name] = Own(smoothed(self.planned))
+            if name in self.own:
+                yield self.own[name], value
 
     def _add_evaluation(self, record: Record, step: int) -> None:
         self.totals.seconds += number(record, "seconds") or 0
@@ -262,9 +277,11 @@ class Metrics:
         if self.best is None or loss < self.best.loss:
             self.best = found
         self.curves["validation"].add(step, loss)
-        for name in ("token_accuracy", "exact_match"):
+        for name in ("token_accuracy", "exact_match", "forgetting"):
             if (value := number(record, name)) is not None:
                 self.curves[name].add(step, value)
+        for one, value in self._own_numbers(record):
+            one.validation.add(step, value)
 
     def _add_event(self, record: Record, step: int) -> None:
         kind = str(record["kind"])
@@ -285,7 +302,8 @@ class Metrics:
 
 _SAMPLE = "sample"
 _MOST_TEXT, _MOST_ROWS = 300, 5
-_OF_EVALUATION = ("perplexity", "token_accuracy", "exact_match")
+_OF_EVALUATION = ("perplexity", "token_accuracy", "exact_match", "forgetting")
+_OF_ANY = {*OF_STEP, *_OF_EVALUATION, "best"}
 _LARGEST = 1e200
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from mlx_sft.charts import SCRIPT, STYLE, Axis, Point, Series, bars, chart
 from mlx_sft.console import count, duration, size
 from mlx_sft.files import user_path
-from mlx_sft.report.metrics import Metrics, moment, number
+from mlx_sft.report import samples
+from mlx_sft.report.metrics import Metrics, Own, moment, number
 from mlx_sft.report.run import RunFiles, Setting, State, found, integer, texts
 from mlx_sft.report.verdict import Sentence, verdict
 from mlx_sft.run_folder import RunFolder
@@ -58,6 +59,7 @@ def page_html(files: RunFiles, state: State, *, live: bool = False) -> str:
         "verdict": "".join(map(_sentence, verdict(files, state))),
         "cards": _cards(files),
         "charts": "".join(_charts(files)),
+        "samples": _samples(files),
         "events": _events(files),
         "data": _data(files.data),
         "settings": _settings(files.all_settings()),
@@ -110,7 +112,7 @@ def _charts(files: RunFiles) -> Iterable[str]:
     marked = ["grey: ends of epochs"] * bool(epochs) + ["red: skipped steps and returns"] * bool(lost)
     marks, ended = epochs + lost, f" ({'; '.join(marked)})" if marked else ""
     yield _figure(
-        f"Loss, in nats a token{ended}",
+        f"Loss{', of the objective ' + str(files.settings.get('objective')) if metrics.own else ', in nats a token'}{ended}",
         [
             Series(curves.get("loss", []), "each step", 0, "faint"),
             Series(smooth["loss"], "smoothed", 0),
@@ -121,6 +123,7 @@ def _charts(files: RunFiles) -> Iterable[str]:
         ],
         LOSS, marks,
     )  # fmt: skip
+    yield from _of_the_objective(files)
     if metrics.evaluations > 1 and "token_accuracy" in curves:
         rows = [*curves.get("exact_match", [])] if any(share for _, share in curves.get("exact_match", [])) else []
         yield _figure(
@@ -168,10 +171,41 @@ def _charts(files: RunFiles) -> Iterable[str]:
         ],
         _BYTES,
     )  # fmt: skip
-    for number_of, (name, curve) in enumerate(sorted(metrics.own.items())):
+    if forgotten := curves.get("forgetting"):
         yield _figure(
-            f"{name}, of the objective {files.settings.get('objective', '')}", [Series(curve.points, name, number_of)]
+            "Forgetting: how far the model is from the base on general texts, in nats a token",
+            [Series(forgotten, "forgetting", 6, "line and dots")],
+            Axis(from_zero=True),
         )
+
+
+def _of_the_objective(files: RunFiles) -> Iterable[str]:
+    """A chart of each number that it tells beside the loss; of both answers of a pair, and of what is between them, one."""
+    together: dict[str, dict[str, Own]] = {}
+    for name, own in files.metrics.own.items():
+        group, _, side = name.rpartition("/")
+        together.setdefault(group if group and side in _SIDES else name, {})[name] = own
+    for group, members in together.items():
+        series = []
+        for name, own in members.items():
+            side = name.rpartition("/")[2]
+            colour = _SIDES.get(side, 3)
+            if len(members) == 1:
+                series.append(Series(own.steps.points, "each step", colour, "faint"))
+            series.append(Series(own.smoothed.curve.points, "smoothed" if len(members) == 1 else side, colour))
+            series.append(Series(own.validation.points, "", colour, "dots"))
+        dots = "; dots: validation" if any(own.validation.points for own in members.values()) else ""
+        yield _figure(f"{group}, of the objective {files.settings.get('objective', '')}{dots}", series)
+
+
+_SIDES = {"chosen": 2, "rejected": 4, "margins": 0}
+"""What is told of pairs, and its colour."""
+
+
+def _samples(files: RunFiles) -> str:
+    best = files.metrics.best
+    drawn = samples.table(samples.prompts_of(files.run), best.step if best else None)
+    return f"<h2>What it answers</h2>{drawn}" if drawn else ""
 
 
 def _figure(title: str, series: Sequence[Series], y: Axis = _PLAIN, marks: Sequence[Point] = ()) -> str:

@@ -42,6 +42,7 @@ def verdict(files: RunFiles, state: State) -> list[Sentence]:
     found = [_how_far(files, state)]
     if metrics.totals.steps:
         found += _of_the_loss(files, state)
+        found += _of_forgetting(metrics)
         found += _of_what_happened(metrics)
     return found
 
@@ -114,6 +115,31 @@ def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: S
         "It has levelled off: more of the same would change little." if state != "running" else "It has levelled off."
     )
     return [Sentence("good" if best.loss < first.loss else "plain", f"{fell} {level}")]
+
+
+def _of_forgetting(metrics: Metrics) -> list[Sentence]:
+    """What the divergence from the base on general texts means: by exp(−KL) its tokens are less likely, in the mean of logarithms."""
+    of_result = metrics.best or metrics.last
+    if of_result is None or of_result.forgetting is None:
+        return []
+    value = of_result.forgetting
+    weight, how_far = next((weight, words) for most, weight, words in _FORGOTTEN if value < most)
+    share = f"{-math.expm1(-max(0.0, value)):.1%}"
+    text = (
+        f"On general texts the model has moved {how_far} from the base: what that would write has become {share} less likely a token "
+        f"(forgetting {value:.3g} nats, step {of_result.step:,})."
+    )
+    more = " Fewer steps, a lower --lr, a smaller --rank or general rows among the data keep more of what it knew."
+    return [Sentence(weight, text + (more if weight == "warn" else ""))]
+
+
+_FORGOTTEN: tuple[tuple[float, Weight, str], ...] = (
+    (0.02, "plain", "hardly"),
+    (0.1, "plain", "a little"),
+    (0.5, "plain", "noticeably"),
+    (math.inf, "warn", "much"),
+)
+"""Nats a token, below which the words hold."""
 
 
 def _of_training(files: RunFiles, state: State) -> list[Sentence]:

@@ -102,8 +102,8 @@ def _take_steps(job: Job) -> float | None:
     """All that are left; the training loss of the last of them is returned."""
     loss = None
     begin(job)
-    job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
     with _saved_on_the_way_out(job):
+        job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
         goes_back = job.callbacks.may_go_back
         if begins_with_a_checkpoint(job.config, goes_back=goes_back) and not job.run.checkpoint_steps():
             save(job)
@@ -371,5 +371,8 @@ def evaluate(job: Job, step: Step) -> Record:
         "peak_memory_bytes": mx.get_peak_memory(),
         "seconds": round(seconds, 4),
     }
+    if job.meter is not None:
+        forgotten = job.meter.measured(job.split)
+        record["forgetting"] = forgotten if math.isfinite(forgotten) else None
     _add_metrics(record, result.own, job.config)
     return record

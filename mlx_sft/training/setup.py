@@ -60,6 +60,7 @@ from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.device import Measured, attention_in_blocks, measure
 from mlx_sft.training.disk_need import DiskNeed
 from mlx_sft.training.fitting import refuse_too_large, what_would_fit
+from mlx_sft.training.forgetting import ForgettingMeter
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import hold_to, prepare_device, this_machine, within
 from mlx_sft.training.memory import Footprint
@@ -172,6 +173,7 @@ class _Setup:
         for part in (self.data.train, self.data.valid):
             check_vocabulary(part, self.vocabulary)
         self.split, rows = SplitModel(base.model), first_rows(base.model)
+        self.meter = ForgettingMeter.of_run(config, self.data, self.split, self.vocabulary, self.console)
         self.config, self.method, self.parameters = starting_parameters(
             config, base.model, self.tokenizer, begun=self.begun
         )
@@ -188,6 +190,8 @@ class _Setup:
         self.computer = GradientComputer(
             self.split, self.method, self.vocabulary, objective, recompute=mode, neftune_alpha=noise
         )
+        if self.meter:
+            self.meter.settle(head_is_frozen=self.computer.head_is_frozen(self.parameters))
 
     def plan_memory(self) -> None:
         """How a step is computed on this machine, by what is measured now, or was when a run that goes on began."""
@@ -289,7 +293,7 @@ class _Setup:
         self.computer.bind(self.parameters)
         return Job(
             config, run, self.base, self.split, self.method, self.computer, plan, self.data, self.parameters, self.optimizer,
-            self.callbacks, self.identity, self.progress, self.console, self.memory, self.settings, predicted, disk,
+            self.callbacks, self.identity, self.progress, self.console, self.memory, self.settings, predicted, disk, meter=self.meter,
         )  # fmt: skip
 
 

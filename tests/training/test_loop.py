@@ -60,6 +60,7 @@ EVALUATION_FIELDS = [
         "peak_memory_bytes",
         "seconds",
         "time",
+        "forgetting",
     ),
 ]
 

@@ -7,7 +7,7 @@ The built-in ones in `ENTRIES` are always on. One of another package is chosen w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -32,6 +32,7 @@ ENTRIES = {
     "terminal": "mlx_sft.training.callbacks.terminal:Terminal",
     "divergence": "mlx_sft.training.callbacks.divergence:Divergence",
     "early-stopping": "mlx_sft.training.callbacks.early_stopping:EarlyStopping",
+    "samples": "mlx_sft.training.callbacks.samples:Samples",
     "keep-awake": "mlx_sft.training.callbacks.keep_awake:KeepAwake",
     "power": "mlx_sft.training.callbacks.power:Power",
     "time-limit": "mlx_sft.training.callbacks.time_limit:TimeLimit",
@@ -84,6 +85,18 @@ class TrainingRun(Protocol):
     def model(self) -> nn.Module: ...
     @property
     def tokenizer(self) -> Any: ...
+
+    def writes(self, token_ids: list[int], most: int, *, base: bool = False) -> Generator[tuple[str, str | None]]:
+        """What the model writes by itself, greedily, after these tokens: its text piece by piece, with the last one
+        why it ended: `stop` or `length`.
+
+        Args:
+            most: Tokens of it.
+            base: By the model as training began; only before the first step. Where training starts from an adapter that has it, else not.
+
+        Raises:
+            UserError: If the method does not say how generation starts with it, or the memory or the tokenizer fails.
+        """
 
     def stop(self, reason: str) -> None:
         """End the run after this step, evaluated and with a checkpoint; the reason is shown."""

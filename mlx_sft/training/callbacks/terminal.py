@@ -19,7 +19,8 @@ class Terminal(Callback):
 
     def __init__(self, settings: Any = None) -> None:
         super().__init__(settings)
-        self._since, self._first = time.perf_counter(), 0
+        self._since: float | None = None
+        self._first = 0
         self._loss: Smoothed = smoothed(0)
         self._display: NotebookDisplay | None = None
         self._run: TrainingRun | None = None
@@ -27,7 +28,7 @@ class Terminal(Callback):
     def on_record(self, run: TrainingRun, record: Record) -> None:
         super().on_record(run, record)
         if record["kind"] in ("start", "rollback"):
-            self._since, self._first = time.perf_counter(), record["step"]
+            self._since, self._first = None, record["step"]
             self._loss = smoothed(run.total_steps)
 
     def on_start(self, run: TrainingRun, record: Record) -> None:
@@ -35,6 +36,8 @@ class Terminal(Callback):
             self._display, self._run = NotebookDisplay(run.folder, run.step, run.total_steps), run
 
     def on_step(self, run: TrainingRun, record: Record) -> None:
+        if self._since is None:  # what stands before the first step is no part of the pace
+            self._since = time.perf_counter() - record["seconds"]
         steps = max(1, record["step"] - self._first)  # none where a run goes on with what followed its last step
         a_step = (time.perf_counter() - self._since) / steps
         left = a_step * (run.total_steps - record["step"])

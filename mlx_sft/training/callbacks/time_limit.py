@@ -80,7 +80,9 @@ class TimeLimit(Callback):
             run.shorten(end)
 
     def on_evaluation(self, run: TrainingRun, record: Record) -> None:
-        self._evaluation = record["seconds"]
+        # With the samples, which the callback before this one has written.
+        since = time.monotonic() - self._times[-1] if self._times else 0.0
+        self._evaluation = max(record["seconds"], since)
 
     def _left(self, limit: str) -> float:
         """Seconds for further steps."""
