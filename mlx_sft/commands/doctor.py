@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from mlx_sft.console import write_text
+from mlx_sft.grammar import command
 
 
-@click.command()
+@command()
 @click.option("--json", "as_json", is_flag=True, help="Write each finding as a line of JSON.")
 @click.option(
     "--device",
@@ -19,7 +20,10 @@ from mlx_sft.console import write_text
     "--report", metavar="FILE", help="With --device: write a page of Markdown too, of what was expected and found."
 )
 def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None:
-    """What this machine is, what a run may take of it, what is missing, and the largest model that fits."""
+    """Say what this machine is, and what is missing.
+
+    What a run may take of it, what is missing, and the largest model that fits.
+    """
     if device:
         from pathlib import Path
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import click
 
 from mlx_sft.console import size, write_text
+from mlx_sft.grammar import Commands, command, named, named_run, out
 
 
-@click.command()
-@click.argument("run", metavar="RUN")
-@click.option("--to", metavar="FILE", help="Write it there instead of into the run folder.")
+@command()
+@named_run(example="mlx-sft report RUN")
+@out("Write it there instead of into the run folder.", metavar="FILE", required=False)
 def report(run: str, to: str | None) -> None:
-    """Write a run as a page: its curves, what happened, its data and settings, and what to do next.
+    """Write a run as a page to look at in a browser.
 
-    A run writes its own page, report.html, while it trains and at its end; this writes it anew. The last line on stdout is the page.
+    Its curves, what happened, its data and settings, and what to do next. A run writes its own page, report.html, while it trains and
+    at its end; this writes it anew. The last line on stdout is the page.
     """
     from mlx_sft.report.page import write_report
 
     write_text(f"{write_report(run, to)}\n")
 
 
-class _ListingOtherwise(click.Group):
+class _ListingOtherwise(Commands):
     """Without the name of a command, or with a folder in its place, the runs are listed."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -31,14 +33,20 @@ class _ListingOtherwise(click.Group):
 
 @click.group(cls=_ListingOtherwise)
 def runs() -> None:
-    """List runs, compare and remove them. `mlx-sft runs` alone lists those under runs/."""
+    """List runs, compare and remove them.
+
+    `mlx-sft runs` alone lists those under runs/.
+    """
 
 
 @runs.command(name="list")
 @click.argument("folder", default="runs")
 @click.option("--json", "as_json", is_flag=True, help="Write each run as a line of JSON.")
 def list_runs(folder: str, as_json: bool) -> None:
-    """The runs in FOLDER, runs/ where not given: model, method, rows, steps, losses, state and size; the newest last."""
+    """List the runs in FOLDER, runs/ where not given.
+
+    Their model, method, rows, steps, losses, state and size; the newest last.
+    """
     from mlx_sft.console import Console, columns
     from mlx_sft.report.runs import COLUMNS, LEFT, listed, runs_in
 
@@ -53,10 +61,17 @@ def list_runs(folder: str, as_json: bool) -> None:
 
 
 @runs.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN...")
+@named(
+    "runs",
+    "--run",
+    "RUN",
+    several=True,
+    help="A run folder, as RUN names it too. Give it again for several.",
+    needed="write mlx-sft runs compare RUN RUN",
+)
 @click.option("--html", metavar="FILE", help="Write a page too, with the curves over each other.")
 def compare(runs: tuple[str, ...], html: str | None) -> None:
-    """How runs ended, and the settings in which they differ.
+    """Say how runs ended, and in which settings they differ.
 
     With --html, the last line on stdout is the page.
     """
@@ -69,10 +84,19 @@ def compare(runs: tuple[str, ...], html: str | None) -> None:
 
 
 @runs.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@named(
+    "runs",
+    "--run",
+    "RUN",
+    several=True,
+    help="A run folder, as RUN names it too. Give it again for several.",
+    needed="write mlx-sft runs rm RUN",
+)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(runs: tuple[str, ...], yes: bool) -> None:
-    """Remove runs with all that is in them: checkpoints, adapters, metrics.
+    """Remove runs with all that is in them.
+
+    Checkpoints, adapters and metrics.
 
     A folder that is no run is refused, and so is a run that is being trained; then none is removed. What a link leads to stays.
     """

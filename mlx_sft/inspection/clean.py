@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console, write_text
+from mlx_sft.console import Console, many, write_text
 from mlx_sft.data.call_forms import with_argument_objects
 from mlx_sft.data.conversation import Conversation, Document, Item, Tokens, apart, items_of
-from mlx_sft.data.findings import many
 from mlx_sft.data.formats import RowFormat, messages, pairs, text, tokenized
 from mlx_sft.data.keys import KeyRules, Reading
 from mlx_sft.data.messages import Message, take_weights

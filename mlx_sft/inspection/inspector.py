@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console
+from mlx_sft.console import Console, many
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.template import with_todays_variables
@@ -63,7 +63,7 @@ def inspect(
         return Inspection(config, viewer, list(viewer.read(selection)), summary, whole_rows=False)
     found = list(islice(viewer.read(row_named(surveyed, row)), 1))
     if not found:
-        counts = ", ".join(f"{source.name} has {source.rows:,} rows" for source in surveyed.sources)
+        counts = ", ".join(f"{source.name} has {many(source.rows, 'row')}" for source in surveyed.sources)
         raise UserError(f"there is no row {row}", hint=f"check its number; {counts}", exit_code=USAGE)
     return Inspection(config, viewer, found, summary, whole_rows=True)
 
@@ -113,9 +113,7 @@ class Inspection:
         self.table = table
 
     def __repr__(self) -> str:
-        return (
-            f"<Inspection of {', '.join(self._config.data)}: {len(self.rows)} of {self.table['rows']['rows']:,} rows>"
-        )
+        return f"<Inspection of {', '.join(self._config.data)}: {len(self.rows)} of {many(self.table['rows']['rows'], 'row')}>"
 
     def show(self, console: Console) -> None:
         """Rows and table on stdout, for a person; of a row that was asked for, the row alone."""

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tuner.utils import load_adapters
 
-from mlx_sft.console import count
+from mlx_sft.console import count, many
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.gate import checked
 from mlx_sft.methods import Method, Parameters, method_in, mlx_lm_files
@@ -113,7 +113,7 @@ class AdapterCheck:
         shape = "".join(f", {name} {_some(values)}" for name, values in stated.items() if values)
         lines = [
             f"{self.folder}: {self.title} in {self.form}'s files{shape}",
-            f"  {self.tensors} tensors, {count(self.numbers)} parameters, on {_in_few_words(self.modules)}",
+            f"  {many(self.tensors, 'tensor')}, {count(self.numbers)} parameters, on {_in_few_words(self.modules)}",
         ]
         if self.trained_in_full:
             lines.append(f"  trained in full: {_in_few_words(self.trained_in_full)}")
@@ -213,7 +213,7 @@ class _Look:
         modules = _modules(parameters)
         adapted = [module for module in modules if f"{module}.{HALVES[0]}" in parameters]
         rows = {name.removesuffix(ROWS): len(value) for name, value in parameters.items() if is_rows(name)}
-        self.notes += [f"it has the rows of {count(number)} tokens in {module}" for module, number in rows.items()]
+        self.notes += [f"it has the rows of {many(number, 'token')} in {module}" for module, number in rows.items()]
         problems: dict[str, list[Problem] | None] = {OURS: self._ours()}
         problems[PEFT] = self._peft()
         problems[MLX_LM] = self._mlx_lm()

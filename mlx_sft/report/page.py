@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.charts import SCRIPT, STYLE, Axis, Point, Series, bars, chart
-from mlx_sft.console import count, duration, size
+from mlx_sft.console import count, duration, many, size
 from mlx_sft.files import user_path
 from mlx_sft.report.metrics import Metrics, number
 from mlx_sft.report.run import RunFiles, Setting, State, found, integer, texts
@@ -261,7 +261,7 @@ def _of_lengths(lengths: Mapping[str, Any]) -> str:
 
 def _source(source: Any) -> str:
     name = found(source, str, "name")
-    return f"{Path(name).name or name} ({integer(source, 'rows'):,} rows)" if name else ""
+    return f"{Path(name).name or name} ({many(integer(source, 'rows'), 'row')})" if name else ""
 
 
 def _facts(facts: Mapping[str, str]) -> str:

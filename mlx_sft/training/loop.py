@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console
+from mlx_sft.console import Console, many
 from mlx_sft.data.batches import Step
 from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.errors import UserError
@@ -92,8 +92,7 @@ def train(
                 {"kind": "end", "step": job.step, "loss": loss, "best_loss": best_loss, "stopped": job.stop_reason}
             )
     if traces := job.gradient_computer.trace_seconds:
-        shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
-        console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")
+        console.note(f"{many(len(traces), 'shape')} compiled; first runs took {sum(traces):.0f} s in all")
     progress = job.progress
     return TrainResult(job.run.path, progress.step, loss, progress.best_loss, progress.skipped)
 

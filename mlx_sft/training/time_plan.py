@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console, duration
+from mlx_sft.console import Console, duration, many
 from mlx_sft.data.batches import Plan, Step, collate, cut_step
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import USAGE, UserError
@@ -116,7 +116,7 @@ def within_time(
         what = f"--for {config.time_limit} is too short for a step, its evaluation and a checkpoint, which take about {need}"
         raise UserError(what, hint="give more time, or a smaller --batch-size or validation set", exit_code=USAGE)
     console.note(
-        f"--for {config.time_limit}: {low} of {plan.total_steps} steps end in it, at {pace.step:.2f} s a step"
+        f"--for {config.time_limit}: {low} of {many(plan.total_steps, 'step')} {'ends' if low == 1 else 'end'} in it, at {pace.step:.2f} s a step"
         + (f" and {pace.evaluation:.1f} s an evaluation" if data.valid else "")
     )
     if low == plan.total_steps:
