@@ -32,6 +32,7 @@ from mlx_sft.options import (
     taken,
     trusting,
 )
+from mlx_sft.writing import place_for_file
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -108,6 +109,8 @@ def inspect(
     if write_clean is not None and any(option is not None for option in (row, only, html)):
         hint = "leave them out; all rows that are kept are written"
         raise UserError("--row, --only and --html do not go with --write-clean", hint=hint, exit_code=USAGE)
+    if html is not None:
+        place_for_file(html)  # before what takes long
     config = resolved(config_file, options)
     from mlx_sft import inspection
     from mlx_sft.console import Console

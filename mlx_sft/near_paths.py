@@ -67,6 +67,11 @@ def instead_of_model(path: Path) -> str:
     return "" if path.exists() else _nearest(path, (path.parent,), lambda found: kind_of(found) == "model")
 
 
+def instead_of_folder(path: Path) -> str:
+    """The hint for a folder that is not there; an empty string where nothing is near."""
+    return _nearest(path, (path.parent,), Path.is_dir)
+
+
 def _nearest(path: Path, folders: Iterable[Path], is_meant: Callable[[Path], bool]) -> str:
     """`did you mean runs/x?`: of the same name in one of the folders, else of the nearest name."""
     found = {entry.name: str(entry) for folder in reversed([*folders]) for entry in _inside(folder) if is_meant(entry)}

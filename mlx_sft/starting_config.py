@@ -13,8 +13,7 @@ from mlx_sft.common_settings import CHOOSING, public_name
 from mlx_sft.config import TrainConfig, sections
 from mlx_sft.config_files import as_in_file
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import user_path
-from mlx_sft.writing import write_file
+from mlx_sft.writing import place_for_file, write_file
 
 _EXPLAINED = {
     "data", "valid", "valid_fraction", "max_length", "model", "quantize", "method", "objective", "epochs", "max_steps", "time_limit",
@@ -32,7 +31,7 @@ def write_starting_config(file: str | Path, given: dict[str, Any]) -> Path:
     Raises:
         UserError: Where something is there already, and for settings that cannot be.
     """
-    path = user_path(file)
+    path = place_for_file(file)
     if path.exists() or path.is_symlink():
         hint = "name another file; nothing is overwritten"
         raise UserError("this is there already", where=str(path), hint=hint, exit_code=USAGE)

@@ -25,18 +25,17 @@ def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None
     What a run may take of it, what is missing, and the largest model that fits.
     """
     if device:
-        from pathlib import Path
-
         from mlx_sft.device_check import device_check
         from mlx_sft.device_check import report as as_page
-        from mlx_sft.writing import write_file
+        from mlx_sft.writing import place_for_file, write_file
 
+        page = place_for_file(report) if report is not None else None
         answers = []
         for answered in device_check(small=small):
             answers.append(answered)
             write_text(answered.line())
-        if report is not None:
-            write_file(Path(report), as_page(answers), parents=True)
+        if page is not None:
+            write_file(page, as_page(answers))
         return
     from mlx_sft.doctor import as_json as in_json
     from mlx_sft.doctor import described, findings

@@ -76,7 +76,10 @@ def compare(runs: tuple[str, ...], html: str | None) -> None:
     With --html, the last line on stdout is the page.
     """
     from mlx_sft.report.side_by_side import SideBySide
+    from mlx_sft.writing import place_for_file
 
+    if html is not None:
+        place_for_file(html)
     found = SideBySide(runs)
     write_text(found.text())
     if html is not None:

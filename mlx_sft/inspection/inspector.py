@@ -13,13 +13,12 @@ from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import user_path
 from mlx_sft.inspection import terminal
 from mlx_sft.inspection.page import page_html
 from mlx_sft.inspection.rows import RowViewer, ShownRow
 from mlx_sft.inspection.selection import ONLY, SurveyedRows, first_rows, notable_rows, row_named, rows_of_kind
 from mlx_sft.inspection.table import table
-from mlx_sft.writing import write_file
+from mlx_sft.writing import place_for_file, write_file
 
 __all__ = ["ONLY", "Inspection", "inspect"]
 
@@ -138,10 +137,7 @@ class Inspection:
         Raises:
             UserError: If it cannot be written.
         """
-        target = user_path(path)
-        if target.is_dir():
-            hint = "name a file, such as data.html"
-            raise UserError("this is a folder", where=str(target), hint=hint, exit_code=USAGE)
+        target = place_for_file(path)
         rows = list(self._viewer.read(notable_rows(self._viewer.surveyed, most_rows)))
-        write_file(target, page_html(self._config.data, self._config.model, self.table, rows), parents=True)
+        write_file(target, page_html(self._config.data, self._config.model, self.table, rows))
         return target
