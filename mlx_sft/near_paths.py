@@ -74,11 +74,10 @@ def instead_of_folder(path: Path) -> str:
 
 def _nearest(path: Path, folders: Iterable[Path], is_meant: Callable[[Path], bool]) -> str:
     """`did you mean runs/x?`: of the same name in one of the folders, else of the nearest name."""
-    found = {entry.name: str(entry) for folder in reversed([*folders]) for entry in _inside(folder) if is_meant(entry)}
-    if path.name in found:
-        return f"did you mean {found[path.name]}?"
-    near = nearest(path.name, found)
-    return f"did you mean {found[near]}?" if near else ""
+    found = [entry for folder in folders for entry in sorted(_inside(folder)) if is_meant(entry)]
+    near = nearest(path.stem, [entry.stem for entry in found])
+    meant = [entry for entry in found if entry.name == path.name] or [entry for entry in found if entry.stem == near]
+    return f"did you mean {meant[0]}?" if meant else ""
 
 
 def _inside(folder: Path) -> list[Path]:
