@@ -23,6 +23,9 @@ from mlx_sft.other_names import suggestion
 
 Function = Callable[..., Any]
 
+COMPLETE = "_MLX_SFT_COMPLETE"
+"""By this variable a shell asks how a command goes on."""
+
 _LIST = "`mlx-sft runs` lists those under runs/"
 
 

@@ -18,6 +18,7 @@ from mlx_sft.compare.settings import NOT_SHARED
 from mlx_sft.config import TrainConfig, all_fields, entry_settings, owners_of, sections
 from mlx_sft.config_files import NAMES_OR_PATHS, PATHS, read_settings
 from mlx_sft.grammar import Command, a_path, bare, named
+from mlx_sft.kept_options import is_completing, kept
 from mlx_sft.registry import METHODS, OBJECTIVES, OPTIMIZERS, TARGETS
 from mlx_sft.settings import Settings
 
@@ -40,7 +41,10 @@ class Late(Command):
     """A command with options that are made when they are asked for."""
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:
-        made = (one.make() if isinstance(one, _Later) else [one] for one in self.params)
+        def options(later: _Later) -> Sequence[click.Option]:
+            return kept(f"{self.name} {later.name}", later.make) if is_completing() else later.make()
+
+        made = (options(one) if isinstance(one, _Later) else [one] for one in self.params)
         self.params = [parameter for parameters in made for parameter in parameters]
         return super().get_params(context)
 

@@ -17,6 +17,7 @@ from click.shell_completion import BashComplete
 from mlx_sft.cli import main
 from mlx_sft.errors import USAGE, did_you_mean
 from mlx_sft.grammar import Bare, Command, Commands
+from mlx_sft.kept_options import kept
 
 pytestmark = pytest.mark.fast
 
@@ -145,7 +146,8 @@ def test_every_usage_error_has_one_form(cli: Cli, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [["inspect", "x", "--html", "{}"], ["report", "{run}", "--out", "{}"], ["init", "{}"],
-     ["runs", "compare", "{run}", "{run}", "--html", "{}"], ["doctor", "--device", "--report", "{}"], ["inspect", "examples/chats.jsonl", "--write-clean", "{}"]],
+     ["runs", "compare", "{run}", "{run}", "--html", "{}"], ["doctor", "--device", "--report", "{}"],
+     ["inspect", "examples/chats.jsonl", "--write-clean", "{}"]],
     ids=lambda words: " ".join(words[:2]),
 )  # fmt: skip
 def test_no_folder_is_made_for_a_file_that_is_asked_for(cli: Cli, tmp_path: Path, arguments: list[str]) -> None:
@@ -191,6 +193,36 @@ def test_commands_options_and_paths_are_completed() -> None:
     )
     assert completed("train", "x", "--method", "pr") == [("plain", "prompt"), ("plain", "prefix")]
     assert completed("train", "--learn") == []
+
+
+def test_options_are_made_once_and_then_kept_without_mlx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLX_SFT_CACHE", str(tmp_path))
+    made = [one for one in parameters("mlx-sft train") if isinstance(one, click.Option)]
+    assert [told(one) for one in kept("x init", lambda: made)] == [told(one) for one in made]
+    (file,) = (tmp_path / "completion").iterdir()
+    again = kept("x init", lambda: pytest.fail("made again"))
+    assert [told(one) for one in again] == [told(one) for one in made]
+    file.rename(file.with_name("x-init-of-other-code.json"))
+    kept("x init", lambda: made)
+    assert [one.name for one in (tmp_path / "completion").iterdir()] == [file.name]
+    file.write_text("{}")
+    assert kept("x init", lambda: made) == made
+
+
+def told(option: click.Option) -> tuple[Any, ...]:
+    """What a shell is told of an option."""
+    context = click.Context(main)
+    values = [(one.type, one.value) for one in option.shell_complete(context, "")]
+    return (
+        option.name,
+        option.opts,
+        option.secondary_opts,
+        option.is_flag,
+        option.nargs,
+        option.multiple,
+        option.help,
+        values,
+    )
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -8,7 +8,7 @@ import click
 from click.shell_completion import BashComplete, FishComplete, ShellComplete, ZshComplete
 
 from mlx_sft.console import Console, write_text
-from mlx_sft.grammar import a_path, command
+from mlx_sft.grammar import COMPLETE, a_path, command
 from mlx_sft.options import Late, given, some_settings
 
 _SHELLS: dict[str, type[ShellComplete]] = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
@@ -41,5 +41,5 @@ def completion(context: click.Context, shell: str) -> None:
     In bash, put this into ~/.bashrc: eval "$(mlx-sft completion bash)". In zsh the same with zsh, into ~/.zshrc. In fish: mlx-sft
     completion fish > ~/.config/fish/completions/mlx-sft.fish
     """
-    script = _SHELLS[shell](context.find_root().command, {}, "mlx-sft", "_MLX_SFT_COMPLETE")
+    script = _SHELLS[shell](context.find_root().command, {}, "mlx-sft", COMPLETE)
     write_text(script.source() + "\n")

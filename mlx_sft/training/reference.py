@@ -24,12 +24,11 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console, many
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.data.batches import Batch
-from mlx_sft.data.cache import cache_folder
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import UserError
-from mlx_sft.files import read_json, read_text, sha256_line
+from mlx_sft.files import cache_folder, read_json, read_text, sha256_line
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import checkpoint_fingerprint
 from mlx_sft.run_folder import MOST_SUMS_BYTES, RunFolder
