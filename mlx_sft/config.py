@@ -72,7 +72,9 @@ class TrainConfig(CommonSettings):
     def require_data(self) -> None:
         """Raise `UserError` where neither data nor a run that goes on is named."""
         if not self.data and self.resume is None and self.resume_from_peft is None:
-            hint = "give --data FILE, or --resume RUN; from Python, rows in memory: train(config, data=rows)"
+            hint = (
+                "give rows (mlx-sft train FILE, or --data FILE), or --resume RUN; from Python: train(config, data=rows)"
+            )
             raise UserError("data: nothing to train on", hint=hint, exit_code=USAGE)
 
     def settings(self, owner: type[S]) -> S:

@@ -67,6 +67,19 @@ def instead_of_model(path: Path) -> str:
     return "" if path.exists() else _nearest(path, (path.parent,), lambda found: kind_of(found) == "model")
 
 
+def instead_of_adapter(path: Path) -> str:
+    """The hint for a path at which there is no adapter; an empty string where nothing is near."""
+    if kind_of(path) == "model":
+        return "it is a model, which goes to --model"
+    if path.is_dir() and any(kind_of(found) == "run" for found in _inside(path)):
+        return instead_of_run(path)
+    return (
+        ""
+        if path.exists()
+        else _nearest(path, (path.parent, _RUNS), lambda found: kind_of(found) in ("adapter", "run"))
+    )
+
+
 def instead_of_folder(path: Path) -> str:
     """The hint for a folder that is not there; an empty string where nothing is near."""
     return _nearest(path, (path.parent,), Path.is_dir)

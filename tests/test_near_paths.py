@@ -11,6 +11,7 @@ import pytest
 
 from mlx_sft import UserError
 from mlx_sft.data.sources import locate
+from mlx_sft.methods.peft_files import read_config as peft_config
 from mlx_sft.model.load import resolve_checkpoint
 from mlx_sft.model.translate import read_config
 from mlx_sft.run_folder import RunFolder
@@ -77,6 +78,20 @@ def test_what_is_no_model() -> None:
     assert hint(read_config, Path("runs/omp1")).startswith("it is a run, which is given without --model or with --run")
     assert hint(read_config, Path("adapter")).startswith("it is an adapter: give --adapter adapter")
     assert hint(resolve_checkpoint, "./models/qwne") == "did you mean models/qwen?"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("omp1", "did you mean runs/omp1?"),
+        ("adaptor", "did you mean adapter?"),
+        ("models/qwen", "it is a model, which goes to --model"),
+        ("runs", "this folder holds runs: did you mean runs/omp1?"),
+        ("data", "an adapter folder has adapter_config.json"),
+    ],
+)
+def test_what_is_no_adapter(given: str, said: str) -> None:
+    assert hint(peft_config, Path(given) / "adapter_config.json").startswith(said)
 
 
 def test_each_error_says_what_is_there_in_its_place() -> None:

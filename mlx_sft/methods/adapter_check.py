@@ -23,13 +23,13 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_sft.console import count, many
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.gate import checked
-from mlx_sft.methods import Method, Parameters, method_in, mlx_lm_files
+from mlx_sft.methods import Method, Parameters, method_in, mlx_lm_files, peft_files
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora import Lora
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
 from mlx_sft.methods.lora_targets import adaptable
 from mlx_sft.methods.peft_base import peft_base
-from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
+from mlx_sft.methods.peft_files import lost_by_peft
 from mlx_sft.methods.peft_forms import check_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.results import attach_trained, refuse_unfinished_result, result_folder
@@ -154,9 +154,7 @@ def check_adapter(folder: str | Path, model: str | None = None) -> AdapterCheck:
         UserError: If the adapter cannot be read at all, or there is no such model.
     """
     where = result_folder(folder)
-    if not (where / CONFIG).is_file():
-        hint = "give a folder with adapter_config.json, or a run that trained an adapter"
-        raise UserError(f"not an adapter folder: no {CONFIG}", where=str(where), hint=hint)
+    peft_files.read_config(where / peft_files.CONFIG)  # refuses what is none
     kind = method_in(where)
     name = model or kind.base_model(where)
     if not name:
