@@ -141,6 +141,7 @@ def test_every_usage_error_has_one_form(cli: Cli, arguments: list[str]) -> None:
     assert result.stderr.startswith("error: ")
     assert "\nhint: " in result.stderr
     assert "Usage" not in result.stderr
+    assert cli("runs", "comapre", "a", "b").stderr == 'error: no such command comapre\nhint: did you mean "compare"?\n'
     assert cli("expotr").stderr == 'error: no such command expotr\nhint: did you mean "export"?\n'
 
 

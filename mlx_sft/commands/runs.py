@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from mlx_sft.console import size, write_text
+from mlx_sft.errors import nearest
+from mlx_sft.files import user_path
 from mlx_sft.grammar import Commands, command, named, named_run, out
 
 
@@ -26,9 +28,14 @@ class _ListingOtherwise(Commands):
     """Without the name of a command, or with a folder in its place, the runs are listed."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not ctx.resilient_parsing and (not args or args[0] not in {*self.commands, *ctx.help_option_names}):
+        is_name = bool(args) and (args[0] in {*self.commands, *ctx.help_option_names} or self._is_misspelt(args[0]))
+        if not ctx.resilient_parsing and not is_name:
             args = ["list", *args]
         return super().parse_args(ctx, args)
+
+    def _is_misspelt(self, word: str) -> bool:
+        """Whether it is nearly a command's name, and no folder's."""
+        return nearest(word, self.commands) is not None and not user_path(word).exists()
 
 
 @click.group(cls=_ListingOtherwise)
