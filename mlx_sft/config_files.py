@@ -55,6 +55,8 @@ def read_settings(name: str | Path) -> dict[str, Any]:
     """
     file = find_config(name)
     found = read_yaml(file)
+    if file.parent == Path():  # its folder is the working folder
+        return found
     for setting in (*PATHS, *NAMES_OR_PATHS):
         value = found.get(setting)
         if isinstance(value, str):

@@ -47,10 +47,10 @@ def instead_of_data(path: Path) -> str:
         return f"it is a run: start from it with --run-from {path}, or go on with it with --resume {path}; its data is in its config.yaml"
     if kind_of(path) == "configuration":
         return f"settings of a run go to --config {path}"
-    if path.is_dir():
+    if path.exists():
         return ""
     same = sorted(str(found) for found in _inside(path.parent) if found.stem == path.stem and found.is_file())
-    if same and not path.exists():
+    if same:
         return f"did you mean {' or '.join(same)}?"
     return _nearest(path, (path.parent, _DATA), lambda found: True)
 

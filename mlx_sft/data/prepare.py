@@ -258,9 +258,9 @@ def _read(
         keys=result.store.keys,
     )
     if not examples and strict:
-        bad, dropped = (f"{number} {'is' if number == 1 else 'are'}" for number in (report.bad, report.dropped))
+        are_bad, are_dropped = (f"{number} {'is' if number == 1 else 'are'}" for number in (report.bad, report.dropped))
         raise UserError(
-            f"nothing to train on: of {many(report.rows, 'row')} {bad} bad and {dropped} dropped",
+            f"nothing to train on: of {many(report.rows, 'row')} {are_bad} bad and {are_dropped} dropped",
             where=source.name,
             hint=f"the first: {notes[0].origin}: {notes[0].reason}",
         )
