@@ -331,7 +331,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = (
             instead_of_adapter(path.parent)
-            or f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}; a run that trained an adapter has one"
+            or f"an adapter folder has {CONFIG} and {WEIGHTS}; a run that trained an adapter has one"
         )
         raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
     return read_json(checked(path.parent, for_libraries=False) / path.name)
