@@ -22,7 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare-demo demo-dpo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs site families gguf-check audit test-lowest wheel clean
+.PHONY: help demo compare-demo demo-dpo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs site families gguf-check audit test-lowest wheel dist clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -106,6 +106,9 @@ site: $(VENV)/.ready-docs  ## the documentation as a site in site/, every link c
 
 wheel: $(VENV)/.ready-dev  ## build dist/*.whl
 	$(BIN)/python -m hatchling build -t wheel
+
+dist:  ## build what PyPI is given, check it, and use it in a fresh environment (needs the network)
+	@.ci/dist
 
 clean:  ## remove .venv, caches and build outputs (runs/ stays)
 	rm -rf $(VENV) $(LOWEST) $(LLAMA) build dist site benchmarks/work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

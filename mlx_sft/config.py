@@ -25,6 +25,7 @@ from mlx_sft.common_settings import (
     option_name,
     public_name,
 )
+from mlx_sft.config_files import read_settings
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_yaml
 from mlx_sft.other_names import suggestion
@@ -63,8 +64,8 @@ class TrainConfig(CommonSettings):
 
     @classmethod
     def resolve(cls, file: str | Path | None = None, **options: Any) -> TrainConfig:
-        """The configuration from a YAML file, overlaid with options; raises `UserError` for what cannot be."""
-        settings = (read_yaml(Path(file)) if file else {}) | options
+        """The configuration from a YAML file, or one that ships, overlaid with options; raises `UserError` for what cannot be."""
+        settings = (read_settings(file) if file else {}) | options
         settings = _choices_of(settings.get("resume")) | settings
         try:
             config = cls(**settings)
@@ -77,7 +78,9 @@ class TrainConfig(CommonSettings):
     def require_data(self) -> None:
         """Raise `UserError` where neither data nor a run that goes on is named."""
         if not self.data and self.resume is None and self.resume_from_peft is None:
-            hint = "give --data FILE, or --resume RUN; from Python, rows in memory: train(config, data=rows)"
+            hint = (
+                "give rows (mlx-sft train FILE, or --data FILE), or --resume RUN; from Python: train(config, data=rows)"
+            )
             raise UserError("data: nothing to train on", hint=hint, exit_code=USAGE)
 
     def recommended(self) -> list[Recommendation]:

@@ -327,6 +327,11 @@ def count(number: int | float) -> str:
     return f"{number:,.0f}"
 
 
+def many(number: int, thing: str) -> str:
+    """`1 row`, `1,234 rows`."""
+    return f"{number:,} {thing}{'s' if number != 1 else ''}"
+
+
 def size(number_of_bytes: float) -> str:
     """`1.20 GB`, `340 MB`, `0.3 MB`, `41 kB`."""
     if 0 < number_of_bytes < 1e5:

@@ -14,9 +14,8 @@ from huggingface_hub import get_token, is_offline_mode
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import count, size
-from mlx_sft.data.cache import cache_folder
 from mlx_sft.errors import blamed_on
-from mlx_sft.files import free_bytes
+from mlx_sft.files import cache_folder, free_bytes
 from mlx_sft.registry import TARGETS
 from mlx_sft.training.batch_settings import most_tokens
 from mlx_sft.training.callbacks.power import conditions

@@ -188,13 +188,14 @@ def load_named(
         UserError: If these do not go together, or as `load_run` and `load_adapter`.
     """
     if (run is None) == (model is None and adapter is None):
-        hint = "mlx-sft generate --run runs/... --prompt ..."
-        raise UserError("give either --run, or --model or --adapter, or both of these", hint=hint, exit_code=USAGE)
+        hint = "mlx-sft generate runs/... --prompt ..."
+        what = "give either a run (RUN or --run), or --model or --adapter, or both of these"
+        raise UserError(what, hint=hint, exit_code=USAGE)
     if base and run is None:
-        raise UserError("--base goes with --run", hint="a model alone is its own base", exit_code=USAGE)
+        raise UserError("--base goes with --run (or RUN)", hint="a model alone is its own base", exit_code=USAGE)
     if stray := next((name for name, value in of_run.items() if value is not None and run is None), None):
         option = "--" + stray.replace("_", "-")
-        raise UserError(f"{option} goes with --run", hint=f"leave {option} out", exit_code=USAGE)
+        raise UserError(f"{option} goes with --run (or RUN)", hint=f"leave {option} out", exit_code=USAGE)
     if adapter is not None:
         return load_adapter(adapter, model)
     return load_run(run, base=base, **of_run) if run is not None else load_model(str(model))

@@ -14,6 +14,7 @@ from pathlib import Path
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import disk_errors, open_regular, read_errors, read_json, read_text, sha256_line, user_path
 from mlx_sft.gate import checked
+from mlx_sft.near_paths import instead_of_run
 from mlx_sft.writing import (
     is_temporary,
     path_of,
@@ -170,11 +171,15 @@ class RunFolder:
         """Open a run that `train` made; raises `UserError` for any other folder, and for one with what is no regular file."""
         run = cls(path)
         if not run.config.is_file():
-            raise UserError(
-                "not a run folder: it has no config.yaml",
-                where=str(run.path),
-                hint="give the folder that `mlx-sft train` printed last, such as runs/...",
+            why = (
+                "it has no config.yaml"
+                if run.path.is_dir()
+                else "it is a file"
+                if run.path.exists()
+                else "it is not there"
             )
+            hint = instead_of_run(run.path) or "give the folder that `mlx-sft train` printed last, such as runs/..."
+            raise UserError(f"not a run folder: {why}", where=str(run.path), hint=hint)
         checked(run.path, deep=True)
         return run
 
@@ -242,7 +247,7 @@ class RunFolder:
         refuse_link(run.path)
         needed = [file for file in run._head if file != run.reference]
         if missing := next((file.name for file in needed if not file.is_file()), None):
-            hint = "give a folder that `mlx-sft runs` lists; what is no run is not removed"
+            hint = instead_of_run(run.path) or "give a folder that `mlx-sft runs` lists; what is no run is not removed"
             raise UserError(f"not a run folder: it has no {missing}", where=str(run.path), hint=hint, exit_code=USAGE)
         with run._claimed():
             return run

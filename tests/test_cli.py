@@ -149,9 +149,9 @@ def test_help_names_every_option_with_its_default(cli: Cli) -> None:
 
 
 def test_options_override_the_file(cli: Cli, resolved: list[TrainConfig], tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("data: a.jsonl\nrank: 4\nshuffle: false\nquiet: true\n")
+    (tmp_path / "c.yaml").write_text("data: /a.jsonl\nrank: 4\nshuffle: false\nquiet: true\n")
     cli("train", "--config", tmp_path / "c.yaml", "--rank", "2", "--shuffle")
-    assert (resolved[0].data, resolved[0].rank, resolved[0].shuffle, resolved[0].quiet) == (["a.jsonl"], 2, True, True)
+    assert (resolved[0].data, resolved[0].rank, resolved[0].shuffle, resolved[0].quiet) == (["/a.jsonl"], 2, True, True)
 
 
 @pytest.mark.parametrize(

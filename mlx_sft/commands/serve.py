@@ -5,12 +5,13 @@ from __future__ import annotations
 import click
 
 from mlx_sft.console import Console, write_text
+from mlx_sft.grammar import command, named_run
 from mlx_sft.options import base_model as base_model_option
 from mlx_sft.options import trusting
 
 
-@click.command()
-@click.argument("run", metavar="RUN")
+@command()
+@named_run(example="mlx-sft serve RUN")
 @click.option(
     "--adapter", "adapters", metavar="NAME=DIR", multiple=True,
     help="Another adapter on the run's base, which answers to requests for the model NAME. Give it again for several.",
@@ -23,9 +24,9 @@ from mlx_sft.options import trusting
 @base_model_option
 @trusting
 def serve(run: str, adapters: tuple[str, ...], port: int, max_tokens: int, base_model: str | None) -> None:
-    """Answer programs that speak OpenAI's chat interface, on this machine alone, until Ctrl-C.
+    """Answer programs that speak OpenAI's chat interface.
 
-    RUN is the run folder; its name is the model's. The first line on stdout is the address.
+    On this machine alone, until Ctrl-C. The name of the run's folder is the model's. The first line on stdout is the address.
     """
     from mlx_sft.serve import ChatServer, Models, named_adapters
 

@@ -17,7 +17,7 @@ from mlx_sft.compare.search import Pace, by_loss, halving, steps_within
 from mlx_sft.compare.settings import NOT_SHARED, CompareSettings
 from mlx_sft.compare.trials import STOPPED, Trial, folder_of, run_trial
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console, duration
+from mlx_sft.console import Console, duration, many
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.prepare import prepare, prepare_file
 from mlx_sft.data.sources import full_path
@@ -239,7 +239,7 @@ class Comparison:
                 record.steps = dict(zip(labels, shares, strict=True))
         numbers = sorted(set(record.steps.values()))
         said = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-        self.console.note(f"each method trains for {said} of {most} steps in its last run")
+        self.console.note(f"each method trains for {said} of {many(most, 'step')} in its last run")
         self._keep()
 
     def _pace(self, candidate: Candidate, steps: int) -> Pace:
@@ -276,7 +276,7 @@ class Comparison:
         self.record.trials.append(trial)
         self._keep()
         shown = f"loss {trial.loss:.4f}" if trial.loss is not None else f"failed: {trial.failed or 'no finite loss'}"
-        self.console.note(f"{candidate.label}  lr {rate:g}  {steps} steps  {shown}  {duration(trial.wall)}")
+        self.console.note(f"{candidate.label}  lr {rate:g}  {many(steps, 'step')}  {shown}  {duration(trial.wall)}")
         return trial
 
     # What it came to
@@ -288,7 +288,7 @@ class Comparison:
             return
         record.tested = len(self._tested)
         folders = {label: self.run_of(label) for label in record.finals}
-        self.console.note(f"measuring {len(folders)} results and the base on {record.tested} rows")
+        self.console.note(f"measuring {many(len(folders), 'result')} and the base on {many(record.tested, 'row')}")
         loaded = load_run(next(iter(folders.values())), base=True)
         meter = meter_on(loaded, self._general)
         if record.base is None:

@@ -24,7 +24,7 @@ from mlx_sft.writing import refuse_link, write_folder
 LOST_LIMIT = 1.0
 """Where quantizing moves a weight by more than training did, what training did to it is no longer told from noise."""
 
-_ROOM = "remove what is not needed, or give --to on another disk"
+_ROOM = "remove what is not needed, or give --out on another disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +185,8 @@ def check_target(to: Path, run: RunFolder, config: TrainConfig, base: Path, over
             hint = "give a folder of its own"
             raise UserError("this folder is part of the run", where=str(to), hint=hint, exit_code=USAGE)
     if target.exists() and not target.is_dir():
-        raise UserError("this is a file, not a folder", where=str(to), exit_code=USAGE)
+        raise UserError("this is a file, not a folder", where=str(to), hint="name a new folder", exit_code=USAGE)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        hint = "give another --to, or replace it with --overwrite"
+        hint = "give another --out, or replace it with --overwrite"
         raise UserError("this folder already holds something", where=str(to), hint=hint)
     return target

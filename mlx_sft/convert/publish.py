@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import size
+from mlx_sft.console import many, size
 from mlx_sft.convert.export import export
 from mlx_sft.convert.hub import Repository, files_of
 from mlx_sft.convert.model_card import Published, RunSummary, model_card, read_run_summary
@@ -53,14 +53,14 @@ class PushResult:
     url: str | None
 
     def __repr__(self) -> str:
-        return f"PushResult({self.repository}: {len(self.files)} files, {self.url or 'not uploaded'})"
+        return f"PushResult({self.repository}: {many(len(self.files), 'file')}, {self.url or 'not uploaded'})"
 
     def __str__(self) -> str:
         """For a person: the repository, its files, and the card."""
         kind = "private" if self.private else "public"
         width = max(map(len, self.files))
         files = "".join(f"  {name:{width}}  {number:>14,} bytes\n" for name, number in self.files.items())
-        total = f"{len(self.files)} files, {size(sum(self.files.values()))}"
+        total = f"{many(len(self.files), 'file')}, {size(sum(self.files.values()))}"
         return f"{self.repository} ({kind}): {total}\n{files}\n{CARD}:\n\n{self.card}"
 
 

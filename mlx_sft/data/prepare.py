@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.common_settings import common_sections
 from mlx_sft.config import TrainConfig
+from mlx_sft.console import many
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.findings import FACT_FINDINGS, ORIGINS_NAMED
 from mlx_sft.data.lost_rows import BadRows, refuse_lost_data
@@ -168,7 +169,7 @@ def _refuse_empty_shares(sources: Sequence[Source], weights: Sequence[float], ex
     for source, share in zip(sources, shares(examples, weights), strict=False):  # without weights there are no shares
         if not share:
             hint = "give it a larger share, or leave it out"
-            raise UserError(f"its share of {examples} examples is less than one", where=source.name, hint=hint)
+            raise UserError(f"its share of {many(examples, 'example')} is less than one", where=source.name, hint=hint)
 
 
 # Which sources
@@ -261,8 +262,9 @@ def _read(
         keys=result.store.keys,
     )
     if not examples and strict:
+        are_bad, are_dropped = (f"{number} {'is' if number == 1 else 'are'}" for number in (report.bad, report.dropped))
         raise UserError(
-            f"nothing to train on: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
+            f"nothing to train on: of {many(report.rows, 'row')} {are_bad} bad and {are_dropped} dropped",
             where=source.name,
             hint=f"the first: {notes[0].origin}: {notes[0].reason}",
         )

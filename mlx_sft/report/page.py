@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.charts import SCRIPT, STYLE, Axis, Point, Series, bars, chart
-from mlx_sft.console import count, duration, size
-from mlx_sft.files import user_path
+from mlx_sft.console import count, duration, many, size
 from mlx_sft.report import samples
 from mlx_sft.report.metrics import Metrics, Own, moment, number
 from mlx_sft.report.run import RunFiles, Setting, State, found, integer, texts
 from mlx_sft.report.verdict import Sentence, verdict
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.web_page import escaped, page
-from mlx_sft.writing import write_file
+from mlx_sft.writing import place_for_file, write_file
 
 _HERE = Path(__file__).parent
 _LIVE = (_HERE / "live.js").read_text(encoding="utf-8")
@@ -43,8 +42,8 @@ def write_report(run: str | Path, to: str | Path | None = None) -> Path:
         UserError: For a folder that is no run, and for files of it that cannot be read.
     """
     files = RunFiles.of(RunFolder.open(run))
-    target = user_path(to) if to is not None else files.run.page
-    write_file(target, page_html(files, files.state), parents=to is not None)
+    target = place_for_file(to) if to is not None else files.run.page
+    write_file(target, page_html(files, files.state))
     return target
 
 
@@ -311,7 +310,7 @@ def _of_lengths(lengths: Mapping[str, Any]) -> str:
 
 def _source(source: Any) -> str:
     name = found(source, str, "name")
-    return f"{Path(name).name or name} ({integer(source, 'rows'):,} rows)" if name else ""
+    return f"{Path(name).name or name} ({many(integer(source, 'rows'), 'row')})" if name else ""
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -341,13 +340,13 @@ def _settings(settings: Sequence[Setting]) -> str:
 
 def _commands(files: RunFiles, state: State) -> str:
     run = shlex.quote(str(files.run.path))
-    talk, on = f"mlx-sft chat --run {run}", f"mlx-sft train --resume {run}"
+    talk, on = f"mlx-sft chat {run}", f"mlx-sft train --resume {run}"
     if state == "finished":
         wanted = [
             ("talk with it", talk),
-            ("one answer, for a script", f'mlx-sft generate --run {run} --prompt "..."'),
-            ("a folder that PyTorch and others open", f"mlx-sft export --run {run} --to my-model"),
-            ("measure it on other rows", f"mlx-sft eval --run {run} --data held_out.jsonl"),
+            ("one answer, for a script", f'mlx-sft generate {run} --prompt "..."'),
+            ("a folder that PyTorch and others open", f"mlx-sft export {run} --out my-model"),
+            ("measure it on other rows", f"mlx-sft eval {run} --data held_out.jsonl"),
         ]
     else:
         wanted = [] if state == "running" else [("go on with it", on)]

@@ -8,7 +8,6 @@ from pathlib import Path
 from mlx_sft.charts import COLOURS, STYLE, Look, Series, chart
 from mlx_sft.console import columns, duration, size
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import user_path
 from mlx_sft.report import samples
 from mlx_sft.report.metrics import Point
 from mlx_sft.report.page import LOSS, STEPS
@@ -16,7 +15,7 @@ from mlx_sft.report.run import RunFiles, differing
 from mlx_sft.report.runs import read
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.web_page import escaped, page
-from mlx_sft.writing import write_file
+from mlx_sft.writing import place_for_file, write_file
 
 _BODY = Path(__file__).with_name("side_by_side.html")
 
@@ -89,7 +88,7 @@ class SideBySide:
 
     def write_page(self, to: str | Path) -> Path:
         """Write it as one self-contained page, and return its path."""
-        target = user_path(to)
+        target = place_for_file(to)
         validated = [_curve(run, "validation") for run in self.runs.values()]
         smoothed = [run.metrics.smoothed["loss"].curve.points for run in self.runs.values()]
         header = ["setting", *self.runs]
@@ -106,7 +105,7 @@ class SideBySide:
             "samples": f"<h2>What they answer</h2>{answers}" if answers else "",
             "settings": _table(header, self.settings) if self.settings else "<p>All settings are alike.</p>",
         }
-        write_file(target, page(_BODY, f"Runs: {', '.join(self.runs)}", parts, style=STYLE), parents=True)
+        write_file(target, page(_BODY, f"Runs: {', '.join(self.runs)}", parts, style=STYLE))
         return target
 
     def _chart(self, curves: Sequence[Sequence[Point]], look: Look, label: str) -> str:

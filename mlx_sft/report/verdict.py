@@ -9,7 +9,7 @@ import math
 import shlex
 from typing import Literal, NamedTuple
 
-from mlx_sft.console import duration
+from mlx_sft.console import duration, many
 from mlx_sft.registry import OBJECTIVES
 from mlx_sft.report.metrics import Evaluation, Metrics
 from mlx_sft.report.run import RunFiles, State, integer
@@ -196,8 +196,13 @@ def more_with(files: RunFiles) -> str:
 def _of_what_happened(metrics: Metrics) -> list[Sentence]:
     found, totals = [], metrics.totals
     if totals.skipped:
-        steps = "1 step was" if totals.skipped == 1 else f"{totals.skipped:,} steps were"
-        found.append(Sentence("warn", f"{steps} skipped, because the loss or the gradient was not finite: see below."))
+        were = f"{many(totals.skipped, 'step')} {'was' if totals.skipped == 1 else 'were'}"
+        found.append(
+            Sentence(
+                "warn",
+                f"{were} skipped, because the loss or the gradient was not finite: see below.",
+            )
+        )
     if rollbacks := metrics.counts["rollback"]:
         found.append(Sentence("warn", f"The loss diverged, and the run went back, {_times(rollbacks)}."))
     if lacks := metrics.counts["out_of_memory"]:

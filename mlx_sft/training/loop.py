@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console
+from mlx_sft.console import Console, many
 from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.data.steps import Step
 from mlx_sft.errors import UserError
@@ -89,8 +89,7 @@ def train(
             finish(job)
             best_loss = job.progress.best_loss
             if traces := job.gradient_computer.trace_seconds:
-                shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
-                console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")
+                console.note(f"{many(len(traces), 'shape')} compiled; first runs took {sum(traces):.0f} s in all")
             job.emit(
                 {"kind": "end", "step": job.step, "loss": loss, "best_loss": best_loss, "stopped": job.stop_reason}
             )

@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.config_files import read_settings
 from mlx_sft.console import Look, count, duration, size
 from mlx_sft.data.batches import JOINED, PADDED, Layout
 from mlx_sft.data.dataset import Examples
@@ -23,7 +23,6 @@ from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import prepare
 from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import UserError
-from mlx_sft.files import read_yaml
 from mlx_sft.methods import for_new_tokens
 from mlx_sft.model.load import extended_tokenizer, resolve_checkpoint
 from mlx_sft.recommended import in_words
@@ -281,7 +280,7 @@ class RunPlan:
 
 def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfig:
     """A configuration as `train` would read it, which may leave out the data."""
-    named = given.get("data") or (read_yaml(Path(config_file)).get("data") if config_file else None)
+    named = given.get("data") or (read_settings(config_file).get("data") if config_file else None)
     return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
 
 
@@ -328,7 +327,7 @@ def _time(plan: RunPlan) -> str:
         return "no estimate: this chip's speed is not known; name it, as in --machine 'M2 16GB'"
     source = "measured now" if plan.measured else "from a table"
     basis = f"products at {plan.teraflops:.2g} TFLOP/s ({source}), of which steps reach {REACHED:.0%}"
-    epochs = f"{plan.epochs:.3g} epoch{'' if plan.epochs == 1 else 's'}"
+    epochs = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:.3g} epochs"
     return f"about {duration(taken)} for {epochs} of {count(plan.work.tokens)} tokens: an estimate from {basis}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import count, size
+from mlx_sft.console import count, many, size
 from mlx_sft.data.encode import decoded_segments
 from mlx_sft.data.sources import split_weight
 from mlx_sft.data.steps import shares
@@ -32,18 +32,18 @@ def show_plan(job: Job) -> None:
     """Show it."""
     config, report, console = job.config, job.data.report, job.console
     trainable = sum(value.size for value in job.parameters.values())
-    texts = "pairs" if job.gradient_computer.objective.compares else "conversations"
+    text = "pair" if job.gradient_computer.objective.compares else "conversation"
     facts = {
         "model": f"{config.model} ({config.dtype})",
         **report.summary(),
         **_mixture(job),
         "trains": f"{count(trainable)} parameters ({config.method})",
-        "steps": f"{job.plan.total_steps} of {config.batch_size} {texts}, "
+        "steps": f"{job.plan.total_steps} of {many(config.batch_size, text)}, "
         f"up to {job.settings.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.gradient_computer.mode],
         **recommended(config),
         "memory": f"{size(mx.get_active_memory())} for the weights, up to {size(job.predicted.peak)} predicted with a step, "
         f"of {size(job.memory.machine.memory)} ({job.memory.machine.basis})",
-        "disk": f"up to {size(job.disk.total)} with {job.disk.checkpoints} checkpoints, "
+        "disk": f"up to {size(job.disk.total)} with {many(job.disk.checkpoints, 'checkpoint')}, "
         f"of {size(free_bytes(job.run.path))} that is free",
         "run": str(job.run.path),
     }
@@ -91,6 +91,6 @@ def _mixture(job: Job) -> dict[str, str]:
     return {
         "mixture": "an epoch has "
         + ", ".join(
-            f"{count(share)} of the {count(portion.rows)} rows of {Path(name).name}" for name, portion, share in parts
+            f"{count(share)} of the {many(portion.rows, 'row')} of {Path(name).name}" for name, portion, share in parts
         )
     }

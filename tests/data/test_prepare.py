@@ -158,7 +158,7 @@ def test_nothing_left_is_an_error_that_names_the_first_reason(
     data = write_rows("nonsense", chat("x" * 100))
     with pytest.raises(UserError) as caught:
         run(tokenizer, data, skip_bad_rows=True, max_length=30, overlong="drop")
-    assert caught.value.what == "nothing to train on: of 2 rows 1 are bad and 1 are dropped"
+    assert caught.value.what == "nothing to train on: of 2 rows 1 is bad and 1 is dropped"
     assert caught.value.where == data
     assert caught.value.hint == f"the first: {data}:1: not JSON: Expecting value in column 1"
 

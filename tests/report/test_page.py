@@ -71,7 +71,7 @@ def test_the_page_says_what_the_files_say(make_folder: MakeFolder) -> None:
         "100 read, 90 to train on, 10 held out", "9,000, 33% of them supervised", "5 rows are odd", "4.0 MB predicted",
         "rank 8 default 16", "Chosen for the model and the machine micro_batch_tokens 512", "own 1",
         "step 50 a checkpoint that is kept", "step 100 the best of 2 evaluations, validation loss 1.0000",
-        f"mlx-sft chat --run {run}", "validation loss 1 best, step 100, 50.0% of tokens right",
+        f"mlx-sft chat {run}", "validation loss 1 best, step 100, 50.0% of tokens right",
     ):  # fmt: skip
         assert words in plain, words
     assert 'http-equiv="refresh"' not in text

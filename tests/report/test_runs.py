@@ -71,6 +71,7 @@ def test_names_cannot_steer_the_table(make_folder: MakeFolder, tmp_path: Path, c
 
 def test_runs_are_compared(runs: Path, cli: Cli, tmp_path: Path) -> None:
     page = tmp_path / "out/both.html"
+    page.parent.mkdir(exist_ok=True)
     result = cli("runs", "compare", runs / "good", runs / "part", "--html", page)
     assert result.exit_code == 0
     words = [line.split() for line in result.stdout.splitlines()]
@@ -153,6 +154,7 @@ def test_links_are_not_followed(runs: Path, cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_page_is_written_elsewhere(runs: Path, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
     result = cli("report", runs / "good", "--to", tmp_path / "new/page.html")
     assert result.stdout == f"{tmp_path / 'new/page.html'}\n"
     assert not (runs / "good/report.html").exists()

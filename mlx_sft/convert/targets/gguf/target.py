@@ -105,7 +105,7 @@ class Gguf(WholeModel):
             run, to = self.export.run.path, self.export.to
             merged = to.with_name(f"{to.name}-merged")
             outfile = ["--outfile", f"{to}.gguf", "--outtype", outtype(Checkpoint.open(self.source))]
-            export = ["mlx-sft", "export", "--run", str(run), "--to", str(merged)]
+            export = ["mlx-sft", "export", str(run), "--out", str(merged)]
             raise no_converter(SCRIPT, [export, ["python3", f"llama.cpp/{SCRIPT}", str(merged), *outfile]])
         return converter
 

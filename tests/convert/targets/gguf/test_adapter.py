@@ -102,7 +102,7 @@ def test_without_llama_cpp_the_commands_that_bring_it_are_printed(
     result = cli("export", "--run", run.path, "--to", tmp_path / "out", "--format", "gguf-adapter")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "convert_lora_to_gguf.py is neither on PATH" in result.stderr
-    assert f"mlx-sft export --run {run.path} --to {tmp_path / 'out'} --format gguf-adapter --llama-cpp" in result.stderr
+    assert f"mlx-sft export {run.path} --out {tmp_path / 'out'} --format gguf-adapter --llama-cpp" in result.stderr
 
 
 def test_ollama_gets_a_modelfile_with_the_base_that_is_named(
