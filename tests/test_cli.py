@@ -53,6 +53,8 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "prefix_init": (["cartridge:a.txt"], "cartridge:a.txt"),
     "chat_template": (["chatml"], "chatml"),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
+    "general_data": (["general.jsonl"], "general.jsonl"),
+    "sample_prompts": (["prompts.txt"], "prompts.txt"),
 }
 """What to type for an option whose kind alone does not say it, and the value that it means."""
 
