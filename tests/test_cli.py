@@ -54,6 +54,8 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "chat_template": (["chatml"], "chatml"),
     "report_to": (["tensorboard,wandb"], ["tensorboard", "wandb"]),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
+    "general_data": (["general.jsonl"], "general.jsonl"),
+    "sample_prompts": (["prompts.txt"], "prompts.txt"),
 }
 """What to type for an option whose kind alone does not say it, and the value that it means."""
 
