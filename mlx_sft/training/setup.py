@@ -32,13 +32,7 @@ from mlx_sft.methods import Method, Parameters, for_new_tokens
 from mlx_sft.model.given import given_model, given_tokenizer
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import joined_note
-from mlx_sft.model.load import (
-    extended_tokenizer,
-    load_model,
-    resolve_checkpoint,
-    resolve_dtype,
-    untested_note,
-)
+from mlx_sft.model.load import extended_tokenizer, load_model, resolve_checkpoint, resolve_dtype, untested_note
 from mlx_sft.model.quantize import first_rows
 from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.model.vocabulary import vocabulary_size
