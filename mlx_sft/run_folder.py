@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -29,6 +30,8 @@ CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS = "parameters.safetensors", "SHA256SUMS"
 """In the folder of a checkpoint: what is trained, and the checksums of its files."""
 
 MOST_SUMS_BYTES = 2**16
+_WAITS = (0.01, 0.03, 0.1)
+"""Seconds."""
 LONGEST_METRIC = 2**20
 """Bytes; a longer line comes in pieces."""
 
@@ -41,6 +44,16 @@ class Inside:
 
     def __get__(self, run: RunFolder, kind: type[RunFolder]) -> Path:
         return run.path / self._name
+
+
+def _lock(descriptor: int) -> None:
+    """Raise `BlockingIOError` where another process has the lock, and not only for the moment in which it looks whether one does."""
+    for wait in _WAITS:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(wait)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class RunFolder:
@@ -213,7 +226,7 @@ class RunFolder:
             descriptor = os.open(self.path, os.O_RDONLY)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor)
             except BlockingIOError as error:
                 hint = "wait until it has ended, or end it; a run has one process at a time"
                 raise UserError("another process is training this run", where=str(self.path), hint=hint) from error

@@ -19,8 +19,8 @@ Weight = Literal["good", "plain", "warn", "bad"]
 
 WORSE = 1.02
 """Times the best validation loss, from where on a later one is worse."""
-FALLING = 0.98
-"""Times the loss a fifth of the run before, below which the loss is still falling."""
+FALLING = 0.02
+"""Of the loss a fifth of the run before, and of how far the training loss has come in all: falling by more is still falling."""
 _DIVERGED = 1.0
 """Nats above the lowest smoothed loss, as the watch over divergence has it."""
 _BY_HEART = 0.05
@@ -169,12 +169,15 @@ def _when(evaluation: Evaluation) -> str:
 
 
 def _still_falling(metrics: Metrics, name: str) -> bool:
-    """Whether a curve is lower at its end than a fifth of the run before."""
+    """Whether a curve fell in the last fifth of the run: by a share of where it was then, and of how far the run has come in all."""
     curve = metrics.smoothed["loss"].curve if name == "loss" else metrics.curves[name]
     points = curve.points
+    if len(points) < 2:
+        return False
     x, end = points[-1]
-    before = [value for at, value in points if at <= 0.8 * x]
-    return len(points) > 1 and end < FALLING * (before[-1] if before else points[-2][1])
+    earlier = [value for at, value in points if at <= 0.8 * x]
+    before = earlier[-1] if earlier else points[-2][1]
+    return before - end > FALLING * max(before, (metrics.first_loss or before) - end)
 
 
 def _more_with(files: RunFiles) -> str:

@@ -46,6 +46,11 @@ def test_a_loss_that_still_falls_says_how_to_go_on(make_folder: MakeFolder) -> N
     assert only(steps, "still falling at the end").text.endswith("/b --max-steps 150`).")
 
 
+def test_a_loss_that_falls_by_little_of_what_it_came_has_levelled_off(make_folder: MakeFolder) -> None:
+    sentences = said(make_folder, [*falling(to=0.08), evaluation(50, 0.091), evaluation(100, 0.081)])
+    assert "It has levelled off" in only(sentences, "The validation loss").text
+
+
 def test_the_training_loss_is_told_as_what_the_model_gives_a_right_token(make_folder: MakeFolder) -> None:
     course = [*falling(), evaluation(50, 2.0), evaluation(100, 1.5)]
     told = only(said(make_folder, course), "The training loss went from 2.496 to 1: ").text
