@@ -95,7 +95,7 @@ def test_the_first_commands_of_the_readme_end_in_a_model_that_answers(cli: Calla
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{run}\n"
     ended = result.stderr[result.stderr.index("Finished after step") :].splitlines()
-    assert ended[-2:] == [f"try      mlx-sft chat --run {run}", f"page     {run}/report.html"]
+    assert ended[-2:] == [f"try      mlx-sft chat {run}", f"page     {run}/report.html"]
     assert "10 of 100 rows are held out" in result.stderr
     right, before = (
         json.loads(cli("eval", "--run", run, "--data", held_out, "--json", *base).stdout)["token_accuracy"]

@@ -90,7 +90,7 @@ class ReportPage(Callback):
         if self._files is not None and not self._failed:
             for sentence in verdict(self._files, "finished"):
                 run.console.note(sentence.text)
-            run.console.note(f"try      mlx-sft chat --run {shlex.quote(str(run.folder.path))}")
+            run.console.note(f"try      mlx-sft chat {shlex.quote(str(run.folder.path))}")
             run.console.note(f"page     {run.folder.page}")
 
     def close(self) -> None:
