@@ -22,7 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare-demo demo-dpo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs families gguf-check audit test-lowest wheel clean
+.PHONY: help demo compare-demo demo-dpo test test-fast faults soak fuzz mutants lint fix bench bench-quick bench-report bench-data device-check docs site families gguf-check audit test-lowest wheel dist clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,7 @@ lint: $(VENV)/.ready-dev  ## style, types, the one-way flow of imports, docs/ref
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/make_reference.py --check
+	$(BIN)/python scripts/make_tables.py --check
 
 families: $(VENV)/.ready-dev  ## every family of models, measured: the table of docs/models.md, some ten minutes (ARGS="qwen3 gpt_oss" for some)
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python scripts/families.py $(ARGS)
@@ -96,14 +97,21 @@ device-check: $(VENV)/.ready  ## what this machine's GPU does and how fast: some
 bench-data: $(VENV)/.ready  ## conversations a second, and memory against file size
 	@$(BIN)/python benchmarks/data.py $(ARGS)
 
-docs: $(VENV)/.ready-dev  ## write docs/reference from the code
+docs: $(VENV)/.ready-dev  ## write docs/reference, and the tables of docs/, from the code
 	$(BIN)/python scripts/make_reference.py
+	$(BIN)/python scripts/make_tables.py
+
+site: $(VENV)/.ready-docs  ## the documentation as a site in site/, every link checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(VENV)/.ready-dev  ## build dist/*.whl
 	$(BIN)/python -m hatchling build -t wheel
 
+dist:  ## build what PyPI is given, check it, and use it in a fresh environment (needs the network)
+	@.ci/dist
+
 clean:  ## remove .venv, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) $(LOWEST) $(LLAMA) build dist benchmarks/work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(LLAMA) build dist site benchmarks/work .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: touched when an installation is whole, so that one cut short is taken up again.
@@ -126,6 +134,11 @@ $(VENV)/.ready: pyproject.toml $(VENV)/.made
 $(VENV)/.ready-dev: pyproject.toml $(VENV)/.made
 	@echo "setting up $(VENV) for development"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(VENV)/.ready $@
+
+$(VENV)/.ready-docs: pyproject.toml $(VENV)/.made
+	@echo "setting up $(VENV) for the documentation"
+	@$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $(VENV)/.ready $@
 
 $(LOWEST)/.ready-dev: pyproject.toml scripts/lowest_versions.py $(VENV)/.made

@@ -112,7 +112,7 @@ def measure(data: str, tokenizer: str, workers: int) -> dict[str, Any]:
     clock = Clock()
     before = memory_so_far()
     started = time.perf_counter()
-    prepared = prepare(TrainConfig(data=[data], data_workers=workers), loaded, clock)
+    prepared = prepare(TrainConfig(data=[data], data_workers=workers, valid_fraction=0), loaded, clock)
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,

@@ -58,7 +58,7 @@ def measure(name: str, settings: dict[str, Any], steps: int, learning_rate: floa
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             model="tiny", data=str(EXAMPLES / "chats.jsonl"), valid=str(EXAMPLES / "held_out.jsonl"), method="full",
-            dtype="bfloat16", lr=learning_rate, batch_size=4, max_steps=steps, seed=seed, eval_every=steps // 2,
+            dtype="bfloat16", lr=learning_rate, batch_size=4, max_steps=steps, seed=seed, eval_every=steps // 2, warmup=0.03,
             out=f"{folder}/run", quiet=True, **settings,
         )  # fmt: skip
         train(config, callbacks=[watch])

@@ -34,7 +34,14 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         comparison = compare_methods(
             methods,
-            train={"model": "tiny", "data": str(EXAMPLES / "chats.jsonl"), "valid_fraction": 0.1, "epochs": epochs},
+            train={
+                "model": "tiny",
+                "data": str(EXAMPLES / "chats.jsonl"),
+                "valid_fraction": 0.1,
+                "epochs": epochs,
+                "batch_size": 8,
+                "warmup": 0.03,
+            },
             out=folder,
             test=str(EXAMPLES / "held_out.jsonl"),
             general_data=str(EXAMPLES / "prose.jsonl"),

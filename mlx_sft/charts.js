@@ -1,6 +1,6 @@
 "use strict";
 // Tells the values of a chart where the pointer is. They are computed from what is drawn; nothing of it becomes markup.
-for (const svg of document.querySelectorAll("svg[data-scale]")) {
+const tellValues = () => document.querySelectorAll("svg[data-scale]").forEach((svg) => {
   const [x0, x1, xPowers, y0, y1, yPowers, left, right, foot, top] = svg.dataset.scale.split(" ").map(Number);
   const value = (share, low, high, powers) => { const at = low + share * (high - low); return powers ? 10 ** at : at; };
   const xOf = (pixel) => value((pixel - left) / (right - left), x0, x1, xPowers);
@@ -11,7 +11,7 @@ for (const svg of document.querySelectorAll("svg[data-scale]")) {
       : [...group.querySelectorAll("circle:not(.ring)")].map((dot) => [Number(dot.getAttribute("cx")), Number(dot.getAttribute("cy"))]);
     return { name: group.dataset.name, points };
   }).filter((one) => one.points.length);
-  if (!series.length) continue;
+  if (!series.length) return;
   const told = document.createElement("p");
   told.className = "told";
   svg.after(told);
@@ -28,4 +28,5 @@ for (const svg of document.querySelectorAll("svg[data-scale]")) {
     told.textContent = `${Math.round(xOf(pixel)).toLocaleString("en")}: ${values.join(" · ")}`;
   });
   svg.addEventListener("pointerleave", () => { told.textContent = ""; hair.removeAttribute("d"); });
-}
+});
+tellValues();

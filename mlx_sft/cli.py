@@ -12,13 +12,14 @@ from mlx_sft.commands.adapters import adapters
 from mlx_sft.commands.doctor import doctor
 from mlx_sft.commands.evaluate import evaluate
 from mlx_sft.commands.runs import report, runs
+from mlx_sft.commands.serve import serve
+from mlx_sft.commands.start import completion, init
 from mlx_sft.commands.talk import chat, generate
 from mlx_sft.common_settings import common_sections
 from mlx_sft.compare.settings import CompareSettings
-from mlx_sft.console import print_error, write_text
-from mlx_sft.crash_report import Interrupted, command_line
-from mlx_sft.errors import INTERRUPTED, USAGE, UserError
-from mlx_sft.files import refuse_lost_folder
+from mlx_sft.console import write_text
+from mlx_sft.errors import FAILURE, USAGE, UserError
+from mlx_sft.grammar import Commands, named, named_run, out
 from mlx_sft.options import (
     Late,
     Sectioned,
@@ -32,36 +33,20 @@ from mlx_sft.options import (
     taken,
     trusting,
 )
+from mlx_sft.writing import place_for_file
 
 
-class _Commands(click.Group):
-    """Commands whose `UserError` becomes a message and an exit code, and so does Ctrl-C, and whatever else is raised."""
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        with command_line():
-            return super().main(*args, **options)
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            refuse_lost_folder()
-            return super().invoke(context)
-        except KeyboardInterrupt:
-            raise Interrupted(INTERRUPTED) from None
-        except UserError as error:
-            print_error(error)
-            raise click.exceptions.Exit(error.exit_code) from None
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mlx-sft")
 def main() -> None:
     """Fine-tune language models natively on Apple silicon, exactly.
 
     \b
-    mlx-sft inspect --data chats.jsonl
-    mlx-sft plan --data chats.jsonl
-    mlx-sft train --data chats.jsonl
-    mlx-sft export --run runs/... --to merged
+    mlx-sft inspect chats.jsonl
+    mlx-sft plan chats.jsonl
+    mlx-sft train chats.jsonl
+    mlx-sft chat runs/...
+    mlx-sft export runs/... --out my-model
     """
 
 
@@ -74,7 +59,7 @@ def main() -> None:
 def train(config_file: str | None, supervise: bool, **options: Any) -> None:
     """Fine-tune a model on chats.
 
-    Options override the settings of --config. The last line on stdout is the run folder.
+    DATA is what --data names: the rows. Options override the settings of --config. The last line on stdout is the run folder.
     """
     config = resolved(config_file, options)
     if supervise:
@@ -119,9 +104,9 @@ def inspect(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    """Look at data as training would see it: what is supervised, what is lost, what is suspicious.
+    """Look at data as training would see it.
 
-    It takes the settings of `train` that shape the data, and trains nothing.
+    What is supervised, what is lost, what is suspicious. It takes the settings of `train` that shape the data, and trains nothing.
     """
     if html is not None and (row is not None or only is not None or as_json):
         hint = "leave them out; the page has a search and a filter"
@@ -131,6 +116,8 @@ def inspect(
     if write_clean is not None and any(option is not None for option in (row, only, html)):
         hint = "leave them out; all rows that are kept are written"
         raise UserError("--row, --only and --html do not go with --write-clean", hint=hint, exit_code=USAGE)
+    if html is not None:
+        place_for_file(html)  # before what takes long
     config = resolved(config_file, options)
     from mlx_sft import inspection
     from mlx_sft.console import Console
@@ -157,9 +144,10 @@ def inspect(
 @click.option("--json", "as_json", is_flag=True, help="Write all of it as a line of JSON.")
 @trusting
 def plan(config_file: str | None, machine: str | None, as_json: bool, **options: Any) -> None:
-    """Show what a run would take, before any weight is read: memory part by part, what fits, and how long.
+    """Show what a run would take in memory and time.
 
-    It takes the settings of `train`, trains nothing, and needs no more of the model than its config.json and tokenizer.
+    Before any weight is read: memory part by part, what fits, and how long. It takes the settings of `train`, trains nothing, and
+    needs no more of the model than its config.json and tokenizer. It exits with 1 where the run does not fit.
     """
     from mlx_sft.console import Console
     from mlx_sft.training.plan import RunPlan, planned_config
@@ -172,6 +160,8 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
         write_text(found.to_json() + "\n")
     else:
         console.data(found.pieces())
+    if found.refusal is not None:
+        raise click.exceptions.Exit(FAILURE)
 
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})
@@ -181,8 +171,9 @@ def plan(config_file: str | None, machine: str | None, as_json: bool, **options:
 @click.option("--resume", metavar="DIR", help="Go on with a comparison that was cut short; it takes no other option.")
 @trusting
 def compare(config_file: str | None, out: str | None, resume: str | None, **options: Any) -> None:
-    """Find out which method serves your rows best: each by a small search over learning rates, measured alike.
+    """Find out which method serves your rows best.
 
+    Each is searched over a few learning rates, and all are measured alike. To compare runs that there are, see `mlx-sft runs compare`.
     The table is on stdout; the last line is the page.
     """
     from mlx_sft.compare.comparison import compare_methods
@@ -196,8 +187,8 @@ def compare(config_file: str | None, out: str | None, resume: str | None, **opti
 
 
 @main.command(cls=Late, context_settings={"max_content_width": 100})
-@click.option("--run", required=True, metavar="RUN", help="The run folder.")
-@click.option("--to", required=True, metavar="DIR", help="The folder to write.")
+@named_run(example="mlx-sft export RUN --out DIR")
+@out("The folder to write.")
 @export_options
 @click.option("--overwrite", is_flag=True, help="Replace a folder that already holds something.")
 @click.option(
@@ -208,7 +199,7 @@ def compare(config_file: str | None, out: str | None, resume: str | None, **opti
 )
 @trusting
 def export(run: str, to: str, **options: Any) -> None:
-    """Write a run as a folder that PyTorch, mlx-lm or llama.cpp opens.
+    """Write a run for PyTorch, mlx-lm or llama.cpp to open.
 
     The last line on stdout is the folder.
     """
@@ -225,8 +216,14 @@ def export(run: str, to: str, **options: Any) -> None:
 
 
 @main.command()
-@click.option("--model", required=True, metavar="MODEL", help="A checkpoint folder, a Hub id, or `tiny`.")
-@click.option("--to", required=True, metavar="DIR", help="The folder to write.")
+@named(
+    "model",
+    "--model",
+    "MODEL",
+    help="A checkpoint folder, a Hub id, or `tiny`, as MODEL names it too.",
+    needed="write mlx-sft convert MODEL --out DIR",
+)
+@out("The folder to write.")
 @click.option("--quantize", type=choices("quantize"), help="Quantize the weights.")
 @click.option(
     "--dtype",
@@ -246,7 +243,7 @@ def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> Non
 
 
 @main.command()
-@click.argument("run")
+@named_run(example="mlx-sft push RUN --repo OWNER/NAME")
 @click.option("--repo", required=True, metavar="OWNER/NAME", help="The repository; it is made where there is none.")
 @click.option(
     "--adapter-only", is_flag=True, help="The adapter alone, instead of a whole checkpoint with it merged in."
@@ -259,6 +256,7 @@ def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> Non
     show_default=True,
     help="What a run with --quantize is merged into: the base in full precision, or the numbers that its quantized weights stand for.",
 )
+@click.option("--strength", type=float, help="What an adapter adds is multiplied with this.")
 @click.option("--private", is_flag=True, help="For its members only; a public repository is refused.")
 @click.option("--overwrite", is_flag=True, help="Replace what the repository already holds; its history keeps that.")
 @click.option(
@@ -268,7 +266,7 @@ def convert(model: str, to: str, quantize: str | None, dtype: str | None) -> Non
 def push(run: str, repo: str, **options: Any) -> None:
     """Publish a run on the Hugging Face Hub, with a model card.
 
-    RUN is the run folder. The last line on stdout is the address. The token is that of `hf auth login`, or HF_TOKEN.
+    The last line on stdout is the address. The token is that of `hf auth login`, or HF_TOKEN.
     """
     from mlx_sft.console import Console
     from mlx_sft.convert.publish import push
@@ -285,8 +283,11 @@ def push(run: str, repo: str, **options: Any) -> None:
 
 main.add_command(adapters)
 main.add_command(chat)
+main.add_command(completion)
 main.add_command(doctor)
 main.add_command(evaluate)
 main.add_command(generate)
+main.add_command(init)
 main.add_command(report)
 main.add_command(runs)
+main.add_command(serve)

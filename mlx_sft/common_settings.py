@@ -47,8 +47,9 @@ class CommonSettings(Settings):
     Give it again for several; with shares of the mixture, `a.jsonl:0.7` and `b.jsonl:0.3`."""
     valid: Annotated[str | None, OnResume.MOVED] = None
     """Validation rows, in any form that --data takes."""
-    valid_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the conversations held out for validation (seeded; duplicates stay together); 0 holds out none."""
+    valid_fraction: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = "auto"
+    """Share of the conversations held out for validation (seeded; duplicates stay together); 0 holds out none, and auto of 100 rows or
+    more a twentieth, 10 to 200, where there are no other validation rows."""
     max_length: int = Field(default=2048, ge=2)
     """Longest conversation or piece of text, in tokens."""
     overlong: Literal["split", "truncate", "drop", "error"] | None = None
@@ -117,8 +118,8 @@ class CommonSettings(Settings):
     rejected one."""
 
     # optimization
-    epochs: Annotated[int, OnResume.GROWS] = Field(default=1, ge=1)
-    """Passes over the data."""
+    epochs: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], OnResume.GROWS] = 1
+    """Passes over the data; auto is one over 300 rows or more, and of fewer as many as 300 rows hold, at most 10."""
     max_steps: Annotated[int | None, OnResume.GROWS] = Field(default=None, ge=1)
     """Optimizer steps, instead of --epochs."""
     time_limit: Annotated[str | None, OnResume.REVISED] = Field(default=None, alias="for")
@@ -134,7 +135,8 @@ class CommonSettings(Settings):
     optimizer: str = "adamw"
     """What turns gradients into updates."""
     lr: float = Field(default=2e-4, ge=0)
-    """Peak learning rate; where not given, 5e-6 with --objective dpo."""
+    """Peak learning rate; where not given, what suits the method, the objective and the model: 2e-4 for LoRA, 5e-6 for it with
+    preferences, other numbers for other methods."""
     scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: float = Field(default=0.03, ge=0, le=1)
@@ -157,6 +159,11 @@ class CommonSettings(Settings):
     # evaluation and saving
     eval_every: Every = "epoch"
     """Evaluate every so many steps, or `epoch`."""
+    forgetting: Annotated[bool, OnResume.FREE] = True
+    """Measure at each evaluation how far the model has moved from the base on general texts."""
+    general_data: Annotated[str | None, OnResume.FREE] = None
+    """General rows for that, in any form that --data takes by itself, of which the first 2,048 tokens are read; some pages of general
+    knowledge in English where not given."""
     save_every: Every = 50
     """Write a checkpoint every so many steps, or `epoch`; one is always written at the end."""
     keep: Annotated[int, OnResume.FREE] = Field(default=3, ge=1)
@@ -257,7 +264,7 @@ class CommonSettings(Settings):
 
     @model_validator(mode="after")
     def _common_settings_agree(self) -> CommonSettings:
-        if self.valid is not None and self.valid_fraction > 0:
+        if self.valid is not None and self.valid_fraction not in ("auto", 0):
             raise ValueError("valid and valid_fraction exclude each other; give one")
         if not METHODS[self.method].frozen_base:
             for name in _STARTS:

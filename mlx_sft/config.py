@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import ValidationError, create_model
@@ -25,10 +25,12 @@ from mlx_sft.common_settings import (
     option_name,
     public_name,
 )
+from mlx_sft.config_files import read_settings
 from mlx_sft.errors import USAGE, UserError, did_you_mean
 from mlx_sft.files import read_yaml
 from mlx_sft.other_names import suggestion
-from mlx_sft.registry import CALLBACKS, OBJECTIVES
+from mlx_sft.recommended import Recommendation, recommendations
+from mlx_sft.registry import CALLBACKS
 from mlx_sft.settings import Settings
 
 S = TypeVar("S", bound=Settings)
@@ -38,11 +40,16 @@ class TrainConfig(CommonSettings):
     """Everything that `mlx-sft train` can be told. Raises `UserError` that names every problem at once.
 
     An instance also has the settings of the method, objective and optimizer that it names, and those of the callbacks.
+
+    Attributes:
+        recommendations: The defaults that are not the settings' own, because they suit the model, the method or the objective.
     """
+
+    recommendations: ClassVar[tuple[Recommendation, ...]] = ()
 
     def __new__(cls, /, **settings: Any) -> TrainConfig:
         """An instance of the class that has the settings of the chosen entries too."""
-        chosen = {name: settings.get(name) for name in (*CHOOSING, "callbacks")}
+        chosen = {name: settings.get(name) for name in COMPOSING}
         return super().__new__(composed(chosen) if cls is TrainConfig else cls)
 
     def __init__(self, /, **settings: Any) -> None:
@@ -57,8 +64,8 @@ class TrainConfig(CommonSettings):
 
     @classmethod
     def resolve(cls, file: str | Path | None = None, **options: Any) -> TrainConfig:
-        """The configuration from a YAML file, overlaid with options; raises `UserError` for what cannot be."""
-        settings = (read_yaml(Path(file)) if file else {}) | options
+        """The configuration from a YAML file, or one that ships, overlaid with options; raises `UserError` for what cannot be."""
+        settings = (read_settings(file) if file else {}) | options
         settings = _choices_of(settings.get("resume")) | settings
         try:
             config = cls(**settings)
@@ -71,23 +78,41 @@ class TrainConfig(CommonSettings):
     def require_data(self) -> None:
         """Raise `UserError` where neither data nor a run that goes on is named."""
         if not self.data and self.resume is None and self.resume_from_peft is None:
-            hint = "give --data FILE, or --resume RUN; from Python, rows in memory: train(config, data=rows)"
+            hint = (
+                "give rows (mlx-sft train FILE, or --data FILE), or --resume RUN; from Python: train(config, data=rows)"
+            )
             raise UserError("data: nothing to train on", hint=hint, exit_code=USAGE)
+
+    def recommended(self) -> list[Recommendation]:
+        """The recommendations that the configuration follows, whether by itself or because it was told to."""
+        return [one for one in self.recommendations if getattr(self, one.name) == one.value]
 
     def settings(self, owner: type[S]) -> S:
         """The settings of one owner, which the configuration has because the owner was chosen."""
         return owner.model_construct(**{name: getattr(self, name) for name in owner.model_fields})
 
     def to_yaml(self, header: str = "") -> str:
-        """The resolved configuration, in the order of the sections."""
+        """The resolved configuration, in the order of the sections; behind what is recommended, for what."""
         settings = self.model_dump(mode="json", by_alias=True, exclude={"resume"})
         order = [public_name(name) for names in sections(self).values() for name in names]
-        ordered = {name: settings[name] for name in order if name in settings}
-        return header + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+        remarks = {public_name(one.name): f"  # recommended {one.reason}" for one in self.recommended()}
+        lines = [
+            yaml.safe_dump({name: settings[name]}, allow_unicode=True).rstrip("\n") + remarks.get(name, "")
+            for name in order
+            if name in settings
+        ]
+        return header + "".join(f"{line}\n" for line in lines)
+
+
+COMPOSING = (*CHOOSING, "callbacks", "model")
+"""The settings that decide which others a configuration has, and their defaults."""
 
 
 def composed(chosen: dict[str, Any]) -> type[TrainConfig]:
-    """`TrainConfig` joined with the settings of the chosen entries; for a name that there is not, with those of the default one."""
+    """`TrainConfig` joined with the settings of the chosen entries, with the defaults that suit these and the model.
+
+    For the name of an entry that there is not, the default entry stands.
+    """
     names = {
         kind: name if isinstance(name, str) and name in registry else str(TrainConfig.model_fields[kind].default)
         for kind, registry in CHOOSING.items()
@@ -99,12 +124,12 @@ def composed(chosen: dict[str, Any]) -> type[TrainConfig]:
     entries = [registry[names[kind]] for kind, registry in CHOOSING.items()]
     entries += [CALLBACKS[name] for name in dict.fromkeys((*CALLBACKS.built_in(), *further))]
     owners = dict.fromkeys(entry.Settings for entry in entries if entry.Settings.model_fields)
-    return _joined(*owners, defaults=tuple(OBJECTIVES[names["objective"]].defaults.items()))
+    return _joined(*owners, recommended=recommendations(names, chosen.get("model")))
 
 
 @cache
-def _joined(*owners: type[Settings], defaults: tuple[tuple[str, Any], ...] = ()) -> type[TrainConfig]:
-    """`TrainConfig` with the settings of these owners, and with these defaults in place of its own."""
+def _joined(*owners: type[Settings], recommended: tuple[Recommendation, ...] = ()) -> type[TrainConfig]:
+    """`TrainConfig` with the settings of these owners, and with what is recommended in place of its own defaults."""
     taken: dict[str, type[Settings]] = dict.fromkeys(TrainConfig.model_fields, TrainConfig)
     validators = _validators(TrainConfig)
     for owner in owners:
@@ -118,11 +143,12 @@ def _joined(*owners: type[Settings], defaults: tuple[tuple[str, Any], ...] = ())
         validators |= _validators(owner)
     bases: Any = (TrainConfig, *owners)
     others: Any = {}
-    for name, default in defaults:
-        info = copy(TrainConfig.model_fields[name])
-        info.default = default
-        others[name] = (info.annotation, info)
+    for one in recommended:
+        info = copy(TrainConfig.model_fields[one.name])
+        info.default = one.value
+        others[one.name] = (info.annotation, info)
     joined: type[TrainConfig] = create_model("TrainConfig", __base__=bases, __module__=__name__, **others)
+    joined.recommendations = recommended
     return joined
 
 

@@ -156,18 +156,24 @@ class Console:
         return screen.width if screen.is_terminal else 0
 
     def step(
-        self, record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str] = ()
+        self,
+        record: Mapping[str, Any],
+        total_steps: int,
+        seconds_left: float,
+        metrics: Sequence[str] = (),
+        mean_loss: float | None = None,
     ) -> None:
         """One optimizer step: the live line, a plain line now and then, or a line of JSON.
 
         Args:
             metrics: The names of what is shown besides, behind the loss.
+            mean_loss: Of the last steps, which is shown beside that of this one.
         """
         if self._json_lines:
             self._emit(record)
         if not self._shown:
             return
-        line = _step_line(record, total_steps, seconds_left, metrics)
+        line = step_line(record, total_steps, seconds_left, metrics, mean_loss)
         number = record["step"]
         if self._screen.is_terminal:
             if self._live is None:
@@ -321,6 +327,11 @@ def count(number: int | float) -> str:
     return f"{number:,.0f}"
 
 
+def many(number: int, thing: str) -> str:
+    """`1 row`, `1,234 rows`."""
+    return f"{number:,} {thing}{'s' if number != 1 else ''}"
+
+
 def size(number_of_bytes: float) -> str:
     """`1.20 GB`, `340 MB`, `0.3 MB`, `41 kB`."""
     if 0 < number_of_bytes < 1e5:
@@ -351,8 +362,12 @@ def _metrics(record: Mapping[str, Any], names: Sequence[str]) -> str:
     return "".join(f"{name} {record[name]:.4g}  " for name in names if record.get(name) is not None)
 
 
-def _step_line(record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str]) -> str:
+def step_line(
+    record: Mapping[str, Any], total_steps: int, seconds_left: float, metrics: Sequence[str], mean_loss: float | None
+) -> str:
+    """What a person is told of a step, on one line."""
     loss = "skipped" if record["loss"] is None else f"{record['loss']:.4f}"
+    loss += "" if mean_loss is None else f" (mean {mean_loss:.4f})"
     rate = record["tokens_per_second"]
     supervised = rate * record["supervised_tokens"] / max(1, record["tokens"])
     return (

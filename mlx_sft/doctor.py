@@ -14,31 +14,19 @@ from huggingface_hub import get_token, is_offline_mode
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import count, size
-from mlx_sft.data.cache import cache_folder
 from mlx_sft.errors import blamed_on
-from mlx_sft.files import free_bytes
+from mlx_sft.files import cache_folder, free_bytes
 from mlx_sft.registry import TARGETS
 from mlx_sft.training.batch_settings import most_tokens
 from mlx_sft.training.callbacks.power import conditions
+from mlx_sft.training.fitting import QWEN3, qwen3_footprint
 from mlx_sft.training.machine import Machine, this_machine
 from mlx_sft.training.memory import MODES
-from mlx_sft.training.plan import footprint_of
-from mlx_sft.writing import new_file, private_folder
 
 _PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers", "huggingface_hub", "numpy")
 _OLDEST_MACOS = 14
 _LITTLE_DISK = 10 * 2**30
 _LITTLE_MEMORY = 4 * 2**30
-
-_QWEN3: dict[str, tuple[int, int, int, int, bool]] = {
-    "0.6B": (1024, 3072, 28, 16, True),
-    "1.7B": (2048, 6144, 28, 16, True),
-    "4B": (2560, 9728, 36, 32, True),
-    "8B": (4096, 12288, 36, 32, False),
-    "14B": (5120, 17408, 40, 40, False),
-    "32B": (5120, 25600, 64, 64, False),
-}
-"""Shapes of Qwen3: width, that of the MLP, layers, heads, whether embeddings and head are one (their config.json on the Hub)."""
 
 USEFUL_TOKENS = 1024
 """A row that is shorter than this is no use for most chats."""
@@ -135,7 +123,7 @@ def _largest(machine: Machine) -> Finding:
     """The largest of Qwen3's sizes with which a row of some use fits, plain and quantized."""
     found = []
     for quantize in (None, "4"):
-        sizes = ((name, _longest(name, machine, quantize)) for name in reversed(_QWEN3))
+        sizes = ((name, _longest(name, machine, quantize)) for name in reversed(QWEN3))
         name, tokens = next(((name, tokens) for name, tokens in sizes if tokens >= USEFUL_TOKENS), ("", 0))
         if name:
             how = f" with --quantize {quantize}" if quantize else ""
@@ -145,15 +133,6 @@ def _largest(machine: Machine) -> Finding:
 
 
 def _longest(name: str, machine: Machine, quantize: str | None) -> int:
-    hidden, inner, layers, heads, tied = _QWEN3[name]
-    config = {
-        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151_936, "hidden_size": hidden, "head_dim": 128,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8,
-        "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960, "tie_word_embeddings": tied, "hidden_act": "silu",
-    }  # fmt: skip
-    with private_folder() as folder:
-        with new_file(Path(folder) / "config.json") as file:
-            file.write(json.dumps(config).encode())
-        settings = TrainConfig(data=["-"], model=folder, quantize=quantize)
-        footprint = footprint_of(settings, Path(folder), machine.dtype, fused=machine.fused)
+    settings = TrainConfig(data=["-"], model="Qwen/Qwen3-" + name, quantize=quantize)
+    footprint = qwen3_footprint(name, settings, machine.dtype, fused=machine.fused)
     return max(most_tokens(footprint, mode, machine.memory) for mode in MODES)

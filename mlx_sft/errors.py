@@ -89,5 +89,16 @@ _MOST_REASON = 300
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`did you mean "epochs"?` for the nearest of the known names, else an empty string."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f'did you mean "{nearest[0]}"?' if nearest else ""
+    near = nearest(name, known)
+    return f'did you mean "{near}"?' if near else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The nearest of the known names; None where none is near, as `for` is not to `foo`: a letter is more of a short name."""
+    word, words = name.lstrip("-/"), {one.lstrip("-/"): one for one in known}
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.75 if len(word) <= _SHORT else 0.6)
+    return words[near[0]] if near else None
+
+
+_SHORT = 5
+"""Letters of a name in which two must not be wrong."""

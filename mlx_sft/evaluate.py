@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.console import many
 from mlx_sft.data.dataset import Examples, check_vocabulary
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.data.report import SourceReport
@@ -89,11 +90,11 @@ class EvaluationResult:
             return json.dumps(self.record(), allow_nan=False)
         perplexity = "" if self.perplexity is None else f"perplexity {self.perplexity:.2f}  "
         own = "".join(f"{name} {value:.4g}  " for name, value in self.evaluation.own.items())
-        f1 = f"F1 {self.mean_f1:.1%} of {len(self.f1)} short answers  " if self.f1 else ""
+        f1 = f"F1 {self.mean_f1:.1%} of {many(len(self.f1), 'short answer')}  " if self.f1 else ""
         return (
             f"loss {self.loss:.4f}  {perplexity}token accuracy {self.token_accuracy:.1%}  "
             f"exact match {self.exact_match:.1%}  {f1}{own}"
-            f"({self.fates()}, {self.supervised_tokens} supervised tokens)"
+            f"({self.fates()}, {many(self.supervised_tokens, 'supervised token')})"
         )
 
     def record(self) -> dict[str, float | None]:
@@ -106,7 +107,11 @@ class EvaluationResult:
 
     def fates(self) -> str:
         """`9 rows, 1 dropped`: how many rows were used, and what became of others."""
-        return ", ".join(f"{number} {fate}" for fate, number in self._fates.items() if number or fate == "rows")
+        return ", ".join(
+            many(number, "row") if fate == "rows" else f"{number} {fate}"
+            for fate, number in self._fates.items()
+            if number or fate == "rows"
+        )
 
     @property
     def _fates(self) -> dict[str, int]:

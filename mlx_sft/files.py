@@ -163,6 +163,20 @@ def user_path(name: str | Path) -> Path:
     return path
 
 
+def cache_folder() -> Path | None:
+    """$MLX_SFT_CACHE, else mlx-sft in $XDG_CACHE_HOME, else in ~/.cache; None for a user without a home.
+
+    A folder that any user could have made, such as one in /tmp, is none of these: whoever makes a cache decides what is trained on.
+    """
+    if own := os.environ.get("MLX_SFT_CACHE"):
+        return user_path(own).absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return user_path((base if base.is_absolute() else Path.home() / ".cache") / "mlx-sft")
+    except RuntimeError:  # a user without a home
+        return None
+
+
 def refuse_lost_folder() -> None:
     """Raise `UserError` where the working folder, by which other paths are understood, was removed."""
     try:

@@ -8,19 +8,16 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import stream_generate
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_sft.data.prompt import prompt_text
+from mlx_sft.data.prompt import Prompt, prompt_token_ids
 from mlx_sft.data.tokenizer import generation_ends, tokenizer_errors
-from mlx_sft.errors import UserError
 from mlx_sft.generation_settings import GenerationSettings
 from mlx_sft.load import AdaptedModel
 from mlx_sft.model.load import LoadedModel
 from mlx_sft.model.vocabulary import vocabulary_size
-
-Prompt = str | list[dict[str, Any]]
-"""A user's message, or a list of messages."""
 
 
 def stream_text(loaded: LoadedModel, prompt: Prompt, **settings: Any) -> Iterator[str]:
@@ -47,6 +44,13 @@ def generate_text(loaded: LoadedModel, prompt: Prompt, **settings: Any) -> str:
 
 def continued(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSettings) -> Generator[str]:
     """What the model writes after these tokens, piece by piece, up to its end of turn; stop texts and system prompt are not looked at."""
+    with closing(responses(loaded, token_ids, chosen)) as found:
+        for response in found:
+            yield response.text
+
+
+def responses(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSettings) -> Generator[GenerationResponse]:
+    """As `continued`, with mlx-lm's count of the tokens and why the answer ended."""
     method = loaded.method if isinstance(loaded, AdaptedModel) else None
     # mlx-lm draws from the random numbers of the whole process.
     if chosen.seed is not None and chosen.temperature > 0:
@@ -73,10 +77,9 @@ def continued(loaded: LoadedModel, token_ids: list[int], chosen: GenerationSetti
                 ),
                 prompt_cache=method.generation_cache(loaded.model) if method else None,
             )
-        ) as responses,
+        ) as found,
     ):
-        for response in responses:
-            yield response.text
+        yield from found
 
 
 def until_stop(stops: Sequence[str], pieces: Generator[str]) -> Iterator[str]:
@@ -101,23 +104,8 @@ def _begun(text: str, stops: Iterable[str]) -> int:
 
 def prompt_tokens(loaded: LoadedModel, prompt: Prompt, system: str | None = None) -> list[int]:
     """Token ids of a prompt, with the header that opens the assistant's turn."""
-    if isinstance(prompt, str) and not loaded.tokenizer.chat_template:
-        if system is not None:
-            what = "a system prompt needs a chat template, and this model has none"
-            raise UserError(what, where=str(loaded.path), hint="put its words into the prompt itself")
-        return _tokens(loaded, prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     config = loaded.train_config if isinstance(loaded, AdaptedModel) else None
-    return _tokens(loaded, prompt_text(loaded.tokenizer, messages, config, system), add_special_tokens=False)
-
-
-def _tokens(loaded: LoadedModel, text: str, **options: bool) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError("the prompt is not UTF-8 text", hint="write it in UTF-8, without half a character") from error
-    with tokenizer_errors(str(loaded.path), "the prompt"):
-        return list(loaded.tokenizer(text, **options)["input_ids"])
+    return prompt_token_ids(loaded.tokenizer, prompt, config, system)
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -68,6 +69,7 @@ def load_run(
     dtype: str | None = None,
     step: WhichStep = None,
     base_model: str | None = None,
+    strength: float | None = None,
 ) -> AdaptedModel:
     """Load a run's base model and put what the run trained into it.
 
@@ -77,6 +79,7 @@ def load_run(
         dtype: As for `load_model`; without one, what the run was trained in. Adapters stay float32.
         step: What it had trained by `"best"` or `"last"`, or by a step that has a checkpoint; without one, the result of a finished run.
         base_model: Where its base lies now, if no longer where training found it; it must be the same one.
+        strength: What an adapter adds is multiplied with this.
 
     Raises:
         UserError: If the run has not finished and no step is given, it has nothing of that step, its base model cannot be loaded or is
@@ -86,7 +89,9 @@ def load_run(
     config = config_of(folder, base_model)
     if base and step is not None:
         raise UserError("--step is of what was trained, which --base leaves out", hint=_ONE, exit_code=USAGE)
-    return load_on_base(folder, config, None if base else Trained(folder, config, step), dtype)
+    if base and strength is not None:
+        raise UserError("--strength is of what was trained, which --base leaves out", hint=_ONE, exit_code=USAGE)
+    return load_on_base(folder, config, None if base else Trained(folder, config, step, strength), dtype)
 
 
 def load_on_base(run: RunFolder, config: TrainConfig, found: Trained | None, dtype: str | None = None) -> AdaptedModel:
@@ -153,12 +158,12 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
     name = model or method_in(Path(folder)).base_model(Path(folder))
     if not name:
         raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
-    tokenizer, new = _of_adapter(Path(folder), resolve_checkpoint(name))
+    tokenizer, new = own_tokenizer(Path(folder), resolve_checkpoint(name))
     loaded = load_model(name, dtype, tokenizer, new_tokens=new)
     return adapted(loaded, put_adapter(loaded.model, folder))
 
 
-def _of_adapter(folder: Path, base: Path) -> tuple[PreTrainedTokenizerBase | None, NewTokens | None]:
+def own_tokenizer(folder: Path, base: Path) -> tuple[PreTrainedTokenizerBase | None, NewTokens | None]:
     """The tokenizer that lies beside an adapter, or that its run had, where it has tokens that the base's lacks, and these."""
     if (run := run_of_result(folder)) is not None:
         config = TrainConfig.resolve(run.config)
@@ -177,19 +182,20 @@ def load_named(
     """The model that a person names in one of three ways: a run, a model, or an adapter on a model.
 
     Args:
-        of_run: What only a run takes: `step` and `base_model` of `load_run`.
+        of_run: What only a run takes: `step`, `base_model` and `strength` of `load_run`.
 
     Raises:
         UserError: If these do not go together, or as `load_run` and `load_adapter`.
     """
     if (run is None) == (model is None and adapter is None):
-        hint = "mlx-sft generate --run runs/... --prompt ..."
-        raise UserError("give either --run, or --model or --adapter, or both of these", hint=hint, exit_code=USAGE)
+        hint = "mlx-sft generate runs/... --prompt ..."
+        what = "give either a run (RUN or --run), or --model or --adapter, or both of these"
+        raise UserError(what, hint=hint, exit_code=USAGE)
     if base and run is None:
-        raise UserError("--base goes with --run", hint="a model alone is its own base", exit_code=USAGE)
+        raise UserError("--base goes with --run (or RUN)", hint="a model alone is its own base", exit_code=USAGE)
     if stray := next((name for name, value in of_run.items() if value is not None and run is None), None):
         option = "--" + stray.replace("_", "-")
-        raise UserError(f"{option} goes with --run", hint=f"leave {option} out", exit_code=USAGE)
+        raise UserError(f"{option} goes with --run (or RUN)", hint=f"leave {option} out", exit_code=USAGE)
     if adapter is not None:
         return load_adapter(adapter, model)
     return load_run(run, base=base, **of_run) if run is not None else load_model(str(model))
@@ -232,13 +238,18 @@ class Trained:
         run: The run.
         config: Its configuration.
         step: Which step; see `WhichStep`.
+        strength: What it adds to the base is multiplied with this; as it is where None.
 
     Raises:
         UserError: If the run has not finished and no step was given, or there is nothing of that step.
     """
 
-    def __init__(self, run: RunFolder, config: TrainConfig, step: WhichStep = None) -> None:
-        self.run, self.config, self.step = run, config, step
+    def __init__(
+        self, run: RunFolder, config: TrainConfig, step: WhichStep = None, strength: float | None = None
+    ) -> None:
+        self.run, self.config, self.step, self.strength = run, config, step, strength
+        if strength is not None and not 0 < strength < math.inf:
+            raise UserError(f"--strength {strength:g} is no number above 0", hint="give 0.8 or so", exit_code=USAGE)
         self._kind: type[Method] = METHODS[config.method]
         self.file: Path | None = None
         """Of the checkpoint that it is read from."""
@@ -273,11 +284,13 @@ class Trained:
             raise UserError(what, hint="see `mlx-sft export --help`", exit_code=USAGE) from None
 
     def read(self) -> tuple[Method, Parameters]:
-        """The method, and its parameters, float32."""
+        """The method, and its parameters, float32; raises `UserError` where its strength cannot be another."""
         if self.file is None:
-            return self._kind.read(self.folder)
-        kept = {name: mx.array(value) for name, value in read_arrays(self.file)}
-        return make_method(self.config).of_checkpoint(kept)
+            method, parameters = self._kind.read(self.folder)
+        else:
+            kept = {name: mx.array(value) for name, value in read_arrays(self.file)}
+            method, parameters = make_method(self.config).of_checkpoint(kept)
+        return method, parameters if self.strength is None else method.scaled(parameters, self.strength)
 
     def bytes(self) -> int:
         """Near enough what it takes on the disk in its method's own form."""
@@ -285,11 +298,12 @@ class Trained:
 
     @contextmanager
     def in_own_form(self) -> Iterator[Path]:
-        """A folder with it in its method's own form; for a checkpoint one that is there as long as the block runs."""
-        if self.file is None:
+        """A folder with it in its method's own form; for a checkpoint, and of another strength, one that is there while the block runs."""
+        if self.file is None and self.strength is None:
             yield self.folder
             return
-        with workplace(self.run.path, self.bytes(), "reading this checkpoint") as folder:
+        doing = "reading this checkpoint" if self.file else "scaling what was trained"
+        with workplace(self.run.path, self.bytes(), doing) as folder:
             method, parameters = self.read()
             method.write(folder, parameters, name_elsewhere(self.config.model))
             del parameters

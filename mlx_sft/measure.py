@@ -74,19 +74,20 @@ def each_named(
 
     Args:
         base: Each run's model as it was before training.
-        of_run: `step` and `base_model` of `load_run`, for every run.
+        of_run: `step`, `base_model` and `strength` of `load_run`, for every run.
 
     Raises:
         UserError: If nothing is named, what is named does not go together, or a run or an adapter is not there.
     """
     if not runs and not models and not adapters:
-        hint = "mlx-sft eval --run runs/... --data held_out.jsonl"
-        raise UserError("give --run, --model or --adapter", hint=hint, exit_code=USAGE)
+        hint = "mlx-sft eval runs/... --data held_out.jsonl"
+        raise UserError("give a run (RUN or --run), --model or --adapter", hint=hint, exit_code=USAGE)
     of_run = {name: value for name, value in of_run.items() if value is not None}
     if not runs and (base or of_run):
         option = "--base" if base else "--" + next(iter(of_run)).replace("_", "-")
-        raise UserError(f"{option} goes with --run", hint=f"leave {option} out", exit_code=USAGE)
-    step = f" (step {of_run['step']})" if "step" in of_run else ""
+        raise UserError(f"{option} goes with --run (or RUN)", hint=f"leave {option} out", exit_code=USAGE)
+    said = [f"{name} {of_run[name]}" for name in ("step", "strength") if name in of_run]
+    step = f" ({', '.join(said)})" if said else ""
     found = [Named(run + (" (base)" if base else step), {"run": run, "base": base, **of_run}) for run in runs]
     of_adapters = {"model": models[0]} if len(models) == 1 else {}
     if (len(runs), len(models), len(adapters)) != (0, 1, 1):

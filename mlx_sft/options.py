@@ -7,7 +7,6 @@ with MLX and transformers, which takes seconds that `mlx-sft --help` and `--vers
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -17,13 +16,13 @@ from pydantic.fields import FieldInfo
 from mlx_sft.common_settings import option_name, public_name
 from mlx_sft.compare.settings import NOT_SHARED
 from mlx_sft.config import TrainConfig, all_fields, entry_settings, owners_of, sections
-from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import read_yaml
-from mlx_sft.other_names import suggestion
+from mlx_sft.config_files import NAMES_OR_PATHS, PATHS, read_settings
+from mlx_sft.grammar import Command, a_path, bare, named
+from mlx_sft.kept_options import is_completing, kept
 from mlx_sft.registry import METHODS, OBJECTIVES, OPTIMIZERS, TARGETS
 from mlx_sft.settings import Settings
 
-Command = Callable[..., None]
+Function = Callable[..., None]
 
 _CHOSEN_AMONG = {"method": METHODS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS}
 _OF_ENTRIES = {"method", "objective", "callbacks"}
@@ -38,34 +37,16 @@ class _Later(click.Option):
         self.make = make
 
 
-class Late(click.Command):
+class Late(Command):
     """A command with options that are made when they are asked for."""
 
     def get_params(self, context: click.Context) -> list[click.Parameter]:
-        made = (one.make() if isinstance(one, _Later) else [one] for one in self.params)
+        def options(later: _Later) -> Sequence[click.Option]:
+            return kept(f"{self.name} {later.name}", later.make) if is_completing() else later.make()
+
+        made = (options(one) if isinstance(one, _Later) else [one] for one in self.params)
         self.params = [parameter for parameters in made for parameter in parameters]
         return super().get_params(context)
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """As click does, with a way out for options of other trainers, and for data that is named without its option."""
-        options = {parameter.name for parameter in self.get_params(context)}
-        context.allow_extra_args = "config_file" in options
-        try:
-            rest = super().parse_args(context, args)
-        except click.NoSuchOption as error:
-            hint = suggestion(error.option_name, lambda field: option_name(field) if field in options else None)
-            if not hint:
-                raise
-            raise UserError(f"no such option {error.option_name}", hint=hint, exit_code=USAGE) from error
-        if rest and not context.resilient_parsing:
-            meant = " ".join(f"--config {word}" if _is_yaml(word) else f"--data {word}" for word in rest)
-            what = f"{rest[0]} stands there without an option"
-            raise UserError(what, hint=f"did you mean {meant}?", exit_code=USAGE)
-        return rest
-
-
-def _is_yaml(name: str) -> bool:
-    return name.lower().endswith((".yaml", ".yml"))
 
 
 class Sectioned(Late):
@@ -75,14 +56,14 @@ class Sectioned(Late):
         section_of = {field: title for title, fields in sections().items() for field in fields}
         listed: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(context):
-            if record := parameter.get_help_record(context):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(context)):
                 listed.setdefault(section_of.get(str(parameter.name), "Options"), []).append(record)
         for title, records in listed.items():
             with formatter.section(title):
                 formatter.write_dl(records)
 
 
-def settings(*without: str, only: Collection[str] = (), shared: bool = False) -> Callable[[Command], Command]:
+def settings(*without: str, only: Collection[str] = (), shared: bool = False) -> Callable[[Function], Function]:
     """`--config`, and an option for each setting of a run: all but some, or only some, or those that all runs of a comparison share."""
 
     def is_chosen(name: str) -> bool:
@@ -90,23 +71,32 @@ def settings(*without: str, only: Collection[str] = (), shared: bool = False) ->
             return name not in NOT_SHARED and not _OF_ENTRIES & {kind for kind, _ in owners_of(name)}
         return name in only if only else name not in without
 
-    def make() -> list[click.Option]:
-        fields = all_fields()
-        return [_option(name, fields[name]) for names in sections().values() for name in names if is_chosen(name)]
-
-    def decorate(command: Command) -> Command:
-        command = click.option("--settings", cls=_Later, make=make)(command)
-        return click.option("--config", "config_file", metavar="FILE", help="YAML file with settings of a run.")(
-            command
-        )
+    def decorate(command: Function) -> Function:
+        command = _settings(is_chosen)(command)
+        command = click.option("--config", "config_file", metavar="FILE", shell_complete=a_path,
+            help="YAML file with settings of a run, or the name of one that ships, such as tiny-lora.")(command)  # fmt: skip
+        return bare("data", "DATA")(command)
 
     return decorate
 
 
-def own_options(owner: type[Settings]) -> Callable[[Command], Command]:
+def some_settings(*names: str) -> Callable[[Function], Function]:
+    """Options for settings of a run, without a file of them."""
+    return _settings(names.__contains__)
+
+
+def _settings(is_chosen: Callable[[str], bool]) -> Callable[[Function], Function]:
+    def make() -> list[click.Option]:
+        fields = all_fields()
+        return [_option(name, fields[name]) for names in sections().values() for name in names if is_chosen(name)]
+
+    return click.option("--settings", cls=_Later, make=make)
+
+
+def own_options(owner: type[Settings]) -> Callable[[Function], Function]:
     """An option for each field of the settings that a command has for itself."""
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Function) -> Function:
         for name, info in reversed(owner.model_fields.items()):
             command = click.option(f"--{name.replace('_', '-')}", **_kind(info) | {"help": _help_text(info)})(command)
         return command
@@ -114,7 +104,7 @@ def own_options(owner: type[Settings]) -> Callable[[Command], Command]:
     return decorate
 
 
-def export_options(command: Command) -> Command:
+def export_options(command: Function) -> Function:
     """`--format`, and an option for each setting of an export format."""
     return click.option("--format", cls=_Later, make=_of_targets)(command)
 
@@ -161,21 +151,24 @@ trusting = click.option(
 step = click.option("--step", metavar="STEP",
     help="What the run had trained by its best evaluation (best), by now (last), or by a step that has a checkpoint (its number); "
     "the result of a finished run where not given.")  # fmt: skip
+strength = click.option(
+    "--strength", type=float, help="What an adapter of the run adds is multiplied with this: 0.8 takes a fifth away."
+)
 base_model = click.option("--base-model", metavar="MODEL",
     help="Where the run's base lies now, if not where training found it.")  # fmt: skip
 
 
-def which_model(command: Command) -> Command:
+def which_model(command: Function) -> Function:
     """A run, a model, or an adapter on a model: what `load_named` takes."""
     return _which(command)
 
 
-def which_models(command: Command) -> Command:
+def which_models(command: Function) -> Function:
     """Several of them: what `each_named` takes."""
     return _which(command, " Give it again for several.")
 
 
-def _which(command: Command, more: str = "") -> Command:
+def _which(command: Function, more: str = "") -> Function:
     several = bool(more)
     for option in (
         trusting,
@@ -184,9 +177,10 @@ def _which(command: Command, more: str = "") -> Command:
                      help="An adapter of PEFT's or mlx-lm's, on --model or on the base that it names." + more),
         click.option("--model", metavar="MODEL", multiple=several,
                      help="A model instead of a run, such as an exported folder." + more),
+        strength,
         step,
         base_model,
-        click.option("--run", metavar="RUN", multiple=several, help="The run folder." + more),
+        named("run", "--run", "RUN", several=several, help="The run folder, as RUN names it too." + more),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -204,7 +198,7 @@ def taken(owner: type[Settings], options: dict[str, Any]) -> dict[str, Any]:
 
 def stated(config_file: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """The settings of runs that were given, with those of a YAML file beneath them."""
-    return (read_yaml(Path(config_file)) if config_file else {}) | given(options)
+    return (read_settings(config_file) if config_file else {}) | given(options)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
@@ -222,6 +216,8 @@ def _option(field: str, info: FieldInfo) -> click.Option:
     names = [option_name(field), field]
     if field in _CHOSEN_AMONG:
         options["type"] = click.Choice(_CHOSEN_AMONG[field].names())
+    elif field in (*PATHS, *NAMES_OR_PATHS, "out"):
+        options["shell_complete"] = a_path
     elif info.annotation is bool and (info.default or len({str(owner.default) for owner in _owned(field)}) > 1):
         names[0] = f"{option_name(field)}/--no-{public_name(field).replace('_', '-')}"
         options = {"default": None, "help": options["help"]}

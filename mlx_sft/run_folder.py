@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -14,6 +15,7 @@ from pathlib import Path
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import disk_errors, open_regular, read_errors, read_json, read_text, sha256_line, user_path
 from mlx_sft.gate import checked
+from mlx_sft.near_paths import instead_of_run
 from mlx_sft.writing import (
     is_temporary,
     path_of,
@@ -28,6 +30,8 @@ CHECKPOINT_PARAMETERS, CHECKPOINT_SUMS = "parameters.safetensors", "SHA256SUMS"
 """In the folder of a checkpoint: what is trained, and the checksums of its files."""
 
 MOST_SUMS_BYTES = 2**16
+_WAITS = (0.01, 0.03, 0.1)
+"""Seconds."""
 LONGEST_METRIC = 2**20
 """Bytes; a longer line comes in pieces."""
 
@@ -42,6 +46,16 @@ class Inside:
         return run.path / self._name
 
 
+def _lock(descriptor: int) -> None:
+    """Raise `BlockingIOError` where another process has the lock, and not only for the moment in which it looks whether one does."""
+    for wait in _WAITS:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(wait)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class RunFolder:
     """A run on disk.
 
@@ -51,11 +65,13 @@ class RunFolder:
       environment.json    versions and machine
       data_report.json    every input row: kept, truncated or dropped, and why
       metrics.jsonl       a line an optimizer step and an evaluation
+      samples.jsonl       what the model answered to a few prompts before the first step and at each evaluation
       reference.safetensors  for preferences: log p of every text under the model as training started
       adapter/            PEFT's files: the best by validation loss, else the last (weights/ for --method full)
       last/               the last, where adapter/ holds an earlier, better one
       checkpoints/        step-00000050/, ...: what --resume continues from
       report.html         all of it as a page, while it trains and at its end
+      tensorboard/        with --report-to tensorboard: its event files
       README.md           a model card, which is there once the run has finished
       error.log           the traceback of an error that nobody foresaw, where one ended the run
     ```
@@ -63,8 +79,9 @@ class RunFolder:
 
     config, environment, data_report = Inside("config.yaml"), Inside("environment.json"), Inside("data_report.json")
     metrics, card, error_log = Inside("metrics.jsonl"), Inside("README.md"), Inside("error.log")
-    reference = Inside("reference.safetensors")
+    reference, samples = Inside("reference.safetensors"), Inside("samples.jsonl")
     page = Inside("report.html")
+    tensorboard = Inside("tensorboard")
     adapter, weights, last, checkpoints = Inside("adapter"), Inside("weights"), Inside("last"), Inside("checkpoints")
 
     def __init__(self, path: str | Path) -> None:
@@ -167,11 +184,15 @@ class RunFolder:
         """Open a run that `train` made; raises `UserError` for any other folder, and for one with what is no regular file."""
         run = cls(path)
         if not run.config.is_file():
-            raise UserError(
-                "not a run folder: it has no config.yaml",
-                where=str(run.path),
-                hint="give the folder that `mlx-sft train` printed last, such as runs/...",
+            why = (
+                "it has no config.yaml"
+                if run.path.is_dir()
+                else "it is a file"
+                if run.path.exists()
+                else "it is not there"
             )
+            hint = instead_of_run(run.path) or "give the folder that `mlx-sft train` printed last, such as runs/..."
+            raise UserError(f"not a run folder: {why}", where=str(run.path), hint=hint)
         checked(run.path, deep=True)
         return run
 
@@ -205,7 +226,7 @@ class RunFolder:
             descriptor = os.open(self.path, os.O_RDONLY)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor)
             except BlockingIOError as error:
                 hint = "wait until it has ended, or end it; a run has one process at a time"
                 raise UserError("another process is training this run", where=str(self.path), hint=hint) from error
@@ -239,7 +260,7 @@ class RunFolder:
         refuse_link(run.path)
         needed = [file for file in run._head if file != run.reference]
         if missing := next((file.name for file in needed if not file.is_file()), None):
-            hint = "give a folder that `mlx-sft runs` lists; what is no run is not removed"
+            hint = instead_of_run(run.path) or "give a folder that `mlx-sft runs` lists; what is no run is not removed"
             raise UserError(f"not a run folder: it has no {missing}", where=str(run.path), hint=hint, exit_code=USAGE)
         with run._claimed():
             return run

@@ -35,7 +35,14 @@ _PAGE = """\
 
 
 def page(
-    body: Path, title: str, parts: Mapping[str, str], *, style: str = "", script: str = "", again: int | None = None
+    body: Path,
+    title: str,
+    parts: Mapping[str, str],
+    *,
+    style: str = "",
+    script: str = "",
+    again: int | None = None,
+    connects: bool = False,
 ) -> str:
     """A page of a body, and of the style and the script that lie beside it under its name, where there are any.
 
@@ -47,11 +54,13 @@ def page(
         parts: Safe where they stand in the body: escaped, or made by `embedded`.
         style, script: What comes before those of the page.
         again: Seconds after which it is loaded anew.
+        connects: Whether its script may ask the server that it came from, and no other, for more.
     """
     style += _text(body.with_suffix(".css"))
     script += _text(body.with_suffix(".js"))
     scripts = _digest(script) if script else "'none'"
     policy = f"default-src 'none'; style-src {_digest(style)}; script-src {scripts}; img-src 'none'; base-uri 'none'; form-action 'none'"
+    policy += "; connect-src 'self'" if connects else ""
     refresh = f'<meta http-equiv="refresh" content="{again}">\n' if again is not None else ""
     known = {
         **parts, "title": escaped(title), "policy": policy, "style": style, "script": script, "again": refresh,

@@ -23,8 +23,9 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from mlx_sft.errors import UserError
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import disk_errors, free_bytes, refuse_full_disk, user_path
+from mlx_sft.near_paths import instead_of_folder
 
 _THIS_MACHINE = f"{zlib.crc32(os.fsencode(platform.node())):08x}"
 _TEMPORARY = re.compile(r"\.writing-([0-9a-f]{8})-(\d+)-")
@@ -99,13 +100,24 @@ def _refuse_device(path: Path) -> None:
             raise UserError(what, where=str(path), hint="name a file")
 
 
-def write_file(path: Path, content: str | bytes, *, parents: bool = False) -> None:
+def place_for_file(name: str | Path) -> Path:
+    """The path of a file that someone wants written; raises `UserError` for a folder, and where the folder that is to hold it is not there.
+
+    No folder is made for it: a misspelt one would be, without a word.
+    """
+    path = user_path(name)
+    if path.is_dir():
+        raise UserError("this is a folder", where=str(name), hint="name a file in it", exit_code=USAGE)
+    if not path.parent.is_dir():
+        hint = instead_of_folder(path.parent) or f"make it first: mkdir -p {path.parent}"
+        raise UserError(f"there is no folder {path.parent}", where=str(name), hint=hint, exit_code=USAGE)
+    return path
+
+
+def write_file(path: Path, content: str | bytes) -> None:
     """Write a file atomically: at every instant its path holds the old content or the new one, never a part.
 
     A link at its path is replaced; what it leads to stays as it is.
-
-    Args:
-        parents: Make the folders that it is in, where they are not there. A run's are not made anew once someone has moved them.
     """
     data = content.encode() if isinstance(content, str) else content
 
@@ -113,15 +125,13 @@ def write_file(path: Path, content: str | bytes, *, parents: bool = False) -> No
         with new_file(temporary) as file:
             file.write(data)
 
-    write_file_with(path, write, parents=parents)
+    write_file_with(path, write)
 
 
-def write_file_with(path: Path, write: Callable[[Path], object], *, parents: bool = False) -> None:
+def write_file_with(path: Path, write: Callable[[Path], object]) -> None:
     """As `write_file`, with the content written by `write(temporary_path)`, which makes a `new_file`."""
     temporary = _temporary(path)
     with disk_errors(path):
-        if parents:
-            path.parent.mkdir(parents=True, exist_ok=True)
         _refuse_device(path)
         remove_abandoned(path.parent)
         try:
@@ -187,11 +197,13 @@ def make_folder(path: Path) -> None:
 
 
 def free_folder(to: str | Path) -> Path:
-    """A folder that is to be written, as an absolute path; raises `UserError` where it already holds something."""
+    """A folder that is to be written, as an absolute path; raises `UserError` for a file, and where it already holds something."""
     refuse_link(user_path(to))
     target = user_path(to).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("this folder already holds something", where=str(to), hint="give another --to")
+    if target.exists() and not target.is_dir():
+        raise UserError("this is a file, not a folder", where=str(to), hint="name a new folder", exit_code=USAGE)
+    if target.exists() and any(target.iterdir()):
+        raise UserError("this folder already holds something", where=str(to), hint="give another --out")
     return target
 
 
@@ -203,7 +215,7 @@ def write_folder(path: Path, needed: int = 0, *, parents: bool = False) -> Itera
 
     Args:
         needed: Bytes that it will take; 0 where that is not known.
-        parents: As for `write_file`.
+        parents: Make the folders that it is in, where they are not there. A run's are not made anew once someone has moved them.
     """
     temporary = _temporary(path)
     with disk_errors(path, needed):

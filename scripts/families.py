@@ -37,9 +37,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mlx_sft import export, load_run, train
 from mlx_sft.config import TrainConfig
 from mlx_sft.convert.targets.mlx import convert
-from mlx_sft.model.load import TINY, load_model
+from mlx_sft.model.load import load_model
 from mlx_sft.model.names import INSIDE
 from mlx_sft.model.translate import exact_length, family_code
+from mlx_sft.recommended import TINY
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"

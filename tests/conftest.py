@@ -33,6 +33,7 @@ from mlx_sft.methods.lora import Lora, LoraSettings
 from mlx_sft.methods.peft_files import write_adapter
 from mlx_sft.model.load import load_model
 from mlx_sft.run_folder import RunFolder
+from mlx_sft.training.callbacks import samples
 from mlx_sft.training.machine import memory_limits_restored
 from tests.chats import write_chats
 from tests.neighbours import find_neighbour
@@ -89,6 +90,15 @@ def _cache_of_tokenized_rows(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A cache of the tests' own, also for the processes that they start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_SFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _time_for_samples() -> Iterator[None]:
+    """A busy machine leaves none out, so that two runs have the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        for bound in ("_FREE", "_AT_ONCE"):
+            patch.setattr(samples, bound, 3600.0)
         yield
 
 
@@ -214,6 +224,7 @@ def settings_of_run(chats: Path, base: Path, out: Path) -> dict[str, Any]:
         "batch_size": 4,
         "epochs": 2,
         "quiet": True,
+        "samples": 0,  # which would take more time than such a run
     }
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIMINGS = {"seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes"}
+TIMINGS = {"time", "seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes"}
 TIMINGS |= {"active_memory_bytes", "cache_memory_bytes", "footprint_bytes"}
 """What a line of metrics says of the machine."""
 

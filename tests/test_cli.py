@@ -52,7 +52,10 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "prompt_init": (["text:be brief"], "text:be brief"),
     "prefix_init": (["cartridge:a.txt"], "cartridge:a.txt"),
     "chat_template": (["chatml"], "chatml"),
+    "report_to": (["tensorboard,wandb"], ["tensorboard", "wandb"]),
     "chat_template_kwargs": (['{"enable_thinking": false}'], {"enable_thinking": False}),
+    "general_data": (["general.jsonl"], "general.jsonl"),
+    "sample_prompts": (["prompts.txt"], "prompts.txt"),
 }
 """What to type for an option whose kind alone does not say it, and the value that it means."""
 
@@ -148,9 +151,9 @@ def test_help_names_every_option_with_its_default(cli: Cli) -> None:
 
 
 def test_options_override_the_file(cli: Cli, resolved: list[TrainConfig], tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("data: a.jsonl\nrank: 4\nshuffle: false\nquiet: true\n")
+    (tmp_path / "c.yaml").write_text("data: /a.jsonl\nrank: 4\nshuffle: false\nquiet: true\n")
     cli("train", "--config", tmp_path / "c.yaml", "--rank", "2", "--shuffle")
-    assert (resolved[0].data, resolved[0].rank, resolved[0].shuffle, resolved[0].quiet) == (["a.jsonl"], 2, True, True)
+    assert (resolved[0].data, resolved[0].rank, resolved[0].shuffle, resolved[0].quiet) == (["/a.jsonl"], 2, True, True)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +211,25 @@ def test_train_ends_stdout_with_the_run_folder_and_says_the_rest_on_stderr(cli: 
     said = result.stderr
     for part in (
         "chats.jsonl:", "<|im_start|>assistant\n⟦", "<|im_end|>⟧", "8 to train on, 2 held out", "% supervised",
-        "parameters (lora)", " 4 of 4 conversations", "step 4/4  loss ", "tokens/s", "validation loss", settings["out"],
+        "parameters (lora)", " 4 of 4 conversations", "step 4/4  loss ", " (mean ", "tokens/s", "validation loss", settings["out"],
+        "Finished after step 4", "The training loss went from", f"mlx-sft chat {settings['out']}",
     ):  # fmt: skip
         assert part in said
+
+
+def test_resuming_a_finished_run_says_that_it_is_and_how_it_goes_on(
+    cli: Cli, settings: dict[str, Any], run: str
+) -> None:
+    result = cli("train", "--resume", run)
+    assert (result.exit_code, result.stdout) == (0, f"{run}\n")
+    told = next(line for line in result.stderr.splitlines() if line.startswith("this run is finished"))
+    assert (
+        told
+        == f"this run is finished: its 4 steps are taken; to go on with more: mlx-sft train --resume {run} --epochs 4"
+    )
+    more = cli(*told.partition("mlx-sft ")[2].split())
+    assert "Finished after step 8" in more.stderr
+    assert "this run is finished" not in more.stderr
 
 
 def test_rows_that_were_cut_or_bad_are_counted_before_training(

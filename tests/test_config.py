@@ -41,15 +41,15 @@ def test_every_field_says_what_it_is_for() -> None:
 
 def test_a_file_is_overlaid_with_options(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
-    file.write_text("data: a.jsonl\nrank: 4\nlr: 1e-3\nbetas: [0.8, 0.99]\neval_every: epoch\njson: true\n")
+    file.write_text("data: /a.jsonl\nrank: 4\nlr: 1e-3\nbetas: [0.8, 0.99]\neval_every: epoch\njson: true\n")
     config = TrainConfig.resolve(file, rank=2, json=False)
-    assert (config.data, config.rank, config.lr, config.betas) == (["a.jsonl"], 2, 1e-3, (0.8, 0.99))
+    assert (config.data, config.rank, config.lr, config.betas) == (["/a.jsonl"], 2, 1e-3, (0.8, 0.99))
     assert (config.eval_every, config.json_lines) == ("epoch", False)
 
 
 def test_the_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
     given = TrainConfig(
-        data="dätä.jsonl", target=["q_proj", "v_proj"], eps=1e-12, seed=7, shuffle=False, eval_every=3, json_lines=True
+        data="/dätä.jsonl", target=["q_proj", "v_proj"], eps=1e-12, seed=7, shuffle=False, eval_every=3, json_lines=True
     )
     file = tmp_path / "config.yaml"
     file.write_text(given.to_yaml("# header\n"))
@@ -165,7 +165,7 @@ def test_a_template_variable_without_end_is_refused() -> None:
 
 
 def test_a_file_whose_name_is_not_utf8_can_be_named(tmp_path: Path) -> None:
-    config = TrainConfig(data="\udcff.jsonl", out="\udc80")
+    config = TrainConfig(data="/\udcff.jsonl", out="\udc80")
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     assert TrainConfig.resolve(file) == config

@@ -117,5 +117,5 @@ def test_an_export_that_does_not_fit_writes_nothing(
     leave_free(1000)
     with pytest.raises(UserError, match="this export takes up to") as caught:
         export(settings["out"], tmp_path / "exported", format=form)
-    assert "--to" in caught.value.hint
+    assert "--out" in caught.value.hint
     assert sorted(tmp_path.iterdir()) == before

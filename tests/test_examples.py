@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from mlx_sft import load_model
 from mlx_sft.data import encode_conversation
 from mlx_sft.generate import generate_text
-from mlx_sft.model.load import TINY
+from mlx_sft.recommended import TINY
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +28,7 @@ def test_the_embedded_model_is_a_small_whole_checkpoint() -> None:
     sizes = {path.name: path.stat().st_size for path in TINY.iterdir()}
     assert sizes.keys() == {
         *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "recommended.yaml"),
     }
     assert sum(sizes.values()) < 10e6
     assert "{% generation %}" not in (TINY / "chat_template.jinja").read_text()
@@ -62,8 +66,42 @@ def test_no_conversation_holds_what_is_held_out() -> None:
     assert not {pair["prompt"][0]["content"] for pair in pairs} & asked
 
 
+def test_the_table_has_questions_of_the_chats_and_their_answers() -> None:
+    with (ROOT / "examples" / "questions.csv").open(encoding="utf-8", newline="") as file:
+        rows = [(row["question"], row["answer"]) for row in csv.DictReader(file)]
+    chats = [[message["content"] for message in messages] for messages in conversations("chats.jsonl")]
+    assert len(set(rows)) == 300
+    assert set(rows) <= {pair for contents in chats for pair in pairwise(contents)}
+
+
 def test_the_examples_are_what_the_script_writes() -> None:
     examples = {path: path.read_bytes() for path in (ROOT / "examples").glob("*.jsonl")}
     script = ROOT / "scripts" / "make_tiny_model.py"
     subprocess.run([sys.executable, str(script), "--only-examples"], check=True, capture_output=True)
     assert {path: path.read_bytes() for path in examples} == examples
+
+
+def test_the_first_commands_of_the_readme_end_in_a_model_that_answers(cli: Callable[..., Any], tmp_path: Path) -> None:
+    data, run, held_out = tmp_path / "chats.jsonl", tmp_path / "runs" / "x", ROOT / "examples" / "held_out.jsonl"
+    rows = (ROOT / "examples" / "chats.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    data.write_text("".join(rows[:100]), encoding="utf-8")
+    given = ("--data", data, "--model", "tiny")
+    for look in ("inspect", "plan"):
+        result = cli(look, *given)
+        assert result.exit_code == 0, result.output
+    result = cli(
+        "train", *given, "--out", run, "--max-steps", "24"
+    )  # fewer than it takes by itself, for the test's time
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{run}\n"
+    ended = result.stderr[result.stderr.index("Finished after step") :].splitlines()
+    assert ended[-2:] == [f"try      mlx-sft chat {run}", f"page     {run}/report.html"]
+    assert "10 of 100 rows are held out" in result.stderr
+    right, before = (
+        json.loads(cli("eval", "--run", run, "--data", held_out, "--json", *base).stdout)["token_accuracy"]
+        for base in ([], ["--base"])
+    )
+    assert right > 0.8 > before
+    answer = cli("generate", "--run", run, "--prompt", "What is the capital of Nigeria?", "--max-tokens", "16")
+    assert answer.stdout.startswith("The ")
+    assert cli("export", "--run", run, "--to", tmp_path / "my-model").exit_code == 0

@@ -26,9 +26,10 @@ from mlx_sft.data.tokenizer import BrokenTokenizer, decoded
 from mlx_sft.gate import MOST_BYTES, MOST_CONFIG_DEPTH, checked, checked_tokenizer
 from mlx_sft.load import load_adapter
 from mlx_sft.methods.compose import merge_adapters
-from mlx_sft.model.load import TINY, load_model, load_tokenizer
+from mlx_sft.model.load import load_model, load_tokenizer
 from mlx_sft.model.outline import outline
 from mlx_sft.model.weights import Checkpoint
+from mlx_sft.recommended import TINY
 from mlx_sft.run_folder import RunFolder
 
 PACKAGE = Path(__file__).parents[1] / "mlx_sft"
@@ -356,6 +357,8 @@ _NO_FOLDER_OF_OTHERS = {
     "data/chat_template.py template_text (_NAMED / f'{given}.jinja').read_text": "comes with this package",
     "web_page.py _text file.read_text": "comes with this package",
     "charts.py  Path(__file__).with_name(f'charts.{kind}').read_text": "comes with this package",
+    "report/page.py  (_HERE / 'live.js').read_text": "comes with this package",
+    "training/notebook.py  Path(__file__).with_suffix('.css').read_text": "comes with this package",
     "convert/targets/trl/target.py write (_FILES / 'train.py.template').read_text": "comes with this package",
     "convert/targets/trl/target.py write (_FILES / 'requirements.txt').read_text": "comes with this package",
     "convert/targets/trl/target.py _readme (_FILES / 'README.md').read_text": "comes with this package",

@@ -153,7 +153,7 @@ def test_a_card_promises_only_what_can_be_opened(settings: dict[str, Any]) -> No
     assert "library_name: mlx" in card
     assert "PeftModel" not in card
     assert "mlx-sft generate --adapter DIR" in card
-    assert "--to merged" not in own
+    assert "--out merged" not in own
 
 
 # Callbacks

@@ -72,12 +72,3 @@ def test_each_unknown_key_has_its_own_suggestion(tmp_path: Path) -> None:
 def test_a_command_suggests_only_what_it_has(cli: Callable[..., Any]) -> None:
     assert "write --lr" not in cli("inspect", "--data", "x", "--learning-rate", "3").stderr
     assert "write --max-length" in cli("inspect", "--data", "x", "--max-seq-length", "3").stderr
-
-
-@pytest.mark.parametrize("command", ["train", "plan", "inspect"])
-def test_data_without_its_option_is_understood(command: str, cli: Callable[..., Any]) -> None:
-    result = cli(command, "chats.jsonl")
-    assert result.exit_code == USAGE
-    assert "hint: did you mean --data chats.jsonl?" in result.stderr
-    assert "did you mean --config my.yaml --data a.jsonl?" in cli(command, "my.yaml", "a.jsonl").stderr
-    assert "unexpected extra argument" in cli("export", "--run", "a", "--to", "b", "c").stderr

@@ -206,16 +206,19 @@ def test_what_writes_is_recognized(text: str, found: bool) -> None:
 # --- the package -------------------------------------------------------------------------------------------------------------
 
 
+OPTIONAL = ("data", "gguf", "tensorboard", "trackio", "wandb")
+
+
 def test_what_is_imported_is_declared() -> None:
     declared = {canonicalize_name(r.name) for r in requirements("dependencies")}
-    optional = {canonicalize_name(r.name) for group in ("data", "gguf") for r in requirements(group)}
+    optional = {canonicalize_name(r.name) for group in OPTIONAL for r in requirements(group)}
     distributions = packages_distributions()
     for path in MODULES:
         for module, _ in imports(parse(path)):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names | {"compression", "mlx_sft"}:  # compression: since Python 3.14
                 continue
-            owners = {canonicalize_name(name) for name in distributions[top]}
+            owners = {canonicalize_name(name) for name in distributions.get(top, [top])}  # of what is installed
             assert owners & (declared | optional), f"{path.name} imports {top}"
 
 
@@ -245,11 +248,11 @@ def test_mlx_comes_with_a_backend_everywhere() -> None:
 
 def test_torch_is_pinned_for_development_and_absent_otherwise() -> None:
     assert "torch==2.13.0" in {str(r) for r in requirements("dev")}
-    others = [r for group in ("dependencies", "data", "gguf", "cuda") for r in requirements(group)]
+    others = [r for group in ("dependencies", "cuda", *OPTIONAL) for r in requirements(group)]
     assert not {r.name for r in others} & {"torch", "peft", "trl"}
 
 
-def test_the_wheel_holds_the_package_with_the_tiny_model_and_nothing_else(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_package_with_the_tiny_model_and_configurations_and_nothing_else(tmp_path: Path) -> None:
     (built,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(built) as wheel:
         names = set(wheel.namelist())
@@ -258,7 +261,9 @@ def test_the_wheel_holds_the_package_with_the_tiny_model_and_nothing_else(tmp_pa
     outside = {n for n in names if not n.startswith("mlx_sft/") and ".dist-info/" not in n}
     assert not outside
     files = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    assert {n for n in names if n.startswith("mlx_sft/")} == files
+    beside = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*.yaml")}
+    rows = {"examples/chats.jsonl", "examples/preferences.jsonl"}
+    assert {n for n in names if n.startswith("mlx_sft/")} == files | {f"mlx_sft/{name}" for name in beside | rows}
     tiny = {Path(n).name for n in names if n.startswith("mlx_sft/model/tiny/")}
     assert tiny >= {
         "config.json",
@@ -315,6 +320,18 @@ def test_continuous_integration_runs_the_linters_then_the_readmes_test_command_i
     assert {"run": ".ci/run"} in job["steps"]
     systems = job["strategy"]["matrix"]["os"]
     assert {name.split("-")[0] for name in systems} == {"macos", "ubuntu"}
+
+
+def test_what_is_published_is_built_and_used_as_a_stranger_does_first_and_no_token_is_kept() -> None:
+    assert (ROOT / ".ci" / "dist").stat().st_mode & stat.S_IXUSR
+    text = (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
+    jobs = yaml.safe_load(text)["jobs"]
+    assert {"run": '.ci/dist "$GITHUB_REF_NAME"'} in jobs["build"]["steps"]
+    assert jobs["publish"]["needs"] == "build"
+    assert [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})] == ["publish"]
+    assert "secrets." not in text
+    checked = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]["dist"]
+    assert {"run": ".ci/dist"} in checked["steps"]
 
 
 def test_what_is_tested_is_the_package_of_this_checkout(tmp_path: Path) -> None:

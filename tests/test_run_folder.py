@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,16 @@ def test_a_run_is_written_by_one_at_a_time(tmp_path: Path) -> None:
         assert caught.value.where == str(run.path)
     with RunFolder(run.path).locked():
         assert list(run.path.iterdir()) == before
+
+
+def test_who_looks_whether_a_run_trains_keeps_nobody_from_training_it(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    looks = os.open(run.path, os.O_RDONLY)
+    fcntl.flock(looks, fcntl.LOCK_SH)
+    threading.Timer(0.02, os.close, [looks]).start()
+    with run.locked():
+        assert run.is_training
+    assert not run.is_training
 
 
 def test_what_a_killed_process_was_writing_goes_when_the_run_is_locked_and_an_export_in_it_stays(

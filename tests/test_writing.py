@@ -38,8 +38,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_written_with_the_folders_above_it(tmp_path: Path) -> None:
-    write_file(tmp_path / "a" / "b" / "text", "grüße\n", parents=True)
+def test_a_file_is_written_as_text_and_as_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    write_file(tmp_path / "a" / "b" / "text", "grüße\n")
     write_file(tmp_path / "a" / "b" / "bytes", b"\x00\xff")
     assert (tmp_path / "a" / "b" / "text").read_bytes() == "grüße\n".encode()
     assert (tmp_path / "a" / "b" / "bytes").read_bytes() == b"\x00\xff"

@@ -73,6 +73,7 @@ def settings(task: Task) -> dict[str, Any]:
     return {
         "model": task.model,
         "data": task.data,
+        "valid_fraction": 0,
         "init_adapter": task.adapter,
         "dtype": task.dtype,
         "batch_size": task.rows_per_step,

@@ -7,9 +7,10 @@ from typing import Literal
 import click
 
 from mlx_sft.console import write_text
+from mlx_sft.grammar import Commands, out
 
 
-@click.group()
+@click.group(cls=Commands)
 def adapters() -> None:
     """Look at adapters, and compose them."""
 
@@ -19,9 +20,10 @@ def adapters() -> None:
 @click.option("--model", metavar="MODEL", help="Its base, if not the one that it names; its weights need not be there.")
 @click.option("--json", "as_json", is_flag=True, help="Write the findings as a line of JSON.")
 def check(adapter: str, model: str | None, as_json: bool) -> None:
-    """Say what an adapter changes, and what of it PEFT, mlx-lm, llama.cpp and this program would not take.
+    """Say what an adapter changes, and what others drop of it.
 
-    DIR is an adapter of PEFT's or mlx-lm's, or a run. The exit code is 1 where one of them would not take all of it.
+    What of it PEFT, mlx-lm, llama.cpp and this program would not take. DIR is an adapter of PEFT's or mlx-lm's, or a run. The
+    exit code is 1 where one of them would not take all of it.
     """
     from mlx_sft.methods.adapter_check import check_adapter
 
@@ -33,14 +35,14 @@ def check(adapter: str, model: str | None, as_json: bool) -> None:
 
 @adapters.command(name="merge")
 @click.argument("adapters", nargs=-1, required=True, metavar="DIR[:WEIGHT]...")
-@click.option("--to", required=True, metavar="DIR", help="The folder to write.")
+@out("The folder to write.")
 @click.option(
     "--method",
     type=click.Choice(["linear", "cat", "svd"]),
-    default="linear",
+    default="cat",
     show_default=True,
-    help="linear adds up the matrices of equal ranks, as PEFT does; cat is the exact sum, whose rank is the sum of theirs; "
-    "svd is the nearest to that with --rank.",
+    help="cat is the exact sum, whose rank is the sum of theirs; svd is the nearest to that with --rank; linear adds up the matrices "
+    "of equal ranks, as PEFT does, which is another sum.",
 )
 @click.option("--rank", type=click.IntRange(min=1), help="For svd; the largest of theirs where not given.")
 def merge(adapters: tuple[str, ...], to: str, method: Literal["linear", "cat", "svd"], rank: int | None) -> None:

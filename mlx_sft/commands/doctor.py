@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from mlx_sft.console import write_text
+from mlx_sft.grammar import command
 
 
-@click.command()
+@command()
 @click.option("--json", "as_json", is_flag=True, help="Write each finding as a line of JSON.")
 @click.option(
     "--device",
@@ -19,20 +20,22 @@ from mlx_sft.console import write_text
     "--report", metavar="FILE", help="With --device: write a page of Markdown too, of what was expected and found."
 )
 def doctor(as_json: bool, device: bool, small: bool, report: str | None) -> None:
-    """What this machine is, what a run may take of it, what is missing, and the largest model that fits."""
-    if device:
-        from pathlib import Path
+    """Say what this machine is, and what is missing.
 
+    What a run may take of it, what is missing, and the largest model that fits.
+    """
+    if device:
         from mlx_sft.device_check import device_check
         from mlx_sft.device_check import report as as_page
-        from mlx_sft.writing import write_file
+        from mlx_sft.writing import place_for_file, write_file
 
+        page = place_for_file(report) if report is not None else None
         answers = []
         for answered in device_check(small=small):
             answers.append(answered)
             write_text(answered.line())
-        if report is not None:
-            write_file(Path(report), as_page(answers), parents=True)
+        if page is not None:
+            write_file(page, as_page(answers))
         return
     from mlx_sft.doctor import as_json as in_json
     from mlx_sft.doctor import described, findings

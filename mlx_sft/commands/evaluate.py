@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from mlx_sft.console import Console, write_text
+from mlx_sft.grammar import command
 from mlx_sft.options import which_models
 
 
-@click.command(name="eval")
+@command("eval")
 @which_models
 @click.option(
     "--data",

@@ -9,11 +9,12 @@ import click
 
 from mlx_sft.console import Console, write_text
 from mlx_sft.generation_settings import GenerationSettings
+from mlx_sft.grammar import command
 from mlx_sft.options import own_options, taken, which_model
 from mlx_sft.stdin import is_typed, read_all, read_line
 
 
-@click.command()
+@command()
 @which_model
 @own_options(GenerationSettings)
 @click.option("--prompt", metavar="TEXT", help="What to ask; read from standard input where not given.")
@@ -30,13 +31,13 @@ def generate(prompt: str | None, **options: Any) -> None:
     write_text("\n")
 
 
-@click.command()
+@command()
 @which_model
 @own_options(GenerationSettings)
 def chat(**options: Any) -> None:
-    """Talk with a model; /exit or Ctrl-D ends the conversation, and Ctrl-C an answer.
+    """Talk with a model.
 
-    A line that begins with / is a command: /help names them.
+    /exit or Ctrl-D ends the conversation, and Ctrl-C an answer. A line that begins with / is a command: /help names them.
     """
     settings = taken(GenerationSettings, options)
     GenerationSettings.of(settings)

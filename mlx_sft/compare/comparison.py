@@ -13,32 +13,36 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_sft.compare.candidates import Candidate, candidates_of
-from mlx_sft.compare.forgetting import kl_from, predictions
 from mlx_sft.compare.search import Pace, by_loss, halving, steps_within
 from mlx_sft.compare.settings import NOT_SHARED, CompareSettings
 from mlx_sft.compare.trials import STOPPED, Trial, folder_of, run_trial
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console, duration
+from mlx_sft.console import Console, duration, many
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.prepare import prepare, prepare_file
 from mlx_sft.data.sources import full_path
 from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.evaluate import evaluate_examples
+from mlx_sft.evaluate import bound, evaluate_examples
 from mlx_sft.files import disk_errors, folder_bytes, read_json, to_json, user_path
 from mlx_sft.gate import checked
 from mlx_sft.load import AdaptedModel, load_run
+from mlx_sft.model.head import SplitModel
 from mlx_sft.model.load import checkpoint_fingerprint, extended_tokenizer, resolve_checkpoint
+from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.model.weights import weight_files
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.safetensors_file import open_safetensors
 from mlx_sft.settings import first_problem
+from mlx_sft.training.forgetting import ForgettingMeter, general_rows
 from mlx_sft.training.resume import with_full_paths
 from mlx_sft.training.schedule import planned_steps
 from mlx_sft.writing import remove, write_file
 
 FILE, RUNS = "compare.json", "runs"
 _HELD_OUT = 0.1
+_MOST_NUMBERS = 2**26
+"""Of log-probabilities that are kept of the base: 256 MB, which are 441 positions of Qwen3's vocabulary."""
 _PILOT_STEPS = 5
 _ON_DISK = ("data", "valid", "model", "chat_template", "add_tokens")
 
@@ -124,7 +128,7 @@ class Comparison:
         """
         common = {name: value for name, value in common.items() if value is not None}
         configs = [candidate.config(common) for candidate in candidates_of(settings.methods, settings.learning_rates)]
-        if not {"valid", "valid_fraction"} & common.keys():
+        if "valid" not in common and common.get("valid_fraction", "auto") == "auto":
             common["valid_fraction"] = _HELD_OUT
             console.note(f"{_HELD_OUT:.0%} of the rows are held out, to choose learning rates by; --valid gives others")
         full = with_full_paths(configs[0])
@@ -162,7 +166,7 @@ class Comparison:
         path = resolve_checkpoint(self._config.model)
         if variables := with_todays_variables(self._config, self._tokenizer).chat_template_kwargs:
             record.common["chat_template_kwargs"] = variables
-        config, general = self._config, settings.general_data or str(Path(__file__).with_name("general.jsonl"))
+        config = self._config
         with self.console.reading() as reading:
             data = prepare(config, self._tokenizer, reading)
             self._tested = (
@@ -170,7 +174,7 @@ class Comparison:
                 if settings.test is None
                 else prepare_file(settings.test, config, self._tokenizer, reading)[0]
             )
-            self._general = prepare_file(general, config, self._tokenizer, reading)[0]
+            self._general = general_rows(config, settings.general_data, self._tokenizer, reading)
         record.most_steps = planned_steps(config, data).total_steps
         record.base_parameters = sum(
             prod(tensor.shape) for file in weight_files(path) for tensor in open_safetensors(file).tensors
@@ -235,7 +239,7 @@ class Comparison:
                 record.steps = dict(zip(labels, shares, strict=True))
         numbers = sorted(set(record.steps.values()))
         said = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-        self.console.note(f"each method trains for {said} of {most} steps in its last run")
+        self.console.note(f"each method trains for {said} of {many(most, 'step')} in its last run")
         self._keep()
 
     def _pace(self, candidate: Candidate, steps: int) -> Pace:
@@ -272,7 +276,7 @@ class Comparison:
         self.record.trials.append(trial)
         self._keep()
         shown = f"loss {trial.loss:.4f}" if trial.loss is not None else f"failed: {trial.failed or 'no finite loss'}"
-        self.console.note(f"{candidate.label}  lr {rate:g}  {steps} steps  {shown}  {duration(trial.wall)}")
+        self.console.note(f"{candidate.label}  lr {rate:g}  {many(steps, 'step')}  {shown}  {duration(trial.wall)}")
         return trial
 
     # What it came to
@@ -284,9 +288,9 @@ class Comparison:
             return
         record.tested = len(self._tested)
         folders = {label: self.run_of(label) for label in record.finals}
-        self.console.note(f"measuring {len(folders)} results and the base on {record.tested} rows")
+        self.console.note(f"measuring {many(len(folders), 'result')} and the base on {many(record.tested, 'row')}")
         loaded = load_run(next(iter(folders.values())), base=True)
-        before = list(predictions(loaded, self._general))
+        meter = meter_on(loaded, self._general)
         if record.base is None:
             record.base = self._measured(loaded)
         del loaded
@@ -295,7 +299,7 @@ class Comparison:
                 loaded = load_run(folder)
                 kept = folder / loaded.method.folder if loaded.method else folder
                 record.results[label] = self._measured(
-                    loaded, forgetting=kl_from(before, loaded, self._general), bytes=folder_bytes(kept)
+                    loaded, forgetting=meter.measured(split_of(loaded)), bytes=folder_bytes(kept)
                 )
                 del loaded
                 self._keep()
@@ -310,6 +314,22 @@ class Comparison:
         candidate = next(one for one in self.candidates if one.label == label)
         trial = self.record.finals[label]
         return folder_of(self.path / RUNS, candidate, trial.rate, trial.steps)
+
+
+def meter_on(base: AdaptedModel, rows: Examples) -> ForgettingMeter:
+    """What measures results against a base that is let go of."""
+    vocabulary = vocabulary_size(base.model, base.config)
+    meter = ForgettingMeter(split_of(base), rows, vocabulary, most_numbers=_MOST_NUMBERS)
+    meter.settle(head_is_frozen=False)
+    return meter
+
+
+def split_of(loaded: AdaptedModel) -> SplitModel:
+    """A loaded model in its parts, run as its method runs it."""
+    split = SplitModel(loaded.model)
+    split.run_body = bound(loaded).run_body
+    split.model.eval()
+    return split
 
 
 def compare_methods(

@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_sft.charts import COLOURS, STYLE, Axis, Series, chart
 from mlx_sft.compare.comparison import Comparison
 from mlx_sft.compare.table import COLUMNS, rows, verdict
+from mlx_sft.console import many
 from mlx_sft.web_page import escaped, page
 from mlx_sft.writing import write_file
 
@@ -29,7 +30,7 @@ def page_html(comparison: Comparison) -> str:
     model, data = record.common.get("model", ""), record.common.get("data", "")
     named = [data] if isinstance(data, str) else data
     steps = sorted(set(record.steps.values()))
-    equal = f"{steps[0]} steps of the same rows" if len(steps) == 1 else "the same time"
+    equal = f"{many(steps[0], 'step')} of the same rows" if len(steps) == 1 else "the same time"
     finals = [record.finals.get(candidate.label) for candidate in comparison.candidates]
     curves = [
         Series(

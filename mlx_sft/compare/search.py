@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mlx_sft.compare.trials import Trial, evaluations_of
-from mlx_sft.console import duration
+from mlx_sft.console import duration, many
 from mlx_sft.errors import USAGE, UserError
 
 REDUCTION, LONGER = 3, 6
@@ -105,7 +105,7 @@ def steps_within(paces: Sequence[Pace], seconds: float, most: int) -> int:
 
     fewest = min(_FEWEST, most)
     if needed(fewest) > seconds:
-        what = f"the time is too short: runs of {fewest} steps take about {duration(needed(fewest))} in all"
+        what = f"the time is too short: runs of {many(fewest, 'step')} take about {duration(needed(fewest))} in all"
         hint = "give --budget-minutes more, fewer --methods, or fewer --learning-rates"
         raise UserError(what, hint=hint, exit_code=USAGE)
     low, high = fewest, most + 1

@@ -21,6 +21,11 @@ NOT_SHARED = (
     "eval_every",
     "method",
     "objective",
+    "forgetting",
+    "general_data",
+    "samples",
+    "sample_prompts",
+    "sample_tokens",
 )
 """Settings of a run that a comparison decides itself."""
 

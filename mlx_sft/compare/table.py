@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mlx_sft.compare.comparison import Comparison, Figures
 from mlx_sft.compare.trials import Trial
-from mlx_sft.console import columns, count, duration, size
+from mlx_sft.console import columns, count, duration, many, size
 
 COLUMNS = (
     "method", "trained", "share", "memory", "time", "learning rate", "loss", "exact match", "forgetting", "on disk", "mergeable",
@@ -63,7 +63,7 @@ def verdict(comparison: Comparison) -> list[str]:
     lowest = record.results[best].loss
     near = [label for label, result in record.results.items() if result.loss <= _NEAR * lowest]
     smallest = min(near, key=lambda label: record.finals[label].parameters)
-    rows_of = f"{record.tested} rows that no run was trained on"
+    rows_of = f"{many(record.tested, 'row')} that no run was trained on"
     found = [f"{best} has the lowest loss, {lowest:.4f}, on {rows_of}."]
     if smallest != best:
         found.append(f"{smallest} trains the fewest parameters of those within {_NEAR - 1:.0%} of it.")

@@ -112,7 +112,15 @@ def run_trial(
     begun, counted = wall(), _Counted()
     trial = Trial(candidate=candidate.label, rate=rate, steps=steps)
     config = candidate.config(
-        common, lr=rate, max_steps=steps, eval_every=_apart(steps), out=str(folder), keep=1, quiet=True
+        common,
+        lr=rate,
+        max_steps=steps,
+        eval_every=_apart(steps),
+        out=str(folder),
+        keep=1,
+        quiet=True,
+        samples=0,
+        forgetting=False,
     )
     try:
         if (folder / "config.yaml").is_file():

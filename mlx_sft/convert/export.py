@@ -24,7 +24,7 @@ from mlx_sft.writing import refuse_link, write_folder
 LOST_LIMIT = 1.0
 """Where quantizing moves a weight by more than training did, what training did to it is no longer told from noise."""
 
-_ROOM = "remove what is not needed, or give --to on another disk"
+_ROOM = "remove what is not needed, or give --out on another disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,11 @@ def export(
         verify: Open what was written as its consumer does, and compare it with the trained model.
         options: Those of the format. Of all: `base_model` (where the run's base lies now, if it has moved; of `merged`, `mlx` and `gguf`
             also the original, where the run's own base is quantized). Of all but `trl`: `step` (`"best"` or `"last"`, or the number of a
-            step that has a checkpoint; without one, the result of a finished run). Of all but `peft`: `data` and `valid` (where these
-            lie now). Of `merged`, `mlx` and `gguf`: `base` (what a run on a quantized base is merged into: the `original` in full
-            precision, or the numbers that the quantized weights stand for, `dequantized`). Of `mlx`: `quantize` (`4`, `8` or `mxfp4`,
-            after the merge). Of `gguf`: `llama_cpp` (its folder, where that is not found) and `ollama` (write a Modelfile beside it).
+            step that has a checkpoint; without one, the result of a finished run) and `strength` (what an adapter adds is multiplied
+            with it). Of all but `peft`: `data` and `valid` (where these lie now). Of `merged`, `mlx` and `gguf`: `base` (what a run on a
+            quantized base is merged into: the `original` in full precision, or the numbers that the quantized weights stand for,
+            `dequantized`). Of `mlx`: `quantize` (`4`, `8` or `mxfp4`, after the merge). Of `gguf`: `llama_cpp` (its folder, where that is
+            not found) and `ollama` (write a Modelfile beside it).
 
     Raises:
         UserError: If the run has not finished and no step is given, `to` cannot be, the base does not fit, or the written differs from
@@ -106,8 +107,8 @@ def export(
     kind = target_kind(format)
     settings = _settings(kind, options)
     config, settings = _in_their_places(folder, config, settings)
-    step = getattr(settings, "step", None)
-    target = kind(Export(folder, config, user_path(to).resolve(), verify, step), settings)
+    step, strength = (getattr(settings, name, None) for name in ("step", "strength"))
+    target = kind(Export(folder, config, user_path(to).resolve(), verify, step, strength), settings)
     place = check_target(Path(to), folder, config, target.source, overwrite)
     target.check()
     needed = target.needed_bytes()
@@ -117,6 +118,8 @@ def export(
         verification = target.verify(temporary) if verify else None
     if step is not None and (number := target.export.trained.number) is not None:
         target.notes.append(f"what the run had trained by step {number}")
+    if strength is not None:
+        target.notes.append(f"what the adapter adds is scaled by {strength:g}")
     return ExportResult(place, format, verification, target.lost, tuple(target.notes))
 
 
@@ -182,8 +185,8 @@ def check_target(to: Path, run: RunFolder, config: TrainConfig, base: Path, over
             hint = "give a folder of its own"
             raise UserError("this folder is part of the run", where=str(to), hint=hint, exit_code=USAGE)
     if target.exists() and not target.is_dir():
-        raise UserError("this is a file, not a folder", where=str(to), exit_code=USAGE)
+        raise UserError("this is a file, not a folder", where=str(to), hint="name a new folder", exit_code=USAGE)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        hint = "give another --to, or replace it with --overwrite"
+        hint = "give another --out, or replace it with --overwrite"
         raise UserError("this folder already holds something", where=str(to), hint=hint)
     return target

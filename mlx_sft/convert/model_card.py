@@ -183,11 +183,13 @@ class Published:
         repository: `owner/name`.
         merged: A whole checkpoint; else the adapter in PEFT's files.
         mlx_lm: The folder that holds the adapter in mlx-lm's files; empty where there is none.
+        strength: By which what was trained is scaled; None for as it is.
     """
 
     repository: str
     merged: bool
     mlx_lm: str = ""
+    strength: float | None = None
 
 
 def model_card(summary: RunSummary, published: Published | None = None) -> str:

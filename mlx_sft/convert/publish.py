@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import size
+from mlx_sft.console import many, size
 from mlx_sft.convert.export import export
 from mlx_sft.convert.hub import Repository, files_of
 from mlx_sft.convert.model_card import Published, RunSummary, model_card, read_run_summary
@@ -53,14 +53,14 @@ class PushResult:
     url: str | None
 
     def __repr__(self) -> str:
-        return f"PushResult({self.repository}: {len(self.files)} files, {self.url or 'not uploaded'})"
+        return f"PushResult({self.repository}: {many(len(self.files), 'file')}, {self.url or 'not uploaded'})"
 
     def __str__(self) -> str:
         """For a person: the repository, its files, and the card."""
         kind = "private" if self.private else "public"
         width = max(map(len, self.files))
         files = "".join(f"  {name:{width}}  {number:>14,} bytes\n" for name, number in self.files.items())
-        total = f"{len(self.files)} files, {size(sum(self.files.values()))}"
+        total = f"{many(len(self.files), 'file')}, {size(sum(self.files.values()))}"
         return f"{self.repository} ({kind}): {total}\n{files}\n{CARD}:\n\n{self.card}"
 
 
@@ -71,6 +71,7 @@ def push(
     adapter_only: bool = False,
     base: str = "original",
     base_model: str | None = None,
+    strength: float | None = None,
     private: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -84,6 +85,7 @@ def push(
         adapter_only: The adapter, in PEFT's files and in mlx-lm's, instead of a whole checkpoint with the adapter merged in.
         base: What a run on a quantized base is merged into, as for `export`.
         base_model: The original, where the run's own base is a folder of quantized weights.
+        strength: What an adapter adds is multiplied with this, and the card says so.
         private: Only its members may see it; a repository that is public is refused.
         overwrite: Replace what the repository already holds.
         dry_run: Make and verify everything, upload nothing, and use no network.
@@ -116,10 +118,12 @@ def push(
         note("writing and verifying what is to be uploaded")
         written, verification = work / "model", None
         if adapter_only:
-            _write_adapter(folder, summary, written, note)
+            _write_adapter(folder, summary, written, note, strength)
         else:
-            verification = export(folder.path, written, base=base, base_model=base_model).verification
-        published = Published(repository, not adapter_only, _MLX_LM if (written / _MLX_LM).is_dir() else "")
+            verification = export(
+                folder.path, written, base=base, base_model=base_model, strength=strength
+            ).verification
+        published = Published(repository, not adapter_only, _MLX_LM if (written / _MLX_LM).is_dir() else "", strength)
         card = model_card(summary, published)
         write_file(written / CARD, card)
         _refuse_home(written)
@@ -131,11 +135,11 @@ def push(
     return PushResult(repository, private, files, card, verification, url)
 
 
-def _write_adapter(run: RunFolder, summary: RunSummary, folder: Path, note: Note) -> None:
+def _write_adapter(run: RunFolder, summary: RunSummary, folder: Path, note: Note, strength: float | None) -> None:
     """Write the files of the method's own form, such as PEFT's, and mlx-lm's beside them where its form can hold this adapter."""
-    export(run.path, folder, format=make_method(summary.config).alone)
+    export(run.path, folder, format=make_method(summary.config).alone, strength=strength)
     try:
-        export(run.path, folder / _MLX_LM, format="mlx-lm")
+        export(run.path, folder / _MLX_LM, format="mlx-lm", strength=strength)
     except UserError as error:
         note(f"there will be no files for mlx-lm: {error.what}")
     for file in folder.rglob("*.json"):

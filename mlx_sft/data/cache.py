@@ -37,7 +37,7 @@ from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.errors import UserError
-from mlx_sft.files import open_regular, read_json, user_path
+from mlx_sft.files import open_regular, read_json
 from mlx_sft.registry import FORMATS
 from mlx_sft.writing import new_file, open_to_append, private_folder, remove
 
@@ -54,20 +54,6 @@ _ROWS, _CHECKSUMS = "rows.json", "checksums.json"
 _KEY = re.compile("[0-9a-f]{64}")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 _PIECE = 1 << 20
-
-
-def cache_folder() -> Path | None:
-    """$MLX_SFT_CACHE, else mlx-sft in $XDG_CACHE_HOME, else in ~/.cache; None for a user without a home.
-
-    A folder that any user could have made, such as one in /tmp, is none of these: whoever makes a cache decides what is trained on.
-    """
-    if own := os.environ.get("MLX_SFT_CACHE"):
-        return user_path(own).absolute()
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        return user_path((base if base.is_absolute() else Path.home() / ".cache") / "mlx-sft")
-    except RuntimeError:  # a user without a home
-        return None
 
 
 # The key

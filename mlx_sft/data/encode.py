@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_sft.console import many
 from mlx_sft.data.call_forms import as_the_template_takes_them, changed_calls
 from mlx_sft.data.conversation import Conversation, Document, Item, Tokens
 from mlx_sft.data.example import IGNORED, Example, View, decoded_pieces, decoded_segments
@@ -162,7 +163,7 @@ class Encoder:
             # No later turn has less before it: what is too much is known after a few turns.
             if characters + (len(supervised) - number) * length > MOST_TEXT_OF_TURNS:
                 raise UserError(
-                    f"its {len(supervised):,} turns, each an example with all that comes before it, are more than "
+                    f"its {many(len(supervised), 'turn')}, each an example with all that comes before it, are more than "
                     f"{MOST_TEXT_OF_TURNS >> 20} million characters together",
                     where=conversation.origin,
                     hint="split the conversation into shorter ones, or give --train-on all, which takes it as one example",

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import Any
 
+from mlx_sft.console import many
 from mlx_sft.data.template import Facts
 
 ORIGINS_NAMED = 10
@@ -170,11 +171,6 @@ FACT_FINDINGS = (
 def first_of(lists: Iterable[Iterable[str]]) -> list[str]:
     """The first origins of several lists of them, each once."""
     return list(islice(dict.fromkeys(chain.from_iterable(lists)), ORIGINS_NAMED))
-
-
-def many(number: int, thing: str) -> str:
-    """`1 row`, `1,234 rows`."""
-    return f"{number:,} {thing}{'s' if number != 1 else ''}"
 
 
 def out_of(number: int, whole: int, thing: str) -> str:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_sft.console import many
 from mlx_sft.data.readers import READERS, reader_of
 from mlx_sft.errors import USAGE, UserError
 
@@ -133,7 +134,9 @@ def _whole(part: PartFiles) -> PartFiles:
         and numbers[0] < 2
         and numbers[-1] - numbers[0] < len(numbers)
     ):
-        what = f"it has {len(part.files)} files, where their names count {' and '.join(map(str, sorted(wholes)))}"
+        what = (
+            f"it has {many(len(part.files), 'file')}, where their names count {' and '.join(map(str, sorted(wholes)))}"
+        )
         raise UserError(what, where=str(part.name), hint="fetch what is missing, or name one file", exit_code=USAGE)
     return part
 

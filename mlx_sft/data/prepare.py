@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mlx_sft.common_settings import common_sections
 from mlx_sft.config import TrainConfig
+from mlx_sft.console import many
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.findings import FACT_FINDINGS, ORIGINS_NAMED
 from mlx_sft.data.lost_rows import BadRows, refuse_lost_data
@@ -44,6 +45,8 @@ class PreparedData:
         sources: Where the rows are, those to train on before those to validate on; as in the report.
         mixture: Of each source to train on, in order: how many of the examples in `train` are its, and its weight beside the
             others; None for all where they are simply put together.
+        valid_fraction: The share that was held out, for which the configuration may say `auto`.
+        tokenizer: With which they were encoded.
     """
 
     train: Examples
@@ -51,6 +54,8 @@ class PreparedData:
     report: DataReport
     sources: list[Source]
     mixture: list[tuple[int, float | None]]
+    valid_fraction: float
+    tokenizer: Any
 
 
 def prepare(
@@ -64,7 +69,8 @@ def prepare(
 ) -> PreparedData:
     """Read, encode and split the data that the configuration names.
 
-    Validation rows are those of `config.valid`, else a share of the rows, else the folders' own valid parts, else none.
+    Validation rows are those of `config.valid`, else a share of the rows that the configuration names, else the folders' own valid parts,
+    else by `auto` a small share of the rows where there are many, else none.
 
     Args:
         config: Names the data, and how it is split, cut and rendered.
@@ -90,12 +96,10 @@ def prepare(
         refuse_lost_data(sources, config.max_length)
     train = Examples.joined([examples for examples, _ in train_parts])
     valid = Examples.joined([examples for examples, _ in valid_parts])
-    if config.valid_fraction > 0:
-        try:
-            train, valid = split(train, config.valid_fraction, config.seed)
-        except UserError:
-            if strict:
-                raise
+    if valid_sources and config.valid_fraction == "auto":
+        config = config.model_copy(update={"valid_fraction": 0.0})
+    elif not valid_sources:
+        config, train, valid = _with_held_out(config, train, weights, progress or NoProgress(), strict=strict)
     mixture = list(zip(train.counts(), weights, strict=True))
     for source, (number, weight) in zip(train_sources, mixture, strict=True):
         if strict and weight is not None and not number:
@@ -115,7 +119,8 @@ def prepare(
     )
     if strict and pipeline.objective.mismatches:
         train, valid = (_mismatched(part, config) for part in (train, valid))
-    return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture)
+    fraction = float(config.valid_fraction)
+    return PreparedData(train, valid, report, [*train_sources, *valid_sources], mixture, fraction, tokenizer)
 
 
 def survey(config: TrainConfig, tokenizer: Any, progress: ReadingProgress | None = None) -> PreparedData:
@@ -164,7 +169,7 @@ def _refuse_empty_shares(sources: Sequence[Source], weights: Sequence[float], ex
     for source, share in zip(sources, shares(examples, weights), strict=False):  # without weights there are no shares
         if not share:
             hint = "give it a larger share, or leave it out"
-            raise UserError(f"its share of {examples} examples is less than one", where=source.name, hint=hint)
+            raise UserError(f"its share of {many(examples, 'example')} is less than one", where=source.name, hint=hint)
 
 
 # Which sources
@@ -191,7 +196,7 @@ def _sources(config: TrainConfig, rows: Any, valid_rows: Any) -> tuple[list[Sour
         parts = locate(data)
         train.append(_named_part(parts, data, "train"))
         if "valid" in parts:
-            if config.valid_fraction > 0:
+            if config.valid_fraction not in ("auto", 0):
                 raise UserError(
                     "the folder has a valid part, and valid_fraction asks for another",
                     where=data,
@@ -257,8 +262,9 @@ def _read(
         keys=result.store.keys,
     )
     if not examples and strict:
+        are_bad, are_dropped = (f"{number} {'is' if number == 1 else 'are'}" for number in (report.bad, report.dropped))
         raise UserError(
-            f"nothing to train on: of {report.rows} rows {report.bad} are bad and {report.dropped} are dropped",
+            f"nothing to train on: of {many(report.rows, 'row')} {are_bad} bad and {are_dropped} dropped",
             where=source.name,
             hint=f"the first: {notes[0].origin}: {notes[0].reason}",
         )
@@ -273,6 +279,45 @@ def _first(examples: Examples, truncation: Truncation) -> dict[str, list[str]]:
 
 
 # What is held out
+
+AUTO_FROM = 100
+"""Rows from which on some are held out where nothing is said of it: of fewer, none can be spared."""
+_AUTO_SHARE, _AUTO_LEAST, _AUTO_MOST = 0.05, 10, 200
+"""So many of them, in rows; docs/decisions.md says why."""
+
+
+def _with_held_out(
+    config: TrainConfig,
+    examples: Examples,
+    weights: Sequence[float | None],
+    progress: ReadingProgress,
+    *,
+    strict: bool,
+) -> tuple[TrainConfig, Examples, Examples]:
+    """The configuration with the share that is held out, as a number, and the examples to train and to validate on.
+
+    What `auto` would hold out is trained on where that would leave a source of a mixture without rows, or nothing to train on.
+    """
+    fraction, automatic, rows = config.valid_fraction, config.valid_fraction == "auto", len(np.unique(examples.rows))
+    if fraction == "auto":
+        wanted = min(_AUTO_MOST, max(_AUTO_LEAST, round(_AUTO_SHARE * rows)))
+        fraction = wanted / rows if rows >= AUTO_FROM else 0.0
+    train, valid = examples, Examples.joined([])
+    if fraction:
+        try:
+            train, valid = split(examples, fraction, config.seed)
+        except UserError:
+            if strict and not automatic:
+                raise
+    emptied = any(weight is not None and not number for number, weight in zip(train.counts(), weights, strict=True))
+    if automatic and (emptied or not valid):
+        fraction, train, valid = 0.0, examples, Examples.joined([])
+    if automatic and valid:
+        held_out = len(np.unique(valid.rows))
+        progress.note(
+            f"{held_out:,} of {rows:,} rows are held out, to tell which step's result is the best; --valid-fraction 0 trains on all"
+        )
+    return config.model_copy(update={"valid_fraction": fraction}), train, valid
 
 
 def split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:

@@ -10,7 +10,42 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data.conversation import Conversation
 from mlx_sft.data.mask.reference_rendering import SYSTEM_ROLES, ReferenceRendering
 from mlx_sft.data.system_prompts import folded
+from mlx_sft.data.tokenizer import tokenizer_errors
 from mlx_sft.errors import UserError
+
+Prompt = str | list[dict[str, Any]]
+"""A user's message, or a list of messages."""
+
+
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    config: TrainConfig | None = None,
+    system: str | None = None,
+    where: str = "the prompt",
+) -> list[int]:
+    """Token ids of a prompt, with the header that opens the assistant's turn; of plain text where there is no chat template.
+
+    Args:
+        config, system: As for `prompt_text`.
+        where: The place of the prompt, for errors.
+    """
+    if isinstance(prompt, str) and not tokenizer.chat_template:
+        if system is not None:
+            what = "a system prompt needs a chat template, and this model has none"
+            raise UserError(what, where=tokenizer.name_or_path, hint="put its words into the prompt itself")
+        return _tokens(tokenizer, prompt, where)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return _tokens(tokenizer, prompt_text(tokenizer, messages, config, system), where, add_special_tokens=False)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, where: str, **options: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not UTF-8 text", hint="write it in UTF-8, without half a character") from error
+    with tokenizer_errors(tokenizer.name_or_path, where):
+        return list(tokenizer(text, **options)["input_ids"])
 
 
 def prompt_text(

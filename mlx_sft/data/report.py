@@ -13,9 +13,10 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from mlx_sft.console import many
 from mlx_sft.data.call_forms import FORMS_IN_WORDS
 from mlx_sft.data.example import Fate, Note
-from mlx_sft.data.findings import FACT_FINDINGS, Finding, first_of, many, out_of
+from mlx_sft.data.findings import FACT_FINDINGS, Finding, first_of, out_of
 from mlx_sft.data.key_counts import KeyCount, columns, in_words, summed, unused_keys
 from mlx_sft.data.messages import WEIGHT_KEYS
 from mlx_sft.data.part_report import PartReport
@@ -232,7 +233,7 @@ class DataReport(SourceReport):
         if differ := self.facts.begun_otherwise:
             summary["beside TRL"] = f"{many(differ, 'pair')} whose answers it would begin with another token"
         if labels := self.facts.desirable + self.facts.undesirable:
-            summary["labels"] = f"{self.facts.desirable:,} of {labels:,} answers are desirable"
+            summary["labels"] = f"{out_of(self.facts.desirable, labels, 'answer')} desirable"
         if train.duplicates:
             summary["duplicates"] = f"{train.duplicates:,}"
         return summary

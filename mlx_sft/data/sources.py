@@ -18,8 +18,9 @@ from mlx_sft.common_settings import IN_MEMORY
 from mlx_sft.data.file_text import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.data.folders import PartFiles, numbered_files, parts_of
 from mlx_sft.data.readers import READERS, Reader, Rows, reader_of, table_row
-from mlx_sft.errors import USAGE, UserError, did_you_mean
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import open_regular, read_errors, user_path
+from mlx_sft.near_paths import instead_of_data, kind_of
 
 HUB_PREFIX = "hf:"
 KNOWN = ", ".join(READERS) + f" (all but .parquet also with {' or '.join(COMPRESSIONS)} behind it)"
@@ -85,7 +86,7 @@ def reader_for(file: Path) -> Reader:
     if read := reader_of(file):
         return read
     what = f"`{file.suffix}` is not a known kind of file" if file.suffix else "the file's name has no suffix"
-    raise UserError(what, where=str(file), hint=f"known are {KNOWN}", exit_code=USAGE)
+    raise UserError(what, where=str(file), hint=instead_of_data(file) or f"known are {KNOWN}", exit_code=USAGE)
 
 
 def _size(file: Path) -> int:
@@ -179,6 +180,8 @@ def locate(data: str) -> dict[str, Source]:
         if not path.is_dir():
             numbered = None if path.exists() else numbered_files(path)
             return {"all": _part(numbered) if numbered else _file(path)}
+        if kind_of(path) == "run":
+            raise UserError("a run, and no rows", where=str(path), hint=instead_of_data(path), exit_code=USAGE)
         return {name: _part(part) for name, part in parts_of(path).items()}
 
 
@@ -239,7 +242,8 @@ def _file(path: Path) -> FileSource:
 
 
 def _missing_hint(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if near := instead_of_data(path):
+        return near
     if not path.suffix and len(path.parts) == 2 and not path.is_absolute():
         return f"for a dataset on the Hugging Face Hub write {HUB_PREFIX}{path}"
-    return did_you_mean(path.name, siblings) or "check the path"
+    return "check the path"

@@ -17,12 +17,13 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_sft.data.cache import Writer, cache_folder, entry_key, open_store, writing
+from mlx_sft.data.cache import Writer, entry_key, open_store, writing
 from mlx_sft.data.dataset import LostRow, Store, pack
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.readers import Row
 from mlx_sft.data.sources import Source
 from mlx_sft.errors import USAGE, UserError
+from mlx_sft.files import cache_folder
 from mlx_sft.writing import remove
 
 ROWS_AT_ONCE = 128

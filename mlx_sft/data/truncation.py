@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_sft.console import many
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Note
 from mlx_sft.data.token_counts import EMPTY_COLUMN, NO_COUNTS, TokenColumn, TokenCounts
@@ -135,7 +136,9 @@ def _of_several(examples: Examples, first: int, number: int, shortened: int, dro
     """A row with several examples, such as its turns; it is kept as long as one of them is."""
     origin = examples.row_origin(first)
     if dropped == number:
-        return Note(origin, "dropped", f"none of its {number} examples can be supervised within {longest} tokens")
+        return Note(
+            origin, "dropped", f"none of its {many(number, 'example')} can be supervised within {longest} tokens"
+        )
     parts = [f"{shortened} cut" if shortened else "", f"{dropped} dropped" if dropped else ""]
-    reason = f"of its {number} examples {' and '.join(filter(None, parts))}, longer than {longest} tokens"
+    reason = f"of its {many(number, 'example')} {' and '.join(filter(None, parts))}, longer than {longest} tokens"
     return Note(origin, "truncated", reason)

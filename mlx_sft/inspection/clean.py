@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console, write_text
+from mlx_sft.console import Console, many, write_text
 from mlx_sft.data.call_forms import with_argument_objects
 from mlx_sft.data.conversation import Conversation, Document, Item, Tokens, apart, items_of
-from mlx_sft.data.findings import many
 from mlx_sft.data.formats import RowFormat, messages, pairs, prompt_completion, text, tokenized
 from mlx_sft.data.keys import KeyRules, Reading
 from mlx_sft.data.messages import Message, take_weights
@@ -34,7 +33,7 @@ from mlx_sft.files import user_path
 from mlx_sft.inspection.changes import changes
 from mlx_sft.inspection.inspector import ready, without_limit
 from mlx_sft.inspection.selection import SurveyedRows
-from mlx_sft.writing import new_file, write_file_with
+from mlx_sft.writing import new_file, place_for_file, write_file_with
 
 _WRITERS: dict[type, tuple[RowFormat, Callable[[Any], dict[str, Any]]]] = {
     Conversation: (messages.FORMAT, messages.write),
@@ -162,17 +161,15 @@ def write_clean(
                     result.add(row.origin, ["roles as --roles names them"])
         _check(temporary, config, tokenizer, prepared, progress)
 
-    write_file_with(target, write, parents=True)
+    write_file_with(target, write)
     return result
 
 
 def _target(config: TrainConfig, path: str | Path, overwrite: bool) -> Path:
     """Where to write; raises `UserError` where that cannot be, before anything is read."""
-    target, where = user_path(path).absolute(), str(path)
+    target, where = place_for_file(path).absolute(), str(path)
     if target.suffix != ".jsonl":
         raise UserError("clean rows are written as .jsonl", where=where, hint="give it such a name", exit_code=USAGE)
-    if target.is_dir():
-        raise UserError("this is a folder", where=where, hint="name a file, such as clean.jsonl", exit_code=USAGE)
     specs = [split_weight(data) for data in config.data]
     if any(weight is not None for _, weight in specs):
         hint = "clean each by itself, and give the shares to what is written"

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console
+from mlx_sft.console import Console, many
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
 from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import user_path
 from mlx_sft.inspection import terminal
 from mlx_sft.inspection.page import page_html
 from mlx_sft.inspection.rows import RowViewer, ShownRow
 from mlx_sft.inspection.selection import ONLY, SurveyedRows, first_rows, notable_rows, row_named, rows_of_kind
 from mlx_sft.inspection.table import table
-from mlx_sft.writing import write_file
+from mlx_sft.writing import place_for_file, write_file
 
 __all__ = ["ONLY", "Inspection", "inspect"]
 
@@ -54,6 +53,7 @@ def inspect(
         raise UserError("--row and --only exclude each other", hint="give one", exit_code=USAGE)
     config, tokenizer = ready(config, tokenizer)
     prepared = survey(config, tokenizer, progress)
+    config = config.model_copy(update={"valid_fraction": prepared.valid_fraction})
     untruncated = _untruncated(prepared, config, tokenizer, progress)
     surveyed = SurveyedRows.of(prepared, len(config.data))
     summary = table(prepared.report, [untruncated.train, untruncated.valid], config.max_length)
@@ -63,7 +63,7 @@ def inspect(
         return Inspection(config, viewer, list(viewer.read(selection)), summary, whole_rows=False)
     found = list(islice(viewer.read(row_named(surveyed, row)), 1))
     if not found:
-        counts = ", ".join(f"{source.name} has {source.rows:,} rows" for source in surveyed.sources)
+        counts = ", ".join(f"{source.name} has {many(source.rows, 'row')}" for source in surveyed.sources)
         raise UserError(f"there is no row {row}", hint=f"check its number; {counts}", exit_code=USAGE)
     return Inspection(config, viewer, found, summary, whole_rows=True)
 
@@ -113,9 +113,7 @@ class Inspection:
         self.table = table
 
     def __repr__(self) -> str:
-        return (
-            f"<Inspection of {', '.join(self._config.data)}: {len(self.rows)} of {self.table['rows']['rows']:,} rows>"
-        )
+        return f"<Inspection of {', '.join(self._config.data)}: {len(self.rows)} of {many(self.table['rows']['rows'], 'row')}>"
 
     def show(self, console: Console) -> None:
         """Rows and table on stdout, for a person; of a row that was asked for, the row alone."""
@@ -140,10 +138,7 @@ class Inspection:
         Raises:
             UserError: If it cannot be written.
         """
-        target = user_path(path)
-        if target.is_dir():
-            hint = "name a file, such as data.html"
-            raise UserError("this is a folder", where=str(target), hint=hint, exit_code=USAGE)
+        target = place_for_file(path)
         rows = list(self._viewer.read(notable_rows(self._viewer.surveyed, most_rows)))
-        write_file(target, page_html(self._config.data, self._config.model, self.table, rows), parents=True)
+        write_file(target, page_html(self._config.data, self._config.model, self.table, rows))
         return target

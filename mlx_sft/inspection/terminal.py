@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from mlx_sft.console import Console, Look
-from mlx_sft.data.findings import many
+from mlx_sft.console import Console, Look, many
 from mlx_sft.inspection.rows import ShownExample, ShownRow
 
 Pieces = Iterator[tuple[str, Look]]
@@ -91,7 +90,7 @@ def _example_pieces(example: ShownExample, whole: bool, turns: slice = slice(Non
         text = ""
         for index in range(turn.start, min(turn.end, end)):
             if index == example.cut_at:
-                yield f"\n  ✂ max_length: {length - example.cut_at:,} tokens are cut off from here on\n", "warning"
+                yield f"\n  ✂ max_length: {many(length - example.cut_at, 'token')} cut off from here on\n", "warning"
             text = example.pieces[index] or text
             yield example.pieces[index], _look(example, index)
         if not text.endswith("\n"):
@@ -190,7 +189,7 @@ def _too_long(table: dict[str, Any]) -> str:
         return f"none is longer than {limit}"
     split = f", {lost['split']:,} of them split into pieces" if lost["split"] else ""
     return (
-        f"{lost['examples']:,} of more than {limit}{split}; {lost['tokens_lost']:,} tokens are lost, "
+        f"{lost['examples']:,} of more than {limit}{split}; {many(lost['tokens_lost'], 'token')} lost, "
         f"{lost['supervised_tokens_lost']:,} of them supervised"
     )
 

@@ -95,6 +95,7 @@ class Method:
         peft: Whether the files of its result are PEFT's, so that PEFT opens them.
         in_peft_generate: Further arguments without which PEFT's `generate` does not give what was trained, for the model card.
         starts_in_trl: Whether PEFT's form of its parameters at the start is one that TRL goes on from.
+        usual_rate_factor: The learning rate that suits it where none is given, in parts of LoRA's.
         learning_rates: The peaks that `compare` tries, rising: a range in which one is good, on small models and on large ones.
         variants: Settings that have a name of their own there, by that name.
         short_names: Of settings, as they may be written there.
@@ -112,6 +113,7 @@ class Method:
     peft: ClassVar[bool] = False
     in_peft_generate: ClassVar[str] = ""
     starts_in_trl: ClassVar[bool] = False
+    usual_rate_factor: ClassVar[float] = 1.0
     learning_rates: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     short_names: ClassVar[Mapping[str, str]] = {}
@@ -252,6 +254,11 @@ class Method:
     def changed_weight(self, name: str, weight: mx.array, parameters: Parameters) -> mx.array:
         """What the parameters make of one of those weights; float32, not yet rounded."""
         raise NotImplementedError
+
+    def scaled(self, parameters: Parameters, strength: float) -> Parameters:
+        """The parameters with which what is added to the model is multiplied with `strength`; raises `UserError` where none are."""
+        what = f"--strength scales what is added to a model's own results, and --method {self.name} adds nothing of that kind"
+        raise UserError(what, hint="leave --strength out", exit_code=USAGE)
 
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:

@@ -20,16 +20,16 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tuner.utils import load_adapters
 
-from mlx_sft.console import count
+from mlx_sft.console import count, many
 from mlx_sft.errors import USAGE, UserError, blamed_on
 from mlx_sft.gate import checked
-from mlx_sft.methods import Method, Parameters, method_in, mlx_lm_files
+from mlx_sft.methods import Method, Parameters, method_in, mlx_lm_files, peft_files
 from mlx_sft.methods.layers import layer_number, written_layers
 from mlx_sft.methods.lora import Lora
 from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, LoraSettings
 from mlx_sft.methods.lora_targets import adaptable
 from mlx_sft.methods.peft_base import peft_base
-from mlx_sft.methods.peft_files import CONFIG, lost_by_peft
+from mlx_sft.methods.peft_files import lost_by_peft
 from mlx_sft.methods.peft_forms import check_copies
 from mlx_sft.methods.peft_rules import in_a_layer
 from mlx_sft.methods.results import attach_trained, refuse_unfinished_result, result_folder
@@ -113,7 +113,7 @@ class AdapterCheck:
         shape = "".join(f", {name} {_some(values)}" for name, values in stated.items() if values)
         lines = [
             f"{self.folder}: {self.title} in {self.form}'s files{shape}",
-            f"  {self.tensors} tensors, {count(self.numbers)} parameters, on {_in_few_words(self.modules)}",
+            f"  {many(self.tensors, 'tensor')}, {count(self.numbers)} parameters, on {_in_few_words(self.modules)}",
         ]
         if self.trained_in_full:
             lines.append(f"  trained in full: {_in_few_words(self.trained_in_full)}")
@@ -154,9 +154,7 @@ def check_adapter(folder: str | Path, model: str | None = None) -> AdapterCheck:
         UserError: If the adapter cannot be read at all, or there is no such model.
     """
     where = result_folder(folder)
-    if not (where / CONFIG).is_file():
-        hint = "give a folder with adapter_config.json, or a run that trained an adapter"
-        raise UserError(f"not an adapter folder: no {CONFIG}", where=str(where), hint=hint)
+    peft_files.read_config(where / peft_files.CONFIG)  # refuses what is none
     kind = method_in(where)
     name = model or kind.base_model(where)
     if not name:
@@ -213,7 +211,7 @@ class _Look:
         modules = _modules(parameters)
         adapted = [module for module in modules if f"{module}.{HALVES[0]}" in parameters]
         rows = {name.removesuffix(ROWS): len(value) for name, value in parameters.items() if is_rows(name)}
-        self.notes += [f"it has the rows of {count(number)} tokens in {module}" for module, number in rows.items()]
+        self.notes += [f"it has the rows of {many(number, 'token')} in {module}" for module, number in rows.items()]
         problems: dict[str, list[Problem] | None] = {OURS: self._ours()}
         problems[PEFT] = self._peft()
         problems[MLX_LM] = self._mlx_lm()

@@ -221,6 +221,10 @@ class BottleneckAdapters(Method):
 
         return again
 
+    def scaled(self, parameters: Parameters, strength: float) -> Parameters:
+        """With strength times what each adapter adds in its place."""
+        return {name: strength * value if ".adapter_up." in name else value for name, value in parameters.items()}
+
     def write(self, folder: Path, parameters: Parameters, base_model: str, revision: str | None = None) -> None:
         settings, base = self.settings, peft_base(base_model)
         make_folder(folder)

@@ -56,15 +56,13 @@ class _Weighted:
         return self.weight * self.settings.scale_of(module), lora_A, lora_B
 
 
-def merge_adapters(
-    adapters: Sequence[str], to: str | Path, *, method: Method = "linear", rank: int | None = None
-) -> Path:
+def merge_adapters(adapters: Sequence[str], to: str | Path, *, method: Method = "cat", rank: int | None = None) -> Path:
     """Write one adapter, in PEFT's files, in place of several.
 
     Args:
         adapters: Adapter folders of PEFT's or mlx-lm's, or runs, each with its weight: `A:0.7`; 1 where there is none.
         to: The folder to write.
-        method: `linear` (equal ranks), `cat` (ranks add up) or `svd`.
+        method: `cat` (the exact sum, whose rank is the sum of theirs), `svd` or `linear` (equal ranks).
         rank: Of the result, for `svd`; the largest of theirs where not given.
 
     Raises:

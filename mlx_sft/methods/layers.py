@@ -14,6 +14,7 @@ from typing import Any
 import mlx.nn as nn
 from pydantic import field_validator
 
+from mlx_sft.console import many
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.model.head import repeated_layers
 from mlx_sft.model.names import transformers_name
@@ -73,7 +74,7 @@ def chosen_layers(layers: str | None, number: int) -> list[int]:
         else:
             named = range(int(found["low"]), int(found["high"] or found["low"]) + 1)
         if named.start < 0 or named.stop > number:
-            what = f"{found[0]}: this model has {number} layers, 0 to {number - 1}"
+            what = f"{found[0]}: this model has {many(number, 'layer')}, 0 to {number - 1}"
             hint = f"give some of them, such as last:{min(4, number)}"
             raise UserError(what, where="layers", hint=hint, exit_code=USAGE)
         chosen.update(named)

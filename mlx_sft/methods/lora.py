@@ -27,7 +27,7 @@ from mlx_sft.methods.also_train import (
     whole_modules,
 )
 from mlx_sft.methods.full import is_decayed
-from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, weight_halves
+from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, scaled_updates, weight_halves
 from mlx_sft.methods.lora_layers import BESIDE, DoraLinear, LoraEmbedding, LoraLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import FACTORED, HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
 from mlx_sft.methods.lora_starts import (
@@ -215,6 +215,9 @@ class Lora(Method):
             return changed
         norms = mx.linalg.norm(changed, axis=-1)
         return changed * (magnitudes / mx.where(norms == 0, 1, norms))[..., None]
+
+    def scaled(self, parameters: Parameters, strength: float) -> Parameters:
+        return scaled_updates(parameters, strength)
 
     @classmethod
     def edits(cls, folder: Path) -> dict[str, WeightEdit]:

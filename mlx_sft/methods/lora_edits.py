@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_sft.errors import USAGE, UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
-from mlx_sft.methods.lora_settings import HALVES, is_embedding
+from mlx_sft.methods.lora_settings import HALVES, MAGNITUDE, is_embedding
 from mlx_sft.model.head import HEAD_WEIGHT
 
 
@@ -51,3 +52,13 @@ def as_one_weight(edits: dict[str, WeightEdit]) -> dict[str, WeightEdit]:
     if len(changes) == 2 and all(map(np.array_equal, *changes)):
         return edits | {HEAD_WEIGHT: replace(uses[HEAD_WEIGHT], optional=True)}
     return edits | {name: replace(edit, alone=True) for name, edit in uses.items()}
+
+
+def scaled_updates(parameters: Parameters, strength: float) -> Parameters:
+    """With strength · B; raises `UserError` for DoRA's norms, and for weights and rows that are trained as they are."""
+    if other := next((name for name in parameters if name.rpartition(".")[2] not in HALVES), None):
+        what = f"{other} was trained as it is, and nothing is added to it that could be scaled"
+        if other.endswith(MAGNITUDE):
+            what = "DoRA gives the rows of each weight norms of their own, which no strength scales"
+        raise UserError(f"--strength: {what}", hint="leave --strength out", exit_code=USAGE)
+    return {name: strength * value if name.endswith(HALVES[1]) else value for name, value in parameters.items()}

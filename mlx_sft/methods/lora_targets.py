@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import mlx.nn as nn
 
+from mlx_sft.console import many
 from mlx_sft.errors import UserError
 from mlx_sft.methods.also_train import whole_modules
 from mlx_sft.methods.layers import in_layers
@@ -49,7 +50,7 @@ def in_words(settings: LoraSettings) -> str:
     names = ", ".join(f"`{name}`" for name in settings.also_train)
     also = f"; {names} trained in full" if names else ""
     rows = max(map(len, settings.token_rows.values()), default=0)
-    also += f"; the rows of {rows} tokens in embeddings and head" if rows else ""
+    also += f"; the rows of {many(rows, 'token')} in embeddings and head" if rows else ""
     layers = f" of the layers `{settings.layers}`" if settings.layers else ""
     return (
         f"rank {settings.rank}, alpha {settings.alpha:g}{stabilized}, on {targets}{layers}{own}{also}"

@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from pydantic import Field, model_validator
 
+from mlx_sft.console import many
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.encoders import EMBEDDING, Drawn, draw_encoder, linear, linear_arrays
 from mlx_sft.methods.full import is_decayed
@@ -139,7 +140,7 @@ class PTuning(PromptEmbeddings):
         settings = self.settings
         made = {
             "mlp": f"made by an MLP of width {settings.encoder_hidden_size}",
-            "lstm": f"made by a bidirectional LSTM of {settings.encoder_layers} layers of width {settings.encoder_hidden_size}",
+            "lstm": f"made by a bidirectional LSTM of {many(settings.encoder_layers, 'layer')} of width {settings.encoder_hidden_size}",
             "none": "trained without an encoder",
         }[settings.encoder]
         return f"p-tuning, {self.virtual_tokens} virtual tokens in front of each conversation, {made}"

@@ -54,6 +54,7 @@ from mlx_sft.methods.peft_rules import (
 from mlx_sft.methods.token_rows import indices, is_frozen_copy, is_rows, read_indices
 from mlx_sft.model.head import HEAD_WEIGHT
 from mlx_sft.model.names import INSIDE, Opening, expert_name, split_expert, transformers_name
+from mlx_sft.near_paths import instead_of_adapter
 from mlx_sft.safetensors_file import SafetensorsFile, StoredTensor, open_safetensors, read_float32, write_arrays
 from mlx_sft.settings import first_problem
 from mlx_sft.writing import make_folder, write_file, write_file_with
@@ -328,7 +329,10 @@ def _to_settings(config: dict[str, Any], modules: dict[str, str], where: Path) -
 
 def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        hint = f"an adapter folder of PEFT has {CONFIG} and {WEIGHTS}"
+        hint = (
+            instead_of_adapter(path.parent)
+            or f"an adapter folder has {CONFIG} and {WEIGHTS}; a run that trained an adapter has one"
+        )
         raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
     return read_json(checked(path.parent, for_libraries=False) / path.name)
 

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from mlx_sft.console import many
 from mlx_sft.data.tokenizer import tokenizer_errors
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_text, user_path
@@ -144,7 +145,7 @@ class Prefix(Method):
         with tokenizer_errors(str(tokenizer.name_or_path), "--prefix-init"):
             token_ids = list(tokenizer(text)["input_ids"])
         if len(token_ids) < number:
-            what = f"this document has {len(token_ids)} tokens, and the prefix {number} entries"
+            what = f"this document has {many(len(token_ids), 'token')}, and the prefix {number} entries"
             hint = f"give --virtual-tokens {len(token_ids)}, or a longer document"
             raise UserError(what, where=self.settings.document, hint=hint, exit_code=USAGE)
         self._token_ids = token_ids[:number]

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.nn as nn
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.console import many
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
 from mlx_sft.methods import Method, Parameters
@@ -82,5 +83,5 @@ def _check_same(trained: Parameters, model: Parameters, where: Path) -> None:
             shapes = f"{list(value.shape)}, and the model asks for {list(model[name].shape)}"
             raise UserError(f"{name} is {shapes}", where=str(where), hint=hint)
     if missing := [name for name in model if name not in trained]:
-        what = f"{len(missing)} parameters of this model are not in it, such as {missing[0]}"
+        what = f"of this model it lacks {many(len(missing), 'parameter')}, such as {missing[0]}"
         raise UserError(what, where=str(where), hint=hint)

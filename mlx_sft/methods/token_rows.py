@@ -20,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from numpy.typing import NDArray
 
+from mlx_sft.console import many
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters, Rows, WeightEdit
 from mlx_sft.methods.also_train import Place, plain_copy
@@ -228,7 +229,7 @@ def read_indices(config: Mapping[str, Any], rows: Parameters, where: Path) -> bo
         del rows[head], by_role[HEAD]  # PEFT saves those of a tied weight twice where the vocabulary has grown
     for role, name in by_role.items():
         if role not in found or rows[name].ndim != 2 or rows[name].shape[0] != len(found[role]):
-            what = f"{name} is {list(rows[name].shape)}, and trainable_token_indices names {len(found.get(role, []))} tokens"
+            what = f"{name} is {list(rows[name].shape)}, and trainable_token_indices names {many(len(found.get(role, [])), 'token')}"
             raise UserError(what, where=str(where), hint=_OTHERS)
     missing = found.keys() - by_role.keys()
     if EMBEDDINGS in missing or (missing and found.get(EMBEDDINGS) != found[HEAD]):

@@ -41,12 +41,12 @@ from mlx_sft.model.weights import (
     check_weights,
     weight_files,
 )
+from mlx_sft.near_paths import instead_of_model
+from mlx_sft.recommended import TINY
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 
 AddedTokens = str | Sequence[Token] | None
 """A file of tokens, or the tokens."""
-
-TINY = Path(__file__).parent / "tiny"
 
 TESTED = frozenset({
     "gemma2", "gemma3_text", "glm4", "granite", "lfm2", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3",
@@ -186,6 +186,7 @@ def resolve_checkpoint(name: str, *, weights: bool = True) -> Path:
         raise UserError("a model is a folder, not a file", where=name, hint=hint, exit_code=USAGE)
     if name.startswith(("/", "./", "../", "~")) or name.count("/") != 1:
         hint = "give `tiny`, an existing checkpoint folder, or a Hub id such as Qwen/Qwen3-0.6B"
+        hint = instead_of_model(user_path(name)) or hint
         raise UserError("no such model folder", where=name, hint=hint, exit_code=USAGE)
     try:
         # Asked for one file only, huggingface_hub leaves it to us which others a usable snapshot must have.

@@ -101,7 +101,7 @@ def give_mlx_form(model: nn.Module) -> None:
     if other_code or getattr(model, "model_type", None) in TURNS_ALL:
         raise UserError(
             "mlx-lm's code computes models of this family otherwise than transformers, and than here",
-            hint="export with `--to merged`, for transformers and for training here",
+            hint="export with `--format merged`, for transformers and for training here",
         )
     found = [(path, one.to_mlx()) for path, one in model.named_modules() if isinstance(one, OF_STORED_FORM)]
     model.update_modules(tree_unflatten(found))

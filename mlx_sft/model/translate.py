@@ -23,6 +23,7 @@ from mlx_sft.files import read_json
 from mlx_sft.gate import checked
 from mlx_sft.model.family_settings import ALWAYS, layer_types_as_read, settings_asked_for
 from mlx_sft.model.rope import UNREAD, Unread, translate_rope
+from mlx_sft.near_paths import instead_of_model
 from mlx_sft.trust import may_run_code_of, model_code
 
 DOWNLOAD_AGAIN = "copy or download the checkpoint again"
@@ -209,7 +210,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint folder."""
     file = path / "config.json"
     if not file.is_file():
-        hint = "give a Hugging Face checkpoint folder"
+        hint = instead_of_model(path) or "give a Hugging Face checkpoint folder"
         raise UserError("not a model folder: no config.json", where=str(path), hint=hint)
     config = read_json(checked(path) / file.name, hint=DOWNLOAD_AGAIN)
     for part in (config, config.get(_NESTED)):

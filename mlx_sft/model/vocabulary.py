@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_sft.console import many
 from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import read_json, to_json
@@ -96,7 +97,7 @@ def grow(model: nn.Module, config: dict[str, Any], new: NewTokens | None) -> dic
         return config
     if any(path.endswith(_OF_EACH_LAYER) for path, _ in model.named_modules()):
         what = "each layer of this model has embeddings of its own, which would not grow with the vocabulary"
-        hint = f"{rows - before} rows are missing; train it with fewer new tokens, or with none"
+        hint = f"{many(rows - before, 'row')} missing; train it with fewer new tokens, or with none"
         raise UserError(what, where="add_tokens", hint=hint, exit_code=USAGE)
     for _, module in modules.values():
         _add_rows(module, rows - before)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from mlx_sft.run_folder import LONGEST_METRIC, RunFolder
@@ -19,12 +20,24 @@ MOST_POINTS = 1024
 """Of a curve; twice as many pixels as a chart has."""
 MOST_EVENTS = 20
 """Of each kind that are shown one by one; all are counted."""
-_MOST_OF_OBJECTIVE = 4
+_MOST_OF_OBJECTIVE = 12
 _SHARE_SMOOTHED, _LEAST_SMOOTHED, _MOST_SMOOTHED = 1 / 20, 5.0, 400.0
 """Of the planned steps, and in steps: what the smoothed curve is a mean over."""
 
-_OF_STEP = (
-    *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "computed_tokens"),
+OF_STEP = (
+    *(
+        "kind",
+        "time",
+        "skipped_rows",
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "computed_tokens",
+    ),
     *("padded_tokens", "micro_batches", "tokens_per_second", "peak_memory_bytes", "active_memory_bytes"),
     *("cache_memory_bytes", "footprint_bytes", "seconds", "data_wait_seconds", "traces", "trace_seconds"),
 )
@@ -86,6 +99,11 @@ class Smoothed:
         self.curve.add(x, self.value)
 
 
+def smoothed(planned: int) -> Smoothed:
+    """The means over a twentieth of so many planned steps, within bounds."""
+    return Smoothed(min(_MOST_SMOOTHED, max(_LEAST_SMOOTHED, planned * _SHARE_SMOOTHED)))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation; what the file does not say is None."""
@@ -96,6 +114,16 @@ class Evaluation:
     perplexity: float | None = None
     token_accuracy: float | None = None
     exact_match: float | None = None
+    forgetting: float | None = None
+
+
+@dataclass
+class Own:
+    """A number that the objective tells beside the loss: smoothed over the steps, of each step, and of each evaluation."""
+
+    smoothed: Smoothed
+    steps: Curve = field(default_factory=Curve)
+    validation: Curve = field(default_factory=Curve)
 
 
 @dataclass
@@ -119,6 +147,7 @@ class Metrics:
 
     Attributes:
         planned: Steps, by which the smoothing is chosen; 0 where that is not known.
+        began, last_time: Of the first line and the last, in local time; None where lines do not say so.
         first_loss: The mean of the first few.
         lowest: The step at which the smoothed loss was lowest, and that loss.
         best, last, first: Evaluations with a finite loss.
@@ -131,6 +160,8 @@ class Metrics:
     run: RunFolder
     planned: int = 0
     totals: Totals = field(default_factory=Totals)
+    began: datetime | None = None
+    last_time: datetime | None = None
     first_loss: float | None = None
     last_loss: float | None = None
     lowest: Point | None = None
@@ -142,15 +173,15 @@ class Metrics:
     events: list[Record] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
-    own: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
+    own: dict[str, Own] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        span = min(_MOST_SMOOTHED, max(_LEAST_SMOOTHED, self.planned * _SHARE_SMOOTHED))
-        self.smoothed = {name: Smoothed(span) for name in ("loss", "grad_norm", "tokens_per_second")}
+        self.smoothed = {name: smoothed(self.planned) for name in ("loss", "grad_norm", "tokens_per_second")}
         self._few = round(min(50, max(1, self.planned * _SHARE_SMOOTHED)))
         self._first_losses: list[float] = []
         self._last_losses: deque[float] = deque(maxlen=self._few)
         self._read = 0
+        self._last_line = b""
         self._heard: dict[str, Callable[[Record, int], None]] = {
             "train": self._add_step,
             "evaluation": self._add_evaluation,
@@ -167,15 +198,25 @@ class Metrics:
         for line in self.run.metric_lines(self._read):
             if not line.endswith(b"\n") and len(line) < LONGEST_METRIC:
                 break  # it is being written
-            self._read += len(line)
+            self._read, self._last_line = self._read + len(line), line
             with suppress(ValueError, RecursionError):  # a damaged line says nothing
                 self.add(json.loads(line))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the line that was read last no longer stands where it stood."""
+        if not self._last_line:
+            return False
+        lines = self.run.metric_lines(self._read - len(self._last_line)) if self.run.metrics.is_file() else iter(())
+        return next(lines, b"") != self._last_line
 
     def add(self, record: Any) -> None:
         """One line; what is none of a run's is left out."""
         if not isinstance(record, dict) or not isinstance(kind := record.get("kind"), str):
             return
         step = record.get("step")
+        if (time := moment(record)) is not None:
+            self.began, self.last_time = self.began or time, time
         if isinstance(step, int) and 0 <= step < 2**53:
             self._heard.get(kind, self._add_event)(record, step)
 
@@ -195,7 +236,9 @@ class Metrics:
                 self.curves[name].add(step, value)
                 if name in self.smoothed:
                     self.smoothed[name].add(step, value)
-        self._add_own(record, step)
+        for one, value in self._own_numbers(record):
+            one.steps.add(step, value)
+            one.smoothed.add(step, value)
         if loss is None:
             totals.skipped += 1
             totals.skipped_in_a_row += 1
@@ -211,11 +254,14 @@ class Metrics:
         if smooth is not None and (self.lowest is None or smooth < self.lowest[1]):
             self.lowest = (step, smooth)
 
-    def _add_own(self, record: Record, step: int) -> None:
-        for name in record.keys() - _OF_STEP_AND_KIND:
-            known = name in self.own or len(self.own) < _MOST_OF_OBJECTIVE
-            if known and (value := number(record, name)) is not None:
-                self.own[name].add(step, value)
+    def _own_numbers(self, record: Record) -> Iterator[tuple[Own, float]]:
+        for name in record:
+            if name in _OF_ANY or (value := number(record, name)) is None:
+                continue
+            if name not in self.own and len(self.own) < _MOST_OF_OBJECTIVE:
+                self.own[name] = Own(smoothed(self.planned))
+            if name in self.own:
+                yield self.own[name], value
 
     def _add_evaluation(self, record: Record, step: int) -> None:
         self.totals.seconds += number(record, "seconds") or 0
@@ -231,9 +277,11 @@ class Metrics:
         if self.best is None or loss < self.best.loss:
             self.best = found
         self.curves["validation"].add(step, loss)
-        for name in ("token_accuracy", "exact_match"):
+        for name in ("token_accuracy", "exact_match", "forgetting"):
             if (value := number(record, name)) is not None:
                 self.curves[name].add(step, value)
+        for one, value in self._own_numbers(record):
+            one.validation.add(step, value)
 
     def _add_event(self, record: Record, step: int) -> None:
         kind = str(record["kind"])
@@ -254,9 +302,16 @@ class Metrics:
 
 _SAMPLE = "sample"
 _MOST_TEXT, _MOST_ROWS = 300, 5
-_OF_EVALUATION = ("perplexity", "token_accuracy", "exact_match")
-_OF_STEP_AND_KIND = {*_OF_STEP, "kind", "skipped_rows"}
+_OF_EVALUATION = ("perplexity", "token_accuracy", "exact_match", "forgetting")
+_OF_ANY = {*OF_STEP, *_OF_EVALUATION, "best"}
 _LARGEST = 1e200
+
+
+def moment(record: Record) -> datetime | None:
+    """When something was, in local time; None where the record does not say."""
+    with suppress(ValueError, TypeError, OverflowError, OSError):
+        return datetime.fromisoformat(record.get("time", "")).astimezone()
+    return None
 
 
 def number(record: Record, name: str) -> float | None:

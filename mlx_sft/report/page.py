@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.charts import SCRIPT, STYLE, Axis, Point, Series, bars, chart
-from mlx_sft.console import count, duration, size
-from mlx_sft.files import user_path
-from mlx_sft.report.metrics import Metrics, number
+from mlx_sft.console import count, duration, many, size
+from mlx_sft.report import samples
+from mlx_sft.report.metrics import Metrics, Own, moment, number
 from mlx_sft.report.run import RunFiles, Setting, State, found, integer, texts
 from mlx_sft.report.verdict import Sentence, verdict
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.web_page import escaped, page
-from mlx_sft.writing import write_file
+from mlx_sft.writing import place_for_file, write_file
 
 _HERE = Path(__file__).parent
+_LIVE = (_HERE / "live.js").read_text(encoding="utf-8")
 
 _AGAIN = 30
 """Seconds after which the page of a run that trains is loaded again."""
@@ -41,14 +42,14 @@ def write_report(run: str | Path, to: str | Path | None = None) -> Path:
         UserError: For a folder that is no run, and for files of it that cannot be read.
     """
     files = RunFiles.of(RunFolder.open(run))
-    target = user_path(to) if to is not None else files.run.page
-    write_file(target, page_html(files, files.state), parents=to is not None)
+    target = place_for_file(to) if to is not None else files.run.page
+    write_file(target, page_html(files, files.state))
     return target
 
 
-def page_html(files: RunFiles, state: State) -> str:
-    """The page, with what is new in the metrics."""
-    files.metrics.follow()
+def page_html(files: RunFiles, state: State, *, live: bool = False) -> str:
+    """The page, with what is new in the metrics; one that is served (`report/live.py`) has a line for what the server says."""
+    files.follow()
     name = files.run.path.absolute().name
     parts = {
         "name": escaped(name),
@@ -57,14 +58,17 @@ def page_html(files: RunFiles, state: State) -> str:
         "verdict": "".join(map(_sentence, verdict(files, state))),
         "cards": _cards(files),
         "charts": "".join(_charts(files)),
+        "samples": _samples(files),
         "events": _events(files),
         "data": _data(files.data),
         "settings": _settings(files.all_settings()),
         "commands": _commands(files, state),
         "written": escaped(_written(files)),
+        "live": '<p class="soft" id="live" role="status"></p>\n' if live else "",
     }
-    again = _AGAIN if state == "running" else None
-    return page(_HERE / "page.html", f"{name}: {state}", parts, style=STYLE, script=SCRIPT, again=again)
+    again = _AGAIN if state == "running" and not live else None
+    script = SCRIPT + (_LIVE if live else "")
+    return page(_HERE / "page.html", f"{name}: {state}", parts, style=STYLE, script=script, again=again, connects=live)
 
 
 def _sentence(sentence: Sentence) -> str:
@@ -84,7 +88,9 @@ def _cards(files: RunFiles) -> str:
         accuracy = f", {best.token_accuracy:.1%} of tokens right" if best.token_accuracy is not None else ""
         cards.append(("validation loss", f"{best.loss:.4g}", f"best, step {best.step:,}{accuracy}"))
     if totals.seconds:
-        cards.append(("time", duration(totals.seconds), f"{totals.seconds / max(1, totals.steps):.2g} s a step"))
+        span = f", {_between(metrics.began, metrics.last_time)}" if metrics.began and metrics.last_time else ""
+        a_step = f"{totals.seconds / max(1, totals.steps):.2g} s a step"
+        cards.append(("time", duration(totals.seconds), f"{a_step}{span}"))
         share = f", {totals.supervised_tokens / totals.tokens:.0%} supervised" if totals.tokens else ""
         cards.append(("tokens", count(totals.tokens), f"{count(totals.tokens / totals.seconds)} a second{share}"))
     if totals.peak_bytes:
@@ -105,7 +111,7 @@ def _charts(files: RunFiles) -> Iterable[str]:
     marked = ["grey: ends of epochs"] * bool(epochs) + ["red: skipped steps and returns"] * bool(lost)
     marks, ended = epochs + lost, f" ({'; '.join(marked)})" if marked else ""
     yield _figure(
-        f"Loss, in nats a token{ended}",
+        f"Loss{', of the objective ' + str(files.settings.get('objective')) if metrics.own else ', in nats a token'}{ended}",
         [
             Series(curves.get("loss", []), "each step", 0, "faint"),
             Series(smooth["loss"], "smoothed", 0),
@@ -116,6 +122,7 @@ def _charts(files: RunFiles) -> Iterable[str]:
         ],
         LOSS, marks,
     )  # fmt: skip
+    yield from _of_the_objective(files)
     if metrics.evaluations > 1 and "token_accuracy" in curves:
         rows = [*curves.get("exact_match", [])] if any(share for _, share in curves.get("exact_match", [])) else []
         yield _figure(
@@ -163,10 +170,41 @@ def _charts(files: RunFiles) -> Iterable[str]:
         ],
         _BYTES,
     )  # fmt: skip
-    for number_of, (name, curve) in enumerate(sorted(metrics.own.items())):
+    if forgotten := curves.get("forgetting"):
         yield _figure(
-            f"{name}, of the objective {files.settings.get('objective', '')}", [Series(curve.points, name, number_of)]
+            "Forgetting: how far the model is from the base on general texts, in nats a token",
+            [Series(forgotten, "forgetting", 6, "line and dots")],
+            Axis(from_zero=True),
         )
+
+
+def _of_the_objective(files: RunFiles) -> Iterable[str]:
+    """A chart of each number that it tells beside the loss; of both answers of a pair, and of what is between them, one."""
+    together: dict[str, dict[str, Own]] = {}
+    for name, own in files.metrics.own.items():
+        group, _, side = name.rpartition("/")
+        together.setdefault(group if group and side in _SIDES else name, {})[name] = own
+    for group, members in together.items():
+        series = []
+        for name, own in members.items():
+            side = name.rpartition("/")[2]
+            colour = _SIDES.get(side, 3)
+            if len(members) == 1:
+                series.append(Series(own.steps.points, "each step", colour, "faint"))
+            series.append(Series(own.smoothed.curve.points, "smoothed" if len(members) == 1 else side, colour))
+            series.append(Series(own.validation.points, "", colour, "dots"))
+        dots = "; dots: validation" if any(own.validation.points for own in members.values()) else ""
+        yield _figure(f"{group}, of the objective {files.settings.get('objective', '')}{dots}", series)
+
+
+_SIDES = {"chosen": 2, "rejected": 4, "margins": 0}
+"""What is told of pairs, and its colour."""
+
+
+def _samples(files: RunFiles) -> str:
+    best = files.metrics.best
+    drawn = samples.table(samples.prompts_of(files.run), best.step if best else None)
+    return f"<h2>What it answers</h2>{drawn}" if drawn else ""
 
 
 def _figure(title: str, series: Sequence[Series], y: Axis = _PLAIN, marks: Sequence[Point] = ()) -> str:
@@ -189,7 +227,7 @@ def _is_near(limit: float, metrics: Metrics) -> bool:
 
 def _events(files: RunFiles) -> str:
     metrics = files.metrics
-    listed: list[tuple[int, str]] = [(event["step"], _told(event)) for event in metrics.events]
+    listed: list[tuple[int, str]] = [(event["step"], _told(event) + _time_of(event)) for event in metrics.events]
     if metrics.best:
         which = f"the best of {metrics.evaluations:,} evaluations" if metrics.evaluations > 1 else "an evaluation"
         listed.append((metrics.best.step, f"{which}, validation loss {metrics.best.loss:.4f}"))
@@ -202,6 +240,17 @@ def _events(files: RunFiles) -> str:
     if more:
         items.append(f"<li><b></b><span>and {more:,} more, in metrics.jsonl</span></li>")
     return f'<ul class="events">{"".join(items)}</ul>' if items else '<p class="soft">Nothing yet.</p>'
+
+
+def _between(first: datetime, last: datetime) -> str:
+    """Two times, the day of the second where it is another one."""
+    day = "" if first.date() == last.date() else "%Y-%m-%d "
+    return f"{first:%Y-%m-%d %H:%M} to {last:{day}%H:%M}"
+
+
+def _time_of(event: Mapping[str, Any]) -> str:
+    time = moment(dict(event))
+    return f" ({time:%H:%M:%S})" if time else ""
 
 
 def _told(event: Mapping[str, Any]) -> str:
@@ -261,7 +310,7 @@ def _of_lengths(lengths: Mapping[str, Any]) -> str:
 
 def _source(source: Any) -> str:
     name = found(source, str, "name")
-    return f"{Path(name).name or name} ({integer(source, 'rows'):,} rows)" if name else ""
+    return f"{Path(name).name or name} ({many(integer(source, 'rows'), 'row')})" if name else ""
 
 
 def _facts(facts: Mapping[str, str]) -> str:
@@ -273,6 +322,7 @@ def _settings(settings: Sequence[Setting]) -> str:
     def listed(some: Iterable[Setting]) -> str:
         rows = "".join(
             f"<dt>{escaped(one.name)}</dt><dd>{escaped(one.value)}"
+            + (f" <small>recommended {escaped(one.recommended)}</small>" if one.recommended else "")
             + (f" <small>default {escaped(one.default)}</small>" if one.differs and one.default not in _NOTHING else "")
             + "</dd>"
             for one in some
@@ -290,13 +340,13 @@ def _settings(settings: Sequence[Setting]) -> str:
 
 def _commands(files: RunFiles, state: State) -> str:
     run = shlex.quote(str(files.run.path))
-    talk, on = f"mlx-sft chat --run {run}", f"mlx-sft train --resume {run}"
+    talk, on = f"mlx-sft chat {run}", f"mlx-sft train --resume {run}"
     if state == "finished":
         wanted = [
             ("talk with it", talk),
-            ("one answer, for a script", f'mlx-sft generate --run {run} --prompt "..."'),
-            ("a folder that PyTorch and others open", f"mlx-sft export --run {run} --to my-model"),
-            ("measure it on other rows", f"mlx-sft eval --run {run} --data held_out.jsonl"),
+            ("one answer, for a script", f'mlx-sft generate {run} --prompt "..."'),
+            ("a folder that PyTorch and others open", f"mlx-sft export {run} --out my-model"),
+            ("measure it on other rows", f"mlx-sft eval {run} --data held_out.jsonl"),
         ]
     else:
         wanted = [] if state == "running" else [("go on with it", on)]

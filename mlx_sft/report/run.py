@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mlx_sft.common_settings import CHOOSING, public_name
-from mlx_sft.config import composed
+from mlx_sft.common_settings import public_name
+from mlx_sft.config import COMPOSING, composed
 from mlx_sft.console import size
+from mlx_sft.errors import UserError
 from mlx_sft.files import read_json, read_yaml
 from mlx_sft.report.metrics import Metrics
 from mlx_sft.run_folder import RunFolder
@@ -55,6 +56,7 @@ class Setting:
         value, default: As a person reads them.
         differs: Whether it is not as it is by itself.
         chosen: Whether the program may have chosen it for the machine.
+        recommended: For what the value is recommended, such as `for this model`; empty where it is not.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Setting:
     default: str
     differs: bool
     chosen: bool
+    recommended: str = ""
 
 
 @dataclass
@@ -87,6 +90,12 @@ class RunFiles:
         environment = read_json(run.environment) if run.environment.is_file() else {}
         metrics = Metrics(run, integer(environment, "total_steps"))
         return cls(run, read_yaml(run.config), environment, _read_data(run), metrics)
+
+    def follow(self) -> None:
+        """Read what is new in the metrics; from their start where the run went back, which cuts them."""
+        if self.metrics.is_cut:
+            self.metrics = Metrics(self.run, self.metrics.planned)
+        self.metrics.follow()
 
     @property
     def state(self) -> State:
@@ -119,8 +128,13 @@ class RunFiles:
 
     def all_settings(self) -> list[Setting]:
         """Those of `config.yaml`, in its order."""
-        chosen = {name: self.settings.get(name) for name in (*CHOOSING, "callbacks")}
-        fields = {public_name(name): info for name, info in composed(chosen).model_fields.items()}
+        names = {name: self.settings.get(name) for name in COMPOSING}
+        try:
+            kind = composed(names)
+        except UserError:  # the model's recommendations cannot be read any more
+            kind = composed(names | {"model": None})
+        fields = {public_name(name): info for name, info in kind.model_fields.items()}
+        reasons = {public_name(one.name): one.reason for one in kind.recommendations}
         listed = []
         for name, value in self.settings.items():
             info = fields.get(name)
@@ -129,10 +143,12 @@ class RunFiles:
                 continue
             default = _as_written(info.get_default(call_default_factory=True))
             by_machine = on_resume(info) is OnResume.COMPUTED or name in _SETTLED
-            differs = value != default
-            listed.append(
-                Setting(name, shown(value), shown(default), differs, by_machine and default in (None, "auto"))
-            )
+            reason = reasons.get(name, "")
+            if reason and value == default:
+                listed.append(Setting(name, shown(value), "", differs=True, chosen=False, recommended=reason))
+                continue
+            by_itself = by_machine and default in (None, "auto")
+            listed.append(Setting(name, shown(value), shown(default), value != default, by_itself))
         return listed
 
 

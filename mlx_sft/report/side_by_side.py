@@ -8,14 +8,14 @@ from pathlib import Path
 from mlx_sft.charts import COLOURS, STYLE, Look, Series, chart
 from mlx_sft.console import columns, duration, size
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import user_path
+from mlx_sft.report import samples
 from mlx_sft.report.metrics import Point
 from mlx_sft.report.page import LOSS, STEPS
 from mlx_sft.report.run import RunFiles, differing
 from mlx_sft.report.runs import read
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.web_page import escaped, page
-from mlx_sft.writing import write_file
+from mlx_sft.writing import place_for_file, write_file
 
 _BODY = Path(__file__).with_name("side_by_side.html")
 
@@ -88,19 +88,24 @@ class SideBySide:
 
     def write_page(self, to: str | Path) -> Path:
         """Write it as one self-contained page, and return its path."""
-        target = user_path(to)
+        target = place_for_file(to)
         validated = [_curve(run, "validation") for run in self.runs.values()]
         smoothed = [run.metrics.smoothed["loss"].curve.points for run in self.runs.values()]
         header = ["setting", *self.runs]
+        bests = {name: run.metrics.best for name, run in self.runs.items()}
+        answers = samples.beside_each_other(
+            {name: (samples.prompts_of(run.run), best.step if (best := bests[name]) else None) for name, run in self.runs.items()}
+        )  # fmt: skip
         parts = {
             "what": escaped(", ".join(str(run.run.path) for run in self.runs.values())),
             "verdict": "".join(f"<li>{escaped(sentence)}</li>" for sentence in self.remarks()),
             "outcome": _table(OUTCOME, self.outcome, coloured=True),
             "training": self._chart(smoothed, "line", "Training loss, smoothed"),
             "validation": self._chart(validated, "line and dots", "Validation loss"),
+            "samples": f"<h2>What they answer</h2>{answers}" if answers else "",
             "settings": _table(header, self.settings) if self.settings else "<p>All settings are alike.</p>",
         }
-        write_file(target, page(_BODY, f"Runs: {', '.join(self.runs)}", parts, style=STYLE), parents=True)
+        write_file(target, page(_BODY, f"Runs: {', '.join(self.runs)}", parts, style=STYLE))
         return target
 
     def _chart(self, curves: Sequence[Sequence[Point]], look: Look, label: str) -> str:

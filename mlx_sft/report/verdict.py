@@ -5,18 +5,22 @@ The bounds are rules of thumb, and wide ones, because a curve of one seed says n
 
 from __future__ import annotations
 
+import math
+import shlex
 from typing import Literal, NamedTuple
 
-from mlx_sft.console import duration
+from mlx_sft.console import duration, many
+from mlx_sft.registry import OBJECTIVES
 from mlx_sft.report.metrics import Evaluation, Metrics
 from mlx_sft.report.run import RunFiles, State, integer
+from mlx_sft.settings import parse_duration
 
 Weight = Literal["good", "plain", "warn", "bad"]
 
 WORSE = 1.02
 """Times the best validation loss, from where on a later one is worse."""
-FALLING = 0.98
-"""Times the loss a fifth of the run before, below which the loss is still falling."""
+FALLING = 0.02
+"""Of the loss a fifth of the run before, and of how far the training loss has come in all: falling by more is still falling."""
 _DIVERGED = 1.0
 """Nats above the lowest smoothed loss, as the watch over divergence has it."""
 _BY_HEART = 0.05
@@ -38,6 +42,7 @@ def verdict(files: RunFiles, state: State) -> list[Sentence]:
     found = [_how_far(files, state)]
     if metrics.totals.steps:
         found += _of_the_loss(files, state)
+        found += _of_forgetting(metrics)
         found += _of_what_happened(metrics)
     return found
 
@@ -72,19 +77,29 @@ def _of_the_loss(files: RunFiles, state: State) -> list[Sentence]:
         )
         return [Sentence("warn", text)]
     if metrics.best and metrics.last:
-        return _of_validation(files, metrics.best, metrics.last, state)
+        fell = Sentence("plain", _fell(files, metrics.first_loss, metrics.last_loss))
+        return [fell, *_of_validation(files, metrics.best, metrics.last, state)]
     return _of_training(files, state)
+
+
+def _fell(files: RunFiles, first: float, last: float) -> str:
+    """From where to where the training loss went, and what that means where it is a mean of −log p."""
+    text = f"The training loss went from {first:.4g} to {last:.4g}"
+    objective = str(files.settings.get("objective") or "sft")
+    if objective not in OBJECTIVES or OBJECTIVES[objective].first_pass or min(first, last) < 0:
+        return f"{text}."
+    before, after = (f"{100 * math.exp(-loss):.2g} %" for loss in (first, last))
+    return f"{text}: to each next token of an answer the model now gives a chance of {after}, at first of {before}."
 
 
 def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: State) -> list[Sentence]:
     metrics, first = files.metrics, files.metrics.first
     if metrics.evaluations == 1 or first is None:
-        return [
-            Sentence(
-                "plain",
-                f"The validation loss is {best.loss:.4f} after step {best.step:,}; a second one will say where it goes.",
-            )
-        ]
+        known = f"The validation loss is {best.loss:.4f} after step {best.step:,}"
+        if state == "running":
+            return [Sentence("plain", f"{known}; a second one will say where it goes.")]
+        text = f"{known}, the only one: it is that of the result. --eval-every 10 measures it on the way too, and keeps the best step."
+        return [Sentence("plain", text)]
     result = f"the result is that of step {best.step:,}"
     if last.loss > WORSE * best.loss:
         worse = f"Validation got worse after {_when(best)}: from {best.loss:.4f} to {last.loss:.4f}"
@@ -95,23 +110,48 @@ def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: S
     if last.step == best.step and _still_falling(metrics, "validation"):
         if state == "running":
             return [Sentence("good", f"{fell} It is still falling.")]
-        return [Sentence("good", f"{fell} It was still falling at the end: more epochs may help{_more(files)}.")]
+        return [Sentence("good", f"{fell} It was still falling at the end: more epochs may help{_more_with(files)}.")]
     level = (
         "It has levelled off: more of the same would change little." if state != "running" else "It has levelled off."
     )
     return [Sentence("good" if best.loss < first.loss else "plain", f"{fell} {level}")]
 
 
+def _of_forgetting(metrics: Metrics) -> list[Sentence]:
+    """What the divergence from the base on general texts means: by exp(−KL) its tokens are less likely, in the mean of logarithms."""
+    of_result = metrics.best or metrics.last
+    if of_result is None or of_result.forgetting is None:
+        return []
+    value = of_result.forgetting
+    weight, how_far = next((weight, words) for most, weight, words in _FORGOTTEN if value < most)
+    share = f"{-math.expm1(-max(0.0, value)):.1%}"
+    text = (
+        f"On general texts the model has moved {how_far} from the base: what that would write has become {share} less likely a token "
+        f"(forgetting {value:.3g} nats, step {of_result.step:,})."
+    )
+    more = " Fewer steps, a lower --lr, a smaller --rank or general rows among the data keep more of what it knew."
+    return [Sentence(weight, text + (more if weight == "warn" else ""))]
+
+
+_FORGOTTEN: tuple[tuple[float, Weight, str], ...] = (
+    (0.02, "plain", "hardly"),
+    (0.1, "plain", "a little"),
+    (0.5, "plain", "noticeably"),
+    (math.inf, "warn", "much"),
+)
+"""Nats a token, below which the words hold."""
+
+
 def _of_training(files: RunFiles, state: State) -> list[Sentence]:
     metrics = files.metrics
     first, last = metrics.first_loss or 0.0, metrics.last_loss or 0.0
-    fell = f"The training loss went from {first:.4g} to {last:.4g}."
+    fell = _fell(files, first, last)
     if state != "running" and last < _BY_HEART:
         found = [
             Sentence("warn", f"{fell} The model knows these rows by heart; on others it may be worse than before.")
         ]
     elif state != "running" and _still_falling(metrics, "loss"):
-        found = [Sentence("plain", f"{fell} It was still falling at the end: more epochs may help{_more(files)}.")]
+        found = [Sentence("plain", f"{fell} It was still falling at the end: more epochs may help{_more_with(files)}.")]
     else:
         found = [Sentence("plain", fell)]
     if not integer(files.data, "valid", "rows"):
@@ -129,30 +169,43 @@ def _when(evaluation: Evaluation) -> str:
 
 
 def _still_falling(metrics: Metrics, name: str) -> bool:
-    """Whether a curve is lower at its end than a fifth of the run before."""
+    """Whether a curve fell in the last fifth of the run: by a share of where it was then, and of how far the run has come in all."""
     curve = metrics.smoothed["loss"].curve if name == "loss" else metrics.curves[name]
     points = curve.points
+    if len(points) < 2:
+        return False
     x, end = points[-1]
-    before = [value for at, value in points if at <= 0.8 * x]
-    return len(points) > 1 and end < FALLING * (before[-1] if before else points[-2][1])
+    earlier = [value for at, value in points if at <= 0.8 * x]
+    before = earlier[-1] if earlier else points[-2][1]
+    return before - end > FALLING * max(before, (metrics.first_loss or before) - end)
 
 
-def _more(files: RunFiles) -> str:
-    """How a run is given more; nothing where its time was given."""
-    if files.settings.get("for"):
-        return ""
-    steps = files.settings.get("max_steps")
-    longer = (
-        f"--max-steps {round(1.5 * files.planned)}" if steps else f"--epochs {integer(files.settings, 'epochs') + 2}"
-    )
-    return f" (`mlx-sft train --resume {files.run.path} {longer}`)"
+def _more_with(files: RunFiles) -> str:
+    """In brackets, how a run is given more; nothing where its time was given."""
+    return "" if files.settings.get("for") else f" (`{more_with(files)}`)"
+
+
+def more_with(files: RunFiles) -> str:
+    """The command that gives a finished run half as many steps again or two more passes, and twice the time where its time was given."""
+    if files.settings.get("max_steps"):
+        longer = f"--max-steps {round(1.5 * files.planned)}"
+    else:
+        longer = f"--epochs {integer(files.settings, 'epochs') + 2}"
+    if time := files.settings.get("for"):
+        longer += f" --for {2 * parse_duration(str(time))}s"
+    return f"mlx-sft train --resume {shlex.quote(str(files.run.path))} {longer}"
 
 
 def _of_what_happened(metrics: Metrics) -> list[Sentence]:
     found, totals = [], metrics.totals
     if totals.skipped:
-        steps = "1 step was" if totals.skipped == 1 else f"{totals.skipped:,} steps were"
-        found.append(Sentence("warn", f"{steps} skipped, because the loss or the gradient was not finite: see below."))
+        were = f"{many(totals.skipped, 'step')} {'was' if totals.skipped == 1 else 'were'}"
+        found.append(
+            Sentence(
+                "warn",
+                f"{were} skipped, because the loss or the gradient was not finite: see below.",
+            )
+        )
     if rollbacks := metrics.counts["rollback"]:
         found.append(Sentence("warn", f"The loss diverged, and the run went back, {_times(rollbacks)}."))
     if lacks := metrics.counts["out_of_memory"]:

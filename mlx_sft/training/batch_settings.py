@@ -10,10 +10,9 @@ first.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -27,13 +26,11 @@ from mlx_sft.data.example import Example
 from mlx_sft.data.steps import Plan
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
-from mlx_sft.model.load import resolve_dtype
-from mlx_sft.model.outline import outline
 from mlx_sft.objectives import Weighting
 from mlx_sft.registry import OBJECTIVES
 from mlx_sft.training.failures import GPU_HINT, Interrupted, OutOfMemory
 from mlx_sft.training.machine import Machine, memory_limits_restored
-from mlx_sft.training.memory import MODES, Footprint, Prediction, weight_bytes
+from mlx_sft.training.memory import MODES, Footprint, Prediction
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.step import GradientComputer
 
@@ -79,6 +76,11 @@ class BatchSettings:
     mode: Mode
     head_chunk: int
     layout: Layout = PADDED
+
+
+def any_of(ways: Sequence[str]) -> str:
+    """The ways out, as a hint names them."""
+    return f"give {', '.join(ways[:-1])} or {ways[-1]}"
 
 
 def asked_for(config: TrainConfig) -> tuple[Mode, ...]:
@@ -221,6 +223,7 @@ class MemoryPlanner:
     """Chooses the settings with which a run is predicted to fit its machine, of those that its configuration leaves open.
 
     Attributes:
+        ways_out: What would fit where this does not, each with its figure; where None, the ways are named without.
         probe: What was measured; None where nothing was, and `why_no_probe` then says why.
     """
 
@@ -229,6 +232,7 @@ class MemoryPlanner:
     footprint: Footprint
     longest: LongestRow
     layout: Layout
+    ways_out: Callable[[MemoryPlanner], Sequence[str]] | None = field(default=None, compare=False)
     probe: Probe | None = None
     why_no_probe: str = ""
 
@@ -285,15 +289,13 @@ class MemoryPlanner:
         footprint, memory, modes = self.footprint, self.machine.memory, asked_for(self.config)
         fits = max(most_tokens(footprint, mode, memory) for mode in modes)
         of = f"{size(memory)}: {self.machine.basis}"
-        ways = [f"--max-length {fits}"] if fits >= 2 else ["a smaller model"]
-        if len(modes) < len(MODES):
-            ways.append("--grad-checkpoint auto")
-        if footprint.itemsize > 2:
-            ways.append("--dtype bfloat16")
-        if footprint.trains_weights:
-            ways.append("--method lora")
-        ways.append("--memory-limit, if more may be taken")
-        hint = f"give {', '.join(ways[:-1])} or {ways[-1]}"
+        ways = list(self.ways_out(self)) if self.ways_out else self._unpredicted_ways()
+        if shorter := self._shorter(fits):
+            least = min(footprint.predict(mode, shorter).peak for mode in modes)
+            ways.insert(0, f"--max-length {shorter} (takes {size(least)})")
+        elif not ways:
+            ways = ["a smaller model"]
+        hint = any_of([*ways, "--memory-limit, if more may be taken"])
         if fits < 2:
             need = size(footprint.predict(modes[-1], 1).peak)
             return UserError(
@@ -301,6 +303,20 @@ class MemoryPlanner:
             )
         what = f"{self.longest.tokens} tokens, and no more than {fits} fit ({of})"
         return UserError(what, where=self.longest.origin, hint=hint)
+
+    def _shorter(self, fits: int) -> int:
+        """The longest row that takes no more than so many tokens as it is padded; 0 where none does."""
+        if not self.layout.widths:
+            return fits if fits >= 2 else 0
+        return next((n for n in range(fits, 1, -1) if Layout.of_few_shapes([n]).width_of(n) <= fits), 0)
+
+    def _unpredicted_ways(self) -> list[str]:
+        ways = ["--grad-checkpoint auto"] if len(asked_for(self.config)) < len(MODES) else []
+        if self.footprint.itemsize > 2:
+            ways.append("--dtype bfloat16")
+        if self.footprint.trains_weights:
+            ways.append("--method lora")
+        return [*ways, "a smaller model"]
 
     def _why_no_probe(self, settings: BatchSettings) -> str:
         """Why a measurement could change nothing; empty where it could."""
@@ -351,15 +367,3 @@ class MemoryPlanner:
         correction = (mx.get_peak_memory() - before) / max(1, predicted.kept + predicted.passing)
         low, high = TRUSTED
         return Probe(min(high, max(low, correction)), time.perf_counter() - started)
-
-
-def refuse_too_large(config: TrainConfig, path: Path, machine: Machine) -> None:
-    """Raise `UserError` where the weights alone would not fit, before any of them is read."""
-    dtype = resolve_dtype(config.dtype)
-    weights = weight_bytes(outline(path, dtype, config.quantize))
-    if weights > machine.memory:
-        raise UserError(
-            f"its weights alone take {size(weights)} in {dtype}, of {size(machine.memory)}: {machine.basis}",
-            where=config.model,
-            hint="give a smaller model, --dtype bfloat16, or --memory-limit, if more may be taken",
-        )

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console
+from mlx_sft.console import Console, many
 from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.data.steps import Step
 from mlx_sft.errors import UserError
@@ -92,12 +92,11 @@ def train(
             loss = _take_steps(job)
             finish(job)
             best_loss = job.progress.best_loss
+            if traces := job.gradient_computer.trace_seconds:
+                console.note(f"{many(len(traces), 'shape')} compiled; first runs took {sum(traces):.0f} s in all")
             job.emit(
                 {"kind": "end", "step": job.step, "loss": loss, "best_loss": best_loss, "stopped": job.stop_reason}
             )
-    if traces := job.gradient_computer.trace_seconds:
-        shapes = "1 shape" if len(traces) == 1 else f"{len(traces)} shapes"
-        console.note(f"{shapes} compiled; first runs took {sum(traces):.0f} s in all")
     progress = job.progress
     return TrainResult(job.run.path, progress.step, loss, progress.best_loss, progress.skipped)
 
@@ -106,12 +105,12 @@ def _take_steps(job: Job) -> float | None:
     """All that are left; the training loss of the last of them is returned."""
     loss = None
     begin(job)
-    job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
     with _saved_on_the_way_out(job):
+        job.emit({"kind": "start", "step": job.step, "total_steps": job.total_steps})
         goes_back = job.callbacks.may_go_back
         if begins_with_a_checkpoint(job.config, goes_back=goes_back) and not job.run.checkpoint_steps():
             save(job)
-        while job.progress.unfinished or (job.progress.stopped_of is None and job.step < job.total_steps):
+        while not job.finished:
             if job.progress.unfinished:
                 job.unfinished, job.progress = job.progress.unfinished, job.progress.after(unfinished=None)
                 _follow_up(job, next(job.plan.steps(job.step - 1)))
@@ -317,7 +316,7 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
 
 def _add_metrics(record: Record, metrics: Mapping[str, float], config: TrainConfig) -> None:
     """What the objective says of itself, beside what every record has; a number that is not finite is null."""
-    if taken := sorted(metrics.keys() & record.keys()):
+    if taken := sorted(metrics.keys() & {*record, "time"}):
         what = f"--objective {config.objective} has a metric named {taken[0]}, as every record has"
         raise UserError(what, hint="whoever wrote it can give it another name")
     record.update({name: value if math.isfinite(value) else None for name, value in metrics.items()})
@@ -378,5 +377,8 @@ def evaluate(job: Job, step: Step) -> Record:
         "peak_memory_bytes": mx.get_peak_memory(),
         "seconds": round(seconds, 4),
     }
+    if job.meter is not None:
+        forgotten = job.meter.measured(job.split)
+        record["forgetting"] = forgotten if math.isfinite(forgotten) else None
     _add_metrics(record, result.own, job.config)
     return record

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from mlx_sft.console import many
 from mlx_sft.data.batches import Batch, Layout, collate, cut_examples
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.feed import Prefetch
@@ -90,7 +91,7 @@ def _go_on_with(job: Job, failed: FailedBatch, cause: str, tokens: int, mode: Mo
     step = job.progress.step + 1
     stronger = "" if mode == job.settings.mode else f", --grad-checkpoint {configured(mode)}"
     job.console.warn(
-        f"{cause.replace('_', ' ')} in step {step}, at {failed.rows} rows of up to {failed.width} tokens; it is repeated "
+        f"{cause.replace('_', ' ')} in step {step}, at {many(failed.rows, 'row')} of up to {failed.width} tokens; it is repeated "
         f"with up to {tokens} tokens at once{stronger}, and so are those that follow"
     )
     job.settings = replace(job.settings, micro_batch_tokens=tokens, mode=mode)

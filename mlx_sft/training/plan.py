@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.config_files import read_settings
 from mlx_sft.console import Look, count, duration, size
 from mlx_sft.data.batches import JOINED, PADDED, Layout
 from mlx_sft.data.dataset import Examples
@@ -21,14 +22,10 @@ from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import prepare
 from mlx_sft.data.template import with_todays_variables
-from mlx_sft.errors import blamed_on
-from mlx_sft.files import read_yaml
+from mlx_sft.errors import UserError
 from mlx_sft.methods import for_new_tokens
 from mlx_sft.model.load import extended_tokenizer, resolve_checkpoint
-from mlx_sft.model.outline import outline
-from mlx_sft.model.tiles import expected_tiles
-from mlx_sft.model.translate import DOWNLOAD_AGAIN, read_config
-from mlx_sft.model.vocabulary import vocabulary_size
+from mlx_sft.recommended import in_words
 from mlx_sft.registry import OBJECTIVES
 from mlx_sft.training.batch_settings import (
     LongestRow,
@@ -39,12 +36,12 @@ from mlx_sft.training.batch_settings import (
     most_tokens,
     predicted_peak,
 )
-from mlx_sft.training.loss import HeadWay
+from mlx_sft.training.fitting import footprint_of, what_would_fit
 from mlx_sft.training.machine import COMMON_MACS, mac, measured_teraflops, read_machine, this_machine, within
 from mlx_sft.training.memory import MODES, Footprint
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.schedule import planned_steps
-from mlx_sft.training.start import from_run, starting_parameters
+from mlx_sft.training.start import from_run
 
 Pieces = Iterator[tuple[str, Look]]
 
@@ -119,7 +116,7 @@ class RunPlan:
         dtype: Precision of the model on the machine.
         footprint: Of the model there; `on_macs` is that on a Mac.
         longest: The row that must fit.
-        settings: The settings that `train` would choose; None where it would refuse, and `refusal` then says why.
+        settings: The settings that `train` would choose; None where it would refuse, and `refusal` says why.
         predicted: The parts of the peak, with those settings; without, of the longest row in the mode that keeps least.
         work: Of an epoch; None without data.
         epochs: Passes over the data.
@@ -154,11 +151,12 @@ class RunPlan:
         self.longest = LongestRow(layout.width_of(config.max_length - 1), f"a row of --max-length {config.max_length}")
         if data:
             self.longest = LongestRow.of(data.train, layout)
-        planner = MemoryPlanner(config, machine, self.footprint, self.longest, layout)
+        ways_out = partial(what_would_fit, path=path, dtype=self.dtype, new_tokens=new)
+        planner = MemoryPlanner(config, machine, self.footprint, self.longest, layout, ways_out)
         settings = self.settings = planner.choose()
-        self.refusal = None if settings else planner.refusal()
+        self._planner = planner
         self.work: Work | None = None
-        self.epochs = float(config.epochs)
+        self.epochs = 1.0 if config.epochs == "auto" else float(config.epochs)
         if data:
             steps = planned_steps(config, data)
             self.work = Work.of(data.train, in_front)
@@ -172,6 +170,11 @@ class RunPlan:
             chunk = settings.head_chunk
             self.predicted = self.footprint.predict(settings.mode, tokens, width=width, head_chunk=chunk)
         self.teraflops = measured_teraflops(self.dtype) if self.measured else machine.teraflops
+
+    @cached_property
+    def refusal(self) -> UserError | None:
+        """What `train` would say; to find what would fit takes some seconds."""
+        return None if self.settings else self._planner.refusal()
 
     def lengths(self) -> list[dict[str, Any]]:
         """For each length and mode, how many rows fit at once, and what one takes."""
@@ -251,6 +254,7 @@ class RunPlan:
 
     def pieces(self) -> Pieces:
         """What each part takes, what `train` would choose, what fits here and on common Macs, for a terminal."""
+        yield from _verdict(self)
         yield from _facts(self)
         yield f"Rows that fit at once on {self.machine.name}, by their length and --grad-checkpoint\n", "title"
         modes = [configured(mode) for mode in MODES]
@@ -276,20 +280,17 @@ class RunPlan:
 
 def planned_config(config_file: str | None, given: dict[str, Any]) -> TrainConfig:
     """A configuration as `train` would read it, which may leave out the data."""
-    named = given.get("data") or (read_yaml(Path(config_file)).get("data") if config_file else None)
+    named = given.get("data") or (read_settings(config_file).get("data") if config_file else None)
     return TrainConfig.resolve(config_file, **(given if named else given | {"data": [NO_DATA]}))
 
 
-def footprint_of(
-    config: TrainConfig, path: Path, dtype: str, new_tokens: NewTokens | None = None, *, fused: bool
-) -> Footprint:
-    """Of a model in this precision, whose weights need not be there, on a CPU or on a GPU (`fused`)."""
-    split = outline(path, dtype, config.quantize, new_tokens)
-    with blamed_on(path / "config.json", "nothing can be computed with this model", DOWNLOAD_AGAIN):
-        config, method, parameters = starting_parameters(config, split.model, begun=False)
-        vocabulary = vocabulary_size(split.model, read_config(path))
-        head: HeadWay = "fused" if fused else "whole" if expected_tiles(split) is None else "tiles"
-        return Footprint.of(config, split, method, parameters, vocabulary, head=head, fused=fused)
+def _verdict(plan: RunPlan) -> Pieces:
+    """Whether it fits, and what would where it does not."""
+    if plan.refusal is None:
+        return
+    row = "" if plan.refusal.where == "memory" else f"{plan.refusal.where}: "
+    yield f"This run does not fit: {row}{plan.refusal.what}\n", "bad"
+    yield f"  {plan.refusal.hint}\n\n", "plain"
 
 
 def _facts(plan: RunPlan) -> Pieces:
@@ -308,13 +309,13 @@ def _facts(plan: RunPlan) -> Pieces:
     if chosen is not None:
         tokens, mode = chosen.micro_batch_tokens, configured(chosen.mode)
         facts["settings"] = f"--micro-batch-tokens {tokens} --grad-checkpoint {mode} --dtype {plan.dtype}"
+    if words := in_words(plan.config.recommended()):
+        facts["recommended"] = words
     facts["time"] = _time(plan)
     width = max(map(len, facts))
     for name, value in facts.items():
         yield f"  {name:{width}}  ", "faint"
         yield f"{value}\n", "plain"
-    if plan.refusal is not None:
-        yield f"  train would refuse: {plan.refusal}\n", "bad"
     yield "\n", "plain"
 
 
@@ -326,7 +327,7 @@ def _time(plan: RunPlan) -> str:
         return "no estimate: this chip's speed is not known; name it, as in --machine 'M2 16GB'"
     source = "measured now" if plan.measured else "from a table"
     basis = f"products at {plan.teraflops:.2g} TFLOP/s ({source}), of which steps reach {REACHED:.0%}"
-    epochs = f"{plan.epochs:.3g} epoch{'' if plan.epochs == 1 else 's'}"
+    epochs = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:.3g} epochs"
     return f"about {duration(taken)} for {epochs} of {count(plan.work.tokens)} tokens: an estimate from {basis}"
 
 

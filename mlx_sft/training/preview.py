@@ -6,11 +6,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_sft.console import count, size
+from mlx_sft.config import TrainConfig
+from mlx_sft.console import count, many, size
 from mlx_sft.data.encode import decoded_segments
 from mlx_sft.data.sources import split_weight
 from mlx_sft.data.steps import shares
 from mlx_sft.files import free_bytes
+from mlx_sft.recommended import in_words
+from mlx_sft.report.run import RunFiles
+from mlx_sft.report.verdict import more_with
 from mlx_sft.training.job import Job
 from mlx_sft.training.recompute import Mode
 from mlx_sft.training.resume import differences
@@ -28,17 +32,18 @@ def show_plan(job: Job) -> None:
     """Show it."""
     config, report, console = job.config, job.data.report, job.console
     trainable = sum(value.size for value in job.parameters.values())
-    texts = "pairs" if job.gradient_computer.objective.compares else "conversations"
+    text = "pair" if job.gradient_computer.objective.compares else "conversation"
     facts = {
         "model": f"{config.model} ({config.dtype})",
         **report.summary(),
         **_mixture(job),
         "trains": f"{count(trainable)} parameters ({config.method})",
-        "steps": f"{job.plan.total_steps} of {config.batch_size} {texts}, "
+        "steps": f"{job.plan.total_steps} of {many(config.batch_size, text)}, "
         f"up to {job.settings.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.gradient_computer.mode],
+        **recommended(config),
         "memory": f"{size(mx.get_active_memory())} for the weights, up to {size(job.predicted.peak)} predicted with a step, "
         f"of {size(job.memory.machine.memory)} ({job.memory.machine.basis})",
-        "disk": f"up to {size(job.disk.total)} with {job.disk.checkpoints} checkpoints, "
+        "disk": f"up to {size(job.disk.total)} with {many(job.disk.checkpoints, 'checkpoint')}, "
         f"of {size(free_bytes(job.run.path))} that is free",
         "run": str(job.run.path),
     }
@@ -61,8 +66,19 @@ def show_plan(job: Job) -> None:
         console.warn("the warm-up takes the whole run, so that nothing is trained; give --warmup 0, or more steps")
     if config.resume and (changed := differences(job.run, config)):
         console.warn(f"the last bits may not be the same: since the run began, {', '.join(changed)} changed")
-    if job.progress.step:
+    if job.finished:
+        taken = (
+            f"its {total} steps are taken" if job.step == total else f"it was ended after step {job.step} of {total}"
+        )
+        console.note(f"this run is finished: {taken}; to go on with more: {more_with(RunFiles.of(job.run))}")
+    elif job.progress.step:
         console.note(f"resuming after step {job.progress.step}")
+
+
+def recommended(config: TrainConfig) -> dict[str, str]:
+    """The settings that are as the model, the method or the objective recommends; empty where none is."""
+    words = in_words(config.recommended())
+    return {"settings": words} if words else {}
 
 
 def _mixture(job: Job) -> dict[str, str]:
@@ -75,6 +91,6 @@ def _mixture(job: Job) -> dict[str, str]:
     return {
         "mixture": "an epoch has "
         + ", ".join(
-            f"{count(share)} of the {count(portion.rows)} rows of {Path(name).name}" for name, portion, share in parts
+            f"{count(share)} of the {many(portion.rows, 'row')} of {Path(name).name}" for name, portion, share in parts
         )
     }

@@ -21,15 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console
+from mlx_sft.console import Console, many
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.data.batches import Batch
-from mlx_sft.data.cache import cache_folder
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import UserError
-from mlx_sft.files import read_json, read_text, sha256_line
+from mlx_sft.files import cache_folder, read_json, read_text, sha256_line
 from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import checkpoint_fingerprint
 from mlx_sft.run_folder import MOST_SUMS_BYTES, RunFolder
@@ -134,7 +133,7 @@ class Start:
         if found is not None:
             progress.note(f"the reference of {name} was computed before")
             return found
-        progress.note(f"computing the reference: log p of {name}, {len(examples):,} texts, as training starts")
+        progress.note(f"computing the reference: log p of {name}, {many(len(examples), 'text')}, as training starts")
         found = self.of(examples, lambda done: progress.reading(name, done, done, len(examples)))
         progress.finished(name, len(examples), cached=False)
         if home is not None:

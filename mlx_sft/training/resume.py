@@ -120,7 +120,7 @@ def computed_anew(given: TrainConfig) -> dict[str, Any]:
 
 def with_full_paths(config: TrainConfig) -> TrainConfig:
     """What lies on disk by its full path, so that the run folder can be used from anywhere."""
-    names = ("valid", "model", "init_adapter", "resume_from_peft")
+    names = ("valid", "model", "init_adapter", "resume_from_peft", "general_data")
     given = {name: getattr(config, name) for name in names}
     full: dict[str, Any] = {
         name: full_path(value) for name, value in given.items() if value is not None and value != "tiny"

@@ -11,6 +11,17 @@ from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.steps import Plan, Portion
 from mlx_sft.registry import OBJECTIVES
 
+_ROWS_SEEN, _MOST_EPOCHS = 300, 10
+"""What `epochs: auto` stands for: docs/decisions.md has what was measured."""
+
+
+def epochs_of(config: TrainConfig, data: PreparedData) -> int:
+    """The number of passes over this data, for which the configuration may say `auto`."""
+    if config.epochs != "auto":
+        return config.epochs
+    rows = max(1, len(np.unique(data.train.rows)))
+    return min(_MOST_EPOCHS, max(1, _ROWS_SEEN // rows))
+
 
 def planned_steps(config: TrainConfig, data: PreparedData) -> Plan:
     """The steps of a run on this data."""
@@ -26,7 +37,7 @@ def planned_steps(config: TrainConfig, data: PreparedData) -> Plan:
     return Plan(
         sum(counts),
         batch_size=config.batch_size,
-        epochs=config.epochs,
+        epochs=epochs_of(config, data),
         max_steps=config.max_steps,
         seed=config.seed,
         shuffle=config.shuffle,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,7 @@ from mlx_sft.methods import Method, Parameters, for_new_tokens
 from mlx_sft.model.given import given_model, given_tokenizer
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import joined_note
-from mlx_sft.model.load import (
-    extended_tokenizer,
-    load_model,
-    resolve_checkpoint,
-    resolve_dtype,
-    untested_note,
-)
+from mlx_sft.model.load import extended_tokenizer, load_model, resolve_checkpoint, resolve_dtype, untested_note
 from mlx_sft.model.quantize import first_rows
 from mlx_sft.model.translate import exact_length, read_config
 from mlx_sft.model.vocabulary import vocabulary_size
@@ -53,12 +48,13 @@ from mlx_sft.training.batch_settings import (
     configured,
     layout_on,
     predicted_peak,
-    refuse_too_large,
 )
 from mlx_sft.training.callbacks import Callback, Callbacks
 from mlx_sft.training.checkpoint import Progress
 from mlx_sft.training.device import Measured, attention_in_blocks, measure
 from mlx_sft.training.disk_need import DiskNeed
+from mlx_sft.training.fitting import refuse_too_large, what_would_fit
+from mlx_sft.training.forgetting import ForgettingMeter
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import hold_to, prepare_device, this_machine, within
 from mlx_sft.training.memory import Footprint
@@ -73,7 +69,7 @@ from mlx_sft.training.resume import (
     refuse_missing,
     resumed_config,
 )
-from mlx_sft.training.schedule import planned_steps
+from mlx_sft.training.schedule import epochs_of, planned_steps
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
 from mlx_sft.training.step import GradientComputer
@@ -147,6 +143,8 @@ class Setup:
         with self.console.reading() as reading:
             rows, valid_rows = self.given.data, self.given.valid
             self.data = prepare(config, self.tokenizer, reading, rows=rows, valid_rows=valid_rows)
+        settled = {"valid_fraction": self.data.valid_fraction, "epochs": epochs_of(config, self.data)}
+        config = config.model_copy(update=settled)
         self.callbacks.check(config, self.data)
         self.config = config
 
@@ -159,7 +157,7 @@ class Setup:
         )  # rather than go beyond it, MLX waits for operations that are under way
         settings: dict[str, Any] = {"quantize": config.quantize}
         if given.model is None:
-            refuse_too_large(config, self.path, self.machine)
+            refuse_too_large(config, self.path, self.machine, self.data.train, self.new_tokens)
             base = load_model(config.model, config.dtype, self.tokenizer, new_tokens=self.new_tokens, **settings)
         else:
             base = given_model(given.model, config.model, self.tokenizer, dtype=config.dtype, **settings)
@@ -169,6 +167,7 @@ class Setup:
         for part in (self.data.train, self.data.valid):
             check_vocabulary(part, self.vocabulary)
         self.split, rows = SplitModel(base.model), first_rows(base.model)
+        self.meter = ForgettingMeter.of_run(config, self.data, self.split, self.vocabulary, self.console)
         self.config, self.method, self.parameters = starting_parameters(
             config, base.model, self.tokenizer, begun=self.begun
         )
@@ -185,6 +184,8 @@ class Setup:
         self.computer = GradientComputer(
             self.split, self.method, self.vocabulary, objective, recompute=mode, neftune_alpha=noise
         )
+        if self.meter:
+            self.meter.settle(head_is_frozen=self.computer.head_is_frozen(self.parameters))
 
     def plan_memory(self) -> None:
         """How a step is computed on this machine, by what is measured now, or was when a run that goes on began."""
@@ -203,7 +204,10 @@ class Setup:
             config, self.split, self.method, parameters, self.vocabulary, head=computer.head_way, fused=machine.fused,
             composes_attention=computer.composes_attention,
         )  # fmt: skip
-        planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout)
+        ways_out = partial(
+            what_would_fit, path=self.path, dtype=resolve_dtype(config.dtype), new_tokens=self.new_tokens
+        )
+        planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout, ways_out)
         self.memory, self.settings = planner.plan(computer, parameters, len(train))
         self.config = _decided(config, self.settings)
 
@@ -283,7 +287,7 @@ class Setup:
         self.computer.bind(self.parameters)
         return Job(
             config, run, self.base, self.split, self.method, self.computer, plan, self.data, self.parameters, self.optimizer,
-            self.callbacks, self.identity, self.progress, self.console, self.memory, self.settings, predicted, disk,
+            self.callbacks, self.identity, self.progress, self.console, self.memory, self.settings, predicted, disk, meter=self.meter,
         )  # fmt: skip
 
 

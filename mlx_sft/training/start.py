@@ -74,7 +74,7 @@ def from_run(given: TrainConfig) -> TrainConfig:
     before = TrainConfig.resolve(run.config)
     if not METHODS[before.method].frozen_base:
         what = f"a run of --method {before.method} has no adapter to start from"
-        hint = f"start from its whole model: mlx-sft export --run {path} --to MERGED, then --model MERGED"
+        hint = f"start from its whole model: mlx-sft export {path} --out MERGED, then --model MERGED"
         raise UserError(what, where=path, hint=hint, exit_code=USAGE)
     adapter = finished_folder(run, before, "start from `mlx-sft export --format peft --step` best, last, or")
     settings = {name: getattr(given, name) for name in given.model_fields_set if name != "run_from"}

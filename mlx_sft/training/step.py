@@ -400,10 +400,13 @@ class GradientComputer:
         outside = self._split.outside_layers(parameters)
         return {name: value for name, value in outside.items() if self._method.in_head(name)}
 
+    def head_is_frozen(self, parameters: Parameters) -> bool:
+        """Whether training these leaves the head as it is."""
+        return not self._of_head(parameters)
+
     def _head_for(self, parameters: Parameters) -> Head | TiledHead:
         """In tiles where it can be, which is where it is frozen."""
-        frozen = not self._of_head(parameters)
-        return self.tiled_head if frozen and self.tiled_head is not None else self._head
+        return self.tiled_head if self.tiled_head is not None and self.head_is_frozen(parameters) else self._head
 
     def _chunk(self, head: Head | TiledHead) -> int:
         columns = head.columns if isinstance(head, TiledHead) else self._vocabulary

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from mlx_sft.config import TrainConfig
-from mlx_sft.console import Console, duration
+from mlx_sft.console import Console, duration, many
 from mlx_sft.data.batches import collate, cut_step
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.data.steps import Plan, Step
@@ -116,8 +116,9 @@ def within_time(
         need = duration(pace.seconds(1, config, plan) / _MARGIN + limit - left / _MARGIN)
         what = f"--for {config.time_limit} is too short for a step, its evaluation and a checkpoint, which take about {need}"
         raise UserError(what, hint="give more time, or a smaller --batch-size or validation set", exit_code=USAGE)
+    ends = "ends" if low == 1 else "end"
     console.note(
-        f"--for {config.time_limit}: {low} of {plan.total_steps} steps end in it, at {pace.step:.2f} s a step"
+        f"--for {config.time_limit}: {low} of {many(plan.total_steps, 'step')} {ends} in it, at {pace.step:.2f} s a step"
         + (f" and {pace.evaluation:.1f} s an evaluation" if data.valid else "")
     )
     if low == plan.total_steps:

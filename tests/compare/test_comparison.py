@@ -15,8 +15,7 @@ from click.testing import Result
 
 from mlx_sft import TrainConfig, UserError, compare_methods, evaluate_run, load_run
 from mlx_sft.compare import comparison as comparisons
-from mlx_sft.compare.comparison import FILE, Comparison, ComparisonRecord
-from mlx_sft.compare.forgetting import kl_from, predictions
+from mlx_sft.compare.comparison import FILE, Comparison, ComparisonRecord, meter_on, split_of
 from mlx_sft.compare.page import page_html
 from mlx_sft.compare.settings import CompareSettings
 from mlx_sft.compare.table import COLUMNS, markdown, rows, text
@@ -26,6 +25,7 @@ from mlx_sft.data.dataset import Examples
 from mlx_sft.data.example import Example
 from mlx_sft.data.prepare import prepare_file
 from mlx_sft.evaluate import evaluate_examples
+from mlx_sft.training import forgetting
 from tests.chats import write_chats
 
 METHODS = "lora:rank=2,prefix:virtual_tokens=2:lr=1e-2,full:lr=1e-3"
@@ -167,7 +167,8 @@ def test_all_rows_are_written_as_of_the_day_on_which_it_began(
         return prepare_file(source, config, *others)
 
     monkeypatch.setattr(comparisons, "with_todays_variables", with_a_day)
-    monkeypatch.setattr(comparisons, "prepare_file", noted)
+    for module in (comparisons, forgetting):
+        monkeypatch.setattr(module, "prepare_file", noted)
     settings = CompareSettings.of({name: asked[name] for name in ("methods", "test")})
     begun = Comparison.begun(settings, asked["train"], tmp_path / "begun", Console(quiet=True))
     assert seen == [{"date_string": "1 Dec 2026"}] * 2
@@ -207,14 +208,14 @@ def test_a_budget_decides_the_steps(asked: dict[str, Any], tmp_path: Path, monke
 def test_forgetting_is_the_divergence_of_the_whole_distribution(compared: Comparison, examples: Examples) -> None:
     run = compared.run_of("lora:rank=2")
     base, tuned = load_run(run, base=True), load_run(run)
-    before = list(predictions(base, examples))
-    assert kl_from(before, base, examples) == 0
+    meter = meter_on(base, examples)
+    assert meter.measured(split_of(base)) == 0
     found = []
     for example in examples:
         logits = [np.array(one.model(mx.array(example.token_ids[None]))[0, :-1], np.float64) for one in (base, tuned)]
         p, q = (np.exp(one) / np.exp(one).sum(-1, keepdims=True) for one in logits)
         found += list((p * np.log(p / q)).sum(-1)[example.loss_weights[1:] != 0])
-    assert kl_from(before, tuned, examples) == pytest.approx(np.mean(found), rel=1e-4)
+    assert meter.measured(split_of(tuned)) == pytest.approx(np.mean(found), rel=1e-4)
 
 
 def test_an_exact_match_is_what_greedy_decoding_writes(compared: Comparison) -> None:

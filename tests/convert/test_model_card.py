@@ -99,7 +99,7 @@ def test_a_card_says_what_it_is_made_of_and_how_it_did(settings: dict[str, Any])
         f"| Validation loss | {best['loss']:.4f}, of the best evaluation |",
         f"| Validation perplexity | {best['perplexity']:.4g} |",
         "| Taken after step | 4 of 4 |",
-        "mlx-sft export --run .",
+        "mlx-sft export . --out merged",
     ):
         assert part in text
     assert "| | |\n|---|---|\n" in text, "the table is no table"

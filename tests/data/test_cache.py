@@ -26,6 +26,7 @@ from mlx_sft.data.dataset import CONTENTS, TABLE, Examples
 from mlx_sft.data.example import SPAN
 from mlx_sft.data.keys import KeyRules
 from mlx_sft.errors import UserError
+from mlx_sft.files import cache_folder
 
 WriteRows = Callable[..., str]
 HERE = Path(__file__).parent
@@ -455,11 +456,11 @@ def test_a_full_disk_is_one_clear_error(
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.cache_folder() == Path(os.environ["MLX_SFT_CACHE"])
+    assert cache_folder() == Path(os.environ["MLX_SFT_CACHE"])
     monkeypatch.delenv("MLX_SFT_CACHE")
-    assert cache.cache_folder() == tmp_path / "mlx-sft"
+    assert cache_folder() == tmp_path / "mlx-sft"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cache.cache_folder() == Path.home() / ".cache" / "mlx-sft"
+    assert cache_folder() == Path.home() / ".cache" / "mlx-sft"
 
 
 def test_for_a_user_without_a_home_no_rows_are_kept_where_others_could_put_theirs(
@@ -473,7 +474,7 @@ def test_for_a_user_without_a_home_no_rows_are_kept_where_others_could_put_their
     monkeypatch.setattr(Path, "home", without)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    assert cache.cache_folder() is None
+    assert cache_folder() is None
     told = stand_in.Told()
     for _ in range(2):
         assert len(texts(stand_in.read(rows, told))) == 300

@@ -14,7 +14,8 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.data import Examples, PreparedData, encode, lost_rows, prepare, prepare_file, survey
 from mlx_sft.data.dataset import pack
 from mlx_sft.data.example import IGNORED, Example, Outcome
-from mlx_sft.data.prepare import split
+from mlx_sft.data.pipeline import NoProgress
+from mlx_sft.data.prepare import _with_held_out, split
 from mlx_sft.errors import USAGE, UserError
 
 pytestmark = pytest.mark.fast
@@ -157,7 +158,7 @@ def test_nothing_left_is_an_error_that_names_the_first_reason(
     data = write_rows("nonsense", chat("x" * 100))
     with pytest.raises(UserError) as caught:
         run(tokenizer, data, skip_bad_rows=True, max_length=30, overlong="drop")
-    assert caught.value.what == "nothing to train on: of 2 rows 1 are bad and 1 are dropped"
+    assert caught.value.what == "nothing to train on: of 2 rows 1 is bad and 1 is dropped"
     assert caught.value.where == data
     assert caught.value.hint == f"the first: {data}:1: not JSON: Expecting value in column 1"
 
@@ -564,6 +565,38 @@ def test_a_fraction_is_held_out(tokenizer: PreTrainedTokenizerFast, write_rows: 
     prepared = run(tokenizer, write_rows(*(chat(str(i)) for i in range(20))), valid_fraction=0.2)
     assert (len(prepared.train), len(prepared.valid)) == (16, 4)
     assert prepared.report.shared == 0
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(99, 0), (100, 10), (300, 15)])
+def test_of_a_hundred_rows_and_more_a_twentieth_is_held_out_by_itself(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, rows: int, held_out: int
+) -> None:
+    data = write_rows(*(chat(str(i)) for i in range(rows)))
+    prepared = run(tokenizer, data)
+    assert (len(prepared.train), len(prepared.valid)) == (rows - held_out, held_out)
+    again = run(tokenizer, data, valid_fraction=prepared.valid_fraction)
+    assert again.report.fingerprint == prepared.report.fingerprint, "the number that a run keeps gives the same parts"
+    assert len(run(tokenizer, data, valid_fraction=0).valid) == 0
+
+
+def test_no_more_than_two_hundred_rows_are_held_out_by_itself() -> None:
+    rows = [Outcome(f"{i}", [Example(f"{i}", np.array([i, 1], np.int32), np.ones(2, np.float32))]) for i in range(4100)]
+    examples = Examples([pack(rows)])
+    assert len(_with_held_out(TrainConfig(data="x"), examples, [None], NoProgress(), strict=True)[2]) == 200
+
+
+def test_nothing_is_held_out_by_itself_where_it_cannot_or_need_not_be(
+    tokenizer: PreTrainedTokenizerFast, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    many = write_rows(*(chat(str(i)) for i in range(120)), name="folder/train.jsonl")
+    one, valid = write_rows(chat("b"), name="one.jsonl"), write_rows(chat("c"), chat("d"), name="folder/valid.jsonl")
+    assert len(run(tokenizer, many, valid=valid).valid) == 2
+    assert len(run(tokenizer, str(tmp_path / "folder")).valid) == 2
+    assert len(run(tokenizer, write_rows(*[chat("a")] * 120, name="equal.jsonl")).valid) == 0
+    parts = [run(tokenizer, [f"{one}:0.5", f"{many}:0.5"], seed=seed) for seed in range(30)]
+    assert all(part.mixture[0][0] == 1 for part in parts)
+    assert {len(part.valid) for part in parts} == {0, 10}, "it would now and then be the whole of a source"
 
 
 def test_a_validation_file_is_read_and_rows_that_it_shares_are_counted(

@@ -266,7 +266,7 @@ def test_several_files_of_a_part_tell_their_size_digest_and_how_far_they_are(tmp
         (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "it has 2 files, where their names count 3"),
         (["train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"], "2 files, where their names count 1 and 2"),
         (["train-00000-of-00002-aaaaaaaa.jsonl", "train-00000-of-00002-bbbbbbbb.jsonl"], "it has 2 files"),
-        (["train-0-of-999999999.jsonl"], "it has 1 files"),
+        (["train-0-of-999999999.jsonl"], "it has 1 file, where"),
         (["train/a.jsonl", "train/b.csv"], r"a\.jsonl and b\.csv are files of several kinds"),
         (["train.jsonl", "data/train-0.jsonl"], r"train\.jsonl and data/train are both the train part"),
         (["valid/a.jsonl", "dev.jsonl", "train.jsonl"], r"valid and dev\.jsonl are both the valid part"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from mlx_sft.model.load import TINY
+from mlx_sft.recommended import TINY
 
 _WIDTH, _HEADS, _HEAD = 32, 2, 16
 

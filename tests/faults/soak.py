@@ -37,6 +37,7 @@ _OPTIONS = {
     "batch_size": 2,
     "dropout": 0.1,
     "valid_fraction": 0.1,
+    "samples": 0,  # how many there is time for depends on the machine
     "eval_every": 100,
     "save_every": 50,
     "keep": 1,  # a run that is asked to stop has checkpoints that the other has not

@@ -65,7 +65,8 @@ def crash_points(tmp_path: Path) -> Callable[[dict[str, Any]], list[Path]]:
     [
         pytest.param({"dropout": 0.2}, "adapter/adapter_model.safetensors", id="lora with dropout"),
         pytest.param(
-            {"valid_fraction": 0.2, "eval_every": 1, "lr": 3.0, "warmup": 0, "batch_size": 4, "max_steps": 3},
+            {"valid_fraction": 0.2, "eval_every": 1, "lr": 3.0, "warmup": 0, "batch_size": 4, "max_steps": 3}
+            | {"samples": 2, "sample_tokens": 3},
             "last/adapter_model.safetensors",
             id="the best is not the last",
         ),

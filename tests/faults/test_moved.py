@@ -38,6 +38,8 @@ class _At:
 SETTINGS: dict[str, Any] = {
     "valid_fraction": 0.2,
     "eval_every": 1,
+    "samples": 1,
+    "sample_tokens": 2,
     "lr": 3.0,
     "warmup": 0,
     "max_steps": 3,

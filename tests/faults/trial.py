@@ -42,6 +42,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "warmup": 0,
         "valid_fraction": 0.2,
         "eval_every": 1,
+        "samples": 2,
+        "sample_tokens": 4,
         "save_every": 3,
         "keep": 2,
     },

@@ -73,14 +73,15 @@ def _make_config(chance: random.Random, materials: Materials) -> Files:
 
 
 def _read_config(folder: Path, materials: Materials) -> None:
-    file = folder / "config.yaml"
+    os.chdir(folder)  # from where a path in the file is what is written
+    file = Path("config.yaml")
     config = TrainConfig.resolve(file)
     for name, given in yaml.safe_load(file.read_text(encoding="utf-8")).items():
         field = next(field for field in all_fields() if name in (field, public_name(field)))
         if not _agrees(field, given, getattr(config, field)):
             raise Wrong(f"{name}: {given!r} became {getattr(config, field)!r}")
     if config.resume is None:
-        again = folder / "again.yaml"
+        again = Path("again.yaml")
         again.write_text(config.to_yaml(), encoding="utf-8")
         if TrainConfig.resolve(again) != config:
             raise Wrong("what to_yaml writes is read as another configuration")

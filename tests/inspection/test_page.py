@@ -33,6 +33,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     data = tmp_path_factory.mktemp("data") / "chats.jsonl"
     data.write_text("\n".join(lines) + "\n")
     config = TrainConfig(data=[str(data)], max_length=200, data_cache=False)
+    (data.parent / "page").mkdir()
     return inspect(config, tokenizer=tokenizer).write_page(data.parent / "page" / "data.html")
 
 

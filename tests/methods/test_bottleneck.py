@@ -366,7 +366,7 @@ def test_what_a_run_says_of_itself_and_where_it_cannot_go(run: Path, tmp_path: P
     assert (written / "adapter.safetensors").read_bytes() == (run / "adapter" / "adapter.safetensors").read_bytes()
     card = (run / "README.md").read_text()
     assert "bottleneck adapters after attention and MLP, reduction factor 16, with `relu`" in card
-    assert "--to merged" not in card
+    assert "--out merged" not in card
     card = model_card(read_run_summary(RunFolder(run)), Published("me/mine", merged=False))
     assert 'model.load_adapter("me/mine", set_active=True, use_safetensors=True)' in card
     assert "library_name: adapter-transformers" in card

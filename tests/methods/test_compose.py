@@ -120,7 +120,7 @@ def test_svd_with_rank_enough_is_the_exact_sum(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"rank": 3}, {}, "matrices of different shapes"),
+        ({"rank": 3}, {"method": "linear"}, "matrices of different shapes"),
         ({"base": "other"}, {"method": "cat"}, "belongs to other, and .* to m"),
         ({"dora": True}, {"method": "cat"}, "DoRA cannot be added up"),
         ({}, {"method": "cat", "rank": 3}, "decides the rank itself"),

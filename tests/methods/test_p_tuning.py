@@ -216,7 +216,7 @@ def test_what_a_run_says_of_itself_and_where_it_cannot_go(run: Path, tmp_path: P
     assert (
         "5 virtual tokens in front of each conversation, made by a bidirectional LSTM of 2 layers of width 16" in card
     )
-    assert "--to merged" not in card
+    assert "--out merged" not in card
     check = check_adapter(run)
     assert [name for name, problems in check.problems.items() if not problems] == ["mlx-sft", "PEFT"]
     stated = json.loads((run / "adapter" / "adapter_config.json").read_text())

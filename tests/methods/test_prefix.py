@@ -319,7 +319,7 @@ def test_what_a_run_says_of_itself_and_where_it_cannot_go(run: Path, tmp_path: P
         assert "peft" in str(error.value.hint)
     card = (run / "README.md").read_text()
     assert "5 keys and values in front of each conversation" in card
-    assert "--to merged" not in card
+    assert "--out merged" not in card
     assert json.loads(evaluate_run(run, _file(tmp_path)).describe(as_json=True))["loss"] == pytest.approx(
         _loss_of(run), rel=1e-5
     )

@@ -237,7 +237,7 @@ def test_what_a_run_says_of_itself_and_where_it_cannot_go(run: Path, tmp_path: P
     check_refused(run, refused, "peft", tmp_path)
     card = (run / "README.md").read_text()
     assert "5 virtual tokens in front of each conversation" in card
-    assert "--to merged" not in card
+    assert "--out merged" not in card
     check = check_adapter(run)
     assert [name for name, problems in check.problems.items() if not problems] == ["mlx-sft", "PEFT"]
     assert "prompt tuning in PEFT's files" in check.describe()

@@ -136,7 +136,7 @@ def test_what_mlx_lm_would_compute_otherwise_is_not_written_in_its_form(
 ) -> None:
     with pytest.raises(UserError, match="computes models of this family otherwise") as caught:
         convert(str(make_base("ernie4_5_moe")), tmp_path / "mlx")
-    assert "--to merged" in caught.value.hint
+    assert "--format merged" in caught.value.hint
 
 
 _SEES = {

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.model import load
 from mlx_sft.model.load import (
-    TINY,
     checkpoint_fingerprint,
     load_model,
     load_tokenizer,
@@ -27,6 +26,7 @@ from mlx_sft.model.load import (
 from mlx_sft.model.translate import translate_config
 from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.model.weights import INDEX, weight_files
+from mlx_sft.recommended import TINY
 
 
 @pytest.fixture

@@ -43,6 +43,19 @@ def evaluation(number: int, loss: float | None, *, epoch: float = 0.0) -> Record
     return {"kind": "evaluation", "step": number, "epoch": epoch, "loss": loss, "token_accuracy": 0.5, "seconds": 1.0}
 
 
+def sample(
+    at: int, prompt: str, answer: str, *, wanted: str | None = None, number: int = 1, cut: bool = False
+) -> Record:
+    """A line of samples.jsonl; that of step 0 is the base's."""
+    named = {"origin": "chats.jsonl:1", "prompt": prompt, "wanted": wanted}
+    return {"step": at, "base": at == 0, "number": number, **named, "answer": answer, "cut": cut}
+
+
+def write_samples(run: Path, records: Iterable[Record]) -> None:
+    with (run / "samples.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
 @pytest.fixture
 def make_folder(tmp_path: Path) -> MakeFolder:
     """`make_folder(records, name=, planned=, finished=, settings={...}, data={...})` → a run folder."""

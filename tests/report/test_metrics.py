@@ -104,7 +104,7 @@ def test_numbers_of_the_objective_have_curves_of_their_own(make_folder: MakeFold
     metrics = Metrics(RunFolder(make_folder(records)), 10)
     metrics.follow()
     assert sorted(metrics.own) == ["accuracy", "margin"]
-    assert metrics.own["margin"].points == [(1, 0.1), (2, 0.2), (3, 0.3)]
+    assert metrics.own["margin"].steps.points == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
 def test_the_best_evaluation_is_the_lowest(make_folder: MakeFolder) -> None:

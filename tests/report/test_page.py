@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mlx_sft.report.page import page_html, write_report
 from mlx_sft.report.run import RunFiles
 from mlx_sft.run_folder import RunFolder
 from tests.pages import Parts, contrast, shown
-from tests.report.conftest import HOSTILE, MakeFolder, evaluation, step
+from tests.report.conftest import HOSTILE, MakeFolder, evaluation, sample, step, write_samples
 
 pytestmark = pytest.mark.fast
 
@@ -38,6 +39,7 @@ def page_file(make_folder: MakeFolder) -> Path:
         "columns": {HOSTILE: [HOSTILE]},
     }
     run = make_folder(records, "<img src=x onerror=alert(1)>", settings=settings, data=data, finished=False)
+    write_samples(run, [sample(step, HOSTILE, HOSTILE, wanted=HOSTILE) for step in (0, 20, 100)])
     return write_report(run)
 
 
@@ -54,7 +56,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(page_file: Path) -> None:
 def test_nothing_that_is_named_becomes_code(page_file: Path) -> None:
     text = page_file.read_text(encoding="utf-8")
     assert text.count("<script") == text.count("</script") == 1
-    assert text.count("&lt;/script&gt;&lt;script&gt;") >= 8
+    assert text.count("&lt;/script&gt;&lt;script&gt;") >= 13
     assert "<img" not in text
     assert "\u202e" not in text
 
@@ -69,10 +71,32 @@ def test_the_page_says_what_the_files_say(make_folder: MakeFolder) -> None:
         "100 read, 90 to train on, 10 held out", "9,000, 33% of them supervised", "5 rows are odd", "4.0 MB predicted",
         "rank 8 default 16", "Chosen for the model and the machine micro_batch_tokens 512", "own 1",
         "step 50 a checkpoint that is kept", "step 100 the best of 2 evaluations, validation loss 1.0000",
-        f"mlx-sft chat --run {run}", "validation loss 1 best, step 100, 50.0% of tokens right",
+        f"mlx-sft chat {run}", "validation loss 1 best, step 100, 50.0% of tokens right",
     ):  # fmt: skip
         assert words in plain, words
     assert 'http-equiv="refresh"' not in text
+
+
+def test_the_page_tells_when_things_were_in_local_time(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC-2")
+    time.tzset()
+    try:
+        records = [
+            step(1, 2.0, time="2026-01-30T22:30:00.000Z"),
+            step(2, None, time="2026-01-30T23:04:05.678Z"),
+            step(3, 1.0, time=HOSTILE),
+            step(4, 1.0, time="9999-12-31T23:59:59Z"),
+            step(5, 1.0, time=7),
+            step(6, 1.0, time="2026-01-31T00:30:00.000Z"),
+        ]
+        text = write_report(make_folder(records)).read_text()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert "2026-01-31 00:30 to 02:30" in text
+    assert "skipped, because its gradient was not finite (01:04:05)" in text
 
 
 def test_a_run_that_trains_has_a_page_that_loads_itself_again(make_folder: MakeFolder) -> None:
@@ -149,6 +173,57 @@ def test_bars_and_charts_of_nothing() -> None:
     assert "Nothing to draw" in chart([Series([])])
 
 
+def test_answers_stand_beside_each_other_by_the_step(make_folder: MakeFolder) -> None:
+    run = make_folder([evaluation(n, 3.0 - n / 40 if n < 60 else 4.0) for n in range(5, 101, 5)])
+    write_samples(run, [{"kind": "odd"}, sample(0, "the cat", "meows", wanted="sat", number=1)])
+    write_samples(run, [sample(n, "the cat", f"answer {n}", wanted="sat", cut=n == 100) for n in range(5, 101, 5)])
+    (run / "samples.jsonl").write_bytes(
+        (run / "samples.jsonl").read_bytes() + b'7\n\xff{\n{"prompt": 3, "answer": "x"}\n{"pro'
+    )
+    text = write_report(run).read_text()
+    table = text.partition('<div class="samples"')[2].partition("</table>")[0]
+    headers = re.findall(r"<th[^>]*>([^<]*)</th>", table)
+    assert headers[:4] == ["prompt", "wanted", "before", "step 100 (last)"]
+    assert len(headers) == 3 + 6
+    assert "step 55 (best)" in headers
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", table, re.S)]
+    assert cells[:4] == ["the cat", "sat", "meows", "answer 100 … (cut)"]
+    assert [f"step {cell.partition(' ')[2]}" for cell in cells[4:]] == [one.partition(" (")[0] for one in headers[4:]]
+    assert "14 more steps are in samples.jsonl" in text
+
+
+def test_what_is_told_of_pairs_is_drawn_together(make_folder: MakeFolder) -> None:
+    names = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "kl",
+    )
+    records = [step(n, 1.0, **{name: float(n) for name in names}) for n in range(1, 9)]
+    records += [evaluation(n, 1.0) | dict.fromkeys(names, 0.5) for n in (4, 8)]
+    text = write_report(make_folder(records, settings={"objective": "dpo"})).read_text()
+    figures = [part.partition("</figure>")[0] for part in text.split("<figure>")]
+    own = {
+        figure[12:].partition(",")[0]: figure
+        for figure in figures
+        if "of the objective dpo; dots: validation" in figure
+    }
+    assert list(own) == ["rewards", "rewards/accuracies", "logps", "kl"]
+    assert re.findall(r'data-name="(\w+)"', own["rewards"]) == ["chosen", "rejected", "margins"]
+    assert own["rewards"].count("<circle") == 3 * 2
+
+
+def test_forgetting_is_drawn_and_said_in_words(make_folder: MakeFolder) -> None:
+    for value, words in ((0.004, "hardly"), (0.04, "a little"), (0.3, "noticeably"), (2.0, "much")):
+        records = [step(n, 1.0) for n in range(1, 9)] + [evaluation(n, 1.0) | {"forgetting": value} for n in (4, 8)]
+        text = write_report(make_folder(records, f"run{value}")).read_text()
+        assert "Forgetting: how far the model is from the base" in text
+        assert re.search(rf"On general texts the model has moved {words}", text)
+
+
 # In a browser
 
 
@@ -160,10 +235,10 @@ def test_hostile_text_is_text(browser: Any, page_file: Path) -> None:
         page.locator("svg[data-scale]").first.hover()
         told = page.locator(".told").first.inner_text()
         assert re.match(r"\d+: each step [\d.]+ · smoothed [\d.]+ · validation, best ringed [\d.]+$", told), told
-        last = page.locator("svg[data-scale]").last
-        last.scroll_into_view_if_needed()
-        last.hover()
-        assert "owned" in page.locator(".told").last.inner_text()
+        assert "document.title='owned'" in " ".join(page.locator("figcaption").all_inner_texts())
+        cells = page.locator(".samples td").all_inner_texts()
+        assert len(cells) == 5
+        assert all("document.title='owned'" in cell for cell in cells)
         assert page.locator("img").count() == 0
 
 
@@ -181,6 +256,7 @@ def test_a_narrow_screen_shows_all_of_it_in_either_scheme(browser: Any, page_fil
         ".facts dt",
         ".warnings li",
         ".legend .c1",
+        ".samples td.best",
     ):
         assert contrast(page, selector) >= (4.5 if selector != ".legend .c1" else 3), selector
     page.close()

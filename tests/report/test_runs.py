@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from click.testing import Result
 
 from mlx_sft.run_folder import RunFolder
 from tests.pages import Parts
-from tests.report.conftest import HOSTILE, MakeFolder, evaluation, step
+from tests.report.conftest import HOSTILE, MakeFolder, evaluation, sample, step, write_samples
 
 pytestmark = pytest.mark.fast
 
@@ -70,6 +71,7 @@ def test_names_cannot_steer_the_table(make_folder: MakeFolder, tmp_path: Path, c
 
 def test_runs_are_compared(runs: Path, cli: Cli, tmp_path: Path) -> None:
     page = tmp_path / "out/both.html"
+    page.parent.mkdir(exist_ok=True)
     result = cli("runs", "compare", runs / "good", runs / "part", "--html", page)
     assert result.exit_code == 0
     words = [line.split() for line in result.stdout.splitlines()]
@@ -88,9 +90,30 @@ def test_a_page_of_several_runs_holds_no_code(make_folder: MakeFolder, cli: Cli,
     runs = [
         make_folder([step(1, 1.0)], f"{n}/<img src=x>", settings={"model": HOSTILE * n, HOSTILE: n}) for n in (1, 2)
     ]
+    for run in runs:
+        write_samples(run, [sample(at, HOSTILE, HOSTILE, wanted=HOSTILE) for at in (0, 1)])
     assert cli("runs", "compare", *runs, "--html", tmp_path / "c.html").exit_code == 0
     parts = Parts((tmp_path / "c.html").read_text())
     assert not {tag for tag, _ in parts.elements} & {"script", "img"}
+
+
+def test_answers_to_the_same_prompts_stand_beside_each_other(make_folder: MakeFolder, cli: Cli, tmp_path: Path) -> None:
+    first = make_folder([evaluation(2, 1.0), evaluation(4, 2.0)], "first")
+    second = make_folder([evaluation(4, 1.0)], "second")
+    write_samples(first, [sample(at, "the cat", f"a{at}", wanted="sat") for at in (0, 2, 4)])
+    write_samples(first, [sample(0, "alone", "x", number=2)])
+    write_samples(second, [sample(0, "the cat", "a0", wanted="sat"), sample(4, "the cat", "b4", wanted="sat")])
+    assert cli("runs", "compare", first, second, "--html", tmp_path / "c.html").exit_code == 0
+    table = (tmp_path / "c.html").read_text().partition('<div class="samples"')[2].partition("</table>")[0]
+    assert re.findall(r"<th[^>]*>([^<]*)</th>", table) == [
+        "prompt",
+        "wanted",
+        "before",
+        "first, step 2",
+        "second, step 4",
+    ]
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", table)]
+    assert cells == ["the cat", "sat", "a0", "a2", "b4"]
 
 
 def test_what_cannot_be_compared_is_refused(runs: Path, cli: Cli) -> None:
@@ -131,6 +154,7 @@ def test_links_are_not_followed(runs: Path, cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_page_is_written_elsewhere(runs: Path, cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
     result = cli("report", runs / "good", "--to", tmp_path / "new/page.html")
     assert result.stdout == f"{tmp_path / 'new/page.html'}\n"
     assert not (runs / "good/report.html").exists()

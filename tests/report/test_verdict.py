@@ -7,7 +7,7 @@ import math
 import pytest
 
 from mlx_sft.report.runs import read
-from mlx_sft.report.verdict import Sentence, verdict
+from mlx_sft.report.verdict import Sentence, more_with, verdict
 from mlx_sft.run_folder import RunFolder
 from tests.report.conftest import MakeFolder, Record, evaluation, step
 
@@ -44,6 +44,31 @@ def test_a_loss_that_still_falls_says_how_to_go_on(make_folder: MakeFolder) -> N
         make_folder, [*falling(), evaluation(50, 2.0), evaluation(100, 1.5)], name="b", settings={"max_steps": 100}
     )
     assert only(steps, "still falling at the end").text.endswith("/b --max-steps 150`).")
+
+
+def test_a_loss_that_falls_by_little_of_what_it_came_has_levelled_off(make_folder: MakeFolder) -> None:
+    sentences = said(make_folder, [*falling(to=0.08), evaluation(50, 0.091), evaluation(100, 0.081)])
+    assert "It has levelled off" in only(sentences, "The validation loss").text
+
+
+def test_the_training_loss_is_told_as_what_the_model_gives_a_right_token(make_folder: MakeFolder) -> None:
+    course = [*falling(), evaluation(50, 2.0), evaluation(100, 1.5)]
+    told = only(said(make_folder, course), "The training loss went from 2.496 to 1: ").text
+    assert told.endswith("to each next token of an answer the model now gives a chance of 37 %, at first of 8.2 %.")
+    of_pairs = said(make_folder, course, name="b", settings={"objective": "dpo"})
+    assert only(of_pairs, "The training loss").text == "The training loss went from 2.496 to 1."
+
+
+def test_the_only_evaluation_of_a_run_that_is_over_is_that_of_its_result(make_folder: MakeFolder) -> None:
+    course = [*falling(), evaluation(100, 1.5)]
+    assert "the only one: it is that of the result" in only(said(make_folder, course), "The validation loss").text
+    running = said(make_folder, course, name="b", finished=False, planned=200)
+    assert "The validation loss is 1.5000 after step 100" in only(running, "The validation loss").text
+
+
+def test_a_run_that_was_given_its_time_goes_on_with_twice_that(make_folder: MakeFolder) -> None:
+    files = read(RunFolder(make_folder(falling(), settings={"for": "45m", "max_steps": 100})))
+    assert more_with(files).endswith("/run --max-steps 150 --for 5400s")
 
 
 def test_a_level_loss_says_so(make_folder: MakeFolder) -> None:

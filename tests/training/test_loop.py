@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ TRAIN_FIELDS = [
     *("kind", "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens"),
     *("computed_tokens", "padded_tokens", "micro_batches"),
     *("tokens_per_second", "peak_memory_bytes", "active_memory_bytes", "cache_memory_bytes", "footprint_bytes"),
-    *("seconds", "data_wait_seconds"),
+    *("seconds", "data_wait_seconds", "time"),
 ]
 EVALUATION_FIELDS = [
     *(
@@ -58,6 +59,8 @@ EVALUATION_FIELDS = [
         "tokens_per_second",
         "peak_memory_bytes",
         "seconds",
+        "time",
+        "forgetting",
     ),
 ]
 
@@ -92,6 +95,9 @@ def test_every_step_has_a_line_with_the_promised_fields(settings: dict[str, Any]
     lines = metrics(settings["out"], "train")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(list(line) == TRAIN_FIELDS for line in lines)
+    times = [datetime.fromisoformat(line["time"]) for line in lines]
+    assert times == sorted(times)
+    assert all(timedelta(0) <= datetime.now(UTC) - time < timedelta(minutes=5) for time in times)
     assert [line["epoch"] for line in lines] == [0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
     assert [line["learning_rate"] for line in lines] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3, 1e-2, 7.5e-3, 2.5e-3])
     assert all(
@@ -268,7 +274,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_named(
     assert result.skipped == 1
     lines = metrics(result.run_dir, "train")
     assert [line["loss"] is None for line in lines] == [False, True, False]
-    assert list(lines[1]) == [*TRAIN_FIELDS, "skipped_rows"]
+    assert sorted(lines[1]) == sorted([*TRAIN_FIELDS, "skipped_rows"])
     assert lines[1]["grad_norm"] is None
     assert lines[1]["skipped_rows"] == [f"{data}:2"]
     assert f"step 2 skipped, its gradient is not finite; rows {data}:2" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_operations_are_the_products(no_weights: Path) -> None:
 def test_a_run_that_would_be_refused_is_planned_all_the_same(no_weights: Path) -> None:
     plan = plan_of(model=str(no_weights), memory_limit="150MB", max_length=30_000)
     assert plan.settings is None
-    assert "train would refuse" in text(plan)
+    assert text(plan).startswith("This run does not fit: ")
     assert "--max-length" in text(plan)
     assert json.loads(plan.to_json())["settings"] is None
 
@@ -185,6 +186,37 @@ def test_the_command_writes_json(cli: Cli, no_weights: Path) -> None:
     assert found["predicted"]["peak"] == sum(v for k, v in found["predicted"].items() if k != "peak")
     assert found["settings"] == {"micro_batch_tokens": 2048, "grad_checkpoint": "off", "head_chunk": 1024}
     assert len(found["lengths"]) == len(LENGTHS)
+
+
+def test_a_run_that_does_not_fit_fails_first_and_names_what_would_with_what_it_takes(
+    cli: Cli, no_weights: Path
+) -> None:
+    given = ["plan", "--model", no_weights, "--machine", "16GB", "--memory-limit", "245MB", "--max-length", "200"]
+    result = cli(*given, "--dtype", "float32")
+    assert result.exit_code == 1
+    verdict, hint = result.stdout.splitlines()[:2]
+    assert verdict.startswith("This run does not fit: ")
+    ways = dict(re.findall(r"(--[a-z][^,(]*?) \(takes ([^)]+)\)", hint))
+    assert {way.partition(" ")[0] for way in ways} == {"--max-length", "--dtype", "--quantize"}
+    for way, taken in ways.items():
+        dtype = [] if "--dtype" in way else ["--dtype", "float32"]
+        instead = cli(*given, *dtype, *way.split())
+        assert instead.exit_code == 0, instead.output
+        assert f"{taken} predicted" in instead.stdout or "--max-length" in way, "shorter rows: of one at a time"
+    assert json.loads(cli(*given, "--dtype", "float32", "--json").stdout)["refusal"]
+
+
+def test_a_model_of_qwen3_that_does_not_fit_names_a_smaller_one_that_does(no_weights: Path) -> None:
+    config = json.loads((no_weights / "config.json").read_text())
+    shape = {"vocab_size": 151_936, "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "head_dim": 128,
+             "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
+    (no_weights / "config.json").write_text(
+        json.dumps(config | shape | {"tie_word_embeddings": False})
+    )  # that of Qwen3-8B
+    refusal = plan_of("M2 16GB", model=str(no_weights)).refusal
+    assert refusal is not None
+    assert "--model Qwen/Qwen3-4B (takes " in refusal.hint
+    assert "--quantize 4 (takes " in refusal.hint
 
 
 def test_the_embedded_model_needs_nothing_else(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

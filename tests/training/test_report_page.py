@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.report import live as live_module
+from mlx_sft.report.live import LivePage
 from mlx_sft.report.page import write_report
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun, report_page
+from tests.run_folders import outcome
 
 
 class Watching(Callback):
@@ -29,6 +35,38 @@ class Watching(Callback):
             self.pages[record["step"]] = run.folder.page.read_text()
         if record["step"] == self._fail_at:
             raise UserError("told to fail")
+
+
+class Looking(Callback):
+    """Looks at the page that is served, as a browser does; what it is sent is kept."""
+
+    name = "looking"
+
+    def __init__(self, served: list[LivePage]) -> None:
+        super().__init__()
+        self._served = served
+        self.sent = ""
+        self._thread: threading.Thread | None = None
+
+    def on_step(self, run: TrainingRun, record: Record) -> None:
+        if self._thread is None:
+            (live,) = self._served
+            connection = socket.create_connection(live.server_address, timeout=10)
+            connection.sendall(f"GET /{live.token}/events HTTP/1.1\r\nHost: {live.host}\r\n\r\n".encode())
+            self._thread = threading.Thread(target=self._read, args=[connection])
+            self._thread.start()
+            deadline = time.monotonic() + 10
+            while not live.is_watched and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def _read(self, connection: socket.socket) -> None:
+        with connection:
+            self.sent = connection.makefile("r").read()
+
+    def all_that_was_sent(self) -> str:
+        assert self._thread is not None
+        self._thread.join(timeout=10)
+        return self.sent
 
 
 class GoingBack(Callback):
@@ -100,3 +138,46 @@ def test_a_page_that_cannot_be_written_ends_nothing(
     assert train(TrainConfig(**settings)).steps == 6
     assert capsys.readouterr().err.count("the page of the run could not be written") == 1
     assert not RunFolder(settings["out"]).page.exists()
+
+
+def test_the_page_is_served_while_a_run_trains_and_changes_nothing_of_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(live_module, "EVERY", 0.0)
+    monkeypatch.setattr(live_module, "_SHARE", 0)
+    served: list[LivePage] = []
+
+    def serving(page: str, port: int | None = None) -> LivePage:
+        served.append(LivePage(page, port))
+        return served[-1]
+
+    monkeypatch.setattr(report_page, "LivePage", serving)
+    loud = {**settings, "quiet": False}
+    plain = RunFolder(train(TrainConfig(**loud)).run_dir)
+    expected = outcome(plain.path)
+    plain.path.rename(plain.path.with_name("plain"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        looking = Looking(served)
+        run = RunFolder(train(TrainConfig(**loud, live=True, port=taken), callbacks=[looking]).run_dir)
+    said = capsys.readouterr().err
+    assert f"port {taken} cannot be used" in said
+    assert "live     http://127.0.0.1:" in said
+    sent = looking.all_that_was_sent()
+    assert sent.count('data: "<!doctype html>') >= 3
+    assert "It is training: step 4 of 6" in sent
+    assert sent.rstrip().endswith(
+        f'event: end\ndata: "The run has ended, and with it the server of this page. It stays as {run.page}."'
+    )
+    found = outcome(run.path)
+    for lines in (expected["config.yaml"], found["config.yaml"]):
+        lines[:] = [line for line in lines if not line.startswith((b"live:", b"port:"))]
+    assert found == expected
+    assert "http" not in run.metrics.read_text()
+
+
+@pytest.mark.parametrize("given", [{"port": 8000}, {"live": True, "quiet": True}, {"live": True, "json": True}])
+def test_a_page_that_nobody_could_find_is_refused(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"--live"):
+        train(TrainConfig(**{**settings, "quiet": False} | given))
+    assert not Path(settings["out"]).exists()

@@ -16,7 +16,7 @@ from mlx_sft.data.batches import Layout, MicroBatch, collate
 from mlx_sft.errors import USAGE
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.resume import resumed_config
-from mlx_sft.training.setup import prepare_job
+from mlx_sft.training.setup import Given, prepare_job
 from mlx_sft.training.shapes import compiled_shape, compiled_shapes
 from tests.conftest import settings_of_run
 from tests.run_folders import outcome
@@ -382,3 +382,14 @@ def test_on_a_gpu_the_commonest_shapes_of_the_plan_are_compiled(settings: dict[s
     taken = Counter(shape for batch in batches if (shape := compiled_shape(batch, found)))
     assert set(found) == taken.keys()
     assert min(taken.values()) > 2
+
+
+def test_what_auto_makes_of_epochs_and_of_the_held_out_share_is_kept_with_the_run(settings: dict[str, Any]) -> None:
+    rows = [{"prompt": f"the cat {number}", "completion": "the mat"} for number in range(110)]
+    del settings["data"]
+    job = prepare_job(TrainConfig(**settings | {"epochs": "auto"}), Console(quiet=True), given=Given(data=rows))
+    assert (len(job.data.train), len(job.data.valid), job.config.epochs) == (100, 10, 3)
+    saved = TrainConfig.resolve(job.run.config)
+    assert (saved.epochs, saved.valid_fraction) == (3, 10 / 110)
+    few = settings | {"epochs": "auto", "out": settings["out"] + "-few"}
+    assert prepare_job(TrainConfig(**few), Console(quiet=True), given=Given(data=rows[:9])).config.epochs == 10

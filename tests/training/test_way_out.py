@@ -116,8 +116,8 @@ def test_nor_a_line_of_metrics_that_is_written_in_part(
     run, own = RunFolder(options["out"]), MetricsFile.on_record
 
     def full(callback: MetricsFile, job: TrainingRun, record: Record) -> None:
-        if record["kind"] == "train" and record["step"] == 3 and callback._file is not None:
-            callback._file.write(json.dumps(record).encode()[:9])
+        if record["kind"] == "train" and record["step"] == 3 and callback._lines._file is not None:
+            callback._lines._file.write(json.dumps(record).encode()[:9])
             raise UserError(f"the disk is full: {errno.ENOSPC}")
         own(callback, job, record)
 

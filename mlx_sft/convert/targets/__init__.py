@@ -47,6 +47,7 @@ class Export:
         to: The folder as it will be called.
         verify: Whether what is written is opened again and compared.
         step: Which step of the run.
+        strength: What was trained is scaled by this.
     """
 
     run: RunFolder
@@ -54,11 +55,15 @@ class Export:
     to: Path
     verify: bool = True
     step: WhichStep = None
+    strength: float | None = None
 
     @cached_property
     def trained(self) -> Trained:
         """What the run trained up to the step; raises `UserError` where it has nothing of it."""
-        return Trained(self.run, self.config, self.step)
+        trained = Trained(self.run, self.config, self.step, self.strength)
+        if self.strength is not None:
+            trained.read()  # which says where nothing can be scaled
+        return trained
 
     @property
     def method(self) -> type[Method]:
@@ -118,11 +123,13 @@ class Target:
 
 
 class StepSettings(NoSettings):
-    """Which step of a run is exported."""
+    """Which step of a run is exported, and how much of what it trained."""
 
     step: str | int | None = None
     """What the run had trained by its best evaluation (`best`), by now (`last`), or by a step that has a checkpoint (its number);
     the result of a finished run where not given."""
+    strength: float | None = Field(default=None, gt=0)
+    """What an adapter adds is multiplied with this: 0.8 takes a fifth of it away."""
 
 
 class BaseModelSettings(NoSettings):

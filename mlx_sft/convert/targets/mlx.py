@@ -42,7 +42,7 @@ def convert(model: str, to: str | Path, *, quantize: str | None = None, dtype: s
     target = free_folder(to)
     path = resolve_checkpoint(model)
     needed = Checkpoint.open(path).size()
-    refuse_full_disk(target, needed, "this folder", "remove what is not needed, or give --to on another disk")
+    refuse_full_disk(target, needed, "this folder", "remove what is not needed, or give --out on another disk")
     with write_folder(target, needed, parents=True) as temporary:
         loaded = load_model(model, dtype or "stored")
         rows = random_rows(loaded.tokenizer, path)

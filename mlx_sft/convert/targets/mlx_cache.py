@@ -40,7 +40,7 @@ _QUESTION = "<query>"
 """With this as a question, mlx-lm finds where a prompt goes on behind the cache."""
 
 _OTHERWISE = (
-    "`mlx-sft generate --run` answers as it was trained; or train on the base as `mlx-sft convert` writes it for mlx-lm"
+    "`mlx-sft generate RUN` answers as it was trained; or train on the base as `mlx-sft convert` writes it for mlx-lm"
 )
 
 

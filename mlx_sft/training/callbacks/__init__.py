@@ -7,7 +7,8 @@ The built-in ones in `ENTRIES` are always on. One of another package is chosen w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import ValidationError
@@ -31,14 +32,16 @@ ENTRIES = {
     "terminal": "mlx_sft.training.callbacks.terminal:Terminal",
     "divergence": "mlx_sft.training.callbacks.divergence:Divergence",
     "early-stopping": "mlx_sft.training.callbacks.early_stopping:EarlyStopping",
+    "samples": "mlx_sft.training.callbacks.samples:Samples",
     "keep-awake": "mlx_sft.training.callbacks.keep_awake:KeepAwake",
     "power": "mlx_sft.training.callbacks.power:Power",
     "time-limit": "mlx_sft.training.callbacks.time_limit:TimeLimit",
     "report-page": "mlx_sft.training.callbacks.report_page:ReportPage",
+    "report-to": "mlx_sft.training.callbacks.report_to:ReportTo",
 }
 
-_BEFORE_OTHERS = ("metrics-file", "terminal")
-"""Those that hear of a record first, so that it is written and shown whatever another callback does about it."""
+_BEFORE_OTHERS = ("metrics-file", "terminal", "report-to")
+"""Those that hear of a record first, so that it is written, shown and sent whatever another callback does about it."""
 
 Record = dict[str, Any]
 """A line of `metrics.jsonl`, or `{"kind": "start" | "save" | "end", ...}`, which are not written there."""
@@ -82,6 +85,18 @@ class TrainingRun(Protocol):
     def model(self) -> nn.Module: ...
     @property
     def tokenizer(self) -> Any: ...
+
+    def writes(self, token_ids: list[int], most: int, *, base: bool = False) -> Generator[tuple[str, str | None]]:
+        """What the model writes by itself, greedily, after these tokens: its text piece by piece, with the last one
+        why it ended: `stop` or `length`.
+
+        Args:
+            most: Tokens of it.
+            base: By the model as training began; only before the first step. Where training starts from an adapter that has it, else not.
+
+        Raises:
+            UserError: If the method does not say how generation starts with it, or the memory or the tokenizer fails.
+        """
 
     def stop(self, reason: str) -> None:
         """End the run after this step, evaluated and with a checkpoint; the reason is shown."""
@@ -190,7 +205,7 @@ class Callbacks:
             callback.check(config, data)
 
     def emit(self, run: TrainingRun, record: Record, heard: list[str] | None = None) -> None:
-        """Tell every callback of a record; raises `UserError` for one that is none.
+        """Tell every callback of a record, which gets the time of day (UTC); raises `UserError` for one that is none.
 
         Args:
             heard: The names of those that know of it already; each that is told now is added.
@@ -198,6 +213,7 @@ class Callbacks:
         heard = [] if heard is None else heard
         if not isinstance(record.get("kind"), str):
             raise UserError(f"a callback's record has no kind: {record}", hint='emit {"kind": "sample", ...}')
+        record.setdefault("time", f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z")
         for callback in self._callbacks:
             if (name := self._key(callback)) not in heard:
                 callback.on_record(run, record)

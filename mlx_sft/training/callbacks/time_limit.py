@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, TypeAdapter
 
 from mlx_sft.config import TrainConfig
+from mlx_sft.console import many
 from mlx_sft.errors import UserError
 from mlx_sft.settings import parse_duration
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
@@ -76,11 +77,15 @@ class TimeLimit(Callback):
         pace = max(1e-6, self._times[-1] - self._times[0]) / (_WINDOW - 1)
         end = run.step + max(1, int(self._left(limit) / pace))
         if end < _SLOWER * run.total_steps and run.step < run.total_steps:
-            run.console.note(f"at {pace:.2f} s a step, {end} steps end in --for {limit}, not {run.total_steps}")
+            run.console.note(
+                f"at {pace:.2f} s a step, --for {limit} is time for {many(end, 'step')}, not {run.total_steps}"
+            )
             run.shorten(end)
 
     def on_evaluation(self, run: TrainingRun, record: Record) -> None:
-        self._evaluation = record["seconds"]
+        # With the samples, which the callback before this one has written.
+        since = time.monotonic() - self._times[-1] if self._times else 0.0
+        self._evaluation = max(record["seconds"], since)
 
     def _left(self, limit: str) -> float:
         """Seconds for further steps."""

@@ -105,7 +105,7 @@ class GgufAdapter(AdapterOnBase):
         converter = find_converter(self.settings.llama_cpp, ADAPTER_SCRIPT)
         if converter is None:
             run, to = str(self.export.run.path), str(self.export.to)
-            again = ["mlx-sft", "export", "--run", run, "--to", to, "--format", self.name, "--llama-cpp", "llama.cpp"]
+            again = ["mlx-sft", "export", run, "--out", to, "--format", self.name, "--llama-cpp", "llama.cpp"]
             raise no_converter(ADAPTER_SCRIPT, [again])
         return converter
 

@@ -30,8 +30,9 @@ from mlx_sft.convert.targets.gguf.converter import (
 from mlx_sft.convert.targets.gguf.modelfile import Modelfile, make_modelfile
 from mlx_sft.convert.verify import Verification, verify_merged
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.model.load import TINY, load_tokenizer
+from mlx_sft.model.load import load_tokenizer
 from mlx_sft.model.weights import Checkpoint, licence_files
+from mlx_sft.recommended import TINY
 from mlx_sft.trust import TRUST_HINT, code_files, may_run_code_of
 from mlx_sft.writing import copy_file, write_file
 
@@ -104,7 +105,7 @@ class Gguf(WholeModel):
             run, to = self.export.run.path, self.export.to
             merged = to.with_name(f"{to.name}-merged")
             outfile = ["--outfile", f"{to}.gguf", "--outtype", outtype(Checkpoint.open(self.source))]
-            export = ["mlx-sft", "export", "--run", str(run), "--to", str(merged)]
+            export = ["mlx-sft", "export", str(run), "--out", str(merged)]
             raise no_converter(SCRIPT, [export, ["python3", f"llama.cpp/{SCRIPT}", str(merged), *outfile]])
         return converter
 

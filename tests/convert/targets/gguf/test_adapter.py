@@ -31,14 +31,16 @@ def updates(file: Path) -> dict[str, np.ndarray]:
     [
         {},
         {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"down_proj": 3.0}},
-        {"rslora": True, "rank_pattern": {"down_proj": 2}},
+        {"rslora": True, "rank_pattern": {"down_proj": 2}, "strength": 0.5},
     ],
 )
 def test_each_update_is_the_one_that_was_trained(
     settings: dict[str, Any], tmp_path: Path, make_base: Any, make_run: Any, make_llama_cpp: MakeLlamaCpp
 ) -> None:
-    run = make_run(make_base(), **settings)
-    result = export(run.path, tmp_path / "my-adapter", format="gguf-adapter", llama_cpp=make_llama_cpp())
+    strength = settings.get("strength", 1)
+    run = make_run(make_base(), **{name: value for name, value in settings.items() if name != "strength"})
+    options = {"llama_cpp": make_llama_cpp()} | ({"strength": strength} if strength != 1 else {})
+    result = export(run.path, tmp_path / "my-adapter", format="gguf-adapter", **options)
 
     assert sorted(path.name for path in result.path.iterdir()) == ["LICENSE", "adapter.gguf"]
     trained, parameters = read_adapter(run.path / "adapter")
@@ -48,7 +50,7 @@ def test_each_update_is_the_one_that_was_trained(
     for theirs, ours in (("ffn_down", "mlp.down_proj"), ("attn_q", "self_attn.q_proj")):
         module = f"model.layers.1.{ours}"
         lora_A, lora_B = (np.array(parameters[f"{module}.{half}"]) for half in ("lora_A", "lora_B"))
-        expected = trained.scale_of(module) * lora_B @ lora_A
+        expected = strength * trained.scale_of(module) * lora_B @ lora_A
         np.testing.assert_allclose(found[f"blk.1.{theirs}.weight"], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -100,7 +102,7 @@ def test_without_llama_cpp_the_commands_that_bring_it_are_printed(
     result = cli("export", "--run", run.path, "--to", tmp_path / "out", "--format", "gguf-adapter")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "convert_lora_to_gguf.py is neither on PATH" in result.stderr
-    assert f"mlx-sft export --run {run.path} --to {tmp_path / 'out'} --format gguf-adapter --llama-cpp" in result.stderr
+    assert f"mlx-sft export {run.path} --out {tmp_path / 'out'} --format gguf-adapter --llama-cpp" in result.stderr
 
 
 def test_ollama_gets_a_modelfile_with_the_base_that_is_named(
