@@ -94,7 +94,18 @@ def found(words: tuple[str, ...]) -> tuple[click.Command, click.Context, list[st
 ROWS, MANY = 10, 17  # a page shows row 17
 TAKES_A_MODEL = ("train", "inspect", "plan")
 STARTS_ELSEWHERE = {"--resume", "--run-from", "--init-adapter", "--resume-from-peft"}
-IS_READ = {"--data", "--valid", "--run", "--adapter", "--init-adapter", "--run-from", "--resume", "--add-tokens", "--sample-prompts", "--general-data"}
+IS_READ = {
+    "--data",
+    "--valid",
+    "--run",
+    "--adapter",
+    "--init-adapter",
+    "--run-from",
+    "--resume",
+    "--add-tokens",
+    "--sample-prompts",
+    "--general-data",
+}
 IS_WRITTEN = {"--out", "--to", "--html", "--write-clean"}
 
 

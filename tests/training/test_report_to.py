@@ -20,7 +20,7 @@ from mlx_sft.training.callbacks.report_to import values
 
 NAMES = {
     *("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_sec", "train/peak_gb", "train/epoch"),
-    *("eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/exact_match"),
+    *("eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/exact_match", "eval/forgetting"),
 }
 
 

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -69,8 +70,8 @@ class Written:
     """Stands in front of what writes, and does something at one of its pieces."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], None]) -> None:
-        self.pieces, self._at, self._do, self._real = 0, at, do, job.written
-        monkeypatch.setattr(job, "written", self)
+        self.pieces, self._at, self._do, self._real = 0, at, do, job.responses
+        monkeypatch.setattr(job, "responses", self)
 
     def __call__(self, *arguments: Any) -> Iterator[Any]:
         for piece in self._real(*arguments):
@@ -282,7 +283,9 @@ def test_a_model_that_cannot_write_goes_on_training(
 def test_what_is_hostile_in_an_answer_reaches_the_terminal_as_text(
     sampled: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(job, "written", lambda *_: iter([("\x1b]0;owned\x07\x1b[2J", None), ("\u202e", "stop")]))
+    pieces = [SimpleNamespace(text="\x1b]0;owned\x07\x1b[2J", finish_reason=None)]
+    pieces.append(SimpleNamespace(text="\u202e", finish_reason="stop"))
+    monkeypatch.setattr(job, "responses", lambda *_: (piece for piece in pieces))
     train(TrainConfig(**sampled | {"quiet": False}))
     told = capsys.readouterr().err
     assert "owned" in told
