@@ -23,7 +23,8 @@ from mlx_sft.generation_settings import GenerationSettings
 from mlx_sft.load import load_run
 from mlx_sft.model.load import load_model
 from mlx_sft.training import job
-from mlx_sft.training.callbacks import Callback, Record, TrainingRun, samples
+from mlx_sft.training.callbacks import samples
+from tests.going_back import GoingBack
 from tests.preferences import labelled, write_preferences
 from tests.run_folders import outcome
 
@@ -228,19 +229,6 @@ def test_prompts_that_cannot_be_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match=match):
         train(TrainConfig(**sampled | {"sample_prompts": str(file)}))
     assert not Path(sampled["out"]).exists()
-
-
-class GoingBack(Callback):
-    """Undoes steps 3 and 4 once."""
-
-    name = "going-back"
-    may_go_back = True
-    went = False
-
-    def on_step(self, run: TrainingRun, record: Record) -> None:
-        if record["step"] == 4 and not self.went:
-            self.went = True
-            run.go_back(2, rate_factor=1.0)
 
 
 def test_steps_that_are_undone_have_no_samples(sampled: dict[str, Any], tmp_path: Path) -> None:
