@@ -10,7 +10,6 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from mlx_sft.errors import did_you_mean
 from mlx_sft.registry import CALLBACKS, FORMATS, METHODS, OBJECTIVES, OPTIMIZERS, Registry
 from mlx_sft.settings import OnResume, Settings, parse_bytes, parse_duration, split_pairs, writable
-from mlx_sft.streams import printable
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 
@@ -219,15 +218,7 @@ class CommonSettings(Settings):
     @field_validator("callbacks", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        names = [value] if isinstance(value, str) else value
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise ValueError("give names of callbacks; objects go to train(config, callbacks=[...])")
-        parts = [part.strip() for name in names for part in name.split(",")]
-        for name in parts:
-            if name not in CALLBACKS:
-                unknown = CALLBACKS.unknown(name)
-                raise ValueError(printable(f"{unknown.what}; {unknown.hint}"))
-        return parts
+        return CALLBACKS.listed(value, "give names of callbacks; objects go to train(config, callbacks=[...])")
 
     @field_validator("memory_limit")
     @classmethod

@@ -97,7 +97,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The nearest of the known names; None where none is near, as `for` is not to `foo`: a letter is more of a short name."""
     word, words = name.lstrip("-/"), {one.lstrip("-/"): one for one in known}
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.75 if len(word) <= _SHORT else 0.6)
-    return words[near[0]] if near else None
+    turned = (one for one in words if len(one) > 1 and sorted(one) == sorted(word))  # `stf` is `sft`
+    found = near[0] if near else next(turned, None)
+    return words[found] if found is not None else None
 
 
 _SHORT = 5

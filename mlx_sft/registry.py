@@ -20,6 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from mlx_sft.errors import USAGE, UserError, did_you_mean
+from mlx_sft.streams import printable
 
 T = TypeVar("T")
 
@@ -93,6 +94,22 @@ class Registry(Generic[T]):
             yield self.register(name, entry)
         finally:
             self.unregister(name)
+
+    def listed(self, value: Any, refusal: str) -> list[str]:
+        """The names that a setting gives, as a list or as texts with commas.
+
+        Raises:
+            ValueError: With the refusal where these are no names, and for a name that no entry has.
+        """
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+            raise ValueError(refusal)
+        names = [part.strip() for name in given for part in name.split(",")]
+        for name in names:
+            if name not in self:
+                unknown = self.unknown(name)
+                raise ValueError(printable(f"{unknown.what}; {unknown.hint}"))
+        return names
 
     def unknown(self, name: str) -> UserError:
         """The error for a name that no entry has."""

@@ -18,6 +18,7 @@ from typing import Any
 from mlx_sft.common_settings import option_name
 from mlx_sft.config import TrainConfig
 from mlx_sft.other_names import OTHER_NAMES, suggestion
+from mlx_sft.training.fitting import QWEN3, qwen3_config
 from mlx_sft.training.plan import NO_DATA, RunPlan
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -25,29 +26,6 @@ TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTAL
 
 # --- what fits ---------------------------------------------------------------------------------------------------------------
 
-_QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "attention_bias": False,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 40960,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "rope_scaling": None,
-    "vocab_size": 151936,
-    "torch_dtype": "bfloat16",
-}
-_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "tie_word_embeddings")
-MODELS: dict[str, tuple[Any, ...]] = {
-    "Qwen3-0.6B": (1024, 28, 16, 3072, True),
-    "Qwen3-1.7B": (2048, 28, 16, 6144, True),
-    "Qwen3-4B": (2560, 36, 32, 9728, True),
-    "Qwen3-8B": (4096, 36, 32, 12288, False),
-    "Qwen3-14B": (5120, 40, 40, 17408, False),
-    "Qwen3-32B": (5120, 64, 64, 25600, False),
-}
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "LoRA, `--quantize 4`": {"quantize": "4"},
@@ -68,10 +46,11 @@ def what_fits() -> str:
     head = ["model", "way", *(f"{memory} GB" for memory in MEMORIES)]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * len(MEMORIES)]
     with tempfile.TemporaryDirectory() as folder:
-        for model, shape in MODELS.items():
+        for name in QWEN3:
+            model = f"Qwen3-{name}"
             path = Path(folder, model)
             path.mkdir()
-            (path / "config.json").write_text(json.dumps(_QWEN3 | dict(zip(_SHAPE, shape, strict=True))))
+            (path / "config.json").write_text(json.dumps(qwen3_config(name)))
             for way, settings in WAYS.items():
                 config = TrainConfig(model=str(path), data=[NO_DATA], max_length=1024, dtype="bfloat16", **settings)
                 longest = {

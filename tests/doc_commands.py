@@ -94,7 +94,18 @@ def found(words: tuple[str, ...]) -> tuple[click.Command, click.Context, list[st
 ROWS, MANY = 10, 17  # a page shows row 17
 TAKES_A_MODEL = ("train", "inspect", "plan")
 STARTS_ELSEWHERE = {"--resume", "--run-from", "--init-adapter", "--resume-from-peft"}
-IS_READ = {"--data", "--valid", "--run", "--adapter", "--init-adapter", "--run-from", "--resume", "--add-tokens"}
+IS_READ = {
+    "--data",
+    "--valid",
+    "--run",
+    "--adapter",
+    "--init-adapter",
+    "--run-from",
+    "--resume",
+    "--add-tokens",
+    "--sample-prompts",
+    "--general-data",
+}
 IS_WRITTEN = {"--out", "--to", "--html", "--write-clean"}
 
 
@@ -121,6 +132,8 @@ class StandIns:
         """The words with which a command runs in the folder: on the tiny model, for a few steps."""
         words = list(command.words)
         verb = words[0]
+        if verb in TAKES_A_MODEL and len(words) > 1 and not words[1].startswith("-"):
+            self._put(words[1], words)
         for number, (option, value) in enumerate(pairwise(words), 1):
             if option in ("--model", "--base-model"):
                 words[number] = "tiny"

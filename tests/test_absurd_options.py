@@ -58,6 +58,8 @@ def test_an_absurd_value_is_refused_in_words(name: tuple[str, ...], cli: Callabl
     for option in with_values(command):
         if name in (("plan",), ("inspect",), ("compare",)) and option.name in of_train:
             continue  # read by the same code
+        if (name, option.name) == (("init",), "data"):
+            continue  # a name of a file that need not be there yet
         for value in ABSURD:
             result = cli(*name, option.opts[0], *[value] * option.nargs, *further(name[0], command, option))
             assert result.exit_code in (1, 2), (option.opts, value)

@@ -388,7 +388,10 @@ def is_reader(call: ast.Call) -> bool:
     if last not in _OWN:
         return last.startswith("load") and ast.unparse(call.func) in _LIBRARIES
     name = ast.unparse(call.func)
-    if name.endswith(("Checkpoint.open", "RunFolder.open", "os.open")) or name in ("read_text", "read_bytes"):
+    if name.endswith(("Checkpoint.open", "RunFolder.open", "os.open", "_lines.open")) or name in (
+        "read_text",
+        "read_bytes",
+    ):
         return False  # ours, or writers' and checked by their own test
     modes = [node.value for node in call.args[:2] if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return not any(set("wax") & set(mode) for mode in modes)

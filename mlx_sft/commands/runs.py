@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import click
 
 from mlx_sft.console import size, write_text
 from mlx_sft.errors import USAGE, UserError, nearest
 from mlx_sft.files import user_path
-from mlx_sft.grammar import Commands, command, named, named_run, out
+from mlx_sft.grammar import Commands, Function, command, named, named_run, out
 
 
 @command()
@@ -79,15 +81,13 @@ def list_runs(folder: str, as_json: bool) -> None:
     write_text(columns(COLUMNS, [run.cells() for run in found], LEFT) if found else f"no run in {folder}\n")
 
 
+def _several_runs(example: str) -> Callable[[Function], Function]:
+    help = "A run folder, as RUN names it too. Give it again for several."
+    return named("runs", "--run", "RUN", several=True, help=help, needed=f"write {example}")
+
+
 @runs.command()
-@named(
-    "runs",
-    "--run",
-    "RUN",
-    several=True,
-    help="A run folder, as RUN names it too. Give it again for several.",
-    needed="write mlx-sft runs compare RUN RUN",
-)
+@_several_runs("mlx-sft runs compare RUN RUN")
 @click.option("--html", metavar="FILE", help="Write a page too, with the curves over each other.")
 def compare(runs: tuple[str, ...], html: str | None) -> None:
     """Say how runs ended, and in which settings they differ.
@@ -106,14 +106,7 @@ def compare(runs: tuple[str, ...], html: str | None) -> None:
 
 
 @runs.command()
-@named(
-    "runs",
-    "--run",
-    "RUN",
-    several=True,
-    help="A run folder, as RUN names it too. Give it again for several.",
-    needed="write mlx-sft runs rm RUN",
-)
+@_several_runs("mlx-sft runs rm RUN")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(runs: tuple[str, ...], yes: bool) -> None:
     """Remove runs with all that is in them.

@@ -28,6 +28,8 @@ _MOST_WARNINGS = 20
 _NOTHING = ("", "null", "[]", "{}", "auto")
 
 STEPS = Axis(show=lambda step: f"{step:,.0f}" if step < 1e4 else count(step))
+Curves = Mapping[str, Sequence[Point]]
+
 LOSS, _PLAIN = Axis(powers=None), Axis()
 _BYTES = Axis(from_zero=True, show=lambda value: size(value) if value else "0")
 
@@ -103,18 +105,30 @@ def _cards(files: RunFiles) -> str:
 
 
 def _charts(files: RunFiles) -> Iterable[str]:
+    curves = {name: curve.points for name, curve in files.metrics.curves.items()}
+    yield _of_the_loss(files, curves)
+    yield from _of_the_objective(files)
+    yield from _of_the_steps(files, curves)
+    yield _of_memory(files, curves)
+    if forgotten := curves.get("forgetting"):
+        yield _figure(
+            "Forgetting: how far the model is from the base on general texts, in nats a token",
+            [Series(forgotten, "forgetting", 6, "line and dots")],
+            Axis(from_zero=True),
+        )
+
+
+def _of_the_loss(files: RunFiles, curves: Curves) -> str:
     metrics = files.metrics
-    curves = {name: curve.points for name, curve in metrics.curves.items()}
-    smooth = {name: one.curve.points for name, one in metrics.smoothed.items()}
     epochs = [(float(step), 7) for step in metrics.epochs if step < metrics.totals.step]
     lost = [(float(event["step"]), 4) for event in metrics.events if event["kind"] in ("rollback", "skipped")]
     marked = ["grey: ends of epochs"] * bool(epochs) + ["red: skipped steps and returns"] * bool(lost)
     marks, ended = epochs + lost, f" ({'; '.join(marked)})" if marked else ""
-    yield _figure(
+    return _figure(
         f"Loss{', of the objective ' + str(files.settings.get('objective')) if metrics.own else ', in nats a token'}{ended}",
         [
             Series(curves.get("loss", []), "each step", 0, "faint"),
-            Series(smooth["loss"], "smoothed", 0),
+            Series(metrics.smoothed["loss"].curve.points, "smoothed", 0),
             Series(
                 curves.get("validation", []), "validation, best ringed", 1, "line and dots",
                 stands_out=_at(curves.get("validation", []), metrics),
@@ -122,7 +136,12 @@ def _charts(files: RunFiles) -> Iterable[str]:
         ],
         LOSS, marks,
     )  # fmt: skip
-    yield from _of_the_objective(files)
+
+
+def _of_the_steps(files: RunFiles, curves: Curves) -> Iterable[str]:
+    """How right it is, and how fast and by how much it moves."""
+    metrics = files.metrics
+    smooth = {name: one.curve.points for name, one in metrics.smoothed.items()}
     if metrics.evaluations > 1 and "token_accuracy" in curves:
         rows = [*curves.get("exact_match", [])] if any(share for _, share in curves.get("exact_match", [])) else []
         yield _figure(
@@ -158,9 +177,12 @@ def _charts(files: RunFiles) -> Iterable[str]:
         ],
         Axis(from_zero=True, show=count),
     )
+
+
+def _of_memory(files: RunFiles, curves: Curves) -> str:
     predicted = integer(files.environment, "memory", "predicted_peak_bytes")
     active = curves.get("active_memory_bytes", [])
-    yield _figure(
+    return _figure(
         "Memory of MLX's arrays",
         [
             Series(curves.get("peak_memory_bytes", []), "peak", 4),
@@ -170,12 +192,6 @@ def _charts(files: RunFiles) -> Iterable[str]:
         ],
         _BYTES,
     )  # fmt: skip
-    if forgotten := curves.get("forgetting"):
-        yield _figure(
-            "Forgetting: how far the model is from the base on general texts, in nats a token",
-            [Series(forgotten, "forgetting", 6, "line and dots")],
-            Axis(from_zero=True),
-        )
 
 
 def _of_the_objective(files: RunFiles) -> Iterable[str]:

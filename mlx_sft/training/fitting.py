@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from mlx_sft.common_settings import CommonSettings, option_name
 from mlx_sft.config import TrainConfig
@@ -58,17 +59,21 @@ def footprint_of(
         return Footprint.of(config, split, method, parameters, vocabulary, head=head, fused=fused)
 
 
-def qwen3_footprint(name: str, config: TrainConfig, dtype: str, *, fused: bool) -> Footprint:
-    """Of a size of Qwen3, under a configuration that may name another model."""
+def qwen3_config(name: str) -> dict[str, Any]:
+    """The config.json of a size of Qwen3."""
     hidden, inner, layers, heads, tied = QWEN3[name]
-    written = {
+    return {
         "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 151_936, "hidden_size": hidden, "head_dim": 128,
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8,
         "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960, "tie_word_embeddings": tied, "hidden_act": "silu",
     }  # fmt: skip
+
+
+def qwen3_footprint(name: str, config: TrainConfig, dtype: str, *, fused: bool) -> Footprint:
+    """Of a size of Qwen3, under a configuration that may name another model."""
     with private_folder() as folder:
         with new_file(Path(folder) / "config.json") as file:
-            file.write(json.dumps(written).encode())
+            file.write(json.dumps(qwen3_config(name)).encode())
         return footprint_of(config, Path(folder), dtype, fused=fused)
 
 

@@ -699,11 +699,12 @@ def test_tokens_that_are_held_out_are_told_from_those_that_are_trained_on(
 def test_the_wwdc25_rows_under_the_real_qwen3_tokenizer(neighbour: Callable[[str], Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(neighbour("tokenizers/qwen3"))
     data = str(neighbour("data/wwdc25-superbowl.jsonl"))
-    prepared = run(tokenizer, data)
+    prepared = run(tokenizer, data, valid_fraction=0)
     whole = prepared.report.train
     assert whole.rows == 1800
     assert (whole.lengths["p50"], whole.lengths["max"]) == (100, 467)
     assert 0.80 < whole.supervised_share < 0.82
-    train, valid = split(prepared.train, 0.05, seed=0)
+    held_out = run(tokenizer, data)
+    train, valid = held_out.train, held_out.valid
     assert (len(train), len(valid)) == (1710, 90)
     assert not set(digests(train)) & set(digests(valid))

@@ -340,7 +340,7 @@ def test_an_adapter_that_lacks_a_layer_is_refused(make_base: Callable[..., Path]
     run = make_run(make_base(), target="qv")
     path = run.path / "adapter/adapter_model.safetensors"
     save_file({name: value for name, value in load_file(path).items() if "layers.1.self_attn.q" not in name}, path)
-    with pytest.raises(UserError, match=r"not in it, such as model.layers.1.self_attn.q_proj"):
+    with pytest.raises(UserError, match=r"it lacks 2 parameters, such as model.layers.1.self_attn.q_proj"):
         load_run(run.path, dtype="float32")
 
 

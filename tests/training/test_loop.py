@@ -59,8 +59,8 @@ EVALUATION_FIELDS = [
         "tokens_per_second",
         "peak_memory_bytes",
         "seconds",
-        "time",
         "forgetting",
+        "time",
     ),
 ]
 

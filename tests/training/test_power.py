@@ -83,7 +83,14 @@ def script(path: Path, line: str) -> None:
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
     data = str(write_chats(tmp_path / "chats.jsonl", 6, seed=1))
-    return {"data": data, "model": "tiny", "out": str(tmp_path / "run"), "batch_size": 2, "data_workers": 1}
+    return {
+        "data": data,
+        "model": "tiny",
+        "out": str(tmp_path / "run"),
+        "batch_size": 2,
+        "epochs": 1,
+        "data_workers": 1,
+    }
 
 
 def test_elsewhere_nothing_is_said(

@@ -17,6 +17,7 @@ from mlx_sft.report.live import LivePage
 from mlx_sft.report.page import write_report
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun, report_page
+from tests.going_back import GoingBack
 from tests.run_folders import outcome
 
 
@@ -67,19 +68,6 @@ class Looking(Callback):
         assert self._thread is not None
         self._thread.join(timeout=10)
         return self.sent
-
-
-class GoingBack(Callback):
-    """Undoes steps 3 and 4 once."""
-
-    name = "going-back"
-    may_go_back = True
-    went = False
-
-    def on_step(self, run: TrainingRun, record: Record) -> None:
-        if record["step"] == 4 and not self.went:
-            self.went = True
-            run.go_back(2, rate_factor=1.0)
 
 
 def without_time(page: str) -> str:

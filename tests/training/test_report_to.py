@@ -17,10 +17,11 @@ from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 from mlx_sft.training.callbacks.loggers import LOGGERS, Logger
 from mlx_sft.training.callbacks.report_to import values
+from tests.going_back import GoingBack
 
 NAMES = {
     *("train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_sec", "train/peak_gb", "train/epoch"),
-    *("eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/exact_match"),
+    *("eval/loss", "eval/perplexity", "eval/token_accuracy", "eval/exact_match", "eval/forgetting"),
 }
 
 
@@ -67,15 +68,11 @@ class Failing(Callback):
             raise UserError("told to fail")
 
 
-class GoingBack(Callback):
-    name = "going-back"
-    may_go_back = True
-    went = False
-
+class TellingOfIt(GoingBack):
     def on_step(self, run: TrainingRun, record: Record) -> None:
-        if record["step"] == 4 and not self.went:
-            self.went = True
-            run.go_back(2, rate_factor=1.0)
+        before = self.went
+        super().on_step(run, record)
+        if self.went and not before:
             run.emit({"kind": "rollback", "step": 2, "diverged_at": 4})
 
 
@@ -147,7 +144,7 @@ def test_a_run_that_goes_back_says_so_to_those_who_take_back(
     settings: dict[str, Any], kind: type[Told], steps: list[int]
 ) -> None:
     with LOGGERS.registered("told", kind):
-        train(TrainConfig(**settings, save_every=2, report_to="told"), callbacks=[GoingBack()])
+        train(TrainConfig(**settings, save_every=2, report_to="told"), callbacks=[TellingOfIt()])
     (lines,) = Told.server.values()
     assert [step for step, _ in lines] == steps
     assert "back 2" in Told.heard

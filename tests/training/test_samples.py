@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,8 @@ from mlx_sft.generation_settings import GenerationSettings
 from mlx_sft.load import load_run
 from mlx_sft.model.load import load_model
 from mlx_sft.training import job
-from mlx_sft.training.callbacks import Callback, Record, TrainingRun, samples
+from mlx_sft.training.callbacks import samples
+from tests.going_back import GoingBack
 from tests.preferences import labelled, write_preferences
 from tests.run_folders import outcome
 
@@ -69,8 +71,8 @@ class Written:
     """Stands in front of what writes, and does something at one of its pieces."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], None]) -> None:
-        self.pieces, self._at, self._do, self._real = 0, at, do, job.written
-        monkeypatch.setattr(job, "written", self)
+        self.pieces, self._at, self._do, self._real = 0, at, do, job.responses
+        monkeypatch.setattr(job, "responses", self)
 
     def __call__(self, *arguments: Any) -> Iterator[Any]:
         for piece in self._real(*arguments):
@@ -229,19 +231,6 @@ def test_prompts_that_cannot_be_are_refused_before_anything_is_written(
     assert not Path(sampled["out"]).exists()
 
 
-class GoingBack(Callback):
-    """Undoes steps 3 and 4 once."""
-
-    name = "going-back"
-    may_go_back = True
-    went = False
-
-    def on_step(self, run: TrainingRun, record: Record) -> None:
-        if record["step"] == 4 and not self.went:
-            self.went = True
-            run.go_back(2, rate_factor=1.0)
-
-
 def test_steps_that_are_undone_have_no_samples(sampled: dict[str, Any], tmp_path: Path) -> None:
     straight = train(TrainConfig(**sampled)).run_dir
     back = train(TrainConfig(**sampled | {"out": str(tmp_path / "back")}), callbacks=[GoingBack()]).run_dir
@@ -282,7 +271,9 @@ def test_a_model_that_cannot_write_goes_on_training(
 def test_what_is_hostile_in_an_answer_reaches_the_terminal_as_text(
     sampled: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(job, "written", lambda *_: iter([("\x1b]0;owned\x07\x1b[2J", None), ("\u202e", "stop")]))
+    pieces = [SimpleNamespace(text="\x1b]0;owned\x07\x1b[2J", finish_reason=None)]
+    pieces.append(SimpleNamespace(text="\u202e", finish_reason="stop"))
+    monkeypatch.setattr(job, "responses", lambda *_: (piece for piece in pieces))
     train(TrainConfig(**sampled | {"quiet": False}))
     told = capsys.readouterr().err
     assert "owned" in told

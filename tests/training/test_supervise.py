@@ -51,7 +51,20 @@ def supervise(chats: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[byt
         site.mkdir(exist_ok=True)
         places = {"run": str(run), "moved": str(tmp_path / "moved"), "times": str(tmp_path / "times")}
         (site / "sitecustomize.py").write_text(ABORTS.format(**places, after=after, moves=moves))
-        given = ["--data", str(chats), "--model", "tiny", "--out", str(run), "--batch-size", "1", "--save-every", "2"]
+        given = [
+            "--data",
+            str(chats),
+            "--model",
+            "tiny",
+            "--out",
+            str(run),
+            "--batch-size",
+            "1",
+            "--save-every",
+            "2",
+            "--epochs",
+            "1",
+        ]
         return subprocess.Popen(
             [sys.executable, "-m", "mlx_sft", "train", "--supervise", *given, "--data-workers", "1", *options],
             env=os.environ | {"PYTHONPATH": f"{site}:{Path.cwd()}"},

@@ -98,6 +98,7 @@ class ReportPage(Callback):
         if self._run is None:
             return
         if not self._ended:
+            self._failed = True  # what ended the run is said, and not what keeps this from being written
             self._write(self._run, "stopped")
         if self._live is not None:
             page = self._page(self._run, "finished" if self._ended else "stopped", live=True)

@@ -20,7 +20,6 @@ from mlx_sft.errors import UserError
 from mlx_sft.report.metrics import OF_STEP, number
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.settings import OnResume, Settings
-from mlx_sft.streams import printable
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
 from mlx_sft.training.callbacks.loggers import LOGGERS, Logger
 
@@ -44,15 +43,7 @@ class ReportToSettings(Settings):
     @field_validator("report_to", mode="before")
     @classmethod
     def _names_of_loggers(cls, value: Any) -> Any:
-        given = [value] if isinstance(value, str) else value
-        if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
-            raise ValueError("give names of loggers")
-        names = [part.strip() for name in given for part in name.split(",")]
-        for name in names:
-            if name not in LOGGERS:
-                unknown = LOGGERS.unknown(name)
-                raise ValueError(printable(f"{unknown.what}; {unknown.hint}"))
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(LOGGERS.listed(value, "give names of loggers")))
 
 
 def values(record: Record) -> dict[str, float]:

@@ -167,7 +167,7 @@ def test_without_llama_cpp_the_commands_that_do_the_same_are_printed(
     assert "--llama-cpp DIR" in result.stderr
     commands = [shlex.split(line) for line in result.stderr.splitlines() if line.startswith("  ")]
     assert commands[-2:] == [
-        ["mlx-sft", "export", "--run", str(run.path), "--to", f"{target}-merged"],
+        ["mlx-sft", "export", str(run.path), "--out", f"{target}-merged"],
         *[["python3", "llama.cpp/convert_hf_to_gguf.py", f"{target}-merged", "--outfile", f"{target}.gguf",
            "--outtype", "bf16"]],
     ]  # fmt: skip
