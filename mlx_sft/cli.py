@@ -77,7 +77,7 @@ def train(config_file: str | None, supervise: bool, ranks: int | None, **options
         from mlx_sft.training.ranks import started
         from mlx_sft.training.worker import work
 
-        raise click.exceptions.Exit(work(started())["code"])
+        raise click.exceptions.Exit(work(started(), lambda: resolved(config_file, options))["code"])
     with _led():
         config = resolved(config_file, options)
     if supervise:

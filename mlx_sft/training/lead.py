@@ -65,7 +65,7 @@ def begin(setup: Setup) -> None:
     if problems:
         what = "; ".join(f"process {rank}: {said}" for rank, said in problems)
         raise UserError(
-            what, hint="all of them need the same rows, model and packages, each at the same place on its machine"
+            what, hint="all of them need the same rows, model and packages; mlx-sft doctor --hosts looks at them"
         )
     ranks.patience = config.ranks_timeout
     share_reference(computer, setup.data, ranks)

@@ -84,7 +84,7 @@ def train(
     given = Given(data, valid, model, tokenizer, tuple(callbacks))
     ranks = started()
     if ranks.rank:
-        return _as_the_first_says(work(ranks, given))
+        return _as_the_first_says(work(ranks, lambda: config, given))
     with ranks.led(), memory_limits_restored(), ExitStack() as held:
         job = prepare_job(config, console, held, given, ranks)
         held.callback(job.callbacks.close)

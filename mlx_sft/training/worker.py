@@ -15,22 +15,24 @@ from mlx_sft.data.batches import Layout, MicroBatch, collate
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.optimizers import make_optimizer
+from mlx_sft.settings import OnResume, on_resume
 from mlx_sft.training.batch_settings import BatchSettings
 from mlx_sft.training.failures import BatchFailed
 from mlx_sft.training.lead import digest, share_reference, versions
 from mlx_sft.training.machine import prepare_device
 from mlx_sft.training.ranks import Ranks
-from mlx_sft.training.resume import identity_of
+from mlx_sft.training.resume import identity_of, with_full_paths
 from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.setup import Given, Setup
 from mlx_sft.training.shapes import compiled_shapes
 from mlx_sft.training.stopping import Stopped, stop_request
 
 
-def work(ranks: Ranks, given: Given | None = None) -> dict[str, Any]:
+def work(ranks: Ranks, own: Callable[[], TrainConfig], given: Given | None = None) -> dict[str, Any]:
     """Do what rank 0 says until it ends the run; what it says then, with the exit code as `code`.
 
     Args:
+        own: The configuration of this process, which counts where it says where rows and model lie on this machine.
         given: What is in memory already, as for rank 0.
 
     Raises:
@@ -43,7 +45,8 @@ def work(ranks: Ranks, given: Given | None = None) -> dict[str, Any]:
             return told
         problem = ""
         try:
-            worker = _Worker(told, held, ranks, request.check, given or Given())
+            config = _placed_here(TrainConfig(**yaml.safe_load(told["config"])), own())
+            worker = _Worker(told, config, held, ranks, request.check, given or Given())
         except UserError as error:
             problem = ": ".join(filter(None, (error.where, error.what)))
         if any(ranks.said(problem)):
@@ -55,18 +58,36 @@ def work(ranks: Ranks, given: Given | None = None) -> dict[str, Any]:
         return told
 
 
+def _placed_here(told: TrainConfig, own: TrainConfig) -> TrainConfig:
+    """What rank 0 says, but for what may lie elsewhere here, with the same content."""
+    fields = [(name, info) for name, info in type(own).model_fields.items() if on_resume(info) is OnResume.MOVED]
+    own = with_full_paths(own)
+    stated = {
+        name: getattr(own, name)
+        for name, info in fields
+        if getattr(own, name) != info.get_default(call_default_factory=True)
+    }
+    return told.model_copy(update=stated)
+
+
 class _Worker:
     """Each public method is what rank 0 may say."""
 
     def __init__(
-        self, told: dict[str, Any], held: ExitStack, ranks: Ranks, check: Callable[[], None], given: Given
+        self,
+        told: dict[str, Any],
+        config: TrainConfig,
+        held: ExitStack,
+        ranks: Ranks,
+        check: Callable[[], None],
+        given: Given,
     ) -> None:
-        setup = Setup(TrainConfig(**yaml.safe_load(told["config"])), Console(quiet=True), held, given, ranks)
+        setup = Setup(config, Console(quiet=True), held, given, ranks)
         setup.read_data()
         setup.load_model()
         same = identity_of(setup.config, setup.data, setup.path) | versions()
         if changed := [name for name, value in told["same"].items() if name != "config" and same[name] != value]:
-            raise UserError(f"its {' and '.join(changed)} differs from that of process 0")
+            raise UserError(f"{' and '.join(changed)}: not as in process 0")
         of_batches = told["settings"]
         settings = BatchSettings(**of_batches | {"layout": Layout(**of_batches["layout"])})
         self.config, self.data, self.computer, self._method = setup.config, setup.data, setup.computer, setup.method
