@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from mlx_sft import launch
 from mlx_sft.commands.adapters import adapters
 from mlx_sft.commands.doctor import doctor
 from mlx_sft.commands.evaluate import evaluate
@@ -22,6 +21,7 @@ from mlx_sft.compare.settings import CompareSettings
 from mlx_sft.console import write_text
 from mlx_sft.errors import FAILURE, USAGE, UserError
 from mlx_sft.grammar import Commands, named, named_run, out
+from mlx_sft.launch import launched, own_rank
 from mlx_sft.options import (
     Late,
     Sectioned,
@@ -69,11 +69,11 @@ def train(config_file: str | None, supervise: bool, ranks: int | None, **options
 
     DATA is what --data names: the rows. Options override the settings of --config. The last line on stdout is the run folder.
     """
-    if ranks is not None and ranks > 1 and launch.rank() is None:
+    if ranks is not None and ranks > 1 and own_rank() is None:
         if supervise:
             raise UserError("--supervise does not go with --ranks", hint="leave one of them out", exit_code=USAGE)
-        raise click.exceptions.Exit(launch.launched(ranks, sys.argv[1:]))
-    if launch.rank():
+        raise click.exceptions.Exit(launched(ranks, sys.argv[1:]))
+    if own_rank():
         from mlx_sft.training.ranks import started
         from mlx_sft.training.worker import work
 
@@ -93,7 +93,7 @@ def train(config_file: str | None, supervise: bool, ranks: int | None, **options
 
 def _led() -> AbstractContextManager[None]:
     """Where this is the first of several processes: the others end where the block does not."""
-    if launch.rank() is None:
+    if own_rank() is None:
         return nullcontext()
     from mlx_sft.training.ranks import started
 

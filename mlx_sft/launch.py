@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from mlx_sft.writing import new_file, private_folder
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE = 60.0
 """Seconds for the others after the first has ended, and for the first after one of them has."""
 
 
-def rank() -> int | None:
+def own_rank() -> int | None:
     """The number of this process among those of a run; None where it was started alone."""
     hosts = os.environ.get("MLX_HOSTFILE")
     if hosts is not None and not Path(hosts).read_text().strip():  # `mlx.launch` with one host
@@ -31,16 +33,23 @@ def rank() -> int | None:
     return None if number is None else int(number)
 
 
+def launcher() -> str:
+    """MLX's own `mlx.launch`, beside this Python or on the path."""
+    beside = Path(sys.executable).with_name("mlx.launch")
+    return str(beside) if beside.exists() else shutil.which("mlx.launch") or "mlx.launch"
+
+
 def launched(number: int, arguments: Sequence[str]) -> int:
     """Start `mlx-sft` with these arguments in so many processes, which share a run, and wait for them; the first's exit code."""
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as hostfile, ExitStack() as ended:
-        json.dump([[f"127.0.0.1:{port}"] for port in _free_ports(number)], hostfile)
-        hostfile.flush()
+    with private_folder() as folder, ExitStack() as ended:
+        hosts = Path(folder) / "hosts.json"
+        with new_file(hosts) as file:
+            file.write(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(number)]).encode())
         started = []
         for rank in range(number):
             child = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", "mlx_sft", *arguments],
-                env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": hostfile.name},
+                env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
                 stdin=subprocess.DEVNULL if rank else None,
                 start_new_session=True,  # signals reach the first, which tells the others
             )

@@ -4,7 +4,7 @@ that all have the same. `worker.py` is the other side."""
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
+from mlx_sft.training.batch_settings import BatchSettings
 from mlx_sft.training.job import Job
 from mlx_sft.training.ranks import Ranks
 from mlx_sft.training.results import save
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from mlx_sft.training.setup import Setup
 
 _PACKAGES = ("mlx", "mlx-lm", "transformers")
+_FOR_EACH, _LEAST_TOKENS = 2, 256
+"""Micro-batches of a step for each process, where they are no smaller than this, below which a GPU waits for its next kernel."""
 _MEASURED_STEPS = 5
 """After so many the speeds of the processes are known."""
 _COMPARED_EVERY = 50
@@ -40,6 +43,19 @@ def versions() -> dict[str, str]:
     for path in sorted(root.rglob("*.py")):
         sources.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
     return {f"version of {name}": version(name) for name in _PACKAGES} | {"code of mlx-sft": sources.hexdigest()}
+
+
+def cut_to_share(setup: Setup, settings: BatchSettings) -> BatchSettings:
+    """Smaller micro-batches, where a step would have too few of them for all processes.
+
+    Not where the cut would change more than the last bits: with dropout, whose random numbers are a micro-batch's, and `--exact-reduce`.
+    """
+    ranks, train = setup.ranks, setup.data.train
+    if ranks.size == 1 or setup.config.exact_reduce or setup.method.uses_dropout:
+        return settings
+    of_step = float(train.needed_lengths.sum()) * setup.config.batch_size / len(np.unique(train.rows))
+    tokens = max(_LEAST_TOKENS, round(of_step / (_FOR_EACH * ranks.size)))
+    return replace(settings, micro_batch_tokens=min(settings.micro_batch_tokens, tokens))
 
 
 def begin(setup: Setup) -> None:

@@ -24,10 +24,10 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_sft import launch
 from mlx_sft.console import print_error
 from mlx_sft.data.batches import Batch
 from mlx_sft.errors import FAILURE, UserError
+from mlx_sft.launch import own_rank
 from mlx_sft.methods import Parameters
 from mlx_sft.training.failures import BatchFailed, FailedBatch, Interrupted, OutOfMemory
 from mlx_sft.training.machine import Machine, this_machine
@@ -306,7 +306,7 @@ def started() -> Ranks:
     Raises:
         UserError: Where the others cannot be reached.
     """
-    if launch.rank() is None:
+    if own_rank() is None:
         return ALONE
     try:
         ranks = Ranks(mx.distributed.init(strict=True))

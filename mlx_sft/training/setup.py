@@ -223,7 +223,8 @@ class Setup:
             what_would_fit, path=self.path, dtype=resolve_dtype(config.dtype), new_tokens=self.new_tokens
         )
         planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout, ways_out)
-        self.memory, self.settings = planner.plan(computer, parameters, len(train))
+        self.memory, settings = planner.plan(computer, parameters, len(train))
+        self.settings = settings if config.micro_batch_tokens is not None else lead.cut_to_share(self, settings)
         self.config = _decided(config, self.settings)
 
     def find_reference(self) -> None:
