@@ -36,7 +36,7 @@ from mlx_sft.training.stopping import Stopped
 LOST_HINT = "look at what it said, and go on with --resume once all of them can be reached"
 _AT_ONCE = 64 * 2**20
 """Bytes of gradients that are exchanged at once."""
-_SHORT = 4096
+_SHORT = 512
 """Bytes of a message that takes one exchange."""
 _LONGER = 10
 """A process waits at least so many times as long as its own share of a step takes."""
