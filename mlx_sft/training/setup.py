@@ -22,24 +22,24 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.data.chat_template import template_text, with_template
-from mlx_sft.data.dataset import Examples, check_vocabulary
+from mlx_sft.data.dataset import check_vocabulary
 from mlx_sft.data.new_tokens import NewTokens, add_tokens
 from mlx_sft.data.prepare import prepare
 from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
-from mlx_sft.methods import Method, Parameters, for_new_tokens
+from mlx_sft.methods import for_new_tokens
 from mlx_sft.model.given import given_model, given_tokenizer
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import joined_note
 from mlx_sft.model.load import extended_tokenizer, load_model, resolve_checkpoint, resolve_dtype, untested_note
 from mlx_sft.model.quantize import first_rows
-from mlx_sft.model.translate import exact_length, read_config
+from mlx_sft.model.translate import read_config
 from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.objectives import make_objective
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training import checkpoint, device
+from mlx_sft.training import checkpoint, device, lead
 from mlx_sft.training.batch_settings import (
     BatchSettings,
     LongestRow,
@@ -58,6 +58,7 @@ from mlx_sft.training.forgetting import ForgettingMeter
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import hold_to, prepare_device, this_machine, within
 from mlx_sft.training.memory import Footprint
+from mlx_sft.training.ranks import ALONE, Ranks
 from mlx_sft.training.reference import Start
 from mlx_sft.training.resume import (
     CONFIG_HEADER,
@@ -71,7 +72,14 @@ from mlx_sft.training.resume import (
 )
 from mlx_sft.training.schedule import epochs_of, planned_steps
 from mlx_sft.training.shapes import compiled_shapes
-from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
+from mlx_sft.training.start import (
+    new_config,
+    refuse_dropout_outside_layers,
+    refuse_inexact_length,
+    resumed_run,
+    starting_parameters,
+    starting_progress,
+)
 from mlx_sft.training.step import GradientComputer
 from mlx_sft.training.time_plan import within_time
 
@@ -88,13 +96,18 @@ class Given:
 
 
 def prepare_job(
-    config: TrainConfig, console: Console, held: ExitStack | None = None, given: Given | None = None
+    config: TrainConfig,
+    console: Console,
+    held: ExitStack | None = None,
+    given: Given | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Load and check everything that the configuration names; write the head of the run folder.
 
     Args:
         held: Keeps the lock of the run folder until it is closed; where None, it is given back when the job is prepared.
         given: What is in memory already.
+        ranks: The processes that share it, of which this is the first.
 
     Raises:
         UserError: For anything in data, model, adapter or configuration that cannot be.
@@ -102,7 +115,7 @@ def prepare_job(
     started = time.monotonic()
     prepare_device()
     mx.reset_peak_memory()
-    setup = Setup(config, console, ExitStack() if held is None else held, given or Given())
+    setup = Setup(config, console, ExitStack() if held is None else held, given or Given(), ranks)
     setup.read_data()
     setup.load_model()
     setup.plan_memory()
@@ -121,8 +134,10 @@ class Setup:
         anew: What is given with `--resume` of how it is computed.
     """
 
-    def __init__(self, config: TrainConfig, console: Console, held: ExitStack, given: Given) -> None:
-        self.console, self.held, self.given = console, held, given
+    def __init__(
+        self, config: TrainConfig, console: Console, held: ExitStack, given: Given, ranks: Ranks = ALONE
+    ) -> None:
+        self.console, self.held, self.given, self.ranks = console, held, given, ranks
         self.anew, self.more_time = computed_anew(config), config.time_limit is not None
         self.config, self.run = _opened(_with_given(config, given), console, held)
         self.begun = self.run is not None and bool(self.run.checkpoint_steps())
@@ -151,7 +166,7 @@ class Setup:
     def load_model(self) -> None:
         """The model with its method attached, once it is sure that it can compute every row and be merged, and what computes gradients."""
         config, given = self.config, self.given
-        self.machine = within(this_machine(), config)
+        self.machine = self.ranks.narrowed(within(this_machine(), config))
         mx.set_memory_limit(
             self.machine.memory
         )  # rather than go beyond it, MLX waits for operations that are under way
@@ -176,9 +191,9 @@ class Setup:
         check_exportable(base.path, self.method, self.parameters, rows, new_tokens=self.new_tokens)
         for value in self.parameters.values():
             mx.eval(value)  # one after another: what they are computed from may be as large as the model
-        _refuse_dropout_outside_layers(self.method, self.split, self.parameters)
+        refuse_dropout_outside_layers(self.method, self.split, self.parameters)
         for part in (self.data.train, self.data.valid):
-            _refuse_inexact_length(part, base.path, self.method)
+            refuse_inexact_length(part, base.path, self.method)
         objective, mode = make_objective(self.config), asked_for(self.config)[0]
         noise = self.config.neftune_alpha
         self.computer = GradientComputer(
@@ -208,7 +223,8 @@ class Setup:
             what_would_fit, path=self.path, dtype=resolve_dtype(config.dtype), new_tokens=self.new_tokens
         )
         planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout, ways_out)
-        self.memory, self.settings = planner.plan(computer, parameters, len(train))
+        self.memory, settings = planner.plan(computer, parameters, len(train))
+        self.settings = settings if config.micro_batch_tokens is not None else lead.cut_to_share(self, settings)
         self.config = _decided(config, self.settings)
 
     def find_reference(self) -> None:
@@ -258,6 +274,7 @@ class Setup:
                 progress = progress.after(stopped_of=None)
             self.settings, progress = _resumed(self.settings, progress, self.anew)
         self.progress = progress
+        lead.begin(self)
 
     def job(self) -> Job:
         """The job, once there is room on the disk; the head of its folder is written."""
@@ -336,34 +353,6 @@ def _tokenizer(config: TrainConfig, path: Path, given: Given) -> tuple[PreTraine
     if config.chat_template is not None:
         tokenizer = with_template(copy.copy(tokenizer), config.chat_template, path)
     return tokenizer, added
-
-
-def _refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters: Parameters) -> None:
-    """The head is computed chunk by chunk, where one random mask for all chunks would not be dropout."""
-    outside = [name for name in split.outside_layers(parameters) if method.drops(name)]
-    if outside:
-        module = outside[0].rpartition(".")[0]
-        raise UserError(
-            f"dropout cannot be trained on {module}, which is outside the repeated layers",
-            where="target",
-            hint=f"leave {module} out of --target, or give --dropout 0",
-            exit_code=USAGE,
-        )
-
-
-def _refuse_inexact_length(examples: Examples, path: Path, method: Method) -> None:
-    """Beyond some length, mlx-lm's code for a few families is not the model that was trained; nor is a prefix behind a sliding window."""
-    in_front = method.virtual_tokens + method.keys_in_front
-    for most, why in (
-        (exact_length(path), "mlx-lm computes this model exactly for no more than"),
-        (method.most_positions, "a sliding window of this model has no more than"),
-    ):
-        if most is None or examples.lengths.max(initial=0) + in_front <= most:
-            continue
-        longest = examples[int(examples.lengths.argmax())]
-        further = f" and {in_front} virtual ones" if in_front else ""
-        what = f"{len(longest)} tokens{further}, and {why} {most}"
-        raise UserError(what, where=longest.origin, hint=f"give --max-length {most - in_front}")
 
 
 def _decided(config: TrainConfig, settings: BatchSettings) -> TrainConfig:
