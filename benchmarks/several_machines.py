@@ -32,14 +32,9 @@ TRIED = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 BATCHES = (8, 32, 256)
 ROWS = 2048
 PAIR_SHARE = 0.81
-FINER = 512
-"""Tokens of a micro-batch, where a step is cut into more of them than on one machine."""
 
-Batches = dict[int, tuple[Steps, Steps]]
-"""For each batch size the steps as one machine cuts them, and cut finer."""
-
-
-# The simulation
+Batches = dict[int, Steps]
+"""The steps for each batch size."""
 
 
 def simulated(
@@ -47,19 +42,20 @@ def simulated(
 ) -> Iterator[dict[str, Any]]:
     """For each job, batch size, number of machines and link: how many times as fast as one machine it is.
 
-    `overlapped` is what it would be if gradients were exchanged while the last micro-batch is computed, `finer` with smaller ones.
+    `overlapped` is what it would be if gradients were exchanged while the last micro-batch is computed; `cut_as_on_one` with micro-batches
+    that are cut no finer, as with dropout and `--exact-reduce`.
     """
-    for job, (batch, cuts), number in product(jobs, steps_of.items(), machines):
+    for job, (batch, steps), number in product(jobs, steps_of.items(), machines):
         for cuda in dict.fromkeys(link.tree for link in links):
             machine = CUDA if cuda else mac_chip
-            alone = cuts[0].dealt(job, machine, [1.0])
-            whole, finer = (steps.dealt(job, machine, [1.0] * number) for steps in cuts)
+            alone = steps.dealt(job, machine, [1.0])
+            shared, whole = (cut.dealt(job, machine, [1.0] * number) for cut in (steps.shared_by(number), steps))
             for link in (link for link in links if link.tree == cuda):
                 one = seconds_of(alone, job, machine, link, 1)
                 times = {
-                    "speed_up": seconds_of(whole, job, machine, link, number),
-                    "overlapped": seconds_of(whole, job, machine, link, number, overlaps=True),
-                    "finer": seconds_of(finer, job, machine, link, number),
+                    "speed_up": seconds_of(shared, job, machine, link, number),
+                    "overlapped": seconds_of(shared, job, machine, link, number, overlaps=True),
+                    "cut_as_on_one": seconds_of(whole, job, machine, link, number),
                 }
                 about = {
                     "job": job.name,
@@ -75,11 +71,11 @@ def simulated(
 def uneven(job: Job, link: Link, machine: Chip, steps_of: Batches) -> Iterator[dict[str, Any]]:
     """Of two machines one is half as fast: speed-ups over the faster one alone."""
     speeds = [1.0, 0.5]
-    for batch, (steps, _) in steps_of.items():
+    for batch, steps in steps_of.items():
         one = seconds_of(steps.dealt(job, machine, [1.0]), job, machine, link, 1)
         found = {"job": job.name, "link": link.name, "batch_size": batch}
         for name, by_speed in (("evenly", False), ("by_speed", True)):
-            of_both = steps.dealt(job, machine, speeds, by_speed=by_speed)
+            of_both = steps.shared_by(2).dealt(job, machine, speeds, by_speed=by_speed)
             found[name] = round(one / seconds_of(of_both, job, machine, link, 2), 3)
         yield found
 
@@ -114,7 +110,7 @@ def validated(measured: dict[str, Any], cores: int) -> list[dict[str, Any]]:
             shares = np.bincount(dealt(step, [1.0] * ranks), step, ranks)
             own += int(shares[0])
             predicted += a_token["seconds"] * max(shares.max(), sum(step) / cores)
-            predicted += number * of_sum + (MESSAGES - 1 + number) * times[min(times)]
+            predicted += number * of_sum + MESSAGES * times[min(times)]
         found.append(
             {
                 "model": run["model"], "ranks": ranks, "exact": run["exact"], "adapter_bytes": size,
@@ -145,22 +141,24 @@ def row_kinds(data: str | None, tokenizer: str | None) -> dict[str, Batches]:
 
 
 def batches(lengths: NDArray[np.int32], supervised: float) -> Batches:
-    return {
-        size: (Steps(lengths, supervised, size), Steps(lengths, supervised, size, budget=FINER)) for size in BATCHES
-    }
+    return {size: Steps(lengths, supervised, size) for size in BATCHES}
 
 
 def tables(found: Sequence[dict[str, Any]]) -> str:
-    """In Markdown: a row a link and batch size, a column a number of machines; behind it, of the finer cut."""
+    """In Markdown: a row a link and batch size, a column a number of machines; in brackets, of micro-batches that are cut no finer."""
     lines: list[str] = []
     for rows, job in dict.fromkeys((point["rows"], point["job"]) for point in found):
         of_job = [point for point in found if (point["rows"], point["job"]) == (rows, job)]
         cells = []
         for link, batch in dict.fromkeys((point["link"], point["batch_size"]) for point in of_job):
             own = [point for point in of_job if (point["link"], point["batch_size"]) == (link, batch)]
-            ups = [f"{point['speed_up']:.2g} ({point['finer']:.2g})" for point in own if point["machines"] in MACHINES]
+            ups = [
+                f"{point['speed_up']:.2g} ({point['cut_as_on_one']:.2g})"
+                for point in own
+                if point["machines"] in MACHINES
+            ]
             cells.append([link, str(batch), f"{own[0]['seconds_on_one']:.2f}", *ups, str(worth_it(own))])
-        lines += ["", f"**{job}, {rows}** (in brackets: with --micro-batch-tokens {FINER})", ""]
+        lines += ["", f"**{job}, {rows}** (in brackets: micro-batches cut no finer than on one)", ""]
         lines += table(["", "rows a step", "s on one", *map(str, MACHINES), "half used up to"], cells)
     return "\n".join(lines)
 
@@ -178,7 +176,7 @@ def draw(jobs: Sequence[Job], mac_chip: Chip, kinds: dict[str, Batches]) -> Path
         for rows, batch in (("chats", 256), ("chats", 32), ("chats", 8), ("short pairs", 32)):
             points = list(simulated(jobs[1:2], LINKS[1:2], mac_chip, {batch: kinds[rows][batch]}, (1, *TRIED)))
             fill(of_steps, points, f"{batch} {rows} a step", "-")
-        fill(of_steps, points, f"the same with --micro-batch-tokens {FINER}", "--", "finer")
+        fill(of_steps, points, "the same, cut no finer than on one", "--", "cut_as_on_one")
         of_steps.set_title(f"{jobs[1].name}, {LINKS[1].name}", fontsize=9)
         for axes in panels.flat:
             axes.set(xscale="log", yscale="log", xlim=(1, 512), ylim=(0.1, 100))
@@ -221,7 +219,7 @@ def main() -> None:
     jobs = [Job.of("0.6B", rank=8), Job.of("8B", rank=8), Job.of("0.6B", method="full")]
     machine = chip(arguments.chip)
     if arguments.tokens_per_second:
-        steps = next(iter(kinds.values()))[32][0]
+        steps = next(iter(kinds.values()))[32]
         reached = arguments.tokens_per_second * steps.operations(jobs[0]) / int(steps.lengths.sum())
         machine = Chip(machine.name, reached, machine.bandwidth, "given")
     yours = [Link(f"{gbit:g} Gbit/s", gbit * 1e9 / 8, ms / 1e3, "given") for gbit, ms in arguments.link]
@@ -243,7 +241,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "chips": [asdict(machine), asdict(CUDA)], "links": [asdict(link) for link in links],
         "trained": {job.name: job.footprint.trainable for job in jobs},
-        "steps": {rows: {size: [one.about for one in cuts] for size, cuts in of.items()} for rows, of in kinds.items()},
+        "steps": {rows: {size: steps.about for size, steps in of.items()} for rows, of in kinds.items()},
         "simulated": [point for point in found if point["machines"] in MACHINES], "uneven": of_uneven, "measured": measured(),
     }  # fmt: skip
     record["validated"] = validated(record["measured"], os.cpu_count() or 1)

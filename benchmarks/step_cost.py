@@ -29,8 +29,10 @@ from mlx_sft.training.plan import REACHED, Work, operations
 
 AT_ONCE = 64 * 2**20
 """Bytes of gradients that go into one sum (`training/ranks.py`)."""
-MESSAGES = 5
-"""Sums of a few bytes in a step: what is to be computed and how it is updated, each with its length before it; the loss and who failed."""
+MESSAGES = 3
+"""Sums of a few bytes in a step: what is to be computed, in two parts where it is long, and how it is updated."""
+FOR_EACH, LEAST_TOKENS = 2, 256
+"""Micro-batches of a step for each machine, where they are no smaller than this (`training/lead.py`)."""
 UPDATE_BYTES = 28
 """Of a trained number, that AdamW reads and writes: itself, its gradient and two averages; three of them are written. 4 bytes each."""
 
@@ -207,6 +209,17 @@ class Steps:
     ) -> None:
         self.lengths, self.supervised, self.batch_size, self.budget = lengths, supervised, batch_size, budget
         self._operations: dict[str, list[list[float]]] = {}
+        self._shared: dict[int, Steps] = {}
+
+    def shared_by(self, machines: int) -> Steps:
+        """The same steps, cut finer where so many machines would have too little to deal out."""
+        of_step = float(self.lengths.sum()) * self.batch_size / len(self.lengths)
+        budget = min(self.budget, max(LEAST_TOKENS, round(of_step / (FOR_EACH * machines))))
+        if machines == 1 or budget == self.budget:
+            return self
+        if budget not in self._shared:
+            self._shared[budget] = Steps(self.lengths, self.supervised, self.batch_size, budget)
+        return self._shared[budget]
 
     @cached_property
     def cut(self) -> list[list[MicroBatch]]:
@@ -220,7 +233,6 @@ class Steps:
         tokens = [[one.tokens for one in step] for step in self.cut]
         limits = [sum(step) / max(step) for step in tokens]
         return {
-            "micro_batch_tokens": self.budget,
             "micro_batches": float(np.mean([len(step) for step in tokens])),
             "limit": float(np.mean(limits)),
         }
