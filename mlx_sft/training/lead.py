@@ -16,7 +16,7 @@ import numpy as np
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
-from mlx_sft.training.batch_settings import BatchSettings
+from mlx_sft.training.batch_settings import BatchSettings, predicted_peak
 from mlx_sft.training.job import Job
 from mlx_sft.training.ranks import Ranks
 from mlx_sft.training.results import save
@@ -66,15 +66,17 @@ def begin(setup: Setup) -> None:
     """
     ranks, config, computer = setup.ranks, setup.config, setup.computer
     computer.ranks = ranks
-    ranks.exact = ranks.size > 1 and config.exact_reduce
+    ranks.begin(exact=config.exact_reduce)
     if not ranks.leads:
         return
+    predicted = predicted_peak(setup.memory.footprint, setup.settings, setup.plan, setup.data.train)
     told = config.model_copy(update={"out": None, "resume": None, "forgetting": False})
     with stop_request():  # while it waits for them, a second Ctrl-C ends the process
         ranks.tell(
             {
                 "do": "begin", "config": told.to_yaml(""), "settings": asdict(setup.settings),
                 "composes": computer.composes_attention, "same": setup.identity | versions(),
+                "predicted": asdict(predicted),
             }
         )  # fmt: skip
         problems = [(rank, said) for rank, said in enumerate(ranks.said("")) if said]
@@ -88,7 +90,6 @@ def begin(setup: Setup) -> None:
     if (speeds := setup.progress.speeds) is not None and len(speeds) == ranks.size:
         _deal(ranks, speeds)
     ranks.hand_out(setup.parameters, setup.method.fixed, setup.optimizer.flat_state())
-    compare(ranks, setup.parameters)
 
 
 def share_reference(computer: GradientComputer, data: PreparedData, ranks: Ranks) -> None:
@@ -109,10 +110,11 @@ def after_step(job: Job, *, saves: bool) -> None:
     ranks = job.gradient_computer.ranks
     if not ranks.leads:
         return
-    if saves or job.step % _COMPARED_EVERY == 0:
+    if (saves or job.step % _COMPARED_EVERY == 0) and (others := differing(ranks, job.parameters)):
         job.torn = True  # nobody knows whose is right: the last checkpoint is
-        compare(ranks, job.parameters)
-        job.torn = False
+        what = f"process {' and '.join(others)}: what is trained is not what process 0 has after the same steps"
+        hint = "damaged memory, or a device that computes otherwise; go on with --resume, from the last checkpoint, without it"
+        raise UserError(what, where=str(job.run.path), hint=hint)
     known = job.progress.speeds is not None and len(job.progress.speeds) == ranks.size
     if (saves or (not known and ranks.steps >= _MEASURED_STEPS)) and (speeds := ranks.measured()):
         if speeds != ranks.speeds and min(speeds) < 1:
@@ -129,21 +131,11 @@ def _deal(ranks: Ranks, speeds: tuple[float, ...]) -> None:
     ranks.speeds = speeds
 
 
-def compare(ranks: Ranks, trained: Parameters) -> None:
-    """What is trained must be the same numbers in all processes.
-
-    Raises:
-        UserError: Naming the processes whose are not those of process 0.
-    """
-    if not ranks.leads:
-        return
+def differing(ranks: Ranks, trained: Parameters) -> list[str]:
+    """The processes in which what is trained has other numbers than in process 0."""
     ranks.tell({"do": "compare"})
     found = ranks.said(digest(trained))
-    others = [str(rank) for rank, said in enumerate(found) if said != found[0]]
-    if others:
-        what = f"process {' and '.join(others)}: what is trained is not what process 0 has after the same steps"
-        hint = "damaged memory, or a device that computes otherwise; go on with --resume, from the last checkpoint, without it"
-        raise UserError(what, hint=hint)
+    return [str(rank) for rank, said in enumerate(found) if said != found[0]]
 
 
 def digest(arrays: Parameters) -> str:

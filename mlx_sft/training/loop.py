@@ -275,12 +275,12 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
     finite = math.isfinite(loss) and math.isfinite(to_float(norm))
     rate = job.learning_rate(step)
     if finite:
-        job.torn = True
         scale = clip_scale(norm, config.max_grad_norm)
         key = checkpoint.rounding_key(config.seed, step.number)
         if computer.ranks.leads:
             told = None if scale is None else to_float(scale)
             computer.ranks.tell({"do": "update", "rate": rate, "scale": told, "key": key.tolist()})
+        job.torn = True
         job.parameters = job.optimizer.update(job.parameters, gradients, rate, scale, key)
         computer.bind(job.parameters)
     del gradients

@@ -65,13 +65,11 @@ class Ranks:
         self._group = group
         self.rank: int = 0 if group is None else group.rank()
         self.size: int = 1 if group is None else group.size()
-        self.exact, self.steps = False, 0
         self.memory: int | None = None
-        self.speeds: tuple[float, ...] = (1.0,) * self.size
-        self.patience: float | None = None
-        self._took = np.zeros((self.size, 2))
+        self.patience: float | None
+        self.speeds: tuple[float, ...]
+        self.begin(exact=False)
         self._own = [0.0, 0.0]
-        self._longest = 0.0
         self._within = False  # what all compute together: then nobody is listening to rank 0
 
     @property
@@ -103,12 +101,16 @@ class Ranks:
         told: dict[str, Any] = json.loads(b"".join(part.tobytes() for part in parts))
         return told
 
+    def begin(self, *, exact: bool) -> None:
+        """A run begins: nothing is known of one before."""
+        self.exact, self.steps, self.patience = exact and self.size > 1, 0, None
+        self.speeds, self._longest, self._took = (1.0,) * self.size, 0.0, np.zeros((self.size, 2))
+
     def end(self, code: int, **result: Any) -> None:
         """The others hear that the run is over, where they still can."""
         if self.leads and self._group is not None and not self._within:
             with suppress(UserError):  # who is lost has ended already
                 self.tell({"do": "end", "code": code} | result)
-            self._group = None
 
     @contextmanager
     def led(self) -> Iterator[None]:
@@ -262,8 +264,10 @@ class Ranks:
         return total[: flat.size]
 
     def _summed(self, array: mx.array) -> mx.array:
-        if self._group is None:
+        if self.size == 1:
             return array
+        if self._group is None:
+            raise UserError("another process of this run was lost", hint=LOST_HINT)
         found = mx.distributed.all_sum(array, group=self._group)
         with self._watched():
             try:

@@ -161,6 +161,8 @@ class GradientComputer:
                 mine = self.ranks.share([batch.token_ids.size for batch in batches])
                 total = GradientSum(self.ranks, self._added, rounded)
                 with total.of_all(needed):
+                    if self.ranks.size > 1:
+                        before_each()  # also where there is no share for this process
                     for index in needed:
                         if not mine[index]:
                             continue

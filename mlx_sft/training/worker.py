@@ -19,7 +19,8 @@ from mlx_sft.settings import OnResume, on_resume
 from mlx_sft.training.batch_settings import BatchSettings
 from mlx_sft.training.failures import BatchFailed
 from mlx_sft.training.lead import digest, share_reference, versions
-from mlx_sft.training.machine import prepare_device
+from mlx_sft.training.machine import hold_to, prepare_device
+from mlx_sft.training.memory import Prediction
 from mlx_sft.training.ranks import Ranks
 from mlx_sft.training.resume import identity_of, with_full_paths
 from mlx_sft.training.schedule import planned_steps
@@ -99,7 +100,9 @@ class _Worker:
         if told["composes"]:
             self.computer.compose_attention()
         self.configure({"tokens": settings.micro_batch_tokens, "mode": settings.mode, "head": settings.head_chunk})
-        self.computer.ranks, ranks.exact = ranks, self.config.exact_reduce
+        hold_to(setup.machine, Prediction(**told["predicted"]))
+        self.computer.ranks = ranks
+        ranks.begin(exact=self.config.exact_reduce)
 
     def configure(self, told: dict[str, Any]) -> None:
         plan = planned_steps(self.config, self.data)
