@@ -111,7 +111,7 @@ def test_on_a_terminal_lines_are_edited_and_ctrl_c_stops_an_answer_alone(setting
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=os.environ | {"TERM": "xterm"},
+        env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},  # nobody answers where the cursor is
     )
     os.close(theirs)
     seen = b""
@@ -126,19 +126,24 @@ def test_on_a_terminal_lines_are_edited_and_ctrl_c_stops_an_answer_alone(setting
         before, _, seen = seen.partition(text)
         return before.decode(errors="replace")
 
+    asked = b"\x1b[?2004h"  # what is pasted is asked to be marked as such, and is one text
     try:
-        banner = until(b"> ")
+        banner = until(asked)
         assert settings["model"] in banner
         assert "without an adapter" in banner
         assert "/exit or Ctrl-D leaves" in banner
-        os.write(ours, b"/helq\x7fp\n")
-        assert "forget what was said" in until(b"\n> ")
-        os.write(ours, b"the cat\n")
-        until(b"the cat\r\n\r\n\r\n")  # of an answer of a million empty lines
+        os.write(ours, b"/helq\x7fp\r")
+        assert "forget what was said" in until(asked)
+        os.write(ours, b"/sys\t sat\x1b\ron\r")  # Tab completes, and Esc Enter goes on in another line
+        assert "from here on with this system prompt" in until(asked)
+        os.write(ours, b"/system\r")
+        assert "from here on without a system prompt" in until(asked)
+        os.write(ours, b"the cat\r")
+        until(b"\x1b[?2004l\r\n\r\n\r\n")  # of an answer of a million empty lines
         process.send_signal(signal.SIGINT)
-        until(b"\n> ")
-        os.write(ours, b"\x1b[A\x1b[A\n")  # the line before the last
-        assert "forget what was said" in until(b"\n> ")
+        until(asked)
+        os.write(ours, b"\x1b[A\x1b[A\r")  # the line before the last
+        assert "from here on without a system prompt" in until(asked)
         os.write(ours, b"\x04")
         assert process.wait(30) == 0
     finally:
