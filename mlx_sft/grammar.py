@@ -172,6 +172,8 @@ def _told() -> Iterator[None]:
         said = " ".join(error.format_message().split()).removesuffix(".")
         path = error.ctx.command_path if error.ctx else "mlx-sft"
         hint = f"see `{path} --help`"
+        if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
+            hint = f"add {error.param.opts[0]} {error.param.metavar or '...'}; {hint}"
         print_error(UserError(said[:1].lower() + said[1:], hint=hint))
         raise click.exceptions.Exit(error.exit_code) from None
     except UserError as error:

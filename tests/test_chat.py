@@ -49,7 +49,7 @@ def test_a_system_prompt_that_cannot_be_changes_nothing(base: LoadedModel) -> No
     )
     talk = Chat(base, max_tokens=2)
     talk.messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
-    assert said(talk, "/system sat").endswith("the system prompt is as it was")
+    assert said(talk, "/system sat").startswith("The system prompt is as it was.")
     base.tokenizer.chat_template = None
     with pytest.raises(UserError, match="chat template"):
         Chat(base, system="sat")

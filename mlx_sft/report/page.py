@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.charts import SCRIPT, STYLE, Axis, Point, Series, bars, chart
-from mlx_sft.console import count, duration, many, size
+from mlx_sft.console import count, duration, epochs, many, size
 from mlx_sft.report import samples
 from mlx_sft.report.metrics import Metrics, Own, moment, number
 from mlx_sft.report.run import RunFiles, Setting, State, found, integer, texts
@@ -82,7 +82,7 @@ def _sentence(sentence: Sentence) -> str:
 def _cards(files: RunFiles) -> str:
     metrics, totals = files.metrics, files.metrics.totals
     cards: list[tuple[str, str, str]] = [
-        ("steps", f"{totals.step:,}", f"of {files.planned:,}, {totals.epoch:.2f} epochs" if files.planned else "")
+        ("steps", f"{totals.step:,}", f"of {files.planned:,}, {epochs(totals.epoch)}" if files.planned else "")
     ]
     if metrics.last_loss is not None:
         cards.append(("training loss", f"{metrics.last_loss:.4g}", f"from {metrics.first_loss:.4g}"))
@@ -120,10 +120,10 @@ def _charts(files: RunFiles) -> Iterable[str]:
 
 def _of_the_loss(files: RunFiles, curves: Curves) -> str:
     metrics = files.metrics
-    epochs = [(float(step), 7) for step in metrics.epochs if step < metrics.totals.step]
+    ends = [(float(step), 7) for step in metrics.epochs if step < metrics.totals.step]
     lost = [(float(event["step"]), 4) for event in metrics.events if event["kind"] in ("rollback", "skipped")]
-    marked = ["grey: ends of epochs"] * bool(epochs) + ["red: skipped steps and returns"] * bool(lost)
-    marks, ended = epochs + lost, f" ({'; '.join(marked)})" if marked else ""
+    marked = ["grey: ends of epochs"] * bool(ends) + ["red: skipped steps and returns"] * bool(lost)
+    marks, ended = ends + lost, f" ({'; '.join(marked)})" if marked else ""
     return _figure(
         f"Loss{', of the objective ' + str(files.settings.get('objective')) if metrics.own else ', in nats a token'}{ended}",
         [
