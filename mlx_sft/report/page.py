@@ -25,7 +25,7 @@ _AGAIN = 30
 """Seconds after which the page of a run that trains is loaded again."""
 _MOST_EVENTS = 40
 _MOST_WARNINGS = 20
-_NOTHING = ("", "null", "[]", "{}", "auto")
+_NOTHING = ("", "null", "[]", "{}")
 
 STEPS = Axis(show=lambda step: f"{step:,.0f}" if step < 1e4 else count(step))
 Curves = Mapping[str, Sequence[Point]]
@@ -260,8 +260,8 @@ def _events(files: RunFiles) -> str:
 
 def _between(first: datetime, last: datetime) -> str:
     """Two times, the day of the second where it is another one."""
-    day = "" if first.date() == last.date() else "%Y-%m-%d "
-    return f"{first:%Y-%m-%d %H:%M} to {last:{day}%H:%M}"
+    day = "" if first.date() == last.date() else "%-d %b "
+    return f"{first:%-d %b %Y %H:%M} to {last:{day}%H:%M}"
 
 
 def _time_of(event: Mapping[str, Any]) -> str:
@@ -303,7 +303,7 @@ def _data(report: Mapping[str, Any]) -> str:
     warnings = texts(report, "warnings")[:_MOST_WARNINGS]
     warned = "".join(f"<li>{escaped(text)}</li>" for text in warnings)
     histogram = [
-        (f"{integer(bar, 'from'):,}–{integer(bar, 'to'):,}", integer(bar, "count"))
+        (_from_to(integer(bar, "from"), integer(bar, "to")), integer(bar, "count"))
         for bar in found(train, list, "histogram") or []
     ]
     drawn = bars(histogram[:100], label="Rows by their length")
@@ -312,6 +312,10 @@ def _data(report: Mapping[str, Any]) -> str:
         + _facts(facts)
         + (f"<p class='soft'>Rows by their length in tokens</p>{drawn}" if drawn else "")
     )
+
+
+def _from_to(first: int, last: int) -> str:
+    return f"{first:,}–{last:,}" if last > first else f"{first:,}"
 
 
 def _of_tokens(part: Mapping[str, Any]) -> str:
@@ -334,15 +338,17 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f'<dl class="facts">{rows}</dl>'
 
 
+def _remark(one: Setting) -> str:
+    """For what a value is recommended, or what it would be by itself."""
+    if one.recommended:
+        return f" <small>recommended {escaped(one.recommended)}</small>"
+    told = one.differs and not one.chosen and one.default not in _NOTHING
+    return f" <small>default {escaped(one.default)}</small>" if told else ""
+
+
 def _settings(settings: Sequence[Setting]) -> str:
     def listed(some: Iterable[Setting]) -> str:
-        rows = "".join(
-            f"<dt>{escaped(one.name)}</dt><dd>{escaped(one.value)}"
-            + (f" <small>recommended {escaped(one.recommended)}</small>" if one.recommended else "")
-            + (f" <small>default {escaped(one.default)}</small>" if one.differs and one.default not in _NOTHING else "")
-            + "</dd>"
-            for one in some
-        )
+        rows = "".join(f"<dt>{escaped(one.name)}</dt><dd>{escaped(one.value)}{_remark(one)}</dd>" for one in some)
         return f'<dl class="facts">{rows}</dl>'
 
     differing = [one for one in settings if one.differs and not one.chosen]

@@ -126,7 +126,7 @@ def _of_forgetting(metrics: Metrics) -> list[Sentence]:
     weight, how_far = next((weight, words) for most, weight, words in _FORGOTTEN if value < most)
     share = f"{-math.expm1(-max(0.0, value)):.1%}"
     text = (
-        f"On general texts the model has {how_far} from the base: what that would write has become {share} less likely a token "
+        f"On general texts the model has {how_far} from the base: a token that the base would write has become {share} less likely "
         f"(forgetting {value:.3g} nats, step {of_result.step:,})."
     )
     more = " Fewer steps, a lower --lr, a smaller --rank or general rows among the data keep more of what it knew."
