@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+from click.core import augment_usage_errors
 from click.shell_completion import CompletionItem
 
 from mlx_sft.common_settings import option_name
@@ -83,7 +84,8 @@ class Command(click.Command):
         parameters = self.get_params(context)
         if not context.resilient_parsing and (unknown := self._unknown(context, args)):
             raise _no_such_options(context, parameters, unknown)
-        rest = super().parse_args(context, args)
+        with augment_usage_errors(context):
+            rest = super().parse_args(context, args)
         for bare in [one for one in parameters if isinstance(one, Bare)]:
             option = next(one for one in parameters if isinstance(one, click.Option) and one.name == bare.field)
             if context.resilient_parsing:
