@@ -102,6 +102,16 @@ def test_a_pipe_gets_the_answers_alone(cli: Callable[..., Any], settings: dict[s
     assert cli("generate", *asked, *drawn).stdout == expected + "\n"
 
 
+def test_who_is_to_type_a_prompt_is_told_so(
+    cli: Callable[..., Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["generate", "--model", settings["model"], "--max-tokens", "4"]
+    assert cli(*asked, input="the cat").stderr == ""
+    monkeypatch.setattr("mlx_sft.commands.talk.is_typed", lambda: True)
+    assert cli(*asked, input="the cat").stderr == "type what to ask; Ctrl-D on a line of its own ends it\n"
+    assert cli(*asked, "--prompt", "the cat").stderr == ""
+
+
 def test_on_a_terminal_lines_are_edited_and_ctrl_c_stops_an_answer_alone(settings: dict[str, Any]) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "mlx_sft", "chat", "--model", settings["model"], "--max-tokens", "1000000"]

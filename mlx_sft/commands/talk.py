@@ -26,6 +26,8 @@ def generate(prompt: str | None, **options: Any) -> None:
     from mlx_sft.load import load_named
 
     loaded = load_named(**options)
+    if prompt is None and is_typed():
+        Console().note("type what to ask; Ctrl-D on a line of its own ends it")
     for text in stream_text(loaded, prompt if prompt is not None else read_all(), **settings):
         write_text(text)
     write_text("\n")
