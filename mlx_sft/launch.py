@@ -26,11 +26,11 @@ _PATIENCE = 60.0
 
 def own_rank() -> int | None:
     """The number of this process among those of a run; None where it was started alone."""
-    hosts = os.environ.get("MLX_HOSTFILE")
-    if hosts is not None and not Path(hosts).read_text().strip():  # `mlx.launch` with one host
+    hosts = Path(os.environ.get("MLX_HOSTFILE", ""))
+    if hosts.is_file() and not hosts.read_text().strip():  # `mlx.launch` with one host
         return None
     number = os.environ.get("MLX_RANK", os.environ.get("OMPI_COMM_WORLD_RANK"))
-    return None if number is None else int(number)
+    return int(number) if number is not None and number.isdigit() else None
 
 
 def launcher() -> str:
