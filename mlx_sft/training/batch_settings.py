@@ -224,7 +224,7 @@ class MemoryPlanner:
 
     Attributes:
         ways_out: What would fit where this does not, each with its figure; where None, the ways are named without.
-        probe: What was measured; None where nothing was, and `why_no_probe` then says why.
+        probe: What was measured; None where nothing was, and `why_no_probe` then says why. Where that is given, nothing is.
     """
 
     config: TrainConfig
@@ -264,7 +264,9 @@ class MemoryPlanner:
             config = self.config.model_copy(update={"micro_batch_tokens": min(given, whole_step)})
             planner = replace(self, config=config)
         settings = planner.choose()
-        if settings is not None and (why := planner._why_no_probe(settings)):
+        if settings is None and planner.why_no_probe:
+            raise planner.refusal()
+        if settings is not None and (why := planner.why_no_probe or planner._why_no_probe(settings)):
             return replace(planner, why_no_probe=why), settings
         probe = planner._measured(gradient_computer, parameters, settings)
         planner = replace(planner, footprint=replace(self.footprint, correction=probe.correction), probe=probe)

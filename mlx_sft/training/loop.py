@@ -84,7 +84,7 @@ def train(
     ranks = Ranks.started()
     with memory_limits_restored(), ExitStack() as held:
         held.callback(ranks.end)
-        job = prepare_job(config, console, held, given)
+        job = prepare_job(config, console, held, given, ranks)
         worker.begin(job, ranks)
         held.callback(job.callbacks.close)
         show_plan(job)

@@ -43,9 +43,11 @@ class Ranks:
         size: How many there are.
         exact: Whether the gradients of micro-batches are exchanged each by itself and added in their order, so that any number of
             processes gives the bits of one.
+        sharded: Whether each has a part of the base, so that all of them compute every micro-batch together.
     """
 
     exact = False
+    sharded = False
 
     def __init__(self, group: Any = None, patience: float = PATIENCE) -> None:
         self._group, self._patience = group, patience
@@ -58,6 +60,11 @@ class Ranks:
         if not {"MLX_RANK", "OMPI_COMM_WORLD_RANK"} & os.environ.keys():
             return cls()
         return cls(mx.distributed.init(strict=True))
+
+    @property
+    def group(self) -> Any:
+        """The processes, of `mx.distributed`, where each has a part of the base; else None."""
+        return self._group if self.sharded else None
 
     @property
     def leads(self) -> bool:
@@ -99,6 +106,8 @@ class Ranks:
 
     def share(self, costs: Sequence[int]) -> list[bool]:
         """Which of a step's micro-batches this process computes: the largest first, each goes to who has least so far."""
+        if self.sharded:
+            return [True] * len(costs)
         owners, done = [0] * len(costs), [0] * self.size
         for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
             owners[index] = done.index(min(done))
@@ -117,7 +126,7 @@ class Ranks:
         Raises:
             BatchFailed, Stopped: Where one of them failed, in all.
         """
-        if self.size == 1:
+        if self.size == 1 or self.sharded:
             _raise(failure)
             return [np.asarray(one, np.float32) for one in found if one is not None]
         parts = [np.zeros(n, np.float32) if one is None else one for one, n in zip(found, lengths, strict=True)]
@@ -139,7 +148,8 @@ class Ranks:
         if self.size == 1:
             _raise(failure)
             return loss, gradients
-        loss = self._exchanged(loss.astype(mx.float32).reshape(1), failure)[0]
+        counts = self.rank == 0 or not self.sharded  # the loss is the same in each that has a part of the base
+        loss = self._exchanged((loss if counts else mx.zeros(())).astype(mx.float32).reshape(1), failure)[0]
         total: Parameters = {}
         for names in _parts(like):
             own = [
@@ -163,6 +173,45 @@ class Ranks:
         found = np.array(self._summed(mx.array(every)))
         return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in found]
 
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Where each has a part of the base: what one process cannot do, in the block or at all, ends all of them in words."""
+        if not self.sharded:
+            yield
+            return
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        said = self.said(f"{problem.where}: {problem.what}" if problem else "")
+        if problem is not None:
+            raise problem
+        if others := [f"process {rank}: {what}" for rank, what in enumerate(said) if what]:
+            raise UserError("; ".join(others))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """In the block, processes that have parts of the base compute with all of them: where one fails, none can go on."""
+        if not self.sharded:
+            yield
+            return
+        with self._watched():
+            try:
+                yield
+            except BatchFailed as error:
+                self._group = None  # the others are in the middle of it, and wait for other numbers
+                what = f"process {self.rank} could not compute its part of {error.batch.tokens} tokens: {error.batch.message}"
+                hint = "give a smaller --micro-batch-tokens, or start more processes, and go on with --resume"
+                raise UserError(what, hint=hint) from error
+            except RuntimeError as error:
+                raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> UserError:
+        self._group = None  # nothing more can be exchanged
+        hint = "look at what it said; go on with --resume once all of them can be reached"
+        return UserError(f"another process of this run was lost: {error}", hint=hint)
+
     def _exchanged(self, flat: mx.array, failure: BaseException | None) -> mx.array:
         """The sum of float32 arrays, and with it word of who failed."""
         slots = np.zeros((self.size, _NUMBERS), np.float32)
@@ -183,9 +232,7 @@ class Ranks:
             try:
                 mx.eval(found)
             except RuntimeError as error:
-                self._group = None  # nothing more can be exchanged
-                hint = "look at what it said; go on with --resume once all of them can be reached"
-                raise UserError(f"another process of this run was lost: {error}", hint=hint) from error
+                raise self._lost(error) from error
         return found
 
     @contextmanager

@@ -22,24 +22,24 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.merge import check_exportable
 from mlx_sft.data.chat_template import template_text, with_template
-from mlx_sft.data.dataset import Examples, check_vocabulary
+from mlx_sft.data.dataset import check_vocabulary
 from mlx_sft.data.new_tokens import NewTokens, add_tokens
 from mlx_sft.data.prepare import prepare
 from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import to_json
-from mlx_sft.methods import Method, Parameters, for_new_tokens
+from mlx_sft.methods import for_new_tokens
 from mlx_sft.model.given import given_model, given_tokenizer
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import joined_note
 from mlx_sft.model.load import extended_tokenizer, load_model, resolve_checkpoint, resolve_dtype, untested_note
-from mlx_sft.model.quantize import first_rows
-from mlx_sft.model.translate import exact_length, read_config
+from mlx_sft.model.quantize import WeightRow, first_rows
+from mlx_sft.model.translate import read_config
 from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.objectives import make_objective
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training import checkpoint, device
+from mlx_sft.training import checkpoint, device, sharded
 from mlx_sft.training.batch_settings import (
     BatchSettings,
     LongestRow,
@@ -58,6 +58,7 @@ from mlx_sft.training.forgetting import ForgettingMeter
 from mlx_sft.training.job import Job
 from mlx_sft.training.machine import hold_to, prepare_device, this_machine, within
 from mlx_sft.training.memory import Footprint
+from mlx_sft.training.ranks import ALONE, Ranks
 from mlx_sft.training.reference import Start
 from mlx_sft.training.resume import (
     CONFIG_HEADER,
@@ -71,7 +72,14 @@ from mlx_sft.training.resume import (
 )
 from mlx_sft.training.schedule import epochs_of, planned_steps
 from mlx_sft.training.shapes import compiled_shapes
-from mlx_sft.training.start import new_config, resumed_run, starting_parameters, starting_progress
+from mlx_sft.training.start import (
+    new_config,
+    refuse_dropout_outside_layers,
+    refuse_inexact_length,
+    resumed_run,
+    starting_parameters,
+    starting_progress,
+)
 from mlx_sft.training.step import GradientComputer
 from mlx_sft.training.time_plan import within_time
 
@@ -88,13 +96,18 @@ class Given:
 
 
 def prepare_job(
-    config: TrainConfig, console: Console, held: ExitStack | None = None, given: Given | None = None
+    config: TrainConfig,
+    console: Console,
+    held: ExitStack | None = None,
+    given: Given | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """Load and check everything that the configuration names; write the head of the run folder.
 
     Args:
         held: Keeps the lock of the run folder until it is closed; where None, it is given back when the job is prepared.
         given: What is in memory already.
+        ranks: The processes of the run.
 
     Raises:
         UserError: For anything in data, model, adapter or configuration that cannot be.
@@ -102,9 +115,13 @@ def prepare_job(
     started = time.monotonic()
     prepare_device()
     mx.reset_peak_memory()
-    setup = Setup(config, console, ExitStack() if held is None else held, given or Given())
+    setup = Setup(config, console, ExitStack() if held is None else held, given or Given(), ranks)
     setup.read_data()
-    setup.load_model()
+    if ranks.sharded:
+        sharded.begin(setup.config, ranks, identity_of(setup.config, setup.data, setup.path), begun=setup.begun)
+    with ranks.agreed():
+        setup.load_base()
+    setup.adapt()
     setup.plan_memory()
     setup.find_reference()
     setup.plan_steps(started)
@@ -121,10 +138,14 @@ class Setup:
         anew: What is given with `--resume` of how it is computed.
     """
 
-    def __init__(self, config: TrainConfig, console: Console, held: ExitStack, given: Given) -> None:
-        self.console, self.held, self.given = console, held, given
+    def __init__(
+        self, config: TrainConfig, console: Console, held: ExitStack, given: Given, ranks: Ranks = ALONE
+    ) -> None:
+        self.console, self.held, self.given, self.ranks = console, held, given, ranks
         self.anew, self.more_time = computed_anew(config), config.time_limit is not None
         self.config, self.run = _opened(_with_given(config, given), console, held)
+        in_memory = given.model is not None
+        sharded.settle(self.config, ranks, config.model_fields_set, console, in_memory=in_memory)
         self.begun = self.run is not None and bool(self.run.checkpoint_steps())
         self.path = resolve_checkpoint(self.config.model)
         self.callbacks = Callbacks.of_run(self.config, given.callbacks)
@@ -148,8 +169,8 @@ class Setup:
         self.callbacks.check(config, self.data)
         self.config = config
 
-    def load_model(self) -> None:
-        """The model with its method attached, once it is sure that it can compute every row and be merged, and what computes gradients."""
+    def load_base(self) -> None:
+        """The model without its method, or this process's part of it."""
         config, given = self.config, self.given
         self.machine = within(this_machine(), config)
         mx.set_memory_limit(
@@ -157,8 +178,9 @@ class Setup:
         )  # rather than go beyond it, MLX waits for operations that are under way
         settings: dict[str, Any] = {"quantize": config.quantize}
         if given.model is None:
-            refuse_too_large(config, self.path, self.machine, self.data.train, self.new_tokens)
-            base = load_model(config.model, config.dtype, self.tokenizer, new_tokens=self.new_tokens, **settings)
+            new, group = self.new_tokens, self.ranks.group
+            refuse_too_large(config, self.path, self.machine, self.data.train, new, group)
+            base = load_model(config.model, config.dtype, self.tokenizer, new_tokens=new, group=group, **settings)
         else:
             base = given_model(given.model, config.model, self.tokenizer, dtype=config.dtype, **settings)
         for note in filter(None, (untested_note(base.config), joined_note(base.model))):
@@ -166,36 +188,57 @@ class Setup:
         self.base, self.vocabulary = base, vocabulary_size(base.model, base.config)
         for part in (self.data.train, self.data.valid):
             check_vocabulary(part, self.vocabulary)
-        self.split, rows = SplitModel(base.model), first_rows(base.model)
-        self.meter = ForgettingMeter.of_run(config, self.data, self.split, self.vocabulary, self.console)
-        self.config, self.method, self.parameters = starting_parameters(
-            config, base.model, self.tokenizer, begun=self.begun
-        )
-        if note := self.method.start_note():
-            self.console.note(note)
-        check_exportable(base.path, self.method, self.parameters, rows, new_tokens=self.new_tokens)
-        for value in self.parameters.values():
-            mx.eval(value)  # one after another: what they are computed from may be as large as the model
-        _refuse_dropout_outside_layers(self.method, self.split, self.parameters)
-        for part in (self.data.train, self.data.valid):
-            _refuse_inexact_length(part, base.path, self.method)
+
+    def adapt(self) -> None:
+        """The method is attached, once it is sure that all rows can be computed and the result be merged; and what computes gradients.
+
+        Of a split model every process does this at once.
+        """
+        rows = first_rows(self.base.model)
+        with self.ranks.together():
+            self.split = SplitModel(self.base.model)
+        self.meter = None
+        if not self.ranks.sharded:
+            self.meter = ForgettingMeter.of_run(self.config, self.data, self.split, self.vocabulary, self.console)
+        elif self.config.forgetting and self.data.valid:
+            self.console.note("forgetting is not measured, and there are no samples: the base is split among processes")
+        with self.ranks.agreed():
+            self._attach(rows)
         objective, mode = make_objective(self.config), asked_for(self.config)[0]
         noise = self.config.neftune_alpha
-        self.computer = GradientComputer(
-            self.split, self.method, self.vocabulary, objective, recompute=mode, neftune_alpha=noise
-        )
+        with self.ranks.together():
+            self.computer = GradientComputer(
+                self.split, self.method, self.vocabulary, objective, recompute=mode, neftune_alpha=noise
+            )
+            self.layout = layout_on(self.machine, self.computer, self.parameters, self.data.train)
         if self.meter:
             self.meter.settle(head_is_frozen=self.computer.head_is_frozen(self.parameters))
 
+    def _attach(self, rows: dict[str, WeightRow]) -> None:
+        self.config, self.method, self.parameters = starting_parameters(
+            self.config, self.base.model, self.tokenizer, begun=self.begun
+        )
+        if note := self.method.start_note():
+            self.console.note(note)
+        if self.ranks.rank == 0:  # of another's part, the first row is not the checkpoint's
+            check_exportable(self.base.path, self.method, self.parameters, rows, new_tokens=self.new_tokens)
+        for value in self.parameters.values():
+            mx.eval(value)  # one after another: what they are computed from may be as large as the model
+        refuse_dropout_outside_layers(self.method, self.split, self.parameters)
+        for part in (self.data.train, self.data.valid):
+            refuse_inexact_length(part, self.base.path, self.method)
+
     def plan_memory(self) -> None:
         """How a step is computed on this machine, by what is measured now, or was when a run that goes on began."""
-        config, computer, parameters, machine, train = (
-            self.config, self.computer, self.parameters, self.machine, self.data.train,
+        config, computer, parameters, machine, train, layout = (
+            self.config, self.computer, self.parameters, self.machine, self.data.train, self.layout,
         )  # fmt: skip
-        layout = layout_on(machine, computer, parameters, train)
-        device.ask(computer, parameters, layout, asked_for(config)[-1], machine, self.console)
+        if not self.ranks.sharded:
+            device.ask(computer, parameters, layout, asked_for(config)[-1], machine, self.console)
         if self.run:
             self.measured = Measured.of_run(self.run)
+        elif self.ranks.sharded:
+            self.measured = Measured()
         else:
             self.measured = measure(computer, self.split, parameters, train, layout, machine)
         layout = replace(layout, call_cost=self.measured.call_cost)
@@ -208,6 +251,8 @@ class Setup:
             what_would_fit, path=self.path, dtype=resolve_dtype(config.dtype), new_tokens=self.new_tokens
         )
         planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout, ways_out)
+        if self.ranks.sharded:
+            planner = replace(planner, ways_out=None, why_no_probe=sharded.NO_PROBE)
         self.memory, self.settings = planner.plan(computer, parameters, len(train))
         self.config = _decided(config, self.settings)
 
@@ -230,7 +275,7 @@ class Setup:
     def _configure(self) -> None:
         """Which shapes are compiled follows from the plan alone, so that a run that goes on compiles the same."""
         tokens, layout = self.settings.micro_batch_tokens, self.settings.layout
-        compiled = compiled_shapes(self.plan, self.data.train, tokens, layout)
+        compiled = () if self.ranks.sharded else compiled_shapes(self.plan, self.data.train, tokens, layout)
         self.computer.configure(self.settings.mode, compiled, self.settings.head_chunk)
 
     def take_up_state(self) -> None:
@@ -336,34 +381,6 @@ def _tokenizer(config: TrainConfig, path: Path, given: Given) -> tuple[PreTraine
     if config.chat_template is not None:
         tokenizer = with_template(copy.copy(tokenizer), config.chat_template, path)
     return tokenizer, added
-
-
-def _refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters: Parameters) -> None:
-    """The head is computed chunk by chunk, where one random mask for all chunks would not be dropout."""
-    outside = [name for name in split.outside_layers(parameters) if method.drops(name)]
-    if outside:
-        module = outside[0].rpartition(".")[0]
-        raise UserError(
-            f"dropout cannot be trained on {module}, which is outside the repeated layers",
-            where="target",
-            hint=f"leave {module} out of --target, or give --dropout 0",
-            exit_code=USAGE,
-        )
-
-
-def _refuse_inexact_length(examples: Examples, path: Path, method: Method) -> None:
-    """Beyond some length, mlx-lm's code for a few families is not the model that was trained; nor is a prefix behind a sliding window."""
-    in_front = method.virtual_tokens + method.keys_in_front
-    for most, why in (
-        (exact_length(path), "mlx-lm computes this model exactly for no more than"),
-        (method.most_positions, "a sliding window of this model has no more than"),
-    ):
-        if most is None or examples.lengths.max(initial=0) + in_front <= most:
-            continue
-        longest = examples[int(examples.lengths.argmax())]
-        further = f" and {in_front} virtual ones" if in_front else ""
-        what = f"{len(longest)} tokens{further}, and {why} {most}"
-        raise UserError(what, where=longest.origin, hint=f"give --max-length {most - in_front}")
 
 
 def _decided(config: TrainConfig, settings: BatchSettings) -> TrainConfig:

@@ -11,11 +11,14 @@ from mlx_sft.common_settings import option_name
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.targets.trl.folder import TrlFolder
+from mlx_sft.data.dataset import Examples
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
 from mlx_sft.load import finished_folder, refuse_other_base
 from mlx_sft.methods import Method, Parameters, as_attached, make_method, method_in
 from mlx_sft.methods.results import attach_trained, refuse_unfinished_result
+from mlx_sft.model.head import SplitModel
+from mlx_sft.model.translate import exact_length
 from mlx_sft.optimizers import Optimizer
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
@@ -153,3 +156,31 @@ def _given_adapter(config: TrainConfig) -> Path | None:
     if config.resume_from_peft is not None:
         return TrlFolder.trained(config.resume_from_peft).adapter
     return Path(config.init_adapter) if config.init_adapter is not None else None
+
+
+def refuse_dropout_outside_layers(method: Method, split: SplitModel, parameters: Parameters) -> None:
+    """The head is computed chunk by chunk, where one random mask for all chunks would not be dropout."""
+    outside = [name for name in split.outside_layers(parameters) if method.drops(name)]
+    if outside:
+        module = outside[0].rpartition(".")[0]
+        raise UserError(
+            f"dropout cannot be trained on {module}, which is outside the repeated layers",
+            where="target",
+            hint=f"leave {module} out of --target, or give --dropout 0",
+            exit_code=USAGE,
+        )
+
+
+def refuse_inexact_length(examples: Examples, path: Path, method: Method) -> None:
+    """Beyond some length, mlx-lm's code for a few families is not the model that was trained; nor is a prefix behind a sliding window."""
+    in_front = method.virtual_tokens + method.keys_in_front
+    for most, why in (
+        (exact_length(path), "mlx-lm computes this model exactly for no more than"),
+        (method.most_positions, "a sliding window of this model has no more than"),
+    ):
+        if most is None or examples.lengths.max(initial=0) + in_front <= most:
+            continue
+        longest = examples[int(examples.lengths.argmax())]
+        further = f" and {in_front} virtual ones" if in_front else ""
+        what = f"{len(longest)} tokens{further}, and {why} {most}"
+        raise UserError(what, where=longest.origin, hint=f"give --max-length {most - in_front}")

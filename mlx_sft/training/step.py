@@ -165,9 +165,10 @@ class GradientComputer:
                     for index, (batch, own_weights) in enumerate(zip(batches, weighting.weights, strict=True)):
                         if not mine[index] or (any(weighs) and not weighs[index]):  # its gradient is zero
                             continue
-                        before_each()
+                        if not self.ranks.sharded:
+                            before_each()
                         started = time.perf_counter()
-                        with failures_noticed(batch):
+                        with self.ranks.together(), failures_noticed(batch):
                             weights = (own_weights / weighting.normalizer).astype(np.float32)
                             batch_loss, gradients = self.micro_step(rounded, batch, weights, keys[index], draws[index])
                             if self.ranks.exact:
@@ -179,6 +180,8 @@ class GradientComputer:
                             del gradients  # so that the sum can take its place
                             mx.eval(loss, total)
                         self._note_trace(batch, time.perf_counter() - started)
+                    if self.ranks.sharded:  # none leaves the others in the middle of a micro-batch
+                        before_each()
                 except (BatchFailed, Stopped) as error:
                     failure, total = error, {}
                     apart.clear()
@@ -301,7 +304,8 @@ class GradientComputer:
         try:
             for index, (batch, key, draw) in enumerate(zip(batches, keys, draws, strict=False)):
                 if mine[index]:
-                    before_each()
+                    if not self.ranks.sharded:
+                        before_each()
                     self._method.bind(self._split.model, parameters, key)
                     found[index] = self._position_log_probs(parameters, batch, draw)[0]
         except (BatchFailed, Stopped) as error:
@@ -316,7 +320,7 @@ class GradientComputer:
     ) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
         """log p of the targets of a micro-batch, and the likeliest tokens, both [positions]."""
         head = self._head_for(parameters)
-        with failures_noticed(batch):
+        with self.ranks.together(), failures_noticed(batch):
             hidden_states = self._states_of(batch, draw)
             targets, chunk = mx.array(batch.targets), self._chunk(head)
             losses, likeliest = position_losses(head, hidden_states, targets, chunk, fused=self._fused)

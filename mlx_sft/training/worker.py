@@ -25,6 +25,7 @@ from mlx_sft.training.resume import identity_of
 from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.setup import Given, Setup
 from mlx_sft.training.shapes import compiled_shapes
+from mlx_sft.training.sharded import refuse_other
 from mlx_sft.training.step import GradientComputer
 from mlx_sft.training.stopping import Stopped, stop_request
 
@@ -71,12 +72,18 @@ def take_up(job: Job, ranks: Ranks) -> None:
 def work(ranks: Ranks, console: Console) -> None:
     """Do what rank 0 says, until it ends the run."""
     with ExitStack() as held, stop_request() as request:
-        told = ranks.tell()
+        told, setup = ranks.tell(), None
+        if told["do"] == "shard":
+            setup = _with_part_of_base(told, held, ranks)
+            if setup is None:
+                ranks.tell()  # that it is over
+                return
+            told = ranks.tell()
         if told["do"] == "end":
             return
         problem = ""
         try:
-            worker = _Worker(told, held, ranks, request.check)
+            worker = _Worker(told, held, ranks, request.check, setup)
         except UserError as error:
             problem = f"{error.where}: {error.what}"
         if any(ranks.said(problem)):
@@ -86,12 +93,37 @@ def work(ranks: Ranks, console: Console) -> None:
             getattr(worker, told["do"])(told)
 
 
+def _with_part_of_base(told: dict[str, Any], held: ExitStack, ranks: Ranks) -> Setup | None:
+    """The setup of a process that has a part of the base, made in step with process 0; None where one of them cannot go on."""
+    ranks.sharded = True
+    config = TrainConfig(**yaml.safe_load(told["config"]))
+    try:
+        with ranks.agreed():
+            setup = Setup(config, Console(quiet=True), held, Given(), ranks)
+            setup.begun = told["begun"]
+            setup.read_data()
+            refuse_other(told, identity_of(setup.config, setup.data, setup.path))
+            setup.load_base()
+        setup.adapt()
+    except UserError:
+        if ranks.group is None:  # process 0 cannot say it
+            raise
+        return None
+    return setup
+
+
 class _Worker:
-    def __init__(self, told: dict[str, Any], held: ExitStack, ranks: Ranks, check: Any) -> None:
+    def __init__(
+        self, told: dict[str, Any], held: ExitStack, ranks: Ranks, check: Any, setup: Setup | None = None
+    ) -> None:
         config = TrainConfig(**yaml.safe_load(told["config"]))
-        setup = Setup(config, Console(quiet=True), held, Given())
-        setup.read_data()
-        setup.load_model()
+        if setup is None:
+            setup = Setup(config, Console(quiet=True), held, Given())
+            setup.read_data()
+            setup.load_base()
+            setup.adapt()
+        else:
+            setup.config = config
         identity = identity_of(setup.config, setup.data, setup.path)
         if changed := [name for name, value in identity.items() if told["identity"][name] != value]:
             raise UserError(f"its {' and '.join(changed)} are others than those of process 0")
@@ -105,8 +137,8 @@ class _Worker:
         )
         if told["composes"]:
             self.computer.compose_attention()
-        self.configure({"tokens": self.settings.micro_batch_tokens, "mode": self.settings.mode})
         self.ranks, self.check = ranks, check
+        self.configure({"tokens": self.settings.micro_batch_tokens, "mode": self.settings.mode})
         ranks.exact = config.exact_reduce
         self.computer.ranks = ranks
         self.gradients: Parameters = {}
@@ -114,7 +146,7 @@ class _Worker:
     def configure(self, told: dict[str, Any]) -> None:
         plan = planned_steps(self.config, self.data)
         shapes = compiled_shapes(plan, self.data.train, told["tokens"], self.settings.layout)
-        self.computer.configure(told["mode"], shapes, self.settings.head_chunk)
+        self.computer.configure(told["mode"], [] if self.ranks.sharded else shapes, self.settings.head_chunk)
 
     def take_up(self, told: dict[str, Any]) -> None:
         found = self.ranks.as_in_the_first(self.parameters | self.optimizer.flat_state())
