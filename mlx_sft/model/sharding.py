@@ -21,8 +21,8 @@ from mlx.nn.layers.distributed import sum_gradients
 from mlx_sft.errors import UserError
 from mlx_sft.model.linears import SPLIT, SPLIT_OUTPUTS, is_quantized, linear_modules
 
-FAMILIES = frozenset({"llama", "qwen2", "qwen3"})
-"""Families whose `shard` was compared with the whole model, gradients too; some of mlx-lm's have none that is right."""
+FAMILIES = frozenset({"gpt_oss", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"})
+"""Families of which tests/training/test_sharded.py compares loss and gradients of both; MiniMax M2's gradients differ by a third."""
 
 _HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_kv_heads", "num_kv_heads", "num_key_value_heads")
 
@@ -53,8 +53,10 @@ def shard(model: nn.Module, group: Any, where: str, *, loaded: bool = True) -> N
     try:
         model.shard(group)
     except ValueError as error:
-        what = f"its weights cannot be divided among {processes} processes: {error}"
-        raise UserError(what, where=where, hint="start another number of them, or another --quantize") from error
+        groups = ", in whole groups of quantized numbers" if any(map(is_quantized, model.modules())) else ""
+        what = f"the widths of its layers cannot be divided among {processes} processes{groups}"
+        hint = "start another number of processes" + (", or take the base in another form" if groups else "")
+        raise UserError(what, where=where, hint=hint) from error
     for path, module in linear_modules(model).values():
         before, weight = whole.pop(path)
         module._joined = getattr(before, "_joined", False)
