@@ -26,6 +26,7 @@ from mlx_sft.data.example import Example
 from mlx_sft.data.steps import Plan
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
+from mlx_sft.model.load import resolve_dtype
 from mlx_sft.objectives import Weighting
 from mlx_sft.registry import OBJECTIVES
 from mlx_sft.training.failures import GPU_HINT, Interrupted, OutOfMemory
@@ -93,6 +94,17 @@ def asked_for(config: TrainConfig) -> tuple[Mode, ...]:
 def configured(mode: Mode) -> str:
     """What `grad_checkpoint` calls a mode."""
     return "on" if mode == "layers" else mode
+
+
+def decided(config: TrainConfig, settings: BatchSettings) -> TrainConfig:
+    """Every `auto` replaced by what it stands for here, so that a resumed run repeats it to the byte."""
+    decided = {
+        "dtype": resolve_dtype(config.dtype),
+        "micro_batch_tokens": settings.micro_batch_tokens,
+        "grad_checkpoint": configured(settings.mode),
+        "head_chunk": settings.head_chunk,
+    }
+    return config.model_copy(update=decided)
 
 
 def layout_on(

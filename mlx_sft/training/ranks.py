@@ -23,7 +23,7 @@ from mlx_sft.console import print_error
 from mlx_sft.data.batches import Batch
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
-from mlx_sft.training.failures import BatchFailed, FailedBatch, Interrupted, OutOfMemory
+from mlx_sft.training.failures import BatchFailed, FailedBatch, Interrupted, OutOfMemory, is_out_of_memory, reason
 from mlx_sft.training.stopping import Stopped
 
 PATIENCE = 600.0
@@ -199,15 +199,15 @@ class Ranks:
         with self._watched():
             try:
                 yield
-            except BatchFailed as error:
+            except (BatchFailed, RuntimeError, MemoryError) as error:
+                if not (isinstance(error, BatchFailed) or is_out_of_memory(error)):
+                    raise self._lost(error) from error
                 self._group = None  # the others are in the middle of it, and wait for other numbers
-                what = f"process {self.rank} could not compute its part of {error.batch.tokens} tokens: {error.batch.message}"
+                what = f"process {self.rank} could not compute its part: {reason(error)}"
                 hint = "give a smaller --micro-batch-tokens, or start more processes, and go on with --resume"
                 raise UserError(what, hint=hint) from error
-            except RuntimeError as error:
-                raise self._lost(error) from error
 
-    def _lost(self, error: RuntimeError) -> UserError:
+    def _lost(self, error: Exception) -> UserError:
         self._group = None  # nothing more can be exchanged
         hint = "look at what it said; go on with --resume once all of them can be reached"
         return UserError(f"another process of this run was lost: {error}", hint=hint)

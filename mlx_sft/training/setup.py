@@ -45,7 +45,7 @@ from mlx_sft.training.batch_settings import (
     LongestRow,
     MemoryPlanner,
     asked_for,
-    configured,
+    decided,
     layout_on,
     predicted_peak,
 )
@@ -144,8 +144,7 @@ class Setup:
         self.console, self.held, self.given, self.ranks = console, held, given, ranks
         self.anew, self.more_time = computed_anew(config), config.time_limit is not None
         self.config, self.run = _opened(_with_given(config, given), console, held)
-        in_memory = given.model is not None
-        sharded.settle(self.config, ranks, config.model_fields_set, console, in_memory=in_memory)
+        sharded.settle(self.config, ranks, config.model_fields_set, console, in_memory=given.model is not None)
         self.begun = self.run is not None and bool(self.run.checkpoint_steps())
         self.path = resolve_checkpoint(self.config.model)
         self.callbacks = Callbacks.of_run(self.config, given.callbacks)
@@ -201,7 +200,7 @@ class Setup:
         if not self.ranks.sharded:
             self.meter = ForgettingMeter.of_run(self.config, self.data, self.split, self.vocabulary, self.console)
         elif self.config.forgetting and self.data.valid:
-            self.console.note("forgetting is not measured, and there are no samples: the base is split among processes")
+            self.console.note("forgetting is not measured: the base is split among processes")
         with self.ranks.agreed():
             self._attach(rows)
         objective, mode = make_objective(self.config), asked_for(self.config)[0]
@@ -254,7 +253,7 @@ class Setup:
         if self.ranks.sharded:
             planner = replace(planner, ways_out=None, why_no_probe=sharded.NO_PROBE)
         self.memory, self.settings = planner.plan(computer, parameters, len(train))
-        self.config = _decided(config, self.settings)
+        self.config = decided(config, self.settings)
 
     def find_reference(self) -> None:
         """What the model, as training starts, finds of every example, where the objective asks for it; a run that goes on has kept it."""
@@ -381,17 +380,6 @@ def _tokenizer(config: TrainConfig, path: Path, given: Given) -> tuple[PreTraine
     if config.chat_template is not None:
         tokenizer = with_template(copy.copy(tokenizer), config.chat_template, path)
     return tokenizer, added
-
-
-def _decided(config: TrainConfig, settings: BatchSettings) -> TrainConfig:
-    """Every `auto` replaced by what it stands for here, so that a resumed run repeats it to the byte."""
-    decided = {
-        "dtype": resolve_dtype(config.dtype),
-        "micro_batch_tokens": settings.micro_batch_tokens,
-        "grad_checkpoint": configured(settings.mode),
-        "head_chunk": settings.head_chunk,
-    }
-    return config.model_copy(update=decided)
 
 
 def _resumed(settings: BatchSettings, progress: Progress, anew: Collection[str]) -> tuple[BatchSettings, Progress]:

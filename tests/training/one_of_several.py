@@ -2,9 +2,9 @@
 
     python -m tests.training.one_of_several '[["train", "--data", ...], ["load", "FOLDER"], ...]'
 
-`train` is what `mlx.launch` would start, and `killed` the same with a process besides 0 that is lost after some steps. `load` gives bytes: of
-the part of a base that this process has loaded, and the most that it took to load it. `compare` gives by how much loss and gradients of
-adapters on the parts differ from those on the whole base. After each, a line on stderr has the exit code, or the numbers.
+`train` is what `mlx.launch` would start, and `killed` the same with a process besides 0 that is lost after some steps. `load` gives bytes:
+of the part of a base that this process has loaded, and the most that it took to load it. `compare` gives by how much loss and gradients
+of adapters on the parts differ from those on the whole base. After each, a line on stderr has the exit code, or the numbers.
 """
 
 from __future__ import annotations
