@@ -119,7 +119,7 @@ def load_model(
         tokenizer: The checkpoint's, where it is loaded already.
         quantize: A name of `QUANTIZATIONS`: quantize the weights, from this precision, as `mlx_lm.convert` would.
         new_tokens: Tokens for which embeddings and head get rows, where they have none.
-        group: The processes of `mx.distributed` that each load a part of the model (`sharding.py`); None for the whole.
+        group: Processes of `mx.distributed`, each of which loads a part of the model, as for `--shard-base`; None for the whole.
 
     Raises:
         UserError: If the checkpoint is missing, incomplete, or has a setting that nothing would read.

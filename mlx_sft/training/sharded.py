@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.registry import OBJECTIVES
+from mlx_sft.objectives import make_objective
 from mlx_sft.training.ranks import Ranks
 
 NO_PROBE = "the base is split among processes, which would all have to measure at once"
@@ -43,7 +43,7 @@ def settle(config: TrainConfig, ranks: Ranks, asked: Collection[str], console: C
         "--exact-reduce gives the bits of one process, which parts of products do not add up to": (
             config.exact_reduce, "leave one of both out"),
         f"--objective {config.objective} needs what the whole model says before training": (
-            OBJECTIVES[config.objective].needs_reference, "train with --objective sft"),
+            make_objective(config).needs_reference, "train with --objective sft"),
         "--for tries some steps alone, to see how long they take": (
             config.time_limit is not None, "give --max-steps or --epochs instead"),
     }  # fmt: skip

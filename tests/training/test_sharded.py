@@ -99,8 +99,10 @@ def assert_same(one: Path, other: Path) -> None:
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "head_dim": 32}
 """A base that is mostly layers."""
-DENSE = ("llama", "mistral", "qwen2", "qwen3")
+DENSE = ("llama", "ministral3", "mistral", "qwen2", "qwen3")
 """Families without experts, which get no adapters here."""
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+SHAPES = {"ministral3": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}}}
 UNEVEN = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "head_dim": 32}
 """One whose MLP has three groups of 64."""
 
@@ -124,7 +126,7 @@ def made(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     wide = str(make_base("qwen3", **WIDE))
     runs = {
         "qwen3": {"model": str(make_base("qwen3"))},
-        "llama": {"model": str(make_base("llama")), "grad_checkpoint": "on"},
+        "llama": {"model": str(make_base("llama")), "grad_checkpoint": "on", "max_steps": 2},
         "wide": {"model": wide, "quantize": "8", "max_steps": 2},
     }
     for name, changes in runs.items():
@@ -147,7 +149,7 @@ def made(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     for family in sorted(FAMILIES):
         commands[family + "'s gradients"] = [
             "compare",
-            make_base(family),
+            make_base(family, **SHAPES.get(family, {})),
             "all-linear" if family in DENSE else "attention",
         ]
     given = options_of(shared | runs["qwen3"] | {"out": folder / "killed", "max_steps": 4000})
@@ -262,4 +264,4 @@ def test_a_process_that_is_lost_in_a_step_ends_the_run_and_the_steps_are_kept(ma
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_gradients_of_a_split_base_are_those_of_the_whole(made: Made, family: str) -> None:
     _, *differences = made.said[f"{family}'s gradients"]
-    assert max(differences) < 1e-5
+    assert max(differences) < 5e-5  # of the largest number of each; where parts are not added up, it is 0.1 and more
