@@ -4,6 +4,7 @@ the commands that train nothing and write no model are in `commands/`."""
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import click
@@ -20,6 +21,7 @@ from mlx_sft.compare.settings import CompareSettings
 from mlx_sft.console import write_text
 from mlx_sft.errors import FAILURE, USAGE, UserError
 from mlx_sft.grammar import Commands, named, named_run, out
+from mlx_sft.launch import launched, own_rank
 from mlx_sft.options import (
     Late,
     Sectioned,
@@ -55,28 +57,47 @@ def main() -> None:
 @click.option(
     "--supervise", is_flag=True, help="Train in a process of its own, which is resumed where a driver's error ends it."
 )
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train in N processes on this machine, which share each step.",
+)
 @trusting
-def train(config_file: str | None, supervise: bool, **options: Any) -> None:
+def train(config_file: str | None, supervise: bool, ranks: int | None, **options: Any) -> None:
     """Fine-tune a model on chats.
 
     DATA is what --data names: the rows. Options override the settings of --config. The last line on stdout is the run folder.
     """
-    config = resolved(config_file, options)
+    if ranks is not None and ranks > 1 and own_rank() is None:
+        if supervise:
+            raise UserError("--supervise does not go with --ranks", hint="leave one of them out", exit_code=USAGE)
+        raise click.exceptions.Exit(launched(ranks, sys.argv[1:]))
+    if own_rank():
+        from mlx_sft.training.ranks import started
+        from mlx_sft.training.worker import work
+
+        raise click.exceptions.Exit(work(started(), lambda: resolved(config_file, options))["code"])
+    with _led():
+        config = resolved(config_file, options)
     if supervise:
         from mlx_sft.training.supervise import supervised
 
         raise click.exceptions.Exit(supervised(config, sys.argv[1:]))
     from mlx_sft.console import Console
     from mlx_sft.training.loop import train
-    from mlx_sft.training.ranks import Ranks
-    from mlx_sft.training.worker import work
 
-    ranks = Ranks.started()
-    if ranks.rank:
-        work(ranks, Console(quiet=True))
-        return
     result = train(config)
     Console(quiet=config.quiet, json_lines=config.json_lines).done(str(result.run_dir))
+
+
+def _led() -> AbstractContextManager[None]:
+    """Where this is the first of several processes: the others end where the block does not."""
+    if own_rank() is None:
+        return nullcontext()
+    from mlx_sft.training.ranks import started
+
+    return started().led()
 
 
 @main.command(cls=Sectioned, context_settings={"max_content_width": 100})

@@ -131,6 +131,8 @@ class CommonSettings(Settings):
     """Positions that go through the head at once; chosen from the memory where not given. It does not change the result."""
     exact_reduce: Annotated[bool, OnResume.COMPUTED] = False
     """In several processes: exchange the gradient of each micro-batch by itself, so that a run has the same bytes as in one process."""
+    ranks_timeout: Annotated[float, OnResume.FREE] = Field(default=600, gt=0)
+    """In several processes: seconds that each waits for the others before it takes one of them for lost."""
     optimizer: str = "adamw"
     """What turns gradients into updates."""
     lr: float = Field(default=2e-4, ge=0)

@@ -72,6 +72,7 @@ class Progress:
         recompute: The recomputation since then.
         head_chunk: Positions that go through the head at once, since then.
         evaluation_tokens: The budget of evaluations since memory ran out in one.
+        speeds: How fast each of several processes is, by which they share micro-batches; None where that was not measured.
         unfinished: What is still to happen after this step, before the next one.
     """
 
@@ -90,6 +91,7 @@ class Progress:
     recompute: Mode | None = None
     head_chunk: _Tokens | None = None
     evaluation_tokens: _Tokens | None = None
+    speeds: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     unfinished: Unfinished | None = None
 
     def after(self, **changes: Any) -> Progress:

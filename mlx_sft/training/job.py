@@ -153,4 +153,5 @@ class Job:
         self.parameters = self.method.take_up(kept)
         self.progress = progress.after(rate_factor=rate_factor)
         self.callbacks.load_state(states)
+        self.gradient_computer.ranks.hand_out(self.parameters, self.method.fixed, self.optimizer.flat_state())
         self.replanned = True

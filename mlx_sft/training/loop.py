@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mlx_sft.data.feed import PreparedStep, StepFeed
 from mlx_sft.data.steps import Step
 from mlx_sft.errors import UserError
 from mlx_sft.optimizers.gradients import clip_scale, global_norm
-from mlx_sft.training import checkpoint, worker
+from mlx_sft.training import checkpoint, lead
 from mlx_sft.training.callbacks import Callback, Record
 from mlx_sft.training.checkpoint import Unfinished
 from mlx_sft.training.disk_need import begins_with_a_checkpoint
@@ -27,11 +27,12 @@ from mlx_sft.training.job import Job
 from mlx_sft.training.machine import footprint_bytes, memory_limits_restored
 from mlx_sft.training.out_of_memory import evaluate_in_memory, recover, wait_for_gpu
 from mlx_sft.training.preview import show_plan
-from mlx_sft.training.ranks import Ranks
+from mlx_sft.training.ranks import started
 from mlx_sft.training.results import begin, finish, save, save_result
 from mlx_sft.training.setup import Given, prepare_job
 from mlx_sft.training.step import StepGradient, to_float
 from mlx_sft.training.stopping import Stopped, stop_request
+from mlx_sft.training.worker import work
 
 _MOST_SKIPPED = 5
 """Steps in a row without a finite gradient after which a run stops."""
@@ -81,11 +82,11 @@ def train(
     """
     console = Console(quiet=config.quiet, json_lines=config.json_lines)
     given = Given(data, valid, model, tokenizer, tuple(callbacks))
-    ranks = Ranks.started()
-    with memory_limits_restored(), ExitStack() as held:
-        held.callback(ranks.end)
+    ranks = started()
+    if ranks.rank:
+        return _as_the_first_says(work(ranks, lambda: config, given))
+    with ranks.led(), memory_limits_restored(), ExitStack() as held:
         job = prepare_job(config, console, held, given, ranks)
-        worker.begin(job, ranks)
         held.callback(job.callbacks.close)
         show_plan(job)
         with stop_request() as job.request, _ended_in_words(job):
@@ -97,8 +98,17 @@ def train(
             job.emit(
                 {"kind": "end", "step": job.step, "loss": loss, "best_loss": best_loss, "stopped": job.stop_reason}
             )
-    progress = job.progress
-    return TrainResult(job.run.path, progress.step, loss, progress.best_loss, progress.skipped)
+        progress = job.progress
+        result = TrainResult(job.run.path, progress.step, loss, progress.best_loss, progress.skipped)
+    ranks.end(0, result=asdict(result) | {"run_dir": str(result.run_dir)})
+    return result
+
+
+def _as_the_first_says(told: Mapping[str, Any]) -> TrainResult:
+    """In another process than the first of a run."""
+    if told["code"]:
+        raise UserError("process 0 ended the run; it says why", exit_code=told["code"])
+    return TrainResult(**told["result"] | {"run_dir": Path(told["result"]["run_dir"])})
 
 
 def _take_steps(job: Job) -> float | None:
@@ -148,7 +158,9 @@ def _follow_up(job: Job, step: Step) -> None:
         if todo.record["best"]:
             save_result(job)
     stopped = job.progress.stopped_of is not None
-    if stopped or _due(job.config.save_every, step, job):
+    saves = stopped or _due(job.config.save_every, step, job)
+    lead.after_step(job, saves=saves)
+    if saves:
         save(job)
     job.unfinished = None
     _stop_if_lost(job, step)
@@ -263,12 +275,12 @@ def train_step(job: Job, prepared: PreparedStep, feed: StepFeed) -> Record:
     finite = math.isfinite(loss) and math.isfinite(to_float(norm))
     rate = job.learning_rate(step)
     if finite:
-        job.torn = True
         scale = clip_scale(norm, config.max_grad_norm)
         key = checkpoint.rounding_key(config.seed, step.number)
         if computer.ranks.leads:
             told = None if scale is None else to_float(scale)
             computer.ranks.tell({"do": "update", "rate": rate, "scale": told, "key": key.tolist()})
+        job.torn = True
         job.parameters = job.optimizer.update(job.parameters, gradients, rate, scale, key)
         computer.bind(job.parameters)
     del gradients

@@ -40,6 +40,7 @@ def show_plan(job: Job) -> None:
         "trains": f"{count(trainable)} parameters ({config.method})",
         "steps": f"{job.plan.total_steps} of {many(config.batch_size, text)}, "
         f"up to {job.settings.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.gradient_computer.mode],
+        **_processes(job),
         **recommended(config),
         "memory": f"{size(mx.get_active_memory())} for the weights, up to {size(job.predicted.peak)} predicted with a step, "
         f"of {size(job.memory.machine.memory)} ({job.memory.machine.basis})",
@@ -79,6 +80,13 @@ def recommended(config: TrainConfig) -> dict[str, str]:
     """The settings that are as the model, the method or the objective recommends; empty where none is."""
     words = in_words(config.recommended())
     return {"settings": words} if words else {}
+
+
+def _processes(job: Job) -> dict[str, str]:
+    """How many share a step; empty for one alone."""
+    ranks = job.gradient_computer.ranks
+    exact = ", to the bits of one" if ranks.exact else ""
+    return {"processes": f"{ranks.size} share each step{exact}"} if ranks.size > 1 else {}
 
 
 def _mixture(job: Job) -> dict[str, str]:

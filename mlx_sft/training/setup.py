@@ -39,7 +39,7 @@ from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.objectives import make_objective
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training import checkpoint, device, sharded
+from mlx_sft.training import checkpoint, device, lead, sharded
 from mlx_sft.training.batch_settings import (
     BatchSettings,
     LongestRow,
@@ -107,7 +107,7 @@ def prepare_job(
     Args:
         held: Keeps the lock of the run folder until it is closed; where None, it is given back when the job is prepared.
         given: What is in memory already.
-        ranks: The processes of the run.
+        ranks: The processes that share it, of which this is the first.
 
     Raises:
         UserError: For anything in data, model, adapter or configuration that cannot be.
@@ -119,7 +119,7 @@ def prepare_job(
     setup.read_data()
     if ranks.sharded:
         sharded.begin(setup.config, ranks, identity_of(setup.config, setup.data, setup.path), begun=setup.begun)
-    with ranks.agreed():
+    with sharded.agreed(ranks):
         setup.load_base()
     setup.adapt()
     setup.plan_memory()
@@ -171,10 +171,9 @@ class Setup:
     def load_base(self) -> None:
         """The model without its method, or this process's part of it."""
         config, given = self.config, self.given
-        self.machine = within(this_machine(), config)
-        mx.set_memory_limit(
-            self.machine.memory
-        )  # rather than go beyond it, MLX waits for operations that are under way
+        self.machine = self.ranks.narrowed(within(this_machine(), config))
+        # Rather than go beyond it, MLX waits for operations that are under way.
+        mx.set_memory_limit(self.machine.memory)
         settings: dict[str, Any] = {"quantize": config.quantize}
         if given.model is None:
             new, group = self.new_tokens, self.ranks.group
@@ -189,23 +188,20 @@ class Setup:
             check_vocabulary(part, self.vocabulary)
 
     def adapt(self) -> None:
-        """The method is attached, once it is sure that all rows can be computed and the result be merged; and what computes gradients.
-
-        Of a split model every process does this at once.
-        """
+        """The method is attached, once it is sure that rows can be computed and the result be merged; of a split base in all processes."""
         rows = first_rows(self.base.model)
-        with self.ranks.together():
+        with self.ranks.of_parts():
             self.split = SplitModel(self.base.model)
         self.meter = None
         if not self.ranks.sharded:
             self.meter = ForgettingMeter.of_run(self.config, self.data, self.split, self.vocabulary, self.console)
         elif self.config.forgetting and self.data.valid:
             self.console.note("forgetting is not measured: the base is split among processes")
-        with self.ranks.agreed():
+        with sharded.agreed(self.ranks):
             self._attach(rows)
         objective, mode = make_objective(self.config), asked_for(self.config)[0]
         noise = self.config.neftune_alpha
-        with self.ranks.together():
+        with self.ranks.of_parts():
             self.computer = GradientComputer(
                 self.split, self.method, self.vocabulary, objective, recompute=mode, neftune_alpha=noise
             )
@@ -252,7 +248,8 @@ class Setup:
         planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout, ways_out)
         if self.ranks.sharded:
             planner = replace(planner, ways_out=None, why_no_probe=sharded.NO_PROBE)
-        self.memory, self.settings = planner.plan(computer, parameters, len(train))
+        self.memory, settings = planner.plan(computer, parameters, len(train))
+        self.settings = settings if config.micro_batch_tokens is not None else lead.cut_to_share(self, settings)
         self.config = decided(config, self.settings)
 
     def find_reference(self) -> None:
@@ -302,6 +299,7 @@ class Setup:
                 progress = progress.after(stopped_of=None)
             self.settings, progress = _resumed(self.settings, progress, self.anew)
         self.progress = progress
+        lead.begin(self)
 
     def job(self) -> Job:
         """The job, once there is room on the disk; the head of its folder is written."""

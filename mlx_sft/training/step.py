@@ -25,7 +25,8 @@ from mlx_sft.model.tiles import TiledHead, tiled_head
 from mlx_sft.objectives import Objective, Weighting
 from mlx_sft.objectives.sft import SFT
 from mlx_sft.training.evaluation import Evaluation
-from mlx_sft.training.failures import BatchFailed, failures_noticed
+from mlx_sft.training.failures import failures_noticed
+from mlx_sft.training.gradient_sum import GradientSum
 from mlx_sft.training.loss import (
     Head,
     HeadWay,
@@ -38,7 +39,6 @@ from mlx_sft.training.neftune import Draw, Neftune
 from mlx_sft.training.ranks import ALONE
 from mlx_sft.training.recompute import Mode, Recomputation
 from mlx_sft.training.shapes import Shape, compiled_shape
-from mlx_sft.training.stopping import Stopped
 
 _PROBE = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -147,56 +147,35 @@ class GradientComputer:
         of_dropout = key if self._method.uses_dropout else None
         keys = mx.random.split(of_dropout, len(batches) + 1) if of_dropout is not None else [None] * len(batches)
         draws = self._draws(batches, key)
-        loss = mx.array(0.0)
-        total: Parameters = {}
-        failure: BaseException | None = None
-        apart: dict[int, tuple[mx.array, Parameters]] = {}
         self.ranks.told_of(batches, "gradient", key)
-        mine = self.ranks.share([batch.token_ids.size for batch in batches])
+        between = before_each if not self.ranks.sharded else lambda: None  # none leaves the others within a micro-batch
         try:
             with training_mode(self._split.model):
                 if weighting is None:
-                    first = self._first_pass(parameters, batches, draws, keys, before_each, mine)
-                    weighting = self._weigh(batches, first)
+                    weighting = self._weigh(batches, self._first_pass(parameters, batches, draws, keys, between))
                 # Not those of the head, whose gradients are sums over its chunks.
                 rounded = self._method.rounded(parameters) | self._of_head(parameters)
                 weighs = [own_weights.any() for own_weights in weighting.weights]
-                try:
-                    for index, (batch, own_weights) in enumerate(zip(batches, weighting.weights, strict=True)):
-                        if not mine[index] or (any(weighs) and not weighs[index]):  # its gradient is zero
+                needed = [
+                    index for index in range(len(batches)) if weighs[index] or not any(weighs)
+                ]  # others' are zero
+                mine = self.ranks.share([batch.token_ids.size for batch in batches])
+                total = GradientSum(self.ranks, self._added, rounded)
+                with total.of_all(needed):
+                    if self.ranks.size > 1:
+                        between()  # also where there is no share for this process
+                    for index in needed:
+                        if not mine[index]:
                             continue
-                        if not self.ranks.sharded:
-                            before_each()
-                        started = time.perf_counter()
-                        with self.ranks.together(), failures_noticed(batch):
-                            weights = (own_weights / weighting.normalizer).astype(np.float32)
-                            batch_loss, gradients = self.micro_step(rounded, batch, weights, keys[index], draws[index])
-                            if self.ranks.exact:
-                                apart[index] = batch_loss, gradients
-                                mx.eval(apart[index])
-                                continue
-                            loss = loss + batch_loss
-                            total = self._added(total, gradients)
-                            del gradients  # so that the sum can take its place
-                            mx.eval(loss, total)
-                        self._note_trace(batch, time.perf_counter() - started)
-                    if self.ranks.sharded:  # none leaves the others in the middle of a micro-batch
+                        between()
+                        weights = (weighting.weights[index] / weighting.normalizer).astype(np.float32)
+                        self._timed_step(total, index, rounded, batches[index], weights, keys[index], draws[index])
+                    if self.ranks.sharded:
                         before_each()
-                except (BatchFailed, Stopped) as error:
-                    failure, total = error, {}
-                    apart.clear()
-                if not self.ranks.exact:
-                    loss, total = self.ranks.summed(loss, total, rounded, failure)
-                for index in range(len(batches)) if self.ranks.exact else ():
-                    if any(weighs) and not weighs[index]:
-                        continue
-                    own = apart.pop(index, (mx.array(0.0), {}))
-                    batch_loss, gradients = self.ranks.summed(*own, rounded, failure)
-                    loss, total = loss + batch_loss, self._added(total, gradients)
-                    mx.eval(loss, total)
         finally:
             self.bind(parameters)
-        return StepGradient(loss if weighting.loss is None else mx.array(weighting.loss), total, weighting.metrics)
+        loss = total.loss if weighting.loss is None else mx.array(weighting.loss)
+        return StepGradient(loss, total.gradients, weighting.metrics)
 
     @property
     def head_way(self) -> HeadWay:
@@ -254,18 +233,8 @@ class GradientComputer:
     ) -> list[tuple[NDArray[np.float32], NDArray[np.uint32]]]:
         """log p of the targets of micro-batches, and the likeliest tokens; each process computes a share of them."""
         self.ranks.told_of(batches, "evaluate")
-        mine = self.ranks.share([batch.token_ids.size for batch in batches])
-        found: list[tuple[Any, Any]] = [(None, None)] * len(batches)
-        failure: BaseException | None = None
-        try:
-            for index, batch in enumerate(batches):
-                if mine[index]:
-                    found[index] = self._position_log_probs(parameters, batch)
-        except BatchFailed as error:
-            failure = error
-        lengths = [len(batch.targets) for batch in batches]
-        log_probs, likeliest = (self.ranks.joined([one[part] for one in found], lengths, failure) for part in (0, 1))
-        return [(log_p, best.astype(np.uint32)) for log_p, best in zip(log_probs, likeliest, strict=True)]
+        found = self.ranks.joined(batches, lambda index: self._position_log_probs(parameters, batches[index]), 2)
+        return [(log_p, likeliest.astype(np.uint32)) for log_p, likeliest in found]
 
     def example_log_probs(self, parameters: Parameters, batch: Batch) -> NDArray[np.float64]:
         """[rows] log p of each row's targets, summed with their weights, by the parameters that are bound.
@@ -294,38 +263,32 @@ class GradientComputer:
         draws: Sequence[Draw | None],
         keys: Sequence[mx.array | None] | mx.array,
         before_each: Callable[[], None],
-        mine: Sequence[bool],
     ) -> list[NDArray[np.float32]] | None:
         """log p of every target as the model is now, with the dropout and noise of the step; None where the objective does not need it."""
         if not self.objective.first_pass:
             return None
-        found: list[NDArray[np.float32] | None] = [None] * len(batches)
-        failure: BaseException | None = None
-        try:
-            for index, (batch, key, draw) in enumerate(zip(batches, keys, draws, strict=False)):
-                if mine[index]:
-                    if not self.ranks.sharded:
-                        before_each()
-                    self._method.bind(self._split.model, parameters, key)
-                    found[index] = self._position_log_probs(parameters, batch, draw)[0]
-        except (BatchFailed, Stopped) as error:
-            failure = error
-        return self.ranks.joined(found, [len(batch.targets) for batch in batches], failure)
+
+        def computed(index: int) -> NDArray[np.float32]:
+            before_each()
+            self._method.bind(self._split.model, parameters, keys[index])
+            return self._position_log_probs(parameters, batches[index], draws[index])[:1]
+
+        return [log_p for (log_p,) in self.ranks.joined(batches, computed, 1)]
 
     def _draws(self, batches: Sequence[Batch], key: mx.array | None) -> Sequence[Draw | None]:
         return self._neftune.draw(batches, key) if self._neftune and key is not None else [None] * len(batches)
 
     def _position_log_probs(
         self, parameters: Parameters, batch: Batch, draw: Draw | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
-        """log p of the targets of a micro-batch, and the likeliest tokens, both [positions]."""
+    ) -> NDArray[np.float32]:
+        """[2, positions] log p of the targets of a micro-batch, and the likeliest tokens, which float32 holds exactly."""
         head = self._head_for(parameters)
-        with self.ranks.together(), failures_noticed(batch):
+        with self.ranks.of_parts(), failures_noticed(batch):
             hidden_states = self._states_of(batch, draw)
             targets, chunk = mx.array(batch.targets), self._chunk(head)
             losses, likeliest = position_losses(head, hidden_states, targets, chunk, fused=self._fused)
             mx.eval(losses, likeliest)
-        return -np.array(losses), np.array(likeliest)
+        return np.stack([-np.array(losses), np.array(likeliest).astype(np.float32)])
 
     def _states_of(self, batch: Batch, draw: Draw | None) -> mx.array:
         """The hidden states that predict the targets of a micro-batch, without dropout but for that of the parameters that are bound."""
@@ -364,11 +327,18 @@ class GradientComputer:
             draw,
         )
 
-    def _note_trace(self, batch: Batch, seconds: float) -> None:
-        shape = compiled_shape(batch, self.compiled)
+    def _timed_step(self, total: GradientSum, index: int, *of_step: Any) -> None:
+        """A micro-step is added to the sum; what its first run of a compiled shape takes is noted apart."""
+        batch: Batch = of_step[1]
+        started = time.perf_counter()
+        with self.ranks.of_parts(), failures_noticed(batch):
+            total.add(index, lambda: self.micro_step(*of_step))
+        seconds, shape = time.perf_counter() - started, compiled_shape(batch, self.compiled)
         if shape and shape not in self._traced:
             self._traced.add(shape)
             self.trace_seconds.append(seconds)
+        else:
+            self.ranks.took(seconds, batch.token_ids.size)
 
     def _loss(
         self,

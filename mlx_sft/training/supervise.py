@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.files import user_path
+from mlx_sft.launch import signals_passed_to
 from mlx_sft.run_folder import RunFolder, is_at
 from mlx_sft.writing import path_of
 
@@ -19,7 +20,6 @@ MOST_IN_VAIN = 3
 """So often in a row it may end without a checkpoint more than before."""
 
 _OWN = "--supervise"
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def supervised(config: TrainConfig, arguments: Sequence[str]) -> int:
@@ -87,12 +87,8 @@ def _followed(out: str) -> Iterator[Callable[[], str]]:
 def _run(command: Sequence[str]) -> int:
     """The exit code of a process, negative where a signal ended it; signals that are sent here go to it, once each."""
     child = subprocess.Popen(command, start_new_session=True)  # noqa: S603
-    before = {number: signal.signal(number, lambda number, _: child.send_signal(number)) for number in _PASSED_ON}
-    try:
+    with signals_passed_to(child):
         return child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _begun(out: str) -> bool:

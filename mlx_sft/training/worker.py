@@ -2,103 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import yaml
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.data.batches import Layout, MicroBatch, collate
-from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
 from mlx_sft.optimizers import make_optimizer
+from mlx_sft.settings import OnResume, on_resume
 from mlx_sft.training.batch_settings import BatchSettings
 from mlx_sft.training.failures import BatchFailed
-from mlx_sft.training.job import Job
+from mlx_sft.training.lead import digest, share_reference, versions
+from mlx_sft.training.machine import hold_to, prepare_device
+from mlx_sft.training.memory import Prediction
 from mlx_sft.training.ranks import Ranks
-from mlx_sft.training.resume import identity_of
+from mlx_sft.training.resume import identity_of, with_full_paths
 from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.setup import Given, Setup
 from mlx_sft.training.shapes import compiled_shapes
-from mlx_sft.training.sharded import refuse_other
-from mlx_sft.training.step import GradientComputer
+from mlx_sft.training.sharded import agreed, refuse_other
 from mlx_sft.training.stopping import Stopped, stop_request
 
 
-def begin(job: Job, ranks: Ranks) -> None:
-    """The other processes get ready for the job.
+def work(ranks: Ranks, own: Callable[[], TrainConfig], given: Given | None = None) -> dict[str, Any]:
+    """Do what rank 0 says until it ends the run; what it says then, with the exit code as `code`.
+
+    Args:
+        own: The configuration of this process, which counts where it says where rows and model lie on this machine.
+        given: What is in memory already, as for rank 0.
 
     Raises:
-        UserError: Where one of them cannot, or has other data or another model.
+        UserError: Where another process is lost.
     """
-    job.gradient_computer.ranks = ranks
-    ranks.exact = ranks.size > 1 and job.config.exact_reduce
-    if not ranks.leads:
-        return
-    computer = job.gradient_computer
-    settings = asdict(job.settings)
-    ranks.tell(
-        {
-            "do": "begin", "config": job.config.model_copy(update={"out": None, "resume": None}).to_yaml(""),
-            "settings": settings, "composes": computer.composes_attention, "identity": job.identity,
-        }
-    )  # fmt: skip
-    problems = [(rank, said) for rank, said in enumerate(ranks.said("")) if said]
-    if problems:
-        raise UserError("; ".join(f"process {rank}: {said}" for rank, said in problems))
-    _share_reference(job.gradient_computer, job.data, ranks)
-    take_up(job, ranks)
-
-
-def _share_reference(computer: GradientComputer, data: PreparedData, ranks: Ranks) -> None:
-    """All processes measure preferences from what rank 0 has found or kept."""
-    for part in (data.train, data.valid) if computer.objective.needs_reference else ():
-        own = part.reference if part.reference is not None else np.zeros(len(part))
-        part.reference = ranks.bytes_of_the_first(own)
-
-
-def take_up(job: Job, ranks: Ranks) -> None:
-    """The other processes get what is trained, and the optimizer's state, as they are now."""
-    if ranks.leads:
-        ranks.tell({"do": "take_up"})
-        ranks.as_in_the_first(job.parameters | job.optimizer.flat_state())
-
-
-def work(ranks: Ranks, console: Console) -> None:
-    """Do what rank 0 says, until it ends the run."""
     with ExitStack() as held, stop_request() as request:
+        prepare_device()
         told, setup = ranks.tell(), None
         if told["do"] == "shard":
-            setup = _with_part_of_base(told, held, ranks)
-            if setup is None:
-                ranks.tell()  # that it is over
-                return
+            setup = _with_part_of_base(told, own, held, ranks)
             told = ranks.tell()
         if told["do"] == "end":
-            return
+            return told
         problem = ""
         try:
-            worker = _Worker(told, held, ranks, request.check, setup)
+            config = _placed_here(TrainConfig(**yaml.safe_load(told["config"])), own())
+            worker = _Worker(told, config, held, ranks, request.check, given or Given(), setup)
         except UserError as error:
-            problem = f"{error.where}: {error.what}"
+            problem = ": ".join(filter(None, (error.where, error.what)))
         if any(ranks.said(problem)):
-            return
-        _share_reference(worker.computer, worker.data, ranks)
+            return ranks.tell()
+        ranks.patience = worker.config.ranks_timeout
+        share_reference(worker.computer, worker.data, ranks)
         while (told := ranks.tell())["do"] != "end":
             getattr(worker, told["do"])(told)
+        return told
 
 
-def _with_part_of_base(told: dict[str, Any], held: ExitStack, ranks: Ranks) -> Setup | None:
+def _placed_here(told: TrainConfig, own: TrainConfig) -> TrainConfig:
+    """What rank 0 says, but for what may lie elsewhere here, with the same content."""
+    fields = [(name, info) for name, info in type(own).model_fields.items() if on_resume(info) is OnResume.MOVED]
+    own = with_full_paths(own)
+    stated = {
+        name: getattr(own, name)
+        for name, info in fields
+        if getattr(own, name) != info.get_default(call_default_factory=True)
+    }
+    return told.model_copy(update=stated)
+
+
+def _with_part_of_base(
+    told: dict[str, Any], own: Callable[[], TrainConfig], held: ExitStack, ranks: Ranks
+) -> Setup | None:
     """The setup of a process that has a part of the base, made in step with process 0; None where one of them cannot go on."""
     ranks.sharded = True
-    config = TrainConfig(**yaml.safe_load(told["config"]))
     try:
-        with ranks.agreed():
+        with agreed(ranks):
+            config = _placed_here(TrainConfig(**yaml.safe_load(told["config"])), own())
             setup = Setup(config, Console(quiet=True), held, Given(), ranks)
             setup.begun = told["begun"]
             setup.read_data()
@@ -113,65 +97,79 @@ def _with_part_of_base(told: dict[str, Any], held: ExitStack, ranks: Ranks) -> S
 
 
 class _Worker:
+    """Each public method is what rank 0 may say."""
+
     def __init__(
-        self, told: dict[str, Any], held: ExitStack, ranks: Ranks, check: Any, setup: Setup | None = None
+        self,
+        told: dict[str, Any],
+        config: TrainConfig,
+        held: ExitStack,
+        ranks: Ranks,
+        check: Callable[[], None],
+        given: Given,
+        setup: Setup | None = None,
     ) -> None:
-        config = TrainConfig(**yaml.safe_load(told["config"]))
         if setup is None:
-            setup = Setup(config, Console(quiet=True), held, Given())
+            setup = Setup(config, Console(quiet=True), held, given, ranks)
             setup.read_data()
             setup.load_base()
             setup.adapt()
         else:
             setup.config = config
-        identity = identity_of(setup.config, setup.data, setup.path)
-        if changed := [name for name, value in identity.items() if told["identity"][name] != value]:
-            raise UserError(f"its {' and '.join(changed)} are others than those of process 0")
-        given = told["settings"]
-        layout = Layout(**given.pop("layout"))
-        self.settings = BatchSettings(**given, layout=layout)
-        self.config, self.data, self.computer, self.method = config, setup.data, setup.computer, setup.method
-        self.parameters: Parameters = setup.parameters
-        self.optimizer = make_optimizer(
-            config, self.parameters, self.method.decayed, self.method.rate, compiled=setup.machine.compiles
+        same = identity_of(setup.config, setup.data, setup.path) | versions()
+        if changed := [name for name, value in told["same"].items() if name != "config" and same[name] != value]:
+            raise UserError(f"{' and '.join(changed)}: not as in process 0")
+        of_batches = told["settings"]
+        settings = BatchSettings(**of_batches | {"layout": Layout(**of_batches["layout"])})
+        self.config, self.data, self.computer, self._method = setup.config, setup.data, setup.computer, setup.method
+        self._ranks, self._check, self._layout = ranks, check, settings.layout
+        self._parameters, self._gradients = setup.parameters, Parameters()
+        self._optimizer = make_optimizer(
+            self.config, self._parameters, self._method.decayed, self._method.rate, compiled=setup.machine.compiles
         )
         if told["composes"]:
             self.computer.compose_attention()
-        self.ranks, self.check = ranks, check
-        self.configure({"tokens": self.settings.micro_batch_tokens, "mode": self.settings.mode})
-        ranks.exact = config.exact_reduce
+        self.configure({"tokens": settings.micro_batch_tokens, "mode": settings.mode, "head": settings.head_chunk})
+        hold_to(setup.machine, Prediction(**told["predicted"]))
         self.computer.ranks = ranks
-        self.gradients: Parameters = {}
+        ranks.begin(exact=self.config.exact_reduce)
 
     def configure(self, told: dict[str, Any]) -> None:
         plan = planned_steps(self.config, self.data)
-        shapes = compiled_shapes(plan, self.data.train, told["tokens"], self.settings.layout)
-        self.computer.configure(told["mode"], [] if self.ranks.sharded else shapes, self.settings.head_chunk)
+        shapes = compiled_shapes(plan, self.data.train, told["tokens"], self._layout)
+        self.computer.configure(told["mode"], [] if self._ranks.sharded else shapes, told.get("head"))
 
     def take_up(self, told: dict[str, Any]) -> None:
-        found = self.ranks.as_in_the_first(self.parameters | self.optimizer.flat_state())
-        self.parameters = {name: found[name] for name in self.parameters}
-        self.optimizer.load_flat_state(found)
-        self.computer.bind(self.parameters)
+        trained, fixed, state = map(
+            self._ranks.as_in_the_first, (self._parameters, self._method.fixed, self._optimizer.flat_state())
+        )
+        self._parameters = self._method.take_up(trained | fixed)
+        self._optimizer.load_flat_state(state)
+        self.computer.bind(self._parameters)
+
+    def deal(self, told: dict[str, Any]) -> None:
+        self._ranks.speeds = tuple(told["speeds"])
+
+    def compare(self, told: dict[str, Any]) -> None:
+        self._ranks.said(digest(self._parameters))
 
     def gradient(self, told: dict[str, Any]) -> None:
         key = None if told["key"] is None else mx.array(told["key"], mx.uint32)
-        try:
-            self.gradients = self.computer.gradient(
-                self.parameters, self._batches(told, self.data.train), key, self.check
-            ).gradients
-        except (BatchFailed, Stopped):
-            self.gradients = {}  # rank 0 knows of it, and says what follows
+        batches = self._batches(told, self.data.train)
+        self._gradients = {}
+        with suppress(BatchFailed, Stopped):  # rank 0 knows of it, and says what follows
+            self._gradients = self.computer.gradient(self._parameters, batches, key, self._check).gradients
 
     def evaluate(self, told: dict[str, Any]) -> None:
         with suppress(BatchFailed):  # rank 0 knows of it
-            self.computer.evaluate(self.parameters, self._batches(told, self.data.valid))
+            self.computer.evaluate(self._parameters, self._batches(told, self.data.valid))
 
     def update(self, told: dict[str, Any]) -> None:
         scale = None if told["scale"] is None else mx.array(told["scale"])
         key = mx.array(told["key"], mx.uint32)
-        self.parameters = self.optimizer.update(self.parameters, self.gradients, told["rate"], scale, key)
-        self.computer.bind(self.parameters)
+        self._parameters = self._optimizer.update(self._parameters, self._gradients, told["rate"], scale, key)
+        self._gradients = {}
+        self.computer.bind(self._parameters)
 
     def _batches(self, told: dict[str, Any], examples: Any) -> list[Any]:
         return [
