@@ -5,6 +5,8 @@ Readable on light and on dark pages: no background, grey text, colours of middle
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,9 @@ def failures(result: dict[str, Any]) -> dict[str, Line]:
     return found
 
 
-def draw(result: dict[str, Any], file: Path) -> Path:
-    """Write the figure of a sweep; the same result gives the same bytes."""
+@contextmanager
+def figure(file: Path, size: tuple[float, float], rows: int, columns: int) -> Iterator[Any]:
+    """The axes of a figure, which is written as it is left; the same lines give the same bytes."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -60,8 +63,15 @@ def draw(result: dict[str, Any], file: Path) -> Path:
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(8, 3), layout="constrained")
-        time, memory = figure.subplots(1, 2)
+        drawn = Figure(figsize=size, layout="constrained")
+        yield drawn.subplots(rows, columns)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+
+
+def draw(result: dict[str, Any], file: Path) -> Path:
+    """Write the figure of a sweep."""
+    with figure(file, (8, 3), 1, 2) as (time, memory):
         fill(time, lines(result, "seconds"), result["axis"], "seconds a step")
         fill(memory, lines(result, "peak_bytes"), result["axis"], "GB above the weights")
         for name, reached in failures(result).items():
@@ -70,8 +80,6 @@ def draw(result: dict[str, Any], file: Path) -> Path:
             axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
             axes.legend(frameon=False)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return file
 
 

@@ -16,13 +16,13 @@ from mlx_sft.load import AdaptedModel, adapted, put_adapter
 from mlx_sft.model.load import LoadedModel
 
 _COMMANDS = {
-    "/help": "what can be typed here",
+    "/help": "what can be typed here; Tab completes it, Esc Enter begins another line of a message",
     "/system TEXT": "the system prompt from here on; without TEXT, none",
     "/reset": "forget what was said; the system prompt and the adapter stay",
-    "/adapter DIR": "another adapter on the model from here on; without DIR, none",
+    "/adapter DIR": "another adapter on the model from here on, or that of a run; without DIR, none",
     "/exit": "leave; so does Ctrl-D",
 }
-_NAMES = [command.partition(" ")[0] for command in _COMMANDS]
+COMMANDS = [command.partition(" ")[0] for command in _COMMANDS]
 
 
 class Chat:
@@ -82,8 +82,8 @@ class Chat:
             return self._change_adapter(argument)
         if command == "/system":
             return self._change_system(argument)
-        if command not in _NAMES:
-            hint = did_you_mean(command, _NAMES) or "/help names those that there are"
+        if command not in COMMANDS:
+            hint = did_you_mean(command, COMMANDS) or "/help names those that there are"
             return f"there is no command {command}, and the model was not asked; {hint}; words for the model may begin with a space"
         if command == "/help":
             width = max(map(len, _COMMANDS))
@@ -98,7 +98,7 @@ class Chat:
         try:
             self._check_system(text or None)
         except UserError as error:
-            return f"{error}; the system prompt is as it was"
+            return f"The system prompt is as it was. {error}"
         self._system = text or None
         return "from here on with this system prompt" if text else "from here on without a system prompt"
 
@@ -113,7 +113,7 @@ class Chat:
         try:
             method = put_adapter(before.model, folder or None, attached)
         except UserError as error:
-            return f"{error}; the adapter is as it was"
+            return f"The adapter is as it was. {error}"
         run, config = (before.run, before.train_config) if isinstance(before, AdaptedModel) else (None, None)
         self._loaded = adapted(before, method, run, config)
         return f"from here on with {folder}" if folder else "from here on without an adapter"

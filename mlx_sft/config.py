@@ -78,9 +78,7 @@ class TrainConfig(CommonSettings):
     def require_data(self) -> None:
         """Raise `UserError` where neither data nor a run that goes on is named."""
         if not self.data and self.resume is None and self.resume_from_peft is None:
-            hint = (
-                "give rows (mlx-sft train FILE, or --data FILE), or --resume RUN; from Python: train(config, data=rows)"
-            )
+            hint = "give rows, as DATA or --data FILE; to go on with a run, train --resume RUN; from Python, train(config, data=rows)"
             raise UserError("data: nothing to train on", hint=hint, exit_code=USAGE)
 
     def recommended(self) -> list[Recommendation]:

@@ -341,6 +341,12 @@ def size(number_of_bytes: float) -> str:
     return f"{number_of_bytes / 1e6:.{0 if number_of_bytes >= 1e7 else 1}f} MB"
 
 
+def epochs(passes: float) -> str:
+    """`1 epoch`, `0.35 epochs`."""
+    shown = f"{passes:.2f}".rstrip("0").rstrip(".")
+    return f"{shown} epoch{'s' * (shown != '1')}"
+
+
 def duration(seconds: float) -> str:
     """`4:05`, `1:02:45`."""
     minutes, rest = divmod(round(seconds), 60)

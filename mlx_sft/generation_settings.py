@@ -55,6 +55,6 @@ class GenerationSettings(Settings):
         try:
             return cls(**given)
         except ValidationError as error:
-            what = first_problem(error).replace("Value error, ", "")
+            what = first_problem(error).replace("Value error, ", "").replace(": Input", ": input")
             hint = "give a temperature too, such as 0.7" if _WITHOUT_SAMPLING in what else ""
             raise UserError(what, hint=hint or "see `mlx-sft generate --help`", exit_code=USAGE) from error

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+from click.core import augment_usage_errors
 from click.shell_completion import CompletionItem
 
 from mlx_sft.common_settings import option_name
@@ -83,7 +84,8 @@ class Command(click.Command):
         parameters = self.get_params(context)
         if not context.resilient_parsing and (unknown := self._unknown(context, args)):
             raise _no_such_options(context, parameters, unknown)
-        rest = super().parse_args(context, args)
+        with augment_usage_errors(context):
+            rest = super().parse_args(context, args)
         for bare in [one for one in parameters if isinstance(one, Bare)]:
             option = next(one for one in parameters if isinstance(one, click.Option) and one.name == bare.field)
             if context.resilient_parsing:
@@ -172,6 +174,8 @@ def _told() -> Iterator[None]:
         said = " ".join(error.format_message().split()).removesuffix(".")
         path = error.ctx.command_path if error.ctx else "mlx-sft"
         hint = f"see `{path} --help`"
+        if isinstance(error, click.MissingParameter) and isinstance(error.param, click.Option):
+            hint = f"add {error.param.opts[0]} {error.param.metavar or '...'}; {hint}"
         print_error(UserError(said[:1].lower() + said[1:], hint=hint))
         raise click.exceptions.Exit(error.exit_code) from None
     except UserError as error:

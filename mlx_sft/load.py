@@ -18,7 +18,7 @@ from mlx_sft.data.new_tokens import NewTokens, beyond
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import folder_bytes, user_path
 from mlx_sft.methods import Method, Parameters, make_method, method_in
-from mlx_sft.methods.results import attach_trained, refuse_unfinished_result, run_of_result
+from mlx_sft.methods.results import adapter_folder, attach_trained, run_of_result
 from mlx_sft.model.load import (
     LoadedModel,
     cast,
@@ -147,18 +147,18 @@ def load_adapter(folder: str | Path, model: str | None = None, dtype: str = "aut
     """Load a base model with an adapter on it, trained here or by PEFT.
 
     Args:
-        folder: The adapter.
+        folder: The adapter, or the run that trained it.
         model: The base; the one that the adapter names where not given.
         dtype: As for `load_model`.
 
     Raises:
         UserError: If the adapter is missing or damaged, names no base, or does not fit it; the message says what differs.
     """
-    refuse_unfinished_result(folder)
-    name = model or method_in(Path(folder)).base_model(Path(folder))
+    folder = adapter_folder(folder)
+    name = model or method_in(folder).base_model(folder)
     if not name:
         raise UserError("this adapter names no base model", where=str(folder), hint="give --model", exit_code=USAGE)
-    tokenizer, new = own_tokenizer(Path(folder), resolve_checkpoint(name))
+    tokenizer, new = own_tokenizer(folder, resolve_checkpoint(name))
     loaded = load_model(name, dtype, tokenizer, new_tokens=new)
     return adapted(loaded, put_adapter(loaded.model, folder))
 
@@ -188,7 +188,7 @@ def load_named(
         UserError: If these do not go together, or as `load_run` and `load_adapter`.
     """
     if (run is None) == (model is None and adapter is None):
-        hint = "mlx-sft generate runs/... --prompt ..."
+        hint = "`mlx-sft runs` lists the runs under runs/, and --model tiny is a model that comes with the program"
         what = "give either a run (RUN or --run), or --model or --adapter, or both of these"
         raise UserError(what, hint=hint, exit_code=USAGE)
     if base and run is None:
@@ -213,15 +213,14 @@ def put_adapter(model: nn.Module, folder: str | Path | None, attached: Method | 
     if attached is not None and type(attached).detach is Method.detach:
         what = f"--method {attached.name} does not say how it is taken off a model"
         raise UserError(what, hint="start again, with --base or with another --adapter")
-    if folder is not None:
-        refuse_unfinished_result(folder)
-    trained = None if folder is None else method_in(Path(folder)).read(Path(folder))
+    where = None if folder is None else adapter_folder(folder)
+    trained = None if where is None else method_in(where).read(where)
     put_back = [kind.detach(model) for _, kind in METHODS.items()]
-    if trained is None:
+    if where is None or trained is None:
         return None
     method, parameters = trained
     try:
-        attach_trained(model, method, parameters, Path(str(folder)))
+        attach_trained(model, method, parameters, where)
     except BaseException:
         for _, kind in METHODS.items():
             kind.detach(model)

@@ -6,7 +6,6 @@ import gc
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ from mlx_sft.errors import USAGE, UserError
 from mlx_sft.evaluate import EvaluationResult, evaluate_examples, examples_of
 from mlx_sft.load import Trained, config_of, load_named
 from mlx_sft.methods import method_in
-from mlx_sft.methods.results import refuse_unfinished_result
+from mlx_sft.methods.results import adapter_folder
 from mlx_sft.model.load import LoadedModel
 from mlx_sft.objectives import make_objective
 from mlx_sft.run_folder import RunFolder
@@ -122,8 +121,8 @@ def _refuse_missing(run: str | None = None, adapter: str | None = None, base: bo
         if not base:
             Trained(folder, config, others.get("step"))
     if adapter is not None:
-        refuse_unfinished_result(adapter)
-        method_in(Path(adapter)).base_model(Path(adapter))
+        place = adapter_folder(adapter)
+        method_in(place).base_model(place)
 
 
 def _measured(model: Named, loaded: LoadedModel, data: Sequence[str], generate: bool) -> Measured:

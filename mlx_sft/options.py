@@ -174,7 +174,7 @@ def _which(command: Function, more: str = "") -> Function:
         trusting,
         click.option("--base", is_flag=True, help="The model as it was before training."),
         click.option("--adapter", metavar="DIR", multiple=several,
-                     help="An adapter of PEFT's or mlx-lm's, on --model or on the base that it names." + more),
+                     help="An adapter of PEFT's or mlx-lm's, or a run that trained one, on --model or on the base that it names." + more),
         click.option("--model", metavar="MODEL", multiple=several,
                      help="A model instead of a run, such as an exported folder." + more),
         strength,

@@ -261,7 +261,8 @@ class RunFolder:
         needed = [file for file in run._head if file != run.reference]
         if missing := next((file.name for file in needed if not file.is_file()), None):
             hint = instead_of_run(run.path) or "give a folder that `mlx-sft runs` lists; what is no run is not removed"
-            raise UserError(f"not a run folder: it has no {missing}", where=str(run.path), hint=hint, exit_code=USAGE)
+            why = f"it has no {missing}" if run.path.exists() else "it is not there"
+            raise UserError(f"not a run folder: {why}", where=str(run.path), hint=hint, exit_code=USAGE)
         with run._claimed():
             return run
 

@@ -24,6 +24,7 @@ from mlx_sft.generate import prompt_tokens, responses, until_stop
 from mlx_sft.generation_settings import GenerationSettings
 from mlx_sft.load import AdaptedModel, Trained, adapted, config_of, load_on_base, own_tokenizer, put_adapter
 from mlx_sft.local_server import LocalHandler, LocalServer
+from mlx_sft.methods.results import adapter_folder
 from mlx_sft.model.load import load_tokenizer
 from mlx_sft.registry import METHODS
 from mlx_sft.run_folder import RunFolder
@@ -57,20 +58,18 @@ class Refused(Exception):
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, Path]:
-    """`name=DIR`, each; raises `UserError` for anything else, and for a name that is given twice."""
-    found: dict[str, Path] = {}
+    """The folder of each `name=DIR`, an adapter's or a finished run's; raises `UserError` for anything else, and for a name given twice."""
+    found: dict[str, str] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or not name or not folder:
-            raise UserError(
-                f"--adapter {text} is not NAME=DIR", hint="--adapter formal=runs/b/adapter", exit_code=USAGE
-            )
+            raise UserError(f"--adapter {text} is not NAME=DIR", hint="--adapter formal=runs/b", exit_code=USAGE)
         if name in found:
             raise UserError(
                 f"--adapter gives the name {name} twice", hint="give each a name of its own", exit_code=USAGE
             )
-        found[name] = Path(folder)
-    return found
+        found[name] = folder
+    return {name: adapter_folder(folder) for name, folder in found.items()}
 
 
 class Models:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 from mlx_sft.errors import UserError
 from mlx_sft.streams import output
+
+_OUTPUTS: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
 
 
 def is_typed() -> bool:
@@ -15,27 +17,56 @@ def is_typed() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def read_line() -> str | None:
-    """A line from stdin without its end, asked for with `> ` where a person types it; None at the end of the input.
+def lines(commands: Sequence[str] = ()) -> Iterator[str]:
+    """What is typed, or the lines of stdin, without their ends.
 
-    On a terminal the line can be edited, and the arrow keys bring back those before it.
+    On a terminal each is asked for with `> ` and can be edited: the arrow keys bring back those before it, which are kept until the
+    program ends and nowhere else, and Esc Enter begins another line of the same text.
+
+    Args:
+        commands: Words that Tab completes at the beginning.
     """
-    ask = sys.stdin.readline if sys.stdin is not None else str
-    if is_typed() and output("stdout").isatty():
-        with suppress(ImportError):  # Python may have been built without it
-            import readline  # noqa: F401  `input` edits lines once this is imported
-        ask = _edited_line
-    elif is_typed():
-        output("stderr").write("> ")
-    line = _read(ask)
-    return line.rstrip("\r\n") if line else None
+    ask = _prompt(commands) if is_typed() and any(output(name).isatty() for name in _OUTPUTS) else _next_line
+    while line := _read(ask):
+        yield line.rstrip("\r\n")
 
 
-def _edited_line() -> str:
-    try:
-        return input("> ") + "\n"
-    except EOFError:
-        return ""
+def _next_line() -> str:
+    return sys.stdin.readline() if sys.stdin is not None else ""
+
+
+def _prompt(commands: Sequence[str]) -> Callable[[], str]:
+    """A function that asks for a text on the terminal, and gives an empty one after Ctrl-D."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import create_output
+    from prompt_toolkit.shortcuts import CompleteStyle
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _another_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    session: PromptSession[str] = PromptSession(
+        "> ",
+        key_bindings=keys,
+        completer=WordCompleter(list(commands), sentence=True),
+        complete_style=CompleteStyle.READLINE_LIKE,  # the others keep lines free for a menu
+        enable_suspend=True,
+        output=None if output("stdout").isatty() else create_output(always_prefer_tty=True),
+    )
+
+    def ask() -> str:
+        try:
+            text = session.prompt()
+        except EOFError:
+            return ""
+        text.encode()  # of bytes that are no UTF-8 it makes half characters
+        return text + "\n"
+
+    return ask
 
 
 def read_all() -> str:

@@ -164,6 +164,14 @@ def test_data_that_is_not_there_is_a_usage_error(
         assert data in fails(USAGE, valid=data)
 
 
+def test_rows_that_are_not_there_are_told_before_a_model_is_looked_for(cli: Callable[..., Any]) -> None:
+    for command in ("train", "plan", "inspect"):
+        for words in (["none.jsonl"], ["--data", "none.jsonl:0.5", "--data", "none.jsonl:0.5"]):
+            result = cli(command, *words, "--model", "nobody/no-such-model")
+            assert (result.exit_code, result.stdout) == (USAGE, "")
+            assert "none.jsonl: no such file or folder" in result.stderr
+
+
 @pytest.fixture
 def base(settings: dict[str, Any], tmp_path: Path) -> Path:
     """A checkpoint of one's own to spoil."""

@@ -49,7 +49,7 @@ def test_a_system_prompt_that_cannot_be_changes_nothing(base: LoadedModel) -> No
     )
     talk = Chat(base, max_tokens=2)
     talk.messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
-    assert said(talk, "/system sat").endswith("the system prompt is as it was")
+    assert said(talk, "/system sat").startswith("The system prompt is as it was.")
     base.tokenizer.chat_template = None
     with pytest.raises(UserError, match="chat template"):
         Chat(base, system="sat")
@@ -102,6 +102,16 @@ def test_a_pipe_gets_the_answers_alone(cli: Callable[..., Any], settings: dict[s
     assert cli("generate", *asked, *drawn).stdout == expected + "\n"
 
 
+def test_who_is_to_type_a_prompt_is_told_so(
+    cli: Callable[..., Any], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["generate", "--model", settings["model"], "--max-tokens", "4"]
+    assert cli(*asked, input="the cat").stderr == ""
+    monkeypatch.setattr("mlx_sft.commands.talk.is_typed", lambda: True)
+    assert cli(*asked, input="the cat").stderr == "type what to ask; Ctrl-D on a line of its own ends it\n"
+    assert cli(*asked, "--prompt", "the cat").stderr == ""
+
+
 def test_on_a_terminal_lines_are_edited_and_ctrl_c_stops_an_answer_alone(settings: dict[str, Any]) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "mlx_sft", "chat", "--model", settings["model"], "--max-tokens", "1000000"]
@@ -111,7 +121,7 @@ def test_on_a_terminal_lines_are_edited_and_ctrl_c_stops_an_answer_alone(setting
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=os.environ | {"TERM": "xterm"},
+        env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},  # nobody answers where the cursor is
     )
     os.close(theirs)
     seen = b""
@@ -126,19 +136,24 @@ def test_on_a_terminal_lines_are_edited_and_ctrl_c_stops_an_answer_alone(setting
         before, _, seen = seen.partition(text)
         return before.decode(errors="replace")
 
+    asked = b"\x1b[?2004h"  # what is pasted is asked to be marked as such, and is one text
     try:
-        banner = until(b"> ")
+        banner = until(asked)
         assert settings["model"] in banner
         assert "without an adapter" in banner
         assert "/exit or Ctrl-D leaves" in banner
-        os.write(ours, b"/helq\x7fp\n")
-        assert "forget what was said" in until(b"\n> ")
-        os.write(ours, b"the cat\n")
-        until(b"the cat\r\n\r\n\r\n")  # of an answer of a million empty lines
+        os.write(ours, b"/helq\x7fp\r")
+        assert "forget what was said" in until(asked)
+        os.write(ours, b"/sys\t sat\x1b\ron\r")  # Tab completes, and Esc Enter goes on in another line
+        assert "from here on with this system prompt" in until(asked)
+        os.write(ours, b"/system\r")
+        assert "from here on without a system prompt" in until(asked)
+        os.write(ours, b"the cat\r")
+        until(b"\x1b[?2004l\r\n\r\n\r\n")  # of an answer of a million empty lines
         process.send_signal(signal.SIGINT)
-        until(b"\n> ")
-        os.write(ours, b"\x1b[A\x1b[A\n")  # the line before the last
-        assert "forget what was said" in until(b"\n> ")
+        until(asked)
+        os.write(ours, b"\x1b[A\x1b[A\r")  # the line before the last
+        assert "from here on without a system prompt" in until(asked)
         os.write(ours, b"\x04")
         assert process.wait(30) == 0
     finally:

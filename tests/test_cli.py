@@ -222,7 +222,8 @@ def test_resuming_a_finished_run_says_that_it_is_and_how_it_goes_on(
 ) -> None:
     result = cli("train", "--resume", run)
     assert (result.exit_code, result.stdout) == (0, f"{run}\n")
-    told = next(line for line in result.stderr.splitlines() if line.startswith("this run is finished"))
+    told, said = result.stderr.split("\n", 1)  # first of all, and nothing of what a run would train on
+    assert said.startswith("Finished after step 4")
     assert (
         told
         == f"this run is finished: its 4 steps are taken; to go on with more: mlx-sft train --resume {run} --epochs 4"

@@ -398,7 +398,7 @@ def test_a_method_that_does_not_say_how_it_is_taken_off_stays_on_in_a_talk(setti
         for command in ("/adapter", f"/adapter {run.run_dir / 'adapter'}"):
             told = "".join(talk.say(command))
             assert "--method soft-prompt does not say how it is taken off a model" in told
-            assert told.endswith("the adapter is as it was")
+            assert told.startswith("The adapter is as it was.")
 
 
 def _read_pair(row: Row) -> tuple[Tokens, ...]:

@@ -208,9 +208,10 @@ def test_an_adapter_is_loaded_on_the_base_that_it_names_and_changed_in_the_middl
     loaded = load_model(settings["model"])
     assert answer() == plain
     assert answer(f"/adapter {adapter}") == trained
+    assert answer(f"/adapter {run}") == trained == generate_text(load_adapter(run), "the cat", max_tokens=6)
     wrong = "".join(Chat(loaded).say(f"/adapter {tmp_path / 'none'}"))
     assert "not an adapter folder" in wrong
-    assert wrong.endswith("the adapter is as it was")
+    assert wrong.startswith("The adapter is as it was.")
     assert answer() == trained
     assert answer("/adapter") == plain
 

@@ -74,6 +74,8 @@ def test_a_run_is_named_with_its_option_and_without(cli: Cli, arguments: list[st
     ("arguments", "what", "hint"),
     [
         (["export", "--out", "x"], "no RUN is given", "write mlx-sft export RUN --out DIR; `mlx-sft runs` lists"),
+        (["export", "x"], "missing option '--out' / '--to'", "add --out DIR; see `main export --help`"),
+        (["export", "x", "--out"], "option '--out' requires an argument", "see `main export --help`"),
         (["runs", "rm"], "no RUN is given", "write mlx-sft runs rm RUN"),
         (["convert", "--out", "x"], "no MODEL is given", "write mlx-sft convert MODEL --out DIR"),
         (

@@ -98,3 +98,5 @@ def test_each_error_says_what_is_there_in_its_place() -> None:
     for given, why in (("nix", "it is not there"), ("chats.csv", "it is a file"), ("data", "it has no config.yaml")):
         with pytest.raises(UserError, match=f"not a run folder: {why}"):
             RunFolder.open(given)
+    with pytest.raises(UserError, match="not a run folder: it is not there"):
+        RunFolder.removable("nix")

@@ -228,6 +228,9 @@ def test_adapters_that_cannot_be_served_are_named(runs: tuple[Path, Path], tmp_p
     for given, message in (["x"], "not NAME=DIR"), (["a=b", "a=c"], "name a twice"):
         with pytest.raises(UserError, match=message):
             named_adapters(given)
+    assert named_adapters([f"a={runs[1]}"]) == {
+        "a": runs[1] / "adapter"
+    }  # a run stands for the adapter that it trained
     with pytest.raises(UserError, match="has the name of the run"):
         Models(str(runs[0]), {"mine": runs[1] / "adapter"})
     with pytest.raises(UserError):

@@ -122,7 +122,13 @@ def rm(runs: tuple[str, ...], yes: bool) -> None:
         for run, taken in found:
             click.echo(f"{run.path}  {size(taken)}", err=True)
         what = "this run" if len(found) == 1 else f"these {len(found)} runs"
-        click.confirm(f"Remove {what} for good?", abort=True, err=True)
+        try:
+            agreed = click.confirm(f"Remove {what} for good?", err=True)
+        except click.Abort:  # nobody is there to answer
+            click.echo(err=True)
+            agreed = False
+        if not agreed:
+            raise UserError("nothing is removed", hint="answer y, or give --yes")
     for run, _ in found:
         run.remove()
         write_text(f"{run.path}\n")

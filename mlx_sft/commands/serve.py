@@ -14,7 +14,8 @@ from mlx_sft.options import trusting
 @named_run(example="mlx-sft serve RUN")
 @click.option(
     "--adapter", "adapters", metavar="NAME=DIR", multiple=True,
-    help="Another adapter on the run's base, which answers to requests for the model NAME. Give it again for several.",
+    help="Another adapter on the run's base, or the run that trained it, which answers to requests for the model NAME. "
+    "Give it again for several.",
 )  # fmt: skip
 @click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True, help="Where it listens.")
 @click.option(

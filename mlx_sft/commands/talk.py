@@ -11,7 +11,7 @@ from mlx_sft.console import Console, write_text
 from mlx_sft.generation_settings import GenerationSettings
 from mlx_sft.grammar import command
 from mlx_sft.options import own_options, taken, which_model
-from mlx_sft.stdin import is_typed, read_all, read_line
+from mlx_sft.stdin import is_typed, lines, read_all
 
 
 @command()
@@ -26,6 +26,8 @@ def generate(prompt: str | None, **options: Any) -> None:
     from mlx_sft.load import load_named
 
     loaded = load_named(**options)
+    if prompt is None and is_typed():
+        Console().note("type what to ask; Ctrl-D on a line of its own ends it")
     for text in stream_text(loaded, prompt if prompt is not None else read_all(), **settings):
         write_text(text)
     write_text("\n")
@@ -41,13 +43,13 @@ def chat(**options: Any) -> None:
     """
     settings = taken(GenerationSettings, options)
     GenerationSettings.of(settings)
-    from mlx_sft.chat import Chat, stopped_by_ctrl_c
+    from mlx_sft.chat import COMMANDS, Chat, stopped_by_ctrl_c
     from mlx_sft.load import load_named
 
     talk = Chat(load_named(**options), **settings)
     if is_typed():
         Console().note(talk.banner())
-    while not talk.has_ended and (line := read_line()) is not None:
+    for line in lines(COMMANDS):
         if not line.strip():
             continue
         with stopped_by_ctrl_c(is_typed()) as is_stopped, closing(talk.say(line)) as pieces:
@@ -55,5 +57,6 @@ def chat(**options: Any) -> None:
                 write_text(piece)
                 if is_stopped():
                     break
-        if not talk.has_ended:
-            write_text("\n")
+        if talk.has_ended:
+            break
+        write_text("\n")

@@ -28,6 +28,7 @@ from mlx_sft.errors import UserError
 from mlx_sft.files import read_errors, user_path
 from mlx_sft.registry import OBJECTIVES
 
+_MESSAGE = "Hello"
 _OPENING = 16
 """Tokens of a plain text that it is continued from; half of one that is shorter."""
 
@@ -39,7 +40,7 @@ class SamplePrompt:
     Attributes:
         origin: The row or line that it is of.
         token_ids: As the model reads it.
-        text: As a person does: without special tokens.
+        text: As a person does: the user's words; of a longer conversation all of it, without special tokens.
         wanted: The answer in the row; None where there is none, or it is labelled as undesirable.
     """
 
@@ -85,6 +86,7 @@ def prompts_of(examples: Examples, config: TrainConfig, tokenizer: Any) -> Itera
     """Those of rows, each prompt once."""
     compared, rows, seen = OBJECTIVES[config.objective].compares, examples.rows, set()
     undesirable = examples.fact("undesirable")
+    opening, ending = _around_a_message(config, tokenizer)
     for index in range(examples.own):
         beside = index - 1 if compared else index + 1  # the chosen answer stands first, the last turn last
         if 0 <= beside < examples.own and rows[beside] == rows[index]:
@@ -96,13 +98,29 @@ def prompts_of(examples: Examples, config: TrainConfig, tokenizer: Any) -> Itera
         if not key or key in seen:
             continue
         seen.add(key)
-        inner: Any = unwrapped(tokenizer)
-        with tokenizer_errors(inner.name_or_path, example.origin):
-            text, wanted = (
-                str(inner.decode(part, skip_special_tokens=True)).strip()
-                for part in (token_ids[:first], token_ids[first:last])
-            )
+        text, wanted = (
+            _decoded(tokenizer, part, example.origin) for part in (token_ids[:first], token_ids[first:last])
+        )
+        text = text.removesuffix(ending)
+        if not (ending and ending in text):  # there is one message alone
+            text = text.removeprefix(opening)
         yield SamplePrompt(example.origin, token_ids[:first], text, None if undesirable[index] else wanted)
+
+
+def _around_a_message(config: TrainConfig, tokenizer: Any) -> tuple[str, str]:
+    """What the chat template writes before a user's only message and behind it: `user\\n` and `\\nassistant`, where a person reads it."""
+    try:
+        written = _decoded(tokenizer, prompt_token_ids(tokenizer, _MESSAGE, config), "the chat template")
+    except UserError:  # it takes no such conversation
+        return "", ""
+    opening, found, ending = written.partition(_MESSAGE)
+    return (opening, ending) if found else ("", "")
+
+
+def _decoded(tokenizer: Any, token_ids: list[int], where: str) -> str:
+    inner: Any = unwrapped(tokenizer)
+    with tokenizer_errors(inner.name_or_path, where):
+        return str(inner.decode(token_ids, skip_special_tokens=True)).strip()
 
 
 def _answer(supervised: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlx_sft.common_settings import IN_MEMORY
+from mlx_sft.config import TrainConfig
 from mlx_sft.data.file_text import COMPRESSIONS, INSTALL_HINT, OnBytes
 from mlx_sft.data.folders import PartFiles, numbered_files, parts_of
 from mlx_sft.data.readers import READERS, Reader, Rows, reader_of, table_row
@@ -183,6 +184,13 @@ def locate(data: str) -> dict[str, Source]:
         if kind_of(path) == "run":
             raise UserError("a run, and no rows", where=str(path), hint=instead_of_data(path), exit_code=USAGE)
         return {name: _part(part) for name, part in parts_of(path).items()}
+
+
+def refuse_missing(config: TrainConfig) -> None:
+    """Raise `UserError` for rows that are not there, before anything is fetched for them."""
+    for data in (*config.data, config.valid):
+        if data is not None and data != IN_MEMORY:
+            locate(split_weight(data)[0])
 
 
 def split_weight(spec: str) -> tuple[str, float | None]:

@@ -11,6 +11,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console, many
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import PreparedData, survey
+from mlx_sft.data.sources import refuse_missing
 from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.inspection import terminal
@@ -71,6 +72,7 @@ def inspect(
 def ready(config: TrainConfig, tokenizer: Any = None) -> tuple[TrainConfig, Any]:
     """The configuration with the template variables of this day, as `train` has it, and the tokenizer, loaded where it is None."""
     if tokenizer is None:
+        refuse_missing(config)
         from mlx_sft.model.load import load_tokenizer, resolve_checkpoint  # imports MLX, which takes seconds
 
         tokenizer = load_tokenizer(

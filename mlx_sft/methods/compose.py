@@ -17,17 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_sft.errors import USAGE, UserError
-from mlx_sft.files import user_path
 from mlx_sft.methods import Parameters
 from mlx_sft.methods.lora import Lora
 from mlx_sft.methods.lora_settings import HALVES, LoraSettings
 from mlx_sft.methods.peft_base import peft_base
 from mlx_sft.methods.peft_files import refuse_losses, write_adapter
 from mlx_sft.methods.peft_forms import check_copies
-from mlx_sft.methods.results import refuse_unfinished_result, result_folder
+from mlx_sft.methods.results import adapter_folder
 from mlx_sft.model.load import local_checkpoint
 from mlx_sft.model.outline import outline
-from mlx_sft.run_folder import RunFolder
 from mlx_sft.writing import free_folder, write_folder
 
 Method = Literal["linear", "cat", "svd"]
@@ -156,7 +154,7 @@ def _read(adapter: str) -> _Weighted:
         name, factor = adapter, 1.0  # a colon of the name's own
     if not math.isfinite(factor):
         raise UserError(f"the weight of {name} is {factor}", hint="write A:0.7", exit_code=USAGE)
-    folder = _folder(name)
+    folder = adapter_folder(name, _STEP)
     method, parameters = Lora.read_plain(folder)
     base = Lora.base_model(folder)
     if method.needs_model(parameters):
@@ -179,15 +177,6 @@ def _read(adapter: str) -> _Weighted:
             "adapters of DoRA cannot be added up", where=name, hint="merge each into a checkpoint of its own"
         )
     return _Weighted(name, factor, settings, parameters, base, method.names_begin)
-
-
-def _folder(name: str) -> Path:
-    """An adapter's folder; a run has to have finished."""
-    folder = result_folder(name)
-    if folder != user_path(name):
-        RunFolder.open(name).refuse_unfinished(_STEP)
-    refuse_unfinished_result(folder, _STEP)
-    return folder
 
 
 _STEP = "export a step with --format peft and --step best, last, or"

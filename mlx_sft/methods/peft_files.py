@@ -333,7 +333,8 @@ def read_config(path: Path) -> dict[str, Any]:
             instead_of_adapter(path.parent)
             or f"an adapter folder has {CONFIG} and {WEIGHTS}; a run that trained an adapter has one"
         )
-        raise UserError(f"not an adapter folder: no {CONFIG}", where=str(path.parent), hint=hint)
+        found = f"no {CONFIG}" if path.parent.exists() else "it is not there"
+        raise UserError(f"not an adapter folder: {found}", where=str(path.parent), hint=hint)
     return read_json(checked(path.parent, for_libraries=False) / path.name)
 
 

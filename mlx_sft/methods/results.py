@@ -45,6 +45,17 @@ def refuse_unfinished_result(folder: str | Path, way_out: str = "") -> None:
         run.refuse_unfinished(way_out or f"give --run {run.path} in its place, with --step best, last, or")
 
 
+def adapter_folder(name: str | Path, way_out: str = "") -> Path:
+    """The folder of an adapter, or of the one that a finished run has trained; raises as the two functions before.
+
+    Args:
+        way_out: As in `RunFolder.refuse_unfinished`.
+    """
+    folder = result_folder(name)
+    refuse_unfinished_result(folder, way_out)
+    return folder
+
+
 def attach_trained(model: nn.Module, method: Method, trained: Parameters, where: Path) -> Parameters:
     """Attach a method to a model with what it trained before.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sft.charts import SCRIPT, STYLE, Axis, Point, Series, bars, chart
-from mlx_sft.console import count, duration, many, size
+from mlx_sft.console import count, duration, epochs, many, size
 from mlx_sft.report import samples
 from mlx_sft.report.metrics import Metrics, Own, moment, number
 from mlx_sft.report.run import RunFiles, Setting, State, found, integer, texts
@@ -25,7 +25,7 @@ _AGAIN = 30
 """Seconds after which the page of a run that trains is loaded again."""
 _MOST_EVENTS = 40
 _MOST_WARNINGS = 20
-_NOTHING = ("", "null", "[]", "{}", "auto")
+_NOTHING = ("", "null", "[]", "{}")
 
 STEPS = Axis(show=lambda step: f"{step:,.0f}" if step < 1e4 else count(step))
 Curves = Mapping[str, Sequence[Point]]
@@ -82,7 +82,7 @@ def _sentence(sentence: Sentence) -> str:
 def _cards(files: RunFiles) -> str:
     metrics, totals = files.metrics, files.metrics.totals
     cards: list[tuple[str, str, str]] = [
-        ("steps", f"{totals.step:,}", f"of {files.planned:,}, {totals.epoch:.2f} epochs" if files.planned else "")
+        ("steps", f"{totals.step:,}", f"of {files.planned:,}, {epochs(totals.epoch)}" if files.planned else "")
     ]
     if metrics.last_loss is not None:
         cards.append(("training loss", f"{metrics.last_loss:.4g}", f"from {metrics.first_loss:.4g}"))
@@ -120,10 +120,10 @@ def _charts(files: RunFiles) -> Iterable[str]:
 
 def _of_the_loss(files: RunFiles, curves: Curves) -> str:
     metrics = files.metrics
-    epochs = [(float(step), 7) for step in metrics.epochs if step < metrics.totals.step]
+    ends = [(float(step), 7) for step in metrics.epochs if step < metrics.totals.step]
     lost = [(float(event["step"]), 4) for event in metrics.events if event["kind"] in ("rollback", "skipped")]
-    marked = ["grey: ends of epochs"] * bool(epochs) + ["red: skipped steps and returns"] * bool(lost)
-    marks, ended = epochs + lost, f" ({'; '.join(marked)})" if marked else ""
+    marked = ["grey: ends of epochs"] * bool(ends) + ["red: skipped steps and returns"] * bool(lost)
+    marks, ended = ends + lost, f" ({'; '.join(marked)})" if marked else ""
     return _figure(
         f"Loss{', of the objective ' + str(files.settings.get('objective')) if metrics.own else ', in nats a token'}{ended}",
         [
@@ -260,8 +260,8 @@ def _events(files: RunFiles) -> str:
 
 def _between(first: datetime, last: datetime) -> str:
     """Two times, the day of the second where it is another one."""
-    day = "" if first.date() == last.date() else "%Y-%m-%d "
-    return f"{first:%Y-%m-%d %H:%M} to {last:{day}%H:%M}"
+    day = "" if first.date() == last.date() else "%-d %b "
+    return f"{first:%-d %b %Y %H:%M} to {last:{day}%H:%M}"
 
 
 def _time_of(event: Mapping[str, Any]) -> str:
@@ -303,7 +303,7 @@ def _data(report: Mapping[str, Any]) -> str:
     warnings = texts(report, "warnings")[:_MOST_WARNINGS]
     warned = "".join(f"<li>{escaped(text)}</li>" for text in warnings)
     histogram = [
-        (f"{integer(bar, 'from'):,}–{integer(bar, 'to'):,}", integer(bar, "count"))
+        (_from_to(integer(bar, "from"), integer(bar, "to")), integer(bar, "count"))
         for bar in found(train, list, "histogram") or []
     ]
     drawn = bars(histogram[:100], label="Rows by their length")
@@ -312,6 +312,10 @@ def _data(report: Mapping[str, Any]) -> str:
         + _facts(facts)
         + (f"<p class='soft'>Rows by their length in tokens</p>{drawn}" if drawn else "")
     )
+
+
+def _from_to(first: int, last: int) -> str:
+    return f"{first:,}–{last:,}" if last > first else f"{first:,}"
 
 
 def _of_tokens(part: Mapping[str, Any]) -> str:
@@ -334,15 +338,17 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f'<dl class="facts">{rows}</dl>'
 
 
+def _remark(one: Setting) -> str:
+    """For what a value is recommended, or what it would be by itself."""
+    if one.recommended:
+        return f" <small>recommended {escaped(one.recommended)}</small>"
+    told = one.differs and not one.chosen and one.default not in _NOTHING
+    return f" <small>default {escaped(one.default)}</small>" if told else ""
+
+
 def _settings(settings: Sequence[Setting]) -> str:
     def listed(some: Iterable[Setting]) -> str:
-        rows = "".join(
-            f"<dt>{escaped(one.name)}</dt><dd>{escaped(one.value)}"
-            + (f" <small>recommended {escaped(one.recommended)}</small>" if one.recommended else "")
-            + (f" <small>default {escaped(one.default)}</small>" if one.differs and one.default not in _NOTHING else "")
-            + "</dd>"
-            for one in some
-        )
+        rows = "".join(f"<dt>{escaped(one.name)}</dt><dd>{escaped(one.value)}{_remark(one)}</dd>" for one in some)
         return f'<dl class="facts">{rows}</dl>'
 
     differing = [one for one in settings if one.differs and not one.chosen]

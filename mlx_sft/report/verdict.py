@@ -9,7 +9,7 @@ import math
 import shlex
 from typing import Literal, NamedTuple
 
-from mlx_sft.console import duration, many
+from mlx_sft.console import duration, epochs, many
 from mlx_sft.registry import OBJECTIVES
 from mlx_sft.report.metrics import Evaluation, Metrics
 from mlx_sft.report.run import RunFiles, State, integer
@@ -50,7 +50,7 @@ def verdict(files: RunFiles, state: State) -> list[Sentence]:
 def _how_far(files: RunFiles, state: State) -> Sentence:
     totals, planned, run = files.metrics.totals, files.planned, files.run.path
     of = f" of {planned:,}" if planned else ""
-    took = f", {totals.epoch:.2f} epochs in {duration(totals.seconds)}" if totals.seconds else ""
+    took = f", {epochs(totals.epoch)} in {duration(totals.seconds)}" if totals.seconds else ""
     if state == "running":
         return Sentence("plain", f"It is training: step {totals.step:,}{of}{took}.")
     if state == "finished":
@@ -126,7 +126,7 @@ def _of_forgetting(metrics: Metrics) -> list[Sentence]:
     weight, how_far = next((weight, words) for most, weight, words in _FORGOTTEN if value < most)
     share = f"{-math.expm1(-max(0.0, value)):.1%}"
     text = (
-        f"On general texts the model has moved {how_far} from the base: what that would write has become {share} less likely a token "
+        f"On general texts the model has {how_far} from the base: a token that the base would write has become {share} less likely "
         f"(forgetting {value:.3g} nats, step {of_result.step:,})."
     )
     more = " Fewer steps, a lower --lr, a smaller --rank or general rows among the data keep more of what it knew."
@@ -134,10 +134,10 @@ def _of_forgetting(metrics: Metrics) -> list[Sentence]:
 
 
 _FORGOTTEN: tuple[tuple[float, Weight, str], ...] = (
-    (0.02, "plain", "hardly"),
-    (0.1, "plain", "a little"),
-    (0.5, "plain", "noticeably"),
-    (math.inf, "warn", "much"),
+    (0.02, "plain", "hardly moved"),
+    (0.1, "plain", "moved a little"),
+    (0.5, "plain", "moved noticeably"),
+    (math.inf, "warn", "moved far"),
 )
 """Nats a token, below which the words hold."""
 

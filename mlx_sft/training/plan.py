@@ -15,12 +15,13 @@ import numpy as np
 
 from mlx_sft.config import TrainConfig
 from mlx_sft.config_files import read_settings
-from mlx_sft.console import Look, count, duration, size
+from mlx_sft.console import Look, count, duration, epochs, size
 from mlx_sft.data.batches import JOINED, PADDED, Layout
 from mlx_sft.data.dataset import Examples
 from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.data.pipeline import ReadingProgress
 from mlx_sft.data.prepare import prepare
+from mlx_sft.data.sources import refuse_missing
 from mlx_sft.data.template import with_todays_variables
 from mlx_sft.errors import UserError
 from mlx_sft.methods import for_new_tokens
@@ -132,6 +133,8 @@ class RunPlan:
         self.config = config = from_run(config)
         self.measured = machine_name is None
         machine = self.machine = within(this_machine() if machine_name is None else read_machine(machine_name), config)
+        if config.data != [NO_DATA]:
+            refuse_missing(config)
         path = resolve_checkpoint(config.model, weights=False)
         tokenizer, new = None, NewTokens()
         if config.data != [NO_DATA] or config.add_tokens:
@@ -304,7 +307,7 @@ def _facts(plan: RunPlan) -> Pieces:
         "kept": f"{size(parts.kept)} for the backward pass",
         "passing": f"{size(parts.passing)} for a layer's backward pass, or the logits of a tile",
         "peak": f"{size(parts.peak)} predicted",
-        "longest row": f"{plan.longest.tokens:,} tokens ({plan.longest.origin})",
+        "longest row": f"{plan.longest.tokens:,} tokens computed ({plan.longest.origin})",
     }
     if chosen is not None:
         tokens, mode = chosen.micro_batch_tokens, configured(chosen.mode)
@@ -331,8 +334,8 @@ def _time(plan: RunPlan) -> str:
         return "no estimate: this chip's speed is not known; name it, as in --machine 'M2 16GB'"
     source = "measured now" if plan.measured else "from a table"
     basis = f"products at {plan.teraflops:.2g} TFLOP/s ({source}), of which steps reach {REACHED:.0%}"
-    epochs = "1 epoch" if plan.epochs == 1 else f"{plan.epochs:.3g} epochs"
-    return f"about {duration(taken)} for {epochs} of {count(plan.work.tokens)} tokens: an estimate from {basis}"
+    about = f"about {duration(taken)}" if taken >= 1 else "under a second"
+    return f"{about} for {epochs(plan.epochs)} of {count(plan.work.tokens)} tokens: an estimate from {basis}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str | int]]) -> Pieces:

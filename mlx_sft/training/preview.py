@@ -29,8 +29,14 @@ _RECOMPUTED: dict[Mode, str] = {
 
 
 def show_plan(job: Job) -> None:
-    """Show it."""
-    config, report, console = job.config, job.data.report, job.console
+    """Show it; of a run that has finished, that it has, and how to go on."""
+    config, report, console, total = job.config, job.data.report, job.console, job.plan.total_steps
+    if job.finished:
+        taken = (
+            f"its {total} steps are taken" if job.step == total else f"it was ended after step {job.step} of {total}"
+        )
+        console.note(f"this run is finished: {taken}; to go on with more: {more_with(RunFiles.of(job.run))}")
+        return
     trainable = sum(value.size for value in job.parameters.values())
     text = "pair" if job.gradient_computer.objective.compares else "conversation"
     facts = {
@@ -38,7 +44,7 @@ def show_plan(job: Job) -> None:
         **report.summary(),
         **_mixture(job),
         "trains": f"{count(trainable)} parameters ({config.method})",
-        "steps": f"{job.plan.total_steps} of {many(config.batch_size, text)}, "
+        "steps": f"{total} of {many(config.batch_size, text)}, "
         f"up to {job.settings.micro_batch_tokens} tokens at once" + _RECOMPUTED[job.gradient_computer.mode],
         **_processes(job),
         **recommended(config),
@@ -62,17 +68,11 @@ def show_plan(job: Job) -> None:
             "this model's head cannot be told from its body; logits of every position are kept, "
             "which takes more memory and changes nothing else"
         )
-    total = job.plan.total_steps
     if config.lr and not any(learning_rate(config, step, total) for step in range(1, total + 1)):
         console.warn("the warm-up takes the whole run, so that nothing is trained; give --warmup 0, or more steps")
     if config.resume and (changed := differences(job.run, config)):
         console.warn(f"the last bits may not be the same: since the run began, {', '.join(changed)} changed")
-    if job.finished:
-        taken = (
-            f"its {total} steps are taken" if job.step == total else f"it was ended after step {job.step} of {total}"
-        )
-        console.note(f"this run is finished: {taken}; to go on with more: {more_with(RunFiles.of(job.run))}")
-    elif job.progress.step:
+    if job.progress.step:
         console.note(f"resuming after step {job.progress.step}")
 
 
@@ -83,10 +83,11 @@ def recommended(config: TrainConfig) -> dict[str, str]:
 
 
 def _processes(job: Job) -> dict[str, str]:
-    """How many share a step; empty for one alone."""
+    """How many share a step or the base; empty for one alone."""
     ranks = job.gradient_computer.ranks
-    exact = ", to the bits of one" if ranks.exact else ""
-    return {"processes": f"{ranks.size} share each step{exact}"} if ranks.size > 1 else {}
+    how = ", to the bits of one" if ranks.exact else ""
+    words = f"{ranks.size} have a part of the base each" if ranks.sharded else f"{ranks.size} share each step{how}"
+    return {"processes": words} if ranks.size > 1 else {}
 
 
 def _mixture(job: Job) -> dict[str, str]:

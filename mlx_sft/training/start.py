@@ -12,6 +12,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.convert.targets.trl.folder import TrlFolder
 from mlx_sft.data.dataset import Examples
+from mlx_sft.data.sources import refuse_missing
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.files import user_path
 from mlx_sft.load import finished_folder, refuse_other_base
@@ -52,6 +53,7 @@ def new_config(given: TrainConfig, console: Console) -> TrainConfig:
         if given.init_adapter is not None:
             way_out = "start from `mlx-sft export --format peft --step` best, last, or"
             refuse_unfinished_result(given.init_adapter, way_out)
+        refuse_missing(given)
         return with_full_paths(given)
     if TrlFolder.find(folder) is not None:
         return continued_config(given, TrlFolder.trained(folder))

@@ -124,7 +124,10 @@ def test_what_cannot_be_compared_is_refused(runs: Path, cli: Cli) -> None:
 
 
 def test_a_run_is_removed_once_that_is_confirmed(runs: Path, cli: Cli) -> None:
-    assert cli("runs", "rm", runs / "part", input="n\n").exit_code == 1
+    for answer in ("n\n", ""):
+        refused = cli("runs", "rm", runs / "part", input=answer)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert "error: nothing is removed\nhint: answer y, or give --yes" in refused.stderr
     assert (runs / "part").is_dir()
     result = cli("runs", "rm", runs / "part", input="y\n")
     assert (result.exit_code, result.stdout) == (0, f"{runs / 'part'}\n")

@@ -34,7 +34,7 @@ def test_validation_that_got_worse_names_the_epoch_and_the_step(make_folder: Mak
     sentence = only(sentences, "got worse after epoch 2: from 1.5000 to 1.9000")
     assert sentence.weight == "warn"
     assert "the result is that of step 66" in sentence.text
-    assert sentences[0] == Sentence("good", "Finished after step 100, 3.00 epochs in 3:23.")
+    assert sentences[0] == Sentence("good", "Finished after step 100, 3 epochs in 3:23.")
 
 
 def test_a_loss_that_still_falls_says_how_to_go_on(make_folder: MakeFolder) -> None:

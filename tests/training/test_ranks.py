@@ -133,7 +133,7 @@ def test_a_run_of_several_processes_is_that_of_one_and_goes_on_with_any_number(
 ) -> None:
     one, plain, more = tmp_path / "one", tmp_path / "plain", tmp_path / "more"
     given[given.index("--lr") + 1] = "0.001"
-    for arguments in ([[*given, "--out", one]], [[*given, "--out", plain]] * 4):  # some have no share in some steps
+    for arguments in ([[*given, "--out", one]], [[*given, "--out", plain]] * 3):
         assert [code for code, _ in ended(start(arguments))] == [0] * len(arguments)
     assert_agree(one, plain)
 
@@ -156,8 +156,17 @@ def test_preferences_are_shared_out_alike_and_ranks_ends_as_the_first_process_do
     given[given.index("--max-steps") + 1] = "4"
     given = [*given, "--objective", "dpo", "--out"]
     assert [code for code, _ in ended(start([[*given, tmp_path / "one"]]))] == [0]
-    command = [sys.executable, "-m", "mlx_sft", "train", "--ranks", "2", *map(str, given), str(tmp_path / "two")]
-    for code, said in ((0, "2 share each step"), (1, "already holds something")):
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_sft",
+        "train",
+        "--ranks",
+        "4",
+        *map(str, given),
+        str(tmp_path / "two"),
+    ]  # more than micro-batches
+    for code, said in ((0, "4 share each step"), (1, "already holds something")):
         found = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
         assert found.returncode == code, found.stderr
         assert found.stderr.count(said) == 1

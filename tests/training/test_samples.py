@@ -178,7 +178,7 @@ def test_of_a_conversation_the_last_answer_is_asked_for(tokenizer: Any, tmp_path
     config = TrainConfig(data=str(data), train_on=train_on)
     found = list(prompts_of(prepare(config, tokenizer).train, config, tokenizer))
     assert [(one.text, one.wanted) for one in found] == [
-        ("user\nthe cat\nassistant\nsat\nuser\nand the dog\nassistant", "on the mat")
+        ("user\nthe cat\nassistant\nsat\nuser\nand the dog", "on the mat")
     ]
     assert tokenizer.decode(found[0].token_ids).endswith("<|im_start|>assistant\n")
 
@@ -195,7 +195,7 @@ def test_of_a_pair_the_chosen_answer_is_wanted_and_an_undesirable_one_is_not(tok
             name: row["chosen"] if kind == "dpo" else row["completion"] if row["label"] else None
             for name, row in first.items()
         }
-        assert found == {f"user\n{name}\nassistant": answer for name, answer in wanted.items()}
+        assert found == wanted
 
 
 def test_prompts_of_a_file_are_answered_in_place_of_held_out_rows(sampled: dict[str, Any], tmp_path: Path) -> None:

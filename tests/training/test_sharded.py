@@ -165,6 +165,7 @@ def test_a_run_on_a_split_base_is_that_of_one_process(made: Made, name: str) -> 
     said, *codes = made.said[name]
     assert codes == [0, 0], said
     assert_same(made.folder / f"{name}-whole", made.folder / f"{name}-split")
+    assert "2 have a part of the base each" in said
     assert "forgetting is not measured: the base is split among processes" in said
     assert "there are no samples from here on: the base is split among processes" in said
 
