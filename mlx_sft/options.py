@@ -20,7 +20,7 @@ from mlx_sft.config_files import NAMES_OR_PATHS, PATHS, read_settings
 from mlx_sft.grammar import Command, a_path, bare, named
 from mlx_sft.kept_options import is_completing, kept
 from mlx_sft.registry import METHODS, OBJECTIVES, OPTIMIZERS, TARGETS
-from mlx_sft.settings import Settings
+from mlx_sft.settings import OnResume, Settings, on_resume
 
 Function = Callable[..., None]
 
@@ -218,7 +218,9 @@ def _option(field: str, info: FieldInfo) -> click.Option:
         options["type"] = click.Choice(_CHOSEN_AMONG[field].names())
     elif field in (*PATHS, *NAMES_OR_PATHS, "out"):
         options["shell_complete"] = a_path
-    elif info.annotation is bool and (info.default or len({str(owner.default) for owner in _owned(field)}) > 1):
+    elif info.annotation is bool and (
+        info.default or on_resume(info) is OnResume.COMPUTED or len({str(owner.default) for owner in _owned(field)}) > 1
+    ):
         names[0] = f"{option_name(field)}/--no-{public_name(field).replace('_', '-')}"
         options = {"default": None, "help": options["help"]}
     return click.Option(names, **options)

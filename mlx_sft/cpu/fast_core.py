@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_sft.cpu.attention import causal_attention
 from mlx_sft.cpu.elementwise import silu_product
 from mlx_sft.model.blocks import Block
-from mlx_sft.model.linears import weight_shape
+from mlx_sft.model.linears import part_shape
 
 Core = Callable[..., mx.array]
 """`core(projected, x, *args, **kwargs)`, as `Block.core`."""
@@ -47,7 +47,7 @@ def _same(block: Block, core: Core, arguments: tuple[Any, ...]) -> bool:
 
 
 def _width(product: Any) -> int:
-    return weight_shape(getattr(product, "linear", product))[0]
+    return part_shape(getattr(product, "linear", product))[0]
 
 
 def _gated(projected: list[mx.array], x: mx.array) -> mx.array:

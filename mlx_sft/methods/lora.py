@@ -30,6 +30,7 @@ from mlx_sft.methods.full import is_decayed
 from mlx_sft.methods.lora_edits import LowRankUpdate, as_one_weight, scaled_updates, weight_halves
 from mlx_sft.methods.lora_layers import BESIDE, DoraLinear, LoraEmbedding, LoraLinear, LoraTiedHead
 from mlx_sft.methods.lora_settings import FACTORED, HALVES, MAGNITUDE, LoraSettings, is_embedding, is_lora
+from mlx_sft.methods.lora_shards import beside_part, refuse_whole
 from mlx_sft.methods.lora_starts import (
     as_plain,
     copies,
@@ -120,6 +121,7 @@ class Lora(Method):
         chosen = adapted_modules(model, self.settings)
         check_ranks(self.settings, [weight_shape(linears[name][1]) for name in chosen], chosen)
         check_patterns(self.settings, chosen)
+        refuse_whole(model, linears, chosen, self.settings)
         in_full = [name for name, _, _ in whole_modules(model, self.settings.also_train)]
         stated = on_model(model, self.settings.token_rows, in_full, chosen) or False
         self.settings = self.settings.model_copy(update={"train_new_tokens": stated})
@@ -305,7 +307,7 @@ class Lora(Method):
             what = f"its adapter on {self._shared} has one A for the gates and the up projections, which each would train one of its own"
             hint = "merge it with PEFT's merge_and_unload, and train the merged model"
             raise UserError(what, where=str(where), hint=hint)
-        return self.settings.model_dump(exclude={"dropout", "lora_plus_ratio", "lora_plus_embedding_lr"})
+        return self.settings.model_dump(exclude={"dropout", "lora_plus_ratio", "lora_plus_embedding_lr", "shard_base"})
 
     def decayed(self, name: str) -> bool:
         """Of a weight of the model as transformers' Trainer has it."""
@@ -363,15 +365,13 @@ class Lora(Method):
 
     def _kind(self, name: str, linear: nn.Module) -> type[LoraLinear]:
         experts, embeds = is_experts(linear), isinstance(linear, EMBEDDING_KINDS)
-        if self.settings.factored and embeds:
-            what = f"--init {self.settings.init} is not known for embeddings ({name})"
-            raise UserError(what, where="target", hint="leave them out, as with --target all-linear")
-        if self.settings.dora and embeds:
-            what = f"DoRA is not known for embeddings ({name})"
+        unknown = f"--init {self.settings.init}" if self.settings.factored else "DoRA" if self.settings.dora else ""
+        if unknown and embeds:
+            what = f"{unknown} is not known for embeddings ({name})"
             raise UserError(what, where="target", hint="leave them out, as with --target all-linear")
         if embeds:
             return LoraTiedHead if name == HEAD else LoraEmbedding
-        return BESIDE[experts, self.settings.dora]
+        return beside_part(linear) or BESIDE[experts, self.settings.dora]
 
     def _initial(self, model: nn.Module, seed: int) -> Parameters:
         parameters: Parameters = {}

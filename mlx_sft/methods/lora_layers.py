@@ -44,10 +44,15 @@ class LoraLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return self._updated(self.linear(x), x)
 
+    def _used(self) -> tuple[mx.array, mx.array]:
+        """A and B, or what is computed with of them here."""
+        return self.lora_A, self.lora_B
+
     def _updated(self, frozen: mx.array, x: mx.array) -> mx.array:
         # One pass over the output for the product and the sum.
         if x.dtype == self.lora_A.dtype == mx.float32:
-            return mx.addmm(frozen, self.scale * (self._drop(x) @ self.lora_A.T), self.lora_B.T)
+            lora_A, lora_B = self._used()
+            return mx.addmm(frozen, self.scale * (self._drop(x) @ lora_A.T), lora_B.T)
         lora_A, lora_B = self._halves(x.dtype)
         # Of rows side by side B's gradient would be a product each, and their sum.
         rows = mx.addmm(_joined(frozen), _joined(self._drop(x) @ lora_A.T), lora_B.T)
@@ -66,15 +71,19 @@ class LoraLinear(nn.Module):
 
     def _halves(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """As `rounded` makes them, if it has not made them yet."""
-        if self.lora_A.dtype != mx.float32:
-            return self.lora_A, self.lora_B
-        return self.rounded("lora_A", self.lora_A, dtype), self.rounded("lora_B", self.lora_B, dtype)
+        lora_A, lora_B = self._used()
+        if lora_A.dtype != mx.float32:
+            return lora_A, lora_B
+        return self.rounded("lora_A", lora_A, dtype), self.rounded("lora_B", lora_B, dtype)
 
     def _drop(self, x: mx.array) -> mx.array:
         if self._dropout_key is None or self._dropout == 0:
             return x
-        kept = mx.random.bernoulli(1 - self._dropout, x.shape, key=self._dropout_key)
-        return x * (kept.astype(x.dtype) / (1 - self._dropout))
+        return x * (self._kept(x.shape, self._dropout_key).astype(x.dtype) / (1 - self._dropout))
+
+    def _kept(self, shape: tuple[int, ...], key: mx.array) -> mx.array:
+        """Which numbers of an input of this shape dropout keeps."""
+        return mx.random.bernoulli(1 - self._dropout, shape, key=key)
 
 
 class DoraLinear(LoraLinear):

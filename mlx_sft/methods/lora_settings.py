@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mlx_sft.methods.layers import LayersSettings
 from mlx_sft.model.head import EMBEDDING_NAMES
-from mlx_sft.settings import split_pairs
+from mlx_sft.settings import OnResume, split_pairs
 
 HALVES = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude_vector"
@@ -58,6 +58,17 @@ class LoraSettings(LayersSettings):
     """The learning rate of B in parts of that of A (LoRA+); 16 is usual. Both are the same where not given."""
     lora_plus_embedding_lr: float | None = Field(default=None, gt=0)
     """With --lora-plus-ratio, the peak learning rate of adapters on embeddings; 1e-6 where not given, as in PEFT."""
+
+    shard_base: Annotated[bool, OnResume.COMPUTED] = False
+    """In several processes: each has a part of the base in memory, and not the whole of it, for a model that is too large for one
+    machine."""
+
+    @model_validator(mode="after")
+    def _parts_are_enough(self) -> LoraSettings:
+        if self.shard_base and self.needing_whole:
+            what = f"shard_base: no process has the whole weights that {self.needing_whole} needs"
+            raise ValueError(f"{what}; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _rates_agree(self) -> LoraSettings:
@@ -112,6 +123,13 @@ class LoraSettings(LayersSettings):
     def factored(self) -> bool:
         """Whether A and B start from the factors of the weight."""
         return self.init in FACTORED
+
+    @property
+    def needing_whole(self) -> str:
+        """The setting that needs whole weights, of which no part is enough; empty where none does."""
+        also: dict[str, Any] = {"dora": self.dora, f"init {self.init}": self.factored}
+        also |= {"also_train": self.also_train, "train_new_tokens": self.train_new_tokens}
+        return next((name for name, is_given in also.items() if is_given), "")
 
     @property
     def starts_and_rates(self) -> str:

@@ -18,6 +18,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_sft.model.linears import SPLIT
+from mlx_sft.model.sharding import of_one_input
+
 Call = Callable[..., Any]
 
 _ATTENTION = "scaled_dot_product_attention"
@@ -42,7 +45,7 @@ class Block:
     run: Call | None = None
 
     def projected(self, x: mx.array) -> list[mx.array]:
-        return [getattr(self.module, name)(x) for name in self.first]
+        return of_one_input([getattr(self.module, name) for name in self.first], x)
 
     def core(self, projected: list[mx.array], x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """What the module computes from the first products, before the last."""
@@ -200,7 +203,7 @@ class _Watch:
 
 def is_linear(module: Any) -> bool:
     """Whether a module multiplies with a matrix of weights, alone or as the `linear` of a module with an adapter."""
-    return isinstance(getattr(module, "linear", module), nn.Linear | nn.QuantizedLinear)
+    return isinstance(getattr(module, "linear", module), (nn.Linear, nn.QuantizedLinear, *SPLIT))
 
 
 def _has_linears(child: Any) -> bool:

@@ -11,6 +11,11 @@ import mlx.nn as nn
 from mlx_sft.model.names import expert_name, transformers_name
 from mlx_sft.model.weights import Checkpoint
 
+SPLIT_OUTPUTS = (nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
+SPLIT_INPUTS = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
+"""Linear modules of which this process has some of the outputs, or computes with some of the inputs (`sharding.py`)."""
+SPLIT = (*SPLIT_OUTPUTS, *SPLIT_INPUTS)
+
 
 @cache
 def _experts() -> tuple[type[nn.Module], type[nn.Module]]:
@@ -30,7 +35,7 @@ def linear_modules(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     found = [
         (path, module)
         for path, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.QuantizedLinear, *_experts())
+        if type(module) in (nn.Linear, nn.QuantizedLinear, *SPLIT, *_experts())
     ]
     return {transformers_name(path): (path, module) for path, module in sorted(found, key=lambda one: _natural(one[0]))}
 
@@ -62,7 +67,17 @@ def joined_note(model: nn.Module) -> str:
 
 
 def weight_shape(linear: Any) -> tuple[int, ...]:
-    """[out, in] of a linear module or an embedding, [experts, out, in] of a layer's experts."""
+    """[out, in] of a linear module or an embedding, [experts, out, in] of a layer's experts; whole where processes have parts of it."""
+    shape = part_shape(linear)
+    if not isinstance(linear, SPLIT):
+        return shape
+    outputs, inputs = shape
+    processes = linear.group.size()
+    return (outputs * processes, inputs) if isinstance(linear, SPLIT_OUTPUTS) else (outputs, inputs * processes)
+
+
+def part_shape(linear: Any) -> tuple[int, ...]:
+    """The same of what this process has of it."""
     shape: tuple[int, ...] = linear.weight.shape
     return (*shape[:-1], linear.scales.shape[-1] * linear.group_size) if is_quantized(linear) else shape
 
@@ -76,7 +91,9 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def is_quantized(module: Any) -> bool:
     """Whether its weight is packed, with a scale for each group of numbers."""
-    return isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding | _experts()[1])
+    return isinstance(
+        module, (nn.QuantizedLinear, nn.QuantizedEmbedding, SPLIT_OUTPUTS[1], SPLIT_INPUTS[1], _experts()[1])
+    )
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

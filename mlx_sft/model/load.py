@@ -28,6 +28,7 @@ from mlx_sft.model.quantize import quantize as quantize_model
 from mlx_sft.model.quantize import stored_quantization
 from mlx_sft.model.reading import CheckpointReader, tied_as_stored
 from mlx_sft.model.rope import correct_ropes
+from mlx_sft.model.sharding import shard
 from mlx_sft.model.stored_form import take_stored_form
 from mlx_sft.model.translate import read_config, translate_config, unread
 from mlx_sft.model.vocabulary import grow
@@ -107,6 +108,7 @@ def load_model(
     *,
     quantize: str | None = None,
     new_tokens: NewTokens | None = None,
+    group: Any = None,
 ) -> LoadedModel:
     """Load a checkpoint with every floating weight cast to `dtype`.
 
@@ -117,6 +119,7 @@ def load_model(
         tokenizer: The checkpoint's, where it is loaded already.
         quantize: A name of `QUANTIZATIONS`: quantize the weights, from this precision, as `mlx_lm.convert` would.
         new_tokens: Tokens for which embeddings and head get rows, where they have none.
+        group: Processes of `mx.distributed`, each of which loads a part of the model, as for `--shard-base`; None for the whole.
 
     Raises:
         UserError: If the checkpoint is missing, incomplete, or has a setting that nothing would read.
@@ -139,6 +142,8 @@ def load_model(
         if quantize is not None:
             quantize_model(model, quantize)
         mark_joined(model, checkpoint)
+        if group is not None:
+            shard(model, group, name)
         mx.eval(model.parameters())
         reader.check_computed_with(model)
         model.freeze()

@@ -26,6 +26,7 @@ from mlx_sft.data.example import Example
 from mlx_sft.data.steps import Plan
 from mlx_sft.errors import UserError
 from mlx_sft.methods import Parameters
+from mlx_sft.model.load import resolve_dtype
 from mlx_sft.objectives import Weighting
 from mlx_sft.registry import OBJECTIVES
 from mlx_sft.training.failures import GPU_HINT, Interrupted, OutOfMemory
@@ -93,6 +94,17 @@ def asked_for(config: TrainConfig) -> tuple[Mode, ...]:
 def configured(mode: Mode) -> str:
     """What `grad_checkpoint` calls a mode."""
     return "on" if mode == "layers" else mode
+
+
+def decided(config: TrainConfig, settings: BatchSettings) -> TrainConfig:
+    """Every `auto` replaced by what it stands for here, so that a resumed run repeats it to the byte."""
+    decided = {
+        "dtype": resolve_dtype(config.dtype),
+        "micro_batch_tokens": settings.micro_batch_tokens,
+        "grad_checkpoint": configured(settings.mode),
+        "head_chunk": settings.head_chunk,
+    }
+    return config.model_copy(update=decided)
 
 
 def layout_on(
@@ -224,7 +236,7 @@ class MemoryPlanner:
 
     Attributes:
         ways_out: What would fit where this does not, each with its figure; where None, the ways are named without.
-        probe: What was measured; None where nothing was, and `why_no_probe` then says why.
+        probe: What was measured; None where nothing was, and `why_no_probe` then says why. Where that is given, nothing is.
     """
 
     config: TrainConfig
@@ -264,7 +276,9 @@ class MemoryPlanner:
             config = self.config.model_copy(update={"micro_batch_tokens": min(given, whole_step)})
             planner = replace(self, config=config)
         settings = planner.choose()
-        if settings is not None and (why := planner._why_no_probe(settings)):
+        if settings is None and planner.why_no_probe:
+            raise planner.refusal()
+        if settings is not None and (why := planner.why_no_probe or planner._why_no_probe(settings)):
             return replace(planner, why_no_probe=why), settings
         probe = planner._measured(gradient_computer, parameters, settings)
         planner = replace(planner, footprint=replace(self.footprint, correction=probe.correction), probe=probe)

@@ -19,6 +19,7 @@ from mlx_sft.data.new_tokens import NewTokens
 from mlx_sft.errors import UserError, blamed_on
 from mlx_sft.model.load import resolve_dtype
 from mlx_sft.model.outline import outline
+from mlx_sft.model.sharding import shard
 from mlx_sft.model.tiles import expected_tiles
 from mlx_sft.model.translate import DOWNLOAD_AGAIN, read_config
 from mlx_sft.model.vocabulary import vocabulary_size
@@ -109,13 +110,24 @@ def what_would_fit(planner: MemoryPlanner, path: Path, dtype: str, new_tokens: N
 
 
 def refuse_too_large(
-    config: TrainConfig, path: Path, machine: Machine, examples: Examples, new_tokens: NewTokens | None = None
+    config: TrainConfig,
+    path: Path,
+    machine: Machine,
+    examples: Examples,
+    new_tokens: NewTokens | None = None,
+    group: Any = None,
 ) -> None:
-    """Raise `UserError` where the weights alone would not fit, before any of them is read."""
+    """Raise `UserError` where the weights alone would not fit, or cannot be split among a group, before any of them is read."""
     dtype = resolve_dtype(config.dtype)
-    weights = weight_bytes(outline(path, dtype, config.quantize))
+    split = outline(path, dtype, config.quantize)
+    if group is not None:
+        shard(split.model, group, config.model, loaded=False)
+    weights = weight_bytes(split)
     if weights <= machine.memory:
         return
+    if group is not None:
+        what = f"its part of the weights alone takes {size(weights)} in {dtype}, of {size(machine.memory)}: {machine.basis}"
+        raise UserError(what, where=config.model, hint="start more processes, or give --quantize 4, or a smaller model")
     footprint = footprint_of(config, path, dtype, new_tokens, fused=machine.fused)
     planner = MemoryPlanner(config, machine, footprint, LongestRow.of(examples, PADDED), PADDED)
     ways = what_would_fit(planner, path, dtype, new_tokens) or ["a smaller model"]

@@ -109,6 +109,8 @@ class Job:
         return self.base.tokenizer
 
     def writes(self, token_ids: list[int], most: int, *, base: bool = False) -> Generator[tuple[str, str | None]]:
+        if self.gradient_computer.ranks.sharded:
+            raise UserError("the base is split among processes, and no process can write alone")
         is_bare = base and self.config.init_adapter is None and self.config.resume_from_peft is None
         loaded = self.base if is_bare else adapted(self.base, self.method, self.run, self.config)
         put_back = self.method.detach(self.model) if is_bare else None

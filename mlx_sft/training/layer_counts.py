@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_sft.cpu.fast_core import fast_core
 from mlx_sft.model.blocks import Block, calls_attention, find_blocks, is_linear, names_in
 from mlx_sft.model.head import SplitModel
-from mlx_sft.model.linears import is_experts, weight_shape
+from mlx_sft.model.linears import is_experts, part_shape
 from mlx_sft.model.stored_form import ShiftedRMSNorm
 from mlx_sft.training.gated_delta import UPDATE, chunked_holds
 
@@ -166,7 +166,7 @@ def _products(module: nn.Module, chosen: int = 1) -> Iterator[tuple[Any, int]]:
 
 def _widths(product: Any) -> tuple[int, int]:
     """In and out; of several experts' matrices, those of one."""
-    outputs, inputs = weight_shape(getattr(product, "linear", product))[-2:]
+    outputs, inputs = part_shape(getattr(product, "linear", product))[-2:]
     return inputs, outputs
 
 

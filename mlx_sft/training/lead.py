@@ -51,7 +51,7 @@ def cut_to_share(setup: Setup, settings: BatchSettings) -> BatchSettings:
     Not where the cut would change more than the last bits: with dropout, whose random numbers are a micro-batch's, and `--exact-reduce`.
     """
     ranks, train = setup.ranks, setup.data.train
-    if ranks.size == 1 or setup.config.exact_reduce or setup.method.uses_dropout:
+    if ranks.size == 1 or ranks.sharded or setup.config.exact_reduce or setup.method.uses_dropout:
         return settings
     of_step = float(train.needed_lengths.sum()) * setup.config.batch_size / len(np.unique(train.rows))
     tokens = max(_LEAST_TOKENS, round(of_step / (_FOR_EACH * ranks.size)))

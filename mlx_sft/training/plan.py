@@ -314,6 +314,10 @@ def _facts(plan: RunPlan) -> Pieces:
         facts["settings"] = f"--micro-batch-tokens {tokens} --grad-checkpoint {mode} --dtype {plan.dtype}"
     if words := in_words(plan.config.recommended()):
         facts["recommended"] = words
+    if getattr(plan.config, "shard_base", False):
+        facts["split base"] = (
+            "not counted here, where one machine has all of it: of N each has 1/N of the layers' weights"
+        )
     facts["time"] = _time(plan)
     width = max(map(len, facts))
     for name, value in facts.items():

@@ -83,10 +83,11 @@ def recommended(config: TrainConfig) -> dict[str, str]:
 
 
 def _processes(job: Job) -> dict[str, str]:
-    """How many share a step; empty for one alone."""
+    """How many share a step or the base; empty for one alone."""
     ranks = job.gradient_computer.ranks
-    exact = ", to the bits of one" if ranks.exact else ""
-    return {"processes": f"{ranks.size} share each step{exact}"} if ranks.size > 1 else {}
+    how = ", to the bits of one" if ranks.exact else ""
+    words = f"{ranks.size} have a part of the base each" if ranks.sharded else f"{ranks.size} share each step{how}"
+    return {"processes": words} if ranks.size > 1 else {}
 
 
 def _mixture(job: Job) -> dict[str, str]:

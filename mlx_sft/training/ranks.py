@@ -29,7 +29,7 @@ from mlx_sft.data.batches import Batch
 from mlx_sft.errors import FAILURE, UserError
 from mlx_sft.launch import own_rank
 from mlx_sft.methods import Parameters
-from mlx_sft.training.failures import BatchFailed, FailedBatch, Interrupted, OutOfMemory
+from mlx_sft.training.failures import BatchFailed, FailedBatch, Interrupted, OutOfMemory, is_out_of_memory, reason
 from mlx_sft.training.machine import Machine, this_machine
 from mlx_sft.training.stopping import Stopped
 
@@ -57,6 +57,7 @@ class Ranks:
             processes gives the bits of one.
         steps: Gradients that were computed together so far.
         memory: Bytes that each of them can take; None where this is one alone.
+        sharded: Whether each has a part of the base, so that all of them compute every micro-batch together.
         speeds: How fast each is, the fastest 1; by these the micro-batches are dealt.
         patience: Seconds that this process waits for the others in one exchange; None for as long as it takes.
     """
@@ -65,12 +66,18 @@ class Ranks:
         self._group = group
         self.rank: int = 0 if group is None else group.rank()
         self.size: int = 1 if group is None else group.size()
+        self.sharded = False
         self.memory: int | None = None
         self.patience: float | None
         self.speeds: tuple[float, ...]
         self.begin(exact=False)
         self._own = [0.0, 0.0]
         self._within = False  # what all compute together: then nobody is listening to rank 0
+
+    @property
+    def group(self) -> Any:
+        """The processes, of `mx.distributed`, where each has a part of the base; else None."""
+        return self._group if self.sharded else None
 
     @property
     def leads(self) -> bool:
@@ -159,6 +166,8 @@ class Ranks:
 
     def share(self, costs: Sequence[int]) -> list[bool]:
         """Which of a step's micro-batches this process computes: the largest first, each goes to who would be done with it first."""
+        if self.sharded:
+            return [True] * len(costs)
         owners, done = [0] * len(costs), [0.0] * self.size
         for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
             ends = [done[rank] + costs[index] / self.speeds[rank] for rank in range(self.size)]
@@ -170,7 +179,7 @@ class Ranks:
         """How fast each process was since this was last asked, the fastest 1, in tenths; None where one of them has done nothing."""
         seconds, tokens = self._took.T
         self._took = np.zeros((self.size, 2))
-        if not (seconds * tokens).all():
+        if self.sharded or not (seconds * tokens).all():
             return None
         speeds = tokens / seconds
         return tuple(max(0.1, round(float(speed), 1)) for speed in speeds / speeds.max())
@@ -196,6 +205,10 @@ class Ranks:
                 found[index] = compute(index)
         if self.size == 1:
             return found
+        if self.sharded:  # each has found the same
+            self._within = False
+            _raise(failed)
+            return found
         flat = np.concatenate([np.zeros(0, np.float32), *(one.reshape(-1) for one in found)])
         total = np.array(self._with_words(mx.array(flat), failed))
         ends = np.cumsum([one.size for one in found])[:-1]
@@ -216,6 +229,8 @@ class Ranks:
         """
         total: Parameters = {}
         flat = mx.zeros(0)
+        if self.sharded and self.rank:  # the loss of each is that of all
+            loss = mx.zeros_like(loss)
         for number, names in enumerate(_parts(like)):
             own = [
                 gradients.pop(name).astype(mx.float32).reshape(-1) if name in gradients else mx.zeros(like[name].size)
@@ -248,6 +263,29 @@ class Ranks:
             failed.append(error)
         self._longest = max(self._longest, time.monotonic() - started)
 
+    @contextmanager
+    def of_parts(self) -> Iterator[None]:
+        """In the block, processes that have parts of the base compute with all of them: where one fails, none can go on."""
+        if not self.sharded:
+            yield
+            return
+        before, self._within = self._within, True
+        with self._watched():
+            try:
+                yield
+            except (BatchFailed, RuntimeError, MemoryError) as error:
+                if not (isinstance(error, BatchFailed) or is_out_of_memory(error)):
+                    raise self._lost(error) from error
+                self._group = None  # the others are in the middle of it, and wait for other numbers
+                what = f"process {self.rank} could not compute its part: {reason(error)}"
+                hint = "give a smaller --micro-batch-tokens, or start more processes, and go on with --resume"
+                raise UserError(what, hint=hint) from error
+        self._within = before
+
+    def _lost(self, error: Exception) -> UserError:
+        self._group = None  # nothing more can be exchanged
+        return UserError(f"another process of this run was lost: {error}", hint=LOST_HINT)
+
     def _with_words(self, flat: mx.array, failed: Sequence[BaseException]) -> mx.array:
         """The sum of float32 arrays, and with it word of who failed and how long each took."""
         slots = np.zeros((self.size, _WORDS), np.float32)
@@ -273,9 +311,7 @@ class Ranks:
             try:
                 mx.eval(found)
             except RuntimeError as error:
-                self._group = None  # nothing more can be exchanged
-                what = f"another process of this run was lost: {error}"
-                raise UserError(what, hint=LOST_HINT) from error
+                raise self._lost(error) from error
         return found
 
     @contextmanager

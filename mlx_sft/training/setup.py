@@ -33,19 +33,19 @@ from mlx_sft.model.given import given_model, given_tokenizer
 from mlx_sft.model.head import SplitModel
 from mlx_sft.model.linears import joined_note
 from mlx_sft.model.load import extended_tokenizer, load_model, resolve_checkpoint, resolve_dtype, untested_note
-from mlx_sft.model.quantize import first_rows
+from mlx_sft.model.quantize import WeightRow, first_rows
 from mlx_sft.model.translate import read_config
 from mlx_sft.model.vocabulary import vocabulary_size
 from mlx_sft.objectives import make_objective
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.run_folder import RunFolder
-from mlx_sft.training import checkpoint, device, lead
+from mlx_sft.training import checkpoint, device, lead, sharded
 from mlx_sft.training.batch_settings import (
     BatchSettings,
     LongestRow,
     MemoryPlanner,
     asked_for,
-    configured,
+    decided,
     layout_on,
     predicted_peak,
 )
@@ -117,7 +117,11 @@ def prepare_job(
     mx.reset_peak_memory()
     setup = Setup(config, console, ExitStack() if held is None else held, given or Given(), ranks)
     setup.read_data()
-    setup.load_model()
+    if ranks.sharded:
+        sharded.begin(setup.config, ranks, identity_of(setup.config, setup.data, setup.path), begun=setup.begun)
+    with sharded.agreed(ranks):
+        setup.load_base()
+    setup.adapt()
     setup.plan_memory()
     setup.find_reference()
     setup.plan_steps(started)
@@ -140,6 +144,7 @@ class Setup:
         self.console, self.held, self.given, self.ranks = console, held, given, ranks
         self.anew, self.more_time = computed_anew(config), config.time_limit is not None
         self.config, self.run = _opened(_with_given(config, given), console, held)
+        sharded.settle(self.config, ranks, config.model_fields_set, console, in_memory=given.model is not None)
         self.begun = self.run is not None and bool(self.run.checkpoint_steps())
         self.path = resolve_checkpoint(self.config.model)
         self.callbacks = Callbacks.of_run(self.config, given.callbacks)
@@ -163,17 +168,17 @@ class Setup:
         self.callbacks.check(config, self.data)
         self.config = config
 
-    def load_model(self) -> None:
-        """The model with its method attached, once it is sure that it can compute every row and be merged, and what computes gradients."""
+    def load_base(self) -> None:
+        """The model without its method, or this process's part of it."""
         config, given = self.config, self.given
         self.machine = self.ranks.narrowed(within(this_machine(), config))
-        mx.set_memory_limit(
-            self.machine.memory
-        )  # rather than go beyond it, MLX waits for operations that are under way
+        # Rather than go beyond it, MLX waits for operations that are under way.
+        mx.set_memory_limit(self.machine.memory)
         settings: dict[str, Any] = {"quantize": config.quantize}
         if given.model is None:
-            refuse_too_large(config, self.path, self.machine, self.data.train, self.new_tokens)
-            base = load_model(config.model, config.dtype, self.tokenizer, new_tokens=self.new_tokens, **settings)
+            new, group = self.new_tokens, self.ranks.group
+            refuse_too_large(config, self.path, self.machine, self.data.train, new, group)
+            base = load_model(config.model, config.dtype, self.tokenizer, new_tokens=new, group=group, **settings)
         else:
             base = given_model(given.model, config.model, self.tokenizer, dtype=config.dtype, **settings)
         for note in filter(None, (untested_note(base.config), joined_note(base.model))):
@@ -181,36 +186,54 @@ class Setup:
         self.base, self.vocabulary = base, vocabulary_size(base.model, base.config)
         for part in (self.data.train, self.data.valid):
             check_vocabulary(part, self.vocabulary)
-        self.split, rows = SplitModel(base.model), first_rows(base.model)
-        self.meter = ForgettingMeter.of_run(config, self.data, self.split, self.vocabulary, self.console)
+
+    def adapt(self) -> None:
+        """The method is attached, once it is sure that rows can be computed and the result be merged; of a split base in all processes."""
+        rows = first_rows(self.base.model)
+        with self.ranks.of_parts():
+            self.split = SplitModel(self.base.model)
+        self.meter = None
+        if not self.ranks.sharded:
+            self.meter = ForgettingMeter.of_run(self.config, self.data, self.split, self.vocabulary, self.console)
+        elif self.config.forgetting and self.data.valid:
+            self.console.note("forgetting is not measured: the base is split among processes")
+        with sharded.agreed(self.ranks):
+            self._attach(rows)
+        objective, mode = make_objective(self.config), asked_for(self.config)[0]
+        noise = self.config.neftune_alpha
+        with self.ranks.of_parts():
+            self.computer = GradientComputer(
+                self.split, self.method, self.vocabulary, objective, recompute=mode, neftune_alpha=noise
+            )
+            self.layout = layout_on(self.machine, self.computer, self.parameters, self.data.train)
+        if self.meter:
+            self.meter.settle(head_is_frozen=self.computer.head_is_frozen(self.parameters))
+
+    def _attach(self, rows: dict[str, WeightRow]) -> None:
         self.config, self.method, self.parameters = starting_parameters(
-            config, base.model, self.tokenizer, begun=self.begun
+            self.config, self.base.model, self.tokenizer, begun=self.begun
         )
         if note := self.method.start_note():
             self.console.note(note)
-        check_exportable(base.path, self.method, self.parameters, rows, new_tokens=self.new_tokens)
+        if self.ranks.rank == 0:  # of another's part, the first row is not the checkpoint's
+            check_exportable(self.base.path, self.method, self.parameters, rows, new_tokens=self.new_tokens)
         for value in self.parameters.values():
             mx.eval(value)  # one after another: what they are computed from may be as large as the model
         refuse_dropout_outside_layers(self.method, self.split, self.parameters)
         for part in (self.data.train, self.data.valid):
-            refuse_inexact_length(part, base.path, self.method)
-        objective, mode = make_objective(self.config), asked_for(self.config)[0]
-        noise = self.config.neftune_alpha
-        self.computer = GradientComputer(
-            self.split, self.method, self.vocabulary, objective, recompute=mode, neftune_alpha=noise
-        )
-        if self.meter:
-            self.meter.settle(head_is_frozen=self.computer.head_is_frozen(self.parameters))
+            refuse_inexact_length(part, self.base.path, self.method)
 
     def plan_memory(self) -> None:
         """How a step is computed on this machine, by what is measured now, or was when a run that goes on began."""
-        config, computer, parameters, machine, train = (
-            self.config, self.computer, self.parameters, self.machine, self.data.train,
+        config, computer, parameters, machine, train, layout = (
+            self.config, self.computer, self.parameters, self.machine, self.data.train, self.layout,
         )  # fmt: skip
-        layout = layout_on(machine, computer, parameters, train)
-        device.ask(computer, parameters, layout, asked_for(config)[-1], machine, self.console)
+        if not self.ranks.sharded:
+            device.ask(computer, parameters, layout, asked_for(config)[-1], machine, self.console)
         if self.run:
             self.measured = Measured.of_run(self.run)
+        elif self.ranks.sharded:
+            self.measured = Measured()
         else:
             self.measured = measure(computer, self.split, parameters, train, layout, machine)
         layout = replace(layout, call_cost=self.measured.call_cost)
@@ -223,9 +246,11 @@ class Setup:
             what_would_fit, path=self.path, dtype=resolve_dtype(config.dtype), new_tokens=self.new_tokens
         )
         planner = MemoryPlanner(config, machine, footprint, LongestRow.of(train, layout), layout, ways_out)
+        if self.ranks.sharded:
+            planner = replace(planner, ways_out=None, why_no_probe=sharded.NO_PROBE)
         self.memory, settings = planner.plan(computer, parameters, len(train))
         self.settings = settings if config.micro_batch_tokens is not None else lead.cut_to_share(self, settings)
-        self.config = _decided(config, self.settings)
+        self.config = decided(config, self.settings)
 
     def find_reference(self) -> None:
         """What the model, as training starts, finds of every example, where the objective asks for it; a run that goes on has kept it."""
@@ -246,7 +271,7 @@ class Setup:
     def _configure(self) -> None:
         """Which shapes are compiled follows from the plan alone, so that a run that goes on compiles the same."""
         tokens, layout = self.settings.micro_batch_tokens, self.settings.layout
-        compiled = compiled_shapes(self.plan, self.data.train, tokens, layout)
+        compiled = () if self.ranks.sharded else compiled_shapes(self.plan, self.data.train, tokens, layout)
         self.computer.configure(self.settings.mode, compiled, self.settings.head_chunk)
 
     def take_up_state(self) -> None:
@@ -353,17 +378,6 @@ def _tokenizer(config: TrainConfig, path: Path, given: Given) -> tuple[PreTraine
     if config.chat_template is not None:
         tokenizer = with_template(copy.copy(tokenizer), config.chat_template, path)
     return tokenizer, added
-
-
-def _decided(config: TrainConfig, settings: BatchSettings) -> TrainConfig:
-    """Every `auto` replaced by what it stands for here, so that a resumed run repeats it to the byte."""
-    decided = {
-        "dtype": resolve_dtype(config.dtype),
-        "micro_batch_tokens": settings.micro_batch_tokens,
-        "grad_checkpoint": configured(settings.mode),
-        "head_chunk": settings.head_chunk,
-    }
-    return config.model_copy(update=decided)
 
 
 def _resumed(settings: BatchSettings, progress: Progress, anew: Collection[str]) -> tuple[BatchSettings, Progress]:

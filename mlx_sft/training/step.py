@@ -148,10 +148,11 @@ class GradientComputer:
         keys = mx.random.split(of_dropout, len(batches) + 1) if of_dropout is not None else [None] * len(batches)
         draws = self._draws(batches, key)
         self.ranks.told_of(batches, "gradient", key)
+        between = before_each if not self.ranks.sharded else lambda: None  # none leaves the others within a micro-batch
         try:
             with training_mode(self._split.model):
                 if weighting is None:
-                    weighting = self._weigh(batches, self._first_pass(parameters, batches, draws, keys, before_each))
+                    weighting = self._weigh(batches, self._first_pass(parameters, batches, draws, keys, between))
                 # Not those of the head, whose gradients are sums over its chunks.
                 rounded = self._method.rounded(parameters) | self._of_head(parameters)
                 weighs = [own_weights.any() for own_weights in weighting.weights]
@@ -162,13 +163,15 @@ class GradientComputer:
                 total = GradientSum(self.ranks, self._added, rounded)
                 with total.of_all(needed):
                     if self.ranks.size > 1:
-                        before_each()  # also where there is no share for this process
+                        between()  # also where there is no share for this process
                     for index in needed:
                         if not mine[index]:
                             continue
-                        before_each()
+                        between()
                         weights = (weighting.weights[index] / weighting.normalizer).astype(np.float32)
                         self._timed_step(total, index, rounded, batches[index], weights, keys[index], draws[index])
+                    if self.ranks.sharded:
+                        before_each()
         finally:
             self.bind(parameters)
         loss = total.loss if weighting.loss is None else mx.array(weighting.loss)
@@ -280,7 +283,7 @@ class GradientComputer:
     ) -> NDArray[np.float32]:
         """[2, positions] log p of the targets of a micro-batch, and the likeliest tokens, which float32 holds exactly."""
         head = self._head_for(parameters)
-        with failures_noticed(batch):
+        with self.ranks.of_parts(), failures_noticed(batch):
             hidden_states = self._states_of(batch, draw)
             targets, chunk = mx.array(batch.targets), self._chunk(head)
             losses, likeliest = position_losses(head, hidden_states, targets, chunk, fused=self._fused)
@@ -328,7 +331,7 @@ class GradientComputer:
         """A micro-step is added to the sum; what its first run of a compiled shape takes is noted apart."""
         batch: Batch = of_step[1]
         started = time.perf_counter()
-        with failures_noticed(batch):
+        with self.ranks.of_parts(), failures_noticed(batch):
             total.add(index, lambda: self.micro_step(*of_step))
         seconds, shape = time.perf_counter() - started, compiled_shape(batch, self.compiled)
         if shape and shape not in self._traced:

@@ -26,6 +26,7 @@ from mlx_sft.training.resume import identity_of, with_full_paths
 from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.setup import Given, Setup
 from mlx_sft.training.shapes import compiled_shapes
+from mlx_sft.training.sharded import agreed, refuse_other
 from mlx_sft.training.stopping import Stopped, stop_request
 
 
@@ -41,13 +42,16 @@ def work(ranks: Ranks, own: Callable[[], TrainConfig], given: Given | None = Non
     """
     with ExitStack() as held, stop_request() as request:
         prepare_device()
-        told = ranks.tell()
+        told, setup = ranks.tell(), None
+        if told["do"] == "shard":
+            setup = _with_part_of_base(told, own, held, ranks)
+            told = ranks.tell()
         if told["do"] == "end":
             return told
         problem = ""
         try:
             config = _placed_here(TrainConfig(**yaml.safe_load(told["config"])), own())
-            worker = _Worker(told, config, held, ranks, request.check, given or Given())
+            worker = _Worker(told, config, held, ranks, request.check, given or Given(), setup)
         except UserError as error:
             problem = ": ".join(filter(None, (error.where, error.what)))
         if any(ranks.said(problem)):
@@ -71,6 +75,27 @@ def _placed_here(told: TrainConfig, own: TrainConfig) -> TrainConfig:
     return told.model_copy(update=stated)
 
 
+def _with_part_of_base(
+    told: dict[str, Any], own: Callable[[], TrainConfig], held: ExitStack, ranks: Ranks
+) -> Setup | None:
+    """The setup of a process that has a part of the base, made in step with process 0; None where one of them cannot go on."""
+    ranks.sharded = True
+    try:
+        with agreed(ranks):
+            config = _placed_here(TrainConfig(**yaml.safe_load(told["config"])), own())
+            setup = Setup(config, Console(quiet=True), held, Given(), ranks)
+            setup.begun = told["begun"]
+            setup.read_data()
+            refuse_other(told, identity_of(setup.config, setup.data, setup.path))
+            setup.load_base()
+        setup.adapt()
+    except UserError:
+        if ranks.group is None:  # process 0 cannot say it
+            raise
+        return None
+    return setup
+
+
 class _Worker:
     """Each public method is what rank 0 may say."""
 
@@ -82,10 +107,15 @@ class _Worker:
         ranks: Ranks,
         check: Callable[[], None],
         given: Given,
+        setup: Setup | None = None,
     ) -> None:
-        setup = Setup(config, Console(quiet=True), held, given, ranks)
-        setup.read_data()
-        setup.load_model()
+        if setup is None:
+            setup = Setup(config, Console(quiet=True), held, given, ranks)
+            setup.read_data()
+            setup.load_base()
+            setup.adapt()
+        else:
+            setup.config = config
         same = identity_of(setup.config, setup.data, setup.path) | versions()
         if changed := [name for name, value in told["same"].items() if name != "config" and same[name] != value]:
             raise UserError(f"{' and '.join(changed)}: not as in process 0")
@@ -107,7 +137,7 @@ class _Worker:
     def configure(self, told: dict[str, Any]) -> None:
         plan = planned_steps(self.config, self.data)
         shapes = compiled_shapes(plan, self.data.train, told["tokens"], self._layout)
-        self.computer.configure(told["mode"], shapes, told.get("head"))
+        self.computer.configure(told["mode"], [] if self._ranks.sharded else shapes, told.get("head"))
 
     def take_up(self, told: dict[str, Any]) -> None:
         trained, fixed, state = map(
