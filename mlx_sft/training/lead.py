@@ -31,6 +31,8 @@ _FOR_EACH, _LEAST_TOKENS = 2, 256
 """Micro-batches of a step for each process, where they are no smaller than this, below which a GPU waits for its next kernel."""
 _MEASURED_STEPS = 5
 """After so many the speeds of the processes are known."""
+_NOTED = 0.8
+"""Of the fastest's speed: below it a process is told of."""
 _COMPARED_EVERY = 50
 """Steps between two comparisons of what is trained; it is compared before each checkpoint too."""
 
@@ -117,9 +119,9 @@ def after_step(job: Job, *, saves: bool) -> None:
         raise UserError(what, where=str(job.run.path), hint=hint)
     known = job.progress.speeds is not None and len(job.progress.speeds) == ranks.size
     if (saves or (not known and ranks.steps >= _MEASURED_STEPS)) and (speeds := ranks.measured()):
-        if speeds != ranks.speeds and min(speeds) < 1:
+        if speeds != ranks.speeds and min(speeds) < _NOTED:
             words = ", ".join(f"{speed:g}" for speed in speeds)
-            job.console.note(f"the processes are this fast, and get shares like it: {words}")
+            job.console.note(f"how fast the processes are, the fastest 1: {words}; each gets a share of the steps like it")
         _deal(ranks, speeds)
         job.progress = job.progress.after(speeds=speeds)
         if not saves:

@@ -238,7 +238,7 @@ Ranks.took = lambda self, seconds, tokens: took(self, seconds + 1, tokens)
     assert "out of memory in step 1" in said
     assert [record["rows"] > 1 for record in records(run) if record["kind"] == "out_of_memory"] == [True]
     assert [record["step"] for record in records(run) if record["kind"] == "train"] == list(range(1, 9))
-    assert "the processes are this fast, and get shares like it: 1, 0.1" in said
+    assert "how fast the processes are, the fastest 1: 1, 0.1; each gets a share" in said
     state = json.loads((RunFolder(run).checkpoint(8) / "state.json").read_text())
     assert state["progress"]["speeds"] == [1.0, 0.1]
 
