@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -264,7 +265,7 @@ def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None], *, compa
     hint = f"a row is one of {', '.join(known)}" if len(known) > 1 else f"such a row is {known[0]}"
     if columns := _columns_of_pair(row.value) if compares else _columns_for(row.value):
         way = "train on the chosen answers alone" if is_preference else "say where its parts are"
-        hint = f"{way}: --columns {columns}; {hint}"
+        hint = f"{way}: --columns {shlex.quote(columns)}"
     if is_preference and (compared := how_to_compare()):
         hint = f"{compared}; {hint}"
     return UserError(what, where=row.origin, hint=hint)
@@ -298,7 +299,7 @@ def _columns_for(value: dict[str, Any]) -> str:
         for names in (_ASKED, _ANSWERED, _ASKED_ABOUT, _REASONED, _WRITTEN)
     )
     if not (asked and answered):
-        return f"text={text}" if text else ""
+        return f"text={text}" if text else _columns_of_two(lower, asked, answered)
     parts = {"user": asked, "assistant": answered}
     if asked.lower() == "instruction":
         parts = {"instruction": asked, "output": answered, **({"input": about} if about else {})}
@@ -309,6 +310,17 @@ def _columns_for(value: dict[str, Any]) -> str:
     if "system_prompt" in lower:
         parts["system"] = lower["system_prompt"]
     return ",".join(f"{part}={column}" for part, column in parts.items() if part in _ALIASES or part != column)
+
+
+def _columns_of_two(texts: dict[str, str], asked: str, answered: str) -> str:
+    """The columns of a row of two texts, of which one at most is called as usual: the first is what is asked, where nothing tells."""
+    names = list(texts.values())
+    if len(names) != 2 or not all(re.fullmatch(r"[^=,]{1,100}", key) and key.isprintable() for key in names):
+        return ""
+    if any(map(_is_rejected, names)):
+        return ""
+    first, second = reversed(names) if names[1] == asked or names[0] == answered else names
+    return f"user={first},assistant={second}"
 
 
 def _columns_of_pair(value: dict[str, Any]) -> str:
