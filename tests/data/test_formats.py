@@ -272,6 +272,12 @@ def test_columns_that_nothing_tells_are_not_guessed(row: dict[str, Any]) -> None
     assert "--columns" not in caught.value.hint
 
 
+def test_a_table_without_names_of_columns_is_told_to_have_some() -> None:
+    with pytest.raises(UserError, match=r"it has 'Where is it\?', 'Here'") as caught:
+        item(**{"Where is it?": "Who?", "Here": "Me."})
+    assert caught.value.hint.endswith("put the names of its columns before it: question,answer")
+
+
 def test_every_shape_reads_its_own_example() -> None:
     for _, shape in FORMATS.items():
         row = Row("chats.jsonl:1", json.loads(shape.example.replace(", ...]", ', {"role": "gpt", "content": "a"}]')))
