@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # float32 is float32: on an M5 and on CUDA, MLX multiplies it as TF32, with 10 of its 23 bits, unless told otherwise before the first time.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+# Without PyTorch, transformers says on import that "models won't be available": its tokenizers and configurations are what is used here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __all__ = [
     "TrainConfig",

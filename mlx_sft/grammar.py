@@ -57,6 +57,8 @@ class Bare(click.Argument):
             given = (*((named,) if isinstance(named, str) else named), *words)
             meant = [f"{'--config' if _is_config(context, word) else option.opts[0]} {word}" for word in given]
             one = f"one {self.word} is taken: leave {' or '.join(given)} out"
+            if "prompt" in context.params:
+                one = f"one {self.word} is taken; what to ask goes to --prompt"
             hint = f"did you mean {' '.join(meant)}?" if option.multiple else one
             raise UserError(f"{stray[0]} stands there without an option", hint=hint, exit_code=USAGE)
         if words:

@@ -11,6 +11,9 @@ from mlx_sft.errors import nearest
 _RUNS, _DATA = Path("runs"), Path("data")
 """Where runs are made, and where people keep data."""
 
+_TABLES = (".xlsx", ".xls", ".numbers", ".ods")
+"""What programs for tables write, and nothing here reads."""
+
 _MARKS = {
     "config.yaml": "run",
     "adapter_config.json": "adapter",
@@ -48,7 +51,8 @@ def instead_of_data(path: Path) -> str:
     if kind_of(path) == "configuration":
         return f"settings of a run go to --config {path}"
     if path.exists():
-        return ""
+        is_table = path.suffix.lower() in _TABLES
+        return "save the table as CSV: `CSV UTF-8` in Excel, `Export To` in Numbers" if is_table else ""
     same = sorted(str(found) for found in _inside(path.parent) if found.stem == path.stem and found.is_file())
     if same:
         return f"did you mean {' or '.join(same)}?"

@@ -319,7 +319,8 @@ class RunFolder:
         planned = read_json(self.environment).get("total_steps") if self.environment.is_file() else None
         of = f" of {planned}" if isinstance(planned, int) else ""
         stands = f"step {steps[-1]}{of} is its newest checkpoint" if steps else "it has no checkpoint yet"
-        hint = f"finish it with `mlx-sft train --resume {self.path}`"
+        finish = f"finish it with `mlx-sft train --resume {self.path}`"
+        hint = "it is training now: wait until it ends" if self.is_training else finish
         hint += f", or {way_out} {_listed(steps)}" if steps and way_out else ""
         raise UserError(f"this run has not finished: {stands}", where=str(self.path), hint=hint)
 

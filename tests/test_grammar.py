@@ -84,6 +84,7 @@ def test_a_run_is_named_with_its_option_and_without(cli: Cli, arguments: list[st
             "one RUN is taken: leave b or a out",
         ),
         (["export", "a", "b", "--out", "x"], "b stands there without an option", "one RUN is taken: leave a or b out"),
+        (["generate", "a", "Why?"], "Why? stands", "one RUN is taken; what to ask goes to --prompt"),
         (["eval", "a", "--run", "b", "--data", "x"], "a stands", "did you mean --run b --run a?"),
         (["train", "a.jsonl", "b.jsonl"], "b.jsonl stands", "did you mean --data a.jsonl --data b.jsonl?"),
         (["train", "--data", "a", "--valid", "b", "c"], "c stands", "did you mean --data a --data c?"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_sft import UserError
-from mlx_sft.data.sources import locate
+from mlx_sft.data.sources import locate, reader_for
 from mlx_sft.methods.peft_files import read_config as peft_config
 from mlx_sft.model.load import resolve_checkpoint
 from mlx_sft.model.translate import read_config
@@ -72,6 +72,11 @@ def test_what_is_no_run(given: str, said: str) -> None:
 )
 def test_what_is_no_data(given: str, said: str) -> None:
     assert hint(locate, given).startswith(said)
+
+
+def test_a_table_of_excel_is_to_be_saved_as_csv(place: Path) -> None:
+    (place / "chats.XLSX").write_bytes(b"PK")
+    assert hint(reader_for, Path("chats.XLSX")).startswith("save the table as CSV")
 
 
 def test_what_is_no_model() -> None:

@@ -21,6 +21,8 @@ NAMES = {
     "per_device_train_batch_size": "{}batch{}size is the conversations of an optimizer step; memory decides",
     "num_layers": "write {}layers last:16",
     "iters": "write {}max{}steps",
+    "steps": "write {}max{}steps",
+    "batch": "write {}batch{}size",
     "output_dir": "write {}out",
     "lora_r": "write {}rank",
     "lora_alpha": "write {}alpha",

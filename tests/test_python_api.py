@@ -170,3 +170,15 @@ def test_float32_is_not_rounded_to_tf32_unless_that_is_asked_for(
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == held
     )
+
+
+def test_that_pytorch_is_missing_is_no_news_to_people_who_need_none() -> None:
+    code = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else found(name, *rest)
+import mlx_sft, transformers
+print(transformers.utils.is_torch_available())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("False", "")

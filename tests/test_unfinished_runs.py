@@ -116,6 +116,10 @@ def test_a_run_without_a_checkpoint_says_so(settings: dict[str, Any], tmp_path: 
         with pytest.raises(UserError, match="this run has not finished: it has no checkpoint yet") as caught:
             load_run(run.path, step=step)
         assert "--step" not in caught.value.hint
+        assert caught.value.hint == f"finish it with `mlx-sft train --resume {run.path}`"
+    with run.locked(), pytest.raises(UserError, match="this run has not finished") as caught:
+        load_run(run.path)
+    assert caught.value.hint == "it is training now: wait until it ends"
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

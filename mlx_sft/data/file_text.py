@@ -22,7 +22,7 @@ OnBytes = Callable[[int], None]
 """Told how many bytes of a file, as it lies on the disk, have been read."""
 COMPRESSIONS = (".gz", ".zst")
 """The suffixes that a compressed file's name has behind that of its format."""
-INSTALL_HINT = "install the readers for it: pip install 'mlx-sft[data]'"
+INSTALL_HINT = "install mlx-sft with the readers for it: pip install 'mlx-sft[data]', in a clone '.[data]'; uv tool and pipx likewise"
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _CHUNK = 1 << 20
@@ -164,4 +164,4 @@ def text_chunks(path: Path, on_bytes: OnBytes | None) -> Iterator[str]:
 
 def _not_utf_8(error: UnicodeDecodeError, column: str, place: str) -> UserError:
     what = f"not UTF-8 text: byte 0x{error.object[error.start]:02x}{column}"
-    return UserError(what, where=place, hint="save the file as UTF-8")
+    return UserError(what, where=place, hint="save the file as UTF-8, which Excel calls `CSV UTF-8`")

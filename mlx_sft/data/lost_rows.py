@@ -53,13 +53,26 @@ class BadRows:
             hint = f"{notes[0].hint}; {go_on}" if notes[0].hint else go_on
             raise UserError(notes[0].reason, where=notes[0].origin, hint=hint)
         count = f"at least {len(notes)}" if len(notes) == SHOWN_BAD_ROWS else str(len(notes))
-        lines = "".join(f"\n  {note.origin}: {note.reason}" for note in notes)
+        alike: dict[str, list[str]] = {}
+        for note in notes:
+            alike.setdefault(note.reason, []).append(note.origin)
+        lines = "".join(f"\n  {_together(origins)}: {reason}" for reason, origins in alike.items())
         hints = list(dict.fromkeys(note.hint for note in notes if note.hint))
         raise UserError(
             f"{count} rows cannot be used:{lines}",
             where=self._source,
             hint="\n  ".join([*hints[:3], go_on]),
         )
+
+
+def _together(origins: list[str]) -> str:
+    """`a.jsonl:1, 2, b.jsonl:7` of `a.jsonl:1`, `a.jsonl:2` and `b.jsonl:7`."""
+    files = [origin.rpartition(":")[0] for origin in origins]
+    shown = [
+        origin.removeprefix(f"{file}:") if file and file == before else origin
+        for origin, file, before in zip(origins, files, ["", *files], strict=False)
+    ]
+    return ", ".join(shown)
 
 
 def refuse_lost_data(sources: Sequence[SourceReport], max_length: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -262,9 +263,11 @@ def _unknown(row: Row, told_by: Callable[[set[str]], RowFormat | None], *, compa
     what = f"{kind}: {'it has ' + _keys_shown(row.value) if row.value else 'it is empty'}"
     known = [row_format.example for row_format in _formats() if bool(row_format.compares) == compares]
     hint = f"a row is one of {', '.join(known)}" if len(known) > 1 else f"such a row is {known[0]}"
-    if columns := _columns_of_pair(row.value) if compares else _columns_for(row.value):
+    if any(key.endswith((".", "?", "!")) for key in row.value):
+        hint = "where a table's first line is a row already, put the names of its columns before it: question,answer"
+    elif columns := _columns_of_pair(row.value) if compares else _columns_for(row.value):
         way = "train on the chosen answers alone" if is_preference else "say where its parts are"
-        hint = f"{way}: --columns {columns}; {hint}"
+        hint = f"{way}: --columns {shlex.quote(columns)}"
     if is_preference and (compared := how_to_compare()):
         hint = f"{compared}; {hint}"
     return UserError(what, where=row.origin, hint=hint)
@@ -298,7 +301,7 @@ def _columns_for(value: dict[str, Any]) -> str:
         for names in (_ASKED, _ANSWERED, _ASKED_ABOUT, _REASONED, _WRITTEN)
     )
     if not (asked and answered):
-        return f"text={text}" if text else ""
+        return f"text={text}" if text else _columns_of_two(lower, asked, answered)
     parts = {"user": asked, "assistant": answered}
     if asked.lower() == "instruction":
         parts = {"instruction": asked, "output": answered, **({"input": about} if about else {})}
@@ -309,6 +312,15 @@ def _columns_for(value: dict[str, Any]) -> str:
     if "system_prompt" in lower:
         parts["system"] = lower["system_prompt"]
     return ",".join(f"{part}={column}" for part, column in parts.items() if part in _ALIASES or part != column)
+
+
+def _columns_of_two(texts: dict[str, str], asked: str, answered: str) -> str:
+    """The columns of a row of two texts, of which one at most is called as usual: the first is what is asked, where nothing tells."""
+    names = [key for key in texts.values() if re.fullmatch(r"(?!rejected)[^=,]{1,100}", key) and key.isprintable()]
+    if not len(names) == len(texts) == 2:
+        return ""
+    first, second = reversed(names) if names[1] == asked or names[0] == answered else names
+    return f"user={first},assistant={second}"
 
 
 def _columns_of_pair(value: dict[str, Any]) -> str:

@@ -111,9 +111,12 @@ def _of_validation(files: RunFiles, best: Evaluation, last: Evaluation, state: S
         if state == "running":
             return [Sentence("good", f"{fell} It is still falling.")]
         return [Sentence("good", f"{fell} It was still falling at the end: more epochs may help{_more_with(files)}.")]
-    level = (
-        "It has levelled off: more of the same would change little." if state != "running" else "It has levelled off."
-    )
+    level = "It has levelled off"
+    if state == "finished" and last.step == best.step and files.settings.get("scheduler") != "constant":
+        why = "as any loss does while the learning rate goes to zero"
+        level += f", {why}: where answers are not right yet, more epochs may still help{_more_with(files)}."
+    else:
+        level += "." if state == "running" else ": more of the same would change little."
     return [Sentence("good" if best.loss < first.loss else "plain", f"{fell} {level}")]
 
 
@@ -129,7 +132,8 @@ def _of_forgetting(metrics: Metrics) -> list[Sentence]:
         f"On general texts the model has {how_far} from the base: a token that the base would write has become {share} less likely "
         f"(forgetting {value:.3g} nats, step {of_result.step:,})."
     )
-    more = " Fewer steps, a lower --lr, a smaller --rank or general rows among the data keep more of what it knew."
+    ways = "fewer steps, a lower --lr, a smaller --rank or general rows among the data"
+    more = f" Where it must do other things too, {ways} keep more of what it knew."
     return [Sentence(weight, text + (more if weight == "warn" else ""))]
 
 

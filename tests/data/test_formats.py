@@ -232,7 +232,7 @@ def test_a_row_that_is_wrong_says_where_and_how(row: dict[str, Any], reason: str
 def test_the_worse_answer_of_a_preference_is_never_the_one_to_train_on() -> None:
     with pytest.raises(UserError, match="a row of preferences") as caught:
         item(rejected_messages=[USER, ASSISTANT], chosen_messages=[USER, ASSISTANT])
-    assert "--columns messages=chosen_messages;" in caught.value.hint
+    assert caught.value.hint.endswith("--columns messages=chosen_messages")
     with pytest.raises(UserError, match="a row of preferences") as caught:
         item(rejected_messages=[USER, ASSISTANT], question="a")
     assert "--columns" not in caught.value.hint
@@ -245,6 +245,37 @@ def test_a_row_without_a_known_shape_is_told_all_shapes() -> None:
     with pytest.raises(UserError) as caught:
         RowReader(compares=True).read(Row("chats.jsonl:17", {"a": 1}))
     assert caught.value.hint == f"a row is one of {FORMATS['pairs'].example}, {FORMATS['swift-pairs'].example}"
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"Customer": "a", "Our reply": "b"}, "'user=Customer,assistant=Our reply'"),
+        ({"q": "a", "a": "b", "number": 3}, "user=q,assistant=a"),
+        ({"Answer": "a", "Topic": "b"}, "user=Topic,assistant=Answer"),
+        ({"Topic": "a", "Question": "b"}, "user=Question,assistant=Topic"),
+    ],
+)
+def test_of_two_texts_one_is_taken_to_be_the_question_and_one_the_answer(row: dict[str, Any], columns: str) -> None:
+    with pytest.raises(UserError, match="a row without a known format") as caught:
+        item(**row)
+    assert caught.value.hint == f"say where its parts are: --columns {columns}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"a,b": "a", "c": "b"}, {"a": "a", "b": "b", "c": "c"}, {"a": "a", "rejected": "b"}, {"\x1b[2J": "a", "c": "b"}],
+)
+def test_columns_that_nothing_tells_are_not_guessed(row: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="a row ") as caught:
+        item(**row)
+    assert "--columns" not in caught.value.hint
+
+
+def test_a_table_without_names_of_columns_is_told_to_have_some() -> None:
+    with pytest.raises(UserError, match=r"it has 'Where is it\?', 'Here'") as caught:
+        item(**{"Where is it?": "Who?", "Here": "Me."})
+    assert caught.value.hint.endswith("put the names of its columns before it: question,answer")
 
 
 def test_every_shape_reads_its_own_example() -> None:

@@ -76,6 +76,17 @@ def test_a_level_loss_says_so(make_folder: MakeFolder) -> None:
     assert only(sentences, "levelled off").weight == "good"
 
 
+def test_a_loss_that_is_level_because_the_learning_rate_went_to_zero_does_not_say_that_more_is_in_vain(
+    make_folder: MakeFolder,
+) -> None:
+    level = [*falling(), evaluation(50, 2.0), evaluation(80, 1.5), evaluation(100, 1.495)]
+    told = only(said(make_folder, level), "levelled off").text
+    assert "where answers are not right yet, more epochs may still help (`mlx-sft train --resume " in told
+    assert told.endswith("/run --epochs 5`).")
+    constant = said(make_folder, level, name="b", settings={"scheduler": "constant"})
+    assert only(constant, "levelled off").text.endswith("It has levelled off: more of the same would change little.")
+
+
 def test_a_loss_that_diverged_is_bad_news(make_folder: MakeFolder) -> None:
     records = falling() + [step(n, 9.0) for n in range(101, 141)]
     sentence = only(said(make_folder, records, planned=140), "The loss diverged: it was")
