@@ -64,7 +64,8 @@ def measured(ranks: Ranks) -> Iterator[Finding]:
     """Of the processes that this one was started among: what they are, how fast the line is, and what would be gained; in each alike."""
     machine = this_machine()
     own = {
-        "name": f"{platform.node()}, {machine.name}",
+        "node": platform.node(),
+        "name": machine.name,
         "memory": machine.memory,
         "speed": measured_teraflops(machine.dtype),
     }
@@ -73,10 +74,13 @@ def measured(ranks: Ranks) -> Iterator[Finding]:
     for rank, (said, theirs) in enumerate(zip(every, packages, strict=True)):
         other = [f"{name} {theirs[name]}" for name in _PACKAGES if theirs[name] != packages[0][name]]
         wrong = f"it has {', '.join(other)}: install the same on all of them" if other else ""
-        found = f"{said['name']}, {size(said['memory'])} for a run, {said['speed']:.2g} TFLOP/s"
+        found = f"{said['node']}, {said['name']}, {size(said['memory'])} for a run, {said['speed']:.2g} TFLOP/s"
         yield Finding(f"process {rank}", found, wrong, wrong=bool(wrong))
     latency, rate = _line(ranks)
     yield Finding("line", f"{1000 * latency:.2f} ms for a word, {size(int(rate))} a second")
+    if len({said["node"] for said in every}) < len(every):
+        yield Finding("gain", "not told: some of these are one machine, whose speed they share")
+        return
     yield _gain([said["speed"] for said in every], latency, rate)
 
 

@@ -24,7 +24,7 @@ def test_processes_of_this_machine_measure_the_line_between_them() -> None:
     assert list(said) == ["127.0.0.1", "localhost", "process 0", "process 1", "line", "gain"]
     assert not any(line["wrong"] for line in lines)
     assert "ms for a word" in said["line"]
-    assert "estimated" in said["gain"]
+    assert "some of these are one machine" in said["gain"]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,12 @@ def test_each_machine_is_asked_by_ssh(
         {"ssh": "127.0.0.1", "ips": ["10.0.0.7"]},
         {"ssh": "other", "ips": ["10.0.0.7"]},
     ]
+
+
+def test_a_slow_line_or_a_slow_machine_gains_nothing() -> None:
+    assert hosts._gain([10.0, 10.0], 1e-3, 1e9).found.startswith("1.9 times the fastest alone (estimated")
+    assert hosts._gain([10.0, 5.0], 1e-3, 1e9).found.startswith("1.5 times")
+    assert hosts._gain([10.0, 0.1], 1e-3, 1e7).found.startswith("nothing: the fastest alone is faster")
 
 
 def test_a_name_that_nobody_has_and_a_lone_machine() -> None:

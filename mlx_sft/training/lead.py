@@ -121,7 +121,9 @@ def after_step(job: Job, *, saves: bool) -> None:
     if (saves or (not known and ranks.steps >= _MEASURED_STEPS)) and (speeds := ranks.measured()):
         if speeds != ranks.speeds and min(speeds) < _NOTED:
             words = ", ".join(f"{speed:g}" for speed in speeds)
-            job.console.note(f"how fast the processes are, the fastest 1: {words}; each gets a share of the steps like it")
+            job.console.note(
+                f"how fast the processes are, the fastest 1: {words}; each gets a share of the steps like it"
+            )
         _deal(ranks, speeds)
         job.progress = job.progress.after(speeds=speeds)
         if not saves:
