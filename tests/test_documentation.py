@@ -28,6 +28,7 @@ NOT_RUN = {
     r"^(doctor|push (?!.*--dry-run))": "the machine or the network",
     r"--format (trl|adapters|mlx-cache)|--resume|my-job": "a run of its own kind, which the tests of that export and of resuming make",
     r"^serve |--serve|--live": "a server, until it is ended, or a browser",
+    "--ranks": "processes of their own, which their tests start",
     "--report-to": "packages of other programs, with which tests/training/test_report_to.py talks",
     r"^runs rm|--step|/Volumes|~/": "runs and places that only the reader has",
 }

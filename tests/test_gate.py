@@ -219,7 +219,7 @@ READERS: list[Callable[[Path], Any]] = [
     load_tokenizer,
     lambda folder: outline(folder, "float32"),
     Checkpoint.open,
-    lambda folder: train(TrainConfig(data=["-"], model=str(folder))),
+    lambda folder: train(TrainConfig(data=[str(folder / "config.json")], model=str(folder))),
 ]
 
 
@@ -354,6 +354,8 @@ _NO_FOLDER_OF_OTHERS = {
     "data/sources.py rows load_dataset": "a data set of the Hub, by its name",
     "data/cache.py _module_digest Path(file).read_bytes": "this program's code",
     "data/cache.py _code file.read_bytes": "this program's code",
+    "training/lead.py versions path.read_bytes": "this program's code",
+    "launch.py own_rank hosts.read_text": "written by what started this process, and a regular file",
     "data/chat_template.py template_text (_NAMED / f'{given}.jinja').read_text": "comes with this package",
     "web_page.py _text file.read_text": "comes with this package",
     "charts.py  Path(__file__).with_name(f'charts.{kind}').read_text": "comes with this package",

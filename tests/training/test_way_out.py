@@ -11,6 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from mlx_sft import TrainConfig, UserError, train
+from mlx_sft.optimizers.adamw import AdamW
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training import loop
 from mlx_sft.training.callbacks import Callback, Record, TrainingRun
@@ -132,14 +133,14 @@ def test_nor_a_line_of_metrics_that_is_written_in_part(
 def test_a_state_in_the_middle_of_an_update_is_not_saved(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, taken = loop.clip_scale, iter(range(9))
+    own, taken = AdamW.update, iter(range(9))
 
     def failing(*arguments: Any) -> Any:
         if next(taken) == 2:
             raise RuntimeError("in the update")
         return own(*arguments)
 
-    monkeypatch.setattr(loop, "clip_scale", failing)
+    monkeypatch.setattr(AdamW, "update", failing)
     with pytest.raises(RuntimeError, match="in the update"):
         train(TrainConfig(**options))
     assert RunFolder(options["out"]).checkpoint_steps() == []
