@@ -30,6 +30,7 @@ from benchmarks.rows import pairs
 from benchmarks.workload import make_checkpoint, shape, write_rows
 from mlx_sft import TrainConfig, train
 from mlx_sft.data.batches import cut_step
+from mlx_sft.launch import environments, own_rank
 from mlx_sft.training.callbacks import Callback
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -129,14 +130,14 @@ def main() -> None:
     what, config, result = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if what == "sums":
         found: Any = timed_sums()
-    elif os.environ.get("MLX_RANK", "0") == "0":
+    elif not own_rank():
         found = trained_steps(config)
     else:
         from mlx_sft.cli import main as mlx_sft
 
         mlx_sft(["train", "--config", str(config)])
         return
-    if os.environ.get("MLX_RANK", "0") == "0":
+    if not own_rank():
         result.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -149,12 +150,6 @@ def together(ranks: int, what: str, config: Path, folder: Path) -> Any:
     Raises:
         Broken: Where one of them failed, or took too long.
     """
-    with ExitStack() as bound:
-        sockets = [bound.enter_context(socket.socket()) for _ in range(ranks)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
-    (folder / "hosts.json").write_text(json.dumps(hosts), encoding="utf-8")
     result = folder / "result.json"
     blas, threads = fast_blas(), {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     common = os.environ | threads | ({"LD_PRELOAD": blas} if blas else {})
@@ -162,8 +157,7 @@ def together(ranks: int, what: str, config: Path, folder: Path) -> Any:
     with ExitStack() as held:
         said = held.enter_context(tempfile.TemporaryFile())
         children = []
-        for rank in range(ranks):
-            own = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")} if ranks > 1 else {}
+        for own in environments(ranks, folder) if ranks > 1 else [{}]:
             child = subprocess.Popen(
                 command, cwd=ROOT, env=common | own, stdout=said, stderr=said, start_new_session=True
             )

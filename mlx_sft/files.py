@@ -16,6 +16,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,15 @@ def sha256_line(path: Path) -> str:
     """A file's line in a list of checksums, as `sha256sum` writes it."""
     with open_regular(path) as file:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
+
+
+@cache
+def code_digest(folder: Path) -> str:
+    """SHA-256 of all Python code below a folder, with the files' names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)} ".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def free_bytes(path: Path) -> int:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,16 +19,16 @@ import mlx.core as mx
 from mlx_sft.console import size
 from mlx_sft.doctor import Finding
 from mlx_sft.launch import launcher
+from mlx_sft.training.lead import versions
 from mlx_sft.training.machine import measured_teraflops, this_machine
 from mlx_sft.training.plan import REACHED
 from mlx_sft.training.ranks import Ranks
-from mlx_sft.writing import new_file, private_folder
+from mlx_sft.writing import private_folder, write_file
 
 _SECONDS, _TOGETHER_SECONDS = 10, 120
 """In which a machine must answer, and all of them have measured."""
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SECONDS}")
 _LOCAL = ("127.0.0.1", "localhost")
-_PACKAGES = ("mlx-sft", "mlx", "mlx-lm", "transformers")
 _TRIES, _LARGE = 5, 32 * 2**20
 _STEP_TOKENS, _OPERATIONS, _ADAPTER = 4096, 4 * 0.6e9, 20e6
 """The step that the gain is told of: tokens, operations a token of Qwen3-0.6B with a frozen base, bytes of a LoRA of rank 8 in float32."""
@@ -45,8 +44,7 @@ def measure_together(hosts: Sequence[str], options: Sequence[str]) -> Iterator[F
     """Start `doctor` on all hosts at once, which says itself what is measured between them; what keeps it from that is found here."""
     with private_folder() as folder:
         hostfile = Path(folder) / "hosts.json"
-        with new_file(hostfile) as file:
-            file.write(json.dumps(as_hostfile(hosts)).encode())
+        write_file(hostfile, json.dumps(as_hostfile(hosts)))
         command = [launcher(), "--hostfile", str(hostfile), "--", sys.executable, "-m", "mlx_sft", "doctor", *options]
         try:
             subprocess.run(command, check=False, timeout=_TOGETHER_SECONDS)  # noqa: S603
@@ -70,9 +68,9 @@ def measured(ranks: Ranks) -> Iterator[Finding]:
         "speed": measured_teraflops(machine.dtype),
     }
     every = [json.loads(text) for text in ranks.said(json.dumps(own))]
-    packages = [json.loads(text) for text in ranks.said(json.dumps({name: version(name) for name in _PACKAGES}))]
+    packages = [json.loads(text) for text in ranks.said(json.dumps(versions()))]
     for rank, (said, theirs) in enumerate(zip(every, packages, strict=True)):
-        other = [f"{name} {theirs[name]}" for name in _PACKAGES if theirs[name] != packages[0][name]]
+        other = [f"{name} {value[:12]}" for name, value in theirs.items() if value != packages[0][name]]
         wrong = f"it has {', '.join(other)}: install the same on all of them" if other else ""
         found = f"{said['node']}, {said['name']}, {size(said['memory'])} for a run, {said['speed']:.2g} TFLOP/s"
         yield Finding(f"process {rank}", found, wrong, wrong=bool(wrong))

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from mlx_sft.writing import new_file, private_folder
+from mlx_sft.writing import private_folder, write_file
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE = 60.0
@@ -39,17 +39,26 @@ def launcher() -> str:
     return str(beside) if beside.exists() else shutil.which("mlx.launch") or "mlx.launch"
 
 
+def environments(number: int, folder: Path) -> list[dict[str, str]]:
+    """What each of so many processes of this machine has in its environment; their hostfile is written into the folder."""
+    with ExitStack() as bound:
+        sockets = [bound.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
+    file = folder / "hosts.json"
+    write_file(file, json.dumps(hosts))
+    return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(file)} for rank in range(number)]
+
+
 def launched(number: int, arguments: Sequence[str]) -> int:
     """Start `mlx-sft` with these arguments in so many processes, which share a run, and wait for them; the first's exit code."""
     with private_folder() as folder, ExitStack() as ended:
-        hosts = Path(folder) / "hosts.json"
-        with new_file(hosts) as file:
-            file.write(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(number)]).encode())
         started = []
-        for rank in range(number):
+        for rank, own in enumerate(environments(number, Path(folder))):
             child = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", "mlx_sft", *arguments],
-                env=os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+                env=os.environ | own,
                 stdin=subprocess.DEVNULL if rank else None,
                 start_new_session=True,  # signals reach the first, which tells the others
             )
@@ -82,11 +91,3 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             child.wait(_PATIENCE)
             return
         stop()
-
-
-def _free_ports(number: int) -> list[int]:
-    with ExitStack() as bound:
-        sockets = [bound.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]

@@ -6,6 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sft.run_folder import RunFolder
+
 TIMINGS = {"time", "seconds", "data_wait_seconds", "tokens_per_second", "peak_memory_bytes"}
 TIMINGS |= {"active_memory_bytes", "cache_memory_bytes", "footprint_bytes"}
 """What a line of metrics says of the machine."""
@@ -31,3 +37,27 @@ def outcome(run: Path) -> dict[str, Any]:
             content = content.splitlines()[:-1]  # the last is state.json's
         found[str(path.relative_to(run))] = content
     return found
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of its metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(run: Path) -> dict[str, mx.array]:
+    """Its adapter."""
+    return mx.load(str(RunFolder(run).adapter / "adapter_model.safetensors"))  # type: ignore[return-value]
+
+
+def assert_agree(run: Path, other: Path) -> None:
+    """Losses, norms of gradients and accuracies of two runs, and what they trained, to 1e-5."""
+    of_run, of_other = records(run), records(other)
+    assert [record["step"] for record in of_other] == [record["step"] for record in of_run]
+    for record, found in zip(of_run, of_other, strict=True):
+        for name in ("loss", "grad_norm", "exact_match", "token_accuracy"):
+            if record.get(name) is not None:
+                assert found[name] == pytest.approx(record[name], rel=1e-5), name
+    expected, arrays = trained(run), trained(other)
+    assert expected.keys() == arrays.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(arrays[name], value, atol=1e-5 * float(mx.abs(value).max()), err_msg=name)

@@ -353,8 +353,6 @@ _CHECKED_BEFORE = {
 _NO_FOLDER_OF_OTHERS = {
     "data/sources.py rows load_dataset": "a data set of the Hub, by its name",
     "data/cache.py _module_digest Path(file).read_bytes": "this program's code",
-    "data/cache.py _code file.read_bytes": "this program's code",
-    "training/lead.py versions path.read_bytes": "this program's code",
     "launch.py own_rank hosts.read_text": "written by what started this process, and a regular file",
     "data/chat_template.py template_text (_NAMED / f'{given}.jinja').read_text": "comes with this package",
     "web_page.py _text file.read_text": "comes with this package",

@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +36,7 @@ from mlx_sft.data.key_counts import KeyCount, KeyCounts
 from mlx_sft.data.pipeline import Pipeline, ReadingProgress
 from mlx_sft.data.splitting import BREAK
 from mlx_sft.errors import UserError
-from mlx_sft.files import open_regular, read_json
+from mlx_sft.files import code_digest, open_regular, read_json
 from mlx_sft.registry import FORMATS
 from mlx_sft.writing import new_file, open_to_append, private_folder, remove
 
@@ -84,7 +83,7 @@ def entry_key(sha256: str, name: str, pipeline: Pipeline) -> str:
         "objective": objective and [objective.name, objective.settings.model_dump(), _module_digest(type(objective))],
         "special_in_content": pipeline.special_in_content,
         "ignore_unknown_keys": pipeline.keys.ignore_unknown,
-        "code": [_code(), platform.python_version(), *map(version, _PACKAGES)],
+        "code": [code_digest(Path(__file__).parent), platform.python_version(), *map(version, _PACKAGES)],
     }
     return hashlib.sha256(json.dumps(parts, default=repr).encode()).hexdigest()
 
@@ -116,15 +115,6 @@ def _module_digest(thing: Any) -> str:
     """SHA-256 of the file that a function or class is from; never twice the same where there is none, as in a notebook."""
     file = getattr(sys.modules.get(thing.__module__), "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else repr(time.time_ns())
-
-
-@cache
-def _code() -> str:
-    """SHA-256 of the code of the data room, of which any line may matter."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 # An entry

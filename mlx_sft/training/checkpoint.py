@@ -9,12 +9,14 @@ checkpoints/step-00000050/
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import mlx.core as mx
+import numpy as np
 from pydantic import ConfigDict, Field, FiniteFloat, NonNegativeInt, TypeAdapter, ValidationError
 
 from mlx_sft.errors import UserError
@@ -96,6 +98,15 @@ class Progress:
 
     def after(self, **changes: Any) -> Progress:
         return replace(self, **changes)
+
+
+def digest(arrays: Parameters) -> str:
+    """SHA-256 of arrays, by name: their shapes, types and numbers."""
+    found = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        found.update(f"{name} {value.shape} {value.dtype} ".encode())
+        found.update(np.array(mx.contiguous(value.reshape(-1)).view(mx.uint8)).tobytes())  # NumPy has no bfloat16
+    return found.hexdigest()
 
 
 def dropout_key(seed: int, step: int) -> mx.array:

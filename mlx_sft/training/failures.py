@@ -5,13 +5,14 @@ Told by what MLX's errors say, which are all of one kind to Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_sft.data.batches import Batch
+from mlx_sft.training.stopping import Stopped
 
 _OUT_OF_MEMORY = ("allocate", "insufficient memory", "out of memory", "bad_alloc")
 """What MLX's errors say where there is no memory, on Metal and CUDA. On the CPU the system ends the process instead."""
@@ -19,6 +20,8 @@ _OUT_OF_MEMORY = ("allocate", "insufficient memory", "out of memory", "bad_alloc
 _INTERRUPTED = ("command buffer execution failed", "resource limit (")
 """What else Metal's errors say: a command took too long for the display (`Impacting Interactivity`) or at all (`Timeout`), another's failed
 (`Innocent Victim`, `SubmissionsIgnored`), or there were too many arrays at once."""
+
+_KIND_OUT_OF_MEMORY, _KIND_INTERRUPTED, _KIND_STOPPED = 1, 2, 3
 
 GPU_HINT = "close what else draws on the display or let it sleep, or give a smaller --micro-batch-tokens"
 
@@ -77,3 +80,24 @@ def failures_noticed(batch: Batch) -> Iterator[None]:
         if is_interrupted(error):
             raise Interrupted(failed) from error
         raise
+
+
+def as_numbers(failed: Sequence[BaseException]) -> tuple[int, int, int, int]:
+    """What stopped a process, if anything did, as it is told to others: its kind, and three numbers of it."""
+    for failure in failed:
+        if isinstance(failure, Stopped):
+            return (_KIND_STOPPED, failure.number, 0, 0)
+        if isinstance(failure, BatchFailed):
+            kind = _KIND_INTERRUPTED if isinstance(failure, Interrupted) else _KIND_OUT_OF_MEMORY
+            return (kind, failure.batch.rows, failure.batch.width, failure.batch.tokens)
+    return (0, 0, 0, 0)
+
+
+def from_numbers(rank: int, kind: int, rows: int, width: int, tokens: int) -> list[BaseException]:
+    """The inverse of `as_numbers`, of what stopped the process of this number; empty where nothing did."""
+    if not kind:
+        return []
+    if kind == _KIND_STOPPED:
+        return [Stopped(rows)]
+    failed: type[BatchFailed] = Interrupted if kind == _KIND_INTERRUPTED else OutOfMemory
+    return [failed(FailedBatch(rows, width, tokens, f"in process {rank}"))]

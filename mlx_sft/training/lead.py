@@ -3,19 +3,20 @@ that all have the same. `worker.py` is the other side."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import numpy as np
 
+from mlx_sft.config import TrainConfig
 from mlx_sft.data.prepare import PreparedData
 from mlx_sft.errors import UserError
+from mlx_sft.files import code_digest
 from mlx_sft.methods import Parameters
+from mlx_sft.training import checkpoint
 from mlx_sft.training.batch_settings import BatchSettings, predicted_peak
 from mlx_sft.training.job import Job
 from mlx_sft.training.ranks import Ranks
@@ -37,14 +38,21 @@ _COMPARED_EVERY = 50
 """Steps between two comparisons of what is trained; it is compared before each checkpoint too."""
 
 
-@cache
 def versions() -> dict[str, str]:
     """What computes here: the versions of packages, and the hash of this one's source."""
-    root = Path(__file__).parents[1]
-    sources = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        sources.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
-    return {f"version of {name}": version(name) for name in _PACKAGES} | {"code of mlx-sft": sources.hexdigest()}
+    of_packages = {f"version of {name}": version(name) for name in _PACKAGES}
+    return of_packages | {"code of mlx-sft": code_digest(Path(__file__).parents[1])}
+
+
+def refuse_other(expected: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Raise `UserError` where this process could not compute with process 0, which has told what it expects."""
+    if changed := [name for name, value in expected.items() if name != "config" and own[name] != value]:
+        raise UserError(f"{' and '.join(changed)}: not as in process 0")
+
+
+def for_others(config: TrainConfig) -> str:
+    """A run's settings as YAML, as the other processes get them: they have no run folder, and measure nothing."""
+    return config.model_copy(update={"out": None, "resume": None, "forgetting": False}).to_yaml("")
 
 
 def cut_to_share(setup: Setup, settings: BatchSettings) -> BatchSettings:
@@ -72,21 +80,15 @@ def begin(setup: Setup) -> None:
     if not ranks.leads:
         return
     predicted = predicted_peak(setup.memory.footprint, setup.settings, setup.plan, setup.data.train)
-    told = config.model_copy(update={"out": None, "resume": None, "forgetting": False})
-    with stop_request():  # while it waits for them, a second Ctrl-C ends the process
+    hint = "all of them need the same rows, model and packages; mlx-sft doctor --hosts looks at them"
+    with stop_request(), ranks.agreed(hint):  # while it waits for them, a second Ctrl-C ends the process
         ranks.tell(
             {
-                "do": "begin", "config": told.to_yaml(""), "settings": asdict(setup.settings),
+                "do": "begin", "config": for_others(config), "settings": asdict(setup.settings),
                 "composes": computer.composes_attention, "same": setup.identity | versions(),
                 "predicted": asdict(predicted),
             }
         )  # fmt: skip
-        problems = [(rank, said) for rank, said in enumerate(ranks.said("")) if said]
-    if problems:
-        what = "; ".join(f"process {rank}: {said}" for rank, said in problems)
-        raise UserError(
-            what, hint="all of them need the same rows, model and packages; mlx-sft doctor --hosts looks at them"
-        )
     ranks.patience = config.ranks_timeout
     share_reference(computer, setup.data, ranks)
     if (speeds := setup.progress.speeds) is not None and len(speeds) == ranks.size:
@@ -138,14 +140,5 @@ def _deal(ranks: Ranks, speeds: tuple[float, ...]) -> None:
 def differing(ranks: Ranks, trained: Parameters) -> list[str]:
     """The processes in which what is trained has other numbers than in process 0."""
     ranks.tell({"do": "compare"})
-    found = ranks.said(digest(trained))
+    found = ranks.said(checkpoint.digest(trained))
     return [str(rank) for rank, said in enumerate(found) if said != found[0]]
-
-
-def digest(arrays: Parameters) -> str:
-    """SHA-256 of arrays by name, their bytes as they lie."""
-    found = hashlib.sha256()
-    for name, value in sorted(arrays.items()):
-        found.update(name.encode())
-        found.update(np.array(value.view(mx.uint8) if value.dtype == mx.bfloat16 else value).tobytes())
-    return found.hexdigest()

@@ -29,7 +29,7 @@ from mlx_sft.data.batches import Batch
 from mlx_sft.errors import FAILURE, UserError
 from mlx_sft.launch import own_rank
 from mlx_sft.methods import Parameters
-from mlx_sft.training.failures import BatchFailed, FailedBatch, Interrupted, OutOfMemory, is_out_of_memory, reason
+from mlx_sft.training.failures import BatchFailed, as_numbers, from_numbers, is_out_of_memory, reason
 from mlx_sft.training.machine import Machine, this_machine
 from mlx_sft.training.stopping import Stopped
 
@@ -40,11 +40,9 @@ _SHORT = 512
 """Bytes of a message that takes one exchange."""
 _LONGER = 10
 """A process waits at least so many times as long as its own share of a step takes."""
-_OUT_OF_MEMORY, _INTERRUPTED, _STOPPED = 1, 2, 3
 
-_Words = tuple[float, ...]
-"""What goes with a step's gradient: a failure's kind and three numbers of it, then seconds and tokens of the micro-batches."""
 _WORDS = 6
+"""Numbers that go with a step's gradient: a failure's kind and three numbers of it, then seconds and tokens of the micro-batches."""
 
 
 class Ranks:
@@ -78,6 +76,11 @@ class Ranks:
     def group(self) -> Any:
         """The processes, of `mx.distributed`, where each has a part of the base; else None."""
         return self._group if self.sharded else None
+
+    @property
+    def lost(self) -> bool:
+        """Whether nothing more can be exchanged."""
+        return self.size > 1 and self._group is None
 
     @property
     def leads(self) -> bool:
@@ -115,7 +118,7 @@ class Ranks:
 
     def end(self, code: int, **result: Any) -> None:
         """The others hear that the run is over, where they still can."""
-        if self.leads and self._group is not None and not self._within:
+        if self.leads and not self.lost and not self._within:
             with suppress(UserError):  # who is lost has ended already
                 self.tell({"do": "end", "code": code} | result)
 
@@ -132,8 +135,8 @@ class Ranks:
         """The others get what is trained, and the optimizer's state, as they are here."""
         if self.leads:
             self.tell({"do": "take_up"})
-            for some in arrays:
-                self.as_in_the_first(some)
+            for value in (value for some in arrays for value in some.values()):
+                self._of_the_first(value)
 
     def told_of(self, batches: Sequence[Batch], what: str, key: mx.array | None = None) -> None:
         """The others hear which micro-batches are computed now, and for what; nothing where this process does not lead."""
@@ -154,13 +157,29 @@ class Ranks:
 
     def bytes_of_the_first(self, array: NDArray[Any]) -> NDArray[Any]:
         """An array of this shape and type with the numbers that it has in rank 0."""
-        own = np.frombuffer(array.tobytes(), np.uint8) if self.rank == 0 else np.zeros(array.nbytes, np.uint8)
-        found = np.array(self._summed(mx.array(own))).tobytes()
+        found = np.array(self._of_the_first(mx.array(np.frombuffer(array.tobytes(), np.uint8)))).tobytes()
         return np.frombuffer(found, array.dtype).reshape(array.shape).copy()
 
     def as_in_the_first(self, arrays: Parameters) -> Parameters:
         """Arrays of these names, shapes and types with the values that they have in rank 0."""
-        return {name: self._summed(value if self.rank == 0 else mx.zeros_like(value)) for name, value in arrays.items()}
+        return {name: self._of_the_first(value) for name, value in arrays.items()}
+
+    def _of_the_first(self, array: mx.array) -> mx.array:
+        return self._summed(array if self.rank == 0 else mx.zeros_like(array))
+
+    @contextmanager
+    def agreed(self, hint: str = "") -> Iterator[None]:
+        """What one process cannot do in the block ends all of them in words."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = error
+        said = self.said(": ".join(filter(None, (problem.where, problem.what))) if problem else "")
+        if problem is not None:
+            raise problem
+        if others := [f"process {rank}: {what}" for rank, what in enumerate(said) if what]:
+            raise UserError("; ".join(others), hint=hint)
 
     # How micro-batches are shared out
 
@@ -289,7 +308,7 @@ class Ranks:
     def _with_words(self, flat: mx.array, failed: Sequence[BaseException]) -> mx.array:
         """The sum of float32 arrays, and with it word of who failed and how long each took."""
         slots = np.zeros((self.size, _WORDS), np.float32)
-        slots[self.rank] = (*_encoded(failed), *self._own)
+        slots[self.rank] = (*as_numbers(failed), *self._own)
         self._own = [0.0, 0.0]
         own = mx.zeros_like(flat) if failed else flat
         total = self._summed(mx.concatenate([own, mx.array(slots.reshape(-1))]))
@@ -298,13 +317,13 @@ class Ranks:
         self._took += every[:, 4:]
         _raise(failed)
         for rank, numbers in enumerate(every[:, :4].astype(int).tolist()):
-            _raise(_decoded(rank, *numbers))
+            _raise(from_numbers(rank, *numbers))
         return total[: flat.size]
 
     def _summed(self, array: mx.array) -> mx.array:
         if self.size == 1:
             return array
-        if self._group is None:
+        if self.lost:
             raise UserError("another process of this run was lost", hint=LOST_HINT)
         found = mx.distributed.all_sum(array, group=self._group)
         with self._watched():
@@ -371,25 +390,6 @@ def _parts(arrays: Parameters) -> Iterator[list[str]]:
             names, taken = [], 0
         names, taken = [*names, name], taken + 4 * value.size
     yield names
-
-
-def _encoded(failed: Sequence[BaseException]) -> tuple[int, ...]:
-    for failure in failed:
-        if isinstance(failure, Stopped):
-            return (_STOPPED, failure.number, 0, 0)
-        if isinstance(failure, BatchFailed):
-            kind = _INTERRUPTED if isinstance(failure, Interrupted) else _OUT_OF_MEMORY
-            return (kind, failure.batch.rows, failure.batch.width, failure.batch.tokens)
-    return (0, 0, 0, 0)
-
-
-def _decoded(rank: int, kind: int, rows: int, width: int, tokens: int) -> list[BaseException]:
-    if not kind:
-        return []
-    if kind == _STOPPED:
-        return [Stopped(rows)]
-    failed: Callable[[FailedBatch], BatchFailed] = Interrupted if kind == _INTERRUPTED else OutOfMemory
-    return [failed(FailedBatch(rows, width, tokens, f"in process {rank}"))]
 
 
 def _raise(failed: Sequence[BaseException]) -> None:

@@ -33,6 +33,7 @@ from mlx_sft.methods import Method, Parameters
 from mlx_sft.model.load import checkpoint_fingerprint
 from mlx_sft.run_folder import MOST_SUMS_BYTES, RunFolder
 from mlx_sft.safetensors_file import read_arrays, write_arrays
+from mlx_sft.training import checkpoint
 from mlx_sft.training.batch_settings import BatchSettings
 from mlx_sft.training.out_of_memory import in_memory
 from mlx_sft.training.step import GradientComputer
@@ -154,13 +155,9 @@ class Start:
 
     def _key(self, examples: Examples) -> str:
         """SHA-256 of all that could change the numbers, to the last bit."""
-        start = hashlib.sha256()
-        for name, value in sorted((self._initial() | self.method.fixed).items()):
-            start.update(f"{name} {value.shape} {value.dtype} ".encode())
-            start.update(np.ascontiguousarray(np.array(value)).data)
-        config = self.config
+        start, config = checkpoint.digest(self._initial() | self.method.fixed), self.config
         parts = {
-            "reference of": [examples.fingerprint(), checkpoint_fingerprint(self.path), start.hexdigest()],
+            "reference of": [examples.fingerprint(), checkpoint_fingerprint(self.path), start],
             "method": [config.method, self.method.settings.model_dump(mode="json"), config.seed],
             "model": [config.dtype, config.quantize, config.add_tokens],
             "computed": [asdict(self.settings), str(mx.default_device()), *map(version, _PACKAGES)],

@@ -6,9 +6,8 @@ would wait for the others forever. What process 0 tries alone in other runs is l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
 
@@ -16,7 +15,7 @@ from mlx_sft.config import TrainConfig
 from mlx_sft.console import Console
 from mlx_sft.errors import USAGE, UserError
 from mlx_sft.objectives import make_objective
-from mlx_sft.training.lead import versions
+from mlx_sft.training.lead import for_others, versions
 from mlx_sft.training.ranks import Ranks
 
 NO_PROBE = "the base is split among processes, which would all have to measure at once"
@@ -56,35 +55,14 @@ def settle(config: TrainConfig, ranks: Ranks, asked: Collection[str], console: C
 
 def begin(config: TrainConfig, ranks: Ranks, identity: dict[str, str], *, begun: bool) -> None:
     """Process 0 tells the others to load their parts of the base."""
-    given = config.model_copy(update={"out": None, "resume": None}).to_yaml("")
-    ranks.tell({"do": "shard", "config": given, "begun": begun, "same": _same(identity)})
+    ranks.tell({"do": "shard", "config": for_others(config), "begun": begun, "same": same(identity)})
 
 
-@contextmanager
-def agreed(ranks: Ranks) -> Iterator[None]:
+def agreed(ranks: Ranks) -> AbstractContextManager[None]:
     """Where the base is split: what one process cannot do in the block ends all of them in words."""
-    if not ranks.sharded:
-        yield
-        return
-    problem = None
-    try:
-        yield
-    except UserError as error:
-        problem = error
-    said = ranks.said(": ".join(filter(None, (problem.where, problem.what))) if problem else "")
-    if problem is not None:
-        raise problem
-    if others := [f"process {rank}: {what}" for rank, what in enumerate(said) if what]:
-        raise UserError("; ".join(others))
+    return ranks.agreed() if ranks.sharded else nullcontext()
 
 
-def refuse_other(told: dict[str, Any], identity: dict[str, str]) -> None:
-    """Raise `UserError` where this process could not compute with process 0."""
-    own = _same(identity)
-    if changed := [name for name, value in told["same"].items() if name != "config" and own[name] != value]:
-        raise UserError(f"{' and '.join(changed)}: not as in process 0")
-
-
-def _same(identity: dict[str, str]) -> dict[str, str]:
+def same(identity: dict[str, str]) -> dict[str, str]:
     """What must be the same in all processes."""
     return identity | versions() | {"device": str(mx.default_device())}

@@ -17,8 +17,9 @@ from mlx_sft.methods import Parameters
 from mlx_sft.optimizers import make_optimizer
 from mlx_sft.settings import OnResume, on_resume
 from mlx_sft.training.batch_settings import BatchSettings
+from mlx_sft.training.checkpoint import digest
 from mlx_sft.training.failures import BatchFailed
-from mlx_sft.training.lead import digest, share_reference, versions
+from mlx_sft.training.lead import refuse_other, share_reference, versions
 from mlx_sft.training.machine import hold_to, prepare_device
 from mlx_sft.training.memory import Prediction
 from mlx_sft.training.ranks import Ranks
@@ -26,7 +27,7 @@ from mlx_sft.training.resume import identity_of, with_full_paths
 from mlx_sft.training.schedule import planned_steps
 from mlx_sft.training.setup import Given, Setup
 from mlx_sft.training.shapes import compiled_shapes
-from mlx_sft.training.sharded import agreed, refuse_other
+from mlx_sft.training.sharded import same
 from mlx_sft.training.stopping import Stopped, stop_request
 
 
@@ -43,19 +44,18 @@ def work(ranks: Ranks, own: Callable[[], TrainConfig], given: Given | None = Non
     with ExitStack() as held, stop_request() as request:
         prepare_device()
         told, setup = ranks.tell(), None
-        if told["do"] == "shard":
-            setup = _with_part_of_base(told, own, held, ranks)
-            told = ranks.tell()
-        if told["do"] == "end":
-            return told
-        problem = ""
         try:
-            config = _placed_here(TrainConfig(**yaml.safe_load(told["config"])), own())
-            worker = _Worker(told, config, held, ranks, request.check, given or Given(), setup)
-        except UserError as error:
-            problem = ": ".join(filter(None, (error.where, error.what)))
-        if any(ranks.said(problem)):
-            return ranks.tell()
+            if told["do"] == "shard":
+                setup = _with_part_of_base(told, own, held, ranks)
+                told = ranks.tell()
+            if told["do"] == "end":
+                return told
+            with ranks.agreed():
+                worker = _Worker(told, _config(told, own), held, ranks, request.check, given or Given(), setup)
+        except UserError:
+            if ranks.lost:
+                raise
+            return ranks.tell()  # process 0 knows of it, and ends the run
         ranks.patience = worker.config.ranks_timeout
         share_reference(worker.computer, worker.data, ranks)
         while (told := ranks.tell())["do"] != "end":
@@ -63,36 +63,28 @@ def work(ranks: Ranks, own: Callable[[], TrainConfig], given: Given | None = Non
         return told
 
 
-def _placed_here(told: TrainConfig, own: TrainConfig) -> TrainConfig:
+def _config(told: dict[str, Any], own: Callable[[], TrainConfig]) -> TrainConfig:
     """What rank 0 says, but for what may lie elsewhere here, with the same content."""
-    fields = [(name, info) for name, info in type(own).model_fields.items() if on_resume(info) is OnResume.MOVED]
-    own = with_full_paths(own)
+    here = with_full_paths(own())
+    fields = [(name, info) for name, info in TrainConfig.model_fields.items() if on_resume(info) is OnResume.MOVED]
     stated = {
-        name: getattr(own, name)
+        name: getattr(here, name)
         for name, info in fields
-        if getattr(own, name) != info.get_default(call_default_factory=True)
+        if getattr(here, name) != info.get_default(call_default_factory=True)
     }
-    return told.model_copy(update=stated)
+    return TrainConfig(**yaml.safe_load(told["config"])).model_copy(update=stated)
 
 
-def _with_part_of_base(
-    told: dict[str, Any], own: Callable[[], TrainConfig], held: ExitStack, ranks: Ranks
-) -> Setup | None:
-    """The setup of a process that has a part of the base, made in step with process 0; None where one of them cannot go on."""
+def _with_part_of_base(told: dict[str, Any], own: Callable[[], TrainConfig], held: ExitStack, ranks: Ranks) -> Setup:
+    """The setup of a process that has a part of the base, made in step with process 0."""
     ranks.sharded = True
-    try:
-        with agreed(ranks):
-            config = _placed_here(TrainConfig(**yaml.safe_load(told["config"])), own())
-            setup = Setup(config, Console(quiet=True), held, Given(), ranks)
-            setup.begun = told["begun"]
-            setup.read_data()
-            refuse_other(told, identity_of(setup.config, setup.data, setup.path))
-            setup.load_base()
-        setup.adapt()
-    except UserError:
-        if ranks.group is None:  # process 0 cannot say it
-            raise
-        return None
+    with ranks.agreed():
+        setup = Setup(_config(told, own), Console(quiet=True), held, Given(), ranks)
+        setup.begun = told["begun"]
+        setup.read_data()
+        refuse_other(told["same"], same(identity_of(setup.config, setup.data, setup.path)))
+        setup.load_base()
+    setup.adapt()
     return setup
 
 
@@ -116,9 +108,7 @@ class _Worker:
             setup.adapt()
         else:
             setup.config = config
-        same = identity_of(setup.config, setup.data, setup.path) | versions()
-        if changed := [name for name, value in told["same"].items() if name != "config" and same[name] != value]:
-            raise UserError(f"{' and '.join(changed)}: not as in process 0")
+        refuse_other(told["same"], identity_of(setup.config, setup.data, setup.path) | versions())
         of_batches = told["settings"]
         settings = BatchSettings(**of_batches | {"layout": Layout(**of_batches["layout"])})
         self.config, self.data, self.computer, self._method = setup.config, setup.data, setup.computer, setup.method

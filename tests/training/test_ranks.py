@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,14 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_sft.cli import main
+from mlx_sft.launch import environments
 from mlx_sft.run_folder import RunFolder
 from mlx_sft.training.checkpoint import set_aside_damaged
 from mlx_sft.training.ranks import Ranks
 from tests.chats import write_chats
 from tests.preferences import write_preferences
 from tests.processes import options_of
+from tests.run_folders import assert_agree, records, trained
 
 LONGEST = 240
 """Seconds that a test waits for its processes."""
@@ -46,15 +46,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def started(
         arguments: Sequence[list[Any]], places: Sequence[Path] = (), before: dict[int, str] | None = None
     ) -> Started:
-        with ExitStack() as bound:
-            sockets = [bound.enter_context(socket.socket()) for _ in arguments]
-            for one in sockets:
-                one.bind(("127.0.0.1", 0))
-            hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
-        hostfile = tmp_path / f"hosts-{len(running)}.json"
-        hostfile.write_text(json.dumps(hosts))
-        for rank, given in enumerate(arguments):
-            ranks = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)} if len(arguments) > 1 else {}
+        place = tmp_path / f"hosts-{len(running)}"
+        place.mkdir()
+        several = environments(len(arguments), place) if len(arguments) > 1 else [{}]
+        for rank, (given, ranks) in enumerate(zip(arguments, several, strict=True)):
             code = (before or {}).get(rank, "") + "\n" + _STARTED
             running.append(
                 subprocess.Popen(
@@ -102,30 +97,9 @@ def given(settings: dict[str, Any], tmp_path: Path) -> list[Any]:
     return [*options_of(kept | changed | {"data": chats, "lr": 0.01}), "--no-forgetting"]
 
 
-def trained(run: Path) -> dict[str, mx.array]:
-    return mx.load(str(RunFolder(run).adapter / "adapter_model.safetensors"))  # type: ignore[return-value]
-
-
 def checkpoint_bytes(run: Path, step: int) -> list[bytes]:
     folder = RunFolder(run).checkpoint(step)
     return [(folder / f"{name}.safetensors").read_bytes() for name in ("parameters", "optimizer")]
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_agree(run: Path, other: Path) -> None:
-    """Losses, norms and accuracies of two runs, and what they trained, to 1e-5."""
-    of_run, of_other = records(run), records(other)
-    assert [record["step"] for record in of_other] == [record["step"] for record in of_run]
-    for record, found in zip(of_run, of_other, strict=True):
-        for name in ("loss", "grad_norm", "exact_match", "token_accuracy"):
-            if record.get(name) is not None:
-                assert found[name] == pytest.approx(record[name], rel=1e-5), name
-    expected, arrays = trained(run), trained(other)
-    for name, value in expected.items():
-        np.testing.assert_allclose(arrays[name], value, atol=1e-5 * float(mx.abs(value).max()))
 
 
 def test_a_run_of_several_processes_is_that_of_one_and_goes_on_with_any_number(

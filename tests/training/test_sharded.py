@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_sft import TrainConfig, UserError, train
 from mlx_sft.console import Console
 from mlx_sft.convert.export import export
+from mlx_sft.launch import environments
 from mlx_sft.load import load_run
 from mlx_sft.model.load import load_model
 from mlx_sft.model.sharding import FAMILIES
@@ -31,6 +31,7 @@ from mlx_sft.training.ranks import Ranks
 from mlx_sft.training.sharded import settle
 from tests.chats import write_chats
 from tests.processes import options_of
+from tests.run_folders import assert_agree, records
 from tests.training.one_of_several import ENDED
 
 LONGEST = 240
@@ -41,20 +42,15 @@ Said = list[list[tuple[str, Any]]]
 
 def in_processes(runs: list[list[Any]], folder: Path) -> Said:
     """Make runs one after another in two processes together; the second is lost in the last."""
-    with ExitStack() as bound:
-        sockets = [bound.enter_context(socket.socket()) for _ in range(2)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
-    (folder / "hosts.json").write_text(json.dumps(hosts))
     command = [sys.executable, "-m", "tests.training.one_of_several", json.dumps(runs, default=str)]
     with ExitStack() as started:
         processes, logs = [], []
-        for rank in range(2):
-            own = os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")}
+        for rank, own in enumerate(environments(2, folder)):
             logs.append(folder / f"{rank}.log")
             log = started.enter_context(logs[-1].open("w"))
-            processes.append(started.enter_context(subprocess.Popen(command, env=own, stdout=log, stderr=log)))
+            processes.append(
+                started.enter_context(subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log))
+            )
             started.callback(processes[-1].kill)
         for process in processes:
             process.wait(timeout=LONGEST)
@@ -73,28 +69,6 @@ def _said(log: str) -> list[tuple[str, Any]]:
         else:
             text += f"{line}\n"
     return found
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def trained(run: Path) -> dict[str, mx.array]:
-    return mx.load(str(RunFolder(run).adapter / "adapter_model.safetensors"))  # type: ignore[return-value]
-
-
-def assert_same(one: Path, other: Path) -> None:
-    """Losses, norms of gradients and adapter, to 1e-5."""
-    of_one, of_other = records(one), records(other)
-    assert [record["step"] for record in of_one] == [record["step"] for record in of_other]
-    for record, found in zip(of_one, of_other, strict=True):
-        for name in ("loss", "grad_norm", "token_accuracy"):
-            if record.get(name) is not None:
-                assert found[name] == pytest.approx(record[name], rel=1e-5), name
-    expected, found_ones = trained(one), trained(other)
-    assert expected.keys() == found_ones.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(found_ones[name], value, atol=1e-5 * float(mx.abs(value).max()), err_msg=name)
 
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "head_dim": 32}
@@ -164,7 +138,7 @@ def test_a_run_on_a_split_base_is_that_of_one_process(made: Made, name: str) -> 
     """With dropout, grouped queries, and several micro-batches a step; recomputed layers; and a base in 8 bits."""
     said, *codes = made.said[name]
     assert codes == [0, 0], said
-    assert_same(made.folder / f"{name}-whole", made.folder / f"{name}-split")
+    assert_agree(made.folder / f"{name}-whole", made.folder / f"{name}-split")
     assert "2 have a part of the base each" in said
     assert "forgetting is not measured: the base is split among processes" in said
     assert "there are no samples from here on: the base is split among processes" in said
@@ -185,12 +159,12 @@ def test_a_process_loads_its_part_and_never_the_whole(made: Made, make_base: Cal
 def test_a_run_goes_on_split_or_whole(made: Made, tmp_path: Path) -> None:
     said, *codes = made.said["resumed"]
     assert codes == [0, 0], said
-    assert_same(made.folder / "qwen3-whole", made.folder / "left")
+    assert_agree(made.folder / "qwen3-whole", made.folder / "left")
     left = shutil.copytree(made.folder / "qwen3-split", tmp_path / "left")
     for at in (3, 4):
         shutil.rmtree(RunFolder(left).checkpoint(at), ignore_errors=True)
     train(TrainConfig(resume=str(left), quiet=True))
-    assert_same(made.folder / "qwen3-whole", left)
+    assert_agree(made.folder / "qwen3-whole", left)
 
 
 def test_what_a_split_run_has_trained_is_exported_as_of_any_other(made: Made, tmp_path: Path) -> None:
