@@ -39,9 +39,10 @@ def outcome(run: Path) -> dict[str, Any]:
     return found
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    """The lines of its metrics."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def records(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of its metrics, all or those of a kind."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if kind in (None, line["kind"])]
 
 
 def trained(run: Path) -> dict[str, mx.array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from mlx_sft.training.step import GradientComputer
 from tests.chosen import without_adapter
 from tests.conftest import settings_of_run
 from tests.preferences import write_preferences
-from tests.run_folders import outcome
+from tests.run_folders import outcome, records
 
 pytestmark = pytest.mark.filterwarnings("ignore:.TRLExperimentalWarning.")
 
@@ -52,11 +51,6 @@ def finished(shared: dict[str, Any]) -> Path:
 def settings(shared: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """As those of the finished run, in a folder that is not there yet."""
     return shared | {"out": str(tmp_path / "run")}
-
-
-def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
 
 
 # The losses
@@ -104,6 +98,13 @@ def test_losses_without_a_reference_are_those_of_trls_trainers(name: str) -> Non
     ours = LOSSES[name].of(settings, chosen, rejected)
     for our, their in zip(ours, (losses.detach(), theirs[0].grad, theirs[1].grad), strict=True):
         np.testing.assert_allclose(our, their.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_of_weights_that_are_trained_in_bfloat16_is_kept(settings: dict[str, Any]) -> None:
+    in_bfloat16 = {"method": "full", "dtype": "bfloat16", "master_dtype": "bfloat16", "max_steps": 1, "valid": None}
+    of_all = {name: value for name, value in settings.items() if name not in LoraSettings.model_fields}
+    found = records(train(TrainConfig(**of_all | in_bfloat16)).run_dir, "train")
+    assert found[0]["loss"] == pytest.approx(np.log(2), rel=0.05)  # nothing is preferred yet
 
 
 def test_a_setting_of_another_loss_is_refused_by_name(settings: dict[str, Any]) -> None:
@@ -207,7 +208,7 @@ def test_weights_are_refused_but_for_none(settings: dict[str, Any]) -> None:
 
 
 def test_a_run_starts_without_margins_and_learns_the_preference(finished: Path) -> None:
-    steps, evaluations = records(finished), records(finished, "evaluation")
+    steps, evaluations = records(finished, "train"), records(finished, "evaluation")
     assert steps[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert abs(steps[0]["rewards/margins"]) < 1e-4
     assert steps[-1]["rewards/margins"] > 0.05
@@ -299,7 +300,7 @@ def test_a_run_does_not_go_on_with_another_reference(
 def test_without_a_reference_none_is_computed(settings: dict[str, Any]) -> None:
     run = train(TrainConfig(**settings | {"dpo_loss": "simpo", "dpo_beta": 2.0, "max_steps": 2})).run_dir
     assert not (run / "reference.safetensors").exists()
-    assert records(run)[0]["logps/chosen"] > -10, "the mean of a token"
+    assert records(run, "train")[0]["logps/chosen"] > -10, "the mean of a token"
 
 
 def test_the_reference_is_the_sft_run_that_training_starts_from(
@@ -314,7 +315,7 @@ def test_the_reference_is_the_sft_run_that_training_starts_from(
     assert (config.model, config.rank) == (settings["model"], 3)
     assert config.init_adapter == str(sft / "adapter")
     assert config.chat_template == TrainConfig.resolve(sft / "config.yaml").chat_template is not None
-    first, last = records(run)[0], records(run)[-1]
+    first, last = records(run, "train")[0], records(run, "train")[-1]
     assert abs(first["rewards/chosen"]) < 1e-4
     assert last["rewards/margins"] > 0.02
     assert evaluate_run(run, settings["valid"]).loss == pytest.approx(records(run, "evaluation")[-1]["loss"], rel=1e-5)
@@ -338,7 +339,7 @@ def test_what_is_no_adapter_of_a_finished_run_is_no_start(
 @pytest.mark.parametrize("of_method", [{"method": "prompt"}, {"method": "lora", "rank": 2, "init": "pissa"}])
 def test_a_start_that_is_not_the_base_is_the_reference(settings: dict[str, Any], of_method: dict[str, Any]) -> None:
     given = without_adapter(settings) | of_method | {"max_steps": 1}
-    (first,) = records(train(TrainConfig(**given)).run_dir)
+    (first,) = records(train(TrainConfig(**given)).run_dir, "train")
     assert abs(first["rewards/chosen"]) < 1e-4
     assert first["grad_norm"] > 0
 

@@ -31,16 +31,11 @@ from mlx_sft.training.callbacks import Callback
 from mlx_sft.training.step import GradientComputer
 from tests.conftest import settings_of_run
 from tests.preferences import labelled
-from tests.run_folders import outcome
+from tests.run_folders import outcome, records
 
 STEPS, ROWS, BATCH = 6, labelled(8), 3
 WEIGHTS = {"desirable_weight": 0.7, "undesirable_weight": 1.4}
 AS_IN_TRL = ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
-
-
-def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +120,7 @@ def test_a_run_is_trls(
     )  # fmt: skip
     run = train(config, data=ROWS).run_dir
     expected, adapter = _theirs(base, start, tmp_path / "trl", tokenizer, **theirs)
-    found = records(run)
+    found = records(run, "train")
     assert len(found) == len(expected) == STEPS
     assert all(record["micro_batches"] > 1 for record in found[:2]), "nothing was cut"
     for record, their in zip(found, expected, strict=True):
@@ -313,7 +308,7 @@ def test_inspect_shows_the_label(shared: dict[str, Any], tokenizer: Any) -> None
 
 
 def test_a_run_learns_the_labels_and_says_so(finished: Path) -> None:
-    steps = records(finished)
+    steps = records(finished, "train")
     assert steps[0]["loss"] == pytest.approx(0.5, rel=1e-5)
     assert steps[0]["kl"] < 1e-4
     assert steps[-1]["loss"] < 0.45

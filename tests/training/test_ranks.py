@@ -210,8 +210,8 @@ Ranks.took = lambda self, seconds, tokens: took(self, seconds + 1, tokens)
     (_, said), _ = found = ended(start([[*given, "--out", run]] * 2, before={1: short_of_memory_and_slow}))
     assert [code for code, _ in found] == [0, 0]
     assert "out of memory in step 1" in said
-    assert [record["rows"] > 1 for record in records(run) if record["kind"] == "out_of_memory"] == [True]
-    assert [record["step"] for record in records(run) if record["kind"] == "train"] == list(range(1, 9))
+    assert [record["rows"] > 1 for record in records(run, "out_of_memory")] == [True]
+    assert [record["step"] for record in records(run, "train")] == list(range(1, 9))
     assert "how fast the processes are, the fastest 1: 1, 0.1; each gets a share" in said
     state = json.loads((RunFolder(run).checkpoint(8) / "state.json").read_text())
     assert state["progress"]["speeds"] == [1.0, 0.1]
