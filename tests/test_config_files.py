@@ -124,11 +124,11 @@ def test_every_default_in_it_may_stand_without_its_sign(place: Path) -> None:
     assert TrainConfig.resolve(file) == before
 
 
-def test_it_trains_once_data_is_named(cli: Cli, settings: dict[str, Any], place: Path) -> None:
-    made = cli("init", "--model", settings["model"])
+def test_it_trains_once_data_is_named(cli: Cli, chats: Path, place: Path) -> None:
+    made = cli("init", "--model", "tiny")
     assert (made.exit_code, made.stdout) == (0, "train.yaml\n")
     assert "train with: mlx-sft train --config train.yaml --data chats.jsonl" in made.stderr
-    result = cli("train", settings["data"], "--config", "train.yaml", "--max-steps", "1")
+    result = cli("train", chats, "--config", "train.yaml", "--max-steps", "1")
     assert result.exit_code == 0, result.output
     again = cli("init")
     assert (again.exit_code, "train.yaml: this is there already" in again.stderr) == (USAGE, True)

@@ -102,9 +102,9 @@ def test_what_is_named_twice_or_not_at_all_is_an_error_with_a_way_out(
     assert f"hint: {hint}" in result.stderr
 
 
-def test_data_needs_no_option(cli: Cli, settings: dict[str, Any]) -> None:
-    result = cli("inspect", settings["data"], "--model", settings["model"], "--limit", 1)
-    assert (result.exit_code, f"{settings['data']}:1" in result.stdout) == (0, True)
+def test_data_needs_no_option(cli: Cli, chats: Path) -> None:
+    result = cli("inspect", chats, "--model", "tiny", "--limit", 1)
+    assert (result.exit_code, f"{chats}:1" in result.stdout) == (0, True)
 
 
 def test_all_unknown_options_are_told_each_with_its_own_suggestion(cli: Cli) -> None:
